@@ -1,0 +1,31 @@
+"""What a data set's row becomes: a conversation to imitate, or two answers of which one is preferred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` is system, user or assistant; `content` is kept as it was written, whitespace included."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that end with the assistant. `source` is "file:line" (JSON lines) or "file[index]" (JSON array)."""
+
+    messages: tuple[Message, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt that ends with the user, an answer that was preferred and one that was not."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
