@@ -1,0 +1,122 @@
+"""A chat template as a pure function from messages to text, whatever day it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.errors import TemplateError
+
+NO_TEMPLATE = (
+    "the tokenizer has no chat template; choose an instruct model, or put a chat_template.jinja beside its "
+    "tokenizer.json"
+)
+
+
+class ChatTemplate:
+    """A template compiled once, with the settings that transformers compiles its chat templates with.
+
+    Unlike there, `strftime_now` and `date_string` give the pinned date. Chat templates come with models from
+    strangers, so they run in Jinja's immutable sandbox.
+    """
+
+    def __init__(self, source: str, *, date_string: str, variables: dict[str, Any]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals.update(
+            raise_exception=_raise_exception,
+            strftime_now=lambda form: _pinned_date(date_string, form),
+            dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the class itself would hand out its attributes
+            namespace=_Namespace,
+        )
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
+        self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
+        """The text of a conversation. Raises TemplateError, with `source` in front, where the template refuses it."""
+        rows = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            where = f"{source}: " if source else ""
+            roles = ", ".join(message.role for message in messages)
+            raise TemplateError(f"{where}the chat template refuses the roles {roles}: {error}") from error
+
+
+def template_source(tokenizer: Any, chosen: str | None = None) -> str:
+    """The template's text: the chosen one, else the tokenizer's (its `default` where it has several)."""
+    source = chosen if chosen is not None else getattr(tokenizer, "chat_template", None)
+    if isinstance(source, dict):
+        if "default" not in source:
+            names = ", ".join(sorted(source)) or "none"
+            raise TemplateError(f"the tokenizer names no default chat template (it has: {names}); set one of them")
+        source = source["default"]
+    if not isinstance(source, str) or not source.strip():
+        raise TemplateError(NO_TEMPLATE)
+    return source
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %} … {% endgeneration %}` marks a reply for other programs' masks; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without underscore names, which lead out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` must stay free as a name in the template
+        namespace, *rest = args
+        for name in (attributes := dict(*rest, **kwargs)):
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(namespace, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r} in a namespace")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _pinned_date(date_string: str, form: str) -> str:
+    """The pinned date in the form a template asks for; as it is where it is not written like 26 Jul 2024."""
+    try:
+        return datetime.strptime(date_string, "%d %b %Y").strftime(form)
+    except ValueError:
+        return date_string

@@ -1,0 +1,139 @@
+"""From cut text to tokens: a cut is always a boundary between tokens, and content never becomes a control token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlx_zh.errors import DataError, ModelError, TemplateError
+
+Part = tuple[str, bool]  # text, and whether it is content (True) or the template's own (False)
+
+
+class PieceEncoder:
+    """Encodes texts that are cut where a reply begins and ends.
+
+    A model that answers sees the prompt's tokens as they are alone and continues from there. Each piece is
+    therefore encoded by itself where the tokenizer allows (every byte-level BPE: Llama 3, Qwen, SmolLM2, GPT-2).
+    Where it does not, because it treats the start of a text differently (SentencePiece's leading space: Llama 2,
+    Mistral), the whole text is encoded once and cut by character offsets; a token across a cut is then an error.
+    """
+
+    def __init__(self, tokenizer: Any):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or not hasattr(backend, "encode_batch"):
+            raise ModelError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer; the model's folder needs a tokenizer.json"
+            )
+        self._backend = backend
+        tokens = backend.get_added_tokens_decoder()
+        ends = {getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
+        self._added_ids: dict[str, int] = {token.content: index for index, token in tokens.items()}
+        controls = {token.content for token in tokens.values() if token.special or token.content in ends}
+        self._control_ids = frozenset(self._added_ids[content] for content in controls)
+        self.added = _any_of(self._added_ids)
+        self.control = _any_of(controls)
+        self.cuts_anywhere = self._probe()
+
+    def encode(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Tokens of each piece of each text; control tokens are recognised wherever they stand."""
+        self._be_plain()
+        if self.cuts_anywhere:
+            found = iter(self._encode_all([piece for pieces in texts for piece in pieces]))
+            return [[next(found) for _ in pieces] for pieces in texts]
+        whole = self._backend.encode_batch(["".join(pieces) for pieces in texts], add_special_tokens=False)
+        return [self._cut(encoding, pieces) for encoding, pieces in zip(whole, texts, strict=True)]
+
+    def encode_guarded(self, pieces: Sequence[Sequence[Part]], *, source: str) -> list[list[int]]:
+        """Tokens of one text whose contents spell control tokens: there they are encoded as ordinary characters.
+
+        The text is split at the template's own control tokens, as the tokenizer does natively, and what lies
+        between them is encoded with the recognition of special tokens switched off.
+        """
+        if not self.cuts_anywhere:
+            raise _control_text(source, "this tokenizer cannot encode it as ordinary text")
+        self._be_plain()
+        result = []
+        for parts in pieces:
+            tokens: list[int] = []
+            for text, index in self._between_controls(parts):
+                tokens += self._encode_literally(text, source)
+                tokens += [] if index is None else [index]
+            result.append(tokens)
+        return result
+
+    def _between_controls(self, parts: Sequence[Part]) -> Iterable[tuple[str, int | None]]:
+        """Runs of text, each with the control token that the template writes after it (None at the end)."""
+        run = ""
+        for text, is_content in parts:
+            if is_content:
+                run += text
+                continue
+            start = 0
+            for match in self.control.finditer(text):
+                yield run + text[start : match.start()], self._added_ids[match.group()]
+                run, start = "", match.end()
+            run += text[start:]
+        yield run, None
+
+    def _encode_literally(self, text: str, source: str) -> list[int]:
+        if not text:
+            return []
+        before = self._backend.encode_special_tokens
+        self._backend.encode_special_tokens = True
+        try:
+            tokens: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = before
+        if not self._control_ids.isdisjoint(tokens):
+            raise _control_text(source, "this tokenizer has no other way to write it")
+        return tokens
+
+    def _encode_all(self, pieces: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
+
+    def _cut(self, encoding: Any, pieces: Sequence[str]) -> list[list[int]]:
+        ids, offsets = encoding.ids, encoding.offsets
+        added = self._added_ids.values()
+        result, begin, position = [], 0, 0
+        for piece in pieces:
+            position += len(piece)
+            end = begin
+            while end < len(ids) and offsets[end][0] < position:
+                end += 1
+            if end > begin and offsets[end - 1][1] > position and ids[end - 1] not in added:
+                joint = "".join(pieces)[max(0, position - 12) : position + 12]
+                raise TemplateError(
+                    f"a token stands across the start of a reply near {joint!r}; this tokenizer and chat template "
+                    "do not fit together"
+                )
+            result.append(ids[begin:end])
+            begin = end
+        return result
+
+    def _be_plain(self) -> None:
+        """Undo the padding and truncation that a tokenizer.json may ask for."""
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+
+    def _probe(self) -> bool:
+        """Whether a text encoded in two parts gives the tokens of the whole, at joints as templates have them."""
+        self._be_plain()
+        joints = [(left, right) for left in (*list(self._added_ids)[:1], "\n") for right in ("Hello", "你好", "1")]
+        texts = [text for left, right in joints for text in (left + right, left, right)]
+        found = self._encode_all(texts)
+        return all(found[i] == found[i + 1] + found[i + 2] for i in range(0, len(found), 3))
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, longest first, as tokenizers do."""
+    longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _control_text(source: str, why: str) -> DataError:
+    where = f"{source}: " if source else ""
+    return DataError(f"{where}a message spells one of the model's control tokens, and {why}; take it out of the text")

@@ -1,0 +1,349 @@
+"""The one function from messages to tokens, for training, evaluation and chat."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mlx_zh.corpus.chat_template import ChatTemplate, template_source
+from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.corpus.encoding import Part, PieceEncoder
+from mlx_zh.corpus.layout import Layout, find_layout, find_replies
+from mlx_zh.errors import DataError, TemplateError
+
+VERSION = 1  # part of the fingerprint; raise it when the same input would give other tokens
+TRAIN_ON = ("assistant", "last", "all")
+ON_OVERFLOW = ("truncate", "drop")
+
+# Reasons that `dropped` counts.
+OVERFLOW = "longer than max_length"
+FIRST_EXCHANGE_OVERFLOW = "first exchange longer than max_length"
+NO_REPLY = "no assistant message"
+PROMPT_OVERFLOW = "prompt longer than max_length"
+CHOSEN_OVERFLOW = "chosen response does not fit into max_length"
+REJECTED_OVERFLOW = "rejected response does not fit into max_length"
+
+_BATCH = 512  # texts handed to the tokenizer at once; bounds the memory of its encodings
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation's tokens up to the last reply's end-of-turn token."""
+
+    tokens: np.ndarray  # (T,) int32
+    trained: np.ndarray  # (T,) bool: the token itself is a target, its loss is scored
+    truncated: bool  # turns were cut from the end
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPair:
+    """A prompt and two responses, int32; each response ends with its end-of-turn token."""
+
+    prompt: np.ndarray  # (P,)
+    chosen: np.ndarray  # (C,)
+    rejected: np.ndarray  # (R,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A rendered text cut at the replies: every second piece is a reply."""
+
+    pieces: list[str]
+    guarded: list[list[Part]] | None  # the same pieces with contents told apart, where they spell control tokens
+    source: str
+
+    def last(self) -> _Cut:
+        """The last piece alone."""
+        return _Cut(self.pieces[-1:], self.guarded and self.guarded[-1:], self.source)
+
+
+class Renderer:
+    """Messages to text and tokens through the tokenizer's own chat template.
+
+    A pure function of its input: the template gets `date_string` as today's date (Llama 3.1 and 3.2 print it),
+    and only the template writes BOS. A reply runs from the end of the generation prompt to its end-of-turn
+    token; both ends are boundaries between tokens, so the tokens before a reply are exactly those that the model
+    is asked with in `prompt`. Control tokens spelled inside a message are encoded as ordinary text.
+    """
+
+    def __init__(self, tokenizer: Any, *, date_string: str = "26 Jul 2024", chat_template: str | None = None):
+        self._source = template_source(tokenizer, chat_template)
+        self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._date_string = date_string
+        self._template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
+        self._encoder = PieceEncoder(tokenizer)
+        self._backend = tokenizer.backend_tokenizer
+        self._layouts: dict[tuple[tuple[str, ...], bool], tuple[Layout, int] | None] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever the same messages could give other tokens."""
+        state = (VERSION, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
+        return hashlib.sha256(repr(state).encode()).hexdigest()
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError where there is none."""
+        found = self._layout(("user", "assistant"), False)
+        if found is None:
+            raise TemplateError(
+                "the chat template does not show a user's and an assistant's message one after the other"
+            )
+        layout = found[0]
+        tail = layout.literals[-1][: layout.replies[0].closes]
+        return self._encoder.added.findall(tail)[-1]
+
+    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The template's text, with the header of the assistant's next turn on request."""
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens to generate a reply from. Raises TemplateError or DataError."""
+        cut = self._cut(messages, "", add_generation_prompt=True)
+        return [token for piece in self._encode([cut])[0] for token in piece]
+
+    def conversation(
+        self,
+        messages: Conversation | Sequence[Message],
+        *,
+        train_on: str = "assistant",
+        max_length: int | None = None,
+        on_overflow: str = "truncate",
+        dropped: Counter[str] | None = None,
+    ) -> Rendered | None:
+        """Tokens and the mask of trained tokens, or None where nothing is left to train on.
+
+        `train_on`: "assistant", every reply with its end-of-turn token; "last", only the last reply; "all", every
+        token but the first, which nothing predicts.
+
+        A conversation longer than `max_length` tokens is dropped by on_overflow="drop". By "truncate" whole turns
+        are cut from its end, so that it ends with the last reply that fits completely, and it is rendered as if it
+        had ended there. No reply ever loses its end: where the first exchange does not fit, or where train_on="last"
+        would lose the one reply it trains on, the conversation is dropped. `dropped` counts the reasons.
+        """
+        options = {"train_on": train_on, "max_length": max_length, "on_overflow": on_overflow}
+        return self.conversations([messages], **options, dropped=dropped)[0]  # type: ignore[arg-type]
+
+    def conversations(
+        self,
+        batch: Sequence[Conversation | Sequence[Message]],
+        *,
+        train_on: str = "assistant",
+        max_length: int | None = None,
+        on_overflow: str = "truncate",
+        dropped: Counter[str] | None = None,
+    ) -> list[Rendered | None]:
+        """`conversation` for many at once, which is what the tokenizer is fast at."""
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}")
+        if on_overflow not in ON_OVERFLOW:
+            raise ValueError(f"on_overflow must be one of {', '.join(ON_OVERFLOW)}, got {on_overflow!r}")
+        dropped = Counter() if dropped is None else dropped
+        truncate = on_overflow == "truncate" and train_on != "last"
+        results: list[Rendered | None] = []
+        for first in range(0, len(batch), _BATCH):
+            part = [_messages_and_source(item) for item in batch[first : first + _BATCH]]
+            encoded = self._encode([self._cut(messages, source) for messages, source in part])
+            for (messages, source), pieces in zip(part, encoded, strict=True):
+                length = sum(map(len, pieces))
+                if not pieces:
+                    dropped[NO_REPLY] += 1
+                    results.append(None)
+                elif max_length is None or length <= max_length:
+                    results.append(_assemble(pieces, train_on, truncated=False))
+                elif truncate:
+                    results.append(self._truncated(messages, source, pieces, train_on, max_length, dropped))
+                else:
+                    dropped[OVERFLOW] += 1
+                    results.append(None)
+        return results
+
+    def preference(
+        self, pair: Preference, *, max_length: int | None = None, dropped: Counter[str] | None = None
+    ) -> RenderedPair | None:
+        """Prompt and responses, or None where one does not fit; responses are never cut. `dropped` counts why.
+
+        Prompt + response is token for token what `conversation` gives for the whole. Raises TemplateError where
+        the template writes the prompt differently before the two responses.
+        """
+        return self.preferences([pair], max_length=max_length, dropped=dropped)[0]
+
+    def preferences(
+        self, batch: Sequence[Preference], *, max_length: int | None = None, dropped: Counter[str] | None = None
+    ) -> list[RenderedPair | None]:
+        """`preference` for many at once."""
+        dropped = Counter() if dropped is None else dropped
+        results: list[RenderedPair | None] = []
+        for first in range(0, len(batch), _BATCH // 2):
+            part = batch[first : first + _BATCH // 2]
+            cuts = []
+            for pair in part:
+                chosen, rejected = (
+                    self._cut((*pair.prompt, Message("assistant", response)), pair.source)
+                    for response in (pair.chosen, pair.rejected)
+                )
+                if chosen.pieces[:-1] != rejected.pieces[:-1]:
+                    raise TemplateError(
+                        f"{pair.source}: the chat template writes the prompt differently before the chosen and the "
+                        "rejected response, so the two cannot be compared"
+                    )
+                # The prompt is encoded once where the tokenizer allows a piece by itself.
+                cuts += [chosen, rejected.last() if self._encoder.cuts_anywhere else rejected]
+            encoded = iter(self._encode(cuts))
+            for pair, one, other in zip(part, encoded, encoded, strict=True):
+                results.append(_pair(pair.source, one, other, max_length, dropped))
+        return results
+
+    def _truncated(
+        self,
+        messages: Sequence[Message],
+        source: str,
+        pieces: list[list[int]],
+        train_on: str,
+        max_length: int,
+        dropped: Counter[str],
+    ) -> Rendered | None:
+        """The longest beginning of a conversation that ends with a reply and fits."""
+        ends = [k + 1 for k, message in enumerate(messages) if message.role == "assistant"]
+        length = 0
+        fits = 0
+        for prompt, reply in zip(pieces[::2], pieces[1::2], strict=True):
+            length += len(prompt) + len(reply)
+            fits += length <= max_length
+        for end in reversed(ends[:fits]):
+            # Rendered anew: a template may write the same turns differently when they are the last.
+            kept = self._encode([self._cut(messages[:end], source)])[0]
+            if sum(map(len, kept)) <= max_length:
+                return _assemble(kept, train_on, truncated=True)
+        dropped[FIRST_EXCHANGE_OVERFLOW] += 1
+        return None
+
+    def _cut(self, messages: Sequence[Message], source: str, *, add_generation_prompt: bool = False) -> _Cut:
+        """Render and cut: prompt, reply, prompt, reply … up to the last reply, or with a prompt at the end."""
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt, source=source)
+        roles = tuple(message.role for message in messages)
+        if "assistant" not in roles and not add_generation_prompt:
+            return _Cut([], None, source)
+        found = self._layout(roles, add_generation_prompt)
+        if found is not None:
+            layout, controls = found
+            contents = layout.fill(messages)
+            if layout.join(contents) == text:
+                spans = layout.spans(contents)
+                spelled = len(self._encoder.control.findall(text)) != controls
+                edges = _edges(text, spans, add_generation_prompt)
+                return _Cut(_pieces(text, edges), _parts(layout, contents, edges) if spelled else None, source)
+        if any(self._encoder.control.search(message.content) for message in messages):
+            where = f"{source}: " if source else ""
+            raise DataError(
+                f"{where}a message spells one of the model's control tokens, and the chat template rewrites "
+                "messages, so it cannot be told from the template's own; take it out of the text"
+            )
+        render = partial(self._template.render, add_generation_prompt=add_generation_prompt)
+        spans = find_replies(
+            self._template, render, messages, text, self._encoder.added, self.end_of_turn, source=source
+        )
+        return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
+
+    def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[Layout, int] | None:
+        """The layout of these roles and the number of control tokens in its literals; found once, then kept."""
+        key = (roles, add_generation_prompt)
+        if key not in self._layouts:
+            layout = find_layout(
+                self._template, roles, self._encoder.added, add_generation_prompt=add_generation_prompt
+            )
+            self._layouts[key] = (
+                None if layout is None else (layout, len(self._encoder.control.findall("\n".join(layout.literals))))
+            )
+        return self._layouts[key]
+
+    def _encode(self, cuts: Sequence[_Cut]) -> list[list[list[int]]]:
+        """Tokens of each piece of each text."""
+        plain = iter(self._encoder.encode([cut.pieces for cut in cuts if cut.guarded is None]))
+        return [
+            next(plain) if cut.guarded is None else self._encoder.encode_guarded(cut.guarded, source=cut.source)
+            for cut in cuts
+        ]
+
+
+def _messages_and_source(item: Conversation | Sequence[Message]) -> tuple[Sequence[Message], str]:
+    return (item.messages, item.source) if isinstance(item, Conversation) else (item, "")
+
+
+def _edges(text: str, spans: Sequence[tuple[int, int]], to_end: bool) -> list[int]:
+    """Where pieces end: at the start and end of each reply, and at the end of the text for a prompt."""
+    edges = [edge for span in spans for edge in span]
+    return [*edges, len(text)] if to_end else edges
+
+
+def _pieces(text: str, edges: Sequence[int]) -> list[str]:
+    return [text[start:end] for start, end in pairwise((0, *edges))]
+
+
+def _parts(layout: Layout, contents: Sequence[str], edges: Sequence[int]) -> list[list[Part]]:
+    """The pieces of the text, with contents told apart from what the template wrote."""
+    parts: list[Part] = [(layout.literals[0], False)]
+    for content, literal in zip(contents, layout.literals[1:], strict=True):
+        parts += [(content, True), (literal, False)]
+    pieces: list[list[Part]] = []
+    position, rest = 0, iter(parts)
+    text, is_content = next(rest)
+    for edge in edges:
+        piece: list[Part] = []
+        while position < edge:
+            taken = text[: edge - position]
+            piece.append((taken, is_content))
+            position += len(taken)
+            text = text[len(taken) :]
+            if not text:
+                text, is_content = next(rest, ("", False))
+                while not text and position < edge:
+                    text, is_content = next(rest)
+        pieces.append(piece)
+    return pieces
+
+
+def _assemble(pieces: Sequence[Sequence[int]], train_on: str, *, truncated: bool) -> Rendered:
+    """Every second piece is a reply."""
+    tokens = np.array([token for piece in pieces for token in piece], dtype=np.int32)
+    trained = np.zeros(len(tokens), dtype=bool)
+    if train_on == "all":
+        trained[1:] = True
+    position = 0
+    for i, piece in enumerate(pieces):
+        end = position + len(piece)
+        if i % 2 == 1 and (train_on == "assistant" or (train_on == "last" and i == len(pieces) - 1)):
+            trained[position:end] = True
+        position = end
+    return Rendered(tokens, trained, truncated)
+
+
+def _pair(
+    source: str,
+    chosen: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],
+    max_length: int | None,
+    dropped: Counter[str],
+) -> RenderedPair | None:
+    """From the pieces of prompt + chosen, and of prompt + rejected or of rejected alone."""
+    prompt = [token for piece in chosen[:-1] for token in piece]
+    if len(rejected) > 1 and prompt != [token for piece in rejected[:-1] for token in piece]:
+        raise TemplateError(f"{source}: the prompt's tokens depend on the response that follows")
+    if max_length is not None:
+        room = max_length - len(prompt)
+        for too_long, reason in (
+            (room <= 0, PROMPT_OVERFLOW),
+            (len(chosen[-1]) > room, CHOSEN_OVERFLOW),
+            (len(rejected[-1]) > room, REJECTED_OVERFLOW),
+        ):
+            if too_long:
+                dropped[reason] += 1
+                return None
+    return RenderedPair(*(np.array(tokens, dtype=np.int32) for tokens in (prompt, chosen[-1], rejected[-1])))
