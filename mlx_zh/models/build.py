@@ -1,0 +1,226 @@
+"""From a config and a table of arrays to an mlx-lm model in memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# model_type -> module of mlx-lm; the only ones that are ever imported.
+_MODULES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+# Quantization formats whose scales are bytes: one pair of (bits, group size) each.
+_BYTE_SCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+
+Weights = dict[str, "mx.array"]
+
+
+def build_model(
+    config: dict[str, Any],
+    weights: Weights,
+    source: str,
+    *,
+    dtype: mx.Dtype | None,
+    keep_quantized: bool,
+    quantize: tuple[int, int] | None,
+) -> nn.Module:
+    """A frozen mlx-lm model with `weights` (emptied here, so that each array is freed as soon as it is used).
+
+    `dtype` is what floating-point parameters are cast to (None: as stored). Without `keep_quantized` every
+    quantized tensor becomes `dtype`. `config` is completed: "quantization" says what is quantized in memory.
+    """
+    import mlx.core as mx
+
+    _settle(config, weights, source)
+    model = _empty(config, source)
+    modules = dict(model.named_modules())
+    if quantize is not None:
+        _quantize(weights, modules, quantize, source)
+    packing = _packing(config, weights, modules, source)
+    config.pop("quantization_config", None)
+    config.pop("quantization", None)
+    if packing and keep_quantized:
+        _make_quantized(model, packing)
+        config["quantization"] = _describe(packing, modules)
+    elif packing:
+        _dequantize(weights, packing, dtype or mx.float32)
+    _compare(model, weights, source)
+    if dtype is not None:
+        for name, array in weights.items():
+            if mx.issubdtype(array.dtype, mx.floating):
+                weights[name] = array.astype(dtype)
+    model.load_weights(list(weights.items()), strict=True)
+    weights.clear()
+    model.freeze()
+    model.eval()
+    for layer in model.layers:  # layer by layer, so that no second copy of all weights is alive at once
+        mx.eval(layer.parameters())
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    return model
+
+
+def _settle(config: dict[str, Any], weights: Weights, source: str) -> None:
+    """Resolve what mlx-lm would guess: tied embeddings (its default is not Hugging Face's), foreign quantization."""
+    tied = config.get("tie_word_embeddings")
+    if tied is None:
+        tied = config["tie_word_embeddings"] = "lm_head.weight" not in weights
+    for name in list(weights):
+        if (tied and name.startswith("lm_head.")) or name.endswith("rotary_emb.inv_freq"):
+            del weights[name]
+    foreign = config.get("quantization_config")
+    if "quantization" not in config and isinstance(foreign, dict):
+        method = foreign.get("quant_method", "unknown")
+        raise ModelError(
+            f"{source} is quantized by {method!r}; formats of MLX and GGUF can be read. Take the full-precision "
+            "model and set `quantize`, or a version quantized by mlx-lm."
+        )
+
+
+def _empty(config: dict[str, Any], source: str) -> Any:
+    """The model with lazy random parameters, which take no memory until they are evaluated."""
+    module = importlib.import_module(f"mlx_lm.models.{_MODULES[config['model_type']]}")
+    try:
+        return module.Model(module.ModelArgs.from_dict(config))
+    except Exception as error:  # mlx-lm does not check its arguments: TypeError, KeyError, ZeroDivisionError, ...
+        raise ModelError(
+            f"{source}: no {config['model_type']} model can be made from its config.json: {error}. Download the "
+            "model again, or compare the file with the original."
+        ) from error
+
+
+def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int, int], source: str) -> None:
+    """Replace each matrix that can be quantized by its packed form, as `mlx_lm.convert` does."""
+    import mlx.core as mx
+
+    bits, group_size = quantize
+    if bits not in BITS or group_size not in GROUP_SIZES:
+        raise ModelError(
+            f"quantize: {bits} bits in groups of {group_size} is not a format of MLX; bits are one of "
+            f"{', '.join(map(str, BITS))}, group_size one of {', '.join(map(str, GROUP_SIZES))}."
+        )
+    if any(name.endswith(".scales") for name in weights):
+        raise ModelError(
+            f"{source} is quantized already, and quantizing it a second time would lose quality. Remove `quantize`, "
+            "or give the full-precision model."
+        )
+    done = 0
+    for path, module in modules.items():
+        array = weights.get(f"{path}.weight")
+        if array is None or not hasattr(module, "to_quantized") or array.shape[-1] % group_size:
+            continue
+        packed, scales, biases = mx.quantize(array, group_size=group_size, bits=bits)
+        weights |= {f"{path}.weight": packed, f"{path}.scales": scales, f"{path}.biases": biases}
+        done += 1
+    if not done:
+        raise ModelError(
+            f"quantize: no matrix of {source} has rows that divide into groups of {group_size}; choose a smaller "
+            "group_size."
+        )
+
+
+def _packing(
+    config: dict[str, Any], weights: Weights, modules: Mapping[str, Any], source: str
+) -> dict[str, dict[str, Any]]:
+    """Path of a quantized module -> its bits, group_size and mode, found from the shapes of its arrays."""
+    import mlx.core as mx
+
+    packing: dict[str, dict[str, Any]] = {}
+    bad: list[str] = []
+    for name in weights:
+        path = name.removesuffix(".scales")
+        if path == name:
+            continue
+        module, packed, scales = modules.get(path), weights.get(f"{path}.weight"), weights[name]
+        if packed is None or module is None or not hasattr(module, "to_quantized"):
+            bad.append(name)
+            continue
+        width = module.weight.shape[-1]
+        bits, group_size = packed.shape[-1] * 32 // width, width // max(scales.shape[-1], 1)
+        mode = _BYTE_SCALED.get((bits, group_size)) if scales.dtype == mx.uint8 else "affine"
+        fits = packed.dtype == mx.uint32 and packed.shape[-1] * 32 == width * bits
+        if mode is None or not fits or scales.shape[-1] * group_size != width or (bits not in BITS):
+            bad.append(f"{path} ({packed.dtype} {packed.shape}, scales {scales.shape}, {width} columns)")
+            continue
+        packing[path] = {"group_size": group_size, "bits": bits, "mode": mode}
+    if bad:
+        raise ModelError(
+            f"{source}: {len(bad)} quantized tensors do not fit config.json: {_some(bad)}. Download the model again."
+        )
+    return packing
+
+
+def _describe(packing: Mapping[str, dict[str, Any]], modules: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's "quantization" in mlx-lm's form: the commonest format, then the modules that differ from it."""
+    counts = Counter((p["group_size"], p["bits"], p["mode"]) for p in packing.values())
+    common = dict(zip(("group_size", "bits", "mode"), counts.most_common(1)[0][0], strict=True))
+    described: dict[str, Any] = dict(common)
+    for path, module in modules.items():
+        if path in packing and packing[path] != common:
+            described[path] = packing[path]
+        elif path not in packing and hasattr(module, "to_quantized"):
+            described[path] = False
+    return described
+
+
+def _make_quantized(model: nn.Module, packing: Mapping[str, dict[str, Any]]) -> None:
+    import mlx.nn as nn
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        return packing.get(path, False)
+
+    nn.quantize(model, class_predicate=choose)
+
+
+def _dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: mx.Dtype) -> None:
+    """Scales are widened first: in half precision `scale * code + bias` would round once more."""
+    import mlx.core as mx
+
+    for path, form in packing.items():
+        packed, scales = weights.pop(f"{path}.weight"), weights.pop(f"{path}.scales")
+        biases = weights.pop(f"{path}.biases", None)
+        if form["mode"] == "affine":
+            scales = scales.astype(mx.float32)
+            biases = None if biases is None else biases.astype(mx.float32)
+        dense = mx.dequantize(packed, scales, biases, **form)
+        weights[f"{path}.weight"] = dense.astype(dtype)
+
+
+def _compare(model: nn.Module, weights: Weights, source: str) -> None:
+    """Every tensor that is missing, unknown or of another shape, in one ModelError."""
+    from mlx.utils import tree_flatten
+
+    expected = dict(tree_flatten(model.parameters()))
+    missing = [f"{name} {expected[name].shape}" for name in expected if name not in weights]
+    unknown = [f"{name} {weights[name].shape}" for name in weights if name not in expected]
+    shapes = [
+        f"{name} is {weights[name].shape}, should be {array.shape}"
+        for name, array in expected.items()
+        if name in weights and weights[name].shape != array.shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (("missing", missing), ("unexpected", unknown), ("of the wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ModelError(
+            f"The tensors of {source} do not fit its config. {'; '.join(problems)}. Download the model again; if it "
+            "is complete, it is of another family than its model_type says."
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:12])
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"

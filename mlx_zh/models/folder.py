@@ -1,0 +1,245 @@
+"""Read a model folder in Hugging Face's or mlx-lm's layout: config.json, *.safetensors, tokenizer.
+
+Nothing here unpickles and nothing runs code that a folder brings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def folder_config(path: Path) -> dict[str, Any]:
+    """config.json, completed from generation_config.json and put into the form that mlx-lm 0.32 understands.
+
+    ModelError if there is none, if it cannot be parsed, or if the model is of a family that is not supported.
+    """
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{path} has no config.json, so it is not a model folder. Give the folder that holds config.json and the "
+            f"*.safetensors files{_adapter_hint(path)}."
+        )
+    config = read_json(path / "config.json")
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ModelError(
+            f"{path / 'config.json'}: model_type {kind!r} is not supported. Supported are {', '.join(MODEL_TYPES)}: "
+            "the program computes attention itself and needs a model of Llama's shape."
+        )
+    _flatten_rope(config)
+    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    if kinds or config.get("use_sliding_window"):
+        raise ModelError(
+            f"{path / 'config.json'}: layers with {', '.join(sorted(kinds)) or 'sliding_attention'} are not "
+            "supported; every layer must attend to the whole text. Choose another model."
+        )
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        ends = [*as_ids(read_json(generation).get("eos_token_id")), *as_ids(config.get("eos_token_id"))]
+        if unique := list(dict.fromkeys(ends)):
+            config["eos_token_id"] = unique if len(unique) > 1 else unique[0]
+    return config
+
+
+def as_ids(value: Any) -> list[int]:
+    """A token id, a list of them, or nothing, as a list."""
+    if value is None:
+        return []
+    return [int(item) for item in value] if isinstance(value, list) else [int(value)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8 text ({error.reason}). Download it again.") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: a JSON object is needed, found a {type(content).__name__}. Download it again.")
+    return content
+
+
+def _flatten_rope(config: dict[str, Any]) -> None:
+    """transformers 5 nests rope_theta under rope_parameters, where mlx-lm's Llama overlooks it and takes 10000."""
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, dict):
+        return
+    if "rope_theta" in nested:
+        config.setdefault("rope_theta", nested["rope_theta"])
+    kind = nested.get("rope_type") or nested.get("type") or "default"
+    if kind != "default" and not config.get("rope_scaling"):
+        config["rope_scaling"] = {key: value for key, value in nested.items() if key != "rope_theta"}
+
+
+def _adapter_hint(path: Path) -> str:
+    names = ("adapter_config.json", "adapters.safetensors", "adapter_model.safetensors")
+    if any((path / name).exists() for name in names):
+        return "; this one holds an adapter, which goes on top of a model"
+    return ""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One *.safetensors file and its checked table: name -> (dtype, shape, first byte, last byte)."""
+
+    path: Path
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+
+
+def folder_weights(path: Path) -> tuple[dict[str, mx.array], str]:
+    """All tensors (lazy) and a fingerprint of their content; ModelError if a file is missing or damaged."""
+    import mlx.core as mx
+
+    files = [_read_table(file) for file in _weight_files(path)]
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        try:
+            loaded = mx.load(str(file.path))
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"{file.path} cannot be read ({str(error).strip()}). Download it again.") from error
+        assert isinstance(loaded, dict)
+        weights.update(loaded)
+    return weights, _fingerprint(path, files)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / _INDEX).is_file():
+        mapping = read_json(path / _INDEX).get("weight_map")
+        names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
+        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        missing = [name for name in names if name not in bad and not (path / name).is_file()]
+        if bad or not names:
+            raise ModelError(f"{path / _INDEX} is damaged: its weight_map is not usable. Download it again.")
+        if missing:
+            raise ModelError(
+                f"{path} lacks {len(missing)} of the {len(names)} files that {_INDEX} lists: "
+                f"{', '.join(missing[:8])}. The download is not complete; start it again."
+            )
+        return [path / name for name in names]
+    # consolidated*.safetensors is a second copy of the weights in Mistral's own naming.
+    others = (
+        p for p in path.glob("*.safetensors") if not p.name.startswith(("adapter", "consolidated", "checkpoint"))
+    )
+    if found := sorted(path.glob("model*.safetensors")) or sorted(others):
+        return found
+    if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
+        raise ModelError(
+            f"{path} has its weights only as {', '.join(pickles[:3])}. Such files are Python pickles, which can run "
+            "any program when they are opened, so they are not read. Take the *.safetensors files of the same model, "
+            "or convert them (`transformers`: model.save_pretrained(..., safe_serialization=True))."
+        )
+    raise ModelError(
+        f"{path} has config.json but no weights (*.safetensors){_adapter_hint(path)}. Download the model again, or "
+        "give the folder that holds them."
+    )
+
+
+def _read_table(path: Path) -> TensorFile:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if head == b"version ":
+            raise ModelError(
+                f"{path} is a Git LFS pointer, not the weights themselves. Run `git lfs pull` in that folder."
+            )
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise ModelError(
+                f"{path} is truncated or is not a safetensors file: it announces a header of {length:,} bytes and "
+                f"has {size:,} bytes in all. Download it again."
+            )
+        raw = file.read(length)
+    try:
+        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        tensors = {name: _entry(entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: its header cannot be parsed ({error}). Download it again.") from error
+    end = max((entry[3] for entry in tensors.values()), default=0)
+    if end > size - 8 - length:
+        raise ModelError(
+            f"{path} is truncated: its tensors need {8 + length + end:,} bytes and it has {size:,}. Download it "
+            "again."
+        )
+    _check_types(path, tensors)
+    shifted = {n: (t, s, 8 + length + first, 8 + length + last) for n, (t, s, first, last) in tensors.items()}
+    return TensorFile(path, shifted)
+
+
+def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    first, last = entry["data_offsets"]
+    return str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), int(first), int(last)
+
+
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I64": 8, "I32": 4, "I8": 1, "BOOL": 1}
+
+
+def _check_types(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
+    if unread := sorted({kind for kind, *_ in tensors.values() if kind not in _BYTES}):
+        raise ModelError(
+            f"{path} holds tensors of type {', '.join(unread)}, which are not read. Take the BF16 version of the "
+            "model, or one that was quantized by mlx-lm."
+        )
+    wrong = [
+        name
+        for name, (kind, shape, first, last) in tensors.items()
+        if first < 0 or last - first != math.prod(shape) * _BYTES[kind]
+    ]
+    if wrong:
+        raise ModelError(
+            f"{path} is damaged: {len(wrong)} tensors have a size that is not that of their shape, first {wrong[0]}. "
+            "Download it again."
+        )
+
+
+def _fingerprint(path: Path, files: list[TensorFile]) -> str:
+    """config.json, the tables, and three samples of every tensor: any training changes all of a tensor."""
+    digest = hashlib.sha256(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
+    for entry in files:
+        with entry.path.open("rb") as file:
+            for name, (kind, shape, first, last) in sorted(entry.tensors.items()):
+                digest.update(f"{name} {kind} {shape}".encode())
+                for at in (first, (first + last) // 2, max(first, last - 128)):
+                    file.seek(at)
+                    digest.update(file.read(min(128, last - at)))
+    return digest.hexdigest()[:16]
+
+
+def folder_tokenizer(path: Path) -> Any:
+    """The folder's fast tokenizer, with its chat template where it has one; code in the folder is never run."""
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Download the model again, with all of "
+            "its small files."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True, use_fast=True
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever they meet
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"The tokenizer in {path} cannot be read: {reason}. Download it again.") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"The tokenizer in {path} has no tokenizer.json, so it cannot say which letters a token stands for. Take "
+            "a version of the model that brings tokenizer.json."
+        )
+    return tokenizer

@@ -1,0 +1,270 @@
+"""Read GGUF files: metadata, tensor table and tensors, each checked against the size of the file.
+
+The table is read here and not with the `gguf` package, which makes a NumPy view of every string (nine seconds
+for a vocabulary of 128k). The tensors are read here and not with `mx.load`, which turns BF16 into F16, so that
+large weights become infinite, and which trusts the offsets of a damaged file.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_zh.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+# Names of the tensor types, so that one which is not read can be refused by name.
+_TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
+    11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
+    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+
+# Weights per block and bytes per block of the types that are read.
+_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
+GROUP_SIZE = 32
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One row of the tensor table; `shape` is in row-major order (rows first), `offset` from the file's start."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """Metadata and tensor table of a GGUF file; the weights stay on disk until `read_tensor`."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    fingerprint: str
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Parse and check the header of `path`; ModelError if it is not GGUF, is damaged, or holds types not read "
+    "here."""
+    with path.open("rb") as file:
+        if path.stat().st_size < 24 or file.read(4) != _MAGIC:
+            raise ModelError(
+                f"{path} is not a GGUF file: it does not start with the letters GGUF. If it was downloaded, the page "
+                "of an error may have been saved in its place; download it again."
+            )
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(path, data)
+            metadata, rows = _header(cursor)
+            tensors = _table(cursor, metadata, rows)
+            fingerprint = _fingerprint(data, cursor.offset, tensors)
+    return GGUFFile(path, metadata, tensors, fingerprint)
+
+
+class _Cursor:
+    """A position in the file that never reads past its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.offset, self.size = path, data, 4, len(data)
+
+    def take(self, count: int) -> int:
+        """Advance by `count` bytes and return where they start."""
+        start, stop = self.offset, self.offset + count
+        if stop > self.size:
+            raise ModelError(
+                f"{self.path} is truncated or damaged: its header needs byte {stop:,} and the file ends at "
+                f"{self.size:,}. Download it again."
+            )
+        self.offset = stop
+        return start
+
+    def scalar(self, code: str) -> Any:
+        layout = struct.Struct("<" + code)
+        return layout.unpack_from(self.data, self.take(layout.size))[0]
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        start = self.take(length)
+        return self.data[start : start + length].decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise ModelError(
+                f"{self.path} is damaged: metadata of unknown type {kind} near byte {self.offset:,}. Download it "
+                "again."
+            )
+        return self.scalar(_SCALARS[kind])
+
+    def array(self) -> list[Any]:
+        kind, length = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            layout = np.dtype(_SCALARS[kind]).newbyteorder("<")
+            start = self.take(length * layout.itemsize)
+            return list(np.frombuffer(self.data, layout, length, start).tolist())
+        if kind != _STRING or length * 8 > self.size:  # a string takes at least the eight bytes of its length
+            raise ModelError(
+                f"{self.path} is damaged: an array of {length:,} values of type {kind} near byte {self.offset:,}. "
+                "Download it again."
+            )
+        return [self.string() for _ in range(length)]
+
+
+def _header(cursor: _Cursor) -> tuple[dict[str, Any], int]:
+    """The metadata, and how many tensors the table lists."""
+    version = cursor.scalar("I")
+    if version not in _VERSIONS:
+        raise ModelError(
+            f"{cursor.path} is GGUF version {version}; versions 2 and 3 (little-endian) can be read. Convert the "
+            "model again with a current llama.cpp."
+        )
+    rows, entries = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(entries):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    return metadata, rows
+
+
+def _table(cursor: _Cursor, metadata: dict[str, Any], rows: int) -> dict[str, TensorInfo]:
+    path = cursor.path
+    entries = [_row(cursor) for _ in range(rows)]
+    unread = sorted({kind for _, kind, _, _ in entries if kind not in _BLOCKS})
+    if unread:
+        raise ModelError(
+            f"{path} holds tensors of type {', '.join(unread)}; {', '.join(_BLOCKS)} can be read. Take the Q4_0, "
+            "Q4_1, Q8_0 or BF16 file of the same model."
+        )
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise ModelError(f"{path} is damaged: its alignment is {alignment!r}. Download it again.")
+    start = math.ceil(cursor.offset / alignment) * alignment
+    tensors: dict[str, TensorInfo] = {}
+    bad: list[str] = []
+    for name, kind, shape, offset in entries:
+        weights, size = _BLOCKS[kind]
+        if name in tensors or not shape or shape[-1] % weights or math.prod(shape) == 0:
+            bad.append(f"{name} {kind} {shape}")
+            continue
+        tensors[name] = TensorInfo(name, kind, shape, start + offset, math.prod(shape) // weights * size)
+    if bad:
+        raise ModelError(f"{path} is damaged: its table lists impossible tensors: {_some(bad)}. Download it again.")
+    late = [t for t in tensors.values() if t.offset + t.size > cursor.size]
+    if late:
+        end = max(t.offset + t.size for t in late)
+        raise ModelError(
+            f"{path} is truncated: {len(late)} of {len(tensors)} tensors (first {late[0].name}) end after the file "
+            f"does; it should have at least {end:,} bytes and has {cursor.size:,}. Download it again."
+        )
+    return tensors
+
+
+def _row(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
+    name = cursor.string()
+    dimensions = cursor.scalar("I")
+    if dimensions > 8:
+        raise ModelError(f"{cursor.path} is damaged: tensor {name!r} has {dimensions} dimensions. Download it again.")
+    shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
+    number = cursor.scalar("I")
+    return name, _TYPE_NAMES.get(number, f"number {number}"), shape, cursor.scalar("Q")
+
+
+def _fingerprint(data: mmap.mmap, header: int, tensors: dict[str, TensorInfo]) -> str:
+    """Header (config, tokenizer, table) and three samples of every tensor: any training changes all of a tensor."""
+    digest = hashlib.sha256(data[:header])
+    for tensor in tensors.values():
+        for at in (0, tensor.size // 2, max(0, tensor.size - 128)):
+            digest.update(data[tensor.offset + at : tensor.offset + min(at + 128, tensor.size)])
+    return digest.hexdigest()[:16]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+
+
+def read_tensor(file: GGUFFile, name: str) -> dict[str, mx.array]:
+    """The tensor in MLX's form: {"weight"} or, where it is quantized, {"weight", "scales", "biases"}, groups of 32.
+
+    Exact: F16, BF16 and F32 keep their type; quantized weights keep their codes, so that
+    `scale * code + bias` in float32 is what llama.cpp dequantizes to.
+    """
+    import mlx.core as mx
+
+    info = file.tensors[name]
+    raw = np.memmap(file.path, np.uint8, "r", info.offset, (info.size,))
+    if info.kind == "F32":
+        return {"weight": mx.array(raw.view(np.float32).reshape(info.shape))}
+    if info.kind == "F16":
+        return {"weight": mx.array(raw.view(np.float16).reshape(info.shape))}
+    if info.kind == "BF16":
+        return {"weight": mx.array(raw.view(np.uint16).reshape(info.shape)).view(mx.bfloat16)}
+    groups = info.shape[-1] // GROUP_SIZE
+    blocks = mx.array(raw.reshape(*info.shape[:-1], groups, -1))  # (..., rows, groups, bytes of a block)
+    return _UNPACK[info.kind](blocks)
+
+
+def _half(blocks: mx.array, at: int) -> mx.array:
+    """(rows, groups, bytes) -> (rows, groups): the float16 at byte `at` of every block."""
+    import mlx.core as mx
+
+    return mx.contiguous(blocks[..., at : at + 2]).view(mx.float16).squeeze(-1)
+
+
+def _words(codes: mx.array) -> mx.array:
+    """(rows, groups, bytes) -> (rows, words): codes in order, packed into the 32-bit words that MLX expects."""
+    import mlx.core as mx
+
+    return mx.contiguous(codes.flatten(-2)).view(mx.uint32)
+
+
+def _nibbles(codes: mx.array) -> mx.array:
+    """GGUF keeps weights 0-15 of a block in low nibbles and 16-31 in high ones; MLX keeps neighbours together."""
+    import mlx.core as mx
+
+    low, high = codes & 15, codes >> 4
+    return _words(mx.concatenate([half[..., ::2] | (half[..., 1::2] << 4) for half in (low, high)], axis=-1))
+
+
+def _q4_0(blocks: mx.array) -> dict[str, mx.array]:
+    scales = _half(blocks, 0)
+    return {"weight": _nibbles(blocks[..., 2:]), "scales": scales, "biases": -8 * scales}
+
+
+def _q4_1(blocks: mx.array) -> dict[str, mx.array]:
+    return {"weight": _nibbles(blocks[..., 4:]), "scales": _half(blocks, 0), "biases": _half(blocks, 2)}
+
+
+def _q8_0(blocks: mx.array) -> dict[str, mx.array]:
+    scales = _half(blocks, 0)
+    return {"weight": _words(blocks[..., 2:] ^ 128), "scales": scales, "biases": -128 * scales}
+
+
+_UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}

@@ -1,0 +1,207 @@
+"""GGUF in the terms of mlx-lm: a `config.json`, parameter names, and rows in Hugging Face's order."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_zh.errors import ModelError
+from mlx_zh.models.gguf import GGUFFile, read_tensor
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# GGUF's architecture -> config.json's model_type. Mistral calls itself llama in GGUF.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def gguf_config(file: GGUFFile) -> dict[str, Any]:
+    """What config.json would say of this file; ModelError where mlx-lm's Llama-shaped classes cannot run it."""
+    kind = file.architecture
+    if kind not in ARCHITECTURES or file.metadata.get("general.type", "model") != "model":
+        what = f"a {file.metadata.get('general.type', 'model')} of architecture {kind or 'unknown'!r}"
+        raise ModelError(
+            f"{file.path} is {what}; a model of architecture {', '.join(ARCHITECTURES)} is needed (Mistral is stored "
+            "as llama). Choose a model of one of these families."
+        )
+    key = _Keys(file)
+    hidden, heads = key.integer("embedding_length"), key.integer("attention.head_count")
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [ARCHITECTURES[kind]],
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "num_hidden_layers": key.integer("block_count"),
+        "intermediate_size": key.integer("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key.integer("attention.head_count_kv", heads),
+        "head_dim": key.integer("attention.key_length", hidden // max(heads, 1)),
+        "rms_norm_eps": key.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": key.integer("context_length"),
+        "rope_theta": key.number("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    if "token_embd.weight" not in file.tensors:
+        raise ModelError(f"{file.path} has no tensor token_embd.weight. Download it again.")
+    config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    if kind == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
+    _check_shape(file, key, config)
+    config["rope_scaling"] = _rope_scaling(file, key, config)
+    for name in ("bos", "eos"):
+        config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if len(unique := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
+        config["eos_token_id"] = unique
+    return config
+
+
+class _Keys:
+    """The architecture's own metadata, by the name after the dot."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+
+    def get(self, name: str) -> Any:
+        value = self.file.metadata.get(f"{self.file.architecture}.{name}")
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            return value[0]  # one number a layer, all alike
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ModelError(
+                f"{self.file.path}: metadata {self.file.architecture}.{name} is {value!r}, a number is needed. "
+                "Convert the model again with a current llama.cpp."
+            )
+        # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        return int(self.number(name, default))
+
+
+def _check_shape(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> None:
+    rotary = key.integer("rope.dimension_count", config["head_dim"])
+    experts = key.integer("expert_count", 0)
+    problem = ""
+    if experts:
+        problem = f"it has {experts} experts a layer"
+    elif rotary != config["head_dim"]:
+        problem = f"it rotates {rotary} of {config['head_dim']} dimensions of a head"
+    elif config["num_attention_heads"] < 1 or config["num_key_value_heads"] < 1:
+        problem = "it has layers without attention heads"
+    if problem:
+        raise ModelError(
+            f"{file.path} is not Llama-shaped: {problem}. Choose a dense Llama, Mistral, Qwen2 or Qwen3 model."
+        )
+
+
+def _rope_scaling(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> dict[str, Any] | None:
+    if _ROPE_FACTORS in file.tensors:
+        return _llama3_scaling(file, config)
+    kind = key.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return None
+    factor = key.number("rope.scaling.factor")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        original = key.integer("rope.scaling.original_context_length")
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    raise ModelError(
+        f"{file.path} scales its positions by {kind!r}; linear, yarn and Llama 3's way can be read. Take the model's "
+        "safetensors instead."
+    )
+
+
+def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3.1 stores what each frequency is divided by; the `factor` behind it is the largest of them.
+
+    The other three numbers are the same in Llama 3.1, 3.2 and 3.3. They are put to the test: recomputed divisors
+    must equal those stored.
+    """
+    stored = np.array(read_tensor(file, _ROPE_FACTORS)["weight"], dtype=np.float64)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(stored.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    half = config["head_dim"] // 2
+    wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
+    smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0, 1)
+    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+        raise ModelError(
+            f"{file.path}: {_ROPE_FACTORS} scales positions in a way that is not Llama 3's. Take the model's "
+            "safetensors instead."
+        )
+    return scaling
+
+
+def gguf_weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, mx.array]:
+    """Every tensor under its mlx-lm name, `.scales` and `.biases` included, q and k rows in Hugging Face's order."""
+    unknown = sorted(name for name in file.tensors if name != _ROPE_FACTORS and _rename(name) is None)
+    if unknown:
+        shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
+        raise ModelError(
+            f"{file.path} has {len(unknown)} tensors that a {file.architecture} model does not have: {shown}. It is "
+            "of another family under a known name; choose another model."
+        )
+    weights: dict[str, mx.array] = {}
+    for name in file.tensors:
+        target = _rename(name)
+        if target is None:
+            continue
+        path, part = target.rsplit(".", 1)
+        for suffix, array in read_tensor(file, name).items():
+            if config["model_type"] == "llama" and (heads := _HEADS.get(path.rsplit(".", 1)[-1])):
+                array = _unpermute(array, config[heads])
+            weights[f"{path}.{part if suffix == 'weight' else suffix}"] = array
+    return weights
+
+
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+
+
+def _rename(name: str) -> str | None:
+    if match := _BLOCK.fullmatch(name):
+        layer, part, suffix = match.groups()
+        return f"model.layers.{layer}.{_LAYER[part]}.{suffix}" if part in _LAYER else None
+    stem, _, suffix = name.rpartition(".")
+    return f"{_TOP[stem]}.{suffix}" if stem in _TOP and suffix == "weight" else None
+
+
+def _unpermute(array: mx.array, heads: int) -> mx.array:
+    """Undo llama.cpp's order of q and k rows, which interleaves the two halves of a head for its rotation.
+
+    Works on weights, biases, and each part of a quantized weight alike, since rows are never split.
+    """
+    if array.shape[0] % (2 * heads):
+        return array  # the comparison of shapes that follows names it
+    rows = array.reshape(heads, -1, 2, *array.shape[1:])  # (heads, head_dim / 2, 2, ...)
+    return rows.swapaxes(1, 2).reshape(array.shape)

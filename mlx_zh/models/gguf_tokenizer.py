@@ -1,0 +1,110 @@
+"""The tokenizer inside a GGUF file, rebuilt as a Hugging Face fast tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_zh.errors import ModelError
+from mlx_zh.models.gguf import GGUFFile
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+# How text is cut before merging: patterns applied one after another, as in llama.cpp's llm_tokenizer_bpe.
+_CUTS: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "gpt-2": (_GPT2,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def gguf_tokenizer(file: GGUFFile) -> Any:
+    """A PreTrainedTokenizerFast with the file's vocabulary, special tokens and chat template."""
+    metadata = file.metadata
+    model, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model != "gpt2":
+        raise ModelError(
+            f"{file.path} has a tokenizer of kind {model!r}; byte-level BPE ('gpt2') can be read. Take the model's "
+            "safetensors folder, which brings its own tokenizer."
+        )
+    if cut not in _CUTS:
+        raise ModelError(
+            f"{file.path} cuts text by the rule {cut!r} (tokenizer.ggml.pre); known are {', '.join(_CUTS)}. Convert "
+            "it again with a current llama.cpp, or take the model's safetensors folder."
+        )
+    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
+    if not tokens or merges is None:
+        raise ModelError(f"{file.path} has no vocabulary or no merges in its metadata. Download it again.")
+    return _wrap(file, _byte_level(file, cut, tokens, merges), tokens)
+
+
+def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str]) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocabulary: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        vocabulary.setdefault(token, index)
+    pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]
+    try:
+        bpe = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=cut in _LLAMA3_NAMES)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(
+            f"{file.path}: its vocabulary and merges do not fit ({error}). Download it again."
+        ) from error
+    tokenizer = Tokenizer(bpe)
+    if "qwen" in cut:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _CUTS[cut]]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=False)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def _wrap(file: GGUFFile, tokenizer: Any, tokens: list[str]) -> Any:
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = file.metadata
+    names: dict[str, str] = {}
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if index is None:
+            continue
+        if not 0 <= index < len(tokens):
+            raise ModelError(
+                f"{file.path}: tokenizer.ggml.{theirs}_token_id is {index}, and the vocabulary has {len(tokens)} "
+                "tokens. Convert the model again with a current llama.cpp."
+            )
+        names[f"{ours}_token"] = tokens[index]
+    starts = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.pre"] in _LLAMA3_NAMES)
+    if starts and (bos := names.get("bos_token")):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        model_max_length=int(metadata.get(f"{file.architecture}.context_length", 2**31)),
+        **names,
+    )

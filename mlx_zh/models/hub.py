@@ -1,0 +1,102 @@
+"""Download a model from Hugging Face or ModelScope: weights as safetensors, and small text files. No code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from mlx_zh.errors import DownloadError, ModelError, StorageError
+
+_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+def download(name: str, hub: str = "huggingface", revision: str | None = None) -> Path:
+    """The local folder of `name` ("org/model") at `revision` (branch, tag or commit), from the cache where possible.
+
+    Raises DownloadError with the way out for a missing, gated or unreachable model; StorageError on a full disk.
+    """
+    if hub not in _HUBS:
+        raise ModelError(f"hub {hub!r} is not known; choose {' or '.join(_HUBS)}.")
+    try:
+        return _HUBS[hub](name, revision)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"The disk is full: {name} could not be stored. Make room and start again; what has arrived is kept."
+            ) from error
+        raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS[hub]}") from error
+
+
+def _huggingface(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{name} is gated: its owner asks for your consent first. Accept the conditions on its page "
+            f"({_endpoint()}/{name}), make an access token there, and run `huggingface-cli login` (or set HF_TOKEN)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DownloadError(f"{name} has no revision {revision!r}; check it on {_endpoint()}/{name}.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"{_endpoint()} has no model {name}, or it is private. Check the spelling; for a private model run "
+            "`huggingface-cli login`; if you meant a folder, it does not exist."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+        reason = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else _first_line(error)
+        raise DownloadError(f"{name}{at} could not be downloaded: {reason}.{_WAYS['huggingface']}") from error
+    except errors.HFValidationError as error:
+        raise DownloadError(f"{name!r} is not a hub id: {_first_line(error)}.") from error
+    except OSError:
+        raise
+    except Exception as error:  # the HTTP library's own errors: no route, no name, bad certificate, bad proxy
+        raise DownloadError(
+            f"{name}{at} could not be downloaded: {_first_line(error)}.{_WAYS['huggingface']}"
+        ) from error
+
+
+def _modelscope(name: str, revision: str | None) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise DownloadError(
+            f"`hub: modelscope` needs a package that is not installed, so {name} was not downloaded. Run "
+            "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
+        ) from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
+    except Exception as error:  # modelscope raises its own, requests' and plain exceptions
+        raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
+
+
+_HUBS = {"huggingface": _huggingface, "modelscope": _modelscope}
+
+_WAYS = {
+    "huggingface": (
+        " Check the network. Where huggingface.co cannot be reached, set HF_ENDPOINT to a mirror "
+        "(`export HF_ENDPOINT=https://hf-mirror.com`) or use `hub: modelscope`; or give the path of a folder that "
+        "you downloaded another way."
+    ),
+    "modelscope": (
+        " Check the network and the name on modelscope.cn (it can differ from Hugging Face's); or use "
+        "`hub: huggingface`, or give the path of a folder that you downloaded another way."
+    ),
+}
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

