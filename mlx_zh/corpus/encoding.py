@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,9 +29,10 @@ class PieceEncoder:
             )
         self._backend = backend
         tokens = backend.get_added_tokens_decoder()
-        ends = {getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
+        self._ends = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")]
         self._added_ids: dict[str, int] = {token.content: index for index, token in tokens.items()}
-        controls = {token.content for token in tokens.values() if token.special or token.content in ends}
+        controls = {token.content for token in tokens.values() if token.special or token.content in self._ends}
+        # Tokens that structure a chat. Others that were added (<think>, <tool_call>) may be written in a message.
         self._control_ids = frozenset(self._added_ids[content] for content in controls)
         self.added = _any_of(self._added_ids)
         self.control = _any_of(controls)
@@ -95,14 +97,13 @@ class PieceEncoder:
 
     def _cut(self, encoding: Any, pieces: Sequence[str]) -> list[list[int]]:
         ids, offsets = encoding.ids, encoding.offsets
-        added = self._added_ids.values()
+        starts = [start for start, _ in offsets]
         result, begin, position = [], 0, 0
         for piece in pieces:
             position += len(piece)
-            end = begin
-            while end < len(ids) and offsets[end][0] < position:
-                end += 1
-            if end > begin and offsets[end - 1][1] > position and ids[end - 1] not in added:
+            end = bisect.bisect_left(starts, position, begin)
+            # An added token may swallow the blanks after it; that makes it no part of a reply.
+            if end > begin and offsets[end - 1][1] > position and ids[end - 1] not in self._added_ids.values():
                 joint = "".join(pieces)[max(0, position - 12) : position + 12]
                 raise TemplateError(
                     f"a token stands across the start of a reply near {joint!r}; this tokenizer and chat template "
@@ -122,7 +123,8 @@ class PieceEncoder:
     def _probe(self) -> bool:
         """Whether a text encoded in two parts gives the tokens of the whole, at joints as templates have them."""
         self._be_plain()
-        joints = [(left, right) for left in (*list(self._added_ids)[:1], "\n") for right in ("Hello", "你好", "1")]
+        lefts = [token for token in self._ends if token in self._added_ids]
+        joints = [(left, right) for left in (*lefts, "\n") for right in ("Hello", "你好", "1")]
         texts = [text for left, right in joints for text in (left + right, left, right)]
         found = self._encode_all(texts)
         return all(found[i] == found[i + 1] + found[i + 2] for i in range(0, len(found), 3))

@@ -1,0 +1,109 @@
+"""Local files to conversations: the forms that Chinese instruction data is published in.
+
+    alpaca           instruction, input?, output, system?, history? = [[question, answer], …]
+    sharegpt         conversations = [{from: human|gpt|system, value}, …], system?
+    messages         messages = [{role, content}, …]                     (OpenAI)
+    belle-seed       instruction, instances = [{input, output}, …]       one conversation an instance
+    prompt-response  prompt, response (or completion), system?
+
+A format is recognised by its columns. `columns` renames: our name → the file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mlx_zh.corpus.conversation import Conversation, Message
+from mlx_zh.corpus.preferences import iter_preferences as iter_preferences
+from mlx_zh.corpus.preferences import load_preferences as load_preferences
+from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.corpus.rows import LoadReport as LoadReport
+from mlx_zh.corpus.rows import (
+    Format,
+    Row,
+    check_turns,
+    history_of,
+    instruction_of,
+    iter_rows,
+    messages_of,
+    system_of,
+    text_of,
+)
+
+Messages = tuple[Message, ...]
+
+
+def load_conversations(
+    path: Path, *, format: str = "auto", on_invalid: str = "error", columns: Mapping[str, str] | None = None
+) -> tuple[list[Conversation], LoadReport]:
+    """All conversations of a file and what became of its rows.
+
+    Raises DataError for a file that cannot be read, and for rows that cannot be used: one error that lists them.
+    on_invalid="skip" drops and counts such rows instead; only when no row is left is that an error.
+    """
+    report = LoadReport()
+    found = list(iter_conversations(path, format=format, on_invalid=on_invalid, columns=columns, report=report))
+    return found, report
+
+
+def iter_conversations(
+    path: Path,
+    *,
+    format: str = "auto",
+    on_invalid: str = "error",
+    columns: Mapping[str, str] | None = None,
+    report: LoadReport | None = None,
+) -> Iterator[Conversation]:
+    """`load_conversations` one at a time; an error about rows is raised after the last one. Fills `report`."""
+    report = LoadReport() if report is None else report
+    rows = iter_rows(path, FORMATS, format=format, on_invalid=on_invalid, columns=columns, report=report)
+    for place, messages in rows:
+        yield Conversation(messages, place)
+
+
+def _alpaca(row: Row) -> Iterator[Messages]:
+    reply = Message("assistant", text_of(row, "output"))
+    yield check_turns([*system_of(row), *history_of(row), instruction_of(row), reply], last="assistant")
+
+
+def _sharegpt(row: Row) -> Iterator[Messages]:
+    messages = messages_of(row.get("conversations"), "'conversations'")
+    yield check_turns([*system_of(row), *messages], last="assistant")
+
+
+def _messages(row: Row) -> Iterator[Messages]:
+    yield check_turns(messages_of(row.get("messages"), "'messages'"), last="assistant")
+
+
+def _belle_seed(row: Row) -> Iterator[Messages]:
+    instances = row.get("instances")
+    if not isinstance(instances, list) or not instances or not all(isinstance(i, dict) for i in instances):
+        raise InvalidRow("wrong type", "'instances' must be a list of objects with input and output")
+    for instance in instances:
+        question = instruction_of({"instruction": row.get("instruction"), "input": instance.get("input")})
+        yield check_turns([question, Message("assistant", text_of(instance, "output"))], last="assistant")
+
+
+def _prompt_response(row: Row) -> Iterator[Messages]:
+    name = "completion" if "completion" in row and "response" not in row else "response"
+    turns = [Message("user", text_of(row, "prompt")), Message("assistant", text_of(row, name))]
+    yield check_turns([*system_of(row), *turns], last="assistant")
+
+
+# In the order of recognition: the first that fits a row is taken.
+FORMATS: dict[str, Format[Messages]] = {
+    "messages": Format(("messages",), lambda row: "messages" in row, _messages),
+    "sharegpt": Format(("conversations", "system"), lambda row: "conversations" in row, _sharegpt),
+    "belle-seed": Format(
+        ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
+    ),
+    "alpaca": Format(
+        ("instruction", "input", "output", "system", "history"), lambda row: "instruction" in row, _alpaca
+    ),
+    "prompt-response": Format(
+        ("prompt", "response", "completion", "system"),
+        lambda row: "prompt" in row and ("response" in row or "completion" in row),
+        _prompt_response,
+    ),
+}

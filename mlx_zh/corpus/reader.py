@@ -1,0 +1,207 @@
+"""Rows of a local JSON or JSON-lines file, one at a time, each with its place."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_zh.errors import DataError
+
+_CHUNK = 1 << 20  # characters of a JSON array read at once
+_WORD = 16  # longer than any word or escape of JSON
+_BLANK = " \t\r\n"
+_DECODER = json.JSONDecoder()
+
+
+class InvalidRow(Exception):
+    """A row that cannot be used: a short reason to count it by, and what was found.
+
+    Not an error yet: whoever reads the rows decides whether to skip it.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a file with its place: "file:line" in JSON lines, "file[index]" in a JSON array.
+
+    What the file holds decides, not its name: many `.json` files are JSON lines. A broken line comes as an
+    InvalidRow; a broken array raises DataError with line and column, as do a missing or empty file, a folder, and
+    text that is not UTF-8 (a byte-order mark is allowed).
+    """
+    try:
+        _check_file(path)
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            head = _first_character(file)
+            if head == "[":
+                yield from _array_rows(path, file)
+            elif head == "{":
+                yield from _line_rows(path, file)
+            elif head:
+                raise DataError(
+                    f"{path}: not JSON: it begins with {head!r}. A JSON array of rows or one JSON object per line "
+                    "is expected"
+                )
+            else:
+                raise DataError(f"{path}: the file holds no rows")
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
+        hint = f"; it has {', '.join(names)}" if names else ""
+        raise DataError(f"{path}: a folder; name one file in it{hint}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(4)
+    # UTF-16 begins with its mark, or has a zero byte beside the first ASCII character.
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in head[:2]:
+        raise DataError(f"{path}: the text is UTF-16; convert it: {_convert(path, 'UTF-16')}")
+
+
+def _first_character(file: IO[str]) -> str:
+    """The first character that is not blank; the file is left at its beginning."""
+    while (character := file.read(1)) and character in _BLANK:
+        pass
+    file.seek(0)
+    return character
+
+
+def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if line.strip() == "{":
+                raise DataError(
+                    f"{place}: an object over several lines. A JSON array of rows or one JSON object per line is "
+                    "expected"
+                ) from error
+            row = InvalidRow("broken JSON", f"broken JSON{_column(error)}")
+        except RecursionError:
+            row = InvalidRow("nested too deeply", "the JSON is nested too deeply")
+        yield place, row
+
+
+def _column(error: ValueError) -> str:
+    """Where and why; json raises a plain ValueError only for numbers of thousands of digits."""
+    return f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
+
+
+def _array_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
+    """Elements of an array, holding only the part of the file that is being read."""
+    text = _Window(path, file)
+    text.expect("[")
+    if text.peek() == "]":
+        raise DataError(f"{path}: the array is empty")
+    index = 0
+    while True:
+        yield f"{path}[{index}]", text.value()
+        index += 1
+        if text.expect(",]") == "]":
+            break
+    if text.peek():
+        raise text.error("text after the end of the array")
+
+
+class _Window:
+    """A moving window over a JSON text."""
+
+    def __init__(self, path: Path, file: IO[str]):
+        self._path, self._file = path, file
+        self._text, self._position = "", 0
+        self._line, self._column = 1, 1  # of the window's first character
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character that is not blank, or nothing at the end."""
+        while True:
+            while self._position < len(self._text) and self._text[self._position] in _BLANK:
+                self._position += 1
+            if self._position < len(self._text) or self._ended:
+                return self._text[self._position : self._position + 1]
+            self._more()
+
+    def expect(self, characters: str) -> str:
+        """Take one of these characters."""
+        found = self.peek()
+        if not found or found not in characters:
+            raise self.error(f"expected {' or '.join(characters)}" + ("" if found else ", the file ends"))
+        self._position += 1
+        return found
+
+    def value(self) -> Any:
+        """Take a JSON value."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                # An open string, or a word like `true` at the very end, may only have been cut off by the window.
+                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _WORD
+                if self._ended or not cut_off:
+                    self._position = error.pos
+                    raise self.error(error.msg) from error
+            except (RecursionError, ValueError) as error:
+                raise self.error(str(error) or "nested too deeply") from error
+            else:
+                if end < len(self._text) or self._ended:  # else a number may go on in the next chunk
+                    self._position = end
+                    return value
+            self._more()
+
+    def error(self, message: str) -> DataError:
+        passed = self._text[: self._position]
+        line = self._line + passed.count("\n")
+        column = len(passed) - passed.rfind("\n") if "\n" in passed else self._column + len(passed)
+        return DataError(f"{self._path}:{line}: broken JSON at column {column}: {message}")
+
+    def _more(self) -> None:
+        passed = self._text[: self._position]
+        if "\n" in passed:
+            self._line += passed.count("\n")
+            self._column = len(passed) - passed.rfind("\n")
+        else:
+            self._column += len(passed)
+        rest = self._text[self._position :]
+        # Doubling keeps a value of any length at a few tries.
+        chunk = self._file.read(max(_CHUNK, len(rest)))
+        self._text, self._position, self._ended = rest + chunk, 0, not chunk
+
+
+def _wrong_encoding(path: Path) -> DataError:
+    """Name the first line that is not UTF-8, and what it seems to be instead."""
+    with path.open("rb") as file:
+        number, line = next(((n, line) for n, line in enumerate(file, start=1) if not _is_utf8(line)), (1, b""))
+    try:
+        line.decode("gb18030")
+    except UnicodeDecodeError:
+        return DataError(f"{path}:{number}: the text is not UTF-8; convert the file to UTF-8 or mend this line")
+    return DataError(
+        f"{path}:{number}: the text is not UTF-8, it looks like GBK; convert it: {_convert(path, 'GB18030')}"
+    )
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"iconv -f {encoding} -t UTF-8 {path.name} > {path.stem}-utf8{path.suffix}"

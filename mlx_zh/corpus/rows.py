@@ -1,0 +1,261 @@
+"""What the conversation and preference formats share: fields, roles and turns of a row, and how a file is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.reader import InvalidRow, read_rows
+from mlx_zh.errors import DataError
+
+Row = Mapping[str, Any]
+Parsed = TypeVar("Parsed")
+
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+_TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", "ipython")
+_EXAMPLES = 3  # places kept for each reason
+_SHOWN = 10  # errors shown of a file
+_LOOK_AHEAD = 100  # rows that may be broken before the format is told
+
+
+@dataclass
+class LoadReport:
+    """What became of a file's rows. Only under on_invalid="skip" is anything dropped."""
+
+    rows: int = 0
+    kept: int = 0
+    format: str = ""
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few places
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count a row that cannot be used."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < _EXAMPLES:
+            places.append(place)
+
+
+@dataclass(frozen=True)
+class Format(Generic[Parsed]):
+    """A form of rows: its columns, how to recognise it, and how to read a row of it."""
+
+    columns: tuple[str, ...]
+    fits: Callable[[Row], bool]
+    parse: Callable[[Row], Iterable[Parsed]]
+
+
+def iter_rows(
+    path: Path,
+    formats: Mapping[str, Format[Parsed]],
+    *,
+    format: str,
+    on_invalid: str,
+    columns: Mapping[str, str] | None,
+    report: LoadReport,
+) -> Iterator[tuple[str, Parsed]]:
+    """Each usable row's place and contents. Raises DataError, after the last row, for those that cannot be used."""
+    if on_invalid not in ("error", "skip"):
+        raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
+    _check_names(formats, format, columns or {})
+    rows = read_rows(path)
+    if columns:
+        rows = ((place, _rename(row, columns)) for place, row in rows)
+    if format == "auto":
+        format, rows = _detect(path, rows, formats)
+    report.format = format
+    parse = formats[format].parse
+    errors: list[str] = []
+    for place, row in rows:
+        report.rows += 1
+        try:
+            parsed = list(parse(_as_row(row)))
+        except InvalidRow as invalid:
+            report.drop(invalid.reason, place)
+            if len(errors) < _SHOWN:
+                errors.append(f"{place}: {invalid}")
+            continue
+        report.kept += 1
+        for item in parsed:
+            yield place, item
+    invalid_rows = report.rows - report.kept
+    if invalid_rows and (on_invalid == "error" or not report.kept):
+        raise _invalid_rows(path, report, errors, on_invalid)
+
+
+def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_invalid: str) -> DataError:
+    count = report.rows - report.kept
+    more = [f"… and {count - len(errors)} more"] if count > len(errors) else []
+    remedy = "no row is left" if on_invalid == "skip" else "mend them, or drop them with data.on_invalid=skip"
+    lines = "\n  ".join([*errors, *more])
+    return DataError(f"{path}: {count} of {report.rows} rows cannot be used ({remedy}):\n  {lines}")
+
+
+def _check_names(formats: Mapping[str, Format[Parsed]], format: str, columns: Mapping[str, str]) -> None:
+    if format != "auto" and format not in formats:
+        raise DataError(
+            f"unknown data format {format!r}{_nearest(format, formats)}; there are auto, {', '.join(formats)}"
+        )
+    known = {name for form in formats.values() for name in form.columns}
+    for name in columns:
+        if name not in known:
+            raise DataError(
+                f"data.columns: no format has a column {name!r}{_nearest(name, known)}; give our name first, then "
+                f"the file's, e.g. instruction: question. Ours are {', '.join(sorted(known))}"
+            )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _rename(row: Any, columns: Mapping[str, str]) -> Any:
+    if not isinstance(row, dict):
+        return row
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        return InvalidRow("missing field", f"no column {missing[0]!r} (columns: {', '.join(row)})")
+    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**renamed, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+def _detect(
+    path: Path, rows: Iterator[tuple[str, Any]], formats: Mapping[str, Format[Parsed]]
+) -> tuple[str, Iterator[tuple[str, Any]]]:
+    """The format of the first row that has one. The rows read so far are put back."""
+    seen: list[tuple[str, Any]] = []
+    for place, row in rows:
+        seen.append((place, row))
+        if isinstance(row, dict):
+            for name, form in formats.items():
+                if form.fits(row):
+                    return name, chain(seen, rows)
+        if len(seen) == _LOOK_AHEAD:
+            break
+    first = next((row for _, row in seen if isinstance(row, dict)), None)
+    if first is None:
+        found = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {_kind(seen[0][1])}"
+        raise DataError(f"{seen[0][0]}: a row must be an object with named columns, found: {found}")
+    expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
+    raise DataError(
+        f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known are: {expected}. Rename with "
+        "data.columns, our name first, e.g. {instruction: question, output: answer}"
+    )
+
+
+def _as_row(row: Any) -> Row:
+    if isinstance(row, InvalidRow):
+        raise row
+    if not isinstance(row, dict):
+        raise InvalidRow("wrong type", f"a row must be an object, got a {_kind(row)}")
+    return row
+
+
+def text_of(row: Row, name: str, *, optional: bool = False) -> str:
+    """A column's text; an optional one may be missing or null."""
+    value = row.get(name)
+    if value is None:
+        if optional:
+            return ""
+        what = "is null" if name in row else f"is missing (columns: {', '.join(row) or 'none'})"
+        raise InvalidRow("missing field", f"'{name}' {what}")
+    return _as_text(value, f"'{name}'")
+
+
+def _as_text(value: Any, what: str) -> str:
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(_as_text(part.get("text"), what) for part in value)  # OpenAI's content parts
+    if not isinstance(value, str):
+        raise InvalidRow("wrong type", f"{what} must be text, got a {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRow("broken Unicode", f"{what} holds half of a surrogate pair") from None
+    return value
+
+
+def message_of(value: Any, what: str) -> Message:
+    """A message written as {role, content} or as {from, value}."""
+    if not isinstance(value, dict):
+        raise InvalidRow("wrong type", f"{what} must be an object with role and content, got a {_kind(value)}")
+    keys = ("from", "value") if "from" in value else ("role", "content")
+    role = value.get(keys[0])
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        if role in _TOOL_ROLES:
+            raise InvalidRow("tool message", f"{what}: messages of tools are not supported (role {role!r})")
+        raise InvalidRow("unknown role", f"{what}: unknown role {role!r}; user, assistant or system is expected")
+    if value.get(keys[1]) is None:
+        raise InvalidRow("missing field", f"{what}: '{keys[1]}' is missing or null")
+    return Message(ROLES[role.lower()], _as_text(value[keys[1]], f"{what}: '{keys[1]}'"))
+
+
+def messages_of(value: Any, what: str) -> list[Message]:
+    """A list of messages. A blank system message counts as none."""
+    if not isinstance(value, list) or not value:
+        raise InvalidRow("wrong type", f"{what} must be a list of messages, got {_kind_or_empty(value)}")
+    messages = [message_of(item, f"{what}[{i}]") for i, item in enumerate(value)]
+    if messages[0].role == "system" and not messages[0].content.strip():
+        return messages[1:]
+    return messages
+
+
+def history_of(row: Row) -> list[Message]:
+    """Alpaca's `history`: earlier turns as pairs of question and answer."""
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise InvalidRow("wrong type", f"'history' must be a list of pairs, got a {_kind(history)}")
+    messages = []
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InvalidRow("wrong type", f"'history'[{i}] must be a pair of question and answer")
+        question, answer = (_as_text(text, f"'history'[{i}]") for text in pair)
+        messages += [Message("user", question), Message("assistant", answer)]
+    return messages
+
+
+def system_of(row: Row) -> list[Message]:
+    """An optional system column."""
+    system = text_of(row, "system", optional=True)
+    return [Message("system", system)] if system.strip() else []
+
+
+def instruction_of(row: Row) -> Message:
+    """Alpaca's instruction and input, one below the other."""
+    instruction, given = text_of(row, "instruction"), text_of(row, "input", optional=True)
+    return Message("user", "\n".join(text for text in (instruction, given) if text))
+
+
+def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...]:
+    """System only first, then user and assistant in turn, `last` at the end, none of them empty."""
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    for i, message in enumerate(turns):
+        expected = "assistant" if i % 2 else "user"
+        if message.role != expected:
+            place = i + 1 + len(messages) - len(turns)
+            raise InvalidRow("roles out of order", f"message {place} must be of {expected}, got {message.role}")
+        if not message.content.strip():
+            what = "empty reply" if expected == "assistant" else "empty user message"
+            raise InvalidRow(what, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
+    if not turns or turns[-1].role != last:
+        got = turns[-1].role if turns else "no turn"
+        raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")
+    return tuple(messages)
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _kind_or_empty(value: Any) -> str:
+    return "an empty list" if value == [] else f"a {_kind(value)}"
