@@ -1,0 +1,158 @@
+"""Talk to a model, before or after tuning: `python -m mlx_zh.chat RECIPE|MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_zh.errors import RecipeError
+
+if TYPE_CHECKING:
+    from mlx_zh.chatting.chatbot import Chatbot
+    from mlx_zh.chatting.terminal import Screen
+    from mlx_zh.recipe import Recipe
+
+_EPILOG = (
+    """Piped input is one prompt: echo 你好 | python -m mlx_zh.chat MODEL  prints the answer and nothing else."""
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 on one that makes no sense."""
+    parser = argparse.ArgumentParser("mlx-zh chat", description=__doc__, epilog=_EPILOG)
+    parser.add_argument("target", metavar="RECIPE|MODEL", help="recipe.yaml, model folder, .gguf, hub id or name")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
+    parser.add_argument("--adapter", metavar="DIR|none", help="adapter (default: the recipe's newest, DPO then SFT)")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--temp", type=_number(0, 10), default=0.7, help="temperature; 0 is greedy (0.7)")
+    parser.add_argument(
+        "--top-p", type=_number(0.01, 1), default=0.95, help="nucleus sampling; 1 turns it off (0.95)"
+    )
+    parser.add_argument("--max-tokens", type=_count, default=1024, help="longest answer (1024)")
+    parser.add_argument("--max-context", type=_count, help="longest conversation in tokens (what the model can)")
+    parser.add_argument("--seed", type=int, help="makes sampling reproducible")
+    parser.add_argument("--hub", choices=("huggingface", "modelscope"), help="where a hub id is looked for")
+    parser.add_argument("--verbose", action="store_true", help="with piped input: statistics on stderr")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Chat at a terminal, or answer what is piped in. Raises MlxZhError."""
+    arguments = parse(argv)
+    piped = not sys.stdin.isatty()
+
+    from mlx_zh.chatting.piped import answer_once, read_prompt
+    from mlx_zh.chatting.terminal import LineEditor, Screen
+    from mlx_zh.chatting.transcript import Transcript
+
+    text = read_prompt() if piped else ""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a terminal that cannot show 你 must not end the chat
+    screen = Screen.on(sys.stderr if piped else sys.stdout)
+    quiet = piped and not arguments.verbose
+    bot, system = _open(arguments, None if quiet else screen)
+    transcript = Transcript(arguments.system if arguments.system is not None else system)
+    if piped:
+        transcript.ask(text)
+        return answer_once(bot, transcript, None if quiet else screen)
+
+    from mlx_zh import device
+    from mlx_zh.chatting.repl import COMMANDS, Repl
+
+    screen.note("/help 帮助 · Ctrl-C 中止回答 stops an answer · Ctrl-D 退出 leaves")
+    editor = LineEditor(device.cache_folder() / "chat-history", sorted(COMMANDS))
+    Repl(bot, screen, editor.read, transcript).run()
+    return 0
+
+
+def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot, str | None]:
+    """The model with its adapter, and the recipe's system prompt."""
+    recipe = _recipe(arguments.target, arguments.overrides)
+    adapter = _adapter(arguments.adapter, recipe)
+    if screen:
+        screen.progress(f"loading {recipe.model.path if recipe else arguments.target} …")
+
+    from mlx_zh import device
+    from mlx_zh.chatting.chatbot import Chatbot, context_length
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.models.generate import Sampling
+    from mlx_zh.models.load import load_model
+
+    if recipe:
+        source = recipe.model
+        loaded = load_model(
+            source.path,
+            hub=arguments.hub or source.hub,
+            revision=source.revision,
+            dtype=source.dtype,
+            quantize=(source.quantize.bits, source.quantize.group_size) if source.quantize else None,
+        )
+        renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
+    else:
+        loaded = load_model(arguments.target, hub=arguments.hub or "huggingface")
+        renderer = Renderer(loaded.tokenizer)
+    if arguments.seed is not None:
+        import mlx.core as mx
+
+        mx.random.seed(arguments.seed)
+    bot = Chatbot(
+        loaded,
+        renderer,
+        context_length(loaded.config, arguments.max_context),
+        Sampling(arguments.temp, arguments.top_p, arguments.max_tokens),
+    )
+    if adapter:
+        bot.swap(adapter)
+    if screen:
+        screen.done()
+        screen.note(f"model: {loaded.source} · adapter: {adapter or 'none'} · context: {bot.context} tokens")
+        if warning := device.blas_warning():
+            screen.note(warning)
+    return bot, recipe.data.system if recipe else None
+
+
+def _recipe(target: str, overrides: list[str]) -> Recipe | None:
+    if target.endswith((".yaml", ".yml")):
+        from mlx_zh.recipe import load_recipe
+
+        return load_recipe(target, overrides)
+    if overrides:
+        raise RecipeError(f"{overrides[0]} changes a recipe, and {target} is a model; give a recipe (.yaml) instead")
+    return None
+
+
+def _adapter(chosen: str | None, recipe: Recipe | None) -> Path | None:
+    """The adapter that was asked for, else the recipe's newest: DPO's before SFT's."""
+    if chosen:
+        return None if chosen == "none" else Path(chosen).expanduser()
+    if recipe is None:
+        return None
+    folders = [recipe.run_folder() / stage / "adapters" for stage in ("dpo", "sft")]
+    return next((folder for folder in folders if (folder / "adapters.safetensors").is_file()), None)
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
+
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    from mlx_zh.cli import entry
+
+    entry(main)

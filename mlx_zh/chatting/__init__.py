@@ -1,0 +1,1 @@
+"""The chat stage's parts: the conversation, the model that answers, the screen and the commands."""

@@ -1,0 +1,253 @@
+"""The conversation at the terminal: read, answer, and the slash commands."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+from mlx_zh.chatting.chatbot import Answer, Chatbot
+from mlx_zh.chatting.terminal import Screen, side_by_side, text_width, wrap
+from mlx_zh.chatting.transcript import Transcript
+from mlx_zh.errors import MlxZhError
+from mlx_zh.models.generate import Statistics
+
+# Usage, Chinese, English, method of Repl. The only place that knows the commands.
+COMMANDS = {
+    "/help": ("/help", "显示帮助", "show this help", "help"),
+    "/system": ("/system [TEXT|none]", "查看、设置或取消系统提示", "show, set or clear the system prompt", "system"),
+    "/reset": ("/reset", "清空对话（保留系统提示）", "forget the conversation, keep the system prompt", "reset"),
+    "/retry": ("/retry", "重新回答上一个问题", "answer the last question again", "retry"),
+    "/undo": ("/undo", "撤回上一轮问答", "take back the last question and answer", "undo"),
+    "/temp": ("/temp [NUMBER]", "查看或设置温度，0 为确定性输出", "show or set the temperature; 0 is greedy", "temp"),
+    "/save": ("/save FILE", "把对话存为 JSON", "save the conversation as JSON", "save"),
+    "/load": ("/load FILE", "载入存下的对话", "load a saved conversation", "load"),
+    "/adapter": ("/adapter [DIR|none]", "查看、更换或卸下适配器", "show, change or take off the adapter", "adapter"),
+    "/compare": (
+        "/compare",
+        "微调前后的模型并排回答上一个问题",
+        "last question: base and tuned side by side",
+        "compare",
+    ),
+    "/exit": ("/exit", "退出（或 Ctrl-D）", "leave (or Ctrl-D)", "leave"),
+}
+KEYS = (
+    ("Enter", "发送", "send"),
+    ("Alt+Enter, \\ Enter", "换行", "new line"),
+    ('"""…"""', "多行文本，空行也可以", "a block of lines"),
+    ("Ctrl-C", "中止回答（不退出）", "stop the answer, not the program"),
+    ("↑ ↓, Ctrl-R", "历史记录，搜索", "history, search"),
+    ("Tab", "补全命令", "complete a command"),
+    ("Ctrl-X Ctrl-E", "用 $EDITOR 编辑", "edit in $EDITOR"),
+)
+_COMMAND = re.compile(r"(/[A-Za-z]+)(?:[ \t]+(.*))?", re.DOTALL)
+
+
+@dataclass
+class Repl:
+    """One session: `read` gives the next message and raises EOFError at the end."""
+
+    bot: Chatbot
+    screen: Screen
+    read: Callable[[], str]
+    transcript: Transcript = field(default_factory=Transcript)
+    _running: bool = True
+
+    def run(self) -> None:
+        """Until /exit or Ctrl-D. An error of the user's making is a line on the screen, never the end."""
+        while self._running:
+            try:
+                text = self.read()
+                if text.strip():
+                    self.handle(text)
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                self.screen.note("Ctrl-D 或 /exit 退出 · leaves")
+            except MlxZhError as problem:
+                self.screen.error(str(problem))
+
+    def handle(self, text: str) -> None:
+        """One message: a command, or something for the model."""
+        command = _COMMAND.fullmatch(text)
+        if command is None:
+            self.transcript.ask(text)
+            self._answer()
+            return
+        name, argument = command[1].lower(), (command[2] or "").strip()
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            self.screen.error(f"unknown command {name}; " + (f"did you mean {near[0]}?" if near else "see /help"))
+            return
+        getattr(self, "_" + COMMANDS[name][3])(argument)
+
+    def _answer(self) -> None:
+        prompt = self._prompt()
+        pieces = []
+        with stopping_on_interrupt() as stopped:
+            for piece in self.bot.stream(prompt, stopped):
+                pieces.append(piece)
+                self.screen.write(piece)
+        text = "".join(pieces)
+        if not text.endswith("\n") and text:
+            self.screen.line()
+        if text.strip():
+            self.transcript.answer(text)
+        else:
+            self.screen.note("（没有回答 · no answer; /retry asks again）")
+        self.screen.note(describe(self.bot.session.statistics))
+
+    def _prompt(self) -> list[int]:
+        prompt, dropped = self.bot.fit(self.transcript)
+        if dropped:
+            self.screen.note(
+                f"上下文已满，最早的 {dropped} 轮不再参考 · the context ({self.bot.context} tokens) is full: "
+                f"the oldest {dropped} exchange{'s' if dropped > 1 else ''} left it"
+            )
+        return prompt
+
+    def _help(self, _: str) -> None:
+        rows = [row[:3] for row in COMMANDS.values()]
+        self.screen.heading("命令 Commands")
+        self._table(rows)
+        self.screen.heading("按键 Keys")
+        self._table(list(KEYS))
+
+    def _table(self, rows: list[tuple[str, str, str]]) -> None:
+        first, second = (max(text_width(row[i]) for row in rows) + 2 for i in (0, 1))
+        narrow = 2 + first + second + max(text_width(row[2]) for row in rows) >= self.screen.width
+        for usage, chinese, english in rows:
+            left = "  " + usage + " " * (first - text_width(usage))
+            if narrow:
+                lines = wrap(f"{chinese}\n{english}", max(20, self.screen.width - text_width(left)))
+                self.screen.line(left + ("\n" + " " * text_width(left)).join(lines))
+            else:
+                self.screen.line(left + chinese + " " * (second - text_width(chinese)) + english)
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.transcript.system = None if text.lower() == "none" else text
+        self.screen.note(f"system: {self.transcript.system or 'none'}")
+
+    def _reset(self, _: str) -> None:
+        self.transcript.reset()
+        self.screen.note("对话已清空 · the conversation is empty")
+
+    def _retry(self, _: str) -> None:
+        if self.transcript.retract_answer():
+            self._answer()
+        else:
+            self.screen.error("nothing to retry: no question has been asked")
+
+    def _undo(self, _: str) -> None:
+        if not self.transcript.undo():
+            self.screen.error("nothing to undo: the conversation is empty")
+            return
+        left = math.ceil(len(self.transcript.turns) / 2)
+        self.screen.note(f"已撤回一轮，余 {left} 轮 · one exchange taken back, {left} left")
+
+    def _temp(self, text: str) -> None:
+        if text:
+            self.bot.sampling = replace(self.bot.sampling, temperature=temperature(text))
+        self.screen.note(f"temperature: {self.bot.sampling.temperature:g}")
+
+    def _save(self, text: str) -> None:
+        path = _path(text, "/save FILE")
+        self.transcript.save(path)
+        self.screen.note(f"已保存 {len(self.transcript.turns)} 条消息 · saved to {path}")
+
+    def _load(self, text: str) -> None:
+        path = _path(text, "/load FILE")
+        self.transcript = Transcript.load(path)
+        waiting = "; the last question waits: /retry answers it" if self.transcript.pending else ""
+        self.screen.note(f"已载入 {len(self.transcript.turns)} 条消息 · loaded {path}{waiting}")
+
+    def _adapter(self, text: str) -> None:
+        if text:
+            self.bot.swap(None if text.lower() == "none" else _path(text, "/adapter DIR"))
+        self.screen.note(f"adapter: {self.bot.adapter or 'none'}")
+
+    def _compare(self, _: str) -> None:
+        if not self.transcript.turns:
+            self.screen.error("nothing to compare: ask something first")
+            return
+        prompt = self._prompt()
+        try:
+            with stopping_on_interrupt() as stopped:
+                base, tuned = self.bot.compare(
+                    prompt, stopped, lambda name, done: self.screen.progress(f"{name}: {done} tokens …")
+                )
+        finally:
+            self.screen.done()
+        self._show(("微调前 base", base), (f"微调后 tuned ({(self.bot.adapter or Path()).name})", tuned))
+
+    def _show(self, left: tuple[str, Answer], right: tuple[str, Answer]) -> None:
+        texts = [side[1].text.strip() or "（没有回答 · no answer）" for side in (left, right)]
+        rows = side_by_side(texts[0], texts[1], self.screen.width, (left[0], right[0]))
+        for row in rows or []:
+            self.screen.line(row)
+        for (heading, answer), text in zip((left, right), texts, strict=True):
+            if rows is None:
+                self.screen.heading(heading)
+                self.screen.line(text)
+            self.screen.note(describe(answer.statistics, heading.split()[1] if rows else ""))
+
+    def _leave(self, _: str) -> None:
+        self._running = False
+
+
+@contextlib.contextmanager
+def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C sets a flag, so that no tensor is left half-written; a second Ctrl-C interrupts at once."""
+    pressed = threading.Event()
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def describe(statistics: Statistics, name: str = "") -> str:
+    """The line under an answer."""
+    parts = [
+        f"{statistics.generated} tokens",
+        f"{statistics.tokens_per_second:.1f} tokens/s",
+        f"first after {statistics.seconds_to_first:.2f} s",
+        f"prompt {statistics.prompt_new} new + {statistics.prompt_cached} cached",
+    ]
+    if statistics.reason == "length":
+        parts.append("cut at --max-tokens or the context's end")
+    elif statistics.reason == "stopped":
+        parts.append("已中止 stopped")
+    return (f"{name}: " if name else "") + " · ".join(parts)
+
+
+def temperature(text: str) -> float:
+    """A temperature from text; raises MlxZhError."""
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 <= value <= 10:
+            return value
+    raise MlxZhError(f"the temperature must be a number from 0 (greedy) to 10, got {text!r}")
+
+
+def _path(text: str, usage: str) -> Path:
+    if not text:
+        raise MlxZhError(f"a path is missing: {usage}")
+    return Path(text.strip("'\"")).expanduser()

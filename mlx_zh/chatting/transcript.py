@@ -1,0 +1,148 @@
+"""What was said: turns, undo and retry, what still fits into the context, and files."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.errors import DataError, MlxZhError, StorageError
+from mlx_zh.storage import write_json
+
+
+class ContextError(MlxZhError):
+    """A message that does not fit into the model's context."""
+
+
+@dataclass
+class Transcript:
+    """A system message and turns: user, assistant, user, … A user message at the end waits for its answer."""
+
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+    first: int = 0  # turns before this one no longer fit; they are saved but not shown to the model
+
+    def ask(self, text: str) -> None:
+        """Add a user message; one that was never answered gives way to it."""
+        if self.pending:
+            self.turns.pop()
+        self.turns.append(Message("user", text))
+
+    def answer(self, text: str) -> None:
+        """Add the assistant's reply to the waiting user message."""
+        self.turns.append(Message("assistant", text))
+
+    @property
+    def pending(self) -> bool:
+        """Whether a user message waits for its answer."""
+        return len(self.turns) % 2 == 1
+
+    @property
+    def question(self) -> list[Message]:
+        """System message and turns up to the last user message: what an answer is made from."""
+        turns = self.turns if self.pending else self.turns[:-1]
+        return [*self._system(), *turns[self.first :]]
+
+    def retract_answer(self) -> bool:
+        """Take the last answer back, so that its question waits again. False where nothing was asked."""
+        if self.turns and not self.pending:
+            self.turns.pop()
+        return self.pending
+
+    def undo(self) -> bool:
+        """Drop the last question and its answer. False where there is none."""
+        if not self.turns:
+            return False
+        del self.turns[-1 if self.pending else -2 :]
+        self.first = min(self.first, len(self.turns))
+        return True
+
+    def reset(self) -> None:
+        """Drop all turns; the system message stays."""
+        self.turns, self.first = [], 0
+
+    def fit(self, render: Callable[[list[Message]], list[int]], limit: int, reserve: int) -> tuple[list[int], int]:
+        """The prompt's tokens, after dropping as many of the oldest exchanges as `limit` demands.
+
+        Room for `reserve` tokens of answer is kept. Once something must go, half of the context is freed:
+        every drop costs a new prefill of all that remains. Returns the tokens and the exchanges dropped now;
+        raises ContextError where the last message alone does not fit.
+        """
+        prompt = render(self.question)
+        if len(prompt) + reserve <= limit:
+            return prompt, 0
+        turns = self.question[len(self._system()) :]
+
+        def fits(drop: int) -> bool:
+            return len(render([*self._system(), *turns[2 * drop :]])) <= limit // 2
+
+        most = len(turns) // 2
+        dropped = bisect.bisect_left(range(most), True, key=fits)
+        prompt = render([*self._system(), *turns[2 * dropped :]])
+        if len(prompt) >= limit:
+            raise ContextError(
+                f"the message is too long: it takes {len(prompt)} tokens with its system message, and the context "
+                f"holds {limit}, the answer included; shorten it, or raise --max-context if the model can hold more"
+            )
+        self.first += 2 * dropped
+        return prompt, dropped
+
+    def save(self, path: Path) -> None:
+        """Write `{"messages": [...]}`, whole or not at all. A file that is something else is not overwritten."""
+        if path.exists():
+            try:
+                Transcript.load(path)
+            except DataError as problem:
+                raise StorageError(f"{path} exists and is not a saved chat; choose another name") from problem
+        messages = [{"role": m.role, "content": m.content} for m in [*self._system(), *self.turns]]
+        write_json(path, {"messages": messages})
+
+    @classmethod
+    def load(cls, path: Path) -> Transcript:
+        """Read a file made by `save`, or a bare list of messages. Raises DataError."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as problem:
+            raise DataError(f"cannot read {path}: {problem.strerror or problem}") from problem
+        except UnicodeDecodeError as problem:
+            raise DataError(f"{path} is not UTF-8 text (byte {problem.start})") from problem
+        except (json.JSONDecodeError, RecursionError) as problem:
+            raise DataError(f"{path} is not JSON: {problem}") from problem
+        rows = document.get("messages") if isinstance(document, dict) else document
+        if not isinstance(rows, list):
+            raise DataError(f'{path}: expected {{"messages": [...]}} or a list of messages')
+        if problems := _problems(rows):
+            raise DataError(f"{path}: " + "; ".join(problems[:5]) + (" …" if len(problems) > 5 else ""))
+        messages = [Message(row["role"], row["content"]) for row in rows]
+        system = messages.pop(0).content if messages and messages[0].role == "system" else None
+        return cls(system, messages)
+
+    def _system(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system else []
+
+
+def _problems(rows: list[object]) -> list[str]:
+    """What is wrong with a list of messages, a line each."""
+    problems: list[str] = []
+    roles: list[object] = []
+    for number, row in enumerate(rows, 1):
+        role = row.get("role") if isinstance(row, dict) else None
+        content = row.get("content") if isinstance(row, dict) else None
+        if not isinstance(row, dict):
+            problems.append(f"message {number} is not an object")
+        elif role not in ("system", "user", "assistant"):
+            problems.append(f"message {number}: role must be system, user or assistant, got {role!r}")
+        elif not isinstance(content, str):
+            problems.append(f"message {number}: content must be a text, got {type(content).__name__}")
+        elif not content.strip():
+            problems.append(f"message {number}: content is empty")
+        roles.append(role)
+    start = 1 if roles and roles[0] == "system" else 0
+    for number, role in enumerate(roles[start:], start + 1):
+        expected = "user" if (number - start) % 2 else "assistant"
+        if not problems and role != expected:
+            problems.append(f"message {number} must be from {expected}, got {role!r}")
+    return problems

@@ -1,0 +1,728 @@
+"""The chat: cache, streaming, commands, and the program as a user runs it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_zh import chat
+from mlx_zh.chatting.chatbot import Chatbot, context_length
+from mlx_zh.chatting.repl import COMMANDS, Repl, stopping_on_interrupt
+from mlx_zh.chatting.terminal import LineEditor, Screen, plain, side_by_side, text_width, unfinished, wrap
+from mlx_zh.chatting.transcript import ContextError, Transcript
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.errors import DataError, MlxZhError, StorageError
+from mlx_zh.models import lora
+from mlx_zh.models.generate import GenerationSession, Sampling, StreamDecoder, common_prefix
+from mlx_zh.models.load import LoadedModel, load_model
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 258,
+    "eos_token_id": 256,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+GREEDY = Sampling(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, so every Chinese character is three tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory) -> Path:
+    """A model folder as it lies on a hub."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer.save_pretrained(path)
+    mx.random.seed(3)
+    model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.fixture
+def loaded(folder) -> LoadedModel:
+    return load_model(str(folder))
+
+
+@pytest.fixture
+def bot(loaded) -> Chatbot:
+    return Chatbot(loaded, Renderer(loaded.tokenizer), context=2048, sampling=GREEDY)
+
+
+@dataclass
+class Scripted:
+    """The model, made to prefer certain tokens at certain positions."""
+
+    model: Any
+    script: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> Any:
+        return self.model.layers
+
+    def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+        logits = self.model(tokens, cache=cache)
+        if (wanted := self.script.get(cache[0].offset)) is not None:
+            logits = logits + 100 * (mx.arange(logits.shape[-1]) == wanted)
+        return logits
+
+
+@pytest.fixture
+def adapter(loaded, tmp_path) -> Path:
+    """An adapter folder that changes what the tiny model says."""
+    spec = lora.AdapterSpec(kind="lora", num_layers=2, rank=4, scale=20.0)
+    model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    lora.add_adapter(model, spec, seed=1)
+    mx.random.seed(5)
+    weights = {name: mx.random.normal(a.shape) for name, a in lora.trainable(model).items()}
+    folder = tmp_path / "adapters"
+    lora.save_adapter(folder, weights, spec, {})
+    return folder
+
+
+def fresh_logits(model: Any, tokens: list[int]) -> mx.array:
+    return model(mx.array([tokens]))[0, -1]
+
+
+# The cache
+
+
+def test_three_turns_leave_exactly_the_rendered_prompt_in_the_cache(bot, loaded):
+    transcript = Transcript("你是助手。")
+    for text in ("你好", "再说一次", "第三个问题"):
+        transcript.ask(text)
+        prompt, _ = bot.fit(transcript)
+        answer = "".join(bot.stream(prompt))
+        tokens = bot.session.tokens
+        assert tokens[: len(prompt)] == prompt  # no second BOS, no second system message
+        assert len(tokens) == len(prompt) + bot.session.statistics.generated
+        assert all(layer.offset == len(tokens) for layer in bot.session.cache)
+        transcript.answer(answer)
+
+    assert bot.session.statistics.prompt_cached > 0
+    extra = mx.array([[7]])
+    cached = loaded.model(extra, cache=bot.session.cache)[0, -1]
+    assert mx.allclose(cached, fresh_logits(loaded.model, [*tokens, 7]), atol=1e-5)
+
+
+def test_a_later_turn_prefills_only_what_is_new(bot, loaded):
+    transcript = Transcript()
+    transcript.ask("你好")
+    prompt, _ = bot.fit(transcript)
+    reply = [*loaded.tokenizer.encode("好的", add_special_tokens=False), loaded.tokenizer.eos_token_id]
+    bot.session.model = Scripted(loaded.model, {len(prompt) + i: token for i, token in enumerate(reply)})
+    assert "".join(bot.stream(prompt)) == "好的"
+    assert bot.session.tokens == prompt + reply
+    transcript.answer("好的")
+
+    transcript.ask("再见")
+    prompt, _ = bot.fit(transcript)
+    "".join(bot.stream(prompt))
+    statistics = bot.session.statistics
+    assert statistics.prompt_cached == len("_user\n") + 6 + len("_\n") + len("_assistant\n") + 7 == 32
+    assert statistics.prompt_new == len("\n_user\n") + 6 + len("_\n_assistant\n") == 26
+
+
+def test_answers_with_a_cache_are_those_without_one(bot, loaded):
+    transcript = Transcript("系统")
+    for text in ("一", "二", "三"):
+        transcript.ask(text)
+        prompt, _ = bot.fit(transcript)
+        answer = "".join(bot.stream(prompt))
+        session = GenerationSession(loaded.model, loaded.tokenizer, loaded.eos_token_ids)
+        assert answer == "".join(session.stream(prompt, GREEDY))
+        transcript.answer(answer)
+
+
+def test_small_prefill_chunks_change_nothing(loaded):
+    prompt = list(range(40, 120))
+    texts = [
+        "".join(GenerationSession(loaded.model, loaded.tokenizer, {257}, prefill_chunk=size).stream(prompt, GREEDY))
+        for size in (7, 512)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_an_abandoned_answer_and_a_stopped_prefill_leave_a_whole_cache(loaded):
+    prompt = list(range(40, 120))
+    session = GenerationSession(loaded.model, loaded.tokenizer, set(), prefill_chunk=16)
+    calls = iter(range(100))
+    assert "".join(session.stream(prompt, GREEDY, lambda: next(calls) >= 2)) == ""
+    assert session.statistics.reason == "stopped"
+    assert session.tokens == prompt[:32]  # two chunks of 16 were done when the wish was heard
+    assert [layer.offset for layer in session.cache] == [32, 32]
+
+    stream = session.stream(prompt, GREEDY)
+    next(stream)
+    stream.close()
+    assert session.tokens[:80] == prompt
+    assert [layer.offset for layer in session.cache] == [len(session.tokens)] * 2
+    expected = "".join(GenerationSession(loaded.model, loaded.tokenizer, set()).stream(prompt, GREEDY))
+    assert "".join(session.stream(prompt, GREEDY)) == expected
+
+
+def test_an_interrupt_in_the_middle_of_a_step_drops_the_cache(loaded):
+    class Interrupting:
+        """A model whose second layer is never reached the third time it is called."""
+
+        calls = 0
+        layers = loaded.model.layers
+
+        def __call__(self, tokens, cache):
+            self.calls += 1
+            if self.calls == 3:
+                cache[0].offset += 1
+                raise KeyboardInterrupt
+            return loaded.model(tokens, cache=cache)
+
+    session = GenerationSession(Interrupting(), loaded.tokenizer, set())
+    with pytest.raises(KeyboardInterrupt):
+        list(session.stream([1, 2, 3], GREEDY))
+    assert session.tokens == [] and session.cache == []
+
+
+def test_the_end_token_ends_the_answer_and_stays_in_the_cache(loaded):
+    session = GenerationSession(loaded.model, loaded.tokenizer, set())
+    list(session.stream([1, 2, 3], GREEDY))
+    third = session.tokens[5]
+    ending = GenerationSession(loaded.model, loaded.tokenizer, {third})
+    list(ending.stream([1, 2, 3], GREEDY))
+    assert ending.statistics.reason == "end"
+    assert ending.tokens == session.tokens[: session.tokens.index(third, 3) + 1]
+    assert session.statistics.reason == "length" and session.statistics.generated == 12
+
+
+def test_a_seed_makes_sampling_reproducible(loaded):
+    def sample(seed: int) -> str:
+        mx.random.seed(seed)
+        session = GenerationSession(loaded.model, loaded.tokenizer, set())
+        return "".join(session.stream([1, 2, 3], Sampling(1.0, 0.9, 16)))
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_common_prefix():
+    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2], [1, 2, 3]) == 2
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("text", ["你好，世界", "a你b 好", "👩‍👩‍👧 家", "naïve\n　全角", " 前导空格"])
+def test_streamed_pieces_never_break_a_character(tokenizer, text):
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == text and decoder.finish() == ""
+
+
+def test_an_unfinished_character_is_shown_only_at_the_end(tokenizer):
+    decoder = StreamDecoder(tokenizer)
+    ids = tokenizer.encode("好", add_special_tokens=False)[:2]
+    assert [decoder.push(token) for token in ids] == ["", ""]
+    assert decoder.finish() == "\ufffd"
+
+
+def test_special_tokens_are_not_shown(tokenizer):
+    decoder = StreamDecoder(tokenizer)
+    ids = tokenizer.encode("你<|im_start|>好", add_special_tokens=False)
+    assert "".join(decoder.push(token) for token in ids) == "你好"
+
+
+# Conversation, context and files
+
+
+def test_undo_retry_and_a_question_without_an_answer():
+    transcript = Transcript()
+    assert not transcript.undo() and not transcript.retract_answer()
+    transcript.ask("一")
+    transcript.ask("二")  # the first was never answered
+    assert [m.content for m in transcript.turns] == ["二"]
+    transcript.answer("答")
+    assert transcript.retract_answer() and transcript.pending
+    transcript.answer("新答")
+    transcript.ask("三")
+    assert transcript.undo() and [m.content for m in transcript.turns] == ["二", "新答"]
+    assert transcript.undo() and transcript.turns == []
+
+
+def length(messages: list[Message]) -> list[int]:
+    """A renderer of one token a character."""
+    return [0] * sum(len(m.content) for m in messages)
+
+
+def test_the_oldest_exchanges_leave_a_full_context():
+    transcript = Transcript("s" * 10)
+    for _ in range(9):
+        transcript.ask("q" * 5)
+        transcript.answer("a" * 5)
+    transcript.ask("q" * 5)
+    # 10 + 9 * 10 + 5 = 105 tokens; with 25 of answer that is over 120, and half of 120 holds 10 + 5 + 4 * 10.
+    prompt, dropped = transcript.fit(length, limit=120, reserve=25)
+    assert (len(prompt), dropped, transcript.first) == (55, 5, 10)
+    assert transcript.question[0] == Message("system", "s" * 10)
+    assert transcript.fit(length, limit=120, reserve=25) == (prompt, 0)
+    assert len(transcript.turns) == 19  # still there to be saved
+    while transcript.turns:
+        transcript.undo()
+    assert transcript.first == 0
+
+
+def test_a_message_longer_than_the_context_is_refused():
+    transcript = Transcript()
+    transcript.ask("q" * 50)
+    with pytest.raises(ContextError, match=r"takes 50 tokens .* holds 40"):
+        transcript.fit(length, limit=40, reserve=10)
+    transcript.ask("q" * 39)  # fits, with one token of answer
+    assert transcript.fit(length, limit=40, reserve=10) == ([0] * 39, 0)
+
+
+def test_save_and_load_round_trip(tmp_path):
+    path = tmp_path / "chat.json"
+    transcript = Transcript("系统", [Message("user", "你好\n世界"), Message("assistant", "好")])
+    transcript.save(path)
+    transcript.save(path)  # its own file may be replaced
+    assert Transcript.load(path) == transcript
+    assert json.loads(path.read_text("utf-8"))["messages"][0] == {"role": "system", "content": "系统"}
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_save_does_not_overwrite_something_else(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(StorageError, match="not a saved chat"):
+        Transcript().save(notes)
+    assert notes.read_text() == "mine"
+    with pytest.raises(StorageError):
+        Transcript().save(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "expected"),
+        ('[{"role": "bot", "content": "x"}]', "message 1: role must be .* got 'bot'"),
+        ('[{"role": "user", "content": 3}]', "message 1: content must be a text, got int"),
+        ('[{"role": "user", "content": " "}]', "message 1: content is empty"),
+        ("[1]", "message 1 is not an object"),
+        ('[{"role": "assistant", "content": "x"}]', "message 1 must be from user"),
+        (
+            '[{"role": "system", "content": "x"}, {"role": "assistant", "content": "x"}]',
+            "message 2 must be from user",
+        ),
+    ],
+)
+def test_load_says_what_is_wrong(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        Transcript.load(path)
+
+
+def test_load_refuses_what_is_not_text(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_bytes(b"\xff\xfe[]")
+    with pytest.raises(DataError, match="not UTF-8"):
+        Transcript.load(path)
+    with pytest.raises(DataError, match="cannot read"):
+        Transcript.load(tmp_path / "missing.json")
+
+
+def test_context_is_never_more_than_the_model_was_made_for():
+    assert context_length({"max_position_embeddings": 2048}, None) == 2048
+    assert context_length({"max_position_embeddings": 2048}, 9000) == 2048
+    assert context_length({"max_position_embeddings": 2048}, 100) == 100
+    assert context_length({}, None) == 4096
+
+
+# Width
+
+
+def test_lines_are_wrapped_by_width_and_never_begin_with_a_full_stop():
+    assert text_width("你好ab") == 6
+    assert wrap("你好世界再见", 8) == ["你好世界", "再见"]
+    assert wrap("你好世界。再见", 8) == ["你好世", "界。再见"]
+    assert wrap("hello world 你好", 8) == ["hello", "world 你", "好"]
+    assert wrap("一\n\n二", 8) == ["一", "", "二"]
+    assert wrap("abcdefghij", 4) == ["abcd", "efgh", "ij"]
+    long = "苹果公司发布了 Apple silicon 芯片，用 Python 训练模型。👩‍👩‍👧 一家人 " * 5
+    assert max(text_width(line) for line in wrap(long, 20)) <= 20
+    assert "".join(wrap(long, 20)).replace(" ", "") == long.replace(" ", "")
+
+
+def test_columns_stand_straight_with_chinese_text():
+    rows = side_by_side("你好，我是助手。" * 8, "short", 80, ("微调前 base", "tuned"))
+    assert rows is not None
+    bars = {text_width(row.split("│")[0]) for row in rows}
+    assert bars == {39}  # (80 - 3) // 2 columns of text and one space
+    assert all(text_width(row) <= 80 for row in rows)
+    assert side_by_side("a", "b", 62, ("l", "r")) is None
+
+
+def test_a_model_cannot_repaint_the_terminal(monkeypatch):
+    out = io.StringIO()
+    Screen(out).write("a\x1b[2Jb\x07\n\tc")
+    assert out.getvalue() == "a[2Jb\n\tc"
+
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert Screen.on(Tty()).colour
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not Screen.on(Tty()).colour
+    assert not Screen.on(io.StringIO()).live
+
+
+# The program at a terminal
+
+
+@pytest.fixture
+def repl(bot):
+    """A session fed with lines instead of keys; `.screen.stream` is what the user sees."""
+    lines: list[str] = []
+
+    def read() -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    session = Repl(bot, Screen(io.StringIO(), fixed_width=100), read)
+
+    def say(*texts: str) -> str:
+        lines.extend(texts)
+        session.screen.stream = io.StringIO()
+        session.run()
+        return session.screen.stream.getvalue()
+
+    session.say = say
+    return session
+
+
+def test_an_answer_and_its_statistics(repl):
+    shown = repl.say("你好")
+    assert repl.transcript.turns[1].content in shown
+    assert "12 tokens · " in shown and "tokens/s · first after " in shown
+    prompt = len(repl.bot.session.tokens) - 12
+    assert f"prompt {prompt} new + 0 cached" in shown
+
+
+def test_retry_undo_and_reset(repl):
+    repl.say("你好", "再见")
+    answer = repl.transcript.turns[3].content
+    shown = repl.say("/retry")
+    assert repl.transcript.turns[3].content == answer  # greedy
+    assert "prompt 1 new" in shown  # all of the prompt but its last token is in the cache
+    assert "余 1 轮" in repl.say("/undo") and len(repl.transcript.turns) == 2
+    repl.say("/system 你是诗人", "/reset")
+    assert repl.transcript.turns == [] and repl.transcript.system == "你是诗人"
+    assert "nothing to undo" in repl.say("/undo")
+    assert "nothing to retry" in repl.say("/retry")
+    assert "nothing to compare" in repl.say("/compare")
+
+
+def test_settings(repl):
+    assert "temperature: 0.3" in repl.say("/temp 0.3") and repl.bot.sampling.temperature == 0.3
+    for bad in ("-1", "nan", "hot"):
+        assert "must be a number" in repl.say(f"/temp {bad}") and repl.bot.sampling.temperature == 0.3
+    assert "system: none" in repl.say("/system none")
+    shown = repl.say("/help")
+    assert all(row[0] in shown and row[1] in shown and row[2] in shown for row in COMMANDS.values())
+    assert max(text_width(line) for line in shown.splitlines()) <= 100
+    repl.screen.fixed_width = 60
+    assert max(text_width(line) for line in repl.say("/help").splitlines()) <= 60
+
+
+def test_unknown_commands_and_paths_that_look_like_one(repl):
+    assert "did you mean /retry?" in repl.say("/retyr")
+    assert repl.transcript.turns == []
+    repl.say("/usr/bin/python 是什么")
+    assert repl.transcript.turns[0].content == "/usr/bin/python 是什么"
+    assert repl.say("   ", "/exit", "never read") == ""
+
+
+def test_save_and_load_commands(repl, tmp_path):
+    repl.say("/system 你是诗人", "你好", f"/save {tmp_path / 'a chat.json'}")
+    before = replace(repl.transcript, turns=list(repl.transcript.turns))
+    shown = repl.say("/reset", f"/load {tmp_path / 'a chat.json'}")
+    assert repl.transcript == before and "已载入 2 条消息" in shown
+    assert "cannot read" in repl.say("/load nowhere.json") and repl.transcript == before
+    assert "a path is missing" in repl.say("/save")
+
+
+def test_adapter_changes_live_and_compare_shows_both(repl, bot, loaded, adapter):
+    base = repl.say("你好") and repl.transcript.turns[1].content
+    assert "nothing to compare with" in repl.say("/compare")
+    repl.say(f"/adapter {adapter}", "/retry")
+    tuned = repl.transcript.turns[1].content
+    assert tuned != base
+
+    calls = []
+    real = bot.compare
+
+    def compare(*arguments):
+        calls.append(real(*arguments))
+        return calls[-1]
+
+    bot.compare = compare
+    tokens = list(bot.session.tokens)
+    shown = repl.say("/compare")
+    assert (calls[0][0].text, calls[0][1].text) == (base, tuned)
+    assert "微调前 base" in shown and "│ 微调后 tuned (adapters)" in shown
+    assert "base: 12 tokens" in shown and "tuned: 12 tokens" in shown
+    assert bot.session.tokens == tokens and bot.session.statistics.prompt_new == 1  # the chat's cache survived
+    repl.screen.fixed_width = 40
+    assert "│" not in repl.say("/compare")
+
+    repl.say("/adapter none", "/retry")
+    assert repl.transcript.turns[1].content == base
+    assert not any("lora" in name for name, _ in tree_flatten(loaded.model.parameters()))
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_old_one(repl, bot, adapter, tmp_path):
+    repl.say(f"/adapter {adapter}", "你好")
+    tuned = repl.transcript.turns[1].content
+    (tmp_path / "empty").mkdir()
+    assert "is not an adapter folder" in repl.say(f"/adapter {tmp_path / 'empty'}")
+    assert bot.adapter == adapter
+    repl.say("/retry")
+    assert repl.transcript.turns[1].content == tuned
+    (adapter / "adapters.safetensors").unlink()
+    assert "is not an adapter folder" in repl.say("/compare")
+    assert bot.adapter is None  # what is left is the base model, and the program says so
+    assert "adapter: none" in repl.say("/adapter")
+
+
+def test_a_fully_tuned_model_comes_off_too(repl, bot, loaded, tmp_path):
+    spec = lora.AdapterSpec(kind="full", num_layers=2)
+    weights = {name: array + 0.3 for name, array in tree_flatten(loaded.model.parameters())}
+    lora.save_adapter(tmp_path / "full", weights, spec, {})
+    base = repl.say("你好") and repl.transcript.turns[1].content
+    repl.say(f"/adapter {tmp_path / 'full'}", "/retry")
+    assert repl.transcript.turns[1].content != base
+    repl.say("/adapter none", "/retry")
+    assert repl.transcript.turns[1].content == base
+
+
+def test_a_long_chat_drops_its_beginning_and_goes_on(repl, bot):
+    bot.context = 160
+    shown = repl.say(*(f"问题 {i}" for i in range(6)))
+    assert "轮不再参考" in shown and len(repl.transcript.turns) == 12
+    assert len(bot.session.tokens) <= 160
+    assert "too long" in repl.say("长" * 100)
+    assert "12 tokens" in repl.say("短")
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(repl, bot):
+    bot.sampling = Sampling(0, max_tokens=500)
+    write = repl.screen.write
+
+    def interrupting(text: str) -> None:
+        write(text)
+        os.kill(os.getpid(), signal.SIGINT)
+        repl.screen.write = write
+
+    repl.screen.write = interrupting
+    shown = repl.say("你好", "/temp")
+    assert "已中止 stopped" in shown and "temperature: 0" in shown
+    assert 1 < bot.session.statistics.generated < 500
+    assert repl.transcript.turns[1].content in shown
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), stopping_on_interrupt() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_multi_line_marks():
+    assert unfinished('"""ab') and unfinished('"""') and unfinished("a\\")
+    assert not unfinished('"""ab"""') and not unfinished("ab") and not unfinished('""""""')
+    assert plain('"""\na\n\nb\n"""') == "a\n\nb"
+    assert plain(" a ") == "a"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("你好\r", "你好"),
+        ("一\\\r二\r", "一\n二"),
+        ("一\x1b\r二\r", "一\n二"),
+        ('"""一\r\r二"""\r', "一\n\n二"),
+        ("\x1b[200~粘\n贴\x1b[201~\r", "粘\n贴"),
+        ("\x1b[A\r", "旧的"),
+    ],
+)
+def test_keys(tmp_path, keys, message):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    history = tmp_path / "cache" / "history"
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        pipe.send_text("旧的\r")
+        LineEditor(history, sorted(COMMANDS)).read()
+        editor = LineEditor(history, sorted(COMMANDS))  # another session, the same history
+        pipe.send_text(keys)
+        assert editor.read() == message
+        pipe.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            editor.read()
+        pipe.send_text("\x04")
+        with pytest.raises(EOFError):
+            editor.read()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_the_whole_session_through_the_line_editor(repl, bot, tmp_path):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        repl.read = LineEditor(tmp_path / "history", sorted(COMMANDS)).read
+        pipe.send_text("你好\r/temp 0\r\x03再见\r\x04")
+        repl.run()
+    assert [m.role for m in repl.transcript.turns] == ["user", "assistant"] * 2
+    assert "Ctrl-D" in repl.screen.stream.getvalue()
+
+
+# The program from outside
+
+
+def piped(monkeypatch, text: str | bytes) -> None:
+    raw = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+
+def run(*arguments: object, text: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_zh.chat", *map(str, arguments)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, encoding="utf-8", timeout=120)
+
+
+def test_piped_input_gives_the_answer_and_nothing_else(folder, loaded):
+    done = run(folder, "--temp", 0, "--max-tokens", 12, text="你好\n")
+    prompt = Renderer(loaded.tokenizer).prompt([Message("user", "你好")])
+    session = GenerationSession(loaded.model, loaded.tokenizer, loaded.eos_token_ids)
+    answer = "".join(session.stream(prompt, GREEDY))
+    assert done.returncode == 0
+    assert done.stdout.rstrip("\n") == answer.rstrip("\n") and done.stdout.endswith("\n")
+    assert "tokens/s" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_empty_input_is_an_error():
+    done = run("nowhere", text=" \n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "standard input is empty" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, mlx_zh.chat as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\n"
+    code += (
+        "sys.exit(any(name in sys.modules for name in ('mlx.core', 'transformers', 'prompt_toolkit', 'pydantic')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_verbose_says_on_stderr_what_it_cost(folder, monkeypatch, capsys):
+    piped(monkeypatch, "一\n二\n")
+    assert chat.main([str(folder), "--verbose", "--max-tokens", "5", "--seed", "1", "--system", "系统"]) == 0
+    first = capsys.readouterr()
+    assert "5 tokens · " in first.err and "adapter: none · context: 2048 tokens" in first.err
+    piped(monkeypatch, "一\n二\n")
+    chat.main(["--max-tokens", "5", "--seed", "1", "--system", "系统", str(folder)])
+    second = capsys.readouterr()
+    assert second.out == first.out and "tokens/s" not in second.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        ([], b"\xff\xfe", "not UTF-8"),
+        (["sft.epochs=2"], b"x", "sft.epochs=2 changes a recipe"),
+        (["--adapter", "nowhere"], b"x", "nowhere is not an adapter folder"),
+        (["--max-context", "20"], b"x" * 40, "too long"),
+    ],
+)
+def test_what_the_user_can_mend(folder, monkeypatch, capsys, arguments, text, message):
+    piped(monkeypatch, text)
+    with pytest.raises(MlxZhError, match=message):
+        chat.main([str(folder), *arguments])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("option", [["--temp", "-1"], ["--top-p", "0"], ["--top-p", "2"], ["--max-tokens", "0"]])
+def test_options_out_of_range(run_stage, capsys, option):
+    assert run_stage(chat.main, "model", *option) == 2
+    assert "expected a" in capsys.readouterr().err
+
+
+def test_a_recipe_brings_its_model_its_system_prompt_and_its_newest_adapter(
+    folder, adapter, tmp_path, monkeypatch, capsys
+):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(f"name: tiny\nruns: {tmp_path}\nmodel:\n  path: {folder}\ndata:\n  system: 你是诗人\n")
+
+    def ask(*options: str) -> str:
+        piped(monkeypatch, "你好")
+        assert chat.main([str(recipe), "--verbose", "--max-tokens", "3", *options]) == 0
+        return capsys.readouterr().err
+
+    assert "adapter: none" in ask()
+    shutil.copytree(adapter, tmp_path / "tiny" / "sft" / "adapters")
+    assert "tiny/sft/adapters" in ask()
+    shutil.copytree(adapter, tmp_path / "tiny" / "dpo" / "adapters")
+    with_system = ask("--temp", "0")
+    assert "tiny/dpo/adapters" in with_system
+    assert "adapter: none" in ask("--adapter", "none")
+
+    # "<|im_start|>system\n你是诗人<|im_end|>\n" is 1 + 7 + 12 + 2 tokens.
+    def prompt_tokens(shown: str) -> int:
+        return int(shown.split("prompt ")[1].split()[0])
+
+    assert prompt_tokens(with_system) - prompt_tokens(ask("data.system=null")) == 22
