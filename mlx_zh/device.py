@@ -60,6 +60,16 @@ def is_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def bound_cache() -> None:
+    """Keep MLX's cache of freed buffers small: rows differ in length, so most of it would never be used again."""
+    import mlx.core as mx
+
+    mx.set_cache_limit(_CACHE_BYTES)
+
+
+_CACHE_BYTES = 2**30
+
+
 def _plain_copy() -> Path:
     """A cached copy of SciPy's OpenBLAS whose `scipy_cblas_*` symbols are named `cblas_*`."""
     package = importlib.util.find_spec("scipy_openblas32")

@@ -1,0 +1,63 @@
+"""`mlx-zh STAGE RECIPE [key=value ...]`, and the one place that turns errors into exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from mlx_zh.errors import MlxZhError
+
+STAGES = {
+    "sft": "tune the model on conversations",
+    "chat": "talk to a model",
+}
+
+
+def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
+    """Run a stage's `main` and exit: 0 when done, 2 for what the user can mend, 130 when interrupted.
+
+    `--debug` anywhere on the command line (or MLX_ZH_DEBUG=1) shows the traceback of an error too.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("MLX_ZH_DEBUG") == "1"
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        status = main(arguments) or 0
+        sys.stdout.flush()
+    except MlxZhError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: say nothing
+        status = 0
+    sys.exit(status)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `mlx-zh` command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: mlx-zh STAGE RECIPE [section.key=value ...]\n\nstages:")
+        for name, purpose in STAGES.items():
+            print(f"  {name:<10} {purpose}")
+        print("\n`mlx-zh STAGE --help` says more. Each stage is also `python -m mlx_zh.STAGE`.")
+        return 0
+    stage, *rest = arguments
+    if stage == "--version":
+        from mlx_zh import __version__
+
+        print(f"mlx-zh {__version__}")
+        return 0
+    if stage not in STAGES:
+        print(f"error: there is no stage {stage!r}; choose from {', '.join(STAGES)}.", file=sys.stderr)
+        return 2
+    entry(importlib.import_module(f"mlx_zh.{stage}").main, rest)
+    return 0

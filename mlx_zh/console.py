@@ -1,0 +1,75 @@
+"""What stages print: lines, tables and a progress bar. Only stages use it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from wcwidth import wcswidth
+
+
+def say(text: str = "") -> None:
+    """A line for the user; it never cuts through a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """A warning line."""
+    say(f"warning: {text}")
+
+
+def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
+    """Rows in columns, Chinese characters counted as the two cells they take."""
+    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    return max(wcswidth(text), 0)
+
+
+class StepBar:
+    """Progress over optimizer steps: loss, tokens a second and time left."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(
+            total=total,
+            initial=done,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            mininterval=0 if sys.stdout.isatty() else 15,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )
+
+    def update(self, figures: dict[str, Any]) -> None:
+        """Advance by a step and show its figures."""
+        self._bar.set_postfix_str(
+            f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:.0f} tok/s, "
+            f"{figures['peak_memory_gb']:.2f} GB",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

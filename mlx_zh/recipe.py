@@ -1,0 +1,229 @@
+"""The recipe: one YAML file, typed and checked, that describes a whole run.
+
+Key names are those of LLaMA-Factory, TRL and mlx-lm where these agree. Unknown keys are errors; any key can be
+overridden on the command line as `section.key=value`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+)
+
+from mlx_zh.errors import RecipeError
+from mlx_zh.recipe_text import Marked, explain, parse, parse_value
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+def _located(value: str, info: ValidationInfo) -> str:
+    """A path that exists beside the recipe, seen from the current folder; any other text as it stands."""
+    folder: Path | None = (info.context or {}).get("beside")
+    if folder is None or not value or Path(value).expanduser().is_absolute():
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    beside = folder / value
+    return os.path.normpath(beside) if beside.exists() else value
+
+
+Located = Annotated[str, AfterValidator(_located)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Quantize(Section):
+    """How to quantize a full-precision model when it is loaded."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    group_size: Literal[32, 64, 128] = 64
+
+
+class Model(Section):
+    """Where the base model comes from, and what it computes in."""
+
+    path: Located
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Quantize | None = None
+
+    @property
+    def quantization(self) -> tuple[int, int] | None:
+        """Bits and group size, where the model is to be quantized on load."""
+        return None if self.quantize is None else (self.quantize.bits, self.quantize.group_size)
+
+
+class Lora(Section):
+    """Which weights are trained. `type: full` trains the blocks themselves."""
+
+    type: Literal["lora", "dora", "full"] = "lora"
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all"
+    num_layers: Literal["all"] | PositiveInt = "all"
+    rslora: bool = False
+    loraplus_ratio: PositiveFloat = 1.0
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Source(Section):
+    """One data file; a plain string in the recipe is its path."""
+
+    path: Located
+    format: str = "auto"
+    columns: dict[str, str] = {}
+    max_samples: PositiveInt | None = None
+
+
+Sources = tuple[Annotated[Source, BeforeValidator(_as_source)], ...]
+
+
+class Split(Section):
+    """Training and validation sources of one stage."""
+
+    train: Sources = ()
+    validation: Sources = ()
+
+
+class Data(Section):
+    """What is learned from, and how it is rendered."""
+
+    sft: Split = Split()
+    dpo: Split = Split()
+    max_length: PositiveInt = 1024
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    on_overflow: Literal["truncate", "drop"] = "truncate"
+    on_invalid: Literal["error", "skip"] = "error"
+    date_string: str = "26 Jul 2024"
+    system: str | None = None
+
+
+class Training(Section):
+    """Optimizer, schedule and validation: the same for SFT and DPO."""
+
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.05
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    max_grad_norm: PositiveFloat | None = 1.0
+    neftune_alpha: PositiveFloat | None = None
+    eval_steps: PositiveInt | None = None
+    early_stopping: PositiveInt | None = None
+    load_best: bool = False
+
+
+class Sft(Training):
+    """Supervised fine-tuning."""
+
+
+class Memory(Section):
+    """What fits. None of these changes a result, only memory and speed."""
+
+    micro_tokens: PositiveInt = 2048
+    checkpoint_layers: bool = False
+    logit_rows: PositiveInt | None = None
+
+
+class Checkpoint(Section):
+    """How often a run can be picked up again."""
+
+    every_steps: PositiveInt | None = 100
+    every_minutes: PositiveFloat | None = 15.0
+    keep: PositiveInt = 2
+    keep_best: bool = True
+
+
+class Evaluate(Section):
+    """What is asked of the model before and after."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: PositiveInt = 64
+
+
+class Export(Section):
+    """What the run hands over at its end."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: Model
+    lora: Lora = Lora()
+    data: Data = Data()
+    sft: Sft = Sft()
+    memory: Memory = Memory()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    runs: str = "runs"
+
+    def run_folder(self) -> Path:
+        """Where everything this run makes lies."""
+        return Path(self.runs) / self.name
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved: every key with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides.
+
+    Data files and local models are looked for beside the recipe first, then from the current folder. Raises
+    `RecipeError` with every problem: file, line, key, what was found and what was expected.
+    """
+    path = Path(path)
+    marked = parse(path)
+    for override in overrides:
+        _apply(marked, override)
+    try:
+        return Recipe.model_validate(marked.value, context={"beside": path.parent})
+    except pydantic.ValidationError as error:
+        raise RecipeError(explain(error, marked, Recipe)) from None
+
+
+def _apply(marked: Marked, override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key.strip():
+        raise RecipeError(f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4.")
+    parts = key.strip().split(".")
+    target = marked.value
+    for depth, part in enumerate(parts[:-1]):
+        below = target.setdefault(part, {})
+        if below is None:
+            below = target[part] = {}
+        if not isinstance(below, dict):
+            raise RecipeError(f"{override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
+        target = below
+    target[parts[-1]] = parse_value(text, override)
+    marked.overridden[tuple(parts)] = override

@@ -1,0 +1,191 @@
+"""What SFT and DPO share as stages: resume, the progress bar, interruption, and the adapter that comes out."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_zh import console
+from mlx_zh.errors import RecipeError
+from mlx_zh.models.lora import AdapterSpec, read_adapter, save_adapter
+from mlx_zh.recipe import Lora, Recipe, Training
+from mlx_zh.stage import fingerprint
+from mlx_zh.storage import write_json
+from mlx_zh.training import checkpoints
+from mlx_zh.training.loop import Evaluated, Finished, Loop, Saved, Stepped
+from mlx_zh.training.objective import Objective
+from mlx_zh.training.optimizer import Arrays
+from mlx_zh.training.step import set_weights
+
+
+def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
+    """The recipe's `lora` section for a model of `layers` blocks."""
+    if lora.num_layers != "all" and lora.num_layers > layers:
+        raise RecipeError(f"lora.num_layers is {lora.num_layers}, but the model has {layers} layers; write all.")
+    return AdapterSpec(
+        kind=lora.type,
+        num_layers=layers if lora.num_layers == "all" else lora.num_layers,
+        rank=lora.rank,
+        scale=AdapterSpec.scale_of(lora.alpha, lora.rank, rslora=lora.rslora),
+        dropout=lora.dropout,
+        targets=None if lora.targets == "all" else lora.targets,
+    )
+
+
+def learning_key(recipe: Recipe, stage: str, extra: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A digest of everything that changes what `stage` learns, and the values it was made of."""
+    values = recipe.model_dump(mode="json", include={"model", "lora", "data", "seed", stage}) | extra
+    return fingerprint(values), values
+
+
+@dataclass
+class Session:
+    """One training stage of a run, in its folder."""
+
+    recipe: Recipe
+    stage: str
+    section: Training
+    model: nn.Module
+    spec: AdapterSpec
+    about: dict[str, Any]  # kept in the adapter's settings: base model, run
+    key: str
+    values: dict[str, Any]  # what `key` was made of
+
+    @property
+    def folder(self) -> Path:
+        """`runs/NAME/STAGE`."""
+        return self.recipe.run_folder() / self.stage
+
+    def train(self, objective: Objective, validation: Objective | None) -> Finished:
+        """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
+        with stop_on_interrupt() as stop:
+            loop = Loop(
+                model=self.model,
+                objective=objective,
+                validation=validation,
+                section=self.section,
+                checkpoint=self.recipe.checkpoint,
+                folder=self.folder,
+                seed=self.recipe.seed,
+                key=self.key,
+                loraplus_ratio=self.recipe.lora.loraplus_ratio,
+                save_best=self._save_best,
+                stop=stop,
+            )
+            self._resume(loop)
+            finished = self._follow(loop)
+        if finished.reason == "interrupted":
+            console.say(f"Stopped after step {finished.step}; run the same command to go on from there.")
+            return finished
+        if self.section.load_best and loop.progress.best_step is not None:
+            _, best = read_adapter(self._best)
+            set_weights(self.model, best)
+            console.say(f"Took back the best weights: step {loop.progress.best_step}.")
+            loop.weights = best
+        save_adapter(self.folder / "adapters", loop.weights, self.spec, self.about)
+        self._summarize(loop, finished)
+        return finished
+
+    @property
+    def _best(self) -> Path:
+        return self.folder / "checkpoints" / "best"
+
+    def _save_best(self, weights: Arrays) -> None:
+        if self.recipe.checkpoint.keep_best or self.section.load_best:
+            save_adapter(self._best, weights, self.spec, self.about)
+
+    def _resume(self, loop: Loop) -> None:
+        found, remarks = checkpoints.load_newest(self.folder / "checkpoints")
+        for remark in remarks:
+            console.warn(remark)
+        if found is None:
+            loop.log.cut(0)
+            write_json(self.folder / "settings.json", self.values)
+            return
+        if found.state["key"] != self.key:
+            raise RecipeError(
+                f"{self.folder} holds a run with other settings, stopped after step {found.state['step']}. Give this "
+                "recipe another name, or start over with --fresh (the old folder is kept beside it)."
+            )
+        loop.resume(found)
+        console.say(f"Going on after step {found.state['step']} of {loop.total}.")
+
+    def _follow(self, loop: Loop) -> Finished:
+        bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
+        finished: Finished | None = None
+        try:
+            for event in loop.run():
+                if isinstance(event, Stepped):
+                    bar.update(event.figures)
+                    if not event.result.applied:
+                        console.warn(
+                            f"step {event.figures['step']} was skipped: loss {event.result.loss}, gradient norm "
+                            f"{event.result.grad_norm}; examples {list(event.examples)}"
+                        )
+                elif isinstance(event, Evaluated):
+                    figures = event.figures
+                    console.say(f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}")
+                elif isinstance(event, Finished):
+                    finished = event
+                elif isinstance(event, Saved):
+                    pass  # a line a checkpoint would drown the rest
+        finally:
+            bar.close()
+        assert finished is not None
+        return finished
+
+    def _summarize(self, loop: Loop, finished: Finished) -> None:
+        lines = loop.log.read()
+        losses = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+        write_json(
+            self.folder / "summary.json",
+            {
+                "key": self.key,
+                "finished": finished.reason,
+                "steps": finished.step,
+                "seconds": round(loop.progress.elapsed_seconds, 1),
+                "skipped_steps": loop.progress.skipped_steps,
+                "eval_loss_before": losses[0][1] if losses else None,
+                "eval_loss_after": losses[-1][1] if losses else None,
+                "best": {"step": loop.progress.best_step, "eval_loss": loop.progress.best_loss},
+            },
+        )
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a stage's folder out of the way, keeping it; returns where it went."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-old{number}")).exists():
+        number += 1
+    shutil.move(folder, aside)
+    return aside
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM once: `stop()` becomes true and the step in hand is finished; twice: leave at once."""
+    asked = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.say("Finishing this step and saving; press Ctrl-C again to leave at once.")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

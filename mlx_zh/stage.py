@@ -1,0 +1,115 @@
+"""What every stage begins with: its command line, its recipe, its model, its run folder."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.storage import write_json, write_text
+
+if TYPE_CHECKING:
+    from mlx_zh.models.load import LoadedModel
+
+
+def parser(stage: str, purpose: str) -> argparse.ArgumentParser:
+    """A stage's command line: RECIPE, `section.key=value` overrides, and what every stage understands."""
+    found = argparse.ArgumentParser(prog=f"mlx-zh {stage}", description=purpose, allow_abbrev=False)
+    found.add_argument("recipe", metavar="RECIPE", help="a recipe, for example recipes/quickstart.yaml")
+    found.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example sft.learning_rate=2e-4")
+    found.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    found.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return found
+
+
+def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
+    """The recipe of a command line, or None when it was only to be printed."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.print:
+        print(recipe.to_yaml(), end="")
+        return None
+    return recipe
+
+
+def open_model(recipe: Recipe) -> LoadedModel:
+    """The recipe's base model, checked against its own forward."""
+    from mlx_zh import console, device
+    from mlx_zh.logprobs import check_supported
+    from mlx_zh.models.load import load_model
+
+    device.bound_cache()
+    if warning := device.blas_warning():
+        console.warn(warning)
+    source = recipe.model
+    loaded = load_model(
+        source.path,
+        hub=source.hub,
+        revision=source.revision,
+        dtype=source.dtype,
+        quantize=source.quantization,
+    )
+    check_supported(loaded.model, loaded.config)
+    return loaded
+
+
+def write_run_files(recipe: Recipe, loaded: LoadedModel, data: dict[str, Any]) -> None:
+    """`recipe.yaml` as resolved, and `manifest.json` with what a number needs to be reproduced."""
+    folder = recipe.run_folder()
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    path = folder / "manifest.json"
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    packages = ("mlx-zh", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "datasets")
+    known |= {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "device": _device()},
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "model": {"source": loaded.source, "fingerprint": loaded.fingerprint},
+        "data": known.get("data", {}) | data,
+    }
+    write_json(path, known)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    import mlx.core as mx
+
+    return str(mx.default_device())
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def fingerprint(value: Any) -> str:
+    """A short digest of plain values."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint_files(paths: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of each file's content."""
+    found = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

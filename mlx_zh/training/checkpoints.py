@@ -1,0 +1,77 @@
+"""Checkpoints: everything a run needs to go on exactly, in a folder that appears whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_zh.errors import StorageError
+from mlx_zh.storage import storage_errors, sync_folder, write_arrays, write_json
+from mlx_zh.training.optimizer import Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run after `state["step"]` steps: trained weights, optimizer moments, and plain values."""
+
+    weights: Arrays
+    optimizer: Arrays
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `folder/step-NNNNNN` and remove all but the newest `keep`."""
+    target = folder / f"step-{checkpoint.state['step']:06d}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        with storage_errors(target):
+            temporary.mkdir(parents=True, exist_ok=True)
+            write_arrays(temporary / "weights.safetensors", checkpoint.weights)
+            write_arrays(temporary / "optimizer.safetensors", checkpoint.optimizer)
+            write_json(temporary / "state.json", checkpoint.state)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _folders(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, or None; and a line about each damaged one, which is set aside."""
+    remarks = []
+    for path in reversed(_folders(folder)):
+        try:
+            return _load(path), remarks
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                path.rename(aside)
+            except OSError:
+                raise StorageError(f"{path} is damaged ({error}) and cannot be moved aside.") from error
+            remarks.append(f"checkpoint {path.name} is damaged ({error}); set aside as {aside.name}.")
+    return None, remarks
+
+
+def _load(path: Path) -> Checkpoint:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    arrays = [mx.load(str(path / f"{name}.safetensors")) for name in ("weights", "optimizer")]
+    mx.eval(arrays)
+    weights, optimizer = arrays
+    if not isinstance(weights, dict) or not isinstance(optimizer, dict) or not isinstance(state["step"], int):
+        raise ValueError("unexpected contents")
+    return Checkpoint(weights, optimizer, state)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())

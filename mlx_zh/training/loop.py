@@ -1,0 +1,217 @@
+"""The training loop, the same for SFT and DPO: yields what happened and prints nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_zh.models.lora import trainable
+from mlx_zh.recipe import Checkpoint as CheckpointSection
+from mlx_zh.recipe import Training
+from mlx_zh.training import checkpoints
+from mlx_zh.training.metrics import MetricsLog
+from mlx_zh.training.objective import Objective
+from mlx_zh.training.optimizer import Arrays, GroupedAdamW
+from mlx_zh.training.order import Order
+from mlx_zh.training.schedule import learning_rate
+from mlx_zh.training.step import StepResult, evaluate, set_weights, train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A step was taken; `figures` is its line in `metrics.jsonl`."""
+
+    figures: dict[str, Any]
+    result: StepResult
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The validation set was scored; `best` when no earlier loss was lower."""
+
+    figures: dict[str, Any]
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint was written."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The loop ended: `reason` is done, early_stopping or interrupted."""
+
+    reason: str
+    step: int
+
+
+Event = Stepped | Evaluated | Saved | Finished
+
+
+@dataclass
+class Progress:
+    """What changes as a run goes on, beside weights and optimizer."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+    evaluated_at: int = -1
+    metrics_size: int = 0
+
+
+@dataclass
+class Loop:
+    """A run of `total` steps of `objective` over a model whose trained weights are already marked.
+
+    `save_best` is called with the weights when validation improves; `stop` is asked after every step.
+    """
+
+    model: nn.Module
+    objective: Objective
+    validation: Objective | None
+    section: Training
+    checkpoint: CheckpointSection
+    folder: Path
+    seed: int
+    key: str
+    loraplus_ratio: float = 1.0
+    save_best: Callable[[Arrays], None] = lambda weights: None
+    stop: Callable[[], bool] = lambda: False
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        section = self.section
+        self.order = Order(self.objective.size, section.batch_size, self.seed)
+        planned = math.ceil(section.epochs * self.order.steps_per_epoch - 1e-9)
+        self.total = min(planned, section.max_steps or planned) if section.max_steps is None else section.max_steps
+        ratio_steps = math.ceil(section.warmup_ratio * self.total)
+        self.warmup = ratio_steps if section.warmup_steps is None else section.warmup_steps
+        self.weights = trainable(self.model)
+        self.optimizer = GroupedAdamW(
+            self.weights,
+            weight_decay=section.weight_decay,
+            betas=(section.adam_beta1, section.adam_beta2),
+            loraplus_ratio=self.loraplus_ratio,
+        )
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+
+    def resume(self, found: checkpoints.Checkpoint) -> None:
+        """Take up a checkpoint of this same run: weights, moments, position and metrics."""
+        self.weights = {name: found.weights[name] for name in self.weights}
+        set_weights(self.model, self.weights)
+        self.optimizer.load(found.optimizer)
+        self.progress = Progress(**found.state["progress"])
+        self.log.cut(self.progress.metrics_size)
+
+    def run(self) -> Iterator[Event]:
+        """Train until the end, an early stop or an interruption, yielding every event."""
+        progress = self.progress
+        began = time.monotonic() - progress.elapsed_seconds
+        saved_at = time.monotonic()
+        reason = "done"
+        if progress.evaluated_at < progress.step:
+            yield from self._evaluate()
+        while progress.step < self.total:
+            yield self._step(began)
+            last = progress.step == self.total
+            stopping = self.stop()
+            if last or (self.section.eval_steps and progress.step % self.section.eval_steps == 0):
+                yield from self._evaluate()
+                patience = self.section.early_stopping
+                if patience and progress.evaluations_without_gain >= patience and not last:
+                    reason = "early_stopping"
+            if stopping and not last:
+                reason = "interrupted"
+            due = self._due(saved_at)
+            if due or last or reason != "done":
+                yield self._save()
+                saved_at = time.monotonic()
+            if reason != "done":
+                break
+        yield Finished(reason, progress.step)
+
+    def _step(self, began: float) -> Stepped:
+        progress, step = self.progress, self.progress.step
+        start = time.monotonic()
+        examples = self.order.step(step)
+        rate = learning_rate(
+            step, self.total, peak=self.section.learning_rate, kind=self.section.lr_scheduler, warmup=self.warmup
+        )
+        mx.reset_peak_memory()
+        result, self.weights = train_step(
+            self.model,
+            self.objective,
+            self.objective.rows(examples, step),
+            self.weights,
+            self.optimizer,
+            learning_rate=rate,
+            max_grad_norm=self.section.max_grad_norm,
+        )
+        progress.step += 1
+        progress.skipped_steps += not result.applied
+        now = time.monotonic()
+        progress.elapsed_seconds = now - began
+        figures = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.order.steps_per_epoch, 4),
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "scored_tokens": result.scored_tokens,
+            "tokens": result.tokens,
+            **self.objective.metrics(result.sums),
+            "tokens_per_second": round(result.tokens / (now - start), 1),
+            "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
+            "elapsed_seconds": round(progress.elapsed_seconds, 2),
+        }
+        self.log.append(figures)
+        return Stepped(figures, result, tuple(int(e) for e in examples))
+
+    def _evaluate(self) -> Iterator[Evaluated]:
+        progress = self.progress
+        progress.evaluated_at = progress.step
+        if self.validation is None:
+            return
+        loss, sums = evaluate(
+            self.model, self.validation, self.validation.rows(np.arange(self.validation.size), None)
+        )
+        best = progress.best_loss is None or loss < progress.best_loss
+        progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
+        if best:
+            progress.best_loss, progress.best_step = loss, progress.step
+            self.save_best(self.weights)
+        figures = {
+            "step": progress.step,
+            "epoch": round(progress.step / self.order.steps_per_epoch, 4),
+            "eval_loss": loss,
+            **{f"eval_{name}": value for name, value in self.validation.metrics(sums).items()},
+        }
+        self.log.append(figures)
+        yield Evaluated(figures, best)
+
+    def _due(self, saved_at: float) -> bool:
+        every = self.checkpoint
+        by_steps = every.every_steps is not None and self.progress.step % every.every_steps == 0
+        minutes = (time.monotonic() - saved_at) / 60
+        return by_steps or (every.every_minutes is not None and minutes >= every.every_minutes)
+
+    def _save(self) -> Saved:
+        self.progress.metrics_size = self.log.size()
+        state = {"step": self.progress.step, "key": self.key, "progress": self.progress.__dict__}
+        found = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
+        return Saved(checkpoints.save(self.folder / "checkpoints", found, keep=self.checkpoint.keep))

@@ -1,0 +1,58 @@
+"""AdamW over named arrays, and gradient clipping."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+Arrays = dict[str, mx.array]
+
+
+class GroupedAdamW:
+    """MLX's AdamW (arXiv:1711.05101, with bias correction), decaying matrices only.
+
+    `loraplus_ratio` multiplies the learning rate of LoRA's B matrices (LoRA+, arXiv:2402.12354). Everything that a
+    resumed run needs is in `arrays`.
+    """
+
+    def __init__(
+        self, weights: Arrays, *, weight_decay: float, betas: tuple[float, float], loraplus_ratio: float = 1.0
+    ) -> None:
+        groups: dict[tuple[float, float], Arrays] = {}
+        for name, array in weights.items():
+            ratio = loraplus_ratio if name.endswith("lora_b") else 1.0
+            decay = weight_decay if array.ndim >= 2 else 0.0
+            groups.setdefault((ratio, decay), {})[name] = array
+        self._groups = []
+        for (ratio, decay), members in groups.items():
+            adamw = optim.AdamW(0.0, betas=list(betas), eps=1e-8, weight_decay=decay, bias_correction=True)
+            adamw.init(members)
+            self._groups.append((ratio, list(members), adamw))
+
+    def update(self, weights: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
+        """The weights after one step."""
+        updated: Arrays = {}
+        for ratio, names, adamw in self._groups:
+            adamw.learning_rate = learning_rate * ratio
+            updated |= adamw.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})
+        return {name: updated[name] for name in weights}
+
+    def arrays(self) -> Arrays:
+        """All state by name: the step count, and both moments of every weight."""
+        found: Arrays = {"step": self._groups[0][2].state["step"]}
+        for _, names, adamw in self._groups:
+            for name in names:
+                found |= {f"{moment}:{name}": array for moment, array in adamw.state[name].items()}
+        return found
+
+    def load(self, arrays: Arrays) -> None:
+        """Take back what `arrays` gave."""
+        for _, names, adamw in self._groups:
+            adamw.state["step"] = arrays["step"]
+            for name in names:
+                adamw.state[name] = {moment: arrays[f"{moment}:{name}"] for moment in ("m", "v")}
+
+
+def global_norm(gradients: Arrays) -> mx.array:
+    """The Euclidean norm of all gradients together, float32."""
+    return mx.sqrt(mx.stack([mx.square(g.astype(mx.float32)).sum() for g in gradients.values()]).sum())

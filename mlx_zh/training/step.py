@@ -1,0 +1,99 @@
+"""One optimizer step, exact however its examples are cut: sum over rows, count once, divide once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_zh.training.objective import Objective, Row, Sums
+from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step measured; `applied` is false when its loss or gradient was not finite and it was skipped."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    scored_tokens: int
+    tokens: int
+    sums: dict[str, float]
+
+
+def set_weights(model: nn.Module, weights: Arrays) -> None:
+    """Put named arrays into a model."""
+    model.update(tree_unflatten(list(weights.items())))
+
+
+def loss_and_gradients(
+    model: nn.Module, objective: Objective, rows: list[Row], weights: Arrays
+) -> tuple[mx.array, Sums, Arrays]:
+    """The step's loss, sums and gradients, row by row so that one row's activations are alive at a time."""
+
+    def share(weights: Arrays, row: Row) -> tuple[mx.array, Sums]:
+        set_weights(model, weights)
+        return objective.share(model, row)
+
+    value_and_grad: Any = mx.value_and_grad(share)
+    total: tuple[mx.array, Sums, Arrays] | None = None
+    for row in rows:
+        (loss, sums), gradients = value_and_grad(weights, row)
+        if total is not None:
+            loss = total[0] + loss
+            sums = {name: total[1][name] + value for name, value in sums.items()}
+            gradients = {name: total[2][name] + value for name, value in gradients.items()}
+        total = (loss, sums, gradients)
+        mx.eval(total)
+    set_weights(model, weights)  # the model held the traced arrays
+    assert total is not None, "a step has at least one row"
+    return total
+
+
+def train_step(
+    model: nn.Module,
+    objective: Objective,
+    rows: list[Row],
+    weights: Arrays,
+    optimizer: GroupedAdamW,
+    *,
+    learning_rate: float,
+    max_grad_norm: float | None,
+) -> tuple[StepResult, Arrays]:
+    """Run one step; returns what it measured and the new weights, which are also in the model."""
+    loss, sums, gradients = loss_and_gradients(model, objective, rows, weights)
+    norm = global_norm(gradients)
+    applied = math.isfinite(float(loss)) and math.isfinite(float(norm))
+    if applied:
+        if max_grad_norm is not None and float(norm) > max_grad_norm:
+            scale = max_grad_norm / norm
+            gradients = {name: gradient * scale for name, gradient in gradients.items()}
+        weights = optimizer.update(weights, gradients, learning_rate)
+        mx.eval(weights, optimizer.arrays())
+        set_weights(model, weights)
+    result = StepResult(
+        loss=float(loss),
+        grad_norm=float(norm),
+        applied=applied,
+        scored_tokens=sum(int(row.batch.targets.size) for row in rows),
+        tokens=sum(int(row.batch.tokens.size) for row in rows),
+        sums={name: float(value) for name, value in sums.items()},
+    )
+    return result, weights
+
+
+def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> tuple[float, dict[str, float]]:
+    """Loss and sums over validation rows, forward only."""
+    loss, totals = 0.0, dict[str, float]()
+    for row in rows:
+        share, sums = objective.share(model, row)
+        mx.eval(share, sums)
+        loss += float(share)
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return loss, totals
