@@ -25,6 +25,20 @@ def samples() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The small real model, obtained as a user obtains it. Use with the marker `network`."""
+    from mlx_zh.errors import DownloadError
+    from mlx_zh.models.load import BUILT_IN, resolve_model
+
+    try:
+        return resolve_model(BUILT_IN)
+    except DownloadError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def run_stage():
     """Call a stage's `main` and return its exit status, whether it returns or exits."""

@@ -144,8 +144,7 @@ def _packing(
             continue
         module, packed, scales = modules.get(path), weights.get(f"{path}.weight"), weights[name]
         if packed is None or module is None or not hasattr(module, "to_quantized"):
-            bad.append(name)
-            continue
+            continue  # named by the comparison that follows
         width = module.weight.shape[-1]
         bits, group_size = packed.shape[-1] * 32 // width, width // max(scales.shape[-1], 1)
         mode = _BYTE_SCALED.get((bits, group_size)) if scales.dtype == mx.uint8 else "affine"

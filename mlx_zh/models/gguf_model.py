@@ -111,6 +111,8 @@ def _check_shape(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> None:
         problem = f"it has {experts} experts a layer"
     elif rotary != config["head_dim"]:
         problem = f"it rotates {rotary} of {config['head_dim']} dimensions of a head"
+    elif config["num_hidden_layers"] > len(file.tensors):
+        problem = f"it announces {config['num_hidden_layers']:,} layers and has {len(file.tensors)} tensors"
     elif config["num_attention_heads"] < 1 or config["num_key_value_heads"] < 1:
         problem = "it has layers without attention heads"
     if problem:

