@@ -62,6 +62,10 @@ class StepBar:
         )
         self._bar.update()
 
+    def note(self, text: str) -> None:
+        """Show what else is going on."""
+        self._bar.set_postfix_str(text)
+
     def close(self) -> None:
         """End the bar's line."""
         self._bar.close()

@@ -150,11 +150,12 @@ def token_logprobs(
         return _chained(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
 
     @fused.vjp
-    def fused_vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
+    def fused_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
         gradient = outputs[1]  # (S, D)
         return (cotangents[0][:, None] * gradient.astype(mx.float32)).astype(gradient.dtype)
 
-    return fused(hidden)[0]
+    outputs: Any = fused(hidden)
+    return outputs[0]
 
 
 _PLAIN_HEADS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)

@@ -20,7 +20,7 @@ from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.stage import fingerprint
 from mlx_zh.storage import write_json
 from mlx_zh.training import checkpoints
-from mlx_zh.training.loop import Evaluated, Finished, Loop, Saved, Stepped
+from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Stepped
 from mlx_zh.training.objective import Objective
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
@@ -130,13 +130,13 @@ class Session:
                             f"step {event.figures['step']} was skipped: loss {event.result.loss}, gradient norm "
                             f"{event.result.grad_norm}; examples {list(event.examples)}"
                         )
+                elif isinstance(event, Evaluating):
+                    bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
                     figures = event.figures
                     console.say(f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}")
                 elif isinstance(event, Finished):
                     finished = event
-                elif isinstance(event, Saved):
-                    pass  # a line a checkpoint would drown the rest
         finally:
             bar.close()
         assert finished is not None

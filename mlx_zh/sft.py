@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe, Sources
     from mlx_zh.samples import Samples
     from mlx_zh.session import Session
-    from mlx_zh.training.objective import SftObjective
+    from mlx_zh.training.sft_objective import SftObjective
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +69,8 @@ def _objective(recipe: Recipe, renderer: Renderer, sources: Sources) -> SftObjec
     from mlx_zh.corpus.conversation import with_system
     from mlx_zh.corpus.formats import load_conversations
     from mlx_zh.errors import DataError
-    from mlx_zh.training.objective import Settings, SftObjective
+    from mlx_zh.training.objective import Settings
+    from mlx_zh.training.sft_objective import SftObjective
 
     data, memory = recipe.data, recipe.memory
     examples: list[Rendered] = []

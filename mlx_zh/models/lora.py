@@ -49,7 +49,7 @@ class AdapterSpec:
 
 @contextmanager
 def dropout_keys(keys: mx.array | None) -> Iterator[None]:
-    """Within it, adapter layers drop inputs, drawing from one random key a token ((T, 2) uint32); None: no dropout."""
+    """Within it, adapter layers drop inputs, drawing from one random key a token ((T, 2) uint32), or None."""
     token = _DROPOUT_KEYS.set(keys)
     try:
         yield

@@ -48,7 +48,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, or None; and a line about each damaged one, which is set aside."""
-    remarks = []
+    remarks: list[str] = []
     for path in reversed(_folders(folder)):
         try:
             return _load(path), remarks

@@ -35,6 +35,14 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluating:
+    """A row of the validation set was scored."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """The validation set was scored; `best` when no earlier loss was lower."""
 
@@ -57,7 +65,7 @@ class Finished:
     step: int
 
 
-Event = Stepped | Evaluated | Saved | Finished
+Event = Stepped | Evaluating | Evaluated | Saved | Finished
 
 
 @dataclass
@@ -98,7 +106,7 @@ class Loop:
         section = self.section
         self.order = Order(self.objective.size, section.batch_size, self.seed)
         planned = math.ceil(section.epochs * self.order.steps_per_epoch - 1e-9)
-        self.total = min(planned, section.max_steps or planned) if section.max_steps is None else section.max_steps
+        self.total = section.max_steps or planned
         ratio_steps = math.ceil(section.warmup_ratio * self.total)
         self.warmup = ratio_steps if section.warmup_steps is None else section.warmup_steps
         self.weights = trainable(self.model)
@@ -182,27 +190,30 @@ class Loop:
         self.log.append(figures)
         return Stepped(figures, result, tuple(int(e) for e in examples))
 
-    def _evaluate(self) -> Iterator[Evaluated]:
+    def _evaluate(self) -> Iterator[Event]:
         progress = self.progress
         progress.evaluated_at = progress.step
         if self.validation is None:
             return
-        loss, sums = evaluate(
-            self.model, self.validation, self.validation.rows(np.arange(self.validation.size), None)
-        )
+        rows = self.validation.rows(np.arange(self.validation.size), None)
+        loss, sums = 0.0, dict[str, float]()
+        for done, (share, figures) in enumerate(evaluate(self.model, self.validation, rows), start=1):
+            loss += share
+            sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
+            yield Evaluating(done, len(rows))
         best = progress.best_loss is None or loss < progress.best_loss
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
         if best:
             progress.best_loss, progress.best_step = loss, progress.step
             self.save_best(self.weights)
-        figures = {
+        line = {
             "step": progress.step,
             "epoch": round(progress.step / self.order.steps_per_epoch, 4),
             "eval_loss": loss,
             **{f"eval_{name}": value for name, value in self.validation.metrics(sums).items()},
         }
-        self.log.append(figures)
-        yield Evaluated(figures, best)
+        self.log.append(line)
+        yield Evaluated(line, best)
 
     def _due(self, saved_at: float) -> bool:
         every = self.checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +88,9 @@ def train_step(
     return result, weights
 
 
-def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> tuple[float, dict[str, float]]:
-    """Loss and sums over validation rows, forward only."""
-    loss, totals = 0.0, dict[str, float]()
+def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> Iterator[tuple[float, dict[str, float]]]:
+    """Score validation rows, forward only: each row's share of the loss, and its sums."""
     for row in rows:
         share, sums = objective.share(model, row)
         mx.eval(share, sums)
-        loss += float(share)
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    return loss, totals
+        yield float(share), {name: float(value) for name, value in sums.items()}

@@ -1,0 +1,56 @@
+"""SFT's objective: imitate the replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.corpus.render import Rendered
+from mlx_zh.logprobs import batch_logprobs
+from mlx_zh.losses import sft_loss
+from mlx_zh.packing import pack_conversations, plan_rows
+from mlx_zh.training.objective import Row, Settings, Sums
+
+
+class SftObjective:
+    """Mean cross-entropy over all scored tokens of a step."""
+
+    def __init__(self, examples: Sequence[Rendered], settings: Settings) -> None:
+        self.size = len(examples)
+        self._examples = examples
+        self._settings = settings
+
+    def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
+        """Rows of at most `micro_tokens` tokens."""
+        chosen = [self._examples[int(i)] for i in examples]
+        count = sum(_scored(example) for example in chosen)
+        rows = []
+        for members in plan_rows([len(e.tokens) for e in chosen], self._settings.micro_tokens):
+            batch = pack_conversations((chosen[m].tokens, chosen[m].trained) for m in members)
+            ids = tuple(int(examples[m]) for m in members)
+            rows.append(Row(batch, ids, self._settings.noise(batch, step, ids), count, step is not None))
+        return rows
+
+    def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
+        """Minus the row's summed log-probs over the step's scored tokens."""
+        logprobs = batch_logprobs(
+            model,
+            row.batch,
+            checkpoint=row.training and self._settings.checkpoint,
+            chunk=self._settings.logit_rows,
+            grad=row.training,
+            noise=row.noise,
+        )
+        return sft_loss(logprobs, row.count), {}
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """SFT has no figures beside its loss."""
+        return {}
+
+
+def _scored(example: Rendered) -> int:
+    return int(np.count_nonzero(example.trained[1:]))  # nothing predicts a row's first token
