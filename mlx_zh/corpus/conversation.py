@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +29,10 @@ class Preference:
     chosen: str
     rejected: str
     source: str
+
+
+def with_system(conversation: Conversation, system: str | None) -> Conversation:
+    """The conversation with `system` as its system message, unless it has one of its own."""
+    if not system or conversation.messages[0].role == "system":
+        return conversation
+    return replace(conversation, messages=(Message("system", system), *conversation.messages))

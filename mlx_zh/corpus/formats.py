@@ -18,7 +18,6 @@ from mlx_zh.corpus.conversation import Conversation, Message
 from mlx_zh.corpus.preferences import iter_preferences as iter_preferences
 from mlx_zh.corpus.preferences import load_preferences as load_preferences
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.rows import LoadReport as LoadReport
 from mlx_zh.corpus.rows import (
     Format,
     Row,
@@ -30,6 +29,7 @@ from mlx_zh.corpus.rows import (
     system_of,
     text_of,
 )
+from mlx_zh.corpus.rows import LoadReport as LoadReport
 
 Messages = tuple[Message, ...]
 
