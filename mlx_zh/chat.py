@@ -72,12 +72,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot, str | None]:
     """The model with its adapter, and the recipe's system prompt."""
+    from mlx_zh import device
+
     recipe = _recipe(arguments.target, arguments.overrides)
     adapter = _adapter(arguments.adapter, recipe)
     if screen:
         screen.progress(f"loading {recipe.model.path if recipe else arguments.target} …")
+    try:
+        bot = _load(arguments, recipe)
+        bot.swap(adapter)
+    finally:
+        if screen:
+            screen.done()
+    if screen:
+        screen.note(f"model: {bot.loaded.source} · adapter: {adapter or 'none'} · context: {bot.context} tokens")
+        if warning := device.blas_warning():
+            screen.note(warning)
+    return bot, recipe.data.system if recipe else None
 
-    from mlx_zh import device
+
+def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
+    import mlx.core as mx
+
     from mlx_zh.chatting.chatbot import Chatbot, context_length
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.generate import Sampling
@@ -97,23 +113,9 @@ def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot
         loaded = load_model(arguments.target, hub=arguments.hub or "huggingface")
         renderer = Renderer(loaded.tokenizer)
     if arguments.seed is not None:
-        import mlx.core as mx
-
         mx.random.seed(arguments.seed)
-    bot = Chatbot(
-        loaded,
-        renderer,
-        context_length(loaded.config, arguments.max_context),
-        Sampling(arguments.temp, arguments.top_p, arguments.max_tokens),
-    )
-    if adapter:
-        bot.swap(adapter)
-    if screen:
-        screen.done()
-        screen.note(f"model: {loaded.source} · adapter: {adapter or 'none'} · context: {bot.context} tokens")
-        if warning := device.blas_warning():
-            screen.note(warning)
-    return bot, recipe.data.system if recipe else None
+    context = context_length(loaded.config, arguments.max_context)
+    return Chatbot(loaded, renderer, context, Sampling(arguments.temp, arguments.top_p, arguments.max_tokens))
 
 
 def _recipe(target: str, overrides: list[str]) -> Recipe | None:

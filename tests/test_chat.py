@@ -72,6 +72,9 @@ def folder(tokenizer, tmp_path_factory) -> Path:
     tokenizer.save_pretrained(path)
     mx.random.seed(3)
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    letters = [index for byte, index in tokenizer.get_vocab().items() if byte.isascii() and byte.isalpha()]
+    letter = mx.array([index in letters for index in range(CONFIG["vocab_size"])])
+    model.lm_head.weight = mx.where(letter[:, None], model.lm_head.weight, 0)  # so that it writes text
     mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (path / "config.json").write_text(json.dumps(CONFIG))
     return path
@@ -256,11 +259,17 @@ def test_streamed_pieces_never_break_a_character(tokenizer, text):
     assert "".join(pieces) == text and decoder.finish() == ""
 
 
-def test_an_unfinished_character_is_shown_only_at_the_end(tokenizer):
+def test_a_character_that_is_cut_off_is_never_shown(tokenizer):
     decoder = StreamDecoder(tokenizer)
-    ids = tokenizer.encode("好", add_special_tokens=False)[:2]
-    assert [decoder.push(token) for token in ids] == ["", ""]
-    assert decoder.finish() == "\ufffd"
+    ids = tokenizer.encode("你好", add_special_tokens=False)[:5]
+    assert [decoder.push(token) for token in ids] == ["", "", "你", "", ""]
+    assert decoder.finish() == ""
+
+
+def test_notes_are_wrapped_on_a_terminal():
+    out = io.StringIO()
+    Screen(out, colour=True, live=True, fixed_width=8).note("你好世界再见")
+    assert out.getvalue() == "\x1b[2m你好世界\x1b[0m\n\x1b[2m再见\x1b[0m\n"
 
 
 def test_special_tokens_are_not_shown(tokenizer):
@@ -471,7 +480,8 @@ def test_settings(repl):
     assert "system: none" in repl.say("/system none")
     shown = repl.say("/help")
     assert all(row[0] in shown and row[1] in shown and row[2] in shown for row in COMMANDS.values())
-    assert max(text_width(line) for line in shown.splitlines()) <= 100
+    assert "  /help                显示帮助            show this help\n" in shown  # one row each
+    assert max(text_width(line) for line in shown.splitlines()) < 80
     repl.screen.fixed_width = 60
     assert max(text_width(line) for line in repl.say("/help").splitlines()) <= 60
 
@@ -568,7 +578,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(repl, bot):
     repl.screen.write = interrupting
     shown = repl.say("你好", "/temp")
     assert "已中止 stopped" in shown and "temperature: 0" in shown
-    assert 1 < bot.session.statistics.generated < 500
+    assert bot.session.statistics.generated == 1
     assert repl.transcript.turns[1].content in shown
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

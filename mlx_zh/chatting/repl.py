@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from mlx_zh.chatting.chatbot import Answer, Chatbot
-from mlx_zh.chatting.terminal import Screen, side_by_side, text_width, wrap
+from mlx_zh.chatting.terminal import Screen, side_by_side, text_width, unechoed_keys, wrap
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
 from mlx_zh.models.generate import Statistics
@@ -22,21 +22,16 @@ from mlx_zh.models.generate import Statistics
 # Usage, Chinese, English, method of Repl. The only place that knows the commands.
 COMMANDS = {
     "/help": ("/help", "显示帮助", "show this help", "help"),
-    "/system": ("/system [TEXT|none]", "查看、设置或取消系统提示", "show, set or clear the system prompt", "system"),
-    "/reset": ("/reset", "清空对话（保留系统提示）", "forget the conversation, keep the system prompt", "reset"),
+    "/system": ("/system [TEXT|none]", "查看或设置系统提示", "show or set the system prompt", "system"),
+    "/reset": ("/reset", "清空对话", "start over; the system prompt stays", "reset"),
     "/retry": ("/retry", "重新回答上一个问题", "answer the last question again", "retry"),
-    "/undo": ("/undo", "撤回上一轮问答", "take back the last question and answer", "undo"),
-    "/temp": ("/temp [NUMBER]", "查看或设置温度，0 为确定性输出", "show or set the temperature; 0 is greedy", "temp"),
+    "/undo": ("/undo", "撤回上一轮问答", "take back the last exchange", "undo"),
+    "/temp": ("/temp [NUMBER]", "温度，0 为不随机", "show or set temperature; 0 is greedy", "temp"),
     "/save": ("/save FILE", "把对话存为 JSON", "save the conversation as JSON", "save"),
     "/load": ("/load FILE", "载入存下的对话", "load a saved conversation", "load"),
-    "/adapter": ("/adapter [DIR|none]", "查看、更换或卸下适配器", "show, change or take off the adapter", "adapter"),
-    "/compare": (
-        "/compare",
-        "微调前后的模型并排回答上一个问题",
-        "last question: base and tuned side by side",
-        "compare",
-    ),
-    "/exit": ("/exit", "退出（或 Ctrl-D）", "leave (or Ctrl-D)", "leave"),
+    "/adapter": ("/adapter [DIR|none]", "更换或卸下适配器", "show, change or take off the adapter", "adapter"),
+    "/compare": ("/compare", "微调前后并排回答", "last question, base and tuned", "compare"),
+    "/exit": ("/exit", "退出", "leave (or Ctrl-D)", "leave"),
 }
 KEYS = (
     ("Enter", "发送", "send"),
@@ -91,7 +86,7 @@ class Repl:
     def _answer(self) -> None:
         prompt = self._prompt()
         pieces = []
-        with stopping_on_interrupt() as stopped:
+        with unechoed_keys(), stopping_on_interrupt() as stopped:
             for piece in self.bot.stream(prompt, stopped):
                 pieces.append(piece)
                 self.screen.write(piece)
@@ -103,6 +98,7 @@ class Repl:
         else:
             self.screen.note("（没有回答 · no answer; /retry asks again）")
         self.screen.note(describe(self.bot.session.statistics))
+        self.screen.line()
 
     def _prompt(self) -> list[int]:
         prompt, dropped = self.bot.fit(self.transcript)
@@ -180,7 +176,7 @@ class Repl:
             return
         prompt = self._prompt()
         try:
-            with stopping_on_interrupt() as stopped:
+            with unechoed_keys(), stopping_on_interrupt() as stopped:
                 base, tuned = self.bot.compare(
                     prompt, stopped, lambda name, done: self.screen.progress(f"{name}: {done} tokens …")
                 )
@@ -232,7 +228,7 @@ def describe(statistics: Statistics, name: str = "") -> str:
         f"prompt {statistics.prompt_new} new + {statistics.prompt_cached} cached",
     ]
     if statistics.reason == "length":
-        parts.append("cut at --max-tokens or the context's end")
+        parts.append("已达长度上限 cut off")
     elif statistics.reason == "stopped":
         parts.append("已中止 stopped")
     return (f"{name}: " if name else "") + " · ".join(parts)

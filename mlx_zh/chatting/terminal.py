@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -76,8 +77,8 @@ class Screen:
             self.stream.flush()
 
     def _styled(self, code: str, text: str) -> None:
-        text = _CONTROL.sub("", text)
-        self.stream.write(f"\x1b[{code}m{text}\x1b[0m\n" if self.colour else text + "\n")
+        for line in wrap(text, self.width) if self.live else [_CONTROL.sub("", text)]:
+            self.stream.write(f"\x1b[{code}m{line}\x1b[0m\n" if self.colour else line + "\n")
         self.stream.flush()
 
 
@@ -156,6 +157,24 @@ class LineEditor:
     def read(self) -> str:
         """The next message. Raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D."""
         return plain(self._session.prompt())
+
+
+@contextmanager
+def unechoed_keys() -> Iterator[None]:
+    """While the program writes, keys are kept for the next prompt instead of appearing in the answer."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(keyboard, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
 def plain(text: str) -> str:

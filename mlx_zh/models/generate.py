@@ -52,13 +52,15 @@ class StreamDecoder:
         return self._take(final=False)
 
     def finish(self) -> str:
-        """What is still held back when no more tokens come."""
+        """What is still held back when no more tokens come, without the part of a character that is cut off."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
         before = self._decode(self._ids[self._start : self._shown])
         now = self._decode(self._ids[self._start :])
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
+        if final:
+            now = now.rstrip("\ufffd")
+        if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return now[len(before) :]
