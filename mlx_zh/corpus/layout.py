@@ -76,8 +76,8 @@ def find_layout(
     for message in messages:
         if message.content not in text:
             raise TemplateError(
-                f"the chat template leaves out the {message.role} message (roles: {', '.join(roles)}); set a template "
-                "that shows it, or put its text into another message"
+                f"the chat template leaves out the {message.role} message (roles: {', '.join(roles)}); set a "
+                "template that shows it, or put its text into another message"
             )
     if any(text.count(mark) != 1 for mark in stand_ins):
         return None

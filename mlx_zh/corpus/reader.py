@@ -83,7 +83,7 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except ValueError as error:
             if line.strip() == "{":
                 raise DataError(

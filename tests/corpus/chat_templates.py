@@ -1,5 +1,11 @@
 """Chat templates of real models, rebuilt: what they write for plain conversations, without their tool branches."""
 
+# How Llama 3 cuts text into words before it merges bytes.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
 # Llama-3.1-8B-Instruct: always a system header with two dates, contents trimmed.
 LLAMA31 = r"""{{- bos_token }}
 {%- if not date_string is defined %}

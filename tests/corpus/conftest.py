@@ -12,17 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chat_templates import LLAMA31, MISTRAL, QWEN3, QWEN25, SMOLLM2
+from chat_templates import LLAMA3_PATTERN, LLAMA31, MISTRAL, QWEN3, QWEN25, SMOLLM2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from mlx_zh import device
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 TEXT = [
     "system user assistant You are a helpful assistant. Hello, how are you today? I am fine.",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from chat_templates import LLAMA32
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from turns import TWO_TURNS, assistant, ids, system, trained_runs, user
 
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Preference
 from mlx_zh.corpus.render import (
     CHOSEN_OVERFLOW,
     FIRST_EXCHANGE_OVERFLOW,
@@ -22,91 +19,9 @@ from mlx_zh.corpus.render import (
     REJECTED_OVERFLOW,
     Renderer,
 )
-from mlx_zh.errors import DataError, ModelError, TemplateError
+from mlx_zh.errors import DataError
 
 FAMILIES = ("llama3", "qwen2", "qwen3", "smollm2", "mistral")
-
-
-def system(content: str) -> Message:
-    return Message("system", content)
-
-
-def user(content: str) -> Message:
-    return Message("user", content)
-
-
-def assistant(content: str) -> Message:
-    return Message("assistant", content)
-
-
-TWO_TURNS = (user("你好"), assistant("Hello 世界🙂"), user("再见"), assistant("好，今天天气很好。"))
-
-
-def ids(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def trained_runs(tokenizer, rendered) -> list[str]:
-    """The text of each unbroken run of trained tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], rendered.trained, [False]]).astype(int)))
-    runs = edges.reshape(-1, 2)
-    return [tokenizer.decode(rendered.tokens[start:stop]) for start, stop in runs]
-
-
-# --- The text of each template -----------------------------------------------------------------------------------
-
-
-def test_llama31_text_with_system(tokenizer_of):
-    renderer = Renderer(tokenizer_of("llama3"))
-    messages = [system(" 你是助手。\n"), user("Hello"), assistant("你好")]
-    assert renderer.text(messages) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-        "你是助手。<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n你好<|eot_id|>"
-    )
-
-
-def test_llama31_text_without_system_and_with_generation_prompt(tokenizer_of):
-    renderer = Renderer(tokenizer_of("llama3"), date_string="01 Jan 2025")
-    assert renderer.text([user("Hello")], add_generation_prompt=True) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "Cutting Knowledge Date: December 2023\nToday Date: 01 Jan 2025\n\n<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-
-
-@pytest.mark.parametrize("date", ["26 Jul 2024", "the first of May"])
-def test_the_clock_is_pinned(tokenizer_of, date):
-    # Llama 3.2's template calls strftime_now; a date that is not written like 26 Jul 2024 is used as it is.
-    text = Renderer(tokenizer_of("llama3"), date_string=date, chat_template=LLAMA32).text([user("Hello")])
-    assert f"Today Date: {date}\n\n" in text
-    assert text.count("Date: ") == 2 and time.strftime("%d %b %Y") not in text
-
-
-def test_qwen_and_smollm_write_a_system_message_of_their_own(tokenizer_of):
-    assert Renderer(tokenizer_of("qwen2")).text([user("Hello")], add_generation_prompt=True) == (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert Renderer(tokenizer_of("smollm2")).text([user("Hello"), assistant("Hi")]) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
-    )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("generation_prompt", [False, True])
-def test_text_is_that_of_transformers(tokenizer_of, family, generation_prompt):
-    tokenizer = tokenizer_of(family)
-    messages = [*TWO_TURNS, user("Hello")] if generation_prompt else TWO_TURNS
-    rows = [{"role": m.role, "content": m.content} for m in messages]
-    expected = tokenizer.apply_chat_template(
-        rows, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
-    )
-    assert Renderer(tokenizer).text(messages, add_generation_prompt=generation_prompt) == expected
 
 
 # --- Tokens and the mask -----------------------------------------------------------------------------------------
@@ -321,118 +236,6 @@ def test_control_tokens_that_cannot_be_told_apart_are_named(tokenizer_of, family
     row = Conversation((user("Hello"), assistant(said), user("Hello"), assistant("Hello")), "data.jsonl:7")
     with pytest.raises(DataError, match=r"data\.jsonl:7: .*control tokens"):
         Renderer(tokenizer).conversation(row)
-
-
-# --- Templates that rewrite messages, or fail --------------------------------------------------------------------
-
-
-def test_reasoning_dropped_from_earlier_replies(tokenizer_of):
-    tokenizer = tokenizer_of("qwen3")
-    renderer = Renderer(tokenizer)
-    messages = (
-        user("Hello"),
-        assistant("<think>\nwell\n</think>\n\n你好"),
-        user("再见"),
-        assistant("<think>\nso\n</think>\n\nHello\n"),
-    )
-    rendered = renderer.conversation(messages)
-    assert trained_runs(tokenizer, rendered) == ["你好<|im_end|>", "<think>\nso\n</think>\n\nHello\n<|im_end|>"]
-    assert tokenizer.decode(rendered.tokens) == renderer.text(messages).removesuffix("\n")
-    prompt = renderer.prompt(messages[:3])
-    assert rendered.tokens[: len(prompt)].tolist() == prompt
-
-
-def test_a_message_the_template_leaves_out_is_an_error(tokenizer_of):
-    # Mistral's template shows the system message only where the last message is the user's.
-    with pytest.raises(TemplateError, match="leaves out the system message"):
-        Renderer(tokenizer_of("mistral")).conversation([system("a"), user("b"), assistant("c")])
-    prompt = Renderer(tokenizer_of("mistral")).prompt([system("Hello"), user("how")])
-    assert prompt == ids(tokenizer_of("mistral"), "<s>[INST] Hello\n\nhow[/INST]")
-
-
-def test_a_template_that_ends_replies_with_no_token(tokenizer_of):
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    with pytest.raises(TemplateError, match="never stop"):
-        Renderer(tokenizer_of("qwen2"), chat_template=template).conversation(TWO_TURNS)
-
-
-def test_a_reply_that_cannot_be_found(tokenizer_of):
-    # Written twice, a reply has no one place; the layout of the roles does not tell, this conversation does.
-    template = tokenizer_of("smollm2").chat_template.replace(
-        "message['content'] +", "(message['content'] * (2 if '世界' in message['content'] else 1)) +"
-    )
-    renderer = Renderer(tokenizer_of("smollm2"), chat_template=template)
-    row = Conversation(TWO_TURNS, "data.jsonl:3")
-    with pytest.raises(TemplateError, match=r"data\.jsonl:3: cannot tell where .* message 2"):
-        renderer.conversation(row)
-
-
-def test_a_template_that_refuses(tokenizer_of):
-    renderer = Renderer(tokenizer_of("mistral"))
-    row = Conversation((user("a"), user("b"), assistant("c")), "data.jsonl:12")
-    with pytest.raises(TemplateError, match=r"data\.jsonl:12: .*user, user, assistant.*must alternate"):
-        renderer.conversation(row)
-
-
-def test_broken_missing_and_several_templates(tokenizer_of):
-    tokenizer = tokenizer_of("qwen2")
-    with pytest.raises(TemplateError, match="not valid Jinja"):
-        Renderer(tokenizer, chat_template="{% for %}")
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
-    with pytest.raises(TemplateError, match="no chat template"):
-        Renderer(bare)
-    bare.chat_template = {"default": tokenizer.chat_template, "tool_use": "x"}
-    assert Renderer(bare).text(TWO_TURNS) == Renderer(tokenizer).text(TWO_TURNS)
-    bare.chat_template = {"tool_use": "x"}
-    with pytest.raises(TemplateError, match="it has: tool_use"):
-        Renderer(bare)
-
-
-def test_a_template_cannot_leave_the_sandbox(tokenizer_of):
-    for attack in (
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{% set n = namespace(__class__=1) %}",
-        "{{ dict.fromkeys.__globals__ }}{{ dict.mro() }}",
-    ):
-        with pytest.raises(TemplateError):
-            Renderer(tokenizer_of("qwen2"), chat_template=attack).text(TWO_TURNS)
-
-
-def test_generation_blocks_are_transparent(tokenizer_of):
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer = tokenizer_of("qwen2")
-    rendered = Renderer(tokenizer, chat_template=template).conversation(TWO_TURNS[:2])
-    assert trained_runs(tokenizer, rendered) == ["Hello 世界🙂<|im_end|>"]
-
-
-def test_a_slow_tokenizer_is_refused():
-    class Slow:
-        chat_template, special_tokens_map = "x", {}
-
-    with pytest.raises(ModelError, match=r"tokenizer\.json"):
-        Renderer(Slow())
-
-
-def test_a_tokenizer_whose_tokens_stand_across_a_cut():
-    # Words between blanks: "assistant:Hello" is one token, half header and half reply.
-    vocabulary = {"<unk>": 0, "</s>": 1, "user:Hello": 2, "assistant:Hello": 3}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
-    backend.add_special_tokens(["</s>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    renderer = Renderer(tokenizer)
-    renderer._encoder.cuts_anywhere = False
-    with pytest.raises(TemplateError, match="across the start of a reply near"):
-        renderer.conversation([user("Hello"), assistant("Hello")])
 
 
 # --- Preferences -------------------------------------------------------------------------------------------------

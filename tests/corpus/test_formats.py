@@ -1,0 +1,293 @@
+"""Each published form becomes the same conversations; each bad row is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_zh.corpus.conversation import Conversation, Message, with_system
+from mlx_zh.corpus.formats import LoadReport, iter_conversations, load_conversations
+from mlx_zh.errors import DataError
+
+Q, A = Message("user", "你好"), Message("assistant", "你好！")
+
+
+def lines(*rows) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        ("alpaca", {"instruction": "你好", "input": "", "output": "你好！"}, (Q, A)),
+        ("alpaca", {"instruction": "你好", "input": None, "output": "你好！", "history": None}, (Q, A)),
+        ("alpaca", {"instruction": "", "input": "你好", "output": "你好！"}, (Q, A)),
+        (
+            "alpaca",
+            {"instruction": "翻译", "input": "cat", "output": " 猫 \n", "prompt": "ignored", "system": "s"},
+            (Message("system", "s"), Message("user", "翻译\ncat"), Message("assistant", " 猫 \n")),
+        ),
+        (
+            "alpaca",
+            {"instruction": "再见", "output": "bye", "history": [["你好", "你好！"]], "system": " "},
+            (Q, A, Message("user", "再见"), Message("assistant", "bye")),
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]},
+            (Q, A),
+        ),
+        (
+            "sharegpt",
+            {
+                "system": "s",
+                "conversations": [{"from": "User", "value": "你好"}, {"role": "assistant", "content": "你好！"}],
+            },
+            (Message("system", "s"), Q, A),
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]},
+                    {"role": "assistant", "content": "你好！", "name": "x"},
+                ]
+            },
+            (Message("system", "s"), Q, A),
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": ""},
+                    {"role": "user", "content": "你好"},
+                    {"role": "assistant", "content": "你好！"},
+                ]
+            },
+            (Q, A),
+        ),
+        (
+            "belle-seed",
+            {"instruction": "你好", "instances": [{"input": "", "output": "你好！"}], "name": "x"},
+            (Q, A),
+        ),
+        ("prompt-response", {"prompt": "你好", "response": "你好！"}, (Q, A)),
+        (
+            "prompt-response",
+            {"prompt": "你好", "completion": "你好！", "system": "s"},
+            (Message("system", "s"), Q, A),
+        ),
+    ],
+)
+def test_forms(write, format, row, expected):
+    path = write(lines(row))
+    for asked in ("auto", format):
+        conversations, report = load_conversations(path, format=asked)
+        assert conversations == [Conversation(expected, f"{path}:1")]
+        assert report == LoadReport(rows=1, kept=1, format=format)
+
+
+def test_a_seed_task_with_several_instances(write):
+    path = write(
+        json.dumps(
+            [{"instruction": "写诗", "instances": [{"input": "春", "output": "a"}, {"input": "夏", "output": "b"}]}]
+        )
+    )
+    conversations, report = load_conversations(path)
+    assert [c.messages[0].content for c in conversations] == ["写诗\n春", "写诗\n夏"]
+    assert {c.source for c in conversations} == {f"{path}[0]"}
+    assert (report.rows, report.kept) == (1, 1)
+
+
+def test_columns_are_renamed(write):
+    row = {"question": "你好", "answer_zh": "你好！", "prompt": "ignored", "instruction": "ignored too"}
+    path = write(lines(row))
+    conversations, _ = load_conversations(path, columns={"instruction": "question", "output": "answer_zh"})
+    assert conversations[0].messages == (Q, A)
+
+
+def test_columns_that_are_not_there(write):
+    path = write(lines({"question": "a"}))
+    with pytest.raises(DataError, match=r"data\.jsonl:1: no column 'answer' \(columns: question\)"):
+        load_conversations(path, columns={"instruction": "question", "output": "answer"}, format="alpaca")
+    with pytest.raises(DataError, match=r"no format has a column 'instructoin' \(did you mean 'instruction'\?\)"):
+        load_conversations(path, columns={"instructoin": "question"})
+
+
+def turns(*pairs):
+    return {"conversations": [{"from": role, "value": text} for role, text in pairs]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "message"),
+    [
+        ({"instruction": "a"}, "missing field", r"'output' is missing \(columns: instruction\)"),
+        ({"instruction": "a", "output": None}, "missing field", "'output' is null"),
+        ({"instruction": "a", "output": 7}, "wrong type", "'output' must be text, got a number"),
+        ({"instruction": ["a"], "output": "b"}, "wrong type", "'instruction' must be text, got a list"),
+        ({"instruction": "a", "output": " \n"}, "empty reply", r"message 2 \(assistant\) is empty"),
+        ({"instruction": "", "input": "", "output": "b"}, "empty user message", r"message 1 \(user\) is empty"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "wrong type", r"'history'\[0\] must be a pair"),
+        (
+            {"instruction": "a", "output": "b", "history": "c"},
+            "wrong type",
+            "'history' must be a list of pairs, got a text",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", ""]]},
+            "empty reply",
+            r"message 2 \(assistant\) is empty",
+        ),
+        ({"instruction": "a", "output": "\ud83d"}, "broken Unicode", "'output' holds half of a surrogate pair"),
+        (turns(("human", "a"), ("human", "b")), "roles out of order", "message 2 must be of assistant, got user"),
+        (turns(("gpt", "a"), ("human", "b")), "roles out of order", "message 1 must be of user, got assistant"),
+        (
+            turns(("human", "a"), ("system", "b"), ("gpt", "c")),
+            "roles out of order",
+            "message 2 must be of assistant, got system",
+        ),
+        (
+            turns(("human", "a"), ("gpt", "b"), ("human", "c")),
+            "does not end with assistant",
+            "must be of assistant, got user",
+        ),
+        (turns(("system", "a")), "does not end with assistant", "must be of assistant, got no turn"),
+        (turns(("human", "a"), ("observation", "b")), "tool message", r"'conversations'\[1\]: messages of tools"),
+        (turns(("human", "a"), ("narrator", "b")), "unknown role", "unknown role 'narrator'"),
+        ({"conversations": [{"from": "human"}]}, "missing field", "'value' is missing or null"),
+        ({"conversations": []}, "wrong type", "'conversations' must be a list of messages, got an empty list"),
+        ({"conversations": "x"}, "wrong type", "'conversations' must be a list of messages, got a text"),
+        ({"conversations": ["x"]}, "wrong type", r"'conversations'\[0\] must be an object"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "wrong type",
+            "'content' must be text, got a list",
+        ),
+        ({"messages": [{"content": "x"}]}, "unknown role", "unknown role None"),
+        ({"instruction": "a", "instances": []}, "wrong type", "'instances' must be a list of objects"),
+    ],
+)
+def test_bad_rows(write, row, reason, message):
+    goods = {
+        "conversations": turns(("human", "a"), ("gpt", "b")),
+        "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "instances": {"instruction": "a", "instances": [{"output": "b"}]},
+        "instruction": {"instruction": "a", "output": "b"},
+    }
+    good = next(value for key, value in goods.items() if key in row)
+    path = write("".join(json.dumps(r) + "\n" for r in (good, row, good)))
+    with pytest.raises(DataError, match=message) as caught:
+        load_conversations(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: 1 of 3 rows cannot be used") and f"\n  {path}:2: " in text
+    assert "data.on_invalid=skip" in text
+    conversations, report = load_conversations(path, on_invalid="skip")
+    assert [c.source for c in conversations] == [f"{path}:1", f"{path}:3"]
+    assert report.dropped == {reason: 1} and report.examples == {reason: [f"{path}:2"]}
+    assert (report.rows, report.kept) == (3, 2)
+
+
+def test_all_errors_of_a_file_are_counted_and_ten_are_shown(write):
+    rows = [{"instruction": "a", "output": "b"}] + [{"instruction": "a"}] * 12 + ["text", None]
+    path = write(json.dumps(rows), "data.json")
+    with pytest.raises(DataError) as caught:
+        load_conversations(path)
+    shown = str(caught.value).splitlines()
+    assert "14 of 15 rows" in shown[0]
+    assert [line.split(": ")[0].strip() for line in shown[1:-1]] == [f"{path}[{i}]" for i in range(1, 11)]
+    assert shown[-1].strip() == "… and 4 more"
+    _, report = load_conversations(path, on_invalid="skip")
+    assert report.dropped == {"missing field": 12, "wrong type": 2}
+    assert report.examples["missing field"] == [f"{path}[{i}]" for i in (1, 2, 3)]
+
+
+def test_skipping_everything_is_an_error(write):
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used \(no row is left\)"):
+        load_conversations(write(lines({"instruction": "a"}, {"instruction": "b"})), on_invalid="skip")
+
+
+def test_broken_lines_are_skipped_on_request_only(write):
+    path = write(lines({"instruction": "a", "output": "b"}) + '{"instruction": "a", "outp\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:2: broken JSON at column 22: Unterminated string"):
+        load_conversations(path)
+    conversations, report = load_conversations(path, on_invalid="skip")
+    assert len(conversations) == 1 and report.dropped == {"broken JSON": 1}
+
+
+def test_unknown_columns_are_named(write):
+    path = write(lines({"author": "x", "title": "y"}))
+    with pytest.raises(DataError, match=r"no known format has the columns author, title\. .*alpaca: instruction"):
+        load_conversations(path)
+
+
+def test_rows_that_are_no_objects(write):
+    with pytest.raises(DataError, match=r"data\.json\[0\]: a row must be an object .* a text"):
+        load_conversations(write('["a", "b"]', "data.json"))
+
+
+def test_unknown_format_and_option(write):
+    path = write(lines({"instruction": "a", "output": "b"}))
+    with pytest.raises(DataError, match=r"unknown data format 'alpacca' \(did you mean 'alpaca'\?\)"):
+        load_conversations(path, format="alpacca")
+    with pytest.raises(ValueError, match="error or skip"):
+        load_conversations(path, on_invalid="ignore")
+
+
+def test_the_generator_gives_rows_before_the_last_is_read(write):
+    report = LoadReport()
+    rows = iter_conversations(write(lines({"instruction": "a", "output": "b"}) + "{broken\n"), report=report)
+    assert next(rows).messages[1].content == "b"
+    assert report.rows == 1
+    with pytest.raises(DataError, match="1 of 2 rows"):
+        next(rows)
+
+
+def test_with_system():
+    conversation = Conversation((Q, A), "x")
+    assert with_system(conversation, "s").messages == (Message("system", "s"), Q, A)
+    assert with_system(with_system(conversation, "s"), "t").messages[0].content == "s"
+    assert with_system(conversation, None) is conversation
+
+
+def read_independently(path):
+    text = path.read_text(encoding="utf-8-sig")
+    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "rows"),
+    [
+        ("alpaca_zh_demo.json", "alpaca", 1000),
+        ("identity.json", "alpaca", 91),
+        ("oaast_sft_zh.json", "alpaca", 689),
+        ("ruozhiba_qa2449_gpt4o.json", "alpaca", 2449),
+        ("belle_zh_seed_tasks.json", "belle-seed", 175),
+    ],
+)
+def test_real_files(samples, name, format, rows):
+    path = samples / "sft" / name
+    conversations, report = load_conversations(path)
+    raw = read_independently(path)
+    assert report == LoadReport(rows=rows, kept=rows, format=format)
+    if format == "belle-seed":
+        raw = [{**row, **instance} for row in raw for instance in row["instances"]]
+    assert len(conversations) == len(raw)
+    for row, conversation in zip(raw, conversations, strict=True):
+        assert conversation.messages[-1] == Message("assistant", row["output"])
+        assert len(conversation.messages) == 2 * len(row.get("history") or []) + 2
+        question = conversation.messages[-2].content
+        assert question.startswith(row["instruction"]) and question.endswith(row["input"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("modern_poetry_pd_sample.jsonl", "columns author, died, title, date, text, path"),
+        ("mathglm_arithmetic_sample.txt", "not JSON"),
+    ],
+)
+def test_real_files_of_no_chat_form(samples, name, message):
+    with pytest.raises(DataError, match=message):
+        load_conversations(samples / "sft" / name)

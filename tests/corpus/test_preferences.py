@@ -1,0 +1,140 @@
+"""Each published form of preference data becomes the same pairs; each bad row is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_zh.corpus.conversation import Message, Preference
+from mlx_zh.corpus.formats import load_preferences
+from mlx_zh.corpus.rows import LoadReport
+from mlx_zh.errors import DataError
+
+S, Q, A, R = Message("system", "s"), Message("user", "你好"), Message("assistant", "你好！"), Message("user", "再见")
+
+
+def role(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content}
+
+
+def share(message: Message) -> dict[str, str]:
+    return {"from": {"user": "human", "assistant": "gpt"}.get(message.role, message.role), "value": message.content}
+
+
+GOOD, BAD = Message("assistant", "好"), Message("assistant", " no\n")
+BOTH = {"chosen": "好", "rejected": " no\n"}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "prompt"),
+    [
+        ("alpaca", {"instruction": "你好", "input": "", "output": ["好", " no\n", "worst"]}, (Q,)),
+        ("alpaca", {"instruction": "再见", "output": ["好", " no\n"], "history": [["你好", "你好！"]]}, (Q, A, R)),
+        ("alpaca", {"instruction": "你好", "system": "s", **BOTH}, (S, Q)),
+        ("sharegpt", {"conversations": [share(Q)], "chosen": share(GOOD), "rejected": share(BAD)}, (Q,)),
+        ("sharegpt", {"conversations": [share(m) for m in (S, Q, A, R)], **BOTH}, (S, Q, A, R)),
+        ("messages", {"messages": [role(Q)], "chosen": role(GOOD), "rejected": role(BAD)}, (Q,)),
+        ("prompt", {"prompt": "你好", **BOTH}, (Q,)),
+        ("prompt", {"prompt": "你好", "system": "s", **BOTH}, (S, Q)),
+        ("prompt", {"prompt": [role(Q)], "chosen": [role(GOOD)], "rejected": [role(BAD)]}, (Q,)),
+        ("prompt", {"prompt": "你好", "chosen": [role(Q), role(GOOD)], "rejected": [role(Q), role(BAD)]}, (Q,)),
+        ("implicit", {"chosen": [role(m) for m in (S, Q, GOOD)], "rejected": [role(m) for m in (S, Q, BAD)]}, (S, Q)),
+        ("orca", {"system": "s", "question": "你好", **BOTH}, (S, Q)),
+        ("orca", {"system": "", "question": "你好", **BOTH}, (Q,)),
+        (
+            "openai",
+            {
+                "input": {"messages": [role(S), role(Q)]},
+                "preferred_output": [role(GOOD)],
+                "non_preferred_output": [role(BAD)],
+            },
+            (S, Q),
+        ),
+    ],
+)
+def test_forms(tmp_path, format, row, prompt):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([row], ensure_ascii=False), encoding="utf-8")
+    for asked in ("auto", format):
+        pairs, report = load_preferences(path, format=asked)
+        assert pairs == [Preference(prompt, "好", " no\n", f"{path}[0]")]
+        assert report == LoadReport(rows=1, kept=1, format=format)
+
+
+def test_columns_are_renamed(write):
+    path = write(json.dumps({"question": "你好", "answer_zh": "好", "answer_en": " no\n"}))
+    columns = {"prompt": "question", "chosen": "answer_zh", "rejected": "answer_en"}
+    assert load_preferences(path, columns=columns)[0] == [Preference((Q,), "好", " no\n", f"{path}:1")]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": " b\n"}, "identical responses", "are the same"),
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "empty response", "the chosen response is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty response", "the rejected response is empty"),
+        ({"prompt": "a", "chosen": "b"}, "missing field", r"'rejected' is missing \(columns: prompt, chosen\)"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "missing field", "'rejected' is null"),
+        ({"prompt": "a", "chosen": "b", "rejected": 1}, "wrong type", "'rejected' must be text, got a number"),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "empty user message", r"message 1 \(user\) is empty"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [role(Q)]},
+            "roles out of order",
+            "'rejected' must be of assistant",
+        ),
+        ({"prompt": [role(Q), role(A)], **BOTH}, "does not end with user", "must be of user, got assistant"),
+        (
+            {"prompt": "a", "chosen": [role(Q), role(GOOD)], "rejected": [role(R), role(BAD)]},
+            "prompts differ",
+            "differ before the last reply",
+        ),
+        (
+            {"prompt": "a", "chosen": [role(Q), role(GOOD)], "rejected": [role(Q), role(R)]},
+            "does not end with assistant",
+            "'rejected' must end with the assistant's",
+        ),
+    ],
+)
+def test_bad_rows(write, row, reason, message):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write("".join(json.dumps(r) + "\n" for r in (good, row)))
+    with pytest.raises(DataError, match=message) as caught:
+        load_preferences(path)
+    assert f"\n  {path}:2: " in str(caught.value) and "data.on_invalid=skip" in str(caught.value)
+    pairs, report = load_preferences(path, on_invalid="skip")
+    assert len(pairs) == 1 and report.dropped == {reason: 1}
+
+
+def test_one_output_is_no_ranking(write):
+    path = write(json.dumps({"instruction": "a", "output": ["b"]}))
+    with pytest.raises(DataError, match="at least two responses, the best first"):
+        load_preferences(path)
+
+
+def test_a_file_of_conversations_is_no_preference_data(write):
+    with pytest.raises(DataError, match=r"no known format has the columns instruction, output\. .*orca: system"):
+        load_preferences(write(json.dumps({"instruction": "a", "output": "b"})))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "rows", "chosen_of"),
+    [
+        ("dpo_en_demo.json", "sharegpt", 300, lambda row: row["chosen"]["value"]),
+        ("dpo_zh_demo.json", "sharegpt", 300, lambda row: row["chosen"]["value"]),
+        ("oaast_rm_zh.json", "alpaca", 775, lambda row: row["output"][0]),
+        ("orca_dpo_pairs_validation.jsonl", "openai", 284, lambda row: row["preferred_output"][0]["content"]),
+    ],
+)
+def test_real_files(samples, name, format, rows, chosen_of):
+    path = samples / "dpo" / name
+    text = path.read_text(encoding="utf-8")
+    raw = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+    # Three rows of oaast_rm_zh repeat a response.
+    repeated = [r for r in raw if format == "alpaca" and r["output"][0].strip() == r["output"][1].strip()]
+    assert len(repeated) == (3 if format == "alpaca" else 0)
+    pairs, report = load_preferences(path, on_invalid="skip")
+    assert (report.rows, report.kept, report.format) == (rows, rows - len(repeated), format)
+    assert report.dropped == ({"identical responses": 3} if repeated else {})
+    assert [pair.chosen for pair in pairs] == [chosen_of(row) for row in raw if row not in repeated]
+    assert {pair.prompt[-1].role for pair in pairs} == {"user"}

@@ -1,0 +1,125 @@
+"""Files that cannot be read are named with line, column and remedy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_zh.corpus import reader
+from mlx_zh.corpus.reader import InvalidRow, read_rows
+from mlx_zh.errors import DataError
+
+ROWS = [{"a": "你好", "b": [1, 2.5, None, True]}, {"a": 'x"]},\n{', "b": {}}, {"a": "\u2028", "b": "end"}]
+
+
+def rows_of(path):
+    return [row for _, row in read_rows(path)]
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_an_array_in_windows_of_any_size(write, monkeypatch, window, indent, ascii_only):
+    monkeypatch.setattr(reader, "_CHUNK", window)
+    path = write(json.dumps(ROWS, indent=indent, ensure_ascii=ascii_only) + "\n", "data.json")
+    assert list(read_rows(path)) == [(f"{path}[{i}]", row) for i, row in enumerate(ROWS)]
+
+
+def test_lines_whatever_the_name(write):
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    path = write(lines[0] + "\r\n\n  \n" + lines[1] + "\n" + lines[2], "data.json")  # blank lines, no last newline
+    assert list(read_rows(path)) == [(f"{path}:{n}", row) for n, row in zip((1, 4, 5), ROWS, strict=True)]
+
+
+@pytest.mark.parametrize("text", [json.dumps(ROWS), "\n".join(map(json.dumps, ROWS))])
+def test_a_byte_order_mark_is_no_part_of_the_data(write, text):
+    assert rows_of(write(b"\xef\xbb\xbf" + text.encode())) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no rows"),
+        (" \n\n", "holds no rows"),
+        ("[ \n]", "the array is empty"),
+        ("instruction,output\na,b\n", "not JSON: it begins with 'i'"),
+        ('{\n  "a": 1\n}\n', ":1: an object over several lines"),
+        ('[{"a": 1},\n {"a": 2},\n {"a": }]', ":3: broken JSON at column 8: Expecting value"),
+        ('[{"a": 1},\n {"a": 2}\n {"a": 3}]', ":3: broken JSON at column 2: expected , or ]"),
+        ('[{"a": 1},\n {"a": "x', ":2: broken JSON at column 8: Unterminated string"),
+        ('[{"a": 1},\n', ":2: broken JSON at column 1: Expecting value"),
+        ('[{"a": 1}', ":1: broken JSON at column 10: expected , or ], the file ends"),
+        ('[{"a": 1}]\n]', ":2: broken JSON at column 1: text after the end"),
+        ("[" + '{"a":' * 100_000, "nested too deeply|recursion"),
+        ('[{"a": ' + "1" * 5000 + "}]", "broken JSON at column 2: Exceeds the limit"),
+    ],
+)
+def test_what_is_no_data(write, monkeypatch, content, message):
+    monkeypatch.setattr(reader, "_CHUNK", 5)
+    if len(content) > 1000:
+        monkeypatch.undo()
+    path = write(content, "data.json")
+    with pytest.raises(DataError, match=message) as caught:
+        rows_of(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_broken_array_is_not_read_to_its_end(write, monkeypatch):
+    monkeypatch.setattr(reader, "_CHUNK", 64)
+    path = write('[{"a": x' + " " * 10_000 + "]")
+    reads = []
+    more = reader._Window._more
+    monkeypatch.setattr(reader._Window, "_more", lambda window: (reads.append(1), more(window)))
+    with pytest.raises(DataError, match="column 8"):
+        rows_of(path)
+    assert len(reads) <= 2
+
+
+def test_broken_lines_are_rows_of_their_own(write):
+    path = write('{"a": 1}\n{"a": \n{"a": 3}\n' + '{"a":' * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n")
+    found = rows_of(path)
+    assert found[0] == {"a": 1} and found[2] == {"a": 3}
+    assert [row.reason for row in found if isinstance(row, InvalidRow)] == [
+        "broken JSON",
+        "nested too deeply",
+        "broken JSON",
+    ]
+    assert str(found[1]) == "broken JSON at column 7: Expecting value"
+
+
+def test_gbk_is_named_with_the_line_and_the_remedy(write):
+    good = '{"a": "你好"}\n'.encode()
+    path = write(good * 3 + '{"a": "世界和平"}\n'.encode("gbk") + good)
+    with pytest.raises(DataError, match=r"data\.jsonl:4: .* looks like GBK; convert it: iconv -f GB18030 -t UTF-8"):
+        rows_of(path)
+
+
+def test_bytes_of_no_encoding(write):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: the text is not UTF-8; .* mend this line"):
+        rows_of(write(b'{"a": 1}\n{"a": "\xff\xff"}\n'))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16(write, encoding):
+    with pytest.raises(DataError, match="UTF-16; convert it: iconv -f UTF-16 -t UTF-8"):
+        rows_of(write('[{"a": "你好"}]'.encode(encoding)))
+
+
+def test_missing_file_folder_and_forbidden_file(tmp_path, write):
+    with pytest.raises(DataError, match="no such file"):
+        rows_of(tmp_path / "none.json")
+    write("[]", "some.json")
+    with pytest.raises(DataError, match=r"a folder; name one file in it; it has some\.json"):
+        rows_of(tmp_path)
+
+
+def test_a_file_that_may_not_be_read(write, monkeypatch):
+    path = write("[]")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        rows_of(path)
