@@ -7,12 +7,12 @@ overridden on the command line as `section.key=value`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,10 +22,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
+    field_validator,
 )
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe_text import Marked, explain, parse, parse_value
+from mlx_zh.recipe_text import Marked, dump, explain, parse, parse_value
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -40,13 +41,26 @@ def _located(value: str, info: ValidationInfo) -> str:
     return os.path.normpath(beside) if beside.exists() else value
 
 
-Located = Annotated[str, AfterValidator(_located)]
+Located = Annotated[str, Field(min_length=1), AfterValidator(_located)]
+
+
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError("a folder name of letters, digits, '-', '_' and '.', beginning with a letter or digit")
+    return value
 
 
 class Section(BaseModel):
     """Base of every part of a recipe: immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("something other than true or false")
+        return value
 
 
 class Quantize(Section):
@@ -175,7 +189,7 @@ class Export(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, AfterValidator(_folder_name)]
     model: Model
     lora: Lora = Lora()
     data: Data = Data()
@@ -193,7 +207,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as resolved: every key with its value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return dump(self.model_dump(mode="json"))
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -206,10 +220,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     marked = parse(path)
     for override in overrides:
         _apply(marked, override)
+    problems = marked.problems
     try:
-        return Recipe.model_validate(marked.value, context={"beside": path.parent})
+        recipe = Recipe.model_validate(marked.value, context={"beside": path.parent})
     except pydantic.ValidationError as error:
-        raise RecipeError(explain(error, marked, Recipe)) from None
+        problems = problems + explain(error, marked, Recipe)
+    if problems:
+        raise RecipeError("\n".join(text for _, text in sorted(problems)))
+    return recipe
 
 
 def _apply(marked: Marked, override: str) -> None:
@@ -217,13 +235,16 @@ def _apply(marked: Marked, override: str) -> None:
     if not found or not key.strip():
         raise RecipeError(f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4.")
     parts = key.strip().split(".")
+    if not all(parts):
+        raise RecipeError(f"{override!r}: {key.strip()!r} is no key; write it as in sft.learning_rate=2e-4.")
     target = marked.value
-    for depth, part in enumerate(parts[:-1]):
-        below = target.setdefault(part, {})
+    for depth, part in enumerate(parts[:-1], start=1):
+        below = target.get(part)
         if below is None:
-            below = target[part] = {}
-        if not isinstance(below, dict):
-            raise RecipeError(f"{override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section.")
-        target = below
+            marked.overridden[tuple(parts[:depth])] = override
+        elif not isinstance(below, dict):
+            kind = "a list: give it whole" if isinstance(below, list) else "a value, not a section"
+            raise RecipeError(f"{override!r}: {'.'.join(parts[:depth])} is {kind}.")
+        target[part] = target = dict(below or {})  # a copy: with YAML's aliases, two sections may be one object
     target[parts[-1]] = parse_value(text, override)
     marked.overridden[tuple(parts)] = override

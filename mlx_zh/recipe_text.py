@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -17,40 +18,55 @@ Key = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans: `1e-5` is a number, and `no` is a word."""
+    """Numbers and booleans as people write them: `1e-5` is a number; `no`, `1:30`, `017` and `0x1f` are text."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number, as `1e-5`, and what YAML 1.1 would."""
+
+
+_PLAIN = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+0123456789."),
+)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
+for _tag, _pattern, _first in _PLAIN:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def dump(value: Any) -> str:
+    """Plain values as YAML that `parse` reads back the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+Problem = tuple[int, str]  # line, and a sentence that begins with the place
 
 
 @dataclass
 class Marked:
-    """A parsed file: its value, the line of every key, and the keys that an override set."""
+    """A parsed file: its value, the line of every key, the keys that an override set, and what is wrong so far."""
 
     path: Path
     value: dict[str, Any]
-    lines: dict[Key, int]
+    lines: dict[Key, int] = field(default_factory=dict)
     overridden: dict[Key, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
-    def where(self, key: Key) -> str:
-        """The place to look at for `key`: the override that set it, or file and line of it or what holds it."""
-        for size in range(len(key), 0, -1):
-            if (override := self.overridden.get(key[:size])) is not None:
-                return f"{override!r}"
-            if (line := self.lines.get(key[:size])) is not None:
-                return f"{self.path}:{line}"
-        return str(self.path)
+    def where(self, key: Key) -> tuple[int, str]:
+        """The line of `key` or of what holds it (after all lines for an override), and the same as text."""
+        holders = [key[:size] for size in range(len(key), 0, -1)]
+        for holder in holders:
+            if holder in self.overridden:
+                return sys.maxsize, f"{self.overridden[holder]!r}"
+        for holder in holders:
+            if holder in self.lines:
+                return self.lines[holder], f"{self.path}:{self.lines[holder]}"
+        return 0, str(self.path)
 
 
 def parse(path: Path) -> Marked:
@@ -66,50 +82,69 @@ def parse(path: Path) -> Marked:
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{place}: not valid YAML: {reason}.") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deep.") from None
     if not isinstance(value, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections (name, model, data, ...), found {_kind(value)}."
         )
-    lines: dict[Key, int] = {}
-    _mark(node, (), lines, path)
-    return Marked(path, value, lines)
+    marked = Marked(path, value)
+    _mark(node, (), marked, set())
+    return marked
 
 
-def _mark(node: Any, key: Key, lines: dict[Key, int], path: Path) -> None:
+# PyYAML's constructors let KeyError and AttributeError through for some values with a tag of their own.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError)
+
+
+def _mark(node: Any, key: Key, marked: Marked, seen: set[int]) -> None:
+    """Note the line of every key, and what YAML allows but a recipe does not."""
+    if id(node) in seen:  # an alias, perhaps of a node that it stands in
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for name, below in node.value:
             inner, line = (*key, str(name.value)), name.start_mark.line + 1
-            if inner in lines:
-                raise RecipeError(f"{path}:{line}: {_dotted(inner)} is given twice (first on line {lines[inner]}).")
-            lines[inner] = line
-            _mark(below, inner, lines, path)
+            if not name.tag.endswith((":str", ":merge")):
+                marked.problems.append((line, f"{marked.path}:{line}: keys are text, found {name.value}."))
+            if inner in marked.lines:
+                twice = f"{_dotted(inner)} is given twice (first on line {marked.lines[inner]})"
+                marked.problems.append((line, f"{marked.path}:{line}: {twice}."))
+                continue
+            marked.lines[inner] = line
+            _mark(below, inner, marked, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, below in enumerate(node.value):
-            lines[(*key, index)] = below.start_mark.line + 1
-            _mark(below, (*key, index), lines, path)
+            marked.lines[(*key, index)] = below.start_mark.line + 1
+            _mark(below, (*key, index), marked, seen)
 
 
 def parse_value(text: str, context: str) -> Any:
     """The value of an override, read as YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (*_YAML_ERRORS, RecursionError):
         raise RecipeError(f"{context!r}: the value is not valid YAML.") from None
 
 
-def explain(error: pydantic.ValidationError, marked: Marked, schema: type[pydantic.BaseModel]) -> str:
-    """Every problem on a line: where, which key, what was expected and what was found."""
-    seen: dict[str, None] = {}
+def explain(error: pydantic.ValidationError, marked: Marked, schema: type[pydantic.BaseModel]) -> list[Problem]:
+    """Every problem once: where, which key, what was expected and what was found."""
+    found: dict[Key, list[Any]] = {}
     for problem in error.errors():
-        key = _visible(problem["loc"], marked.value)
-        seen[f"{marked.where(key)}: {_sentence(problem, key, schema)}"] = None
-    return "\n".join(seen)
+        if problem["type"] != "invalid_key":  # `parse` has said it
+            found.setdefault(_visible(problem["loc"], marked.value), []).append(problem)
+    # Where either of two kinds will do, pydantic reports both; the one that got further says more.
+    further = {key[:size] for key in found for size in range(len(key))}
+    lines = []
+    for key in found.keys() - further:
+        line, place = marked.where(key)
+        lines.append((line, f"{place}: {_sentence(found[key], key, schema)}"))
+    return lines
 
 
 def _visible(location: tuple[str | int, ...], value: Any) -> Key:
@@ -140,22 +175,26 @@ _EXPECTED = {
     "bool_parsing": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
+    "too_short": "a list that is not empty",
+    "string_too_short": "text that is not empty",
     "dict_type": "a mapping",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
 }
 
 
-def _sentence(problem: Any, key: Key, schema: type[pydantic.BaseModel]) -> str:
-    name, kind, found = _dotted(key), problem["type"], problem["input"]
-    if kind == "extra_forbidden":
+def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel]) -> str:
+    """What is wrong with a key; several problems are several kinds of which any would do."""
+    kinds = {problem["type"] for problem in problems}
+    if "extra_forbidden" in kinds:
         return _unknown(key, schema)
-    if kind == "missing":
-        return f"{name} is missing."
-    if kind in _EXPECTED:
-        return f"{name} must be {_EXPECTED[kind]}, found {_kind(found)}."
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
-    return f"{name} {message}, found {_kind(found)}."
+    if "missing" in kinds:
+        return f"{_dotted(key)} is missing."
+    expected = dict.fromkeys(
+        _EXPECTED.get(p["type"]) or p["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        for p in problems
+    )
+    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_kind(problems[0]['input'])}."
 
 
 def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
@@ -207,5 +246,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):
-        return "a list"
-    return repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        return "a list" if value else "an empty list"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."

@@ -1,0 +1,313 @@
+"""The recipe: what is read, what is refused and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_zh.errors import RecipeError
+from mlx_zh.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+BASE = "name: x\nmodel: {path: m}\n"  # what follows begins on line 3
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch) -> None:
+    """So that messages name r.yaml without a folder, and no file of the checkout is found by accident."""
+    monkeypatch.chdir(tmp_path)
+
+
+def read(text: str | bytes, *overrides: str) -> Recipe:
+    Path("r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_recipe("r.yaml", overrides)
+
+
+def refusal(text: str | bytes, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        read(text, *overrides)
+    return str(caught.value)
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sft: {learning_rat: 1}", "r.yaml:3: sft.learning_rat is not a key; did you mean sft.learning_rate?"),
+        ("learning_rate: 1", "r.yaml:3: learning_rate is not a key; did you mean sft.learning_rate?"),
+        ("sft:\n  rank: 3", "r.yaml:4: sft.rank is not a key; did you mean lora.rank?"),
+        ("modle: {path: y}", "r.yaml:3: modle is not a key; did you mean model?"),
+        (
+            "data: {sft: {train: [{path: a}, {path: b, formt: c}]}}",
+            "r.yaml:3: data.sft.train[1].formt is not a key; did you mean data.sft.train.format?",
+        ),
+        (
+            "memory: {cells: 3}",
+            "r.yaml:3: memory.cells is not a key; memory has: micro_tokens, checkpoint_layers, logit_rows.",
+        ),
+        ("sft: {1: 3}", "r.yaml:3: keys are text, found 1."),
+        ("name: y", "r.yaml:3: name is given twice (first on line 1)."),
+        ("model:\n  path: y", "r.yaml:3: model is given twice (first on line 2)."),
+        ("sft: {epochs: 1, epochs: 2}", "r.yaml:3: sft.epochs is given twice (first on line 3)."),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_line_and_the_nearest_valid_one(text, expected):
+    assert refusal(BASE + text) == expected
+
+
+def test_what_is_missing_is_named():
+    assert refusal("seed: 1") == "r.yaml: model is missing.\nr.yaml: name is missing."
+    assert refusal("name: x\nmodel: {hub: modelscope}") == "r.yaml:2: model.path is missing."
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sft: {batch_size: ten}", "sft.batch_size must be a whole number, found 'ten'."),
+        ("sft: {batch_size: 2.5}", "sft.batch_size must be a whole number, found 2.5."),
+        ("sft: {batch_size: true}", "sft.batch_size must be something other than true or false, found true."),
+        ("sft: {batch_size: 0}", "sft.batch_size must be greater than 0, found 0."),
+        ("sft: {learning_rate: [1]}", "sft.learning_rate must be a number, found a list."),
+        ("sft: {learning_rate: -1e-4}", "sft.learning_rate must be greater than 0, found -0.0001."),
+        ("sft: {learning_rate: 1e999}", "sft.learning_rate must be a finite number, found inf."),
+        ("sft: {warmup_ratio: 1.5}", "sft.warmup_ratio must be less than or equal to 1, found 1.5."),
+        ("sft: {lr_scheduler: cosin}", "sft.lr_scheduler must be 'cosine', 'linear' or 'constant', found 'cosin'."),
+        ("sft: {load_best: maybe}", "sft.load_best must be true or false, found 'maybe'."),
+        ("sft: {load_best: []}", "sft.load_best must be true or false, found an empty list."),
+        ("sft: 3", "sft must be a section with keys of its own, found 3."),
+        ("sft:", "sft must be a section with keys of its own, found nothing."),
+        ("lora: {num_layers: some}", "lora.num_layers must be 'all' or a whole number, found 'some'."),
+        ("lora: {num_layers: 0}", "lora.num_layers must be 'all' or greater than 0, found 0."),
+        ("lora: {targets: q_proj}", "lora.targets must be 'all' or a list, found 'q_proj'."),
+        ("lora: {targets: []}", "lora.targets must be 'all' or a list that is not empty, found an empty list."),
+        ("lora: {targets: [q_proj, 7]}", "lora.targets[1] must be text, found 7."),
+        ("lora: {dropout: 1}", "lora.dropout must be less than 1, found 1."),
+        ("data: {sft: {train: a.jsonl}}", "data.sft.train must be a list, found 'a.jsonl'."),
+        ("data: {sft: {train: [3]}}", "data.sft.train[0] must be a section with keys of its own, found 3."),
+        ("data: {sft: {train: ['']}}", "data.sft.train[0] must be text that is not empty, found ''."),
+        ("data: {system: 5}", "data.system must be text, found 5."),
+        ("evaluate: {prompts: 你好}", "evaluate.prompts must be a list, found '你好'."),
+        ("seed: 99999999999", "seed must be less than 2147483648, found 99999999999."),
+        (f"seed: {'啊' * 99}", f"seed must be a whole number, found '{'啊' * 76}...."),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(text, expected):
+    assert refusal(BASE + text) == f"r.yaml:3: {expected}"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "名字", "a\\nb", "a b"])
+def test_a_name_is_a_plain_folder_name(name):
+    assert refusal(f'name: "{name}"\nmodel: {{path: m}}\n').startswith("r.yaml:1: name must be a folder name of")
+
+
+def test_all_problems_of_a_file_are_told_at_once_in_its_order():
+    text = BASE + "sft:\n  epoch: 1\n  batch_size: x\nlora: {rank: 0}\nseed: 1\nseed: 2\n"
+    assert refusal(text, "memory.micro_tokens=-1").splitlines() == [
+        "r.yaml:4: sft.epoch is not a key; did you mean sft.epochs?",
+        "r.yaml:5: sft.batch_size must be a whole number, found 'x'.",
+        "r.yaml:6: lora.rank must be greater than 0, found 0.",
+        "r.yaml:8: seed is given twice (first on line 7).",
+        "'memory.micro_tokens=-1': memory.micro_tokens must be greater than 0, found -1.",
+    ]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found nothing."),
+        ("# only a comment\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found nothing."),
+        ("- a\n- b\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found a list."),
+        ("text\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found 'text'."),
+        ("name: x\nmodel: [\n", "r.yaml:3: not valid YAML: expected the node content, but found '<stream end>'."),
+        ("name: x\na: b: c\n", "r.yaml:2: not valid YAML: mapping values are not allowed here."),
+        ("name: x\n\tseed: 1\n", "r.yaml:2: not valid YAML: found character '\\t' that cannot start any token."),
+        (BASE + "? [a]\n: 1\n", "r.yaml:3: not valid YAML: found unhashable key."),
+        (BASE + "---\nseed: 1\n", "r.yaml:3: not valid YAML: but found another document."),
+        (BASE + "seed: !!bool maybe\n", "r.yaml: not valid YAML: 'maybe'."),
+        (BASE + "a: " + "[" * 5000, "r.yaml: not valid YAML: nested too deep."),
+        (
+            "name: x\0\n",
+            "r.yaml: not valid YAML: unacceptable character #x0000: special characters are not allowed.",
+        ),
+        ("name: 名".encode("gbk"), "r.yaml is not UTF-8 text; save it as UTF-8."),
+    ],
+)
+def test_a_file_that_is_no_recipe(text, expected):
+    assert refusal(text) == expected
+
+
+def test_code_in_a_recipe_is_not_run():
+    assert "could not determine a constructor" in refusal(BASE + "seed: !!python/object/apply:os.getpid []\n")
+
+
+def test_a_recipe_that_is_not_there_or_not_a_file():
+    with pytest.raises(RecipeError, match=r"there is no recipe at none\.yaml"):
+        load_recipe("none.yaml")
+    Path("folder.yaml").mkdir()
+    with pytest.raises(RecipeError, match=r"folder\.yaml cannot be read: Is a directory"):
+        load_recipe("folder.yaml")
+
+
+def test_a_byte_order_mark_is_no_matter():
+    assert read(b"\xef\xbb\xbf" + BASE.encode()).name == "x"
+
+
+def test_an_alias_to_itself_is_refused_like_any_unknown_key():
+    assert refusal(BASE + "sft: &s {again: *s}\n").startswith("r.yaml:3: sft.again is not a key")
+
+
+# YAML 1.1's surprises
+
+
+def test_numbers_are_what_people_write_as_numbers():
+    sft = read(BASE + "sft: {learning_rate: 1e-5, weight_decay: .5, adam_beta1: 0., epochs: 1E1}").sft
+    assert (sft.learning_rate, sft.weight_decay, sft.adam_beta1, sft.epochs) == (1e-5, 0.5, 0.0, 10.0)
+    assert read(BASE + "seed: 017").seed == 17  # YAML 1.1 reads 15
+
+
+@pytest.mark.parametrize("text", ["0o17", "0x1f", "0b11", "1:30", "2024-01-01", "1.5.0", "1e", "NaN"])
+def test_what_only_yaml_takes_for_a_number_is_none(text):
+    assert refusal(BASE + f"seed: {text}") == f"r.yaml:3: seed must be a whole number, found '{text}'."
+
+
+def test_words_are_words():
+    text = "evaluate: {prompts: [no, yes, on, Off, 1:30, 0o17, 0x1f, 1_000, 2024-01-01, =, 1e5x]}"
+    assert read(BASE + text).evaluate.prompts == (
+        *("no", "yes", "on", "Off", "1:30", "0o17", "0x1f", "1_000", "2024-01-01", "=", "1e5x"),
+    )
+
+
+# Overrides
+
+
+def test_overrides_take_the_place_of_any_key():
+    recipe = read(
+        BASE + "sft: {epochs: 3, batch_size: 4}\n",
+        *("sft.epochs=2", "sft.learning_rate = 2e-4", "name=other", "data.system=你是助手", "sft.max_grad_norm=null"),
+        *("lora.targets=[q_proj, v_proj]", "model.quantize={bits: 8}", "model.quantize.group_size=32", "seed=7"),
+        "data.sft.train=[a.jsonl, {path: b.json, format: alpaca, columns: {output: answer}}]",
+    )
+    assert (recipe.name, recipe.seed, recipe.data.system) == ("other", 7, "你是助手")
+    assert (recipe.sft.epochs, recipe.sft.batch_size, recipe.sft.learning_rate) == (2.0, 4, 2e-4)
+    assert recipe.sft.max_grad_norm is None
+    assert recipe.lora.targets == ("q_proj", "v_proj")
+    assert recipe.model.quantization == (8, 32)
+    first, second = recipe.data.sft.train
+    assert (first.path, first.format) == ("a.jsonl", "auto")
+    assert (second.path, second.format, second.columns) == ("b.json", "alpaca", {"output": "answer"})
+
+
+def test_the_last_override_of_a_key_counts():
+    assert read(BASE, "seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sft.learning_rat=1", "sft.learning_rat is not a key; did you mean sft.learning_rate?"),
+        ("stf.epochs=1", "stf is not a key; did you mean sft?"),
+        ("sft.epochs=many", "sft.epochs must be a number, found 'many'."),
+        ("sft.epochs=", "sft.epochs must be a number, found nothing."),
+        ("name.first=1", "name is a value, not a section."),
+        ("data.sft.train.0=x", "data.sft.train is a list: give it whole."),
+        ("sft..epochs=1", "'sft..epochs' is no key; write it as in sft.learning_rate=2e-4."),
+        ("sft.epochs=[1", "the value is not valid YAML."),
+        ("data.sft.train=[{path: a, formt: b}]", "data.sft.train[0].formt is not a key; did you mean"),
+    ],
+)
+def test_what_is_wrong_with_an_override_names_it(override, expected):
+    text = BASE + "data: {sft: {train: [a]}}\n"
+    assert refusal(text, override).startswith(f"{override!r}: {expected}")
+
+
+@pytest.mark.parametrize("override", ["sft.epochs", "=1", ""])
+def test_an_override_has_a_key_and_a_value(override):
+    assert refusal(BASE, override) == (
+        f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4."
+    )
+
+
+def test_an_override_changes_one_of_two_aliased_sections():
+    recipe = read(
+        BASE + "data:\n  sft: &both {train: [a]}\n  dpo: *both\n", "data.sft.train=[b]", "data.dpo.validation=[c]"
+    )
+    assert [source.path for source in recipe.data.sft.train] == ["b"]
+    assert [source.path for source in recipe.data.dpo.train] == ["a"]
+    assert recipe.data.sft.validation == ()
+
+
+# Paths
+
+
+def test_files_are_found_beside_the_recipe_and_else_taken_from_here(monkeypatch):
+    Path("recipes/data").mkdir(parents=True)
+    Path("recipes/data/near.jsonl").touch()
+    Path("data").mkdir()
+    Path("data/near.jsonl").touch()
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "data: {sft: {train: [data/near.jsonl, data/far.jsonl, ../data/near.jsonl, /abs/x.jsonl, ~/y.jsonl]}}"
+    Path("recipes/r.yaml").write_text("name: x\nmodel: {path: org/model}\n" + text)
+    recipe = load_recipe(Path("recipes/r.yaml"))
+    assert [source.path for source in recipe.data.sft.train] == [
+        "recipes/data/near.jsonl",
+        "data/far.jsonl",
+        "data/near.jsonl",
+        "/abs/x.jsonl",
+        "/home/someone/y.jsonl",
+    ]
+    assert recipe.model.path == "org/model"
+    assert recipe.run_folder() == Path("runs/x")
+
+
+# Writing it out again
+
+
+def test_to_yaml_reads_back_as_an_equal_recipe(tmp_path):
+    words = "no 1e-5 0o17 017 1:30 1_000 null ~ - = 😀".split() + [" a: b # c", "- d", "", "多 行\n文本"]
+    text = BASE + "sft: {learning_rate: 1e-5, max_steps: 3}\nlora: {targets: [q_proj], num_layers: 2}\n"
+    recipe = read(text, f"evaluate.prompts={json.dumps(words, ensure_ascii=False)}", "data.system='007'")
+    assert list(recipe.evaluate.prompts) == words
+    Path("again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe("again.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_recipe_loads_and_survives_a_round_trip(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+def test_the_llama_recipes_differ_in_memory_alone():
+    loaded = {size: load_recipe(ROOT / f"recipes/llama31-8b-zh-{size}gb.yaml") for size in (16, 32, 64)}
+    learning = [recipe.model_dump(exclude={"name", "memory"}) for recipe in loaded.values()]
+    assert learning[0] == learning[1] == learning[2]
+    memories = [recipe.memory for recipe in loaded.values()]
+    assert len(set(map(str, memories))) == 3
+    assert memories[0].checkpoint_layers and not memories[2].checkpoint_layers
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_key_of_a_shipped_recipe_is_commented(path):
+    """By a remark on its line, or by one right above it; a section's own keys explain the section."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keys = [
+        (number, line)
+        for number, line in enumerate(lines)
+        if not line.lstrip().startswith(("#", "-")) and ":" in line and not line.rstrip().endswith(":")
+    ]
+    bare = [line.strip() for number, line in keys if "#" not in line and "#" not in lines[number - 1]]
+    assert [line for line in bare if not line.startswith(("name", "seed", "train", "validation", "max_new"))] == []
