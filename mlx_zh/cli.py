@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mlx_zh.errors import MlxZhError
 
@@ -23,27 +26,36 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MLX_ZH_DEBUG") == "1"
     arguments = [a for a in arguments if a != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal in GBK has no emoji
+    status: Any
     try:
-        status = main(arguments) or 0
+        try:
+            status = main(arguments) or 0
+        except SystemExit as stop:  # argparse, or a stage within `mlx-zh`
+            status = stop.code
         sys.stdout.flush()
-    except MlxZhError as error:
+    except (MlxZhError, KeyboardInterrupt) as error:
         if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        if debug:
-            raise
+            traceback.print_exc()
         status = 130
+        if isinstance(error, MlxZhError):
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: say nothing
         status = 0
     sys.exit(status)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The `mlx-zh` command."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str] | None = None) -> None:
+    """The `mlx-zh` command. Exits."""
+    entry(_stage, argv)
+
+
+def _stage(argv: list[str] | None) -> int:
+    arguments = argv or []
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mlx-zh STAGE RECIPE [section.key=value ...]\n\nstages:")
         for name, purpose in STAGES.items():
@@ -59,5 +71,4 @@ def main(argv: list[str] | None = None) -> int:
     if stage not in STAGES:
         print(f"error: there is no stage {stage!r}; choose from {', '.join(STAGES)}.", file=sys.stderr)
         return 2
-    entry(importlib.import_module(f"mlx_zh.{stage}").main, rest)
-    return 0
+    return importlib.import_module(f"mlx_zh.{stage}").main(rest) or 0

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train an adapter on conversations."""
     parser = stage.parser("sft", "Tune a model on conversations.")
     parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept beside the new one")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0

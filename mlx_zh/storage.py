@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_zh.errors import StorageError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -71,5 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
     """Write arrays as safetensors, whole."""
+    import mlx.core as mx
+
     with written_whole(path) as file:
         mx.save_safetensors(file, arrays, metadata or {})

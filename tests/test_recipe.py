@@ -274,7 +274,8 @@ def test_files_are_found_beside_the_recipe_and_else_taken_from_here(monkeypatch)
 
 
 def test_to_yaml_reads_back_as_an_equal_recipe(tmp_path):
-    words = "no 1e-5 0o17 017 1:30 1_000 null ~ - = 😀".split() + [" a: b # c", "- d", "", "多 行\n文本"]
+    words = ["no", "1e-5", "0o17", "017", "1:30", "1_000", "null", "~", "-", "=", "", "😀"]
+    words += [" a: b # c", "- d", "多 行\n文本"]
     text = BASE + "sft: {learning_rate: 1e-5, max_steps: 3}\nlora: {targets: [q_proj], num_layers: 2}\n"
     recipe = read(text, f"evaluate.prompts={json.dumps(words, ensure_ascii=False)}", "data.system='007'")
     assert list(recipe.evaluate.prompts) == words
