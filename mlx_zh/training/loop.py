@@ -132,7 +132,7 @@ class Loop:
         began = time.monotonic() - progress.elapsed_seconds
         saved_at = time.monotonic()
         reason = "done"
-        if progress.evaluated_at < progress.step:
+        if progress.evaluated_at < 0:
             yield from self._evaluate()
         while progress.step < self.total:
             yield self._step(began)
