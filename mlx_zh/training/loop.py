@@ -131,27 +131,26 @@ class Loop:
         progress = self.progress
         began = time.monotonic() - progress.elapsed_seconds
         saved_at = time.monotonic()
-        reason = "done"
         if progress.evaluated_at < 0:
             yield from self._evaluate()
-        while progress.step < self.total:
+        reason = "early_stopping" if self._no_gain() else "done"
+        while reason == "done" and progress.step < self.total:
             yield self._step(began)
             last = progress.step == self.total
             stopping = self.stop()
             if last or (self.section.eval_steps and progress.step % self.section.eval_steps == 0):
                 yield from self._evaluate()
-                patience = self.section.early_stopping
-                if patience and progress.evaluations_without_gain >= patience and not last:
-                    reason = "early_stopping"
-            if stopping and not last:
-                reason = "interrupted"
+            if not last:
+                reason = "early_stopping" if self._no_gain() else "interrupted" if stopping else "done"
             due = self._due(saved_at)
             if due or last or reason != "done":
                 yield self._save()
                 saved_at = time.monotonic()
-            if reason != "done":
-                break
         yield Finished(reason, progress.step)
+
+    def _no_gain(self) -> bool:
+        patience = self.section.early_stopping
+        return patience is not None and self.progress.evaluations_without_gain >= patience
 
     def _step(self, began: float) -> Stepped:
         progress, step = self.progress, self.progress.step
