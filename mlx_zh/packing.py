@@ -136,19 +136,30 @@ def pack_conversations(
 
 
 def pack_pairs(pairs: Iterable[tuple[Tokens, Tokens, Tokens]]) -> PackedBatch:
-    """Pack (prompt, chosen, rejected) pairs, each prompt once with two branches.
+    """Pack (prompt, chosen, rejected) pairs, each a root with two branches; every response token is scored.
 
-    Sequences are in the order chosen 0, rejected 0, chosen 1, ...; every token of both responses is scored.
+    The root is the prompt and what both responses begin with (`shared_beginning`), which is scored for both.
+    Sequences are in the order chosen 0, rejected 0, chosen 1, ...; the scores of a sequence are in its own order.
     """
     row = RowBuilder()
     count = 0
     for prompt, chosen, rejected in pairs:
-        root = row.add(prompt)
+        shared = shared_beginning(chosen, rejected)
+        root = row.add(np.concatenate([prompt, chosen[:shared]])) if shared else row.add(prompt)
+        both = np.arange(len(prompt) + shared) >= len(prompt)
         for response in (chosen, rejected):
-            branch = row.add(response, parent=root)
-            row.score(branch, np.ones(len(response), dtype=bool), owner=count)
+            branch = row.add(response[shared:], parent=root)
+            row.score(root, both, owner=count)
+            row.score(branch, np.ones(len(response) - shared, dtype=bool), owner=count)
             count += 1
     return row.build(count)
+
+
+def shared_beginning(chosen: Tokens, rejected: Tokens) -> int:
+    """How many tokens two responses begin with in common; less than either has, so that both keep a branch."""
+    most = min(len(chosen), len(rejected)) - 1
+    differ = np.flatnonzero(np.asarray(chosen[:most]) != np.asarray(rejected[:most]))
+    return int(differ[0]) if differ.size else max(most, 0)
 
 
 def pack_choices(prefix: Tokens, questions: Iterable[Tokens], choices: Sequence[int]) -> PackedBatch:
