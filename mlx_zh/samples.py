@@ -43,6 +43,8 @@ class Samples:
     def shown(self, *names: str) -> str:
         """Prompts and answers as text, one under another."""
         known = self._read()
+        if not known:
+            return ""
         lines = []
         for index, prompt in enumerate(self._recipe.evaluate.prompts):
             lines.append(f"  > {prompt}")

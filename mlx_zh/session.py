@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_zh import console
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.lora import AdapterSpec, read_adapter, save_adapter
+from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.stage import fingerprint
 from mlx_zh.storage import write_json
@@ -43,6 +44,7 @@ def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
 def learning_key(recipe: Recipe, stage: str, extra: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A digest of everything that changes what `stage` learns, and the values it was made of."""
     values = recipe.model_dump(mode="json", include={"model", "lora", "data", "seed", stage}) | extra
+    values["data"] = {name: value for name, value in values["data"].items() if name not in {"sft", "dpo"} - {stage}}
     return fingerprint(values), values
 
 
@@ -63,6 +65,22 @@ class Session:
     def folder(self) -> Path:
         """`runs/NAME/STAGE`."""
         return self.recipe.run_folder() / self.stage
+
+    def check(self) -> dict[str, Any] | None:
+        """The summary of an earlier run of these settings that is finished; None where there is work to do.
+
+        RecipeError where the folder holds a run with other settings. Writes nothing.
+        """
+        if not any((self.folder / "checkpoints").glob("step-*")):
+            return None
+        settings, summary = (_read_json(self.folder / f"{name}.json") for name in ("settings", "summary"))
+        if settings is not None and fingerprint(settings) != self.key:
+            raise RecipeError(
+                f"{self.folder} holds a run with other settings: {_changes(settings, self.values)}. Give this recipe "
+                "another name, or start over with --fresh (the old folder is kept beside it)."
+            )
+        whole = (self.folder / "adapters" / CONFIG_FILE).exists()
+        return summary if summary is not None and summary["key"] == self.key and whole else None
 
     def train(self, objective: Objective, validation: Objective | None) -> Finished:
         """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
@@ -143,8 +161,9 @@ class Session:
         return finished
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
-        lines = loop.log.read()
-        losses = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+        losses = [line["eval_loss"] for line in loop.log.read() if "eval_loss" in line]
+        if losses and self.section.load_best:
+            losses.append(loop.progress.best_loss)
         write_json(
             self.folder / "summary.json",
             {
@@ -153,11 +172,49 @@ class Session:
                 "steps": finished.step,
                 "seconds": round(loop.progress.elapsed_seconds, 1),
                 "skipped_steps": loop.progress.skipped_steps,
-                "eval_loss_before": losses[0][1] if losses else None,
-                "eval_loss_after": losses[-1][1] if losses else None,
+                "eval_loss_before": losses[0] if losses else None,
+                "eval_loss_after": losses[-1] if losses else None,
                 "best": {"step": loop.progress.best_step, "eval_loss": loop.progress.best_loss},
             },
         )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The keys whose values differ, old -> new; of digests, only that they do."""
+    before, now = _flat(old), _flat(new)
+    changes = []
+    for key in sorted(before.keys() | now.keys()):
+        values = [json.dumps(side.get(key), ensure_ascii=False) for side in (before, now)]
+        if values[0] == values[1]:
+            continue
+        what = next((text for start, text in _DIGESTS.items() if key.startswith(start)), None)
+        changes.append(f"{key} {values[0]} -> {values[1]}" if what is None else what.format(key.partition(".")[2]))
+    more = f" and {len(changes) - 8} more" if len(changes) > 8 else ""
+    return "; ".join(changes[:8]) + more
+
+
+_DIGESTS = {
+    "base": "the base model's files",
+    "rendering": "the tokenizer or its chat template",
+    "files.": "the content of {}",
+}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict) and value
+        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
 
 
 def set_aside(folder: Path) -> Path | None:

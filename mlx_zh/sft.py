@@ -46,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     session = Session(recipe, "sft", recipe.sft, loaded.model, spec, about, key, values)
     if arguments.fresh and (aside := set_aside(session.folder)):
         console.say(f"The earlier run is kept in {aside}.")
+    if session.check() is not None:
+        console.say(f"{session.folder} is finished: nothing is left to train. To train again, add --fresh.")
+        _conclude(recipe, session, Samples(recipe, renderer, loaded))
+        return 0
     stage.write_run_files(recipe, loaded, digests)
 
     samples = Samples(recipe, renderer, loaded)
@@ -112,8 +116,8 @@ def _conclude(recipe: Recipe, session: Session, samples: Samples) -> None:
     summary = json.loads((session.folder / "summary.json").read_text(encoding="utf-8"))
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     console.say()
-    if recipe.evaluate.prompts:
-        console.say(samples.shown("base", "sft"))
+    if answers := samples.shown("base", "sft"):
+        console.say(answers)
     if before is not None:
         console.say(f"\nvalidation loss {before:.3f} -> {after:.3f} (x {after / before:.2f})")
     console.say(f"trained {summary['steps']} steps in {console.duration(summary['seconds'])}\n")
@@ -121,7 +125,7 @@ def _conclude(recipe: Recipe, session: Session, samples: Samples) -> None:
     places = [
         ("adapter", f"{session.folder / 'adapters'}/"),
         ("metrics", str(session.folder / "metrics.jsonl")),
-        ("answers", str(run / "samples.json")),
+        *([("answers", str(run / "samples.json"))] if answers else []),
         ("recipe as resolved", str(run / "recipe.yaml")),
     ]
     console.say(console.table(places))
