@@ -119,15 +119,17 @@ def _low_rank(layer: Any, x: mx.array) -> mx.array:
 
 _LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
+_ADAPTED = (lora.LoRALinear, dora.DoRALinear)  # ours derive from mlx-lm's
 
 
 def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
-    """Put fresh adapter layers into a model, and make exactly what `spec` trains trainable.
+    """Put fresh adapter layers into a model, in place of any it has, and make exactly what `spec` trains trainable.
 
     A starts uniform in +-1/sqrt(inputs) and B at 0 (so the model's function is unchanged), drawn from `seed` and
     the layer's name. With `full`, all weights of the last `num_layers` blocks are trained, and the embedding,
     final norm and head too when that is every block.
     """
+    remove_adapter(model)
     model.freeze()
     first = max(len(model.layers) - spec.num_layers, 0)
     if spec.kind == "full":
@@ -142,7 +144,7 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
                 f"choose from {', '.join(sorted(names))}, or write all."
             )
         linear = [n for n in linear if _last(n) in spec.targets]
-    _wrap(model, linear, spec, seed)
+    model.update_modules(tree_unflatten(list(_wrapped(model, linear, spec, seed).items())))
 
 
 def _layer_of(name: str) -> int:
@@ -166,16 +168,21 @@ def _train_whole(model: nn.Module, first: int) -> None:
         layer.unfreeze()
 
 
-def _wrap(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> None:
-    modules = dict(model.named_modules())
-    wrapped = [(name, _LAYERS[spec.kind](modules[name], spec, seed, name)) for name in names]
-    model.update_modules(tree_unflatten(wrapped))
+def _wrapped(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> dict[str, Any]:
+    """Fresh adapter layers over the named linear layers of a model, not yet in it."""
+    linear = _linear_layers(model)
+    return {name: _LAYERS[spec.kind](linear[name], spec, seed, name) for name in names}
+
+
+def _linear_layers(model: nn.Module) -> dict[str, Any]:
+    """The linear layers by name, whether or not an adapter lies over them."""
+    found = {n: m.linear if isinstance(m, _ADAPTED) else m for n, m in model.named_modules()}
+    return {name: module for name, module in found.items() if isinstance(module, _LINEAR)}
 
 
 def remove_adapter(model: nn.Module) -> None:
     """Take adapter layers off again; the layers they wrapped come back unchanged."""
-    wrapped = (lora.LoRALinear, dora.DoRALinear)
-    model.update_modules(tree_unflatten([(n, m.linear) for n, m in model.named_modules() if isinstance(m, wrapped)]))
+    model.update_modules(tree_unflatten([(n, m.linear) for n, m in model.named_modules() if isinstance(m, _ADAPTED)]))
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
@@ -186,7 +193,7 @@ def trainable(model: nn.Module) -> dict[str, mx.array]:
 def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, about: dict[str, Any]) -> None:
     """Write an adapter folder that mlx-lm loads too; `about` (base model, run) is kept beside the settings."""
     write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
-    keys = sorted({n.split(".layers.")[-1].split(".", 1)[-1].rsplit(".", 1)[0] for n in weights})
+    keys = sorted({_key(name.rpartition(".")[0]) for name in weights})
     write_json(
         folder / CONFIG_FILE,
         {
@@ -203,17 +210,21 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, 
     )
 
 
-def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpec:
-    """Apply an adapter folder made here or by mlx-lm, and make its weights the trainable ones.
+def _key(module: str) -> str:
+    """A module's name as mlx-lm's `keys` have it: inside its block, or inside the model where it is in no block."""
+    return module.split(".layers.", 1)[-1].split(".", 1)[-1] if _layer_of(module) >= 0 else module
 
-    Raises `AdapterError` naming every tensor that does not fit the model, with both shapes.
+
+def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpec:
+    """Apply an adapter folder made here or by mlx-lm in place of any on the model; its weights become trainable.
+
+    Raises `AdapterError` naming every tensor that does not fit the model, with both shapes; the model is then
+    untouched.
     """
     spec, weights = read_adapter(folder)
     if spec.kind == "full":
         _fits(dict(tree_flatten(model.parameters())), weights, folder)
-        first = max(len(model.layers) - spec.num_layers, 0)
-        model.freeze()
-        _train_whole(model, first)
+        add_adapter(model, spec, seed=seed)
     else:
         _wrap_as_named(model, spec, weights, folder, seed)
     model.load_weights(list(weights.items()), strict=False)
@@ -230,12 +241,13 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         parameters = config.get("lora_parameters") or {}
         spec = AdapterSpec(
             kind=config.get("fine_tune_type", "lora"),
-            num_layers=int(config.get("num_layers", 0)) or 10**6,  # mlx-lm's 0 and a number too large: every layer
+            num_layers=_all_if_not_positive(int(config.get("num_layers", 0))),
             rank=int(parameters.get("rank", 0)),
             scale=float(parameters.get("scale", 0)),
             dropout=float(parameters.get("dropout", 0)),
         )
         weights = mx.load(str(folder / ADAPTER_FILE))
+        mx.eval(weights)  # reads the data, so that what is missing of it shows here
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise AdapterError(f"{folder} is damaged: {error}.") from error
     if spec.kind not in (*_LAYERS, "full") or not isinstance(weights, dict) or not weights:
@@ -245,26 +257,31 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     return spec, weights
 
 
+def _all_if_not_positive(layers: int) -> int:
+    return layers if layers > 0 else 10**6  # mlx-lm's 0 and -1 stand for every layer
+
+
 def _wrap_as_named(
     model: nn.Module, spec: AdapterSpec, weights: dict[str, mx.array], folder: Path, seed: int
 ) -> None:
     """Wrap the layers that the adapter's tensors name, whatever its settings say of them."""
-    modules = dict(model.named_modules())
+    linear = _linear_layers(model)
     owners = {name.rpartition(".")[0] for name in weights}
     strange = [n for n in weights if n.rpartition(".")[2] not in _LEAVES]
-    strange += [f"{n} (no such linear layer)" for n in owners if not isinstance(modules.get(n), _LINEAR)]
+    strange += [f"{n} (no such linear layer)" for n in owners if n not in linear]
     if strange:
         raise AdapterError(
             f"{folder} was made for another model; it has " + "; ".join(sorted(strange)[:8]) + ". "
             "Load it with the base model that it was trained on."
         )
+    wrapped = _wrapped(model, sorted(owners), spec, seed)
+    expected = {f"{name}.{leaf}": layer[leaf] for name, layer in wrapped.items() for leaf in _LEAVES if leaf in layer}
+    _fits(expected, weights, folder)
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise AdapterError(f"{folder} is incomplete: {', '.join(missing[:8])} is missing.")
+    remove_adapter(model)
     model.freeze()
-    _wrap(model, sorted(owners), spec, seed)
-    try:
-        _fits(trainable(model), weights, folder)
-    except AdapterError:
-        remove_adapter(model)
-        raise
+    model.update_modules(tree_unflatten(list(wrapped.items())))
 
 
 def _fits(expected: dict[str, mx.array], weights: dict[str, mx.array], folder: Path) -> None:
