@@ -109,3 +109,49 @@ def tiny_model() -> Callable[..., Any]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """A token a byte, then ChatML's two marks and its template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tiny_model: Callable[..., Any], byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Writes a tiny model as it lies on a hub; the arguments are those of `tiny_model`. One of a kind is shared."""
+    import dataclasses
+    import functools
+    import json
+
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    @functools.cache
+    def write(family: str = "llama", **changes: Any) -> Path:
+        model = tiny_model(family, **changes)
+        config = {name: value for name, value in dataclasses.asdict(model.args).items() if value is not None}
+        if changes.get("quantized"):
+            config["quantization"] = {"group_size": 32, "bits": changes["quantized"]}
+        folder = tmp_path_factory.mktemp("models") / family
+        byte_tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": byte_tokenizer.eos_token_id}))
+        mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+        return folder
+
+    return write
