@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh import console
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.models.lora import add_adapter
+    from mlx_zh.models.lora import adapted_layers, add_adapter
     from mlx_zh.samples import Samples
     from mlx_zh.session import Session, adapter_spec, learning_key, set_aside
 
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [source.path for source in (*recipe.data.sft.train, *recipe.data.sft.validation)]
     digests = stage.fingerprint_files(files)
     spec = adapter_spec(recipe.lora, len(loaded.model.layers))
+    adapted_layers(loaded.model, spec)  # raises before anything is written
     extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
     key, values = learning_key(recipe, "sft", extra)
     about = {"base": loaded.source, "base_fingerprint": loaded.fingerprint, "run": recipe.name, "stage": "sft"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner import dora, lora
 
 from mlx_zh.errors import AdapterError
@@ -127,15 +127,29 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
 
     A starts uniform in +-1/sqrt(inputs) and B at 0 (so the model's function is unchanged), drawn from `seed` and
     the layer's name. With `full`, all weights of the last `num_layers` blocks are trained, and the embedding,
-    final norm and head too when that is every block.
+    final norm and head too when that is every block; they become float32, because bfloat16 would round most of
+    their updates away.
     """
     remove_adapter(model)
+    names = adapted_layers(model, spec)
     model.freeze()
-    first = max(len(model.layers) - spec.num_layers, 0)
     if spec.kind == "full":
-        _train_whole(model, first)
-        return
-    linear = [n for n, m in model.named_modules() if isinstance(m, _LINEAR) and _layer_of(n) >= first]
+        _train_whole(model, max(len(model.layers) - spec.num_layers, 0))
+        model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
+    else:
+        model.update_modules(tree_unflatten(list(_wrapped(model, names, spec, seed).items())))
+
+
+def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """The linear layers that `spec` adapts; none with `full`. AdapterError where it does not fit the model."""
+    if spec.kind == "full":
+        if any(isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding) for m in model.modules()):
+            raise AdapterError(
+                "full fine-tuning needs a model that is not quantized: use lora.type: lora, or a bf16 model."
+            )
+        return []
+    first = max(len(model.layers) - spec.num_layers, 0)
+    linear = [name for name in _linear_layers(model) if _layer_of(name) >= first]
     if spec.targets is not None:
         names = {_last(n) for n in linear}
         if missing := sorted(set(spec.targets) - names):
@@ -144,7 +158,7 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
                 f"choose from {', '.join(sorted(names))}, or write all."
             )
         linear = [n for n in linear if _last(n) in spec.targets]
-    model.update_modules(tree_unflatten(list(_wrapped(model, linear, spec, seed).items())))
+    return linear
 
 
 def _layer_of(name: str) -> int:
@@ -158,10 +172,6 @@ def _last(name: str) -> str:
 
 
 def _train_whole(model: nn.Module, first: int) -> None:
-    if any(isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding) for m in model.modules()):
-        raise AdapterError(
-            "full fine-tuning needs a model that is not quantized: use lora.type: lora, or a bf16 model."
-        )
     if first == 0:
         model.unfreeze()
     for layer in model.layers[first:]:
