@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
@@ -52,9 +53,9 @@ def build_model(
     config.pop("quantization", None)
     if packing and keep_quantized:
         _make_quantized(model, packing)
-        config["quantization"] = _describe(packing, modules)
+        config["quantization"] = describe_packing(packing, _matrices(modules))
     elif packing:
-        _dequantize(weights, packing, dtype or mx.float32)
+        dequantize(weights, packing, dtype or mx.float32)
     _compare(model, weights, source)
     if dtype is not None:
         for name, array in weights.items():
@@ -69,6 +70,40 @@ def build_model(
     mx.eval(model.parameters())
     mx.clear_cache()
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a model consists of, known without reading a weight."""
+
+    shapes: dict[str, tuple[int, ...]]  # of every tensor at full precision, in the model's order
+    matrices: tuple[str, ...]  # modules that can be quantized
+    packing: dict[str, dict[str, Any]]  # modules that are: bits, group_size, mode
+
+
+def outline(
+    config: dict[str, Any], weights: Weights, source: str, *, quantize: tuple[int, int] | None = None
+) -> Outline:
+    """Check lazy `weights` against `config` as `build_model` does, and leave them lazy.
+
+    Tensors that the model does not use are removed; with `quantize`, matrices become packed ones.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    _settle(config, weights, source)
+    model = _empty(config, source)
+    modules = dict(model.named_modules())
+    if quantize is not None:
+        _quantize(weights, modules, quantize, source)
+    packing = _packing(config, weights, modules, source)
+    config.pop("quantization_config", None)
+    config.pop("quantization", None)
+    full = dict(weights)
+    dequantize(full, packing, mx.float32)
+    _compare(model, full, source)
+    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    return Outline(shapes, tuple(_matrices(modules)), packing)
 
 
 def _settle(config: dict[str, Any], weights: Weights, source: str) -> None:
@@ -160,16 +195,20 @@ def _packing(
     return packing
 
 
-def _describe(packing: Mapping[str, dict[str, Any]], modules: Mapping[str, Any]) -> dict[str, Any]:
+def _matrices(modules: Mapping[str, Any]) -> list[str]:
+    return [path for path, module in modules.items() if hasattr(module, "to_quantized")]
+
+
+def describe_packing(packing: Mapping[str, dict[str, Any]], matrices: Iterable[str]) -> dict[str, Any]:
     """config.json's "quantization" in mlx-lm's form: the commonest format, then the modules that differ from it."""
     counts = Counter((p["group_size"], p["bits"], p["mode"]) for p in packing.values())
     common = dict(zip(("group_size", "bits", "mode"), counts.most_common(1)[0][0], strict=True))
     described: dict[str, Any] = dict(common)
-    for path, module in modules.items():
-        if path in packing and packing[path] != common:
-            described[path] = packing[path]
-        elif path not in packing and hasattr(module, "to_quantized"):
+    for path in matrices:
+        if path not in packing:
             described[path] = False
+        elif packing[path] != common:
+            described[path] = packing[path]
     return described
 
 
@@ -182,8 +221,8 @@ def _make_quantized(model: nn.Module, packing: Mapping[str, dict[str, Any]]) -> 
     nn.quantize(model, class_predicate=choose)
 
 
-def _dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: mx.Dtype) -> None:
-    """Scales are widened first: in half precision `scale * code + bias` would round once more."""
+def dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: mx.Dtype) -> None:
+    """Replace packed matrices by full ones, lazily. Scales are widened first: in half precision `scale * code + bias` would round once more."""
     import mlx.core as mx
 
     for path, form in packing.items():
