@@ -1,0 +1,1 @@
+"""From base and adapter to files that other programs load."""

@@ -1,0 +1,171 @@
+"""A model folder as mlx-lm and transformers read it: weights, config.json, generation_config.json, tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_zh.models.build import describe_packing
+from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
+from mlx_zh.models.export.safetensors_file import Entry, write_shards
+from mlx_zh.models.export.source import Source
+from mlx_zh.models.folder import read_json
+from mlx_zh.storage import write_json
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+DEFAULT_GROUP = 64
+
+Form = dict[str, Any]  # bits, group_size, mode
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How each tensor of a fused folder is stored: the quantized modules, and the type of everything else."""
+
+    fusion: Fusion
+    dtype: mx.Dtype
+    packing: dict[str, Form] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()  # modules whose codes are the source's own
+
+    def entries(self) -> list[Entry]:
+        """Every tensor to be written, in order."""
+        entries = []
+        for name, shape in self.fusion.source.outline.shapes.items():
+            path, _, leaf = name.rpartition(".")
+            form = self.packing.get(path) if leaf == "weight" else None
+            if form is None:
+                entries.append(Entry(name, self.dtype, shape))
+                continue
+            groups = (*shape[:-1], shape[-1] // form["group_size"])
+            entries.append(Entry(name, mx.uint32, (*shape[:-1], shape[-1] * form["bits"] // 32)))
+            if form["mode"] == "affine":
+                entries += [Entry(f"{path}.{part}", self.dtype, groups) for part in ("scales", "biases")]
+            else:
+                entries.append(Entry(f"{path}.scales", mx.uint8, groups))
+        return entries
+
+    def arrays(self, watch: Callable[[Tensor, mx.array], None]) -> Iterator[mx.array]:
+        """The tensors of `entries`; `watch` sees every merged tensor beside what is written of it, in float32."""
+        weights = self.fusion.stored(packed=bool(self.kept))
+        changed = self.fusion.adapter.tensors
+        for name in self.fusion.source.outline.shapes:
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and path in self.kept:
+                parts = [weights.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
+                yield from (self._half(part) for part in parts if part is not None)
+                continue
+            tensor = self.fusion.merge(name, weights.pop(name), changed)
+            form = self.packing.get(path) if leaf == "weight" else None
+            if form is None:
+                written = tensor.value.astype(self.dtype)
+                watch(tensor, written.astype(mx.float32))
+                yield written
+            else:
+                packed = pack(tensor.value, form, self.dtype)
+                watch(tensor, unpack(packed, form))
+                yield from packed
+
+    def _half(self, array: mx.array) -> mx.array:
+        return array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def pack(weight: mx.array, form: Form, dtype: mx.Dtype) -> list[mx.array]:
+    """Quantize float32 `weight`; scales and biases are rounded to `dtype`, as they are stored."""
+    packed, *rest = mx.quantize(weight, **form)
+    return [packed, *(part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part for part in rest)]
+
+
+def unpack(packed: list[mx.array], form: Form) -> mx.array:
+    """The float32 weight that `packed` stands for."""
+    codes, *rest = packed
+    wide = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in rest]
+    return mx.dequantize(codes, *wide, **form)
+
+
+def full_layout(fusion: Fusion, dtype: mx.Dtype) -> Layout:
+    """Every tensor in half precision."""
+    return Layout(fusion, dtype)
+
+
+def packed_layout(fusion: Fusion, bits: int, group_size: int | None, *, at_least: bool = False) -> Layout:
+    """Every matrix in `bits`; those that are quantized and that the adapter leaves alone keep their codes.
+
+    `group_size` None: as in the base, else 64. `at_least`: matrices with more bits in the base keep that number.
+    """
+    outline, base = fusion.source.outline, fusion.base.outline.packing
+    kept = fusion.untouched
+    packing = dict(kept)
+    for path in outline.matrices:
+        if path in kept or f"{path}.weight" not in outline.shapes:
+            continue
+        group = group_size or base.get(path, {}).get("group_size", DEFAULT_GROUP)
+        if group not in (32, 64, 128) or outline.shapes[f"{path}.weight"][-1] % group:
+            continue
+        wanted = max(bits, base.get(path, {}).get("bits", 0)) if at_least else bits
+        packing[path] = {"group_size": group, "bits": wanted, "mode": "affine"}
+    ordered = {path: packing[path] for path in outline.matrices if path in packing}
+    return Layout(fusion, fusion.source.dtype, ordered, frozenset(kept))
+
+
+def write_folder(
+    folder: Path, layout: Layout, *, max_bytes: int, kind: str, step: Callable[[], None] = lambda: None
+) -> list[Survival]:
+    """Write weights, configs and tokenizer into `folder`; returns what is left of each changed matrix.
+
+    `kind`: "mlx" or "pt", who the files are for. `step` is called once a tensor of the model.
+    """
+    found: list[Survival] = []
+
+    def watch(tensor: Tensor, written: mx.array) -> None:
+        step()
+        if tensor.before is not None and (one := survival(tensor.before, tensor.value, written)):
+            found.append(one)
+
+    write_shards(folder, layout.entries(), layout.arrays(watch), max_bytes, kind)
+    write_configs(folder, layout)
+    write_tokenizer(folder, layout.fusion.base)
+    return found
+
+
+def write_configs(folder: Path, layout: Layout) -> None:
+    """config.json, complete for transformers and mlx-lm, and generation_config.json."""
+    source = layout.fusion.source
+    config = {key: value for key, value in source.config.items() if value is not None and not key.startswith("_")}
+    config.setdefault("architectures", [_ARCHITECTURES[config["model_type"]]])
+    config.pop("dtype", None)
+    config["torch_dtype"] = str(layout.dtype).rpartition(".")[2]
+    if layout.packing:
+        # Under both names, as mlx-lm writes it.
+        described = describe_packing(layout.packing, source.outline.matrices)
+        config["quantization"] = config["quantization_config"] = described
+    write_json(folder / "config.json", dict(sorted(config.items())))
+    own = source.place / "generation_config.json"
+    generation = read_json(own) if source.place.is_dir() and own.is_file() else {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(name) is not None:
+            generation[name] = config[name]
+    write_json(folder / "generation_config.json", generation)
+
+
+def write_tokenizer(folder: Path, base: Source) -> None:
+    """The base's tokenizer: its own files where it has them, else (from GGUF) as transformers saves it."""
+    if base.place.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (base.place / name).is_file():
+                shutil.copyfile(base.place / name, folder / name)
+        return
+    base.tokenizer.save_pretrained(str(folder))
