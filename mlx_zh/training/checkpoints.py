@@ -12,8 +12,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import StorageError
-from mlx_zh.storage import storage_errors, sync_folder, write_arrays, write_json
+from mlx_zh.storage import digest, storage_errors, sync_folder, write_arrays, write_json
 from mlx_zh.training.optimizer import Arrays
+
+_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
+_DIGESTS = "digests.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` and remove all but the newest `keep`."""
+    """Write `folder/step-NNNNNN` and remove all but the newest `keep`, and what a killed run left half-written."""
     target = folder / f"step-{checkpoint.state['step']:06d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
@@ -35,13 +38,14 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             write_arrays(temporary / "weights.safetensors", checkpoint.weights)
             write_arrays(temporary / "optimizer.safetensors", checkpoint.optimizer)
             write_json(temporary / "state.json", checkpoint.state)
+            write_json(temporary / _DIGESTS, {name: digest(temporary / name) for name in _FILES})
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
             sync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(folder)[:-keep]:
+    for old in (*_folders(folder)[:-keep], *folder.glob(".step-*.tmp")):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -52,7 +56,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(_folders(folder)):
         try:
             return _load(path), remarks
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             try:
@@ -64,6 +68,10 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _load(path: Path) -> Checkpoint:
+    digests = json.loads((path / _DIGESTS).read_text(encoding="utf-8"))
+    for name in _FILES:  # a flipped bit in an array would load without complaint
+        if digest(path / name) != digests[name]:
+            raise ValueError(f"{name} is not what was written")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     arrays = [mx.load(str(path / f"{name}.safetensors")) for name in ("weights", "optimizer")]
     mx.eval(arrays)
@@ -74,4 +82,6 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    """The checkpoints, oldest first; past a million steps their names no longer sort like their numbers."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))

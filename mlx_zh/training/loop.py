@@ -200,7 +200,7 @@ class Loop:
             loss += share
             sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
             yield Evaluating(done, len(rows))
-        best = progress.best_loss is None or loss < progress.best_loss
+        best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
         if best:
             progress.best_loss, progress.best_step = loss, progress.step

@@ -36,7 +36,7 @@ class MetricsLog:
         """Forget what was written beyond `size` bytes."""
         if self._path.exists():
             with storage_errors(self._path), self._path.open("rb+") as file:
-                file.truncate(size)
+                file.truncate(min(size, file.seek(0, os.SEEK_END)))  # truncating must not pad a shorter file
 
     def read(self) -> list[dict[str, Any]]:
         """All lines."""

@@ -1,0 +1,165 @@
+"""Files appear whole or not at all, also when the disk is full or the folder cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_zh.errors import StorageError
+from mlx_zh.storage import digest, storage_errors, write_arrays, write_json, write_text, written_whole
+
+WRITERS = {
+    "text": lambda path: write_text(path, "好" * 100_000),
+    "json": lambda path: write_json(path, ["好" * 100_000]),
+    "arrays": lambda path: write_arrays(path, {"a": mx.ones((300, 300))}),
+}
+EVERY_WRITER = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A disk of 64 kB, where one can be made (Linux, root)."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The operating system's own limit on the size of a file (EFBIG beyond it)."""
+    resource: Any = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    """With folders made on the way, Chinese as itself, and nothing else left beside it."""
+    deep = tmp_path / "a" / "b"
+    write_text(deep / "x.txt", "你好\n")
+    write_json(deep / "x.json", {"名": [1, "二"]})
+    write_arrays(deep / "x.safetensors", {"w": mx.arange(5), "v": mx.array([1.5])}, {"format": "mlx"})
+    assert (deep / "x.txt").read_bytes() == "你好\n".encode()
+    assert '"名"' in (deep / "x.json").read_text(encoding="utf-8")
+    assert json.loads((deep / "x.json").read_text(encoding="utf-8")) == {"名": [1, "二"]}
+    arrays, metadata = mx.load(str(deep / "x.safetensors"), return_metadata=True)
+    assert metadata == {"format": "mlx"}
+    assert (arrays["w"].tolist(), arrays["v"].tolist()) == ([0, 1, 2, 3, 4], [1.5])
+    assert sorted(os.listdir(deep)) == ["x.json", "x.safetensors", "x.txt"]
+
+
+@EVERY_WRITER
+def test_an_older_file_is_replaced(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old" * 1_000_000)
+    write(path)
+    assert not path.read_bytes().startswith(b"old")
+    assert path.stat().st_size < 1_000_000
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_block_that_raises_changes_nothing(
+    tmp_path: Path, before: bytes | None, error: type[BaseException]
+) -> None:
+    """Whatever was written before it raised; an older file stays what it was, and no temporary is left."""
+    path = tmp_path / "x"
+    if before:
+        path.write_bytes(before)
+    with pytest.raises(error), written_whole(path) as file:
+        file.write(b"half" * 100_000)
+        file.flush()
+        raise error
+    assert os.listdir(tmp_path) == (["x"] if before else [])
+    assert not before or path.read_bytes() == before
+
+
+def test_the_file_is_not_there_until_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with written_whole(path) as file:
+        file.write(b"all of it")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+
+
+@EVERY_WRITER
+def test_a_full_disk(tmp_path: Path, write: Any) -> None:
+    """Said as what it is; the older file stays, and what was half-written does not hold the space."""
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "x").write_bytes(b"old")
+        with pytest.raises(StorageError, match=r"x: no space left on disk\. .*free some space"):
+            write(disk / "x")
+        assert os.listdir(disk) == ["x"]
+        assert (disk / "x").read_bytes() == b"old"
+        write_text(disk / "small", "fits")
+        assert (disk / "small").read_text() == "fits"
+
+
+@EVERY_WRITER
+def test_a_file_that_grows_too_large(tmp_path: Path, write: Any) -> None:
+    """The same where no disk can be mounted: the operating system refuses in the middle of the file."""
+    path = tmp_path / "x"
+    with largest_file(20_000), pytest.raises(StorageError, match="no space left on disk"):
+        write(path)
+    assert os.listdir(tmp_path) == []
+
+
+@EVERY_WRITER
+def test_a_folder_that_cannot_be_made(tmp_path: Path, write: Any) -> None:
+    """A file stands where the folder should be."""
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(StorageError, match=r"runs/x cannot be written: (Not a directory|File exists)"):
+        write(tmp_path / "runs" / "x")
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        with small_disk(tmp_path / "disk") as disk:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            with pytest.raises(StorageError, match="x cannot be written: Read-only file system"):
+                write_text(disk / "x", "")
+        return
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    with pytest.raises(StorageError, match="x cannot be written: Permission denied"):
+        write_text(folder / "x", "")
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    """Only the operating system's refusals are the user's; a bug keeps its own type."""
+    with pytest.raises(KeyError), storage_errors(tmp_path):
+        raise KeyError("x")
+    with pytest.raises(StorageError, match="no space left"), storage_errors(tmp_path):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+def test_digest(tmp_path: Path) -> None:
+    """The SHA-256 of "abc" (FIPS 180-2, appendix B.1), and of a file larger than any buffer."""
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    content = np.random.default_rng(0).bytes(3_000_000)
+    (tmp_path / "large").write_bytes(content)
+    assert digest(tmp_path / "large") == hashlib.sha256(content).hexdigest()
