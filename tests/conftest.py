@@ -155,3 +155,17 @@ def model_folder(
         return folder
 
     return write
+
+
+@pytest.fixture
+def project(
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:
+    """An empty folder to be in, with a recipe, data and a tiny model."""
+    from project import Project
+
+    monkeypatch.chdir(tmp_path)
+    return Project(model_folder(), capsys)
