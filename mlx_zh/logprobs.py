@@ -8,13 +8,14 @@ on the vocabulary, chunk by chunk, and never keeps a chunk's logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zh.errors import ModelError
-from mlx_zh.packing import PackedBatch, RowBuilder
+from mlx_zh.packing import PackedBatch, RowBuilder, Tokens
 
 # Rows of float32 logits alive at a time, in bytes: what the head costs beyond its weights.
 CHUNK_BYTES = 96 * 2**20
@@ -32,6 +33,17 @@ class TokenNoise(Protocol):
         """A context manager under which the layers of one block draw their dropout."""
 
 
+KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Tokens computed once and continued by the roots of any number of rows: what each layer remembers of them."""
+
+    length: int
+    layers: tuple[KeysValues, ...]
+
+
 def decoder(model: nn.Module) -> Any:
     """The part of an mlx-lm model that holds `embed_tokens`, `layers` and `norm`."""
     return model.model
@@ -45,30 +57,60 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def hidden_states(
-    model: nn.Module, batch: PackedBatch, *, checkpoint: bool = False, noise: TokenNoise | None = None
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    checkpoint: bool = False,
+    noise: TokenNoise | None = None,
+    prefix: Prefix | None = None,
 ) -> mx.array:
     """Last hidden states (T, D) of a packed row, after the final norm.
 
     With `checkpoint`, blocks that hold trained weights keep only their input and are computed again in the
-    backward pass. `noise` switches dropout and embedding noise on; without it there is none.
+    backward pass. `noise` switches dropout and embedding noise on; without it there is none. With `prefix`, every
+    root of the row continues it.
     """
     inner = decoder(model)
     hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
     if noise is not None:
         hidden = noise.embeddings(hidden)
-    for layer in inner.layers:
-        hidden = _run_block(layer, hidden, batch, checkpoint, noise)
+    for index, layer in enumerate(inner.layers):
+        before = None if prefix is None else prefix.layers[index]
+        hidden = _run_block(layer, hidden, batch, checkpoint, noise, before)
     return inner.norm(hidden)
 
 
+def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | None = None) -> Prefix:
+    """The prefix of `tokens`, or `prefix` continued by them, computed `chunk` tokens at a time. Forward only."""
+    for start in range(0, len(tokens), chunk):
+        row = RowBuilder()
+        row.add(tokens[start : start + chunk])
+        batch = row.build(0)
+        inner = decoder(model)
+        hidden = inner.embed_tokens(batch.tokens)
+        kept: list[KeysValues] = []
+        for index, layer in enumerate(inner.layers):
+            hidden = _block(layer, hidden, batch, None if prefix is None else prefix.layers[index], kept)
+        prefix = Prefix(len(batch.tokens) + (0 if prefix is None else prefix.length), tuple(kept))
+        mx.eval(prefix.layers)  # bounds memory: one piece at a time
+    if prefix is None:
+        raise ValueError("a prefix needs at least one token")
+    return prefix
+
+
 def _run_block(
-    layer: nn.Module, hidden: mx.array, batch: PackedBatch, checkpoint: bool, noise: TokenNoise | None
+    layer: nn.Module,
+    hidden: mx.array,
+    batch: PackedBatch,
+    checkpoint: bool,
+    noise: TokenNoise | None,
+    before: KeysValues | None,
 ) -> mx.array:
     def block(hidden: mx.array) -> mx.array:
         if noise is None:
-            return _block(layer, hidden, batch)
+            return _block(layer, hidden, batch, before)
         with noise.layer():  # entered here because checkpointing calls this again in the backward pass
-            return _block(layer, hidden, batch)
+            return _block(layer, hidden, batch, before)
 
     trained = layer.trainable_parameters()
     if not checkpoint or not _any_array(trained):
@@ -89,12 +131,22 @@ def _any_array(tree: Any) -> bool:
     return True
 
 
-def _block(layer: Any, hidden: mx.array, batch: PackedBatch) -> mx.array:
-    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), batch)
+def _block(
+    layer: Any,
+    hidden: mx.array,
+    batch: PackedBatch,
+    before: KeysValues | None = None,
+    kept: list[KeysValues] | None = None,
+) -> mx.array:
+    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), batch, before, kept)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def _attention(attention: Any, x: mx.array, batch: PackedBatch) -> mx.array:
+def _attention(
+    attention: Any, x: mx.array, batch: PackedBatch, before: KeysValues | None, kept: list[KeysValues] | None
+) -> mx.array:
+    """Attention of a row (T, D) whose roots continue `before`; the last segment's keys and values go to `kept`."""
+
     def heads(projected: mx.array, count: int, norm: str | None) -> mx.array:
         split = projected.reshape(x.shape[0], count, -1)  # (T, H * d) -> (T, H, d)
         if norm is not None and norm in attention:
@@ -105,22 +157,21 @@ def _attention(attention: Any, x: mx.array, batch: PackedBatch) -> mx.array:
     keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm")
     values = heads(attention.v_proj(x), attention.n_kv_heads, None)
 
-    seen: list[tuple[mx.array, mx.array]] = []  # rotated keys and values of each segment
+    shared = [] if before is None else [before]
+    shift = 0 if before is None else before[0].shape[2]
+    seen: list[KeysValues] = []  # of each segment
     outputs = []
     for index, segment in enumerate(batch.segments):
-        part = slice(segment.start, segment.stop)
-        query = attention.rope(queries[:, :, part], offset=segment.position)
-        seen.append((attention.rope(keys[:, :, part], offset=segment.position), values[:, :, part]))
-        line = [seen[i] for i in (*batch.ancestors(index), index)]
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                query,
-                _joined([key for key, _ in line]),
-                _joined([value for _, value in line]),
-                scale=attention.scale,
-                mask="causal" if len(segment) > 1 else None,  # aligned to the last key, so ancestors are seen whole
-            )
-        )
+        part, position = slice(segment.start, segment.stop), segment.position + shift
+        query = attention.rope(queries[:, :, part], offset=position)
+        seen.append((attention.rope(keys[:, :, part], offset=position), values[:, :, part]))
+        line = shared + [seen[i] for i in (*batch.ancestors(index), index)]
+        key, value = (_joined(list(column)) for column in zip(*line, strict=True))
+        # "causal" is aligned to the last key, so ancestors are seen whole
+        mask = "causal" if len(segment) > 1 else None
+        outputs.append(mx.fast.scaled_dot_product_attention(query, key, value, scale=attention.scale, mask=mask))
+        if kept is not None and index == len(batch.segments) - 1:
+            kept.append((key, value))
     return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
 
 
@@ -199,10 +250,11 @@ def _project_back(head: Any, rows: mx.array) -> mx.array:
             rows,
             head.weight,
             head.scales,
-            head.biases,
+            head.get("biases"),
             transpose=False,
             group_size=head.group_size,
             bits=head.bits,
+            mode=head.mode,
         )
     return rows @ head.weight
 
