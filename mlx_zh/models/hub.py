@@ -5,21 +5,26 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 from mlx_zh.errors import DownloadError, ModelError, StorageError
 
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
-def download(name: str, hub: str = "huggingface", revision: str | None = None) -> Path:
+def download(
+    name: str, hub: str = "huggingface", revision: str | None = None, *, dataset_file: str | None = None
+) -> Path:
     """The local folder of `name` ("org/model") at `revision` (branch, tag or commit), from the cache where possible.
+
+    With `dataset_file`, `name` is a data set and only that file of it is brought.
 
     Raises DownloadError with the way out for a missing, gated or unreachable model; StorageError on a full disk.
     """
     if hub not in _HUBS:
         raise ModelError(f"hub {hub!r} is not known; choose {' or '.join(_HUBS)}.")
     try:
-        return _HUBS[hub](name, revision)
+        return _HUBS[hub](name, revision, dataset_file)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
@@ -28,13 +33,13 @@ def download(name: str, hub: str = "huggingface", revision: str | None = None) -
         raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS[hub]}") from error
 
 
-def _huggingface(name: str, revision: str | None) -> Path:
+def _huggingface(name: str, revision: str | None, dataset_file: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **_what(dataset_file)))
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{name} is gated: its owner asks for your consent first. Accept the conditions on its page "
@@ -61,7 +66,7 @@ def _huggingface(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _modelscope(name: str, revision: str | None) -> Path:
+def _modelscope(name: str, revision: str | None, dataset_file: str | None) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -70,13 +75,19 @@ def _modelscope(name: str, revision: str | None) -> Path:
             "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(name, revision=revision, **_what(dataset_file)))
     except OSError as error:
         if error.errno is not None:
             raise
         raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
     except Exception as error:  # modelscope raises its own, requests' and plain exceptions
         raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
+
+
+def _what(dataset_file: str | None) -> dict[str, Any]:
+    if dataset_file is None:
+        return {"allow_patterns": _FILES}
+    return {"repo_type": "dataset", "allow_patterns": [dataset_file]}
 
 
 _HUBS = {"huggingface": _huggingface, "modelscope": _modelscope}
