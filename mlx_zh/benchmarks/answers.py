@@ -1,0 +1,101 @@
+"""What a model answered to a question, and asking it all questions of a subject."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_zh.benchmarks.csvfile import LETTERS
+from mlx_zh.benchmarks.exam import Exam, Subject
+from mlx_zh.benchmarks.prompts import Prompt, Prompter
+from mlx_zh.benchmarks.protocols import Protocol
+from mlx_zh.benchmarks.scorer import Report, letter_logprobs
+from mlx_zh.models.generate import GenerationSession, Sampling
+
+VERSION = 1  # raise it when the same prompts would give other answers
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A line of the result file. `mass` is the probability of the four letters together; `text` a free answer."""
+
+    subject: str
+    id: str
+    truth: str | None
+    choice: str | None
+    logprobs: tuple[float, ...] | None  # of A, B, C, D
+    mass: float | None
+    tokens: int  # of the prompt
+    truncated: bool
+    text: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """No letter is a wrong answer."""
+        return self.choice is not None and self.choice == self.truth
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def of(fields: dict[str, Any]) -> Answer:
+        """The inverse of `as_dict`."""
+        logprobs = fields["logprobs"]
+        return Answer(**{**fields, "logprobs": None if logprobs is None else tuple(logprobs)})
+
+
+@dataclass(frozen=True)
+class Examinee:
+    """A model as it stands now, and how it is asked."""
+
+    model: nn.Module
+    tokenizer: Any
+    eos_token_ids: Collection[int]
+    protocol: Protocol
+    prompter: Prompter
+    micro_tokens: int
+    max_new_tokens: int
+
+    def answer(self, exam: Exam, subject: Subject, report: Report = lambda _: None) -> list[Answer]:
+        """The answers to a subject's questions; `report` hears of every few questions done."""
+        prompts = self.prompter.subject(exam, subject)
+        if self.protocol.reply == "free":
+            return self._freely(subject, prompts, report)
+        scores = letter_logprobs(self.model, prompts, micro_tokens=self.micro_tokens, report=report)
+        answers = []
+        for question, prompt, row in zip(subject.questions, prompts, scores, strict=True):
+            logprobs = tuple(round(float(value), 6) for value in row)
+            choice = LETTERS[int(row.argmax())]  # the first letter where two are equal, as in the benchmarks' code
+            mass = round(sum(math.exp(value) for value in logprobs), 6)
+            answers.append(
+                Answer(
+                    subject.key,
+                    question.id,
+                    question.answer,
+                    choice,
+                    logprobs,
+                    mass,
+                    len(prompt.tokens),
+                    prompt.truncated,
+                )
+            )
+        return answers
+
+    def _freely(self, subject: Subject, prompts: Sequence[Prompt], report: Callable[[int], None]) -> list[Answer]:
+        session = GenerationSession(self.model, self.tokenizer, self.eos_token_ids)
+        sampling = Sampling(temperature=0.0, max_tokens=self.max_new_tokens)
+        answers = []
+        for question, prompt in zip(subject.questions, prompts, strict=True):
+            text = "".join(session.stream(prompt.tokens.tolist(), sampling)).strip()
+            choice = self.protocol.letter_in(text)
+            size = len(prompt.tokens)
+            answers.append(
+                Answer(subject.key, question.id, question.answer, choice, None, None, size, prompt.truncated, text)
+            )
+            report(1)
+        return answers

@@ -1,0 +1,227 @@
+"""An exam: subjects with worked and open questions, read from folders of CSV files.
+
+C-Eval's files are `SPLIT/SUBJECT_SPLIT.csv` with columns id, question, A, B, C, D, answer (and explanation in dev);
+CMMLU's are `SPLIT/SUBJECT.csv` with an unnamed id column and Question … Answer. An exam of one's own has either form,
+and a `subjects.json` beside its splits where subjects shall have names and categories.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_zh.benchmarks.catalog import Benchmark, Entry, Row
+from mlx_zh.benchmarks.csvfile import Question, read_questions
+from mlx_zh.errors import DataError
+
+_SHOWN = 20  # problems listed in one error
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A subject: `dev` are worked examples, `questions` are asked."""
+
+    key: str
+    entry: Entry
+    dev: tuple[Question, ...]
+    questions: tuple[Question, ...]
+
+    def fingerprint(self) -> str:
+        """A digest of everything that is asked or shown."""
+        return hashlib.sha256(repr((self.entry.name, self.dev, self.questions)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Subjects of one split. `expected` is how many questions the whole benchmark has there, where that is known."""
+
+    key: str  # in file names
+    title: str
+    form: str  # whose prompts it is asked with: ceval or cmmlu
+    split: str
+    rows: tuple[Row, ...]
+    subjects: tuple[Subject, ...]
+    expected: int | None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the answers are known."""
+        return all(question.answer is not None for subject in self.subjects for question in subject.questions)
+
+    def __len__(self) -> int:
+        return sum(len(subject.questions) for subject in self.subjects)
+
+    def limited(self, limit: int | None) -> Exam:
+        """The first `limit` questions of every subject."""
+        return replace(self, subjects=tuple(replace(s, questions=s.questions[:limit]) for s in self.subjects))
+
+
+def load_benchmark(benchmark: Benchmark, folder: Path, *, split: str | None, shots: int) -> Exam:
+    """C-Eval or CMMLU from a folder that holds its `dev` and the asked split, whole or in part.
+
+    `shots` worked examples a subject must be there. Raises DataError with every problem of every file.
+    """
+    chosen = split or benchmark.default_split
+    if chosen not in benchmark.splits:
+        raise DataError(f"{benchmark.title} has no split {chosen!r}; choose from {', '.join(benchmark.splits)}.")
+    place = _inside(folder, chosen)
+    found, problems = _read_split(place, chosen, need_answer=chosen != "test" or benchmark.default_split == "test")
+    for key in sorted(set(found) - set(benchmark.subjects)):
+        problems.append(f"{place / chosen}: {benchmark.title} has no subject {key!r}.")
+        del found[key]
+    subjects = _with_dev(place, found, benchmark.subjects, shots, problems)
+    _raise(problems)
+    order = {key: number for number, key in enumerate(benchmark.subjects)}
+    subjects = sorted(subjects, key=lambda subject: order[subject.key])
+    return Exam(
+        benchmark.key,
+        benchmark.title,
+        benchmark.form,
+        chosen,
+        benchmark.rows,
+        tuple(subjects),
+        benchmark.splits[chosen],
+    )
+
+
+def load_exam(path: Path, *, split: str | None, shots: int) -> Exam:
+    """An exam of one's own: a folder with `dev/` and `test/` (or `val/`), or a single CSV file.
+
+    A single file's worked examples lie beside it or in `../dev`, as `NAME_dev.csv` or `NAME.csv`.
+    """
+    if path.is_file():
+        return _single(path, shots)
+    chosen = split or next((name for name in ("test", "val") if _has(path, name)), "test")
+    problems: list[str] = []
+    entries = _entries(path / "subjects.json", problems)
+    found, more = _read_split(path, chosen, need_answer=False)
+    problems += more
+    named: dict[str, Entry] = {key: entries.get(key, Entry(key)) for key in found}
+    if entries:
+        problems += [f"{path / 'subjects.json'}: subject {k!r} is missing." for k in found if k not in entries]
+    subjects = _with_dev(path, found, named, shots, problems)
+    _raise(problems)
+    return Exam(path.name, path.name, "ceval", chosen, _rows(subjects), tuple(subjects), None)
+
+
+def _single(path: Path, shots: int) -> Exam:
+    stem, _, ending = path.stem.rpartition("_")
+    key = stem if ending in ("test", "val") else path.stem
+    problems: list[str] = []
+    questions = read_questions(path, problems, need_answer=False)
+    places = [path.parent / f"{key}_dev.csv", path.parent.parent / "dev" / f"{key}_dev.csv"]
+    places.append(path.parent.parent / "dev" / f"{key}.csv")
+    dev_file = next((place for place in places if place.is_file() and place != path), places[0])
+    dev = _dev(dev_file, key, shots, problems)
+    _raise(problems)
+    subject = Subject(key, Entry(key), dev, questions)
+    return Exam(key, key, "ceval", "test", (Row("Average"),), (subject,), None)
+
+
+def _inside(folder: Path, split: str) -> Path:
+    """The folder that holds the splits: the given one, or the only one in it that does."""
+    if _has(folder, split):
+        return folder
+    below = [child for child in sorted(folder.iterdir()) if _has(child, split)] if folder.is_dir() else []
+    return below[0] if len(below) == 1 else folder
+
+
+def _has(folder: Path, split: str) -> bool:
+    return next((folder / split).glob("*.csv"), None) is not None
+
+
+def _read_split(folder: Path, split: str, *, need_answer: bool) -> tuple[dict[str, tuple[Question, ...]], list[str]]:
+    """Questions by subject, and every problem with file and line."""
+    paths = sorted((folder / split).glob("*.csv"))
+    if not paths:
+        raise DataError(f"{folder / split} holds no CSV files; {folder} must have {split}/SUBJECT_{split}.csv.")
+    problems: list[str] = []
+    found: dict[str, tuple[Question, ...]] = {}
+    for path in paths:
+        key = path.stem.removesuffix(f"_{split}")
+        if key in found:
+            problems.append(f"{path}: subject {key!r} has two files.")
+        found[key] = read_questions(path, problems, need_answer=need_answer)
+    answered = {q.answer is not None for questions in found.values() for q in questions}
+    if len(answered) > 1:
+        problems.append(f"{folder / split}: some files have answers and others none; give all of them or none.")
+    return found, problems
+
+
+def _with_dev(
+    folder: Path,
+    found: Mapping[str, tuple[Question, ...]],
+    entries: Mapping[str, Entry],
+    shots: int,
+    problems: list[str],
+) -> list[Subject]:
+    subjects = []
+    for key, questions in found.items():
+        path = folder / "dev" / f"{key}_dev.csv"
+        if not path.is_file():
+            path = path.with_name(f"{key}.csv")
+        subjects.append(Subject(key, entries[key], _dev(path, key, shots, problems), questions))
+    return subjects
+
+
+def _dev(path: Path, key: str, shots: int, problems: list[str]) -> tuple[Question, ...]:
+    """The first `shots` worked examples."""
+    if not shots:
+        return ()
+    remedy = "add them, or ask without examples (evaluate.shots=0)"
+    if not path.is_file():
+        problems.append(
+            f"{path}: subject {key!r} has no dev questions, and {shots} are shown to the model; {remedy}."
+        )
+        return ()
+    before = len(problems)
+    questions = read_questions(path, problems, need_answer=True)
+    if len(problems) == before and len(questions) < shots:
+        problems.append(
+            f"{path}: subject {key!r} has {len(questions)} dev questions, and {shots} are shown to the model; "
+            f"{remedy}."
+        )
+    return questions[:shots]
+
+
+def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
+    """An own exam's subjects.json: {KEY: {name_zh, category, hard}}."""
+    if not path.is_file():
+        return {}
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problems.append(f"{path}: not valid JSON: {error}.")
+        return {}
+    entries = {}
+    for key, fields in data.items() if isinstance(data, dict) else ():
+        name = fields.get("name_zh") if isinstance(fields, dict) else None
+        if not isinstance(name, str) or not name:
+            problems.append(f"{path}: {key!r} needs a name_zh.")
+            continue
+        flags = ("hard",) if fields.get("hard") else ()
+        entries[key] = Entry(name, fields.get("category"), flags)
+    if not isinstance(data, dict):
+        problems.append(f"{path}: must be an object, a subject a key.")
+    return entries
+
+
+def _rows(subjects: list[Subject]) -> tuple[Row, ...]:
+    """An own exam's table: the average, the hard average, and a row a category."""
+    rows = [Row("Average")]
+    if any("hard" in subject.entry.flags for subject in subjects):
+        rows.append(Row("Average (hard)", flag="hard"))
+    categories = dict.fromkeys(subject.entry.category for subject in subjects if subject.entry.category)
+    usual = [name for name in ("STEM", "Social Sciences", "Humanities", "Other") if name in categories]
+    ordered = usual + [name for name in categories if name not in usual]
+    return (*rows, *(Row(name, category=name) for name in ordered))
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = [f"… and {len(problems) - _SHOWN} more problems."] if len(problems) > _SHOWN else []
+        raise DataError("\n".join([*problems[:_SHOWN], *more]))

@@ -1,0 +1,121 @@
+"""From a subject to the token ids of its prompts and of the four letters after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.benchmarks.csvfile import LETTERS, Question
+from mlx_zh.benchmarks.exam import Exam, Subject
+from mlx_zh.benchmarks.protocols import Protocol
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.errors import TemplateError
+
+Ids = npt.NDArray[np.int32]
+Letters = tuple[tuple[int, ...], ...]  # token ids of A, B, C and D as they would follow
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model sees it. `truncated`: it did not fit, and examples or its beginning were left out."""
+
+    tokens: Ids  # (T,)
+    letters: Letters  # empty where the answer is written freely
+    truncated: bool
+
+
+class Prompter:
+    """Makes prompts of at most `max_length` tokens under one protocol.
+
+    The ids of the letters are taken from the tokens of prompt and letter together. Where a token stands across the
+    boundary, or a letter that must be one token is several, that is a TemplateError.
+    """
+
+    def __init__(self, protocol: Protocol, tokenizer: Any, renderer: Renderer | None, max_length: int) -> None:
+        self._protocol, self._tokenizer, self._max_length = protocol, tokenizer, max_length
+        self._chat = renderer  # needed in chat style only
+        self._known: dict[tuple[int, ...], Letters] = {}  # letters by the tokens before them
+
+    def subject(self, exam: Exam, subject: Subject) -> list[Prompt]:
+        """The prompts of a subject's questions, in order."""
+        return [self._fitting(exam.form, subject, question) for question in subject.questions]
+
+    def _fitting(self, form: str, subject: Subject, question: Question) -> Prompt:
+        shots = list(subject.dev)
+        ask, follow = self._askers(form, subject.entry.name, question)
+        tokens = whole = ask(shots)
+        letters = self._letters(whole, lambda letter: follow(shots, letter))
+        room = self._max_length - max(map(len, letters), default=1) + 1
+        if self._protocol.overlong == "drop-shots":
+            while len(tokens) > room and shots:
+                # CMMLU's own rule (mp_utils.py, gen_prompt): the longest example goes first.
+                shots.remove(max(shots, key=lambda shot: len(ask([shot]))))
+                tokens = ask(shots)
+        return Prompt(
+            np.array(tokens[-room:], dtype=np.int32), letters, len(tokens) < len(whole) or len(tokens) > room
+        )
+
+    def _askers(
+        self, form: str, name: str, question: Question
+    ) -> tuple[Callable[[Sequence[Question]], list[int]], Callable[[Sequence[Question], str], list[int]]]:
+        """Functions for the tokens of the prompt, and of the prompt with a letter after it."""
+        protocol, chat = self._protocol, self._chat
+        if protocol.style == "text":
+            return (
+                lambda shots: self._encoded(protocol.text(form, name, shots, question)),
+                lambda shots, letter: self._encoded(
+                    protocol.text(form, name, shots, question) + protocol.continuation.format(answer=letter)
+                ),
+            )
+        assert chat is not None
+        return (
+            lambda shots: chat.prompt(protocol.messages(form, name, shots, question)),
+            lambda shots, letter: _answered(chat, protocol.messages(form, name, shots, question), letter),
+        )
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    def _letters(self, prompt: list[int], follow: Callable[[str], list[int]]) -> Letters:
+        """Ids of the letters after `prompt`; worked out anew only where the last tokens before them differ."""
+        if self._protocol.reply == "free":
+            return ()
+        tail = tuple(prompt[-8:])
+        if tail not in self._known:
+            self._known[tail] = self._split(prompt, [follow(letter) for letter in LETTERS])
+        return self._known[tail]
+
+    def _split(self, prompt: list[int], answered: list[list[int]]) -> Letters:
+        if any(tokens[: len(prompt)] != prompt for tokens in answered):
+            raise self._unclean("a token stands across the boundary between the prompt and the letter")
+        rests = [tuple(tokens[len(prompt) :]) for tokens in answered]
+        if self._protocol.style == "chat":  # what closes the turn follows the letter
+            if len({rest[1:] for rest in rests}) > 1:
+                raise self._unclean("a letter is not one token")
+            rests = [rest[:1] for rest in rests]
+        single = self._protocol.reply == "next-token"
+        if any(not rest or (single and len(rest) > 1) for rest in rests) or len(set(rests)) < len(rests):
+            raise self._unclean("a letter is not one token")
+        for letter, rest in zip(LETTERS, rests, strict=True):
+            if self._tokenizer.decode(list(rest)).strip(" ") != letter:
+                raise self._unclean(f"the token after the prompt is {self._tokenizer.decode(list(rest))!r}")
+        return tuple(rests)
+
+    def _unclean(self, what: str) -> TemplateError:
+        return TemplateError(
+            f"protocol {self._protocol.name} cannot be used with this model: {what}, so the log-prob of a letter is "
+            "not defined. Choose another protocol (evaluate.protocol)."
+        )
+
+
+def _answered(chat: Renderer, messages: list[Message], letter: str) -> list[int]:
+    rendered = chat.conversation([*messages, Message("assistant", letter)])
+    assert rendered is not None  # only a length limit could drop it
+    tokens: list[int] = rendered.tokens.tolist()
+    return tokens

@@ -1,0 +1,89 @@
+"""Log-probs of the letters: a subject is one tree, its prefix computed once and its questions branches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.benchmarks.prompts import Ids, Letters, Prompt
+from mlx_zh.logprobs import Prefix, hidden_states, output_head, prefill, sum_by_owner, token_logprobs
+from mlx_zh.packing import RowBuilder, plan_rows
+
+Report = Callable[[int], None]  # called with the number of questions just scored
+
+
+def letter_logprobs(
+    model: nn.Module, prompts: Sequence[Prompt], *, micro_tokens: int, report: Report = lambda _: None
+) -> npt.NDArray[np.float64]:
+    """Log-probs (N, 4) of A, B, C and D after each of N prompts, over the whole vocabulary.
+
+    What all prompts begin with is computed once, `micro_tokens` at a time. Of the rest, rows of up to `micro_tokens`
+    tokens are computed together, and only the last position of each question is projected on the vocabulary.
+    Prompts that were truncated share no beginning with the others and form a group of their own.
+    """
+    scores = np.zeros((len(prompts), 4))
+    for group in (
+        [i for i, p in enumerate(prompts) if not p.truncated],
+        [i for i, p in enumerate(prompts) if p.truncated],
+    ):
+        _score_group(model, prompts, group, scores, micro_tokens, report)
+    return scores
+
+
+def _score_group(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    group: list[int],
+    scores: npt.NDArray[np.float64],
+    micro_tokens: int,
+    report: Report,
+) -> None:
+    if not group:
+        return
+    shared = common_prefix([prompts[i].tokens for i in group])
+    prefix = prefill(model, prompts[group[0]].tokens[:shared], chunk=micro_tokens) if shared else None
+    rest = [prompts[i].tokens[shared:] for i in group]
+    for row in plan_rows([len(tokens) for tokens in rest], micro_tokens):
+        branches, before = [rest[k] for k in row], prefix
+        if len(row) == 1 and len(branches[0]) > micro_tokens:  # one long question: in pieces, like a prefix
+            before = prefill(model, branches[0][:-1], chunk=micro_tokens, prefix=prefix)
+            branches = [branches[0][-1:]]
+        chosen = [group[k] for k in row]
+        scores[chosen] = _score_row(model, branches, [prompts[i].letters for i in chosen], before)
+        report(len(row))
+
+
+def _score_row(
+    model: nn.Module, branches: Sequence[Ids], letters: Sequence[Letters], prefix: Prefix | None
+) -> npt.NDArray[np.float32]:
+    """Log-probs (N, 4) of a row of questions; those of a letter of several tokens are summed."""
+    row = RowBuilder()
+    owner = 0
+    for tokens, choices in zip(branches, letters, strict=True):
+        question = row.add(tokens)
+        for choice in choices:
+            row.score_token(question, choice[0], owner)
+            if len(choice) > 1:
+                branch = row.add(choice[:-1], parent=question)
+                mask = np.ones(len(choice) - 1, dtype=bool)
+                mask[0] = False  # scored above, after the question
+                row.score(branch, mask, owner)
+                row.score_token(branch, choice[-1], owner)
+            owner += 1
+    batch = row.build(owner)
+    hidden = hidden_states(model, batch, prefix=prefix)
+    logprobs = token_logprobs(hidden[batch.scored], output_head(model), batch.targets, grad=False)
+    return np.array(sum_by_owner(logprobs, batch.owner, owner).reshape(-1, 4))  # (4N,) -> (N, 4)
+
+
+def common_prefix(rows: Sequence[Ids]) -> int:
+    """How many tokens all rows begin with, leaving at least one of each."""
+    length = min(len(row) for row in rows) - 1
+    first = rows[0]
+    for row in rows[1:]:
+        different = np.flatnonzero(row[:length] != first[:length])
+        length = int(different[0]) if different.size else length
+    return length

@@ -1,0 +1,111 @@
+"""What may be concluded from a score: intervals, paired tests, calibration. Pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+
+Booleans = npt.NDArray[np.bool_]
+Interval = tuple[float, float]
+
+LEVEL = 0.95
+NOISE = 0.05  # a difference whose p is not below this is called noise
+
+
+def macro(correct: Mapping[str, Booleans]) -> float:
+    """The mean over subjects of their accuracies: what C-Eval and CMMLU report."""
+    return float(np.mean([subject.mean() for subject in correct.values()]))
+
+
+def micro(correct: Mapping[str, Booleans]) -> float:
+    """The share of all questions answered right."""
+    return float(np.concatenate(list(correct.values())).mean())
+
+
+def bootstrap_macro(correct: Mapping[str, Booleans], samples: int, seed: int) -> Interval:
+    """Percentile bootstrap interval of `macro`; questions are drawn within each subject (stratified).
+
+    Drawing n rights and wrongs with replacement, of which k are right, is a binomial draw: Binomial(n, k / n).
+    """
+    return _simulated_macro([(len(s), float(s.mean())) for s in correct.values()], samples, seed)
+
+
+def chance_interval(correct: Mapping[str, Booleans], samples: int, seed: int, chance: float = 0.25) -> Interval:
+    """The interval of `macro` for someone who guesses."""
+    return _simulated_macro([(len(s), chance) for s in correct.values()], samples, seed)
+
+
+def _simulated_macro(subjects: Sequence[tuple[int, float]], samples: int, seed: int) -> Interval:
+    generator = np.random.default_rng(seed)
+    drawn = [generator.binomial(size, rate, samples) / size for size, rate in subjects]  # each (samples,)
+    return _percentiles(np.mean(drawn, axis=0))
+
+
+def _percentiles(values: npt.NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One model against another on the same questions."""
+
+    difference: float  # of the macro averages
+    interval: Interval  # paired bootstrap, stratified by subject
+    won: int  # right where the other is wrong
+    lost: int
+    p: float  # McNemar's exact test
+
+    @property
+    def noise(self) -> bool:
+        """Whether the questions won and lost do not tell the two apart."""
+        return self.p >= NOISE
+
+
+def compare(before: Mapping[str, Booleans], after: Mapping[str, Booleans], samples: int, seed: int) -> Comparison:
+    """`after` against `before`: the same subjects, and the same questions in the same order."""
+    won = {key: int((after[key] & ~before[key]).sum()) for key in before}
+    lost = {key: int((before[key] & ~after[key]).sum()) for key in before}
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for key, subject in before.items():
+        size = len(subject)
+        rates = [won[key] / size, lost[key] / size]
+        counts = generator.multinomial(size, [*rates, max(0.0, 1 - sum(rates))], samples)  # (samples, 3)
+        drawn.append((counts[:, 0] - counts[:, 1]) / size)
+    total_won, total_lost = sum(won.values()), sum(lost.values())
+    return Comparison(
+        difference=macro(after) - macro(before),
+        interval=_percentiles(np.mean(drawn, axis=0)),
+        won=total_won,
+        lost=total_lost,
+        p=mcnemar_exact(total_won, total_lost),
+    )
+
+
+def mcnemar_exact(won: int, lost: int) -> float:
+    """Two-sided exact p of McNemar's test: of won + lost fair coins, one side shows at most min(won, lost) times."""
+    tosses, fewer = won + lost, min(won, lost)
+    tail = sum(comb(tosses, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**tosses)
+
+
+def calibration_error(confidence: npt.NDArray[np.float64], correct: Booleans, bins: int = 10) -> float:
+    """Expected calibration error (arXiv:1706.04599, eq. 3): bins of equal width, |accuracy - confidence| by size."""
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = [
+        abs(float(correct[place == b].mean()) - float(confidence[place == b].mean())) * int((place == b).sum())
+        for b in range(bins)
+        if (place == b).any()
+    ]
+    return float(sum(gaps) / len(confidence))
+
+
+def letter_confidence(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The chosen letter's probability among the four, (N,), from log-probs (N, 4)."""
+    shifted = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    return np.asarray(1 / shifted.sum(axis=1))
