@@ -14,6 +14,7 @@ from mlx_zh.errors import MlxZhError
 
 STAGES = {
     "sft": "tune the model on conversations",
+    "eval": "ask models C-Eval, CMMLU or an exam of your own, and compare them",
     "chat": "talk to a model",
 }
 

@@ -71,6 +71,31 @@ class StepBar:
         self._bar.close()
 
 
+class QuestionBar:
+    """Progress over questions, with time left."""
+
+    def __init__(self, name: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(
+            total=total,
+            desc=name,
+            unit="question",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            mininterval=0.1 if sys.stdout.isatty() else 15,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+
+    def update(self, questions: int) -> None:
+        """Advance by some questions."""
+        self._bar.update(questions)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self._bar.close()
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
     if seconds < 90:

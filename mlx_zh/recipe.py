@@ -28,6 +28,7 @@ from pydantic import (
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe_text import Marked, dump, explain, parse, parse_value
 
+BENCHMARKS = ("ceval", "cmmlu")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -158,6 +159,72 @@ class Sft(Training):
     """Supervised fine-tuning."""
 
 
+# What each loss reads; `losses.py` says the same of its formulas, and a test compares the two.
+_SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot")
+_DIVERGENT = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
+_WITHOUT_REFERENCE = ("simpo", "orpo")
+
+PreferenceLossName = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "aot",
+    "simpo",
+    "orpo",
+]
+
+
+class Dpo(Training):
+    """Preference tuning. `start` is sft (the run's own SFT adapter), base, or an adapter folder; left out, it is sft
+    where the recipe has SFT data, else base. `reference` is start, base, or none (losses without a reference)."""
+
+    learning_rate: PositiveFloat = 5e-6
+    loss: PreferenceLossName = "sigmoid"
+    beta: PositiveFloat = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    sft_weight: NotNegative = 0.0
+    ld_alpha: Fraction | None = None
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    f_alpha: float = 0.5
+    simpo_gamma: NotNegative = 0.5
+    discopop_tau: PositiveFloat = 0.05
+    start: Located | None = None
+    reference: Annotated[Literal["start", "base", "none"], Field(validate_default=True)] = "start"
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _none_where_nothing_is_compared(cls, value: Any, info: ValidationInfo) -> Any:
+        without = info.data.get("loss") in _WITHOUT_REFERENCE
+        if without and value == cls.model_fields["reference"].default:
+            return "none"
+        if "loss" in info.data and without != (value == "none"):
+            raise ValueError(
+                f"none, for dpo.loss {info.data['loss']} has no reference"
+                if without
+                else f"start or base, which dpo.loss {info.data['loss']} compares with"
+            )
+        return value
+
+    @field_validator("label_smoothing", "f_divergence")
+    @classmethod
+    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        losses = _SMOOTHED if name == "label_smoothing" else _DIVERGENT
+        default = cls.model_fields[name].default
+        if value != default and info.data.get("loss", losses[0]) not in losses:
+            raise ValueError(f"{default}, for it has no effect on dpo.loss {info.data['loss']}")
+        return value
+
+
 class Memory(Section):
     """What fits. None of these changes a result, only memory and speed."""
 
@@ -175,11 +242,25 @@ class Checkpoint(Section):
     keep_best: bool = True
 
 
+def _exam(value: str, info: ValidationInfo) -> str:
+    """A benchmark's name, or the path of an exam of one's own."""
+    return value if value in BENCHMARKS else _located(value, info)
+
+
 class Evaluate(Section):
     """What is asked of the model before and after."""
 
     prompts: tuple[str, ...] = ()
     max_new_tokens: PositiveInt = 64
+    benchmarks: tuple[Annotated[str, Field(min_length=1), AfterValidator(_exam)], ...] = ()
+    protocol: Literal["official", "chat", "zero-shot-chat", "lm-eval", "generate"] = "official"
+    shots: Annotated[int, Field(ge=0, le=5)] | None = None
+    split: Literal["val", "test"] | None = None
+    limit: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+    bootstrap: PositiveInt = 10_000
+    hub: Literal["huggingface", "modelscope"] | None = None
+    folder: dict[Literal["ceval", "cmmlu"], Located] = {}
 
 
 class Export(Section):
@@ -194,6 +275,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     data: Data = Data()
     sft: Sft = Sft()
+    dpo: Dpo = Dpo()
     memory: Memory = Memory()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()

@@ -1,0 +1,114 @@
+"""Exams for the models of a run: `python -m mlx_zh.eval RECIPE [--stage S] [--benchmark B ...] [KEY=VALUE ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from mlx_zh import stage
+
+if TYPE_CHECKING:
+    from mlx_zh.benchmarks.exam import Exam
+    from mlx_zh.benchmarks.protocols import Protocol
+    from mlx_zh.examination import Examination
+    from mlx_zh.recipe import Recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ask the base and the tuned models the recipe's exams, and print the results side by side."""
+    arguments = _arguments(argv)
+    recipe = stage.read_recipe(arguments)
+    if recipe is None:
+        return 0
+
+    from mlx_zh import console
+    from mlx_zh.benchmarks.protocols import protocols
+    from mlx_zh.candidates import Candidates
+    from mlx_zh.examination import Examination
+
+    protocol = protocols()[recipe.evaluate.protocol]
+    shots = protocol.shots if recipe.evaluate.shots is None else recipe.evaluate.shots
+    exams = _exams(recipe, shots)
+    candidates = Candidates(recipe, arguments.stage)
+    examination = Examination(recipe, protocol, candidates)
+    for exam in exams:
+        size = f"{len(exam)} questions in {len(exam.subjects)} subjects"
+        console.say(f"{exam.title}, {exam.split}: {size}; protocol {protocol.name}, {shots} worked examples")
+    for name in candidates.names:
+        for exam in exams:
+            examination.ask(name, exam)
+    for exam in exams:
+        _conclude(examination, exam, protocol)
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = stage.parser("eval", "Ask models multiple-choice exams, and compare them.")
+    parser.add_argument(
+        "--stage", choices=("base", "sft", "dpo", "fused"), help="one model; default: base and every adapter"
+    )
+    parser.add_argument(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        metavar="ceval|cmmlu|PATH",
+        help="instead of the recipe's evaluate.benchmarks",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    # What follows --benchmark may be an override: no benchmark's name has '='.
+    named = [name for name in arguments.benchmark or [] if "=" not in name]
+    arguments.overrides += [text for text in arguments.benchmark or [] if "=" in text]
+    if named:
+        arguments.overrides.append(f"evaluate.benchmarks={json.dumps(named, ensure_ascii=False)}")
+    return arguments
+
+
+def _exams(recipe: Recipe, shots: int) -> list[Exam]:
+    from mlx_zh.benchmarks.sources import open_exam
+    from mlx_zh.errors import RecipeError
+
+    settings = recipe.evaluate
+    if not settings.benchmarks:
+        raise RecipeError("evaluate.benchmarks names no exam; add ceval, cmmlu or a path, or use --benchmark.")
+    exams = [
+        open_exam(
+            name,
+            folders={str(key): folder for key, folder in settings.folder.items()},
+            hub=settings.hub or recipe.model.hub,
+            split=settings.split,
+            shots=shots,
+            limit=settings.limit,
+        )
+        for name in dict.fromkeys(settings.benchmarks)
+    ]
+    keys = [exam.key for exam in exams]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise RecipeError(f"evaluate.benchmarks has two exams called {', '.join(twice)}; rename one's folder.")
+    return exams
+
+
+def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
+    """Print one exam's tables, and where the files are."""
+    from mlx_zh import console
+    from mlx_zh.benchmarks import tables
+
+    stages = examination.side_by_side(exam)
+    console.say(f"\n{exam.title}, {exam.split} ({protocol.name}, version {protocol.version})")
+    if exam.labelled:
+        console.say(console.table(tables.results(stages)))
+        console.say(f"  {tables.LEGEND}\n")
+        for before, after in tables.pairs(list(stages)):
+            console.say(f"  {tables.verdict(before, after, examination.compare(exam, before, after))}")
+    console.say(f"\n{console.table(tables.letters(stages))}")
+    for name, found in stages.items():
+        for wire in found["tripwires"]:
+            console.warn(f"{exam.title}, {name}: {wire}")
+    for path in examination.write(exam):
+        console.say(f"  {path}")
+
+
+if __name__ == "__main__":
+    from mlx_zh.cli import entry
+
+    entry(main)

@@ -1,0 +1,150 @@
+"""Asking the models of a run their exams: what is known already is not asked again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh import console, stage
+from mlx_zh.benchmarks import answers as asking
+from mlx_zh.benchmarks import report, statistics
+from mlx_zh.benchmarks.prompts import Prompter
+from mlx_zh.benchmarks.records import Records
+from mlx_zh.candidates import NAMES
+from mlx_zh.corpus.render import Renderer
+
+if TYPE_CHECKING:
+    from mlx_zh.benchmarks.answers import Answer, Examinee
+    from mlx_zh.benchmarks.exam import Exam, Subject
+    from mlx_zh.benchmarks.protocols import Protocol
+    from mlx_zh.candidates import Candidates
+    from mlx_zh.models.load import LoadedModel
+    from mlx_zh.recipe import Recipe
+
+About = dict[str, Any]  # what a result was computed from: kept in its report
+
+
+class Examination:
+    """Answers by exam and stage, kept in `runs/NAME/eval`."""
+
+    def __init__(self, recipe: Recipe, protocol: Protocol, candidates: Candidates) -> None:
+        self._recipe, self._protocol, self._candidates = recipe, protocol, candidates
+        self._folder = recipe.run_folder() / "eval"
+        self._known: dict[tuple[str, str], tuple[About, list[Answer]]] = {}  # by exam and stage
+        self._base: str | None = None  # the base's fingerprint
+
+    def ask(self, name: str, exam: Exam) -> None:
+        """Let the model called `name` answer `exam`; a finished subject is read from the run folder."""
+        loaded = self._candidates.take(name)
+        if not (self._recipe.run_folder() / "manifest.json").exists():
+            stage.write_run_files(self._recipe, loaded, {})
+        if name != "fused":
+            self._base = loaded.fingerprint
+        renderer = self._renderer(loaded)
+        examinee, about = self._examinee(loaded, renderer), self._about(name, exam, loaded, renderer)
+        records = Records(self._folder, name, exam.key)
+        answers: list[Answer] = []
+        bar = console.QuestionBar(f"{name} {exam.title}", len(exam))
+        try:
+            for subject in exam.subjects:
+                key = stage.fingerprint(about | {"asked": self._asked(exam, [subject])})
+                given = records.known(subject.key, key)
+                if given is None:
+                    given = examinee.answer(exam, subject, bar.update)
+                    records.keep(subject.key, key, given)
+                else:
+                    bar.update(len(given))
+                answers += given
+        finally:
+            bar.close()
+        self._known[exam.key, name] = about, answers
+        records.finish(answers, self._figures(exam, name), labelled=exam.labelled)
+
+    def side_by_side(self, exam: Exam) -> dict[str, report.Figures]:
+        """Figures by stage, in the order of a run; stages that answered the same exam earlier are there too."""
+        for name in NAMES:
+            if (exam.key, name) not in self._known:
+                self._recall(exam, name)
+        return {name: self._figures(exam, name) for name in NAMES if (exam.key, name) in self._known}
+
+    def compare(self, exam: Exam, before: str, after: str) -> statistics.Comparison:
+        """One stage against another on the same questions."""
+        first, second = (report.by_subject(self._known[exam.key, name][1]) for name in (before, after))
+        return statistics.compare(first, second, self._recipe.evaluate.bootstrap, self._recipe.seed)
+
+    def write(self, exam: Exam) -> list[Path]:
+        """Write every stage's files anew, now with the comparisons; returns their paths."""
+        paths: list[Path] = []
+        stages = self.side_by_side(exam)
+        for name, found in stages.items():
+            others = [other for other in stages if other != name] if exam.labelled else []
+            found["against"] = {other: asdict(self.compare(exam, other, name)) for other in others}
+            answers = self._known[exam.key, name][1]
+            paths += Records(self._folder, name, exam.key).finish(answers, found, labelled=exam.labelled)
+        return paths
+
+    def _figures(self, exam: Exam, name: str) -> report.Figures:
+        about, answers = self._known[exam.key, name]
+        head = {"benchmark": exam.title, "split": exam.split, "stage": name, "about": about}
+        samples = self._recipe.evaluate.bootstrap
+        return head | report.figures(exam, answers, samples=samples, seed=self._recipe.seed)
+
+    def _recall(self, exam: Exam, name: str) -> None:
+        """Take a finished stage's answers if they are to the same questions, asked in the same way."""
+        kept = Records(self._folder, name, exam.key).finished()
+        if kept is None:
+            return
+        about, answers = kept[0].get("about", {}), kept[1]
+        same = about.get("asked") == self._asked(exam, exam.subjects)
+        same = same and about.get("adapter") == self._candidates.adapter_digest(name)
+        if name != "fused" and self._base is not None:
+            same = same and about.get("base") == self._base
+        if same and len(answers) == len(exam):
+            self._known[exam.key, name] = about, answers
+
+    def _about(self, name: str, exam: Exam, loaded: LoadedModel, renderer: Renderer | None) -> About:
+        """Everything that can change an answer; memory settings cannot."""
+        model = self._recipe.model
+        tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
+        return {
+            "asked": self._asked(exam, exam.subjects),
+            "protocol": {"name": self._protocol.name, "version": self._protocol.version},
+            "source": loaded.source,
+            "base": loaded.fingerprint,
+            "adapter": self._candidates.adapter_digest(name),
+            "dtype": model.dtype,
+            "quantize": None if name == "fused" else model.quantization,
+            "rendering": renderer.fingerprint if renderer else hashlib.sha256(tokenizer.encode()).hexdigest(),
+        }
+
+    def _asked(self, exam: Exam, subjects: Sequence[Subject]) -> str:
+        """A digest of the questions and of how they are asked."""
+        settings = self._recipe.evaluate
+        fingerprints = [subject.fingerprint() for subject in subjects]
+        answer = settings.max_new_tokens if self._protocol.reply == "free" else None
+        protocol = self._protocol.fingerprint()
+        return stage.fingerprint([asking.VERSION, exam.form, fingerprints, protocol, settings.max_length, answer])
+
+    def _renderer(self, loaded: LoadedModel) -> Renderer | None:
+        if self._protocol.style != "chat":
+            return None
+        return Renderer(loaded.tokenizer, date_string=self._recipe.data.date_string)
+
+    def _examinee(self, loaded: LoadedModel, renderer: Renderer | None) -> Examinee:
+        settings = self._recipe.evaluate
+        window = int(loaded.config.get("max_position_embeddings") or 2**31)
+        longest = min(window, settings.max_length or window)
+        if self._protocol.reply == "free":
+            longest -= settings.max_new_tokens
+        return asking.Examinee(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            eos_token_ids=loaded.eos_token_ids,
+            protocol=self._protocol,
+            prompter=Prompter(self._protocol, loaded.tokenizer, renderer, longest),
+            micro_tokens=self._recipe.memory.micro_tokens,
+            max_new_tokens=settings.max_new_tokens,
+        )
