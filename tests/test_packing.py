@@ -189,6 +189,44 @@ def test_pairs_by_hand() -> None:
     assert batch.num_sequences == 4
 
 
+def test_what_two_responses_begin_with_is_there_once() -> None:
+    """Prompt 1 2, chosen 7 8 4, rejected 7 8 5 6: the root is 1 2 7 8, and 7 8 are scored for both.
+
+    Responses 7 8 and 7 8 9 share only 7: each keeps a branch, though all of the first is in the second.
+    """
+    batch = pack_pairs([([1, 2], [7, 8, 4], [7, 8, 5, 6]), ([3], [7, 8], [7, 8, 9])])
+    assert batch.tokens.tolist() == [1, 2, 7, 8, 4, 5, 6, 3, 7, 8, 8, 9]
+    assert [(s.start, s.stop, s.parent, s.position) for s in batch.segments] == [
+        (0, 4, None, 0),
+        (4, 5, 0, 4),
+        (5, 7, 0, 4),
+        (7, 9, None, 0),
+        (9, 10, 3, 2),
+        (10, 12, 3, 2),
+    ]
+    assert batch.scored.tolist() == [1, 2, 3, 1, 2, 3, 5, 7, 8, 7, 8, 10]
+    assert batch.targets.tolist() == [7, 8, 4, 7, 8, 5, 6, 7, 8, 7, 8, 9]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_pairs_score_like_one_response_at_a_time(tiny_model: Callable[..., Any]) -> None:
+    """The log-prob of a response after its prompt, whether or not the other begins like it."""
+    model = tiny_model(tied=True)
+    prompt, common = random_tokens(9, 1), random_tokens(6, 2)
+    responses = [random_tokens(n, 30 + n) for n in (5, 8, 1)]
+    pairs = [
+        (prompt, responses[0], responses[1]),
+        (prompt[:1], np.concatenate([common, responses[2]]), np.concatenate([common, responses[0]])),
+        (prompt[:4], common, common),
+    ]
+    expected = [
+        own_logprobs(model, np.concatenate([start, response]))[len(start) :].sum()
+        for start, chosen, rejected in pairs
+        for response in (chosen, rejected)
+    ]
+    np.testing.assert_allclose(np.array(sequence_logprobs(model, pack_pairs(pairs))), expected, rtol=2e-5)
+
+
 def test_choices_by_hand() -> None:
     """Prefix 1 2, questions 3 4 and 5, choices 90 91: scored after each question's last token, positions 3 and 4."""
     batch = pack_choices([1, 2], [[3, 4], [5]], [90, 91])

@@ -133,7 +133,7 @@ class Loop:
         saved_at = time.monotonic()
         if progress.evaluated_at < 0:
             yield from self._evaluate()
-        reason = "early_stopping" if self._no_gain() else "done"
+        reason = "early_stopping" if progress.step < self.total and self._no_gain() else "done"
         while reason == "done" and progress.step < self.total:
             yield self._step(began)
             last = progress.step == self.total
