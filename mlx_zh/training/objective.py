@@ -55,6 +55,9 @@ class Objective(Protocol):
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
         """The rows of a training step, or of a validation pass when `step` is None."""
 
+    def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
+        """The rows of a step with whatever a row needs to know of the others, so that `share` can take any one."""
+
     def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
         """What a row adds to the step's loss, and to sums that `metrics` turns into figures."""
 

@@ -35,6 +35,10 @@ class SftObjective:
             rows.append(Row(batch, ids, self._settings.noise(batch, step, ids), count, step is not None))
         return rows
 
+    def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
+        """Rows need nothing of each other."""
+        return rows
+
     def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
         """Minus the row's summed log-probs over the step's scored tokens."""
         logprobs = batch_logprobs(

@@ -43,7 +43,7 @@ def loss_and_gradients(
 
     value_and_grad: Any = mx.value_and_grad(share)
     total: tuple[mx.array, Sums, Arrays] | None = None
-    for row in rows:
+    for row in objective.prepared(model, rows):
         (loss, sums), gradients = value_and_grad(weights, row)
         if total is not None:
             loss = total[0] + loss
@@ -90,7 +90,7 @@ def train_step(
 
 def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> Iterator[tuple[float, dict[str, float]]]:
     """Score validation rows, forward only: each row's share of the loss, and its sums."""
-    for row in rows:
+    for row in objective.prepared(model, rows):
         share, sums = objective.share(model, row)
         mx.eval(share, sums)
         yield float(share), {name: float(value) for name, value in sums.items()}

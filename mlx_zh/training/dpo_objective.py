@@ -1,0 +1,186 @@
+"""DPO's objective: prefer the chosen response over the rejected one, relative to a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.logprobs import batch_logprobs
+from mlx_zh.losses import LOSSES, chosen_cross_entropy, length_desensitized, preference_loss, rewards
+from mlx_zh.packing import plan_rows
+from mlx_zh.recipe import Dpo
+from mlx_zh.training.objective import Row, Settings, Sums
+from mlx_zh.training.pairs import pack, pair_sums, response_lengths, tree_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """What a coupled loss makes of a whole step, for one row: its share, and d loss / d log-prob (P, 2)."""
+
+    share: mx.array
+    gradient: mx.array
+    totals: mx.array  # (P, 2), as `pair_sums` gives them
+    shared: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow(Row):
+    """A row of P pairs."""
+
+    pairs: tuple[RenderedPair, ...]
+    lengths: mx.array  # (P, 2)
+    reference: mx.array | None  # (P, 4), as `Reference.logprobs` gives them
+    slopes: Slopes | None = None
+
+
+class DpoObjective:
+    """Mean preference loss over the pairs of a step.
+
+    `reference` (N, 4) are the reference log-probs of `pairs` as `Reference.logprobs` gives them, or None for the
+    losses without a reference.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[RenderedPair],
+        reference: npt.NDArray[np.float32] | None,
+        section: Dpo,
+        settings: Settings,
+    ) -> None:
+        self.size = len(pairs)
+        self._pairs = pairs
+        self._reference = reference
+        self._section = section
+        self._settings = settings
+
+    def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
+        """Rows of at most `micro_tokens` tokens."""
+        pairs = [self._pairs[int(i)] for i in examples]
+        rows: list[Row] = []
+        for members in plan_rows([tree_tokens(pair) for pair in pairs], self._settings.micro_tokens):
+            row = tuple(pairs[m] for m in members)
+            batch = pack(row)
+            ids = tuple(int(examples[m]) for m in members)
+            rows.append(
+                PairRow(
+                    batch=batch,
+                    examples=ids,
+                    noise=self._settings.noise(batch, step, ids),
+                    count=len(pairs),
+                    training=step is not None,
+                    pairs=row,
+                    lengths=response_lengths(row),
+                    reference=None if self._reference is None else mx.array(self._reference[list(ids)]),
+                )
+            )
+        return rows
+
+    def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
+        """Rows that can be taken one by one. A loss that couples the pairs of a step needs a forward pass over all
+        of them first: it gives the loss and its derivative by each log-prob, and the chain rule does the rest."""
+        if not LOSSES[self._section.loss].coupled:
+            return rows
+        found = [row for row in rows if isinstance(row, PairRow)]
+        sums = []
+        for row in found:
+            sums.append(self._sums(model, row, training=False))
+            mx.eval(sums[-1])
+        policy = mx.concatenate([self._weighted(*pair) for pair in sums])  # (P of the step, 2)
+        references = [against for row in found if (against := self._against(row)) is not None]
+        reference = mx.concatenate(references) if references else None
+        lengths = mx.concatenate([row.lengths for row in found])
+
+        def mean(policy: mx.array) -> mx.array:
+            return self._losses(policy, reference, lengths).mean()
+
+        value_and_grad: Any = mx.value_and_grad(mean)
+        loss, gradient = value_and_grad(policy)
+        ready: list[Row] = []
+        start = 0
+        for row, (totals, shared) in zip(found, sums, strict=True):
+            stop = start + len(row.pairs)
+            slopes = Slopes(loss * len(row.pairs) / row.count, gradient[start:stop], totals, shared)
+            ready.append(replace(row, slopes=slopes))
+            start = stop
+        return ready
+
+    def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
+        """The row's summed pair losses over the step's pairs."""
+        assert isinstance(row, PairRow)
+        if row.slopes is not None and not row.training:
+            totals, shared = row.slopes.totals, row.slopes.shared
+        else:
+            totals, shared = self._sums(model, row, training=row.training)
+        policy, reference = self._weighted(totals, shared), self._against(row)
+        if row.slopes is None:
+            share = self._losses(policy, reference, row.lengths).sum() / row.count
+        else:
+            # The value is known; this adds 0 that has the gradient.
+            share = row.slopes.share + (row.slopes.gradient * (policy - mx.stop_gradient(policy))).sum()
+        if self._section.sft_weight:
+            extra = chosen_cross_entropy(totals[:, 0], row.lengths[:, 0]).sum() / row.count
+            share = share + self._section.sft_weight * extra
+        return share, self._figures(policy, reference, row.lengths)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """TRL's figures, each the mean over the pairs."""
+        return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
+
+    def _sums(self, model: nn.Module, row: PairRow, *, training: bool) -> tuple[mx.array, mx.array]:
+        logprobs = batch_logprobs(
+            model,
+            row.batch,
+            checkpoint=training and self._settings.checkpoint,
+            chunk=self._settings.logit_rows,
+            grad=training,
+            noise=row.noise,
+        )
+        return pair_sums(logprobs, row.batch, row.pairs)
+
+    def _against(self, row: PairRow) -> mx.array | None:
+        """The reference log-probs that the policy's are compared with, (P, 2)."""
+        return None if row.reference is None else self._weighted(row.reference[:, :2], row.reference[:, 2:])
+
+    def _weighted(self, totals: mx.array, shared: mx.array) -> mx.array:
+        alpha = self._section.ld_alpha
+        return totals if alpha is None else length_desensitized(totals, shared, alpha)
+
+    def _losses(self, policy: mx.array, reference: mx.array | None, lengths: mx.array) -> mx.array:
+        section = self._section
+        return preference_loss(
+            policy[:, 0],
+            policy[:, 1],
+            None if reference is None else reference[:, 0],
+            None if reference is None else reference[:, 1],
+            loss=section.loss,
+            beta=section.beta,
+            label_smoothing=section.label_smoothing,
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
+            f_divergence=section.f_divergence,
+            f_alpha=section.f_alpha,
+            simpo_gamma=section.simpo_gamma,
+            discopop_tau=section.discopop_tau,
+        )
+
+    def _figures(self, policy: mx.array, reference: mx.array | None, lengths: mx.array) -> Sums:
+        """Sums over the row's pairs."""
+        gained = rewards(policy, reference, loss=self._section.loss, beta=self._section.beta, lengths=lengths)
+        gained, policy = mx.stop_gradient(gained), mx.stop_gradient(policy)
+        chosen, rejected = gained[:, 0], gained[:, 1]
+        return {
+            "rewards/chosen": chosen.sum(),
+            "rewards/rejected": rejected.sum(),
+            "rewards/margins": (chosen - rejected).sum(),
+            "rewards/accuracies": (chosen > rejected).astype(mx.float32).sum(),
+            "logps/chosen": policy[:, 0].sum(),
+            "logps/rejected": policy[:, 1].sum(),
+            "pairs": mx.array(float(len(chosen))),
+        }

@@ -1,0 +1,42 @@
+"""Preference pairs as packed trees, and the sums that losses read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.logprobs import sum_by_owner
+from mlx_zh.packing import PackedBatch, pack_pairs, shared_beginning
+
+
+def tree_tokens(pair: RenderedPair) -> int:
+    """Tokens that a pair takes in a row: what both responses begin with counts once."""
+    shared = shared_beginning(pair.chosen, pair.rejected)
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - shared
+
+
+def pack(pairs: Sequence[RenderedPair]) -> PackedBatch:
+    """A row of pairs."""
+    return pack_pairs((pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
+
+
+def response_lengths(pairs: Sequence[RenderedPair]) -> mx.array:
+    """Scored tokens of chosen and rejected, (P, 2) float32."""
+    return mx.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs], dtype=mx.float32)
+
+
+def pair_sums(logprobs: mx.array, batch: PackedBatch, pairs: Sequence[RenderedPair]) -> tuple[mx.array, mx.array]:
+    """Log-probs (S,) of a row's scored tokens, summed by response: all of it, and what lies within the length of
+    the pair's shorter response; (P, 2) each, chosen and rejected."""
+    within = [
+        np.arange(len(response)) < min(len(pair.chosen), len(pair.rejected))
+        for pair in pairs
+        for response in (pair.chosen, pair.rejected)
+    ]
+    inside = logprobs * mx.array(np.concatenate(within))
+    sums = (sum_by_owner(values, batch.owner, batch.num_sequences) for values in (logprobs, inside))
+    totals, shared = (values.reshape(-1, 2) for values in sums)  # (2P,) -> (P, 2)
+    return totals, shared
