@@ -102,7 +102,7 @@ def outline(
     full = dict(weights)
     dequantize(full, packing, mx.float32)
     _compare(model, full, source)
-    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    shapes = {name: array.shape for name, array in dict(tree_flatten(model.parameters())).items()}
     return Outline(shapes, tuple(_matrices(modules)), packing)
 
 

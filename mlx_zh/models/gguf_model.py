@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mlx_zh.errors import ModelError
 from mlx_zh.models.gguf import GGUFFile, read_tensor
@@ -31,7 +32,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def gguf_config(file: GGUFFile) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def _check_shape(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> None:
 
 
 def _rope_scaling(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> dict[str, Any] | None:
-    if _ROPE_FACTORS in file.tensors:
+    if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
     kind = key.get("rope.scaling.type")
     if kind in (None, "none"):
@@ -145,7 +146,7 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     The other three numbers are the same in Llama 3.1, 3.2 and 3.3. They are put to the test: recomputed divisors
     must equal those stored.
     """
-    stored = np.array(read_tensor(file, _ROPE_FACTORS)["weight"], dtype=np.float64)
+    stored = np.array(read_tensor(file, ROPE_FACTORS)["weight"], dtype=np.float64)
     scaling = {
         "rope_type": "llama3",
         "factor": float(stored.max()),
@@ -153,21 +154,28 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    half = config["head_dim"] // 2
-    wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
-    smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0, 1)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    expected = llama3_divisors(scaling, config["head_dim"], config["rope_theta"])
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
         raise ModelError(
-            f"{file.path}: {_ROPE_FACTORS} scales positions in a way that is not Llama 3's. Take the model's "
+            f"{file.path}: {ROPE_FACTORS} scales positions in a way that is not Llama 3's. Take the model's "
             "safetensors instead."
         )
     return scaling
 
 
+def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> npt.NDArray[np.float64]:
+    """What Llama 3.1 divides each of the head_dim / 2 rotation frequencies by."""
+    low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
+    half = head_dim // 2
+    wavelength = 2 * np.pi * theta ** (np.arange(half) / half)
+    turns = scaling.get("original_max_position_embeddings", 8192) / wavelength
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))
+
+
 def gguf_weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, mx.array]:
     """Every tensor under its mlx-lm name, `.scales` and `.biases` included, q and k rows in Hugging Face's order."""
-    unknown = sorted(name for name in file.tensors if name != _ROPE_FACTORS and _rename(name) is None)
+    unknown = sorted(name for name in file.tensors if name != ROPE_FACTORS and _rename(name) is None)
     if unknown:
         shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
         raise ModelError(
@@ -196,6 +204,28 @@ def _rename(name: str) -> str | None:
         return f"model.layers.{layer}.{_LAYER[part]}.{suffix}" if part in _LAYER else None
     stem, _, suffix = name.rpartition(".")
     return f"{_TOP[stem]}.{suffix}" if stem in _TOP and suffix == "weight" else None
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of one of mlx-lm's tensors."""
+    path, _, suffix = name.rpartition(".")
+    for ours, theirs in _TOP.items():
+        if path == theirs:
+            return f"{ours}.{suffix}"
+    _, _, layer, part = path.split(".", 3)
+    return f"blk.{layer}.{_PARTS[part]}.{suffix}"
+
+
+_PARTS = {theirs: ours for ours, theirs in _LAYER.items()}
+
+
+def permute(name: str, array: mx.array, config: dict[str, Any]) -> mx.array:
+    """llama.cpp's order of rows: it rotates neighbours where Hugging Face rotates the halves of a head (q and k)."""
+    part = name.rsplit(".", 2)[-2]
+    if part not in _HEADS or config["model_type"] not in ("llama", "mistral"):
+        return array
+    halves = array.reshape(config[_HEADS[part]], 2, -1, *array.shape[1:])  # (heads, 2, head_dim / 2, ...)
+    return halves.swapaxes(1, 2).reshape(array.shape)
 
 
 def _unpermute(array: mx.array, heads: int) -> mx.array:

@@ -50,7 +50,7 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
 
 
 def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str]) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     vocabulary: dict[str, int] = {}
     for index, token in enumerate(tokens):
@@ -65,10 +65,7 @@ def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str]) 
     tokenizer = Tokenizer(bpe)
     if "qwen" in cut:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _CUTS[cut]]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = _cutter(cut)
     tokenizer.decoder = decoders.ByteLevel()
     kinds = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     added = [
@@ -78,6 +75,31 @@ def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str]) 
     ]
     tokenizer.add_tokens(added)
     return tokenizer
+
+
+def _cutter(cut: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _CUTS[cut]]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+# Text on which every two of the rules above differ.
+_PROBE = "Hello 你好，世界! 12345 it's IT'S  'll  x=1+2; a\n\n  b\t\r\n c² ½ end.\n $9<=8^7 — “quoted” 3三\u3000  "
+
+
+def cutting_rule(tokenizer: Any) -> str | None:
+    """The name (tokenizer.ggml.pre) of the rule by which a fast tokenizer cuts text; None where it has no name here.
+
+    Found by trial: llama.cpp knows rules by name only, and a wrong name gives other tokens without any warning.
+    """
+    own = tokenizer.backend_tokenizer.pre_tokenizer
+    if own is None:
+        return None
+    pieces = own.pre_tokenize_str(_PROBE)
+    return next((name for name in _CUTS if _cutter(name).pre_tokenize_str(_PROBE) == pieces), None)
 
 
 def _wrap(file: GGUFFile, tokenizer: Any, tokens: list[str]) -> Any:

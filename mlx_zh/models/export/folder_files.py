@@ -91,9 +91,8 @@ def pack(weight: mx.array, form: Form, dtype: mx.Dtype) -> list[mx.array]:
 
 def unpack(packed: list[mx.array], form: Form) -> mx.array:
     """The float32 weight that `packed` stands for."""
-    codes, *rest = packed
-    wide = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in rest]
-    return mx.dequantize(codes, *wide, **form)
+    wide = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in packed]
+    return mx.dequantize(wide[0], wide[1], wide[2] if len(wide) > 2 else None, **form)
 
 
 def full_layout(fusion: Fusion, dtype: mx.Dtype) -> Layout:

@@ -195,6 +195,4 @@ def summarize(found: Sequence[Survival]) -> SurvivalSummary | None:
     if not found:
         return None
     kept, error = [s.kept for s in found], [s.error for s in found]
-    return SurvivalSummary(
-        len(found), sum(kept) / len(kept), min(kept), sum(error) / len(error), max(error)
-    )
+    return SurvivalSummary(len(found), sum(kept) / len(kept), min(kept), sum(error) / len(error), max(error))

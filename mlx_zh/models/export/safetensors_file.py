@@ -52,7 +52,9 @@ def write_shards(
     """
     shards = _split(entries, max_bytes)
     count = len(shards)
-    names = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)] if count > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)] if count > 1 else ["model.safetensors"]
+    )
     coming = iter(arrays)
     for file_name, shard in zip(names, shards, strict=True):
         with written_whole(folder / file_name) as file:

@@ -1,0 +1,158 @@
+"""Adapters in the format of Hugging Face's PEFT: written for others, and read wherever an adapter is read.
+
+PEFT keeps A as (r, in) and B as (out, r) where mlx-lm has (in, r) and (r, out), and `lora_alpha` where mlx-lm has
+`scale`: scale = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_zh.errors import AdapterError
+from mlx_zh.models.lora import AdapterSpec
+from mlx_zh.storage import write_arrays, write_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_BACK = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
+_BACK["lora_magnitude_vector.weight"] = "m"  # some versions of PEFT wrote this
+_KEY = re.compile(r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds PEFT's files and not mlx-lm's."""
+    return (folder / WEIGHTS_FILE).is_file() and not (folder / "adapters.safetensors").is_file()
+
+
+def write_peft(
+    folder: Path, spec: AdapterSpec, weights: dict[str, mx.array], *, base: str, matrices: Collection[str]
+) -> None:
+    """Write an adapter as PEFT does; `base` is the model's id for Hugging Face, `matrices` its linear layers.
+
+    AdapterError for a full fine-tuning, which PEFT has no format for.
+    """
+    if spec.kind == "full":
+        raise AdapterError("a full fine-tuning is no adapter, so there is nothing for PEFT; export `hf` instead.")
+    arrays = {}
+    for name, array in weights.items():
+        path, _, leaf = name.rpartition(".")
+        turned = array.astype(mx.float32)
+        arrays[f"{_PREFIX}{path}.{_LEAVES[leaf]}"] = mx.contiguous(turned if leaf == "m" else turned.T)
+    write_arrays(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
+    write_json(folder / CONFIG_FILE, _config(spec, {n.rpartition(".")[0] for n in weights}, base, matrices))
+
+
+def _config(spec: AdapterSpec, paths: set[str], base: str, matrices: Collection[str]) -> dict[str, Any]:
+    targets, layers = _targets(paths, matrices)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.scale * spec.rank,
+        "use_rslora": False,
+        "use_dora": spec.kind == "dora",
+        "lora_dropout": spec.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "layers_pattern": None if layers is None else "layers",
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _targets(paths: set[str], matrices: Collection[str]) -> tuple[list[str], list[int] | None]:
+    """PEFT's target_modules and layers_to_transform; whole paths where names and layers do not say it exactly."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    everywhere = {path for path in matrices if path.rpartition(".")[2] in names}
+    if everywhere == paths:
+        return names, None
+    layers = {int(found[1]) for path in paths if (found := re.search(r"\.layers\.(\d+)\.", path))}
+    within = {p for p in everywhere if (found := re.search(r"\.layers\.(\d+)\.", p)) and int(found[1]) in layers}
+    if within == paths:
+        return names, sorted(layers)
+    return sorted(paths), None
+
+
+def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
+    """Settings and arrays of a PEFT folder in mlx-lm's terms. AdapterError for what these cannot express."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        stored = mx.load(str(folder / WEIGHTS_FILE))
+        if not isinstance(config, dict) or not isinstance(stored, dict):
+            raise ValueError("adapter_config.json is no mapping")
+        mx.eval(stored)
+        _check(config, folder)
+        rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
+        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{folder} is damaged or no PEFT adapter: {error}.") from error
+    modules = _by_module(stored, folder)
+    found = {path: int(parts["lora_a"].shape[0]) for path, parts in modules.items()}
+    widest = max(found.values(), default=rank)
+    rslora = bool(config.get("use_rslora"))
+    scale = AdapterSpec.scale_of(alpha, rank, rslora=rslora)
+    weights: dict[str, mx.array] = {}
+    for path, parts in modules.items():
+        own = AdapterSpec.scale_of(_pattern(alphas, path, alpha), int(_pattern(ranks, path, rank)), rslora=rslora)
+        # One rank and one scale for all: narrower pairs get rows of zeros, another scale goes into B.
+        room = [(0, widest - found[path]), (0, 0)]
+        weights[f"{path}.lora_a"] = mx.contiguous(mx.pad(parts["lora_a"].astype(mx.float32), room).T)
+        weights[f"{path}.lora_b"] = mx.pad(parts["lora_b"].astype(mx.float32).T * (own / scale), room)
+        if "m" in parts:
+            weights[f"{path}.m"] = parts["m"].astype(mx.float32).reshape(-1)
+    kind = "dora" if config.get("use_dora") else "lora"
+    return AdapterSpec(kind, 10**6, widest, scale, float(config.get("lora_dropout", 0.0))), weights
+
+
+def _check(config: dict[str, Any], folder: Path) -> None:
+    refused = {
+        "peft_type": config.get("peft_type", "LORA") != "LORA",
+        "bias": config.get("bias", "none") != "none",
+        "lora_bias": bool(config.get("lora_bias")),
+        "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
+        "modules_to_save": bool(config.get("modules_to_save")),
+        "trainable_token_indices": bool(config.get("trainable_token_indices")),
+        "target_parameters": bool(config.get("target_parameters")),
+    }
+    if bad := [f"{name} {config.get(name)!r}" for name, wrong in refused.items() if wrong]:
+        raise AdapterError(
+            f"{folder}: {', '.join(bad)} cannot be read here; LoRA and DoRA on linear layers can. Merge it with PEFT "
+            "(merge_and_unload) and take the merged model."
+        )
+
+
+def _by_module(stored: dict[str, mx.array], folder: Path) -> dict[str, dict[str, mx.array]]:
+    modules: dict[str, dict[str, mx.array]] = {}
+    strange = []
+    for key, array in stored.items():
+        if match := _KEY.fullmatch(key):
+            modules.setdefault(match[1], {})[_BACK[match[2]]] = array
+        else:
+            strange.append(key)
+    strange += [path for path, parts in modules.items() if not {"lora_a", "lora_b"} <= parts.keys()]
+    if strange or not modules:
+        shown = ", ".join(sorted(strange)[:6]) or "no tensors"
+        raise AdapterError(f"{folder}: not LoRA on linear layers, or not complete: {shown}.")
+    return modules
+
+
+def _pattern(patterns: dict[str, Any], path: str, default: float) -> float:
+    """PEFT's rank_pattern and alpha_pattern: a name, the end of a path, or a regular expression for it."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return float(value)
+    return default
