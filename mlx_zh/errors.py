@@ -29,6 +29,14 @@ class AdapterError(MlxZhError):
     """An adapter that is missing, damaged or made for another model."""
 
 
+class TrainingError(MlxZhError):
+    """A run whose figures show that it cannot be right."""
+
+
+class UploadError(MlxZhError):
+    """A model that could not be put on a hub."""
+
+
 class DownloadError(MlxZhError):
     """A file that could not be obtained, or that is not the one that was expected."""
 

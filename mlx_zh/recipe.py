@@ -266,6 +266,14 @@ class Evaluate(Section):
 class Export(Section):
     """What the run hands over at its end."""
 
+    formats: Annotated[tuple[Literal["mlx", "hf", "gguf", "peft"], ...], Field(min_length=1)] = ("mlx",)
+    bits: Literal["auto", 4, 6, 8, 16] = "auto"
+    group_size: Literal[32, 64, 128] | None = None
+    gguf_type: Literal["f16", "q8_0"] = "q8_0"
+    max_shard_gb: PositiveFloat = 5.0
+    original: Annotated[Located | None, Field(alias="from")] = None
+    name: Annotated[str, AfterValidator(_folder_name)] | None = None
+
 
 class Recipe(Section):
     """A whole run."""
@@ -289,7 +297,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as resolved: every key with its value."""
-        return dump(self.model_dump(mode="json"))
+        return dump(self.model_dump(mode="json", by_alias=True))
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

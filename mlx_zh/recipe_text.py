@@ -220,6 +220,7 @@ def _keys(schema: type[pydantic.BaseModel], prefix: str = "") -> list[tuple[str,
     """(dotted key, dotted section) of every key of a schema; keys in lists stand without an index."""
     found: list[tuple[str, str]] = []
     for name, info in schema.model_fields.items():
+        name = info.alias or name
         dotted = f"{prefix}.{name}" if prefix else name
         found.append((dotted, prefix))
         for inner in _models(info.annotation):

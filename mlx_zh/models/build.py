@@ -222,7 +222,10 @@ def _make_quantized(model: nn.Module, packing: Mapping[str, dict[str, Any]]) -> 
 
 
 def dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: mx.Dtype) -> None:
-    """Replace packed matrices by full ones, lazily. Scales are widened first: in half precision `scale * code + bias` would round once more."""
+    """Replace packed matrices by full ones, lazily.
+
+    Scales are widened first: in half precision `scale * code + bias` would round once more.
+    """
     import mlx.core as mx
 
     for path, form in packing.items():

@@ -47,7 +47,7 @@ class Adapter:
 
 
 def open_adapter(folder: Path, source: Source) -> Adapter:
-    """Read an adapter folder (mlx-lm's or PEFT's) and check it against the model; AdapterError names what is wrong."""
+    """Read an adapter folder (mlx-lm's or PEFT's), checked against the model. AdapterError names what is wrong."""
     spec, weights = read_adapter(folder)
     adapter = Adapter(folder, spec, weights)
     shapes, matrices = source.outline.shapes, set(source.outline.matrices)
@@ -71,8 +71,8 @@ def open_adapter(folder: Path, source: Source) -> Adapter:
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise AdapterError(
-            f"{folder} does not fit {source.name}: {'; '.join(wrong[:8])}{more}. Give the base model that the adapter "
-            "was trained on."
+            f"{folder} does not fit {source.name}: {'; '.join(wrong[:8])}{more}. Give the base model that the "
+            "adapter was trained on."
         )
     return adapter
 
@@ -160,8 +160,8 @@ class Survival:
     """What a number format leaves of the adapter's change to one matrix.
 
     `kept` is the part of the change that is still there: the written change projected on the intended one, 1 where
-    rounding is fair and near 0 where every weight fell back on the base's own grid. `error` is the size of the rounding
-    relative to the change: large at few bits, and harmless while `kept` is 1, for it is then ordinary noise.
+    rounding is fair and near 0 where every weight fell back on the base's own grid. `error` is the size of the
+    rounding relative to the change: at few bits it is above 1, and as long as `kept` is 1 it is ordinary noise.
     """
 
     kept: float
