@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_zh import console
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter
+from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.stage import fingerprint
 from mlx_zh.storage import write_json
@@ -108,7 +108,7 @@ class Session:
             set_weights(self.model, best)
             console.say(f"Took back the best weights: step {loop.progress.best_step}.")
             loop.weights = best
-        save_adapter(self.folder / "adapters", loop.weights, self.spec, self.about)
+        self._save_adapter(self.folder / "adapters", loop.weights)
         self._summarize(loop, finished)
         return finished
 
@@ -118,7 +118,10 @@ class Session:
 
     def _save_best(self, weights: Arrays) -> None:
         if self.recipe.checkpoint.keep_best or self.section.load_best:
-            save_adapter(self._best, weights, self.spec, self.about)
+            self._save_adapter(self._best, weights)
+
+    def _save_adapter(self, folder: Path, weights: Arrays) -> None:
+        save_adapter(folder, weights, self.spec, self.about | {"vocabulary": vocabulary(self.model)})
 
     def _resume(self, loop: Loop) -> None:
         found, remarks = checkpoints.load_newest(self.folder / "checkpoints")

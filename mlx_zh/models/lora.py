@@ -232,6 +232,7 @@ def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpe
     untouched.
     """
     spec, weights = read_adapter(folder)
+    _check_vocabulary(model, folder)
     if spec.kind == "full":
         _fits(dict(tree_flatten(model.parameters())), weights, folder)
         add_adapter(model, spec, seed=seed)
@@ -269,6 +270,25 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
             f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter."
         )
     return spec, weights
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of a model's embedding."""
+    return int(model.model.embed_tokens.weight.shape[0])
+
+
+def _check_vocabulary(model: nn.Module, folder: Path) -> None:
+    """An adapter of the blocks alone fits models with other tokens, of which it knows nothing; ours say theirs."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    trained = (config.get("mlx_zh") or {}).get("vocabulary")
+    if isinstance(trained, int) and trained != vocabulary(model):
+        raise AdapterError(
+            f"{folder} was trained on a model with a vocabulary of {trained} tokens, and this one has "
+            f"{vocabulary(model)}. Load it with the base model that it was trained on."
+        )
 
 
 def _all_if_not_positive(layers: int) -> int:
