@@ -14,7 +14,9 @@ from mlx_zh.errors import MlxZhError
 
 STAGES = {
     "sft": "tune the model on conversations",
+    "dpo": "tune the model on better and worse answers",
     "eval": "ask models C-Eval, CMMLU or an exam of your own, and compare them",
+    "fuse": "merge an adapter into its base, for mlx-lm, transformers, llama.cpp or PEFT",
     "chat": "talk to a model",
 }
 

@@ -55,8 +55,10 @@ class StepBar:
 
     def update(self, figures: dict[str, Any]) -> None:
         """Advance by a step and show its figures."""
+        ranked = "rewards/margins" in figures
+        margin = f"margin {figures['rewards/margins']:.2f}, " if ranked else ""
         self._bar.set_postfix_str(
-            f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:.0f} tok/s, "
+            f"loss {figures['loss']:.3f}, {margin}{figures['tokens_per_second']:.0f} tok/s, "
             f"{figures['peak_memory_gb']:.2f} GB",
             refresh=False,
         )
@@ -71,8 +73,33 @@ class StepBar:
         self._bar.close()
 
 
-class QuestionBar:
-    """Progress over questions, with time left."""
+class CountBar:
+    """Progress over things of one kind, with speed and time left."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(
+            total=total,
+            desc=name,
+            unit=unit,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            mininterval=0.1 if sys.stdout.isatty() else 15,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+
+    def update(self, count: int) -> None:
+        """Advance by some of them."""
+        self._bar.update(count)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self._bar.close()
+
+
+class TensorBar:
+    """Progress over a model's tensors."""
 
     def __init__(self, name: str, total: int) -> None:
         from tqdm import tqdm
@@ -80,16 +107,16 @@ class QuestionBar:
         self._bar: Any = tqdm(
             total=total,
             desc=name,
-            unit="question",
+            unit="tensor",
             dynamic_ncols=True,
             file=sys.stdout,
             mininterval=0.1 if sys.stdout.isatty() else 15,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
         )
 
-    def update(self, questions: int) -> None:
-        """Advance by some questions."""
-        self._bar.update(questions)
+    def update(self) -> None:
+        """Advance by one tensor."""
+        self._bar.update()
 
     def close(self) -> None:
         """End the bar's line."""

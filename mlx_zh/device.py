@@ -60,6 +60,18 @@ def is_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def free_bytes() -> int:
+    """Memory that arrays may still take, in bytes: of the processor on the CPU, else of the accelerator."""
+    import mlx.core as mx
+
+    if is_cpu():
+        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    info = mx.device_info()
+    most = info.get("max_recommended_working_set_size") or info.get("memory_size") or 8 * 2**30
+    return max(int(most) - mx.get_active_memory(), 0)
+
+
 def bound_cache() -> None:
     """Keep MLX's cache of freed buffers small: rows differ in length, so most of it would never be used again."""
     import mlx.core as mx

@@ -47,7 +47,7 @@ class Examination:
         examinee, about = self._examinee(loaded, renderer), self._about(name, exam, loaded, renderer)
         records = Records(self._folder, name, exam.key)
         answers: list[Answer] = []
-        bar = console.QuestionBar(f"{name} {exam.title}", len(exam))
+        bar = console.CountBar(f"{name} {exam.title}", len(exam), "question")
         try:
             for subject in exam.subjects:
                 key = stage.fingerprint(about | {"asked": self._asked(exam, [subject])})

@@ -340,7 +340,7 @@ def check_supported(model: nn.Module, config: dict[str, Any]) -> None:
     own = model(mx.array([tokens]))[0].astype(mx.float32)
     # Logits less their mean, relative to their own size: a wide vocabulary makes every probability small.
     difference = float(mx.linalg.norm(_centred(packed) - _centred(own)) / mx.linalg.norm(_centred(own)))
-    if not difference < (1e-3 if _float32(model) else 0.1):
+    if not difference < (1e-3 if computes_in_float32(model) else 0.1):
         raise ModelError(f"{refusal} (Its packed logits differ from its own by {difference:.2g} of their size.)")
 
 
@@ -348,5 +348,6 @@ def _centred(logits: mx.array) -> mx.array:
     return logits - logits.mean(axis=-1, keepdims=True)
 
 
-def _float32(model: nn.Module) -> bool:
+def computes_in_float32(model: nn.Module) -> bool:
+    """Whether hidden states are float32 (else half precision)."""
     return decoder(model).norm.weight.dtype == mx.float32

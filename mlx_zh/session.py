@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zh import console
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
 from mlx_zh.recipe import Lora, Recipe, Training
+from mlx_zh.samples import Samples
 from mlx_zh.stage import fingerprint
 from mlx_zh.storage import write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Stepped
-from mlx_zh.training.objective import Objective
+from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
 
@@ -82,7 +84,16 @@ class Session:
         whole = (self.folder / "adapters" / CONFIG_FILE).exists()
         return summary if summary is not None and summary["key"] == self.key and whole else None
 
-    def train(self, objective: Objective, validation: Objective | None) -> Finished:
+    def begin(self, *, fresh: bool) -> bool:
+        """Whether there is work to do: with `fresh` always, an earlier run being set aside. Raises as `check`."""
+        if fresh and (aside := set_aside(self.folder)):
+            console.say(f"The earlier run is kept in {aside}.")
+        if self.check() is None:
+            return True
+        console.say(f"{self.folder} is finished: nothing is left to train. To train again, add --fresh.")
+        return False
+
+    def train(self, objective: Objective, validation: Objective | None, watch: Watch | None = None) -> Finished:
         """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
         with stop_on_interrupt() as stop:
             loop = Loop(
@@ -99,7 +110,7 @@ class Session:
                 stop=stop,
             )
             self._resume(loop)
-            finished = self._follow(loop)
+            finished = self._follow(loop, watch)
         if finished.reason == "interrupted":
             console.say(f"Stopped after step {finished.step}; run the same command to go on from there.")
             return finished
@@ -139,9 +150,14 @@ class Session:
         loop.resume(found)
         console.say(f"Going on after step {found.state['step']} of {loop.total}.")
 
-    def _follow(self, loop: Loop) -> Finished:
+    def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
+        before = dict(loop.weights)
         finished: Finished | None = None
+        if watch is not None:
+            for line in loop.log.read():
+                if "loss" in line:
+                    watch.recall(line)
         try:
             for event in loop.run():
                 if isinstance(event, Stepped):
@@ -151,11 +167,17 @@ class Session:
                             f"step {event.figures['step']} was skipped: loss {event.result.loss}, gradient norm "
                             f"{event.result.grad_norm}; examples {list(event.examples)}"
                         )
+                    elif event.figures["step"] == 1 and _same(before, loop.weights):
+                        console.warn(
+                            "the first step changed no weight: look for a learning_rate too small for the weights' "
+                            f"precision, or a gradient of 0 (its norm was {event.result.grad_norm:.3g})."
+                        )
+                    for remark in [] if watch is None else watch.step(event.figures):
+                        console.warn(remark)
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
-                    figures = event.figures
-                    console.say(f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}")
+                    console.say(_evaluation(event.figures))
                 elif isinstance(event, Finished):
                     finished = event
         finally:
@@ -164,9 +186,10 @@ class Session:
         return finished
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
-        losses = [line["eval_loss"] for line in loop.log.read() if "eval_loss" in line]
-        if losses and self.section.load_best:
-            losses.append(loop.progress.best_loss)
+        lines = [line for line in loop.log.read() if "eval_loss" in line]
+        if self.section.load_best:
+            lines += [line for line in lines if line["step"] == loop.progress.best_step]
+        first, last = (lines[0], lines[-1]) if lines else ({}, {})
         write_json(
             self.folder / "summary.json",
             {
@@ -175,11 +198,76 @@ class Session:
                 "steps": finished.step,
                 "seconds": round(loop.progress.elapsed_seconds, 1),
                 "skipped_steps": loop.progress.skipped_steps,
-                "eval_loss_before": losses[0] if losses else None,
-                "eval_loss_after": losses[-1] if losses else None,
+                "eval_loss_before": first.get("eval_loss"),
+                "eval_loss_after": last.get("eval_loss"),
+                "before": {name: value for name, value in first.items() if name.startswith("eval_")},
+                "after": {name: value for name, value in last.items() if name.startswith("eval_")},
                 "best": {"step": loop.progress.best_step, "eval_loss": loop.progress.best_loss},
             },
         )
+
+
+class Watch(Protocol):
+    """Looks at the figures of a run as it goes."""
+
+    def recall(self, figures: dict[str, Any]) -> None:
+        """A step of an earlier session of this run."""
+
+    def step(self, figures: dict[str, Any]) -> list[str]:
+        """A step just taken: warnings to show, or an error that ends the run."""
+
+
+def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settings:
+    """How a stage's rows are computed."""
+    memory = recipe.memory
+    return Settings(
+        seed=recipe.seed,
+        micro_tokens=memory.micro_tokens,
+        checkpoint=memory.checkpoint_layers,
+        logit_rows=memory.logit_rows,
+        dropout=dropout,
+        neftune_alpha=section.neftune_alpha,
+    )
+
+
+def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
+    """Show what a stage did: the answers of the models `names`, validation before and after, where things lie."""
+    summary = json.loads((session.folder / "summary.json").read_text(encoding="utf-8"))
+    before, after = summary["before"], summary["after"]
+    console.say()
+    if answers := samples.shown(*names):
+        console.say(answers)
+    if before:
+        ratio = f" (x {after['eval_loss'] / before['eval_loss']:.2f})" if before["eval_loss"] else ""
+        console.say(f"\nvalidation loss {before['eval_loss']:.3f} -> {after['eval_loss']:.3f}{ratio}")
+    for key, label in _SHOWN.items():
+        if key in before:
+            console.say(f"validation {label} {before[key]:.2f} -> {after[key]:.2f}")
+    console.say(f"trained {summary['steps']} steps in {console.duration(summary['seconds'])}\n")
+    run = session.recipe.run_folder()
+    places = [
+        ("adapter", f"{session.folder / 'adapters'}/"),
+        ("metrics", str(session.folder / "metrics.jsonl")),
+        *([("answers", str(run / "samples.json"))] if answers else []),
+        ("recipe as resolved", str(run / "recipe.yaml")),
+    ]
+    console.say(console.table(places))
+
+
+_SHOWN = {
+    "eval_rewards/accuracies": "reward accuracy",
+    "eval_rewards/margins": "reward margin",
+    "eval_rewards/chosen": "chosen reward",
+}
+
+
+def _evaluation(figures: dict[str, Any]) -> str:
+    more = "".join(f", {label} {figures[key]:.2f}" for key, label in _SHOWN.items() if key in figures)
+    return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
+
+
+def _same(left: Arrays, right: Arrays) -> bool:
+    return all(bool(mx.array_equal(left[name], right[name])) for name in left)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -207,6 +295,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
 _DIGESTS = {
     "base": "the base model's files",
     "rendering": "the tokenizer or its chat template",
+    "start": "the adapter to start from",
     "files.": "the content of {}",
 }
 

@@ -8,16 +8,22 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh import console
+from mlx_zh.errors import DataError
+from mlx_zh.recipe import Recipe, Source, Sources, load_recipe
 from mlx_zh.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
+
+
+Item = TypeVar("Item")
 
 
 def parser(stage: str, purpose: str) -> argparse.ArgumentParser:
@@ -39,9 +45,23 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
     return recipe
 
 
+def gather(sources: Sources, read: Callable[[Source, Counter[str]], Iterable[Item | None]], unit: str) -> list[Item]:
+    """What `read` gives for each source, less None; says how much that is, and what `read` counted as otherwise."""
+    found: list[Item] = []
+    for source in sources:
+        counted: Counter[str] = Counter()
+        items = [item for item in read(source, counted) if item is not None]
+        found += items
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counted.items() if count)
+        console.say(f"{source.path}: {len(items)} {unit}" + (f" ({reasons})" if reasons else ""))
+    if not found:
+        raise DataError(f"nothing is left to learn from in {', '.join(source.path for source in sources)}.")
+    return found
+
+
 def open_model(recipe: Recipe) -> LoadedModel:
     """The recipe's base model, checked against its own forward."""
-    from mlx_zh import console, device
+    from mlx_zh import device
     from mlx_zh.logprobs import check_supported
     from mlx_zh.models.load import load_model
 
@@ -98,6 +118,11 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def add_fresh(parser: argparse.ArgumentParser) -> None:
+    """`--fresh`, which training stages understand."""
+    parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept beside the new one")
 
 
 def fingerprint(value: Any) -> str:

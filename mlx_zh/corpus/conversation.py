@@ -36,3 +36,10 @@ def with_system(conversation: Conversation, system: str | None) -> Conversation:
     if not system or conversation.messages[0].role == "system":
         return conversation
     return replace(conversation, messages=(Message("system", system), *conversation.messages))
+
+
+def prompt_with_system(pair: Preference, system: str | None) -> Preference:
+    """The pair with `system` as its prompt's system message, unless it has one of its own."""
+    if not system or pair.prompt[0].role == "system":
+        return pair
+    return replace(pair, prompt=(Message("system", system), *pair.prompt))

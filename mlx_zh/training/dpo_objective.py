@@ -131,7 +131,9 @@ class DpoObjective:
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """TRL's figures, each the mean over the pairs."""
-        return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
+        return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"} | {
+            "pairs": int(sums["pairs"])
+        }
 
     def _sums(self, model: nn.Module, row: PairRow, *, training: bool) -> tuple[mx.array, mx.array]:
         logprobs = batch_logprobs(

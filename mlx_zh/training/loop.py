@@ -105,8 +105,7 @@ class Loop:
     def __post_init__(self) -> None:
         section = self.section
         self.order = Order(self.objective.size, section.batch_size, self.seed)
-        planned = math.ceil(section.epochs * self.order.steps_per_epoch - 1e-9)
-        self.total = section.max_steps or planned
+        self.total = self.order.steps(section.epochs, section.max_steps)
         ratio_steps = math.ceil(section.warmup_ratio * self.total)
         self.warmup = ratio_steps if section.warmup_steps is None else section.warmup_steps
         self.weights = trainable(self.model)

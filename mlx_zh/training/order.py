@@ -50,6 +50,16 @@ class Order:
         keys = mix(np.arange(self.size, dtype=np.uint64) ^ stream(self.seed, number))
         return np.argsort(keys, kind="stable")
 
+    def steps(self, epochs: float, max_steps: int | None) -> int:
+        """Steps of a run of `epochs`, or of `max_steps` where that is given."""
+        return max_steps or math.ceil(epochs * self.steps_per_epoch - 1e-9)
+
+    def visited(self, steps: int) -> npt.NDArray[np.int64]:
+        """The examples that the first `steps` steps see, in rising order."""
+        if steps >= self.steps_per_epoch:
+            return np.arange(self.size)
+        return np.sort(self.epoch(0)[: steps * self.batch_size])
+
     def step(self, number: int) -> npt.NDArray[np.int64]:
         """The examples of step `number`, counted from 0 over the whole run."""
         epoch, within = divmod(number, self.steps_per_epoch)

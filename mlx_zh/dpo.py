@@ -1,0 +1,135 @@
+"""Preference tuning: `python -m mlx_zh.dpo RECIPE [KEY=VALUE ...]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlx_zh import stage
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Sequence
+
+    from mlx_zh.corpus.render import RenderedPair, Renderer
+    from mlx_zh.models.load import LoadedModel
+    from mlx_zh.recipe import Recipe, Source, Sources
+    from mlx_zh.session import Session
+    from mlx_zh.starting import Start
+    from mlx_zh.training.loop import Finished
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train an adapter on pairs of a better and a worse answer."""
+    parser = stage.parser("dpo", "Tune a model on preferences: better answers over worse ones.")
+    stage.add_fresh(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = stage.read_recipe(arguments)
+    if recipe is None:
+        return 0
+
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.errors import DataError
+    from mlx_zh.samples import Samples
+    from mlx_zh.session import report
+    from mlx_zh.starting import choose_start
+
+    splits = recipe.data.dpo
+    if not splits.train:
+        raise DataError(f"{arguments.recipe}: data.dpo.train names no file to learn from.")
+    start = choose_start(recipe)
+    loaded = stage.open_model(recipe)
+    renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
+    pairs = _pairs(recipe, renderer, splits.train)
+    validation = _pairs(recipe, renderer, splits.validation) if splits.validation else []
+    files = stage.fingerprint_files([source.path for source in (*splits.train, *splits.validation)])
+    session = _session(recipe, loaded, renderer, start, files)
+    samples = Samples(recipe, renderer, loaded)
+    if not session.begin(fresh=arguments.fresh):
+        report(session, samples, ("base", "sft", "dpo"))
+        return 0
+    stage.write_run_files(recipe, loaded, files)
+    samples.ask("base", again=False)
+    finished = _train(session, loaded, start, pairs, validation)
+    if finished.reason == "interrupted":
+        return 130
+    loaded.model.eval()
+    samples.ask("dpo")
+    report(session, samples, ("base", "sft", "dpo"))
+    return 0
+
+
+def _session(recipe: Recipe, loaded: LoadedModel, renderer: Renderer, start: Start, files: dict[str, str]) -> Session:
+    from mlx_zh.session import Session, learning_key
+
+    extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": files}
+    key, values = learning_key(recipe, "dpo", extra | {"start": start.fingerprint})
+    about = {"base": loaded.source, "base_fingerprint": loaded.fingerprint, "run": recipe.name, "stage": "dpo"}
+    return Session(recipe, "dpo", recipe.dpo, loaded.model, start.spec(loaded), about, key, values)
+
+
+def _train(
+    session: Session,
+    loaded: LoadedModel,
+    start: Start,
+    pairs: Sequence[RenderedPair],
+    validation: Sequence[RenderedPair],
+) -> Finished:
+    """Put the adapter on, look up or compute the reference, and train."""
+    from mlx_zh import console
+    from mlx_zh.logprobs import computes_in_float32
+    from mlx_zh.models.lora import add_adapter, load_adapter, trainable
+    from mlx_zh.reference import find_reference
+    from mlx_zh.session import row_settings
+    from mlx_zh.training.dpo_objective import DpoObjective
+    from mlx_zh.training.dpo_watch import DpoWatch
+
+    recipe, section, spec = session.recipe, session.recipe.dpo, session.spec
+    console.say(f"Starting from {start.described}.")
+    # The reference is of the start weights, so it is settled before a checkpoint's are taken up.
+    base_is_start = start.folder is None and spec.kind != "full"
+    of_base = section.reference == "base" or base_is_start
+    reference = find_reference(recipe, loaded, None, pairs, validation) if of_base else None
+    if start.folder is None:
+        add_adapter(loaded.model, spec, seed=recipe.seed)
+    else:
+        load_adapter(loaded.model, start.folder)
+    if reference is None:
+        reference = find_reference(recipe, loaded, (spec, trainable(loaded.model)), pairs, validation)
+
+    # Without dropout, as in the reference: its noise would be taken for a difference between the two.
+    settings = row_settings(recipe, section, dropout=0.0)
+    objective = DpoObjective(pairs, reference.training, section, settings)
+    checked = DpoObjective(validation, reference.validation, section, settings) if validation else None
+    same = section.reference == "start" or (section.reference == "base" and base_is_start)
+    watch = DpoWatch(
+        section,
+        starts_at_reference=same and section.neftune_alpha is None,
+        float32=computes_in_float32(loaded.model),
+    )
+    return session.train(objective, checked, watch)
+
+
+def _pairs(recipe: Recipe, renderer: Renderer, sources: Sources) -> list[RenderedPair]:
+    """The pairs of some sources, rendered."""
+    from pathlib import Path
+
+    from mlx_zh.corpus.conversation import prompt_with_system
+    from mlx_zh.corpus.preferences import load_preferences
+
+    data = recipe.data
+
+    def read(source: Source, counted: Counter[str]) -> Sequence[RenderedPair | None]:
+        found, report = load_preferences(
+            Path(source.path), format=source.format, columns=source.columns, on_invalid=data.on_invalid
+        )
+        counted.update(report.dropped)
+        chosen = [prompt_with_system(pair, data.system) for pair in found[: source.max_samples]]
+        return renderer.preferences(chosen, max_length=data.max_length, dropped=counted)
+
+    return stage.gather(sources, read, "pairs")
+
+
+if __name__ == "__main__":
+    from mlx_zh.cli import entry
+
+    entry(main)

@@ -1,0 +1,72 @@
+"""The reference pass of preference tuning: what is on disk is found again, the rest computed and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh import console, device
+from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.models.load import LoadedModel
+from mlx_zh.models.lora import AdapterSpec
+from mlx_zh.recipe import Recipe
+from mlx_zh.training.optimizer import Arrays
+from mlx_zh.training.order import Order
+from mlx_zh.training.reference import Reference, ReferenceStore, forward_tokens, model_key
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLogprobs:
+    """(N, 4) of the training pairs, NaN for those that the run does not visit, and of the validation pairs."""
+
+    training: npt.NDArray[np.float32] | None = None
+    validation: npt.NDArray[np.float32] | None = None
+
+
+def find_reference(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    adapter: tuple[AdapterSpec, Arrays] | None,
+    pairs: Sequence[RenderedPair],
+    validation: Sequence[RenderedPair],
+) -> ReferenceLogprobs:
+    """Reference log-probs of the pairs that this run will visit, under the model as it stands.
+
+    `adapter` is what the model has on, for the name of its file. Nothing for a loss without a reference.
+    """
+    section = recipe.dpo
+    if section.reference == "none":
+        return ReferenceLogprobs()
+    order = Order(len(pairs), section.batch_size, recipe.seed)
+    visited = order.visited(order.steps(section.epochs, section.max_steps))
+    needed = [*(pairs[i] for i in visited), *validation]
+    name = f"{model_key(loaded.fingerprint, loaded.model, adapter)}.txt"
+    store = ReferenceStore(device.cache_folder() / "reference" / name)
+    reference = Reference(store, needed)
+    missing = len(reference.missing)
+    console.say(f"Reference log-probs: {reference.found} pairs found in {store.path}, {missing} to compute.")
+    if missing:
+        _compute(reference, recipe, loaded)
+    return ReferenceLogprobs(reference.logprobs(pairs), reference.logprobs(validation) if validation else None)
+
+
+def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel) -> None:
+    memory = recipe.memory
+    row_tokens = forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes())
+    bar: console.CountBar | None = None
+    done = 0
+    try:
+        for computed in reference.compute(loaded.model, row_tokens=row_tokens, chunk=memory.logit_rows):
+            if bar is None:
+                bar = console.CountBar("REFERENCE", computed.total, "tok")
+            bar.update(computed.done - done)
+            done = computed.done
+    except KeyboardInterrupt:
+        console.say("Stopped; the reference log-probs computed so far are kept.")
+        raise
+    finally:
+        if bar is not None:
+            bar.close()

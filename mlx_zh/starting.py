@@ -1,0 +1,78 @@
+"""Where preference tuning starts: the run's own SFT adapter, another adapter, or the base model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_zh import console, stage
+from mlx_zh.errors import AdapterError
+from mlx_zh.models.load import LoadedModel
+from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
+from mlx_zh.recipe import Recipe
+from mlx_zh.session import adapter_spec
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter folder to train further, or None for a fresh adapter on the base model."""
+
+    recipe: Recipe
+    folder: Path | None
+
+    @property
+    def described(self) -> str:
+        """For the user."""
+        return "the base model" if self.folder is None else f"the adapter in {self.folder}"
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the adapter's files."""
+        if self.folder is None:
+            return {}
+        files = stage.fingerprint_files([str(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)])
+        return {Path(path).name: digest for path, digest in files.items()}
+
+    def spec(self, loaded: LoadedModel) -> AdapterSpec:
+        """What is trained: the recipe's `lora` section, or the adapter's own shape, which training keeps.
+
+        Raises AdapterError for an adapter that is damaged or was made on another base model.
+        """
+        layers = len(loaded.model.layers)
+        wanted = adapter_spec(self.recipe.lora, layers)
+        if self.folder is None:
+            adapted_layers(loaded.model, wanted)  # raises before anything is written
+            return wanted
+        found, _ = read_adapter(self.folder)
+        found = replace(found, num_layers=min(found.num_layers, layers))
+        about = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
+        if about.get("base_fingerprint", loaded.fingerprint) != loaded.fingerprint:
+            raise AdapterError(
+                f"{self.folder} was trained on {about.get('base', 'another model')}, whose files are not those of "
+                f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."
+            )
+        differ = [
+            f"{name} {getattr(found, name)} (the recipe's lora section: {getattr(wanted, name)})"
+            for name in ("kind", "rank", "scale", "num_layers")
+            if getattr(found, name) != getattr(wanted, name)
+        ]
+        if differ:
+            console.warn(f"training keeps the shape of the adapter in {self.folder}: {', '.join(differ)}.")
+        return found
+
+
+def choose_start(recipe: Recipe) -> Start:
+    """The recipe's `dpo.start`. Raises AdapterError where the adapter is not there."""
+    start = recipe.dpo.start or ("sft" if recipe.data.sft.train else "base")
+    if start == "base":
+        return Start(recipe, None)
+    folder = recipe.run_folder() / "sft" / "adapters" if start == "sft" else Path(start)
+    if not (folder / CONFIG_FILE).is_file():
+        hint = (
+            "run the SFT stage of this recipe first, or set dpo.start=base"
+            if start == "sft"
+            else "give the folder that holds adapters.safetensors, or sft, or base"
+        )
+        raise AdapterError(f"dpo.start is {start}, but there is no adapter in {folder}: {hint}.")
+    return Start(recipe, folder)
