@@ -18,6 +18,7 @@ STAGES = {
     "eval": "ask models C-Eval, CMMLU or an exam of your own, and compare them",
     "fuse": "merge an adapter into its base, for mlx-lm, transformers, llama.cpp or PEFT",
     "chat": "talk to a model",
+    "report": "write what a run gained: a page, a text and pictures",
 }
 
 

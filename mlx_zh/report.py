@@ -1,0 +1,45 @@
+"""What a run gained: `python -m mlx_zh.report RECIPE [KEY=VALUE ...]` writes report.md, report.html and plots/."""
+
+from __future__ import annotations
+
+from mlx_zh import stage
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report of a run from whatever its folder holds."""
+    parser = stage.parser("report", "Write a run's report: report.md, report.html and plots/*.png.")
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = stage.read_recipe(arguments)
+    if recipe is None:
+        return 0
+
+    import time
+
+    from mlx_zh import console
+    from mlx_zh.errors import DataError
+    from mlx_zh.reporting.findings import gather
+    from mlx_zh.reporting.markdown import markdown
+    from mlx_zh.reporting.page import page
+    from mlx_zh.reporting.plots import write_plots
+    from mlx_zh.storage import write_text
+
+    run = recipe.run_folder()
+    if not run.is_dir():
+        raise DataError(f"{run} is not there: nothing has been run yet that could be reported.")
+    bootstrap = recipe.evaluate.bootstrap
+    findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=bootstrap, seed=recipe.seed)
+    made = time.strftime("%Y-%m-%d %H:%M")
+    plots = write_plots(findings, run / "plots")
+    write_text(run / "report.md", markdown(findings, made, [f"plots/{path.name}" for path in plots]))
+    write_text(run / "report.html", page(findings, made))
+    for alarm in findings.alarms:
+        console.warn(f"{alarm.where.en}: {alarm.what.en}")
+    places = [("page", str(run / "report.html")), ("text", str(run / "report.md")), ("plots", f"{run / 'plots'}/")]
+    console.say(console.table(places))
+    return 0
+
+
+if __name__ == "__main__":
+    from mlx_zh.cli import entry
+
+    entry(main)

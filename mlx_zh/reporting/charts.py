@@ -1,0 +1,119 @@
+"""The report's charts as data: the page draws them as SVG, `plots` as PNG."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_zh.reporting.findings import Findings, TrainingResult
+from mlx_zh.reporting.messages import Text, named, say
+from mlx_zh.reporting.smoothing import smooth
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve. `color` counts the palette; `kind` is raw (light), smoothed or marks (with dots)."""
+
+    name: Text
+    points: Points
+    kind: str
+    color: int
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves over optimizer steps; `percent` shows fractions as percentages."""
+
+    key: str
+    title: Text
+    axis: Text
+    series: list[Series]
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """A value with its interval, a dot and a whisker."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A row a category, a dot a model; `band` is what guessing gives. Fractions of 1."""
+
+    key: str
+    title: Text
+    models: list[Text]
+    rows: list[tuple[Text, list[Span | None]]]
+    band: tuple[float, float] | None
+
+
+def training_charts(training: TrainingResult) -> list[Curves]:
+    """The charts of one training stage; those without figures are left out."""
+    return _sft(training) if training.stage == "sft" else _dpo(training)
+
+
+def exam_charts(findings: Findings) -> list[Dots]:
+    """A chart a benchmark whose answers are known."""
+    charts = []
+    for exam in findings.exams:
+        rows: list[tuple[Text, list[Span | None]]] = []
+        for row in exam.rows:
+            cells = [row.cells.get(stage) for stage in exam.stages]
+            rows.append((named(row.name), [Span(c.macro, c.low, c.high) if c else None for c in cells]))
+        if any(any(spans) for _, spans in rows):
+            models = [named(stage) for stage in exam.stages]
+            charts.append(Dots(f"exam-{exam.key}", Text.same(exam.title), models, rows, exam.chance))
+    return charts
+
+
+def all_curves(findings: Findings) -> list[Curves]:
+    """Every training chart of a run."""
+    return [chart for training in findings.training.values() for chart in training_charts(training)]
+
+
+def _sft(training: TrainingResult) -> list[Curves]:
+    series = _pair(training, "loss", 0)
+    series += _marks(training, "eval_loss", 1)
+    found = [
+        Curves("sft-loss", say("chart_sft_loss"), say("loss"), series),
+        Curves("sft-gradient", say("chart_sft_gradient"), say("grad_norm"), _pair(training, "grad_norm", 0)),
+    ]
+    return [chart for chart in found if chart.series]
+
+
+def _dpo(training: TrainingResult) -> list[Curves]:
+    loss = _pair(training, "loss", 0) + _marks(training, "eval_loss", 1)
+    rewards = _pair(training, "rewards/chosen", 2) + _pair(training, "rewards/rejected", 3)
+    accuracies = _pair(training, "rewards/accuracies", 2) + _marks(training, "eval_rewards/accuracies", 1)
+    found = [
+        Curves("dpo-loss", say("chart_dpo_loss"), say("loss"), loss),
+        Curves("dpo-rewards", say("chart_dpo_rewards"), say("reward"), rewards),
+        Curves(
+            "dpo-margins", say("chart_dpo_margins"), say("rewards/margins"), _pair(training, "rewards/margins", 0)
+        ),
+        Curves("dpo-accuracies", say("chart_dpo_accuracies"), say("accuracy_axis"), accuracies, percent=True),
+    ]
+    return [chart for chart in found if chart.series]
+
+
+def _pair(training: TrainingResult, name: str, color: int) -> list[Series]:
+    """A metric raw and smoothed."""
+    points = training.points(name)
+    if not points:
+        return []
+    steps = [step for step, _ in points]
+    smoothed = list(zip(steps, smooth([value for _, value in points]), strict=True))
+    return [
+        Series(say("raw", name=named(name)), points, "raw", color),
+        Series(say("smoothed", name=named(name)), smoothed, "smoothed", color),
+    ]
+
+
+def _marks(training: TrainingResult, name: str, color: int) -> list[Series]:
+    points = training.points(name)
+    return [Series(named(name), points, "marks", color)] if points else []

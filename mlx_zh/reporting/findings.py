@@ -1,0 +1,218 @@
+"""What a run folder holds, gathered for its report. What is not there is left out; what is damaged is an alarm."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from mlx_zh.reporting import exams, secrets
+from mlx_zh.reporting.exams import ExamResult
+from mlx_zh.reporting.messages import Text, named, say, translated
+
+Figures = dict[str, Any]
+
+STAGES = ("base", "sft", "dpo", "fused")  # models, in the order of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that a reader must know before believing a figure."""
+
+    where: Text
+    what: Text
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A training stage's metrics: `steps` and `validations` are lines of metrics.jsonl, `summary` its end."""
+
+    stage: str
+    steps: list[Figures]
+    validations: list[Figures]
+    summary: Figures
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric wherever it is a finite number."""
+        lines = self.validations if name.startswith("eval_") else self.steps
+        found = [(line["step"], line[name]) for line in lines if _finite(line.get(name))]
+        return [(float(step), float(value)) for step, value in found]
+
+    def last(self, name: str) -> float | None:
+        """A metric's last value."""
+        points = self.points(name)
+        return points[-1][1] if points else None
+
+    def most(self, name: str) -> float | None:
+        """A metric's highest value."""
+        return max((value for _, value in self.points(name)), default=None)
+
+    def total(self, name: str) -> float:
+        """A metric's sum over all steps."""
+        return sum(value for _, value in self.points(name))
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage of the pipeline took, and what it drew."""
+
+    name: str
+    seconds: float
+    joules: float | None
+
+
+@dataclass
+class Findings:
+    """Everything that a report shows."""
+
+    name: str
+    recipe: str = ""
+    manifest: Figures = field(default_factory=dict)
+    exams: list[ExamResult] = field(default_factory=list)
+    training: dict[str, TrainingResult] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    data: Figures = field(default_factory=dict)
+    export: Figures = field(default_factory=dict)
+    times: list[StageTime] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+
+
+def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -> Findings:
+    """Everything in the run folder `folder`; `recipe` is its recipe as text."""
+    found = Findings(name, secrets.hide(recipe))
+    reading = _Reading(folder, found.alarms)
+    found.manifest = secrets.hide_all(reading.mapping("manifest.json"))
+    found.data = secrets.hide_all(reading.mapping("data/report.json"))
+    found.export = secrets.hide_all(reading.mapping("fused/report.json") or reading.mapping("fuse.json"))
+    samples = reading.mapping("samples.json")
+    found.prompts = [str(prompt) for prompt in samples.get("prompts", [])]
+    answers = samples.get("answers", {})
+    found.answers = {stage: [str(a) for a in answers[stage]] for stage in STAGES if stage in answers}
+    found.times = _times(reading.mapping("pipeline.json"))
+    for stage in ("sft", "dpo"):
+        if training := _training(reading, stage):
+            found.training[stage] = training
+            found.alarms += _training_alarms(training)
+            warned = dict.fromkeys(str(line.get("text")) for line in reading.objects(f"{stage}/warnings.jsonl"))
+            found.alarms += [Alarm(named(stage), translated(text)) for text in warned]
+    found.exams = exams.gather(folder / "eval", STAGES, bootstrap=bootstrap, seed=seed)
+    for exam in found.exams:
+        found.alarms += _exam_alarms(exam)
+    for source in (found.data, found.export):
+        place = say("data") if source is found.data else say("export")
+        for key in ("tripwires", "warnings", "alarms"):
+            found.alarms += [Alarm(place, translated(str(text))) for text in _listed(source.get(key))]
+    return found
+
+
+class _Reading:
+    """Reads a run folder's files; one that is damaged is an alarm, one that is missing is not."""
+
+    def __init__(self, folder: Path, alarms: list[Alarm]) -> None:
+        self._folder, self._alarms = folder, alarms
+
+    def mapping(self, name: str) -> Figures:
+        """A JSON object; empty where it is missing or damaged."""
+        found = self._parsed(name, lambda text: json.loads(text), {})
+        if isinstance(found, dict):
+            return found
+        self._damaged(name)
+        return {}
+
+    def objects(self, name: str) -> list[Figures]:
+        """The objects of a JSON lines file."""
+        found = self._parsed(name, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
+        return [line for line in found if isinstance(line, dict)]
+
+    def _parsed(self, name: str, parse: Any, empty: Any) -> Any:
+        try:
+            return parse((self._folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return empty
+        except (OSError, ValueError):
+            self._damaged(name)
+            return empty
+
+    def _damaged(self, name: str) -> None:
+        self._alarms.append(Alarm(Text.same(name), say("unreadable", file=name)))
+
+
+def _training(reading: _Reading, stage: str) -> TrainingResult | None:
+    lines = [line for line in reading.objects(f"{stage}/metrics.jsonl") if _finite(line.get("step"))]
+    if not lines:
+        return None
+    validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
+    steps = [line for line in lines if "loss" in line]
+    return TrainingResult(stage, steps, validations, reading.mapping(f"{stage}/summary.json"))
+
+
+def _training_alarms(training: TrainingResult) -> list[Alarm]:
+    found = []
+    summary = training.summary
+    if not summary:
+        found.append(say("unfinished", stage=named(training.stage)))
+    if summary.get("skipped_steps"):
+        found.append(say("skipped_steps", count=summary["skipped_steps"]))
+    broken = sum(_broken(line) for line in (*training.steps, *training.validations))
+    if broken:
+        found.append(say("not_finite", count=broken))
+    before, after = (summary.get(f"eval_loss_{side}") for side in ("before", "after"))
+    best = summary.get("best") or {}
+    if _finite(before) and _finite(after):
+        if after > before:
+            found.append(say("eval_rose", before=f"{before:.4f}", after=f"{after:.4f}"))
+        elif _finite(best.get("eval_loss")) and best["eval_loss"] < after * 0.995:
+            figures = {"step": best.get("step"), "best": f"{best['eval_loss']:.4f}", "after": f"{after:.4f}"}
+            found.append(say("overfitted", **figures))
+    accuracy = end_of(training, "rewards/accuracies")
+    if accuracy is not None and accuracy <= 0.5:
+        found.append(say("accuracy_low", accuracy=f"{accuracy:.1%}"))
+    return [Alarm(named(training.stage), text) for text in found]
+
+
+def end_of(training: TrainingResult, name: str) -> float | None:
+    """A metric's mean over the last tenth of the steps (five at least): a single step's value says little."""
+    values = [value for _, value in training.points(name)]
+    last = values[-max(5, len(values) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def _exam_alarms(exam: ExamResult) -> list[Alarm]:
+    found = []
+    for stage, wires in exam.tripwires.items():
+        where = say_join(exam.title, named(stage))
+        found += [Alarm(where, translated(wire)) for wire in wires]
+    for before, after in exam.unlike:
+        found.append(Alarm(Text.same(exam.title), say("unlike", before=named(before), after=named(after))))
+    return found
+
+
+def say_join(title: str, text: Text) -> Text:
+    """`C-Eval · base`."""
+    return Text(f"{title} · {text.zh}", f"{title} · {text.en}")
+
+
+def _times(pipeline: Figures) -> list[StageTime]:
+    stages = pipeline.get("stages")
+    times = []
+    for name, record in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(record, Mapping) and _finite(record.get("seconds")) and name != "report":
+            joules = record.get("joules")
+            times.append(StageTime(name, float(record["seconds"]), float(joules) if _finite(joules) else None))
+    return times
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _broken(line: Figures) -> bool:
+    return any(isinstance(value, float) and not math.isfinite(value) for value in line.values())

@@ -1,0 +1,136 @@
+"""`report.md`: the same findings as text, both languages beside one another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mlx_zh.reporting import words
+from mlx_zh.reporting.exam_view import head_line
+from mlx_zh.reporting.exams import Cell, ExamResult
+from mlx_zh.reporting.figures_view import flat
+from mlx_zh.reporting.findings import Findings
+from mlx_zh.reporting.messages import named, say
+
+_SPECIAL = re.compile(r"[\\`*_\[\]|~]")
+_FIRST = re.compile(r"^(?:[#>+=-]|\d+(?=[.)]))")  # what makes a heading, a quotation or a list of a line
+_LINK = re.compile(r"(?i)\b(https?:|ftp:|www\.)")  # some readers make links of addresses
+
+
+def markdown(findings: Findings, made: str, plots: Sequence[str]) -> str:
+    """The report as Markdown; `plots` are the paths of its pictures, seen from the report."""
+    parts = [f"# {safe(findings.name)}: {say('report').both()}", f"{say('made', time=made).both()}"]
+    parts += _summary(findings)
+    parts += _benchmarks(findings, plots)
+    parts += _training(findings, plots)
+    parts += _answers(findings)
+    for title, values in (("data", findings.manifest.get("data", {}) | findings.data), ("export", findings.export)):
+        if values:
+            rows = [[name, text] for name, text in flat(values)]
+            parts += [f"## {say(title).both()}", _table([say("setting").both(), say("value").both()], rows)]
+    parts += _machine(findings)
+    return "\n\n".join(parts) + "\n"
+
+
+def safe(text: object) -> str:
+    """Text that is neither Markdown nor HTML nor a link; lines become one."""
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    line = _FIRST.sub(r"\\\g<0>", _SPECIAL.sub(r"\\\g<0>", line))
+    return _LINK.sub("\\g<1>\u200b", line)
+
+
+def _summary(findings: Findings) -> list[str]:
+    rows = [[tile.name.both(), tile.value, tile.remark.both()] for tile in words.tiles(findings)]
+    parts = [f"## {say('summary').both()}"]
+    if rows:
+        parts.append(_table(["", "", ""], rows))
+    if not findings.alarms:
+        return [*parts, f"✓ {say('no_alarm').both()}"]
+    entries = [f"- **{safe(alarm.where.both())}**: {safe(alarm.what.both())}" for alarm in findings.alarms]
+    return [*parts, f"### {say('alarms').both()}", "\n".join(entries)]
+
+
+def _benchmarks(findings: Findings, plots: Sequence[str]) -> list[str]:
+    parts = []
+    for exam in findings.exams:
+        parts += [f"### {safe(exam.title)}", safe(head_line(exam).both())]
+        parts.append(_exam(exam) if exam.rows else say("unlabelled").both())
+    if not parts:
+        return []
+    return [f"## {say('benchmarks').both()}", say("exam_note").both(), *parts, *_pictures(plots, "exam-")]
+
+
+def _exam(exam: ExamResult) -> str:
+    head = [say("category").both(), *(named(stage).both() for stage in exam.stages)]
+    if exam.compared:
+        before, after = (named(stage) for stage in exam.compared)
+        head += [say("change", before=before, after=after).both(), say("verdict").both()]
+    rows = []
+    for row in exam.rows:
+        cells = [named(row.name).both(), *(_cell(row.cells.get(stage)) for stage in exam.stages)]
+        if exam.compared and row.change:
+            change = row.change
+            interval = f"[{words.points(change.low, 1)}, {words.points(change.high, 1)}]"
+            cells += [f"{words.points(change.difference)} {interval}", words.verdict(change)[0].both()]
+        rows.append(cells + ["–"] * (len(head) - len(cells)))
+    return _table(head, rows, right=True)
+
+
+def _cell(cell: Cell | None) -> str:
+    return "–" if cell is None else f"{100 * cell.macro:.2f} [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+
+
+def _pictures(plots: Sequence[str], prefix: str) -> list[str]:
+    names = {path: path.rpartition("/")[2].removesuffix(".png") for path in plots}
+    shown = [f"![{name}]({path})" for path, name in names.items() if name.startswith(prefix)]
+    return ["\n".join(shown)] if shown else []
+
+
+def _training(findings: Findings, plots: Sequence[str]) -> list[str]:
+    parts: list[str] = []
+    for stage, training in findings.training.items():
+        facts = [[name.both(), value.both()] for name, value in words.training_facts(training)]
+        parts += [f"## {say(f'training_{stage}').both()}", _table(["", ""], facts)]
+        parts += _pictures(plots, f"{stage}-")
+    return parts
+
+
+def _answers(findings: Findings) -> list[str]:
+    if not findings.answers:
+        return []
+    stages = list(findings.answers)
+    parts = [f"## {say('answers').both()}", say("answers_note").both()]
+    for index, prompt in enumerate(findings.prompts):
+        rows = []
+        for stage in stages:
+            answers = findings.answers[stage]
+            rows.append([named(stage).both(), answers[index] if index < len(answers) else ""])
+        parts += [f"**{safe(prompt)}**", _table(["", ""], rows)]
+    return parts
+
+
+def _machine(findings: Findings) -> list[str]:
+    rows = [[name, text] for name, text in flat({k: v for k, v in findings.manifest.items() if k != "data"})]
+    parts = [f"## {say('run').both()}"]
+    if findings.times:
+        times = []
+        for time in findings.times:
+            drawn = "" if time.joules is None else words.energy(time.joules)
+            times.append([named(time.name).both(), words.duration(time.seconds), drawn])
+        parts.append(_table([say("stage").both(), say("time").both(), say("energy").both()], times))
+    if rows:
+        parts.append(_table([say("setting").both(), say("value").both()], rows))
+    if findings.recipe:
+        fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", findings.recipe)), default=0))
+        parts += [f"### {say('recipe').both()}", f"{fence}yaml\n{findings.recipe.rstrip()}\n{fence}"]
+    return parts if len(parts) > 1 else []
+
+
+def _table(head: list[str], rows: list[list[str]], *, right: bool = False) -> str:
+    rule = ["---", *["---:" if right else "---"] * (len(head) - 1)]
+    lines = [_row(head, escape=False), "|" + "|".join(rule) + "|", *(_row(row) for row in rows)]
+    return "\n".join(lines)
+
+
+def _row(cells: list[str], *, escape: bool = True) -> str:
+    return "| " + " | ".join(safe(cell) if escape else cell for cell in cells) + " |"

@@ -1,0 +1,114 @@
+"""Figures as words, the same for page and Markdown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_zh.reporting.exams import Change
+from mlx_zh.reporting.findings import Findings, TrainingResult, end_of
+from mlx_zh.reporting.messages import Text, say
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A figure that a reader looks for first."""
+
+    name: Text
+    value: str
+    remark: Text
+
+
+def points(value: float, decimals: int = 2) -> str:
+    """A difference of fractions in percentage points, with its sign."""
+    text = f"{100 * value:+.{decimals}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{decimals}f}"
+
+
+def verdict(change: Change) -> tuple[Text, str]:
+    """Better, worse or within noise, and the style it is shown in."""
+    kind = "noise" if change.noise or change.difference == 0 else "better" if change.difference > 0 else "worse"
+    text = say(kind)
+    if not change.paired:
+        note = say("unpaired")
+        text = Text(text.zh + note.zh, text.en + note.en)
+    return text, kind
+
+
+def tiles(findings: Findings) -> list[Tile]:
+    """The figures at the top."""
+    found = []
+    for exam in findings.exams:
+        average = exam.rows[0] if exam.rows else None
+        cells = [average.cells[stage] for stage in exam.stages if stage in average.cells] if average else []
+        if average and cells:
+            change = average.change
+            remark = Text.same("")
+            if change:
+                text, _ = verdict(change)
+                remark = Text(f"{points(change.difference)}，{text.zh}", f"{points(change.difference)}, {text.en}")
+            ends = [average.cells[s] for s in exam.compared] if change and exam.compared else cells[:1]
+            found.append(Tile(Text.same(exam.title), " → ".join(f"{100 * c.macro:.2f}" for c in ends), remark))
+    if (sft := findings.training.get("sft")) and sft.summary.get("eval_loss_before") is not None:
+        before, after = sft.summary["eval_loss_before"], sft.summary["eval_loss_after"]
+        found.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
+    if (dpo := findings.training.get("dpo")) and (accuracy := end_of(dpo, "rewards/accuracies")) is not None:
+        margin = end_of(dpo, "rewards/margins")
+        remark = Text.same("") if margin is None else Text(f"奖励差 {margin:.3f}", f"margin {margin:.3f}")
+        found.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
+    if seconds := total_seconds(findings):
+        peak = max((t.most("peak_memory_gb") or 0 for t in findings.training.values()), default=0)
+        remark = Text(f"{say('peak_memory').zh} {peak:.2f} GB", f"{say('peak_memory').en} {peak:.2f} GB")
+        found.append(Tile(say("time_tile"), duration(seconds), remark if peak else Text.same("")))
+    return found
+
+
+def _times(before: float, after: float) -> Text:
+    return Text.same(f"× {after / before:.2f}" if before else "")
+
+
+def total_seconds(findings: Findings) -> float:
+    """Of all stages where the pipeline timed them, else of training."""
+    if findings.times:
+        return sum(time.seconds for time in findings.times)
+    return sum(float(t.summary.get("seconds") or 0) for t in findings.training.values())
+
+
+def training_facts(training: TrainingResult) -> list[tuple[Text, Text]]:
+    """What a training stage did, a line a fact."""
+    steps = training.steps
+    found: list[tuple[Text, Text]] = []
+    if not steps:
+        return found
+    found.append((say("steps"), Text.same(f"{steps[-1]['step']:,}")))
+    epoch = training.last("epoch")
+    if epoch is not None:
+        found.append((say("epochs"), Text.same(f"{epoch:.2f}")))
+    before, after = (training.summary.get(f"eval_loss_{side}") for side in ("before", "after"))
+    if isinstance(before, float) and isinstance(after, float):
+        found.append((say("eval_loss"), Text.same(f"{before:.4f} → {after:.4f}")))
+    for name in ("tokens", "scored_tokens"):
+        if total := training.total(name):
+            found.append((say(name), Text.same(f"{total:,.0f}")))
+    speeds = [value for _, value in training.points("tokens_per_second")]
+    if speeds:
+        found.append((say("speed"), say("speed_value", value=f"{sorted(speeds)[len(speeds) // 2]:,.0f}")))
+    if peak := training.most("peak_memory_gb"):
+        found.append((say("peak_memory"), Text.same(f"{peak:.2f} GB")))
+    seconds = training.summary.get("seconds") or training.last("elapsed_seconds")
+    if seconds:
+        found.append((say("time"), Text.same(duration(float(seconds)))))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them, in either language."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def energy(joules: float) -> str:
+    """Joules as watt-hours."""
+    hours = joules / 3600
+    return f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"

@@ -1,0 +1,351 @@
+"""The report: figures of a run folder, right and in two languages, and no markup or secret that came with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import fabricated
+import pytest
+import yaml
+
+from mlx_zh import report
+from mlx_zh.benchmarks import report as exam_report
+from mlx_zh.errors import DataError
+from mlx_zh.reporting import plots, secrets, svg
+from mlx_zh.reporting.findings import Findings, gather
+from mlx_zh.reporting.markdown import markdown
+from mlx_zh.reporting.markup import Html, escape, tag
+from mlx_zh.reporting.messages import MESSAGES, translated
+from mlx_zh.reporting.page import page
+from mlx_zh.reporting.smoothing import smooth
+from mlx_zh.reporting.ticks import label, ticks
+
+ROWS = {
+    "ceval": ["Average", "Average (hard)", "STEM", "Social Sciences", "Humanities", "Other"],
+    "cmmlu": ["Average", "STEM", "Social Sciences", "Humanities", "Other", "China-specific"],
+}
+HOSTILE = (
+    "</style></script><script>alert(1)</script><img src=x onerror='a' title=\"b\"> [x](javascript:alert(2)) |`*_"
+)
+
+
+def gathered(folder: Path) -> Findings:
+    return gather(folder, yaml.safe_dump(fabricated.RECIPE), name="invented", bootstrap=200, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    questions = {"ceval": 12, "cmmlu": 6}
+    return fabricated.write_run(tmp_path_factory.mktemp("runs") / "invented", steps=40, questions=questions)
+
+
+@pytest.fixture(scope="module")
+def findings(run) -> Findings:
+    return gathered(run)
+
+
+class Document(HTMLParser):
+    """Elements, attributes and the text of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# Figures
+
+
+def test_smoothing_is_llama_factorys():
+    """N = 2: w = 1.8 (1 / (1 + e^-0.1) - 1/2) = 0.044963, so 1, 2 becomes 1, w + 2 (1 - w) = 2 - w."""
+    weight = 1.8 * (1 / (1 + math.exp(-0.1)) - 0.5)
+    assert weight == pytest.approx(0.0449625, abs=1e-6)
+    assert smooth([1.0, 2.0]) == pytest.approx([1.0, 2 - weight])
+    assert smooth([]) == [] and smooth([3.5]) == [3.5]
+    # Many values: w -> 0.9, so a jump of 1 has 0.1 of its height at once and 1 - 0.9^2 a step later.
+    assert smooth([0.0] * 400 + [1.0, 1.0])[-2:] == pytest.approx([0.1, 0.19], abs=1e-6)
+
+
+def test_tables_have_the_missions_rows_and_the_results_numbers(run, findings):
+    assert [exam.key for exam in findings.exams] == ["ceval", "cmmlu"]
+    for exam in findings.exams:
+        assert [row.name for row in exam.rows] == ROWS[exam.key]
+        assert exam.stages == ["base", "sft", "dpo"] and exam.compared == ("base", "dpo")
+        for stage in exam.stages:
+            told = json.loads((run / "eval" / f"{stage}-{exam.key}.json").read_text())
+            assert [row.cells[stage].macro for row in exam.rows] == [row["macro"] for row in told["rows"]]
+            assert [[c.low, c.high] for r in exam.rows if (c := r.cells[stage])] == [
+                row["interval"] for row in told["rows"]
+            ]
+
+
+def test_changes_are_paired_and_the_averages_are_those_of_eval(run, findings):
+    for exam in findings.exams:
+        against = json.loads((run / "eval" / f"dpo-{exam.key}.json").read_text())["against"]["base"]
+        change = exam.rows[0].change
+        assert change is not None and change.paired
+        assert [change.difference, [change.low, change.high]] == [against["difference"], list(against["interval"])]
+        assert change.noise == (against["p"] >= 0.05)
+        for row in exam.rows:
+            assert row.change.difference == pytest.approx(row.cells["dpo"].macro - row.cells["base"].macro)
+
+
+def test_an_exam_of_ones_own_has_unpaired_changes_in_its_categories(tmp_path):
+    fabricated.write_run(tmp_path, steps=5, questions={"ceval": 3})
+    for path in sorted((tmp_path / "eval").glob("*-ceval.json*")):
+        path.rename(path.with_name(path.name.replace("-ceval.", "-my-exam.")))
+    (exam,) = gathered(tmp_path).exams
+    assert [row.change.paired for row in exam.rows] == [True, *[False] * 5]
+    stem = next(row for row in exam.rows if row.name == "STEM")
+    wide = [stem.cells[stage].high - stem.cells[stage].low for stage in ("base", "dpo")]
+    assert stem.change.high - stem.change.low == pytest.approx(math.hypot(*wide))
+    assert "within noise" in page(gathered(tmp_path), "now") and "not paired" in page(gathered(tmp_path), "now")
+
+
+def test_results_of_different_questions_are_not_compared(tmp_path):
+    fabricated.write_run(tmp_path, steps=5, questions={"ceval": 2})
+    path = tmp_path / "eval" / "dpo-ceval.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"about": told["about"] | {"asked": "other"}}))
+    found = gathered(tmp_path)
+    assert found.exams[0].compared is None and all(row.change is None for row in found.exams[0].rows)
+    assert any("were not asked the same questions" in alarm.what.en for alarm in found.alarms)
+    assert "Change (" not in page(found, "now")
+
+
+def test_pages_show_what_there_is(tmp_path):
+    fabricated.write_manifest(tmp_path)
+    assert 'id="run"' in page(gathered(tmp_path), "now")
+    fabricated.write_metrics(tmp_path, "sft", [{"step": 0, "eval_loss": 2.0}, fabricated.step_line(1, 1.9, 1)])
+    shown = page(gathered(tmp_path), "now")
+    assert 'id="sft"' in shown and not any(f'id="{key}"' in shown for key in ("dpo", "benchmarks", "answers"))
+    assert markdown(gathered(tmp_path), "now", []).startswith("# invented: 微调报告 Fine-tuning report\n")
+
+
+# Alarms
+
+
+def test_everything_that_is_wrong_is_said(tmp_path):
+    lines = fabricated.sft_lines(fabricated.np.random.default_rng(0), 20)
+    next(line for line in lines if "loss" in line)["loss"] = math.nan
+    rising = {"eval_loss_before": 1.0, "eval_loss_after": 1.5}
+    fabricated.write_metrics(tmp_path, "sft", lines, skipped_steps=2, **rising)
+    losing = [
+        line | {"rewards/accuracies": 0.4} for line in fabricated.dpo_lines(fabricated.np.random.default_rng(0), 20)
+    ]
+    fabricated.write_metrics(tmp_path, "dpo", losing)
+    (tmp_path / "dpo" / "summary.json").unlink()
+    (tmp_path / "samples.json").write_text("{", encoding="utf-8")
+    (tmp_path / "sft" / "warnings.jsonl").write_text('{"text": "odd"}\n{"text": "odd"}\n', encoding="utf-8")
+    said = [f"{alarm.where.en}: {alarm.what.en}" for alarm in gathered(tmp_path).alarms]
+    assert said == [
+        "samples.json: samples.json cannot be read and was left out.",
+        "SFT: 2 steps had a loss or gradient that is not finite, and were skipped.",
+        "SFT: 1 lines of metrics hold values that are not finite; the charts leave them out.",
+        "SFT: validation loss rose from 1.0000 to 1.5000: nothing was learned that helps on the validation set.",
+        "SFT: odd",
+        "DPO: DPO is not finished; its figures are those so far.",
+        "DPO: reward accuracy at the end of DPO is 40.0%, no better than chance: the preference was not learned.",
+    ]
+
+
+def test_overfitting_is_said_and_load_best_is_not_blamed(tmp_path):
+    lines = fabricated.sft_lines(fabricated.np.random.default_rng(0), 20)
+    best = {"best": {"step": 10, "eval_loss": 1.2}}
+    fabricated.write_metrics(tmp_path, "sft", lines, eval_loss_before=2.0, eval_loss_after=1.4, **best)
+    assert "lowest at step 10 (1.2000)" in gathered(tmp_path).alarms[0].what.en
+    fabricated.write_metrics(tmp_path, "sft", lines, eval_loss_before=2.0, eval_loss_after=1.2, **best)
+    assert gathered(tmp_path).alarms == []
+
+
+def test_every_tripwire_of_eval_has_its_chinese():
+    exam = SimpleNamespace(labelled=True, expected=100, title="C-Eval", split="val")
+    letters = {"A": 9, "B": 0, "C": 0, "D": 0, "none": 2}
+    found = {"questions": 11, "letters": {"predicted": letters}, "mass": 0.2, "truncated": 3, "chance": [0.2, 0.3]}
+    wires = exam_report.tripwires(exam, found | {"rows": [{"macro": 0.25}]})
+    wires += exam_report.tripwires(exam, found | {"rows": [{"macro": 0.1}]})[:1]
+    assert len(wires) == 7
+    for wire in wires:
+        assert re.search("[\u4e00-\u9fff]", translated(wire).zh), wire
+        numbers = re.findall(r"\d[\d.]*%?", wire)
+        assert sorted(re.findall(r"\d[\d.]*%?", translated(wire).zh)) == sorted(n.rstrip(".") for n in numbers)
+
+
+# Languages
+
+
+def test_messages_say_the_same_in_both_languages():
+    fields = string.Formatter()
+    for key, (zh, en) in MESSAGES.items():
+        names = [{name for _, name, _, _ in fields.parse(text) if name} for text in (zh, en)]
+        assert names[0] == names[1], key
+
+
+def test_every_chinese_part_has_its_english(findings):
+    document = Document(page(findings, "now"))
+    counts = [
+        sum(side in (found.get("class") or "").split() for _, found in document.elements) for side in ("zh", "en")
+    ]
+    assert counts[0] == counts[1] > 100
+
+
+# What must not get in
+
+
+def test_what_models_and_data_say_is_text_and_nothing_else(tmp_path):
+    fabricated.write_run(tmp_path, steps=5, questions={"ceval": 2})
+    samples = {"prompts": [HOSTILE], "answers": {"base": [HOSTILE], "sft": [HOSTILE], "evil<b>": [HOSTILE]}}
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    fabricated.write_manifest(tmp_path, data={HOSTILE: HOSTILE}, model={"source": HOSTILE, "fingerprint": HOSTILE})
+    told = json.loads((tmp_path / "eval" / "sft-ceval.json").read_text())
+    (tmp_path / "eval" / "sft-ceval.json").write_text(
+        json.dumps(told | {"benchmark": HOSTILE, "tripwires": [HOSTILE]})
+    )
+    (tmp_path / "eval" / "base-ceval.json").unlink()
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "report.json").write_text(
+        json.dumps({HOSTILE: {HOSTILE: [HOSTILE]}, "warnings": [HOSTILE]})
+    )
+    found = gather(tmp_path, HOSTILE, name=HOSTILE, bootstrap=50, seed=0)
+
+    source = page(found, HOSTILE)
+    document = Document(source)
+    names = [name for name, _ in document.elements]
+    assert names.count("script") == names.count("style") == 1 and "img" not in names
+    assert source.count("<script") == source.count("</script>") == source.count("<style") == 1
+    attributes = {key for _, found in document.elements for key in found}
+    assert not any(key.startswith("on") or key == "src" for key in attributes)
+    assert all((found.get("href") or "#").startswith("#") for _, found in document.elements)
+    assert document.text.count("alert(1)") > 8  # it is there, as text
+
+    text = markdown(found, "now", [])
+    outside = re.sub(r"(?s)^````*yaml\n.*?^````*$", "", text, flags=re.M)
+    assert "<script" not in outside and "<img" not in outside
+    assert not re.search(r"(?<!\\)\[x(?<!\\)\]\(", outside)
+
+
+def test_the_page_may_fetch_nothing(findings):
+    document = Document(page(findings, "now"))
+    (policy,) = (found["content"] for _, found in document.elements if "Security" in (found.get("http-equiv") or ""))
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert all(re.fullmatch(r"'sha256-[\w+/=]+'", rules[name]) for name in ("script-src", "style-src"))
+    assert not any({"src", "style"} & found.keys() for _, found in document.elements)
+    assert "url(" not in page(findings, "now") and "@import" not in page(findings, "now")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://alice:SECRETSECRET@host/x",
+        "hf_SECRETSECRETSECRETSECRET",
+        "--token SECRETSECRET",
+        "model.token=SECRETSECRET",
+        "https://host/x?access_key=SECRETSECRET&y=1",
+        "Authorization: Bearer SECRETSECRET",
+        "token: SECRETSECRET",
+        "sk-SECRETSECRETSECRETSECRET",
+    ],
+)
+def test_secrets_are_hidden(text):
+    assert "SECRETSECRET" not in secrets.hide(text) and secrets.HIDDEN in secrets.hide(text)
+
+
+def test_secrets_in_values_are_hidden_and_other_values_are_not():
+    values = {
+        "hub_token": "SECRET", "api-key": "SECRET", "command": ["mlx-zh", "--token", "SECRET", "seed=1"],
+        "micro_tokens": 2048, "max_new_tokens": 64, "commit": "5f" * 20, "token": "",
+    }  # fmt: skip
+    assert secrets.hide_all(values) == values | {
+        "hub_token": secrets.HIDDEN,
+        "api-key": secrets.HIDDEN,
+        "command": ["mlx-zh", "--token", secrets.HIDDEN, "seed=1"],
+    }
+    recipe = "memory:\n  micro_tokens: 2048\nevaluate:\n  max_new_tokens: 64\n"
+    assert secrets.hide(recipe) == recipe
+    assert secrets.hide(f"{Path.home()}/models") == "~/models"
+
+
+def test_secrets_reach_neither_report(tmp_path):
+    address = "https://alice:SECRETSECRET@host/model"
+    fabricated.write_manifest(tmp_path, model={"source": address}, command=["x", "--token", "SECRETSECRET"])
+    found = gather(tmp_path, f"model:\n  path: {address}\n", name="r", bootstrap=9, seed=0)
+    assert "SECRET" not in page(found, "now") + markdown(found, "now", [])
+
+
+def test_markup_escapes_everything_but_itself():
+    assert escape('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#39;"
+    assert tag("p", "<", tag("b", ">"), class_='"') == '<p class="&quot;">&lt;<b>&gt;</b></p>'
+    assert escape(Html("<b>")) == "<b>" and escape("a\x00\u202eb\ud800") == "a\ufffd\ufffdb\ufffd"
+
+
+# Drawing
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most", "shown"),
+    [
+        (0.0, 1.0, 5, ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (1.2, 2.2, 5, ["1.2", "1.4", "1.6", "1.8", "2.0", "2.2"]),
+        (-0.9, 0.4, 5, ["-0.5", "0"]),
+        (0.0, 1.1, 5, ["0", "0.25", "0.50", "0.75", "1.00"]),
+        (1, 40, 6, ["10", "20", "30", "40"]),
+        (1, 3000, 6, ["500", "1,000", "1,500", "2,000", "2,500", "3,000"]),
+        (5.0, 5.0, 5, ["5"]),
+    ],
+)
+def test_axis_marks_are_round(low, high, most, shown):
+    marks = ticks(low, high, most)
+    assert ["0" if float(text.replace(",", "")) == 0 else text for text in (label(m, marks) for m in marks)] == shown
+
+
+def test_a_long_run_is_thinned_and_keeps_its_spikes():
+    points = [(float(step), 100.0 if step == 7777 else math.sin(step)) for step in range(20_000)]
+    kept = svg.thinned(points, 400)
+    assert len(kept) <= 402 and set(kept) <= set(points) and kept == sorted(kept)
+    assert kept[0] == points[0] and kept[-1] == points[-1] and (7777.0, 100.0) in kept
+
+
+@pytest.mark.parametrize("font", ["as it is", None])
+def test_every_chart_is_a_picture_too(font, findings, tmp_path, monkeypatch):
+    """Without a Chinese font the words are English: a missing glyph is a warning, and warnings are errors here."""
+    if font is None:
+        monkeypatch.setattr(plots, "cjk_font", lambda: None)
+    paths = plots.write_plots(findings, tmp_path)
+    names = "exam-ceval exam-cmmlu sft-loss sft-gradient dpo-loss dpo-rewards dpo-margins dpo-accuracies"
+    assert [path.stem for path in paths] == names.split()
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
+
+
+# The stage
+
+
+def test_the_stage_writes_the_report(run, tmp_path, monkeypatch, capsys, run_stage):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump(fabricated.RECIPE | {"runs": str(run.parent)}))
+    assert run_stage(report.main, "recipe.yaml") == 0
+    assert {path.name for path in run.iterdir()} >= {"report.md", "report.html", "plots"}
+    text = (run / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((plots/.*?)\)", text)
+    assert len(pictures) == 8 and all((run / picture).is_file() for picture in pictures)
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_nothing_to_report_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump(fabricated.RECIPE))
+    with pytest.raises(DataError, match="nothing has been run yet"):
+        report.main(["recipe.yaml"])
