@@ -83,14 +83,12 @@ def _rows(exam: Exam, correct: Mapping[str, Booleans], samples: int, seed: int) 
     rows = []
     for row in exam.rows:
         part = {s.key: correct[s.key] for s in exam.subjects if row.holds(s.entry) and s.key in correct}
-        known = {
-            "macro": statistics.macro(part),
-            "interval": list(statistics.bootstrap_macro(part, samples, seed)),
-            "micro": statistics.micro(part),
-        }
-        absent = {"macro": None, "interval": None, "micro": None}
+        rates: Figures = {"macro": None, "interval": None, "micro": None}
+        if part:
+            interval = statistics.bootstrap_macro(part, samples, seed)
+            rates = {"macro": statistics.macro(part), "interval": list(interval), "micro": statistics.micro(part)}
         sizes = {"subjects": len(part), "questions": sum(map(len, part.values()))}
-        rows.append({"name": row.name, **(known if part else absent), **sizes})
+        rows.append({"name": row.name, **rates, **sizes})
     return rows
 
 
