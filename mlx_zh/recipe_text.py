@@ -85,8 +85,7 @@ def parse(path: Path) -> Marked:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{place}: not valid YAML: {reason}.") from None
+        raise RecipeError(f"{place}: not valid YAML: {_reason(error)}.") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deep.") from None
     if not isinstance(value, dict):
@@ -100,6 +99,10 @@ def parse(path: Path) -> Marked:
 
 # PyYAML's constructors let KeyError and AttributeError through for some values with a tag of their own.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _mark(node: Any, key: Key, marked: Marked, seen: set[int]) -> None:
@@ -128,8 +131,8 @@ def parse_value(text: str, context: str) -> Any:
     """The value of an override, read as YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (*_YAML_ERRORS, RecursionError):
-        raise RecipeError(f"{context!r}: the value is not valid YAML.") from None
+    except (*_YAML_ERRORS, RecursionError) as error:
+        raise RecipeError(f"{context!r}: the value is not valid YAML: {_reason(error)}. Put text in quotes.") from None
 
 
 def explain(error: pydantic.ValidationError, marked: Marked, schema: type[pydantic.BaseModel]) -> list[Problem]:

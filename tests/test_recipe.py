@@ -222,7 +222,7 @@ def test_the_last_override_of_a_key_counts():
         ("name.first=1", "name is a value, not a section."),
         ("data.sft.train.0=x", "data.sft.train is a list: give it whole."),
         ("sft..epochs=1", "'sft..epochs' is no key; write it as in sft.learning_rate=2e-4."),
-        ("sft.epochs=[1", "the value is not valid YAML."),
+        ("sft.epochs=[1", "the value is not valid YAML: expected ',' or ']', but got '<stream end>'. Put text in"),
         ("data.sft.train=[{path: a, formt: b}]", "data.sft.train[0].formt is not a key; did you mean"),
     ],
 )
