@@ -289,7 +289,7 @@ def _alpha(ratio: mx.array, alpha: float) -> mx.array:
 
 
 _LN2 = 0.6931471805599453
-_LARGEST = 80.0  # exp of it is still a float32
+_LARGEST = 40.0  # the square of its exponential is still a float32
 
 # f' of each divergence at pi / pi_ref, from its logarithm (f-DPO, arXiv:2309.16240).
 DIVERGENCES: dict[str, Callable[[mx.array, float], mx.array]] = {
