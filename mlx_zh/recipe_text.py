@@ -132,7 +132,8 @@ def parse_value(text: str, context: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (*_YAML_ERRORS, RecursionError) as error:
-        raise RecipeError(f"{context!r}: the value is not valid YAML: {_reason(error)}. Put text in quotes.") from None
+        reason = f"the value is not valid YAML: {_reason(error)}"
+        raise RecipeError(f"{context!r}: {reason}. Put text in quotes.") from None
 
 
 def explain(error: pydantic.ValidationError, marked: Marked, schema: type[pydantic.BaseModel]) -> list[Problem]:
