@@ -56,17 +56,12 @@ def find_reference(
 def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel) -> None:
     memory = recipe.memory
     row_tokens = forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes())
-    bar: console.CountBar | None = None
-    done = 0
+    bar = console.CountBar("REFERENCE", reference.missing_tokens, "tok")
     try:
-        for computed in reference.compute(loaded.model, row_tokens=row_tokens, chunk=memory.logit_rows):
-            if bar is None:
-                bar = console.CountBar("REFERENCE", computed.total, "tok")
-            bar.update(computed.done - done)
-            done = computed.done
+        for tokens in reference.compute(loaded.model, row_tokens=row_tokens, chunk=memory.logit_rows):
+            bar.update(tokens)
     except KeyboardInterrupt:
         console.say("Stopped; the reference log-probs computed so far are kept.")
         raise
     finally:
-        if bar is not None:
-            bar.close()
+        bar.close()

@@ -12,7 +12,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,8 @@ Values = npt.NDArray[np.float32]  # (4,): chosen, rejected, and the same over th
 _VALUES = struct.Struct("<4f")
 _FORMAT = 1  # part of every file's name; raise it when entries would mean something else
 
-# Rows longer than this gain nothing, and a row is what a killed pass loses.
-_MOST_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A row of the pass is done: tokens so far, and in all."""
-
-    done: int
-    total: int
+# Longer rows gain nothing, and a row is what a killed pass loses.
+_MOST_TOKENS = 4096
 
 
 def pair_digest(pair: RenderedPair) -> str:
@@ -125,14 +116,19 @@ class Reference:
         self.found = sum(digest in self._entries for digest in named)
         self.missing = {digest: pair for digest, pair in named.items() if digest not in self._entries}
 
-    def compute(self, model: nn.Module, *, row_tokens: int, chunk: int | None = None) -> Iterator[Computed]:
+    @property
+    def missing_tokens(self) -> int:
+        """What is to be computed."""
+        return sum(tree_tokens(pair) for pair in self.missing.values())
+
+    def compute(self, model: nn.Module, *, row_tokens: int, chunk: int | None = None) -> Iterator[int]:
         """Compute what is missing with the model as it stands, forward only, in rows of up to `row_tokens` tokens.
 
-        Each row is kept on disk before the next one starts. Raises ModelError where a log-prob is not finite.
+        Each row is kept on disk before its tokens are yielded and the next one starts. Raises ModelError where a
+        log-prob is not finite.
         """
         digests, pairs = list(self.missing), list(self.missing.values())
         lengths = [tree_tokens(pair) for pair in pairs]
-        done, total = 0, sum(lengths)
         for members in plan_rows(lengths, row_tokens):
             row = [pairs[m] for m in members]
             batch = pack(row)
@@ -147,8 +143,7 @@ class Reference:
             self._entries |= entries
             for digest in entries:
                 del self.missing[digest]
-            done += sum(lengths[m] for m in members)
-            yield Computed(done, total)
+            yield sum(lengths[m] for m in members)
 
     def logprobs(self, pairs: Sequence[RenderedPair]) -> npt.NDArray[np.float32]:
         """(N, 4): summed log-probs of chosen and rejected, and those over the shorter response's length; NaN where
