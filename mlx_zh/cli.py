@@ -13,6 +13,8 @@ from typing import Any
 from mlx_zh.errors import MlxZhError
 
 STAGES = {
+    "run": "do everything that a recipe asks for, and nothing twice",
+    "prepare": "read, clean, mix and tokenize the data",
     "sft": "tune the model on conversations",
     "dpo": "tune the model on better and worse answers",
     "eval": "ask models C-Eval, CMMLU or an exam of your own, and compare them",

@@ -216,8 +216,8 @@ def test_what_models_and_data_say_is_text_and_nothing_else(tmp_path):
     )
     (tmp_path / "eval" / "base-ceval.json").unlink()
     (tmp_path / "fused").mkdir()
-    (tmp_path / "fused" / "report.json").write_text(
-        json.dumps({HOSTILE: {HOSTILE: [HOSTILE]}, "warnings": [HOSTILE]})
+    (tmp_path / "fused" / "summary.json").write_text(
+        json.dumps({HOSTILE: {HOSTILE: [HOSTILE], "warnings": [HOSTILE]}})
     )
     found = gather(tmp_path, HOSTILE, name=HOSTILE, bootstrap=50, seed=0)
 

@@ -88,7 +88,7 @@ def _plain(values: Mapping[str, Any]) -> Html:
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested values as (dotted name, text), without the alarms, which have a place of their own."""
     for key, value in values.items():
-        if not prefix and key in _ALARMS:
+        if key in _ALARMS:
             continue
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):

@@ -87,7 +87,7 @@ def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -
     reading = _Reading(folder, found.alarms)
     found.manifest = secrets.hide_all(reading.mapping("manifest.json"))
     found.data = secrets.hide_all(reading.mapping("data/report.json"))
-    found.export = secrets.hide_all(reading.mapping("fused/report.json") or reading.mapping("fuse.json"))
+    found.export = secrets.hide_all(reading.mapping("fused/summary.json"))
     samples = reading.mapping("samples.json")
     found.prompts = [str(prompt) for prompt in samples.get("prompts", [])]
     answers = samples.get("answers", {})
@@ -102,10 +102,9 @@ def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -
     found.exams = exams.gather(folder / "eval", STAGES, bootstrap=bootstrap, seed=seed)
     for exam in found.exams:
         found.alarms += _exam_alarms(exam)
-    for source in (found.data, found.export):
-        place = say("data") if source is found.data else say("export")
-        for key in ("tripwires", "warnings", "alarms"):
-            found.alarms += [Alarm(place, translated(str(text))) for text in _listed(source.get(key))]
+    for kind, written in found.export.items():
+        for text in _listed(written.get("warnings")) if isinstance(written, Mapping) else ():
+            found.alarms.append(Alarm(say_join(str(kind), say("export")), translated(str(text))))
     return found
 
 

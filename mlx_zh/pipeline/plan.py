@@ -1,0 +1,72 @@
+"""Which steps of a run are out of date, why, and how long they may take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_zh.pipeline.state import Record, State
+from mlx_zh.pipeline.steps import Step
+from mlx_zh.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step and why it runs; `why` is None where it is up to date. Estimates come from earlier runs."""
+
+    step: Step
+    why: str | None
+    seconds: float | None = None
+    peak_memory_gb: float | None = None
+
+
+def plan(state: State, recipe: Recipe, steps: list[Step], forced: Collection[str]) -> list[Planned]:
+    """What a run would do now. A step after one that runs is taken to run too, though it may not need to."""
+    found: list[Planned] = []
+    running: set[str] = set()
+    for step in steps:
+        why = reason(state, recipe, step, forced)
+        if why is None and (before := [name for name in step.after if name in running]):
+            why = f"if {' or '.join(before)} {'gives' if len(before) == 1 else 'give'} another result"
+        if why is None:
+            found.append(Planned(step, None))
+            continue
+        running.add(step.name)
+        earlier = _earlier(state, recipe, step)
+        known = (earlier.seconds, earlier.peak_memory_gb) if earlier else (None, None)
+        found.append(Planned(step, why, *known))
+    return found
+
+
+def reason(state: State, recipe: Recipe, step: Step, forced: Collection[str]) -> str | None:
+    """Why a step must run now; None where it is up to date."""
+    return "asked for" if step.name in forced else state.outdated(step, state.inputs(step, recipe))
+
+
+def _earlier(state: State, recipe: Recipe, step: Step) -> Record | None:
+    """The record of the same step in this run, or in the newest other run of the same model."""
+    own = state.records.get(step.name)
+    if own is not None and own.outputs:
+        return own
+    others = sorted(state.folder.parent.glob("*/pipeline.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in others:
+        record = State.of(path.parent).records.get(step.name)
+        if record and record.outputs and record.inputs.get("model.path") == recipe.model.path:
+            return record
+    return None
+
+
+def peak_memory(folder: Path) -> float | None:
+    """The highest `peak_memory_gb` of a training stage's metrics."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return max((_peak(json.loads(line)) for line in lines), default=None)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _peak(line: dict[str, Any]) -> float:
+    return float(line.get("peak_memory_gb") or 0)

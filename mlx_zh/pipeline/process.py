@@ -1,0 +1,94 @@
+"""A stage in a process of its own: its memory goes back to the system when it ends, and signals reach it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from mlx_zh.errors import StorageError
+from mlx_zh.storage import storage_errors
+
+
+class Lock:
+    """A run folder that one pipeline works on. Stages inherit it: one that outlives its pipeline still holds it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Lock]:
+    """Hold the folder's lock. Raises StorageError where another pipeline, or a stage that it left, is at work."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"another run is at work in {folder}; wait for it, or end it first.") from None
+        yield Lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def run_stage(stage: str, arguments: Sequence[str], lock: Lock) -> int:
+    """Run `python -m mlx_zh.STAGE ARGUMENTS` and return its exit status, 128 + N when signal N ended it."""
+    command = [sys.executable, "-m", f"mlx_zh.{stage}", *arguments]
+    sys.stdout.flush()
+    with _Forwarding() as forwarding, subprocess.Popen(command, pass_fds=(lock.descriptor,)) as child:
+        forwarding.follow(child)
+        status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+class _Forwarding:
+    """Passes SIGINT and SIGTERM on to a child, which ends in its own way.
+
+    A terminal sends Ctrl-C to the child itself; told twice, it would not save its work.
+    """
+
+    def __enter__(self) -> _Forwarding:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._early: list[int] = []  # came before the child was there
+        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def follow(self, child: subprocess.Popen[bytes]) -> None:
+        """Send it what came, and what will come."""
+        self._child = child
+        for number in self._early:
+            child.send_signal(number)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and in_foreground():
+            return
+        if self._child is None:
+            self._early.append(number)
+        else:
+            self._child.send_signal(number)
+
+
+def in_foreground() -> bool:
+    """Whether this process is the one that its terminal's keys go to."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

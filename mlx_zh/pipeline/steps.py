@@ -1,0 +1,140 @@
+"""The steps of a run as a table: what each reads, what it leaves, and which keys of the recipe it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mlx_zh.recipe import Recipe, Sources
+
+PREPARED = "data/report.json"  # what `prepare` tells of its work
+NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as the pipeline runs it: `python -m mlx_zh.STAGE RECIPE ARGUMENTS`.
+
+    It is up to date while its `keys` of the recipe, its `files` and the outputs of the steps in `after` are what they
+    were; `reads` are further files of the run folder. Keys are dotted; a section's name stands for all in it, and
+    `without` takes some out again. Outputs are patterns in the run folder.
+    """
+
+    name: str
+    stage: str
+    arguments: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    prepared: str | None = None  # whose part of the prepared data it learns from
+    trains: bool = False  # it has checkpoints, resumes, and understands --fresh
+
+    def inputs(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The part of a recipe (flat, dotted keys) that matters to this step."""
+        return {k: v for k, v in values.items() if _under(k, self.keys) and not _under(k, self.without)}
+
+
+def _under(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def steps(recipe: Recipe) -> list[Step]:
+    """The steps that this recipe asks for, in order."""
+    found: list[Step] = []
+    for name in NAMES:
+        step = _MAKERS[name](recipe, {step.name for step in found})
+        if step is not None and find_spec(f"mlx_zh.{step.stage}") is not None:
+            found.append(step)
+    return found
+
+
+def _prepare(recipe: Recipe, _: set[str]) -> Step | None:
+    if not (recipe.data.sft.train or recipe.data.dpo.train):
+        return None
+    sources = (
+        *recipe.data.sft.train,
+        *recipe.data.sft.validation,
+        *recipe.data.dpo.train,
+        *recipe.data.dpo.validation,
+    )
+    exams = tuple(f"evaluate.{name}" for name in ("benchmarks", "folder", "hub"))  # kept out of the data
+    keys = ("model.path", "model.hub", "model.revision", "data", *exams, "seed")
+    return Step("prepare", "prepare", keys=keys, files=_paths(sources), outputs=(PREPARED,))
+
+
+def _train(stage: str, other: str, recipe: Recipe, before: set[str]) -> Step | None:
+    split = getattr(recipe.data, stage)
+    if not split.train:
+        return None
+    files = [recipe.model.path, *_paths((*split.train, *split.validation))]
+    start = getattr(recipe, "dpo", None) and stage == "dpo" and (recipe.dpo.start or "sft")
+    after = {"prepare"} | ({"sft"} if start == "sft" else set())
+    if start and start not in ("sft", "base"):
+        files.append(start)
+    return Step(
+        stage,
+        stage,
+        keys=("model", "lora", "data", "seed", stage),
+        without=(f"data.{other}",),
+        files=tuple(files),
+        after=tuple(sorted(after & before)),
+        outputs=(f"{stage}/adapters/*",),
+        prepared=stage if "prepare" in before else None,
+        trains=True,
+    )
+
+
+def _eval(model: str, recipe: Recipe, before: set[str]) -> Step | None:
+    settings = recipe.evaluate
+    if not settings.benchmarks or (model != "base" and model not in before):
+        return None
+    free = settings.protocol == "generate"
+    return Step(
+        f"eval-{model}",
+        "eval",
+        arguments=("--stage", model),
+        keys=("model", "evaluate", "data.date_string", "seed"),
+        without=("evaluate.prompts", *(() if free else ("evaluate.max_new_tokens",))),
+        files=(recipe.model.path, *settings.benchmarks, *settings.folder.values()),
+        after=(model,) if model in before else (),
+        outputs=(f"eval/{model}-*.jsonl",),  # the answers; the figures beside them grow with every other model
+    )
+
+
+def _fuse(recipe: Recipe, before: set[str]) -> Step | None:
+    tuned = next((stage for stage in ("dpo", "sft") if stage in before), None)
+    if "export" not in recipe.model_fields_set or tuned is None:
+        return None
+    keys = ("model", "export", "data.sft.validation", "data.system", "data.date_string")
+    files = (recipe.model.path, *_paths(recipe.data.sft.validation))
+    return Step("fuse", "fuse", keys=keys, files=files, after=(tuned,), outputs=("fused/**/*",))
+
+
+def _report(recipe: Recipe, before: set[str]) -> Step:
+    reads = ("*.json", "*/metrics.jsonl", "*/summary.json", "*/warnings.jsonl", "eval/*.json*", PREPARED)
+    sections = tuple(type(recipe).model_fields)
+    outputs = ("report.md", "report.html", "plots/*.png")
+    return Step("report", "report", keys=sections, after=tuple(sorted(before)), reads=reads, outputs=outputs)
+
+
+_MAKERS: dict[str, Callable[[Recipe, set[str]], Step | None]] = {
+    "prepare": _prepare,
+    "eval-base": lambda recipe, before: _eval("base", recipe, before),
+    "sft": lambda recipe, before: _train("sft", "dpo", recipe, before),
+    "eval-sft": lambda recipe, before: _eval("sft", recipe, before),
+    "dpo": lambda recipe, before: _train("dpo", "sft", recipe, before),
+    "eval-dpo": lambda recipe, before: _eval("dpo", recipe, before),
+    "fuse": _fuse,
+    "report": _report,
+}
+
+
+def _paths(sources: Sources) -> tuple[str, ...]:
+    """The files and folders of data sources; a source that is only a name has none."""
+    return tuple(source.path for source in sources if source.path and Path(source.path).expanduser().exists())
