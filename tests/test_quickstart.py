@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import io
 import json
 import os
@@ -76,10 +78,10 @@ def test_quickstart_learns_and_mlx_lm_says_the_same_with_its_adapter(smollm2_pat
 def test_an_adapter_made_by_mlx_lm_loads_here(project: Project, monkeypatch):
     project.write_data("train.jsonl", TRAIN)
     project.write_data("valid.jsonl", VALIDATION)
-    mlx_lm(
-        *("lora", "--train", "--model", project.model, "--data", ".", "--adapter-path", "theirs", "--iters", "2"),
-        *("--batch-size", "2", "--num-layers", "2", "--learning-rate", "1e-2", "--val-batches", "1"),
-    )
+    settings = {"train": True, "model": str(project.model), "data": ".", "adapter_path": "theirs", "iters": 2}
+    settings |= {"batch_size": 2, "num_layers": 2, "learning_rate": 1e-2, "val_batches": 1}
+    lora = importlib.import_module("mlx_lm.lora")
+    lora.run(argparse.Namespace(**lora.CONFIG_DEFAULTS | settings))  # what `mlx_lm.lora --train` calls
     ours, (theirs, _) = load_model(str(project.model)).model, load_mlx_lm(project.model)
     tokens = mx.array([[1, 2, 3]])
     base = ours(tokens)
