@@ -63,9 +63,13 @@ class Project:
 
     def sft(self, *arguments: str) -> Result:
         """`mlx-zh sft recipe.yaml ARGUMENTS`, in this process."""
+        return self.run(sft.main, *arguments)
+
+    def run(self, main: Callable[[list[str] | None], int], *arguments: str) -> Result:
+        """A stage with this recipe, in this process."""
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            entry(sft.main, ["recipe.yaml", *arguments])
+            entry(main, ["recipe.yaml", *arguments])
         assert isinstance(stop.value.code, int)
         return Result(stop.value.code, *self.capsys.readouterr())
 
