@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from mlx_zh import stage
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Sequence
 
     from mlx_zh.corpus.render import RenderedPair, Renderer
     from mlx_zh.models.load import LoadedModel
-    from mlx_zh.recipe import Recipe, Source, Sources
+    from mlx_zh.recipe import Recipe
     from mlx_zh.session import Session
     from mlx_zh.starting import Start
     from mlx_zh.training.loop import Finished
@@ -29,19 +28,19 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
+    from mlx_zh.preparation import file_digests, prepare_stage
     from mlx_zh.samples import Samples
     from mlx_zh.session import report
     from mlx_zh.starting import choose_start
 
-    splits = recipe.data.dpo
-    if not splits.train:
+    if not recipe.data.dpo.train:
         raise DataError(f"{arguments.recipe}: data.dpo.train names no file to learn from.")
     start = choose_start(recipe)
     loaded = stage.open_model(recipe)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
-    pairs = _pairs(recipe, renderer, splits.train)
-    validation = _pairs(recipe, renderer, splits.validation) if splits.validation else []
-    files = stage.fingerprint_files([source.path for source in (*splits.train, *splits.validation)])
+    corpus = prepare_stage(recipe, "dpo", renderer)
+    pairs, validation = corpus.pairs("train"), corpus.pairs("validation")
+    files = file_digests(corpus)
     session = _session(recipe, loaded, renderer, start, files)
     samples = Samples(recipe, renderer, loaded)
     if not session.begin(fresh=arguments.fresh):
@@ -107,26 +106,6 @@ def _train(
         float32=computes_in_float32(loaded.model),
     )
     return session.train(objective, checked, watch)
-
-
-def _pairs(recipe: Recipe, renderer: Renderer, sources: Sources) -> list[RenderedPair]:
-    """The pairs of some sources, rendered."""
-    from pathlib import Path
-
-    from mlx_zh.corpus.conversation import prompt_with_system
-    from mlx_zh.corpus.preferences import load_preferences
-
-    data = recipe.data
-
-    def read(source: Source, counted: Counter[str]) -> Sequence[RenderedPair | None]:
-        found, report = load_preferences(
-            Path(source.path), format=source.format, columns=source.columns, on_invalid=data.on_invalid
-        )
-        counted.update(report.dropped)
-        chosen = [prompt_with_system(pair, data.system) for pair in found[: source.max_samples]]
-        return renderer.preferences(chosen, max_length=data.max_length, dropped=counted)
-
-    return stage.gather(sources, read, "pairs")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pydantic import (
     PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from mlx_zh.errors import RecipeError
@@ -99,17 +100,48 @@ class Lora(Section):
     loraplus_ratio: PositiveFloat = 1.0
 
 
+class DataSet(Section):
+    """A data set by name: where it lives and what its columns mean. Entries of the registry have this form."""
+
+    hub: Literal["huggingface", "modelscope", "url", "file", "generated"]
+    id: str = ""  # on a hub: its name there; for url: the address; for file: what to get, in words
+    kind: Literal["sft", "dpo"]
+    revision: str | None = None
+    files: tuple[str, ...] = ()  # patterns; without any, every data file of `split`
+    split: str = "train"
+    format: str = "auto"
+    columns: dict[str, str] = {}
+    near_duplicates: bool = True  # false: rows that look alike are different ones, as in arithmetic
+    rows: PositiveInt | None = None
+    sha256: str | None = None
+    licence: str = "not stated"
+    note: str = ""
+
+
 def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
 class Source(Section):
-    """One data file; a plain string in the recipe is its path."""
+    """One data set: a file, a folder of files, or a registered name. A plain string is either, a file first."""
 
-    path: Located
+    name: str | None = None
+    path: Located | None = None
     format: str = "auto"
     columns: dict[str, str] = {}
     max_samples: PositiveInt | None = None
+    weight: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Source:
+        if self.name is None and self.path is None:
+            raise ValueError("a section with a name (of a registered data set) or a path")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What the user calls it."""
+        return str(self.name or self.path)
 
 
 Sources = tuple[Annotated[Source, BeforeValidator(_as_source)], ...]
@@ -122,11 +154,35 @@ class Split(Section):
     validation: Sources = ()
 
 
+class Deduplicate(Section):
+    """Which rows count as the same. `near` is a Jaccard similarity of character n-grams; null: only equal ones."""
+
+    exact: bool = True
+    near: Annotated[float, Field(ge=0.5, le=1)] | None = 0.75
+    ngram: PositiveInt = 3
+
+
+class Decontaminate(Section):
+    """Rows that hold this share of an exam question's character n-grams are dropped."""
+
+    benchmarks: tuple[Literal["ceval", "cmmlu"], ...] | None = None  # null: those of `evaluate.benchmarks`
+    ngram: Annotated[int, Field(ge=4)] = 10
+    overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
 class Data(Section):
     """What is learned from, and how it is rendered."""
 
     sft: Split = Split()
     dpo: Split = Split()
+    registry: dict[str, DataSet] = {}
+    registry_file: Located | None = None
+    normalize: bool = True
+    simplify: bool = False
+    deduplicate: Deduplicate = Deduplicate()
+    decontaminate: Decontaminate = Decontaminate()
+    mixing: Literal["concat", "interleave"] = "concat"
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     max_length: PositiveInt = 1024
     train_on: Literal["assistant", "last", "all"] = "assistant"
     on_overflow: Literal["truncate", "drop"] = "truncate"

@@ -8,22 +8,17 @@ import json
 import platform
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mlx_zh import console
-from mlx_zh.errors import DataError
-from mlx_zh.recipe import Recipe, Source, Sources, load_recipe
+from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
-
-
-Item = TypeVar("Item")
 
 
 def parser(stage: str, purpose: str) -> argparse.ArgumentParser:
@@ -43,20 +38,6 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
         print(recipe.to_yaml(), end="")
         return None
     return recipe
-
-
-def gather(sources: Sources, read: Callable[[Source, Counter[str]], Iterable[Item | None]], unit: str) -> list[Item]:
-    """What `read` gives for each source, less None; says how much that is, and what `read` counted as otherwise."""
-    found: list[Item] = []
-    for source in sources:
-        counted: Counter[str] = Counter()
-        items = [item for item in read(source, counted) if item is not None]
-        found += items
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counted.items() if count)
-        console.say(f"{source.path}: {len(items)} {unit}" + (f" ({reasons})" if reasons else ""))
-    if not found:
-        raise DataError(f"nothing is left to learn from in {', '.join(source.path for source in sources)}.")
-    return found
 
 
 def open_model(recipe: Recipe) -> LoadedModel:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterable, Sequence
+from threading import Lock
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.errors import DataError, ModelError, TemplateError
 
+Tokens = list[int] | npt.NDArray[np.int32]
 Part = tuple[str, bool]  # text, and whether it is content (True) or the template's own (False)
 
 
@@ -36,18 +42,26 @@ class PieceEncoder:
         self._control_ids = frozenset(self._added_ids[content] for content in controls)
         self.added = _any_of(self._added_ids)
         self.control = _any_of(controls)
+        self.joined: JoinedEncoder | None = None  # a faster way to the same tokens
+        self._lock = Lock()  # the tokenizer's settings are its own state
         self.cuts_anywhere = self._probe()
 
-    def encode(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    def encode(self, texts: Sequence[Sequence[str]]) -> list[list[Tokens]]:
         """Tokens of each piece of each text; control tokens are recognised wherever they stand."""
-        self._be_plain()
         if self.cuts_anywhere:
-            found = iter(self._encode_all([piece for pieces in texts for piece in pieces]))
+            every = [piece for pieces in texts for piece in pieces]
+            encoded: Sequence[Tokens] | None = None if self.joined is None else self.joined.encode(every)
+            if encoded is None:
+                with self._lock:
+                    self._be_plain()
+                    encoded = self._encode_all(every)
+            found = iter(encoded)
             return [[next(found) for _ in pieces] for pieces in texts]
+        self._be_plain()
         whole = self._backend.encode_batch(["".join(pieces) for pieces in texts], add_special_tokens=False)
         return [self._cut(encoding, pieces) for encoding, pieces in zip(whole, texts, strict=True)]
 
-    def encode_guarded(self, pieces: Sequence[Sequence[Part]], *, source: str) -> list[list[int]]:
+    def encode_guarded(self, pieces: Sequence[Sequence[Part]], *, source: str) -> list[Tokens]:
         """Tokens of one text whose contents spell control tokens: there they are encoded as ordinary characters.
 
         The text is split at the template's own control tokens, as the tokenizer does natively, and what lies
@@ -56,7 +70,7 @@ class PieceEncoder:
         if not self.cuts_anywhere:
             raise _control_text(source, "this tokenizer cannot encode it as ordinary text")
         self._be_plain()
-        result = []
+        result: list[Tokens] = []
         for parts in pieces:
             tokens: list[int] = []
             for text, index in self._between_controls(parts):
@@ -82,23 +96,25 @@ class PieceEncoder:
     def _encode_literally(self, text: str, source: str) -> list[int]:
         if not text:
             return []
-        before = self._backend.encode_special_tokens
-        self._backend.encode_special_tokens = True
-        try:
-            tokens: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        finally:
-            self._backend.encode_special_tokens = before
+        with self._lock:
+            before = self._backend.encode_special_tokens
+            self._backend.encode_special_tokens = True
+            try:
+                tokens: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            finally:
+                self._backend.encode_special_tokens = before
         if not self._control_ids.isdisjoint(tokens):
             raise _control_text(source, "this tokenizer has no other way to write it")
         return tokens
 
-    def _encode_all(self, pieces: Sequence[str]) -> list[list[int]]:
+    def _encode_all(self, pieces: Sequence[str]) -> list[Tokens]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
 
-    def _cut(self, encoding: Any, pieces: Sequence[str]) -> list[list[int]]:
+    def _cut(self, encoding: Any, pieces: Sequence[str]) -> list[Tokens]:
         ids, offsets = encoding.ids, encoding.offsets
         starts = [start for start, _ in offsets]
-        result, begin, position = [], 0, 0
+        result: list[Tokens] = []
+        begin, position = 0, 0
         for piece in pieces:
             position += len(piece)
             end = bisect.bisect_left(starts, position, begin)

@@ -5,6 +5,7 @@
     messages         messages = [{role, content}, …]                     (OpenAI)
     belle-seed       instruction, instances = [{input, output}, …]       one conversation an instance
     prompt-response  prompt, response (or completion), system?
+    mathglm          lines of text, expression=step=…=answer          (never recognised, only named)
 
 A format is recognised by its columns. `columns` renames: our name → the file's.
 """
@@ -91,6 +92,20 @@ def _prompt_response(row: Row) -> Iterator[Messages]:
     yield check_turns([*system_of(row), *turns], last="assistant")
 
 
+def arithmetic(line: str) -> Messages:
+    """A line of MathGLM's, split at its first "=": the expression is asked for, the steps and the answer are said."""
+    expression, equals, rest = line.partition("=")
+    if not equals or not expression.strip() or not rest.strip(" ="):
+        raise InvalidRow("not expression=answer", f"{line[:40]!r} is not of the form expression=steps…=answer")
+    return Message("user", f"请一步一步计算：{expression.strip()}"), Message(
+        "assistant", f"{expression.strip()}={rest}"
+    )
+
+
+def _mathglm(row: Row) -> Iterator[Messages]:
+    yield arithmetic(text_of(row, "text"))
+
+
 # In the order of recognition: the first that fits a row is taken.
 FORMATS: dict[str, Format[Messages]] = {
     "messages": Format(("messages",), lambda row: "messages" in row, _messages),
@@ -106,4 +121,5 @@ FORMATS: dict[str, Format[Messages]] = {
         lambda row: "prompt" in row and ("response" in row or "completion" in row),
         _prompt_response,
     ),
+    "mathglm": Format(("text",), lambda row: False, _mathglm, lines=True),
 }

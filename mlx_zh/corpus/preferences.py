@@ -6,6 +6,7 @@
     alpaca    instruction, input?, system?, history?, and chosen, rejected or output = [best, next, …] (the first two)
     orca      question, chosen, rejected, system?
     prompt    prompt (text or messages), chosen, rejected (text or messages), system?
+    zh-en     question, and the same answer in two languages: answer_zh is chosen, answer_en rejected
     implicit  chosen, rejected: whole conversations that differ only in the last reply (TRL)
 
 A format is recognised by its columns. `columns` renames: our name → the file's.
@@ -134,6 +135,24 @@ def _prompt(row: Row) -> Iterator[Pair]:
     return iter([pair])
 
 
+def _languages(row: Row) -> tuple[str, str, str] | None:
+    """The columns of a question, of its Chinese and of its English answer, by whatever names: X_zh and X_en."""
+    question = next((name for name in ("question", "prompt", "instruction", "query") if name in row), None)
+    names = [name for name in row if name.endswith("_zh") and f"{name[:-3]}_en" in row and name[:-3] != question]
+    return (question, names[0], f"{names[0][:-3]}_en") if question and len(names) == 1 else None
+
+
+def _zh_en(row: Row) -> Iterator[Pair]:
+    found = _languages(row)
+    if found is None:
+        raise InvalidRow(
+            "missing field", f"no columns like question, answer_zh and answer_en (columns: {', '.join(row)})"
+        )
+    question, chinese, english = found
+    prompt = [*system_of(row), Message("user", text_of(row, question))]
+    yield _check_pair(prompt, _response(row, chinese), _response(row, english))
+
+
 def _implicit(row: Row) -> Iterator[Pair]:
     chosen, rejected = (messages_of(row.get(name), f"'{name}'") for name in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
@@ -171,5 +190,8 @@ FORMATS: dict[str, Format[Pair]] = {
     ),
     "orca": Format(("system", "question", *_BOTH), _has("question", "chosen"), _orca),
     "prompt": Format(("prompt", *_BOTH, "system"), _has("prompt", "chosen"), _prompt),
+    "zh-en": Format(
+        ("question", "answer_zh", "answer_en", "system"), lambda row: _languages(row) is not None, _zh_en
+    ),
     "implicit": Format(_BOTH, lambda row: _is_conversation(row.get("chosen")), _implicit),
 }

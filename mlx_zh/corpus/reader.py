@@ -1,4 +1,4 @@
-"""Rows of a local JSON or JSON-lines file, one at a time, each with its place."""
+"""Rows of a local JSON, JSON-lines or Parquet file, or lines of text, one at a time, each with its place."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import IO, Any
 from mlx_zh.errors import DataError
 
 _CHUNK = 1 << 20  # characters of a JSON array read at once
+_LONGEST = 1 << 24  # characters of one line, or of one value of an array; longer is no row but a mistake
 _WORD = 16  # longer than any word or escape of JSON
 _BLANK = " \t\r\n"
+_PARQUET, _PARQUET_ROWS = b"PAR1", 1024
 _DECODER = json.JSONDecoder()
 
 
@@ -28,14 +30,16 @@ class InvalidRow(Exception):
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a file with its place: "file:line" in JSON lines, "file[index]" in a JSON array.
+    """Each row of a file with its place: "file:line" in JSON lines, "file[index]" in a JSON array or Parquet file.
 
     What the file holds decides, not its name: many `.json` files are JSON lines. A broken line comes as an
     InvalidRow; a broken array raises DataError with line and column, as do a missing or empty file, a folder, and
     text that is not UTF-8 (a byte-order mark is allowed).
     """
     try:
-        _check_file(path)
+        if _check_file(path) == _PARQUET:
+            yield from _parquet_rows(path)
+            return
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             head = _first_character(file)
             if head == "[":
@@ -55,7 +59,22 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _check_file(path: Path) -> None:
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line of a text file that is not blank as {"text": line}, with its place; errors as in `read_rows`."""
+    try:
+        _check_file(path)
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(_lines(path, file), start=1):
+                if not line.isspace():
+                    yield f"{path}:{number}", {"text": line.strip()}
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _check_file(path: Path) -> bytes:
+    """The first four bytes of a file that may be read."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
         hint = f"; it has {', '.join(names)}" if names else ""
@@ -67,6 +86,7 @@ def _check_file(path: Path) -> None:
     # UTF-16 begins with its mark, or has a zero byte beside the first ASCII character.
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in head[:2]:
         raise DataError(f"{path}: the text is UTF-16; convert it: {_convert(path, 'UTF-16')}")
+    return head
 
 
 def _first_character(file: IO[str]) -> str:
@@ -77,8 +97,44 @@ def _first_character(file: IO[str]) -> str:
     return character
 
 
+def _lines(path: Path, file: IO[str]) -> Iterator[str]:
+    """Lines, none of which is read further than a row can be long."""
+    number = 0
+    while line := file.readline(_LONGEST):
+        number += 1
+        if len(line) == _LONGEST:
+            raise _too_long(f"{path}:{number}", "line")
+        yield line
+
+
+def _too_long(place: str, what: str) -> DataError:
+    return DataError(
+        f"{place}: a {what} of more than {_LONGEST >> 20} million characters is no row. If line breaks were lost, "
+        "write one JSON object per line; else take this row out"
+    )
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    index = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    yield f"{path}[{index}]", row
+                    index += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}[{index}]: the Parquet file is damaged ({str(error).splitlines()[0]}); get it again"
+        ) from error
+    if not index:
+        raise DataError(f"{path}: the file holds no rows")
+
+
 def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(path, file), start=1):
         if line.isspace():
             continue
         place = f"{path}:{number}"
@@ -177,6 +233,8 @@ class _Window:
         else:
             self._column += len(passed)
         rest = self._text[self._position :]
+        if len(rest) > _LONGEST:
+            raise _too_long(f"{self._path}:{self._line}", "value")
         # Doubling keeps a value of any length at a few tries.
         chunk = self._file.read(max(_CHUNK, len(rest)))
         self._text, self._position, self._ended = rest + chunk, 0, not chunk
@@ -184,23 +242,26 @@ class _Window:
 
 def _wrong_encoding(path: Path) -> DataError:
     """Name the first line that is not UTF-8, and what it seems to be instead."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number, line = 1, b""
     with path.open("rb") as file:
-        number, line = next(((n, line) for n, line in enumerate(file, start=1) if not _is_utf8(line)), (1, b""))
+        while chunk := file.read(_CHUNK):
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                start = error.object.rfind(b"\n", 0, error.start) + 1
+                end = error.object.find(b"\n", error.start)
+                number += error.object.count(b"\n", 0, error.start)
+                line = error.object[start : end if end >= 0 else None]
+                break
+            number += chunk.count(b"\n")
     try:
-        line.decode("gb18030")
+        codecs.getincrementaldecoder("gb18030")().decode(line)
     except UnicodeDecodeError:
         return DataError(f"{path}:{number}: the text is not UTF-8; convert the file to UTF-8 or mend this line")
     return DataError(
         f"{path}:{number}: the text is not UTF-8, it looks like GBK; convert it: {_convert(path, 'GB18030')}"
     )
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _convert(path: Path, encoding: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mlx_zh.corpus.conversation import Message
-from mlx_zh.corpus.reader import InvalidRow, read_rows
+from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
 from mlx_zh.errors import DataError
 
 Row = Mapping[str, Any]
@@ -44,6 +44,16 @@ class LoadReport:
         if len(places) < _EXAMPLES:
             places.append(place)
 
+    def add(self, other: LoadReport) -> None:
+        """Count another file's rows too."""
+        self.rows += other.rows
+        self.kept += other.kept
+        self.format = self.format or other.format
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            places = self.examples.setdefault(reason, [])
+            places += other.examples[reason][: _EXAMPLES - len(places)]
+
 
 @dataclass(frozen=True)
 class Format(Generic[Parsed]):
@@ -52,6 +62,7 @@ class Format(Generic[Parsed]):
     columns: tuple[str, ...]
     fits: Callable[[Row], bool]
     parse: Callable[[Row], Iterable[Parsed]]
+    lines: bool = False  # rows are lines of text, read as {"text": line}
 
 
 def iter_rows(
@@ -67,7 +78,7 @@ def iter_rows(
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
     _check_names(formats, format, columns or {})
-    rows = read_rows(path)
+    rows = read_lines(path) if format in formats and formats[format].lines else read_rows(path)
     if columns:
         rows = ((place, _rename(row, columns)) for place, row in rows)
     if format == "auto":

@@ -1,0 +1,155 @@
+"""Rendered examples as they lie on disk: Arrow files, memory-mapped, read as NumPy views one example at a time."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mlx_zh.corpus.render import Rendered, RenderedPair
+
+Ints = npt.NDArray[np.int32]
+Example = TypeVar("Example", Rendered, RenderedPair)
+
+_LIST = pa.list_(pa.int32())
+SFT_SCHEMA = pa.schema(
+    {
+        "tokens": _LIST,
+        "trained": _LIST,  # spans of tokens whose loss is scored: start, end, start, end …
+        "scored": pa.int32(),  # how many these are, the first token aside, which nothing predicts
+        "truncated": pa.bool_(),
+        "source": pa.int32(),
+        "row": pa.int32(),  # its number among the usable rows of the source
+    }
+)
+DPO_SCHEMA = pa.schema({"prompt": _LIST, "chosen": _LIST, "rejected": _LIST, "source": pa.int32(), "row": pa.int32()})
+SCHEMAS = {"sft": SFT_SCHEMA, "dpo": DPO_SCHEMA}
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A column of lists over all files: views of the values, and where each list ends."""
+
+    values: tuple[Ints, ...]
+    offsets: tuple[Ints, ...]
+
+    def row(self, file: int, index: int) -> Ints:
+        offsets = self.offsets[file]
+        return self.values[file][offsets[index] : offsets[index + 1]]
+
+    def lengths(self) -> Ints:
+        return np.concatenate([np.diff(offsets) for offsets in self.offsets])
+
+
+class Shards:
+    """The Arrow files of a cache, memory-mapped; opening reads no rows."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        tables = []
+        for path in paths:
+            with pa.memory_map(str(path)) as source:
+                tables.append(pa.ipc.open_stream(source).read_all())
+        self._batches = [batch for table in tables for batch in table.to_batches()]
+        self.starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in self._batches])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def lists(self, name: str) -> _Lists:
+        """A column of lists."""
+        columns = [batch.column(name) for batch in self._batches]
+        return _Lists(
+            tuple(_view(column.values) for column in columns),
+            tuple(_view(column.offsets) for column in columns),
+        )
+
+    def numbers(self, name: str) -> Ints:
+        """A column of numbers or truth values, for all rows."""
+        columns = [_view(batch.column(name)) for batch in self._batches]
+        return np.concatenate([*columns, np.empty(0, dtype=np.int32)])
+
+
+def _view(column: pa.Array) -> Ints:
+    """An Arrow column as an array. Arrow's own way imports Pandas, which takes a second."""
+    data = column.buffers()[-1]
+    if data is None:
+        return np.empty(0, dtype=np.int32)
+    first, last = column.offset, column.offset + len(column)
+    if pa.types.is_boolean(column.type):
+        bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=last, bitorder="little")
+        return bits[first:].astype(np.int32)
+    return np.frombuffer(data, dtype=np.int32)[first:last]
+
+
+class Examples(Sequence[Example], Generic[Example]):
+    """Examples of a split, in the order in which they were mixed: `rows` (N,) says where each lies in the files."""
+
+    def __init__(self, shards: Shards, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> None:
+        self._rows = rows
+        self._file = np.searchsorted(shards.starts, rows, side="right").astype(np.int32) - 1
+        self._index = (rows - shards.starts[self._file]).astype(np.int32)
+        self._columns = [shards.lists(name) for name in columns]
+        self.sources = shards.numbers("source")[rows]  # (N,) which source each is from
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.example(i) for i in range(*index.indices(len(self)))]
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"example {number} of {len(self)}")
+        return self.example(number % len(self))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.example(i) for i in range(len(self)))
+
+    def example(self, index: int) -> Example:
+        """One example; its token arrays are views of the files."""
+        raise NotImplementedError
+
+    def _lists(self, index: int) -> list[Ints]:
+        return [column.row(int(self._file[index]), int(self._index[index])) for column in self._columns]
+
+
+class Conversations(Examples[Rendered]):
+    """Rendered conversations."""
+
+    def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
+        super().__init__(shards, rows, ("tokens", "trained"))
+        self.lengths: Ints = self._columns[0].lengths()[rows]  # (N,) tokens
+        self.scored: Ints = shards.numbers("scored")[rows]  # (N,) tokens whose loss is scored
+        self._truncated = shards.numbers("truncated")[rows]
+
+    def example(self, index: int) -> Rendered:
+        """One conversation."""
+        tokens, spans = self._lists(index)
+        trained = np.zeros(len(tokens), dtype=bool)
+        for start, end in spans.reshape(-1, 2):
+            trained[start:end] = True
+        return Rendered(tokens, trained, bool(self._truncated[index]))
+
+
+class Pairs(Examples[RenderedPair]):
+    """Rendered preference pairs."""
+
+    def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
+        super().__init__(shards, rows, ("prompt", "chosen", "rejected"))
+        prompt, chosen, rejected = (column.lengths()[rows] for column in self._columns)
+        self.lengths: Ints = prompt + chosen + rejected  # (N,) tokens; the prompt is computed once
+        self.scored: Ints = chosen + rejected  # (N,) tokens whose log-probs are summed
+
+    def example(self, index: int) -> RenderedPair:
+        """One pair."""
+        return RenderedPair(*self._lists(index))

@@ -1,0 +1,139 @@
+"""Llama 3's kind of tokenizer by tiktoken: the same tokens as by `tokenizers`, two to three times as fast.
+
+Thousands of pieces go through one call, joined by a token of their own, so no Python object is made per token and
+no lock is held. Only tokenizers are taken for which both algorithms are provably the same: byte-level BPE whose
+merges are all the ways in which two tokens of the vocabulary make a third, in the order of their ids.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.storage import write_text
+
+_CUT = "\ufdd0\ufdd1\ufdd0"  # noncharacters: no text has them
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What tiktoken needs: the words' pattern, each token's bytes and id, and the added tokens."""
+
+    pattern: str
+    ranks: dict[bytes, int]
+    added: dict[str, int]
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        words = [
+            base64.b64encode(token).decode() for token, _ in sorted(self.ranks.items(), key=lambda item: item[1])
+        ]
+        write_text(path, json.dumps({"pattern": self.pattern, "added": self.added, "words": words}))
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read what `save` wrote."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ranks = {base64.b64decode(word): index for index, word in enumerate(found["words"])}
+        return cls(found["pattern"], ranks, found["added"])
+
+
+def vocabulary_of(tokenizer_json: str) -> Vocabulary | None:
+    """The vocabulary of a tokenizer.json, or None where tiktoken would not give the very same tokens."""
+    found = json.loads(tokenizer_json)
+    pattern = _pattern(found)
+    added = {token["content"]: token["id"] for token in found["added_tokens"]}
+    model = found["model"]
+    if pattern is None or not _plain_added(found["added_tokens"]) or not _plain_bpe(model):
+        return None
+    words: dict[str, int] = {token: index for token, index in model["vocab"].items() if token not in added}
+    if sorted(words.values()) != list(range(len(words))) or not _all_merges(words, model["merges"]):
+        return None
+    spelled = _bytes_of_spelling()
+    try:
+        ranks = {bytes(spelled[character] for character in token): index for token, index in words.items()}
+    except KeyError:
+        return None
+    if len(ranks) != len(words) or any(bytes([byte]) not in ranks for byte in range(256)):
+        return None
+    return Vocabulary(pattern, ranks, added)
+
+
+def _pattern(found: dict[str, Any]) -> str | None:
+    """The pattern of Split(regex, isolated) + ByteLevel without a pattern of its own; None for anything else."""
+    if found["normalizer"] is not None or (found["pre_tokenizer"] or {}).get("type") != "Sequence":
+        return None
+    parts = found["pre_tokenizer"]["pretokenizers"]
+    if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
+        return None
+    split, byte = parts
+    plain = split["behavior"] == "Isolated" and not split["invert"]
+    if not plain or byte["use_regex"] or byte["add_prefix_space"]:
+        return None
+    pattern: str | None = split["pattern"].get("Regex")
+    return pattern
+
+
+def _plain_added(tokens: Sequence[dict[str, Any]]) -> bool:
+    """Whether added tokens are found as they are written, and none begins another."""
+    if any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in tokens):
+        return False
+    contents = sorted(token["content"] for token in tokens)
+    return not any(b.startswith(a) for a, b in pairwise(contents))
+
+
+def _plain_bpe(model: dict[str, Any]) -> bool:
+    odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    return model["type"] == "BPE" and not any(model.get(name) for name in odd) and bool(model.get("ignore_merges"))
+
+
+def _all_merges(words: dict[str, int], merges: Sequence[Any]) -> bool:
+    """Whether the merges are exactly all pairs of words that make a word, in the order of the made words' ids."""
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    made = [words.get(a + b, -1) for a, b in pairs]
+    if -1 in made or any(first > second for first, second in pairwise(made)):
+        return False
+    splits = sum(token[:i] in words and token[i:] in words for token in words for i in range(1, len(token)))
+    return splits == len(set(pairs)) == len(pairs)
+
+
+def _bytes_of_spelling() -> dict[str, int]:
+    """GPT-2's printable spelling of bytes, backwards."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
+
+
+class JoinedEncoder:
+    """Encodes many pieces of text in one call."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tiktoken import Encoding
+
+        self._cut = max([*vocabulary.ranks.values(), *vocabulary.added.values()]) + 1
+        special = vocabulary.added | {_CUT: self._cut}
+        self._encoding = Encoding(
+            "joined", pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens=special
+        )
+        self._special = set(special)
+
+    def encode(self, pieces: Sequence[str]) -> list[npt.NDArray[np.int32]] | None:
+        """Tokens of each piece, or None where it cannot: a text with the mark between pieces, or one too hard."""
+        joined = _CUT.join(pieces)
+        if joined.count(_CUT) != len(pieces) - 1:
+            return None
+        try:
+            found = self._encoding.encode_to_numpy(joined, allowed_special=self._special, disallowed_special=())
+        except ValueError:  # e.g. a million blanks in a row are more than its regular expressions can do
+            return None
+        tokens = found.astype(np.int32)
+        cuts = np.flatnonzero(tokens == self._cut).tolist()
+        return [tokens[start + 1 : end] for start, end in zip([-1, *cuts], [*cuts, len(tokens)], strict=True)]

@@ -1,0 +1,83 @@
+"""Text as one writes it on purpose: no stray control characters, one way to write each character."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import replace
+
+from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.errors import DataError
+
+# NFKC is safe for these alone. Elsewhere it changes what is said or how Chinese is set: it turns the full-width
+# comma into an ASCII one, m² into m2, ½ into 1⁄2, ① into 1, … into three dots.
+_SAME = [
+    *range(0xFF10, 0xFF1A),  # full-width digits
+    *range(0xFF21, 0xFF3B),  # and letters
+    *range(0xFF41, 0xFF5B),
+    *range(0x2E80, 0x2FD6),  # radicals that look like the characters
+    *range(0xFB00, 0xFB07),  # Latin ligatures
+]
+_GONE = [
+    *(code for code in range(0x20) if code not in (0x09, 0x0A, 0x0D)),
+    *range(0x7F, 0xA0),  # C1 controls
+    0x00AD,  # soft hyphen
+    0x200B,  # zero-width space
+    0x200E,
+    0x200F,  # direction marks
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x2065),
+    *range(0x2066, 0x206A),
+    0xFEFF,  # byte-order mark
+]
+_TABLE: dict[int, str | None] = {
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in _SAME},
+    **dict.fromkeys(_GONE),
+    0x0085: "\n",
+    0x00A0: " ",
+    0x2028: "\n",
+    0x2029: "\n",
+}
+_SUSPECT = re.compile("[\r" + "".join(map(re.escape, map(chr, sorted(_TABLE)))) + "]")
+
+
+def normalize(text: str) -> str:
+    """NFC, full-width letters and digits made ordinary, control and invisible characters removed, lines ended by \\n.
+
+    Punctuation, superscripts and everything else that a compatibility form would change stay as they are.
+    """
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    if _SUSPECT.search(text) is None:
+        return text
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
+
+
+def simplifier() -> Callable[[str], str]:
+    """Traditional to simplified characters, by OpenCC's phrase tables."""
+    try:
+        from opencc import OpenCC
+    except ImportError as error:
+        raise DataError(
+            "data.simplify needs OpenCC, which is not installed: run `pip install 'mlx-zh[opencc]'`, or leave "
+            "data.simplify out."
+        ) from error
+    convert: Callable[[str], str] = OpenCC("t2s").convert
+    return convert
+
+
+def changed(item: Conversation | Preference, change: Callable[[str], str]) -> Conversation | Preference:
+    """The item with every text changed."""
+    if isinstance(item, Conversation):
+        return replace(item, messages=_messages(item.messages, change))
+    return replace(
+        item,
+        prompt=_messages(item.prompt, change),
+        chosen=change(item.chosen),
+        rejected=change(item.rejected),
+    )
+
+
+def _messages(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:
+    return tuple(Message(message.role, change(message.content)) for message in messages)

@@ -1,0 +1,334 @@
+"""From sources to examples on disk: scan, choose, render, once for each content and settings.
+
+A prepared corpus is a folder of Arrow files (`datasets.load_from_disk` opens it too) that appears whole or not at
+all under a digest of everything that it depends on. Beside it, `KEY.work` holds what an interrupted run finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from mlx_zh import errors
+from mlx_zh.corpus import choosing, statistics
+from mlx_zh.corpus.contamination import ExamIndex, read_questions
+from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards
+from mlx_zh.corpus.fingerprints import Fingerprints, digest
+from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
+from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
+from mlx_zh.corpus.sources import DataSource
+from mlx_zh.errors import DataError, MlxZhError
+from mlx_zh.storage import storage_errors, sync_folder, write_json, written_whole
+
+VERSION = 1  # part of the key; raise it when the same input would give another corpus
+_LARGE = 32 << 20  # bytes of data files from which on sources are scanned in processes of their own
+_MANY = 20_000  # rows from which on the faster encoder is worth its preparation
+
+Event = Callable[[str, str, int], None]  # what is done ("scan", "render"), a source's name, rows so far
+
+
+@dataclass(frozen=True)
+class Exams:
+    """The exams that training data must not hold: where their questions lie, and which could not be had."""
+
+    folders: dict[str, str]
+    missing: dict[str, str]  # name -> why
+    ngram: int = 10
+    overlap: float = 0.5
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Everything but the sources that a corpus depends on."""
+
+    render: RenderSettings
+    choice: choosing.ChoiceSettings
+    exams: Exams
+    near_ngram: int = 3
+    on_invalid: str = "error"
+    normalize: bool = True
+    simplify: bool = False
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus."""
+
+    folder: Path
+    key: str
+    manifest: dict[str, Any]  # settings, file digests, and the report
+    splits: dict[str, Conversations | Pairs]  # train and validation
+    ready: bool  # it was there already
+
+    def conversations(self, split: str) -> Conversations:
+        """The examples of a split, "train" or "validation", of a corpus for SFT."""
+        found = self.splits[split]
+        assert isinstance(found, Conversations)
+        return found
+
+    def pairs(self, split: str) -> Pairs:
+        """The pairs of a split of a corpus for DPO."""
+        found = self.splits[split]
+        assert isinstance(found, Pairs)
+        return found
+
+
+def corpus_key(
+    sources: Sequence[DataSource], settings: CorpusSettings, renderer: Renderer, cache: Path
+) -> tuple[str, dict[str, Any]]:
+    """A digest of everything that the corpus depends on, and the values it was made of."""
+    fingerprints = Fingerprints(cache / "fingerprints.json")
+    exams = {name: sorted(map(str, Path(folder).rglob("*.csv"))) for name, folder in settings.exams.folders.items()}
+    every = [path for source in sources for path in source.files] + [
+        path for paths in exams.values() for path in paths
+    ]
+    digests = fingerprints.digests(every)
+    values = {
+        "version": VERSION,
+        "rendering": renderer.fingerprint,
+        "sources": [
+            asdict(replace(source, files=())) | {"files": [digests[path] for path in source.files]}
+            for source in sources
+        ],
+        "settings": asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={}))),
+        "exams": {name: [digests[path] for path in paths] for name, paths in exams.items()},
+    }
+    return digest(values), values
+
+
+def prepare(
+    sources: Sequence[DataSource],
+    settings: CorpusSettings,
+    renderer: Renderer,
+    cache: Path,
+    event: Event,
+    vocabulary: Callable[[], Vocabulary | None] | None = None,
+) -> Corpus:
+    """The corpus of these sources, from the cache folder where it is there.
+
+    `vocabulary` gives the tokenizer's for the faster encoder where it is known; else it is made from the renderer's.
+
+    Raises DataError for data that cannot be used, named by file and row; nothing unfinished is ever served.
+    """
+    key, values = corpus_key(sources, settings, renderer, cache)
+    folder = cache / key
+    if (folder / "manifest.json").exists():
+        return open_corpus(folder, settings.render.kind, ready=True)
+    with storage_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{key}.lock"):
+        if not (folder / "manifest.json").exists():
+            known = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
+            _build(sources, settings, renderer, folder, values, event, known)
+            return open_corpus(folder, settings.render.kind, ready=False)
+    return open_corpus(folder, settings.render.kind, ready=True)
+
+
+def open_corpus(folder: Path, kind: str, *, ready: bool) -> Corpus:
+    """A finished corpus; its rows stay on disk."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    shards = Shards([folder / name for name in manifest["files"]])
+    open_as = Conversations if kind == "sft" else Pairs
+    splits = {split: open_as(shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}
+    return Corpus(folder, folder.name, manifest, splits, ready)
+
+
+def _build(
+    sources: Sequence[DataSource],
+    settings: CorpusSettings,
+    renderer: Renderer,
+    folder: Path,
+    values: dict[str, Any],
+    event: Event,
+    vocabulary: Callable[[], Vocabulary | None],
+) -> None:
+    work = folder.with_name(f"{folder.name}.work")
+    try:
+        with storage_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+        exam_places, exam_report = _index_exams(settings.exams, work)
+        scans = _scan_all(sources, settings, bool(exam_places), work, event)
+        choice = choosing.choose(sources, scans, settings.choice, exam_places)
+        rows = choice.rendered()
+        if len(rows) > _MANY and (known := vocabulary()) is not None:
+            renderer.encode_with(JoinedEncoder(known))
+        source_of = np.searchsorted(choice.starts, rows, side="right") - 1
+        chosen = Chosen(source_of, rows - choice.starts[source_of])
+        paths = write_shards(
+            scans, chosen, renderer, settings.render, work / "shards", lambda name, done: event("render", name, done)
+        )
+        _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, folder)
+    except MlxZhError:
+        # The data or the settings must change, and then the key does. An interrupted run's work stays.
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _index_exams(exams: Exams, work: Path) -> tuple[list[str], dict[str, Any]]:
+    """Write the index of all questions; their places, and what is said of them in the report."""
+    questions = [q for name, folder in exams.folders.items() for q in read_questions(Path(folder), name)]
+    report: dict[str, Any] = {"exams": list(exams.folders), "missing": exams.missing, "questions": len(questions)}
+    if questions:
+        index = ExamIndex.build(questions, ngram=exams.ngram, overlap=exams.overlap)
+        index.save(work / "exams.npz")
+        report["checked"] = index.checked
+    return [question.place for question in questions], report
+
+
+def _scan_all(
+    sources: Sequence[DataSource], settings: CorpusSettings, exams: bool, work: Path, event: Event
+) -> list[Scan]:
+    """Scan every source, large ones in processes of their own."""
+    asked = ScanSettings(
+        settings.render.kind,
+        settings.on_invalid,
+        settings.normalize,
+        settings.simplify,
+        settings.near_ngram if settings.choice.near is not None else None,
+        str(work / "exams.npz") if exams else None,
+    )
+    folders = [work / f"scan-{i:03d}" for i in range(len(sources))]
+    size = sum(os.path.getsize(path) for source in sources for path in source.files)
+    if size < _LARGE or len(sources) < 2:
+        for source, folder in zip(sources, folders, strict=True):
+            scan(source, asked, folder, lambda name, rows: event("scan", name, rows))
+    else:
+        _scan_in_processes(sources, asked, folders, event)
+    near = asked.near_ngram is not None
+    return [open_scan(f, near and s.near_duplicates) for s, f in zip(sources, folders, strict=True)]
+
+
+def _scan_in_processes(
+    sources: Sequence[DataSource], settings: ScanSettings, folders: Sequence[Path], event: Event
+) -> None:
+    running: list[subprocess.Popen[str]] = []
+
+    def run(index: int) -> None:
+        task = folders[index].with_suffix(".task.json")
+        write_json(task, {"sources": [(asdict(sources[index]), str(folders[index]))], "settings": asdict(settings)})
+        command = [sys.executable, "-m", "mlx_zh.corpus.scan", str(task)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            running.append(process)
+            assert process.stdout is not None
+            for line in process.stdout:
+                said = json.loads(line)
+                if "error" in said:
+                    raise getattr(errors, said["error"])(said["message"])
+                event("scan", said["name"], said["rows"])
+        if process.returncode:
+            raise DataError(f"{sources[index].name}: the reading process ended with status {process.returncode}")
+
+    def size(i: int) -> int:
+        return sum(os.path.getsize(path) for path in sources[i].files)
+
+    largest_first = sorted(range(len(sources)), key=size, reverse=True)
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, len(sources)))) as threads:
+        try:
+            waiting = [threads.submit(run, index) for index in largest_first]
+            for done in as_completed(waiting):
+                done.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+
+
+def _finish(
+    sources: Sequence[DataSource],
+    settings: CorpusSettings,
+    scans: Sequence[Scan],
+    choice: choosing.Choice,
+    paths: Sequence[Path],
+    renderer: Renderer,
+    values: dict[str, Any],
+    exam_report: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Say which rows of the files make the splits, write the report, and give the folder its name."""
+    shards = Shards(paths)
+    rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")  # rows that fitted, in order
+    splits = {"train": _places(choice.train, rendered), "validation": _places(choice.validation, rendered)}
+    if not len(splits["train"]):
+        raise DataError(_nothing_left(sources, scans, choice, paths))
+    work = paths[0].parent
+    for split, places in splits.items():
+        with written_whole(work / f"{split}.npy") as file:
+            np.save(file, places)
+    rendering: dict[int, Counter[str]] = {}
+    for counts in counts_of(paths):
+        for source, reasons in counts.items():
+            rendering.setdefault(source, Counter()).update(reasons)
+    kind = settings.render.kind
+    open_as = Conversations if kind == "sft" else Pairs
+    opened = {split: open_as(shards, places) for split, places in splits.items()}
+    report = statistics.describe(sources, scans, choice, rendering, opened["train"], opened["validation"])
+    report["exam_questions"] = exam_report
+    report["tokens_per_chinese_character"] = statistics.tokens_per_character(scans, choice, renderer)
+    names = [f"data-{i:05d}-of-{len(paths):05d}.arrow" for i in range(len(paths))]
+    for path, name in zip(paths, names, strict=True):
+        path.rename(work / name)
+        path.with_suffix(".json").unlink()
+    _write_about(work, folder.name, kind, names)
+    write_json(work / "manifest.json", {"files": names, "made_of": values, "report": report})
+    with storage_errors(folder):
+        work.replace(folder)
+        sync_folder(folder.parent)
+
+
+def _places(rows: choosing.Indices, rendered: choosing.Indices) -> choosing.Indices:
+    """Where chosen rows lie in the files; those that did not fit are left out."""
+    at = np.searchsorted(rendered, rows)
+    at[at == len(rendered)] = 0
+    found: choosing.Indices = at[rendered[at] == rows] if len(rendered) else at[:0]
+    return found
+
+
+def _nothing_left(
+    sources: Sequence[DataSource], scans: Sequence[Scan], choice: choosing.Choice, paths: Sequence[Path]
+) -> str:
+    reasons: Counter[str] = Counter()
+    for scan_, dropped in zip(scans, choice.dropped, strict=True):
+        reasons.update(scan_.report.dropped)
+        reasons.update(dropped)
+    for counts in counts_of(paths):
+        for counted in counts.values():
+            reasons.update(counted)
+    said = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    names = ", ".join(source.name for source in sources if not source.validation)
+    return f"nothing is left to learn from in {names} ({said or 'no row was read'})."
+
+
+def _write_about(folder: Path, key: str, kind: str, names: Sequence[str]) -> None:
+    """What `datasets.load_from_disk` looks for."""
+    features: dict[str, Any] = {}
+    for field in SCHEMAS[kind]:
+        value = {"dtype": "int32", "_type": "Value"}
+        whole = {"dtype": str(field.type), "_type": "Value"}
+        features[field.name] = {"feature": value, "_type": "List"} if "list" in str(field.type) else whole
+    write_json(folder / "dataset_info.json", {"features": features})
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": key[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    write_json(folder / "state.json", state)

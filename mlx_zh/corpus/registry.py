@@ -1,0 +1,66 @@
+"""Data sets by name: those that come with the program, and the user's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import pydantic
+import yaml
+
+from mlx_zh.errors import DataError
+from mlx_zh.recipe import DataSet
+
+Registry = dict[str, DataSet]
+
+
+def load_registry(own: Mapping[str, DataSet] | None = None, file: Path | None = None) -> Registry:
+    """All registered data sets. The recipe's own come before those of `file`, and these before the program's."""
+    packaged = resources.files("mlx_zh.corpus").joinpath("registry.yaml")
+    entries = _entries(packaged.read_text(encoding="utf-8"), "registry.yaml")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.registry_file: {file} cannot be read: {error}") from error
+        entries |= _entries(text, str(file))
+    return entries | dict(own or {})
+
+
+def _entries(text: str, place: str) -> Registry:
+    try:
+        found = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{place}: a registry is a mapping from names to data sets")
+    entries, problems = {}, []
+    for name, value in found.items():
+        try:
+            entries[str(name)] = DataSet.model_validate(value)
+        except pydantic.ValidationError as error:
+            for problem in error.errors():
+                key = ".".join(map(str, (name, *problem["loc"])))
+                problems.append(f"{place}: {key}: {problem['msg']}{_near(str((*problem['loc'], '')[0]))}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return entries
+
+
+def _near(key: str) -> str:
+    names = list(DataSet.model_fields)
+    close = [] if key in names else difflib.get_close_matches(key, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def find(name: str, registry: Registry) -> DataSet:
+    """The data set of that name. Raises DataError with the nearest one."""
+    if name in registry:
+        return registry[name]
+    close = difflib.get_close_matches(name, registry, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise DataError(
+        f"{name}: there is no such file, and no data set of that name; {hint}There are {', '.join(registry)}"
+    )

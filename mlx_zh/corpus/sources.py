@@ -1,0 +1,54 @@
+"""Where rows come from: files in a known form, or the arithmetic generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_zh.corpus import formats, preferences
+from mlx_zh.corpus.arithmetic import problems
+from mlx_zh.corpus.conversation import Conversation, Preference
+from mlx_zh.corpus.rows import LoadReport
+
+Item = Conversation | Preference
+KINDS = ("sft", "dpo")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of a recipe, found: what it is called, its files, and how they are read."""
+
+    name: str
+    files: tuple[str, ...]
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    max_samples: int | None = None
+    weight: float = 1.0
+    near_duplicates: bool = True
+    validation: bool = False
+    generate: tuple[int, int] | None = None  # seed and count, instead of files
+
+    def items(self, kind: str, on_invalid: str, report: LoadReport) -> Iterator[Item]:
+        """Every usable conversation ("sft") or preference ("dpo"), one at a time. Raises DataError."""
+        if self.generate is not None:
+            yield from self._generated(report)
+            return
+        for path in self.files:
+            one = LoadReport()
+            options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "report": one}
+            read = formats.iter_conversations if kind == "sft" else preferences.iter_preferences
+            try:
+                yield from read(Path(path), format=self.format, **options)
+            finally:
+                report.add(one)
+
+    def _generated(self, report: LoadReport) -> Iterator[Item]:
+        assert self.generate is not None
+        seed, count = self.generate
+        report.format = "mathglm"
+        for number, line in enumerate(problems(seed, count)):
+            report.rows += 1
+            report.kept += 1
+            yield Conversation(formats.arithmetic(line), f"{self.name}[{number}]")

@@ -1,0 +1,134 @@
+"""What a prepared corpus is like: rows by source and reason, token lengths, tokens per Chinese character."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.corpus.choosing import Choice
+from mlx_zh.corpus.examples import Conversations, Pairs
+from mlx_zh.corpus.render import (
+    CHOSEN_OVERFLOW,
+    FIRST_EXCHANGE_OVERFLOW,
+    OVERFLOW,
+    PROMPT_OVERFLOW,
+    REJECTED_OVERFLOW,
+    Renderer,
+)
+from mlx_zh.corpus.scan import PART, Scan
+from mlx_zh.corpus.shards import CUT_SHORT
+from mlx_zh.corpus.sources import DataSource, Item
+
+BINS = 24  # of the histogram of lengths
+_SAMPLED = 512  # rows that tokens per Chinese character are measured on
+_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]{2,}")
+_TOO_LONG = (
+    OVERFLOW,
+    FIRST_EXCHANGE_OVERFLOW,
+    PROMPT_OVERFLOW,
+    CHOSEN_OVERFLOW,
+    REJECTED_OVERFLOW,
+    CUT_SHORT,
+)
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def describe(
+    sources: Sequence[DataSource],
+    scans: Sequence[Scan],
+    choice: Choice,
+    rendering: Mapping[int, Counter[str]],
+    train: Conversations | Pairs,
+    validation: Conversations | Pairs,
+) -> dict[str, Any]:
+    """The report of a corpus, as plain values."""
+    listed = []
+    for i, (source, scan) in enumerate(zip(sources, scans, strict=True)):
+        reasons = Counter(scan.report.dropped) + choice.dropped[i] + rendering.get(i, Counter())
+        cut = reasons.pop(CUT_SHORT, 0)
+        listed.append(
+            {
+                "name": source.name,
+                "files": list(source.files),
+                "format": scan.report.format,
+                "rows": scan.report.rows,
+                "train": int((train.sources == i).sum()),
+                "validation": int((validation.sources == i).sum()),
+                "dropped": dict(reasons),
+                "cut_short": cut,
+                "examples": dict(scan.report.examples) | choice.examples[i],
+            }
+        )
+    over_long = sum(count for reasons in rendering.values() for name, count in reasons.items() if name in _TOO_LONG)
+    return {
+        "sources": listed,
+        "exam_rows": choice.exam_rows,
+        "train": _lengths(train),
+        "validation": _lengths(validation) if len(validation) else None,
+        "over_long": over_long,
+        "over_long_share": over_long / max(len(choice.rendered()), 1),
+    }
+
+
+def _lengths(examples: Conversations | Pairs) -> dict[str, Any]:
+    lengths = examples.lengths
+    edges = np.linspace(0, int(lengths.max()), BINS + 1)
+    counts, _ = np.histogram(lengths, edges)
+    return {
+        "examples": len(examples),
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "scored_tokens": int(examples.scored.sum(dtype=np.int64)),
+        "shortest": int(lengths.min()),
+        "median": int(np.median(lengths)),
+        "p95": int(np.percentile(lengths, 95)),
+        "longest": int(lengths.max()),
+        "histogram": {"edges": [round(float(edge), 1) for edge in edges], "counts": counts.tolist()},
+    }
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """A histogram in one line of text; only empty bins are blank."""
+    top = max([*counts, 1])
+    return "".join(_BARS[min(int(count / top * len(_BARS)), len(_BARS) - 1)] if count else " " for count in counts)
+
+
+def tokens_per_character(scans: Sequence[Scan], choice: Choice, renderer: Renderer) -> float | None:
+    """Tokens that this tokenizer makes of a Chinese character, over runs of them in a few hundred rows."""
+    rows = choice.rendered()
+    sample = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)] if len(rows) else rows
+    runs: list[str] = []
+    loaded: tuple[int, int] | None = None
+    items: list[Item] = []
+    for row in sample.tolist():
+        source = int(np.searchsorted(choice.starts, row, side="right")) - 1
+        number = row - int(choice.starts[source])
+        if loaded != (source, number // PART):
+            loaded, items = (source, number // PART), scans[source].items(number // PART)
+        runs += _HAN.findall("\n".join(_texts(items[number % PART])))
+    characters = sum(map(len, runs))
+    return sum(renderer.lengths(runs)) / characters if characters else None
+
+
+def _texts(item: Item) -> list[str]:
+    from mlx_zh.corpus.conversation import Conversation
+
+    if isinstance(item, Conversation):
+        return [message.content for message in item.messages]
+    return [*(message.content for message in item.prompt), item.chosen, item.rejected]
+
+
+def write_histogram(lengths: npt.NDArray[np.int32], path: Any, title: str) -> None:
+    """A PNG of the distribution of token lengths. Needs matplotlib; raises ImportError without it."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(lengths, bins=60, color="#3b6ea5")
+    axes.set(title=title, xlabel="tokens", ylabel="examples")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=144)

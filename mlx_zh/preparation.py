@@ -1,0 +1,173 @@
+"""A recipe's data as training stages get it: sources found, prepared once, and what became of their rows said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh import console, device
+from mlx_zh.benchmarks.catalog import benchmark
+from mlx_zh.benchmarks.sources import benchmark_folder
+from mlx_zh.corpus.choosing import ChoiceSettings
+from mlx_zh.corpus.fetch import fetch, folder_files
+from mlx_zh.corpus.pipeline import Corpus, CorpusSettings, Exams, prepare
+from mlx_zh.corpus.registry import Registry, find, load_registry
+from mlx_zh.corpus.shards import RenderSettings
+from mlx_zh.corpus.sources import DataSource
+from mlx_zh.errors import DataError, DownloadError
+from mlx_zh.recipe import DataSet, Recipe, Source
+
+if TYPE_CHECKING:
+    from mlx_zh.corpus.joined_encoding import Vocabulary
+    from mlx_zh.corpus.render import Renderer
+
+_UNITS = {"sft": "examples", "dpo": "pairs"}
+
+
+def registry_of(recipe: Recipe | None) -> Registry:
+    """The data sets that a recipe can name."""
+    if recipe is None:
+        return load_registry()
+    file = recipe.data.registry_file
+    return load_registry(recipe.data.registry, None if file is None else Path(file))
+
+
+def prepare_stage(
+    recipe: Recipe, stage: str, renderer: Renderer, vocabulary: Callable[[], Vocabulary | None] | None = None
+) -> Corpus:
+    """The examples of `stage` (sft or dpo), prepared where they are not yet, with a line for each source.
+
+    Raises DataError, DownloadError.
+    """
+    split = recipe.data.sft if stage == "sft" else recipe.data.dpo
+    registry = registry_of(recipe)
+    sources = [
+        _resolve(source, registry, stage, recipe.seed, validation=held)
+        for held, listed in ((False, split.train), (True, split.validation))
+        for source in listed
+    ]
+    settings = _settings(recipe, stage)
+    with _Bars() as bars:
+        corpus = prepare(sources, settings, renderer, device.cache_folder() / "corpus", bars.event, vocabulary)
+    for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
+        console.say(line)
+    for name, reason in settings.exams.missing.items():
+        console.warn(f"{stage} data was NOT checked for questions of {name}: {reason}")
+    return corpus
+
+
+def file_digests(corpus: Corpus) -> dict[str, str]:
+    """SHA-256 of each data file that a corpus was made of."""
+    listed = zip(corpus.manifest["report"]["sources"], corpus.manifest["made_of"]["sources"], strict=True)
+    return {path: digest for told, made in listed for path, digest in zip(told["files"], made["files"], strict=True)}
+
+
+def source_lines(report: dict[str, Any], unit: str) -> list[str]:
+    """A line for each source: how many examples it gives, and what became of the other rows."""
+    lines = []
+    for source in report["sources"]:
+        kept, held = source["train"], source["validation"]
+        notes = [f"{count} {reason}" for reason, count in source["dropped"].items()]
+        notes += [f"{source['cut_short']} cut short"] if source["cut_short"] else []
+        notes += [f"{held} of them for validation"] if kept and held else []
+        lines.append(f"{source['name']}: {kept + held} {unit}" + (f" ({', '.join(notes)})" if notes else ""))
+    return lines
+
+
+def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, validation: bool) -> DataSource:
+    """Where a source's rows are: its own files, or those of a registered data set. A file goes before a name."""
+    entry: DataSet | None = None
+    place = None if source.path is None else Path(source.path).expanduser()
+    if source.name is not None:
+        entry = find(source.name, registry)
+    elif place is not None and not place.exists():
+        entry, place = find(str(source.path), registry), None
+    if entry is not None and entry.kind != stage:
+        raise DataError(f"{source.label} is a data set for {entry.kind}; it cannot stand in data.{stage}")
+    generate = None
+    if place is not None:
+        patterns = entry.files if entry is not None else ()
+        files = folder_files(place, patterns) if place.is_dir() else [place]
+    elif entry is not None and entry.hub == "generated":
+        files, generate = [], (seed, source.max_samples or entry.rows or 10_000)
+    else:
+        assert entry is not None
+        files = fetch(source.label, entry)
+    return DataSource(
+        name=source.label,
+        files=tuple(map(str, files)),
+        format=entry.format if entry is not None and source.format == "auto" else source.format,
+        columns=source.columns or (entry.columns if entry is not None else {}),
+        max_samples=source.max_samples,
+        weight=source.weight,
+        near_duplicates=entry.near_duplicates if entry is not None else True,
+        validation=validation,
+        generate=generate,
+    )
+
+
+def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
+    data = recipe.data
+    return CorpusSettings(
+        render=RenderSettings(
+            stage,
+            data.train_on if stage == "sft" else "assistant",
+            data.max_length,
+            data.on_overflow if stage == "sft" else "drop",
+            data.system,
+        ),
+        choice=ChoiceSettings(
+            exact=data.deduplicate.exact,
+            near=data.deduplicate.near,
+            mixing=data.mixing,
+            validation_fraction=data.validation_fraction,
+            seed=recipe.seed,
+        ),
+        exams=_exams(recipe),
+        near_ngram=data.deduplicate.ngram,
+        on_invalid=data.on_invalid,
+        normalize=data.normalize,
+        simplify=data.simplify,
+    )
+
+
+def _exams(recipe: Recipe) -> Exams:
+    """The exams to keep out of the data: from `evaluate.folder`, else from the hub where it can be reached."""
+    asked = recipe.data.decontaminate
+    given = {str(name): folder for name, folder in recipe.evaluate.folder.items()}
+    folders: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    for name in recipe.evaluate.benchmarks if asked.benchmarks is None else asked.benchmarks:
+        if name not in ("ceval", "cmmlu"):  # an exam of the user's own
+            continue
+        try:
+            hub = recipe.evaluate.hub or recipe.model.hub
+            folders[name] = given.get(name) or str(benchmark_folder(benchmark(name), hub))
+        except DownloadError as error:
+            missing[name] = str(error)
+    return Exams(folders, missing, asked.ngram, asked.overlap)
+
+
+class _Bars:
+    """Progress of the two passes, shown where they take long."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._bar: console.RowBar | None = None
+        self._pass = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def event(self, what: str, name: str, rows: int) -> None:
+        """Rows of a source that were read, or all rows that were tokenized."""
+        if what != self._pass or self._bar is None:
+            self.__exit__()
+            self._pass, self._bar, self._rows = what, console.RowBar("reading" if what == "scan" else "tokens"), {}
+        self._rows[name] = rows
+        self._bar.reach(sum(self._rows.values()))

@@ -1,0 +1,144 @@
+"""Prepare a recipe's data: `python -m mlx_zh.prepare RECIPE [KEY=VALUE ...]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh import stage
+
+if TYPE_CHECKING:
+    from mlx_zh.corpus.pipeline import Corpus
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.recipe import Recipe, Training
+
+_TRAINED, _PLAIN = "\x1b[32m", "\x1b[0m"
+_SHOWN = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read, clean, mix and tokenize a recipe's data, once."""
+    parser = stage.parser("prepare", "Read, clean, mix and tokenize a recipe's data. Training does it when needed.")
+    recipe_argument = next(action for action in parser._actions if action.dest == "recipe")
+    recipe_argument.nargs, recipe_argument.required = "?", False
+    parser.add_argument("--list", action="store_true", help="show the data sets that a recipe can name, and stop")
+    parser.add_argument("--show", type=int, default=_SHOWN, metavar="N", help="rendered samples to show (default 3)")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.list and arguments.recipe is None:
+        _list(None)
+        return 0
+    if arguments.recipe is None:
+        parser.error("a recipe is needed, or --list")
+    recipe = stage.read_recipe(arguments)
+    if recipe is None:
+        return 0
+    if arguments.list:
+        _list(recipe)
+        return 0
+
+    from mlx_zh import console
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.errors import DataError
+    from mlx_zh.preparation import prepare_stage
+    from mlx_zh.snapshot import open_tokenizer
+    from mlx_zh.storage import write_json
+
+    splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
+    stages = [name for name, split in splits.items() if split.train]
+    if not stages:
+        raise DataError(f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names anything to prepare.")
+    tokenizer = open_tokenizer(recipe.model)
+    reports: dict[str, Any] = {}
+    for name in stages:
+        renderer = Renderer(tokenizer, date_string=recipe.data.date_string)
+        begun = time.perf_counter()
+        corpus = prepare_stage(recipe, name, renderer, lambda: tokenizer.vocabulary)
+        seconds = time.perf_counter() - begun
+        section: Training = recipe.sft if name == "sft" else recipe.dpo
+        reports[name] = _report(recipe, name, section, corpus, renderer, arguments.show, seconds)
+    folder = recipe.run_folder() / "data"
+    write_json(folder / "report.json", reports)
+    console.say(f"The whole report is in {folder / 'report.json'}.")
+    return 0
+
+
+def _list(recipe: Recipe | None) -> None:
+    from mlx_zh import console
+    from mlx_zh.preparation import registry_of
+
+    for name, entry in registry_of(recipe).items():
+        rows = f"{entry.rows:,} rows" if entry.rows else "size on its page"
+        console.say(f"{name}  ({entry.kind}, {entry.hub}: {entry.id})")
+        console.say(f"    {entry.note}")
+        console.say(f"    {rows}; licence: {entry.licence}")
+
+
+def _report(
+    recipe: Recipe, name: str, section: Training, corpus: Corpus, renderer: Renderer, show: int, seconds: float
+) -> dict[str, Any]:
+    """Say what the data is like; returns what the run folder keeps of it."""
+    from mlx_zh import console
+    from mlx_zh.corpus.statistics import sparkline, write_histogram
+    from mlx_zh.storage import written_whole
+
+    report = corpus.manifest["report"]
+    train, held, exams = report["train"], report["validation"], report["exam_questions"]
+    epochs = section.epochs
+    if section.max_steps is not None:
+        epochs = section.max_steps * section.batch_size / train["examples"]
+    estimate = round(train["tokens"] * epochs)
+    per_character = report["tokens_per_chinese_character"]
+    lines = [
+        ("examples", f"{train['examples']:,} to learn from, {held['examples'] if held else 0:,} to validate"),
+        ("length", f"median {train['median']}, 95 % below {train['p95']}, longest {train['longest']} tokens"),
+        ("", f"|{sparkline(train['histogram']['counts'])}| 0 to {train['longest']}"),
+        ("tokens", f"{train['tokens']:,}, of which {train['scored_tokens']:,} are learned"),
+        ("training", f"about {estimate:,} tokens in {epochs:.2g} epochs"),
+        ("over-long", f"{report['over_long']:,} rows ({report['over_long_share']:.1%}) dropped or cut short"),
+        ("tokens per Chinese character", "no Chinese" if per_character is None else f"{per_character:.2f}"),
+        ("exam questions", _exam_line(exams, len(report["exam_rows"]))),
+        ("data", f"{corpus.folder} ({'found' if corpus.ready else 'made'} in {console.duration(seconds)})"),
+    ]
+    console.say(console.table(lines))
+    picture = recipe.run_folder() / "data" / f"{name}-lengths.png"
+    if not (corpus.ready and picture.exists()):
+        with written_whole(picture) as file:
+            write_histogram(corpus.splits["train"].lengths, file, f"{recipe.name}: {name}")
+    _show(corpus, renderer, show)
+    return {"key": corpus.key, "folder": str(corpus.folder), "estimated_training_tokens": estimate} | report
+
+
+def _exam_line(exams: dict[str, Any], dropped: int) -> str:
+    if not exams["exams"] and not exams["missing"]:
+        return "not looked for (data.decontaminate.benchmarks names no exam)"
+    said = f"{dropped} rows dropped; looked for {exams.get('checked', 0):,} questions of {', '.join(exams['exams'])}"
+    return said + (f"; NOT looked for: {', '.join(exams['missing'])}" if exams["missing"] else "")
+
+
+def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
+    """Rendered samples; what is learned is green, or stands between ⟦ and ⟧ where there is no colour."""
+    from mlx_zh import console
+    from mlx_zh.corpus.render import Rendered
+
+    begin, end = (_TRAINED, _PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
+    examples = corpus.splits["train"]
+    size = len(examples)
+    for number in sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(min(count, size))}):
+        example = examples[number]
+        console.say(f"\n--- example {number}")
+        if isinstance(example, Rendered):
+            edges = [0, *[i for i in range(1, len(example.tokens)) if example.trained[i] != example.trained[i - 1]]]
+            for start, stop in zip(edges, [*edges[1:], len(example.tokens)], strict=True):
+                text = renderer.decode(example.tokens[start:stop].tolist())
+                console.say(f"{begin}{text}{end}" if example.trained[start] else text)
+        else:
+            console.say(renderer.decode(example.prompt.tolist()))
+            for which in ("chosen", "rejected"):
+                console.say(f"[{which}] {begin}{renderer.decode(getattr(example, which).tolist())}{end}")
+
+
+if __name__ == "__main__":
+    from mlx_zh.cli import entry
+
+    entry(main)
