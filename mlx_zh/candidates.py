@@ -34,8 +34,9 @@ class Candidates:
 
     @property
     def fused(self) -> Path:
-        """`runs/NAME/fused`."""
-        return self._run / "fused"
+        """The fused model in `runs/NAME/fused`: MLX's, else another one that can be loaded."""
+        places = [self._run / "fused" / kind for kind in ("mlx", "hf", "gguf")]
+        return next((place for place in places if place.is_dir()), places[0])
 
     def adapter(self, name: str) -> Path:
         """`runs/NAME/STAGE/adapters`."""

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,3 +84,42 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
 
     with written_whole(path) as file:
         mx.save_safetensors(file, arrays, metadata or {})
+
+
+@contextmanager
+def folder_whole(path: Path) -> Iterator[Path]:
+    """An empty folder that becomes `path` when the block ends, replacing an older one, and is gone when it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if path.exists():
+                path.replace(aside)  # a folder cannot be renamed onto one that is not empty
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def empty(folder: Path) -> None:
+    """Remove the files in a folder of ours."""
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Refuse to begin `what` where fewer than `size` bytes are free. Raises StorageError."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    with storage_errors(folder):
+        free = shutil.disk_usage(there).free
+    if free < size:
+        raise StorageError(
+            f"{folder}: {what} needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. Nothing was written; free "
+            "some space, or write fewer formats."
+        )

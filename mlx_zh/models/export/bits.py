@@ -7,7 +7,6 @@ from mlx_zh.models.export.folder_files import Layout, full_layout, pack, packed_
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, summarize, survival
 
 CHOICES = (4, 6, 8)
-_NOISE_LIMIT = 0.5  # rounding relative to the change, where the base's own rounding is part of it already
 
 
 def base_bits(fusion: Fusion) -> int:
@@ -16,27 +15,22 @@ def base_bits(fusion: Fusion) -> int:
     return max(set(bits), key=bits.count) if bits else 16
 
 
-def choose_layout(fusion: Fusion, group_size: int | None) -> tuple[Layout, int]:
-    """The fewest bits, at least the base's, at which a sample of the changed matrices keeps its change.
+def candidates(fusion: Fusion, group_size: int | None) -> list[tuple[Layout, int]]:
+    """Layouts to try, fewest bits first: from the base's own number on, without those known to lose the change.
 
-    A full-precision base stays so (16). Merged into the full-precision original, rounding is fair at any number of
-    bits, so that the base's own number does.
+    A full-precision base stays so. What loses the change is found from a sample: at the base's own bits most weights
+    fall back on its grid. Layouts that keep it can still be too coarse, which only a measurement shows.
     """
     least = base_bits(fusion)
     if least > max(CHOICES):
-        return full_layout(fusion, fusion.source.dtype), 16
-    allowed = [bits for bits in CHOICES if bits >= least]
-    for bits in allowed:
-        layout = packed_layout(fusion, bits, group_size, at_least=True)
-        left = sample(fusion, layout)
-        if left is None or bits == allowed[-1] or _enough(left, fair=fusion.original is not None):
-            return layout, bits
-    raise AssertionError("the last choice was taken")
-
-
-def _enough(left: SurvivalSummary, *, fair: bool) -> bool:
-    kept = abs(1 - left.kept_mean) <= 1 - KEPT_LIMIT
-    return kept and (fair or left.error_mean <= _NOISE_LIMIT)
+        return [(full_layout(fusion, fusion.source.dtype), 16)]
+    layouts = [(packed_layout(fusion, n, group_size, at_least=True), n) for n in CHOICES if n >= least]
+    while len(layouts) > 1:
+        left = sample(fusion, layouts[0][0])
+        if left is None or abs(1 - left.kept_mean) <= 1 - KEPT_LIMIT:
+            break
+        del layouts[0]
+    return layouts
 
 
 def sample(fusion: Fusion, layout: Layout) -> SurvivalSummary | None:

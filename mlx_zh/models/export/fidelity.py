@@ -1,4 +1,4 @@
-"""How well a fused model stands for base + adapter: KL divergence, top-1 agreement and perplexity on held-out text."""
+"""How well a fused model stands for base + adapter: KL, top-1 agreement and perplexity on held-out text."""
 
 from __future__ import annotations
 
@@ -117,15 +117,21 @@ class Fidelity:
 
 
 def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> list[str]:
-    """What is above the limits, in words; nothing where the fused model can stand for base + adapter."""
+    """What is above the limits, in words; nothing where the fused model can stand for base + adapter.
+
+    What is left of the change counts only where predictions were not compared: they are what matters, and fine
+    rounding on the base's own grid can lose a part of the change that no prediction depends on.
+    """
     found = []
     if fidelity is not None and fidelity.kl > KL_LIMIT:
-        found.append(f"its predictions are {fidelity.kl:.3f} nats a token away from base + adapter (limit {KL_LIMIT})")
+        found.append(
+            f"its predictions are {fidelity.kl:.3f} nats a token away from base + adapter (limit {KL_LIMIT})"
+        )
     elif fidelity is not None and fidelity.kl > max(FREE_KL, LOST_LIMIT * fidelity.moved):
         found.append(
             f"rounding moved it by {fidelity.kl:.4f} nats a token, and tuning by {fidelity.moved:.4f} (limit: "
             f"{LOST_LIMIT:.0%} of that)"
         )
-    if left is not None and abs(1 - left.kept_mean) > 1 - KEPT_LIMIT:
+    if fidelity is None and left is not None and abs(1 - left.kept_mean) > 1 - KEPT_LIMIT:
         found.append(f"{left.kept_mean:.0%} of the adapter's change is left in it (limit {KEPT_LIMIT:.0%})")
     return found

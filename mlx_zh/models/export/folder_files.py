@@ -58,11 +58,15 @@ class Layout:
                 entries.append(Entry(f"{path}.scales", mx.uint8, groups))
         return entries
 
-    def arrays(self, watch: Callable[[Tensor, mx.array], None]) -> Iterator[mx.array]:
-        """The tensors of `entries`; `watch` sees every merged tensor beside what is written of it, in float32."""
+    def arrays(self, watch: Callable[[Tensor, mx.array], None], step: Callable[[], None]) -> Iterator[mx.array]:
+        """The tensors of `entries`; `watch` sees every merged tensor beside what is written of it, in float32.
+
+        `step` is called once a tensor of the model.
+        """
         weights = self.fusion.stored(packed=bool(self.kept))
         changed = self.fusion.adapter.tensors
         for name in self.fusion.source.outline.shapes:
+            step()
             path, _, leaf = name.rpartition(".")
             if leaf == "weight" and path in self.kept:
                 parts = [weights.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
@@ -130,11 +134,10 @@ def write_folder(
     found: list[Survival] = []
 
     def watch(tensor: Tensor, written: mx.array) -> None:
-        step()
         if tensor.before is not None and (one := survival(tensor.before, tensor.value, written)):
             found.append(one)
 
-    write_shards(folder, layout.entries(), layout.arrays(watch), max_bytes, kind)
+    write_shards(folder, layout.entries(), layout.arrays(watch, step), max_bytes, kind)
     write_configs(folder, layout)
     write_tokenizer(folder, layout.fusion.base)
     return found

@@ -1,0 +1,127 @@
+"""Merge an adapter into its base and hand it over: `python -m mlx_zh.fuse RECIPE [--adapter DIR] [KEY=VALUE ...]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_zh import stage
+
+if TYPE_CHECKING:
+    from mlx_zh.fusing import Fuser, Written
+    from mlx_zh.yardstick import Yardstick
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write `runs/NAME/fused/FORMAT/` for every format that the recipe asks for."""
+    arguments = _parser().parse_intermixed_args(argv)
+    recipe = stage.read_recipe(arguments)
+    if recipe is None:
+        return 0
+
+    from mlx_zh import console
+    from mlx_zh.fusing import Fuser, newest_adapter
+    from mlx_zh.models.export import licences, upload
+
+    adapter = Path(arguments.adapter).expanduser() if arguments.adapter else newest_adapter(recipe)
+    fuser = Fuser(recipe, adapter, arguments.original or recipe.export.original)
+    fuser.check()
+    hub = arguments.hub or recipe.model.hub
+    for repository in _repositories(arguments.push_to_hub, recipe.export.formats).values():
+        licences.check_repository(fuser.licence, repository)
+        upload.check(repository, hub)
+    if fuser.title != fuser.wanted_name:
+        console.say(f'The base\'s licence demands a name that begins with "Llama": {fuser.title}.')
+    if fuser.adapter_is_foreign:
+        console.warn(f"{adapter} says that it was trained on another model than {recipe.model.path}.")
+
+    written = _write_all(fuser, measured=not arguments.no_measure)
+    _conclude(fuser, written)
+    for kind, repository in _repositories(arguments.push_to_hub, recipe.export.formats).items():
+        console.say(f"uploading {kind} to {repository} ...")
+        console.say(upload.push(fuser.folder / kind, repository, hub, public=arguments.public))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = stage.parser(
+        "fuse", "Merge an adapter into its base, and write it for mlx-lm, transformers or llama.cpp."
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="adapter, mlx-lm's or PEFT's (default: DPO's, else SFT's)")
+    parser.add_argument(
+        "--from",
+        dest="original",
+        metavar="MODEL",
+        help="the full-precision original of a quantized base: merge into it and quantize once (export.from)",
+    )
+    parser.add_argument("--no-measure", action="store_true", help="do not compare with base + adapter")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload; several formats get names of their own")
+    parser.add_argument("--hub", choices=("huggingface", "modelscope"), help="where to (default: model.hub)")
+    parser.add_argument("--public", action="store_true", help="let everyone see the new repository")
+    return parser
+
+
+def _repositories(name: str | None, formats: tuple[str, ...]) -> dict[str, str]:
+    if name is None:
+        return {}
+    return {kind: name if len(formats) == 1 else f"{name}-{kind}" for kind in formats}
+
+
+def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
+    from mlx_zh import console
+    from mlx_zh.storage import write_json
+    from mlx_zh.yardstick import measure_tuned
+
+    formats = list(dict.fromkeys(fuser.export.formats))
+    yardstick: Yardstick | None = None
+    if measured and formats != ["peft"]:
+        console.say("running base and base + adapter over held-out text ...")
+        yardstick = measure_tuned(fuser.recipe, fuser.fusion.adapter.folder)
+    written = []
+    for kind in formats:
+        total = len(fuser.fusion.source.outline.shapes) if kind != "peft" else 1
+        bar = console.CountBar(kind, total, "tensor")
+        try:
+            written.append(fuser.write(kind, yardstick, lambda: bar.update(1)))
+        finally:
+            bar.close()
+    write_json(fuser.folder / "summary.json", {w.kind: w.as_dict() for w in written})
+    return written
+
+
+def _conclude(fuser: Fuser, written: list[Written]) -> None:
+    from mlx_zh import console
+
+    rows = [("format", "", "GB", "KL", "top-1", "perplexity", "change kept", "folder")]
+    for w in written:
+        f, left = w.found.fidelity, w.found.left
+        measured = (f"{f.kl:.4f}", f"{f.top1:.1%}", f"{f.fused_perplexity:.3f}") if f else ("-", "-", "-")
+        kept = f"{left.kept_mean:.0%}" if left else "-"
+        rows.append((w.kind, w.result.detail, f"{w.found.size / 1e9:.2f}", *measured, kept, f"{w.folder}/"))
+    console.say()
+    console.say(console.table(rows))
+    if found := next((w.found.fidelity for w in written if w.found.fidelity), None):
+        console.say(
+            f"\nbase + adapter: perplexity {found.perplexity:.3f} on {found.tokens} held-out tokens. KL is measured "
+            f"from it, in nats a token; tuning moved the base by {found.moved:.4f}."
+        )
+    for w in written:
+        if w.found.unmeasured:
+            console.warn(f"{w.kind} was not compared with base + adapter: {w.found.unmeasured}.")
+        for warning in w.found.warnings:
+            console.warn(f"{w.kind}, {w.result.detail}: {warning}.{_remedy(fuser, w)}")
+
+
+def _remedy(fuser: Fuser, written: Written) -> str:
+    if written.kind != "mlx" or written.result.bits is None or written.result.bits >= 16:
+        return ""
+    more = next(b for b in (6, 8, 16) if b > (written.result.bits or 0))
+    origin = "" if fuser.fusion.original else ", or merge into the full-precision original with --from MODEL"
+    return f" Write it with export.bits={more}{origin}; base and adapter side by side lose nothing."
+
+
+if __name__ == "__main__":
+    from mlx_zh.cli import entry
+
+    entry(main)

@@ -1,0 +1,286 @@
+"""A run's base and adapter, written in each format that the recipe asks for, and measured as it lies on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_zh import device
+from mlx_zh.errors import AdapterError
+from mlx_zh.models import peft_adapter
+from mlx_zh.models.export import bits, card, fidelity, licences, ollama
+from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
+from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
+from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
+from mlx_zh.models.export.source import open_source
+from mlx_zh.models.load import resolve_model
+from mlx_zh.recipe import Recipe
+from mlx_zh.storage import empty, folder_whole, need_space, write_text
+from mlx_zh.yardstick import Yardstick
+
+_CONFIGS = 40_000_000  # tokenizer and other small files, in bytes, generously
+
+
+def newest_adapter(recipe: Recipe) -> Path:
+    """DPO's adapter where there is one, else SFT's."""
+    folders = [recipe.run_folder() / stage / "adapters" for stage in ("dpo", "sft")]
+    for folder in folders:
+        if (folder / "adapters.safetensors").is_file():
+            return folder
+    raise AdapterError(
+        f"{recipe.run_folder()} has no adapter yet. Run `mlx-zh sft RECIPE` first, or give one with --adapter."
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What writing a format gave."""
+
+    detail: str  # for example "4-bit" or "Q8_0"
+    bits: int | None
+    survivals: list[Survival]  # what is left of the adapter's change to each matrix
+    model: Path | None  # what can be loaded and measured
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What is known of a written format."""
+
+    size: int  # bytes
+    left: SurvivalSummary | None
+    fidelity: fidelity.Fidelity | None
+    unmeasured: str | None  # why there is no fidelity
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A format that is on disk."""
+
+    kind: str
+    folder: Path
+    result: Result
+    found: Assessment
+
+    @property
+    def delivery(self) -> card.Delivery:
+        """The same for the model card."""
+        file = self.result.model.name if self.result.model else ""
+        found = self.found
+        return card.Delivery(self.kind, self.result.detail, file, found.left, found.fidelity, found.warnings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for summary.json."""
+        about = {"detail": self.result.detail, "bits": self.result.bits, "folder": str(self.folder)}
+        return about | asdict(self.found)
+
+
+class Fuser:
+    """Everything that is known before something is written; ModelError and AdapterError come from here."""
+
+    def __init__(self, recipe: Recipe, adapter: Path, original: str | None) -> None:
+        self.recipe, self.export = recipe, recipe.export
+        model = recipe.model
+        place = resolve_model(model.path, hub=model.hub, revision=model.revision)
+        base = open_source(place, model.path, quantize=model.quantization)
+        # A model that is quantized on load has its full-precision original in the same place.
+        original = original or (model.path if model.quantize else None)
+        full = None
+        if original is not None:
+            full = open_source(resolve_model(original, hub=model.hub), original)
+        self.fusion = Fusion(base, open_adapter(adapter, base), full)
+        self.fusion.check_original()
+        self.licence = licences.find_licence(base)
+        self.wanted_name = self.export.name or recipe.name
+        self.title = licences.display_name(self.licence, self.wanted_name)
+        self.folder = recipe.run_folder() / "fused"
+
+    @property
+    def adapter_is_foreign(self) -> bool:
+        """Whether the adapter says that it was trained on another model than the recipe's."""
+        try:
+            config = json.loads((self.fusion.adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
+            known = config["mlx_zh"]["base_fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(known != self.fusion.base.fingerprint)
+
+    # What will be written -------------------------------------------------------------------------------------
+
+    @cached_property
+    def mlx_layouts(self) -> list[tuple[Layout, int]]:
+        """Layouts of `mlx` to try one after another, with their bits; one unless `bits` is auto."""
+        chosen, group = self.export.bits, self.export.group_size
+        if chosen == "auto":
+            return bits.candidates(self.fusion, group)
+        if chosen == 16:
+            return [(full_layout(self.fusion, self.fusion.source.dtype), 16)]
+        return [(packed_layout(self.fusion, chosen, group), chosen)]
+
+    @cached_property
+    def hf_layout(self) -> Layout:
+        """The layout of `hf`."""
+        return full_layout(self.fusion, mx.bfloat16)
+
+    @cached_property
+    def gguf_plan(self) -> GGUFPlan:
+        """Everything of the GGUF file but its weights."""
+        return plan_gguf(self.fusion, self.export.gguf_type, self.title)
+
+    def size(self, kind: str) -> int:
+        """Bytes that a format takes."""
+        if kind == "peft":
+            return sum(a.nbytes for a in self.fusion.adapter.weights.values()) + _CONFIGS
+        if kind == "gguf":
+            return self.gguf_plan.size + _CONFIGS
+        layout = self.mlx_layouts[-1][0] if kind == "mlx" else self.hf_layout
+        return sum(entry.size for entry in layout.entries()) + _CONFIGS
+
+    def check(self) -> None:
+        """Refuse what cannot be written before anything is: PEFT of a full fine-tuning, no space."""
+        if "peft" in self.export.formats and self.fusion.adapter.spec.kind == "full":
+            raise AdapterError(
+                "export.formats: a full fine-tuning is no adapter, so `peft` cannot be written; use hf."
+            )
+        need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
+
+    def _too_large(self, size: int) -> str | None:
+        needed = self.fusion.source.parameters * 4 if device.is_cpu() else size
+        mx.clear_cache()
+        free = device.free_bytes()
+        if needed > free:
+            return f"it takes {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+        return None
+
+    # Writing --------------------------------------------------------------------------------------------------
+
+    def write(self, kind: str, yardstick: Yardstick | None, step: Callable[[], None]) -> Written:
+        """Write one format: whole, measured and with its card, or not at all.
+
+        `mlx` with automatic bits is written again with more of them where the measurement asks for it.
+        """
+        with folder_whole(self.folder / kind) as folder:
+            result = _WRITERS[kind](self, folder, step)
+            found = self._assess(folder, result, yardstick)
+            while kind == "mlx" and found.warnings and len(self.mlx_layouts) > 1:
+                del self.mlx_layouts[0]
+                empty(folder)
+                result = self._write_mlx(folder, step)
+                found = self._assess(folder, result, yardstick)
+            written = Written(kind, self.folder / kind, result, found)
+            missing = licences.write_licence_files(folder, self.licence, self.fusion.base)
+            write_text(folder / "README.md", card.model_card(self.story(missing), written.delivery))
+        return written
+
+    def _assess(self, folder: Path, result: Result, yardstick: Yardstick | None) -> Assessment:
+        """Measure what was written, where that was asked for and fits into memory."""
+        left, size = summarize(result.survivals), sum(file.stat().st_size for file in folder.iterdir())
+        measured, reason = None, None
+        warnings: list[str] = []
+        if result.model is not None and yardstick is not None:
+            reason = self._too_large(size)
+            if reason is None:
+                measured, warnings = yardstick.measure(result.model)
+        return Assessment(size, left, measured, reason, [*warnings, *fidelity.shortcomings(measured, left)])
+
+    def _write_mlx(self, folder: Path, step: Callable[[], None]) -> Result:
+        layout, number = self.mlx_layouts[0]
+        found = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
+        return Result(f"{number}-bit" if number < 16 else _type_name(layout.dtype), number, found, folder)
+
+    def _write_hf(self, folder: Path, step: Callable[[], None]) -> Result:
+        found = write_folder(folder, self.hf_layout, max_bytes=self._max_bytes, kind="pt", step=step)
+        return Result(_type_name(self.hf_layout.dtype), 16, found, folder)
+
+    def _write_gguf(self, folder: Path, step: Callable[[], None]) -> Result:
+        kind, data, base = self.export.gguf_type.upper(), self.recipe.data, self.fusion.base
+        path = folder / f"{self.title}-{kind}.gguf"
+        found = write_gguf(path, self.gguf_plan, step=step)
+        text = ollama.modelfile(
+            path.name,
+            base.tokenizer,
+            data.date_string,
+            system=data.system,
+            context=int(base.config.get("max_position_embeddings", 2048)),
+            notes=[f"{self.title}, written by mlx-zh. ollama create {self.title.lower()} -f Modelfile"],
+        )
+        write_text(folder / "Modelfile", text)
+        return Result(kind, 16 if kind == "F16" else 8, found, path)
+
+    def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
+        adapter, base = self.fusion.adapter, self.fusion.source
+        peft_adapter.write_peft(folder, adapter.spec, adapter.weights, base=base.name, matrices=base.outline.matrices)
+        write_tokenizer(folder, self.fusion.base)
+        step()
+        return Result("adapter", None, [], None)
+
+    @property
+    def _max_bytes(self) -> int:
+        return int(self.export.max_shard_gb * 1e9)
+
+    # Telling --------------------------------------------------------------------------------------------------
+
+    def story(self, missing: Sequence[str]) -> card.Story:
+        """What the cards say of the run."""
+        recipe, base, spec = self.recipe, self.fusion.base, self.fusion.adapter.spec
+        run = recipe.run_folder()
+        stages = [name for name in ("sft", "dpo") if (run / name / "adapters").is_dir()]
+        kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
+        rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
+        on_hub = not Path(base.name).expanduser().exists() and "/" in base.name
+        settings = [("lora.type", spec.kind), ("lora.rank", str(spec.rank)), ("scale", f"{spec.scale:g}")]
+        settings += [(f"{s}.learning_rate", f"{getattr(recipe, s).learning_rate:g}") for s in stages]
+        settings += [(f"{s}.batch_size", str(getattr(recipe, s).batch_size)) for s in stages]
+        return card.Story(
+            title=self.title,
+            base=base.name if on_hub else Path(base.name).name,
+            base_hub_id=base.name if on_hub else None,
+            original=None if self.fusion.original is None else Path(self.fusion.original.name).name,
+            licence=self.licence,
+            method=f"{kind}{rank}" + (f" by {', then '.join(s.upper() for s in stages)}" if stages else ""),
+            data=_data_lines(run),
+            settings=settings,
+            scores=_scores(run),
+            missing=missing,
+        )
+
+
+_WRITERS: dict[str, Callable[[Fuser, Path, Callable[[], None]], Result]] = {
+    "mlx": Fuser._write_mlx,
+    "hf": Fuser._write_hf,
+    "gguf": Fuser._write_gguf,
+    "peft": Fuser._write_peft,
+}
+
+
+def _type_name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def _data_lines(run: Path) -> list[str]:
+    """The data files of a run, without their folders: file name and the beginning of its SHA-256."""
+    try:
+        known = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]
+        return [f"`{Path(path).name}` (SHA-256 {str(digest)[:12]}…)" for path, digest in known.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _scores(run: Path) -> list[tuple[str, str, str]]:
+    """Exam, model and accuracy of every finished evaluation."""
+    found = []
+    for path in sorted((run / "eval").glob("*.json")):
+        model, _, exam = path.stem.partition("-")
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))["rows"][0]
+            low, high = row["interval"]
+            found.append((exam, model, f"{row['macro']:.1%} ({low:.1%} to {high:.1%})"))
+        except (ValueError, KeyError, TypeError, IndexError):
+            continue  # a submission, or another program's file
+    return found

@@ -1,0 +1,90 @@
+"""Put a finished folder on Hugging Face or ModelScope. Tokens are found by those libraries and never shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_zh.errors import UploadError
+
+_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_SECRET = re.compile(r"(hf_|ms-|Bearer )[\w-]+")
+
+
+def check(repository: str, hub: str) -> None:
+    """Find out early what would fail late: the name, the library, the login. Raises UploadError."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise UploadError(f"{repository!r} is not a repository's name; write it as OWNER/NAME.")
+    if hub == "huggingface":
+        from huggingface_hub import get_token
+
+        if not get_token():
+            raise UploadError(
+                "no access token for Hugging Face was found. Make one with write permission on "
+                "https://huggingface.co/settings/tokens and run `hf auth login` (or set HF_TOKEN)."
+            )
+    else:
+        _modelscope_api()
+
+
+def push(folder: Path, repository: str, hub: str, *, public: bool) -> str:
+    """Upload everything in `folder`, making the repository where there is none; returns its address.
+
+    A new repository is private unless `public`. Raises UploadError in plain words.
+    """
+    try:
+        return _HUBS[hub](folder, repository, public)
+    except UploadError:
+        raise
+    except Exception as error:  # each library has its own errors, and those of its HTTP library
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise UploadError(f"{repository} could not be uploaded: {_reason(error)}.{_remedy(status, hub)}") from error
+
+
+def _huggingface(folder: Path, repository: str, public: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, private=not public, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload from mlx-zh")
+    return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
+
+
+def _modelscope(folder: Path, repository: str, public: bool) -> str:
+    api, visibility = _modelscope_api(), 5 if public else 1  # its numbers for public and private
+    if not api.repo_exists(repository):
+        api.create_model(repository, visibility=visibility)
+    api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload from mlx-zh")
+    return f"https://modelscope.cn/models/{repository}"
+
+
+def _modelscope_api() -> Any:
+    try:
+        from modelscope.hub.api import HubApi
+    except ImportError as error:
+        raise UploadError(
+            "uploading to ModelScope needs a package that is not installed. Run `pip install 'mlx-zh[modelscope]'` "
+            "and `modelscope login`."
+        ) from error
+    return HubApi()
+
+
+_HUBS: dict[str, Callable[[Path, str, bool], str]] = {"huggingface": _huggingface, "modelscope": _modelscope}
+
+
+def _reason(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return _SECRET.sub("***", first)
+
+
+def _remedy(status: int | None, hub: str) -> str:
+    if status in (401, 403):
+        login = "`hf auth login`" if hub == "huggingface" else "`modelscope login`"
+        return f" The token is not valid or may not write there: run {login} with a token that can write."
+    if status is not None:
+        return " The model itself is whole on this disk; try again later."
+    mirror = " Mirrors reached by HF_ENDPOINT mostly take no uploads." if os.environ.get("HF_ENDPOINT") else ""
+    return f" Check the network; the model itself is whole on this disk.{mirror}"

@@ -1,0 +1,95 @@
+"""Base + adapter on held-out text: what every fused model is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_zh import console, stage
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.render import Rendered, Renderer
+from mlx_zh.errors import DataError, DownloadError, TemplateError
+from mlx_zh.models.export import fidelity
+from mlx_zh.models.export.held_out import bundled_conversations
+from mlx_zh.models.load import load_model
+from mlx_zh.models.lora import load_adapter
+from mlx_zh.preparation import prepare_stage
+from mlx_zh.recipe import Recipe
+
+HELD_OUT_TOKENS = 4096
+_LARGEST_ROW = 1024  # tokens
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Base + adapter's predictions, with what is needed to compare another model's."""
+
+    recipe: Recipe
+    text: fidelity.HeldOut
+    tuned: fidelity.Predictions
+    perplexity: float
+    moved: float  # KL(base + adapter || base)
+    probes: tuple[tuple[int, ...], ...]  # the bundled text's tokens
+
+    def measure(self, path: Path) -> tuple[fidelity.Fidelity, list[str]]:
+        """Load a written model as a user would; its fidelity, and what its tokenizer does otherwise."""
+        loaded = load_model(str(path), dtype=self.recipe.model.dtype)
+        found = fidelity.distance(self.tuned, self.text.predictions(loaded.model), self.text.targets)
+        measured = fidelity.Fidelity(
+            self.text.targets.size, found.kl, found.top1, self.perplexity, found.perplexity, self.moved
+        )
+        probes = [_tokens(r) for r in _bundled(_renderer(self.recipe, loaded.tokenizer))]
+        other = sum(mine != theirs for mine, theirs in zip(self.probes, probes, strict=True))
+        return measured, [f"its tokenizer reads {other} of {len(probes)} texts otherwise"] if other else []
+
+
+def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
+    """Run base and base + adapter over the recipe's validation data, or over the bundled text."""
+    loaded = stage.open_model(recipe)
+    renderer = _renderer(recipe, loaded.tokenizer)
+    bundled = _bundled(renderer)
+    examples = [e for e in _validation(recipe, renderer) or bundled if e.trained[1:].any()]
+    text = fidelity.held_out(
+        [(e.tokens, e.trained) for e in examples],
+        max_tokens=HELD_OUT_TOKENS,
+        row_tokens=min(recipe.memory.micro_tokens, _LARGEST_ROW),
+    )
+    base = text.predictions(loaded.model)
+    # Full fine-tuning puts new weights into the same modules: the base's head needs one of its own.
+    base = fidelity.Predictions(base.hidden, copy.copy(base.head))
+    load_adapter(loaded.model, adapter)
+    loaded.model.eval()
+    tuned = text.predictions(loaded.model)
+    moved = fidelity.distance(tuned, base, text.targets).kl
+    perplexity = fidelity.distance(tuned, tuned, text.targets).perplexity
+    return Yardstick(recipe, text, tuned, perplexity, moved, tuple(map(_tokens, bundled)))
+
+
+def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:
+    return Renderer(tokenizer, date_string=recipe.data.date_string)
+
+
+def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
+    """What SFT was validated with, where SFT ran here, so that it is prepared already; else nothing."""
+    if not (recipe.run_folder() / "sft").is_dir() or not recipe.data.sft.train:
+        return []
+    try:
+        return list(prepare_stage(recipe, "sft", renderer).conversations("validation"))
+    except (DataError, DownloadError) as error:
+        console.warn(f"the validation data cannot be read, so the bundled text is used: {error}")
+        return []
+
+
+def _bundled(renderer: Renderer) -> list[Rendered]:
+    conversations = [[Message(role, text) for role, text in turns] for turns in bundled_conversations()]
+    found = [rendered for rendered in renderer.conversations(conversations) if rendered is not None]
+    if not found:
+        raise TemplateError("the chat template leaves nothing of the bundled conversations")
+    return found
+
+
+def _tokens(rendered: Rendered) -> tuple[int, ...]:
+    return tuple(rendered.tokens.tolist())
