@@ -98,6 +98,32 @@ class CountBar:
         self._bar.close()
 
 
+class RowBar:
+    """Rows read or tokenized so far. It shows itself only where that takes more than a second."""
+
+    def __init__(self, name: str, total: int | None = None) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(
+            total=total,
+            desc=name,
+            unit="row",
+            delay=1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            mininterval=0.1 if sys.stdout.isatty() else 15,
+        )
+
+    def reach(self, rows: int) -> None:
+        """So many rows are done."""
+        self._bar.update(rows - self._bar.n)
+
+    def close(self) -> None:
+        """End the bar's line."""
+        self._bar.close()
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
     if seconds < 90:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
         total = len(fuser.fusion.source.outline.shapes) if kind != "peft" else 1
         bar = console.CountBar(kind, total, "tensor")
         try:
-            written.append(fuser.write(kind, yardstick, lambda: bar.update(1)))
+            written.append(fuser.write(kind, yardstick, partial(bar.update, 1)))
         finally:
             bar.close()
     write_json(fuser.folder / "summary.json", {w.kind: w.as_dict() for w in written})

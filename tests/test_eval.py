@@ -261,9 +261,9 @@ def test_a_fused_model_is_a_model_of_its_own(ask: Ask, project: Project):
     import shutil
 
     status, _, err = ask("--stage", "fused")
-    assert status == 2 and "there is no fused model at runs/tiny/fused" in err
+    assert status == 2 and "there is no fused model at runs/tiny/fused/mlx" in err
     ask()
-    shutil.copytree(project.model, "runs/tiny/fused")
+    shutil.copytree(project.model, "runs/tiny/fused/mlx")
     status, out, _ = ask("--stage", "fused")
     assert status == 0 and "fused against base: +0.00 points [+0.0, +0.0], 0 questions won, 0 lost" in out
     assert [line["logprobs"] for line in lines("fused")] == [line["logprobs"] for line in lines("base")]
