@@ -155,14 +155,13 @@ def test_json_that_is_broken_at_a_line(refused, project):
     ("override", "expected"),
     [
         ("data.sft.train=[]", "recipe.yaml: data.sft.train names no file to learn from."),
-        ("data.sft.train=[none.jsonl]", "none.jsonl: no such file"),
-        ("data.sft.validation=[none.jsonl]", "none.jsonl: no such file"),
-        ("data.sft.train=[.]", ".: a folder; name one file in it"),
+        ("data.sft.train=[none.jsonl]", "none.jsonl: there is no such file"),
+        ("data.sft.validation=[none.jsonl]", "none.jsonl: there is no such file"),
         (
             "data.sft.train=[{path: train.jsonl, format: alpca}]",
             "unknown data format 'alpca' (did you mean 'alpaca'?)",
         ),
-        ("data.max_length=3", "nothing is left to learn from in train.jsonl."),
+        ("data.max_length=3", "nothing is left to learn from in train.jsonl"),
     ],
 )
 def test_sources_that_give_nothing(refused, override, expected):
