@@ -50,6 +50,10 @@ def write_run(folder: Path, *, steps: int = 300, questions: Mapping[str, int] | 
     write_manifest(folder)
     write_metrics(folder, "sft", sft_lines(rng, steps))
     write_metrics(folder, "dpo", dpo_lines(rng, steps * 2 // 3))
+    write_json(folder / "data" / "report.json", {"sft": data_report(rng, 3200), "dpo": data_report(rng, 900)})
+    fidelity = {"kl": 0.0021, "top1": 0.991, "perplexity": 5.31, "fused_perplexity": 5.32}
+    written = {"detail": "4 bits, groups of 64", "size": 4_517_000_000, "fidelity": fidelity, "warnings": []}
+    write_json(folder / "fused" / "summary.json", {"mlx": written})
     write_json(folder / "samples.json", {"prompts": PROMPTS, "answers": ANSWERS})
     rates = {"base": 0.50, "sft": 0.53, "dpo": 0.545}
     for key, count in (questions or {"ceval": 26, "cmmlu": 30}).items():
@@ -86,6 +90,25 @@ def write_metrics(folder: Path, stage: str, lines: list[dict[str, Any]], **summa
         "best": {"step": len(steps), "eval_loss": min(losses)},
     }
     write_json(folder / stage / "summary.json", known | summary)
+
+
+def data_report(rng: np.random.Generator, rows: int) -> dict[str, Any]:
+    """As `prepare` writes it for a stage."""
+    counts, edges = np.histogram(rng.lognormal(5.2, 0.6, rows).clip(20, 1024), bins=24)
+    lengths = {"examples": rows, "tokens": rows * 212, "scored_tokens": rows * 131, "median": 186, "p95": 502}
+    histogram = {"edges": [round(float(edge), 1) for edge in edges], "counts": [int(count) for count in counts]}
+    dropped = {"exact duplicates": 41, "near duplicates": 118, "exam questions": 7}
+    source = {"name": "data/my.jsonl", "rows": rows + 166, "train": rows, "validation": 0, "dropped": dropped}
+    return {
+        "key": "ab" * 16,
+        "sources": [source],
+        "train": lengths | {"longest": 1024, "histogram": histogram},
+        "over_long": 12,
+        "over_long_share": 12 / rows,
+        "exam_questions": {"exams": ["ceval", "cmmlu"], "missing": {}, "checked": 13263},
+        "exam_rows": [1] * 7,
+        "tokens_per_chinese_character": 0.93,
+    }
 
 
 def step_line(step: int, loss: float, total: int) -> dict[str, Any]:

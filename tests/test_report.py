@@ -25,6 +25,7 @@ from mlx_zh.reporting.messages import MESSAGES, translated
 from mlx_zh.reporting.page import page
 from mlx_zh.reporting.smoothing import smooth
 from mlx_zh.reporting.ticks import label, ticks
+from mlx_zh.storage import write_json
 
 ROWS = {
     "ceval": ["Average", "Average (hard)", "STEM", "Social Sciences", "Humanities", "Other"],
@@ -162,6 +163,22 @@ def test_everything_that_is_wrong_is_said(tmp_path):
     ]
 
 
+def test_what_the_data_and_the_fused_model_lack_is_said(tmp_path):
+    told = fabricated.data_report(fabricated.np.random.default_rng(0), 100) | {"over_long_share": 0.12}
+    told["exam_questions"] = {"exams": [], "missing": {"ceval": "no network"}}
+    write_json(tmp_path / "data" / "report.json", {"sft": told})
+    write_json(tmp_path / "fused" / "summary.json", {"mlx": {"warnings": ["top-1 agreement is low"]}})
+    found = gathered(tmp_path)
+    assert [f"{alarm.where.en}: {alarm.what.en}" for alarm in found.alarms] == [
+        "SFT data: the data was not checked for questions of ceval: no network",
+        "SFT data: 12.0% of the rows are longer than max_length and were cut short or left out; a larger "
+        "data.max_length keeps them.",
+        "mlx · Fuse and export: top-1 agreement is low",
+    ]
+    assert "41 exact duplicates, 118 near duplicates" in page(found, "now")
+    assert "| data/my.jsonl | 266 | 100 | 0 | 41 exact duplicates" in markdown(found, "now", [])
+
+
 def test_overfitting_is_said_and_load_best_is_not_blamed(tmp_path):
     lines = fabricated.sft_lines(fabricated.np.random.default_rng(0), 20)
     best = {"best": {"step": 10, "eval_loss": 1.2}}
@@ -215,10 +232,13 @@ def test_what_models_and_data_say_is_text_and_nothing_else(tmp_path):
         json.dumps(told | {"benchmark": HOSTILE, "tripwires": [HOSTILE]})
     )
     (tmp_path / "eval" / "base-ceval.json").unlink()
-    (tmp_path / "fused").mkdir()
     (tmp_path / "fused" / "summary.json").write_text(
         json.dumps({HOSTILE: {HOSTILE: [HOSTILE], "warnings": [HOSTILE]}})
     )
+    source = {"name": HOSTILE, "dropped": {HOSTILE: 3}}
+    exams = {"exams": [], "missing": {HOSTILE: HOSTILE}}
+    told = {HOSTILE: {"sources": [source], "exam_questions": exams}}
+    (tmp_path / "data" / "report.json").write_text(json.dumps(told))
     found = gather(tmp_path, HOSTILE, name=HOSTILE, bootstrap=50, seed=0)
 
     source = page(found, HOSTILE)

@@ -1,8 +1,8 @@
-"""Data, export, machine and recipe in the page: facts, tables of whatever the files hold, and the recipe's text."""
+"""Export, machine and recipe in the page: facts, tables of whatever the files hold, and the recipe's text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_zh.reporting.findings import Findings
@@ -17,18 +17,6 @@ _ALARMS = {"tripwires", "warnings", "alarms"}  # shown where alarms are
 def facts(pairs: list[tuple[Text, Text]], style: str = "facts") -> Html:
     """Names and values."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_=style)
-
-
-def data(findings: Findings) -> list[Html]:
-    """What was learned from: each file with its digest, and what `prepare` reports."""
-    parts: list[Html] = []
-    digests = findings.manifest.get("data", {})
-    if isinstance(digests, Mapping) and digests:
-        rows = [(path, digest) for path, digest in digests.items() if not isinstance(digest, Mapping)]
-        parts.append(_table([say("file"), say("digest")], [(str(path), str(digest)[:16]) for path, digest in rows]))
-    if findings.data:
-        parts.append(_plain(findings.data))
-    return parts
 
 
 def export(findings: Findings) -> list[Html]:
@@ -74,7 +62,8 @@ def _times(findings: Findings) -> Html:
     return tag("div", tag("table", tag("thead", head), tag("tbody", *cells), class_="times"), class_="wide")
 
 
-def _table(names: list[Text], rows: list[tuple[str, ...]]) -> Html:
+def table(names: list[Text], rows: Sequence[tuple[object, ...]]) -> Html:
+    """A table of text."""
     head = tag("tr", *(tag("th", name, scope="col", class_="text") for name in names))
     body = [tag("tr", *(tag("td", cell, class_="text") for cell in row)) for row in rows]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="wide")
@@ -82,7 +71,7 @@ def _table(names: list[Text], rows: list[tuple[str, ...]]) -> Html:
 
 def _plain(values: Mapping[str, Any]) -> Html:
     """Whatever a file holds, a row a value."""
-    return _table([say("setting"), say("value")], list(flat(values)))
+    return table([say("setting"), say("value")], list(flat(values)))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from mlx_zh.reporting.messages import Text, named, say, translated
 
 Figures = dict[str, Any]
 
+MANY = 0.05  # more over-long rows than this are worth a word
 STAGES = ("base", "sft", "dpo", "fused")  # models, in the order of a run
 
 
@@ -102,6 +103,8 @@ def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -
     found.exams = exams.gather(folder / "eval", STAGES, bootstrap=bootstrap, seed=seed)
     for exam in found.exams:
         found.alarms += _exam_alarms(exam)
+    for stage, told in found.data.items():
+        found.alarms += _data_alarms(named(f"data_{stage}"), told if isinstance(told, dict) else {})
     for kind, written in found.export.items():
         for text in _listed(written.get("warnings")) if isinstance(written, Mapping) else ():
             found.alarms.append(Alarm(say_join(str(kind), say("export")), translated(str(text))))
@@ -178,6 +181,16 @@ def end_of(training: TrainingResult, name: str) -> float | None:
     values = [value for _, value in training.points(name)]
     last = values[-max(5, len(values) // 10) :]
     return sum(last) / len(last) if last else None
+
+
+def _data_alarms(where: Text, told: Figures) -> list[Alarm]:
+    exams = told.get("exam_questions")
+    missing = exams.get("missing") if isinstance(exams, dict) else None
+    found = [say("unchecked", exam=k, reason=v) for k, v in missing.items()] if isinstance(missing, dict) else []
+    share = told.get("over_long_share")
+    if _finite(share) and share >= MANY:
+        found.append(say("many_over_long", share=f"{share:.1%}"))
+    return [Alarm(where, text) for text in found]
 
 
 def _exam_alarms(exam: ExamResult) -> list[Alarm]:

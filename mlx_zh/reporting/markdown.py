@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlx_zh.reporting import words
+from mlx_zh.reporting.data_view import data_facts, source_rows
 from mlx_zh.reporting.exam_view import head_line
 from mlx_zh.reporting.exams import Cell, ExamResult
 from mlx_zh.reporting.figures_view import flat
@@ -24,10 +25,10 @@ def markdown(findings: Findings, made: str, plots: Sequence[str]) -> str:
     parts += _benchmarks(findings, plots)
     parts += _training(findings, plots)
     parts += _answers(findings)
-    for title, values in (("data", findings.manifest.get("data", {}) | findings.data), ("export", findings.export)):
-        if values:
-            rows = [[name, text] for name, text in flat(values)]
-            parts += [f"## {say(title).both()}", _table([say("setting").both(), say("value").both()], rows)]
+    parts += _data(findings)
+    if findings.export:
+        rows = [[name, text] for name, text in flat(findings.export)]
+        parts += [f"## {say('export').both()}", _table([say("setting").both(), say("value").both()], rows)]
     parts += _machine(findings)
     return "\n\n".join(parts) + "\n"
 
@@ -107,6 +108,19 @@ def _answers(findings: Findings) -> list[str]:
             rows.append([named(stage).both(), answers[index] if index < len(answers) else ""])
         parts += [f"**{safe(prompt)}**", _table(["", ""], rows)]
     return parts
+
+
+def _data(findings: Findings) -> list[str]:
+    parts: list[str] = []
+    for stage, told in findings.data.items():
+        if isinstance(told, Mapping):
+            facts = [[name.both(), value.both()] for name, value in data_facts(told)]
+            parts += [f"### {safe(named(f'data_{stage}').both())}", _table(["", ""], facts)]
+            names = [say(key).both() for key in ("source", "rows", "for_training", "for_validation", "removed")]
+            parts.append(_table(names, [list(row) for row in source_rows(told)]))
+    if digests := findings.manifest.get("data"):
+        parts.append(_table([say("file").both(), say("digest").both()], [list(row) for row in flat(digests)]))
+    return [f"## {say('data').both()}", *parts] if parts else []
 
 
 def _machine(findings: Findings) -> list[str]:

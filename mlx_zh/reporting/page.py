@@ -6,7 +6,7 @@ import base64
 import hashlib
 from importlib.resources import files
 
-from mlx_zh.reporting import exam_view, figures_view, svg, words
+from mlx_zh.reporting import data_view, exam_view, figures_view, svg, words
 from mlx_zh.reporting.charts import exam_charts, training_charts
 from mlx_zh.reporting.findings import Findings, TrainingResult
 from mlx_zh.reporting.markup import Html, escape, join, spoken, tag
@@ -53,7 +53,7 @@ def _sections(findings: Findings) -> list[Section | None]:
             for stage, training in findings.training.items()
         ),
         _section("answers", say("answers"), _answers(findings)),
-        _section("data", say("data"), figures_view.data(findings)),
+        _section("data", say("data"), data_view.data(findings)),
         _section("export", say("export"), figures_view.export(findings)),
         _section("run", say("run"), figures_view.machine(findings)),
     ]

@@ -66,6 +66,25 @@ def dots(chart: Dots) -> Html:
     return tag("figure", caption, tag("div", *legend, class_="legend"), picture, *note, class_="chart")
 
 
+def bars(title: Text, edges: Sequence[float], counts: Sequence[float]) -> Html:
+    """A histogram: `counts` between neighbouring `edges`."""
+    height = 130.0
+    bottom, most = height - 22, max(counts)
+    frame = _Frame(edges[0], edges[-1], 0, most, 8.0)
+    parts: list[Html] = []
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        x, top = frame.x(low), bottom - (bottom - TOP) * count / most
+        bar = {"x": x + 0.5, "y": top, "width": max(0.5, frame.x(high) - x - 1), "height": bottom - top}
+        said = {key: _n(value) for key, value in bar.items()}
+        parts.append(tag("rect", tag("title", f"{low:,.0f}–{high:,.0f}: {count:,}"), class_="bar", **said))
+    for mark in ticks(frame.first, frame.last, 6):
+        parts.append(tag("text", f"{mark:,.0f}", x=_n(frame.x(mark)), y=_n(height - 6), class_="middle"))
+    parts.append(_line(8.0, bottom, WIDTH - RIGHT, bottom, "axis"))
+    view = f"0 0 {WIDTH:g} {height:g}"
+    picture = tag("svg", *parts, viewBox=view, role="img", aria_label=title.both(), class_="bars")
+    return tag("figure", tag("figcaption", title), picture, class_="chart")
+
+
 def thinned(points: Points, most: int) -> Points:
     """At most about `most` points that keep the ends and every bucket's lowest and highest value."""
     if len(points) <= most:

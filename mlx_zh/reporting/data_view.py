@@ -1,0 +1,93 @@
+"""What was learned from: the sources with what became of their rows, lengths, and the files' digests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_zh.reporting import svg
+from mlx_zh.reporting.figures_view import facts, table
+from mlx_zh.reporting.findings import Findings
+from mlx_zh.reporting.markup import Html, tag
+from mlx_zh.reporting.messages import Text, named, say
+
+
+def data(findings: Findings) -> list[Html]:
+    """The data of each training stage, as `prepare` tells it, and the digest of every file."""
+    parts: list[Html] = []
+    charts: list[Html] = []
+    for stage, told in findings.data.items():
+        if isinstance(told, Mapping):
+            parts.append(tag("h3", named(f"data_{stage}")))
+            parts += _stage(told)
+            charts += _histogram(stage, told)
+    if charts:
+        parts.append(tag("div", *charts, class_="charts"))
+    digests = findings.manifest.get("data", {})
+    rows = [(path, str(found)[:16]) for path, found in digests.items()] if isinstance(digests, Mapping) else []
+    if rows:
+        parts.append(table([say("file"), say("digest")], rows))
+    return parts
+
+
+def _stage(told: Mapping[str, Any]) -> list[Html]:
+    parts = [facts(data_facts(told), "facts across")]
+    if rows := source_rows(told):
+        names = [say(key) for key in ("source", "rows", "for_training", "for_validation", "removed")]
+        parts.append(table(names, rows))
+    return parts
+
+
+def _histogram(stage: str, told: Mapping[str, Any]) -> list[Html]:
+    histogram = _mapping(_mapping(told, "train"), "histogram")
+    edges, counts = histogram.get("edges"), histogram.get("counts")
+    if isinstance(edges, list) and isinstance(counts, list) and any(counts) and len(edges) == len(counts) + 1:
+        title = say("lengths_chart", name=named(f"data_{stage}"))
+        return [svg.bars(title, edges, counts)]
+    return []
+
+
+def source_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row a source: name, rows read, kept for training and for validation, and why others were left out."""
+    rows = []
+    for source in _listed(told.get("sources")):
+        if isinstance(source, Mapping):
+            dropped = [f"{count:,} {reason}" for reason, count in _mapping(source, "dropped").items()]
+            counts = [_number(source.get(key)) for key in ("rows", "train", "validation")]
+            rows.append((str(source.get("name")), *counts, ", ".join(dropped) or "–"))
+    return rows
+
+
+def data_facts(told: Mapping[str, Any]) -> list[tuple[Text, Text]]:
+    """Sizes, lengths, and whether exam questions were looked for."""
+    train, exams = _mapping(told, "train"), _mapping(told, "exam_questions")
+    found = []
+    if train:
+        tokens = f"{_number(train.get('tokens'))} ({_number(train.get('scored_tokens'))})"
+        lengths = " / ".join(_number(train.get(key)) for key in ("median", "p95", "longest"))
+        found = [(say("examples"), _number(train.get("examples"))), (say("train_tokens"), tokens)]
+        found.append((say("lengths"), lengths))
+    if isinstance(told.get("over_long"), int):
+        found.append((say("over_long"), f"{told['over_long']:,} ({told.get('over_long_share') or 0:.1%})"))
+    if isinstance(told.get("tokens_per_chinese_character"), float):
+        found.append((say("per_character"), f"{told['tokens_per_chinese_character']:.2f}"))
+    pairs = [(name, Text.same(value)) for name, value in found]
+    if looked := _listed(exams.get("exams")):
+        said = say("exams_removed", exams=", ".join(map(str, looked)), count=len(_listed(told.get("exam_rows"))))
+        pairs.append((say("exams_checked"), said))
+    elif exams:
+        pairs.append((say("exams_checked"), say("exams_unchecked")))
+    return pairs
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else "–"
