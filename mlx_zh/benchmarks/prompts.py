@@ -19,6 +19,8 @@ from mlx_zh.errors import TemplateError
 Ids = npt.NDArray[np.int32]
 Letters = tuple[tuple[int, ...], ...]  # token ids of A, B, C and D as they would follow
 
+_TAIL = 3  # tokens before a letter that can touch it: the ends of all prompts, `答案：` or `答案是：`, are no shorter
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -43,12 +45,21 @@ class Prompter:
 
     def subject(self, exam: Exam, subject: Subject) -> list[Prompt]:
         """The prompts of a subject's questions, in order."""
-        return [self._fitting(exam.form, subject, question) for question in subject.questions]
+        name, questions = subject.entry.name, subject.questions
+        if self._protocol.style == "text":  # together, which is what the tokenizer is fast at
+            texts = [self._protocol.text(exam.form, name, subject.dev, question) for question in questions]
+            whole = self._encoded(texts)
+        else:
+            whole = [self._askers(exam.form, name, question)[0](subject.dev) for question in questions]
+        return [
+            self._fitting(exam.form, subject, question, tokens)
+            for question, tokens in zip(questions, whole, strict=True)
+        ]
 
-    def _fitting(self, form: str, subject: Subject, question: Question) -> Prompt:
-        shots = list(subject.dev)
+    def _fitting(self, form: str, subject: Subject, question: Question, whole: list[int]) -> Prompt:
+        """The prompt of one question, from its tokens with all worked examples."""
+        shots, tokens = list(subject.dev), whole
         ask, follow = self._askers(form, subject.entry.name, question)
-        tokens = whole = ask(shots)
         letters = self._letters(whole, lambda letter: follow(shots, letter))
         room = self._max_length - max(map(len, letters), default=1) + 1
         if self._protocol.overlong == "drop-shots":
@@ -67,10 +78,10 @@ class Prompter:
         protocol, chat = self._protocol, self._chat
         if protocol.style == "text":
             return (
-                lambda shots: self._encoded(protocol.text(form, name, shots, question)),
+                lambda shots: self._encoded([protocol.text(form, name, shots, question)])[0],
                 lambda shots, letter: self._encoded(
-                    protocol.text(form, name, shots, question) + protocol.continuation.format(answer=letter)
-                ),
+                    [protocol.text(form, name, shots, question) + protocol.continuation.format(answer=letter)]
+                )[0],
             )
         assert chat is not None
         return (
@@ -78,15 +89,15 @@ class Prompter:
             lambda shots, letter: _answered(chat, protocol.messages(form, name, shots, question), letter),
         )
 
-    def _encoded(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
         return ids
 
     def _letters(self, prompt: list[int], follow: Callable[[str], list[int]]) -> Letters:
         """Ids of the letters after `prompt`; worked out anew only where the last tokens before them differ."""
         if self._protocol.reply == "free":
             return ()
-        tail = tuple(prompt[-8:])
+        tail = tuple(prompt[-_TAIL:])
         if tail not in self._known:
             self._known[tail] = self._split(prompt, [follow(letter) for letter in LETTERS])
         return self._known[tail]

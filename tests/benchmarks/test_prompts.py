@@ -98,8 +98,9 @@ def test_a_letter_of_several_tokens_is_an_error_where_one_is_scored():
     class Split(PreTrainedTokenizerFast):
         """Writes every letter as a mark and the letter."""
 
-        def __call__(self, text: str, **options: Any) -> Any:
-            return super().__call__(f"{text[:-1]} {text[-1]}" if text[-1] in "ABCD" else text, **options)
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            spread = [f"{text[:-1]} {text[-1]}" if text[-1] in "ABCD" else text for text in texts]
+            return super().__call__(spread, **options)
 
     split = Split(tokenizer_object=byte_level().backend_tokenizer)
     with pytest.raises(TemplateError, match="a letter is not one token"):
