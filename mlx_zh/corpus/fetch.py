@@ -91,9 +91,9 @@ def _of_split(paths: list[Path], folder: Path, split: str) -> list[Path]:
 
 def _huggingface(name: str, entry: DataSet) -> list[Path]:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
     patterns = [*entry.files] or [f"*{suffix}" for suffix in DATA_SUFFIXES]
     where = f"{name}: {entry.id}"
     try:
@@ -241,6 +241,6 @@ _HUBS: dict[str, Callable[[str, DataSet], list[Path]]] = {
 }
 
 _WAY = (
-    "Check the network and the name; set HF_ENDPOINT to a mirror where huggingface.co cannot be reached; or fetch "
+    "Check the network and the name; set HF_ENDPOINT to a mirror where Hugging Face cannot be reached; or fetch "
     "the files another way and write {name: NAME, path: FILE-OR-FOLDER} in the recipe."
 )

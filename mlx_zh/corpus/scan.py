@@ -75,7 +75,7 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     report = LoadReport()
-    with ExitStack() as stack:
+    with storage_errors(folder), ExitStack() as stack:
         notes = _Notes(folder, source, settings, stack)
         for number, item in enumerate(_clean(source, settings, report), start=1):
             notes.add(item)

@@ -94,19 +94,20 @@ _HUBS = {"huggingface": _huggingface, "modelscope": _modelscope}
 
 _WAYS = {
     "huggingface": (
-        " Check the network. Where huggingface.co cannot be reached, set HF_ENDPOINT to a mirror "
-        "(`export HF_ENDPOINT=https://hf-mirror.com`) or use `hub: modelscope`; or give the path of a folder that "
-        "you downloaded another way."
+        " Check the network. Where Hugging Face cannot be reached, set HF_ENDPOINT to the address of a mirror "
+        "or use `hub: modelscope`; or give the path of a folder that you downloaded another way."
     ),
     "modelscope": (
-        " Check the network and the name on modelscope.cn (it can differ from Hugging Face's); or use "
+        " Check the network and the name on ModelScope (it can differ from Hugging Face's); or use "
         "`hub: huggingface`, or give the path of a folder that you downloaded another way."
     ),
 }
 
 
 def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    from huggingface_hub.constants import ENDPOINT
+
+    return os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
 
 
 def _first_line(error: BaseException) -> str:

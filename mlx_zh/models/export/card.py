@@ -65,7 +65,7 @@ def model_card(story: Story, delivery: Delivery) -> str:
     parts = [_metadata(story, delivery), f"# {story.title}"]
     if story.licence.version is not None:
         parts.append("**Built with Llama**")
-    origin = f"[{story.base}](https://huggingface.co/{story.base})" if story.base_hub_id else f"`{story.base}`"
+    origin = f"`{story.base}`"
     made = f"{origin}, tuned with mlx-zh: {story.method}. Format: {delivery.kind}, {delivery.detail}."
     if story.original:
         made += f" The adapter was merged into `{story.original}`, the base in full precision."

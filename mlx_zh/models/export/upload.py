@@ -23,8 +23,8 @@ def check(repository: str, hub: str) -> None:
 
         if not get_token():
             raise UploadError(
-                "no access token for Hugging Face was found. Make one with write permission on "
-                "https://huggingface.co/settings/tokens and run `hf auth login` (or set HF_TOKEN)."
+                "no access token for Hugging Face was found. Make one with write permission in your account's "
+                "settings there and run `hf auth login` (or set HF_TOKEN)."
             )
     else:
         _modelscope_api()
@@ -50,7 +50,7 @@ def _huggingface(folder: Path, repository: str, public: bool) -> str:
     api = HfApi()
     api.create_repo(repository, private=not public, exist_ok=True)
     api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload from mlx-zh")
-    return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
+    return f"{api.endpoint}/{repository}"
 
 
 def _modelscope(folder: Path, repository: str, public: bool) -> str:
@@ -58,7 +58,7 @@ def _modelscope(folder: Path, repository: str, public: bool) -> str:
     if not api.repo_exists(repository):
         api.create_model(repository, visibility=visibility)
     api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload from mlx-zh")
-    return f"https://modelscope.cn/models/{repository}"
+    return f"{repository} on ModelScope"
 
 
 def _modelscope_api() -> Any:
