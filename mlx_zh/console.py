@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from wcwidth import wcswidth
@@ -17,9 +20,27 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+_kept: Path | None = None  # where warnings are also written
+
+
 def warn(text: str) -> None:
     """A warning line."""
     say(f"warning: {text}")
+    if _kept is not None:
+        with suppress(OSError), _kept.open("a", encoding="utf-8") as file:  # a full disk is told by other writes
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def kept_warnings(path: Path) -> Iterator[None]:
+    """Inside, every warning is also a line of `path`, for the report."""
+    global _kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before, _kept = _kept, path
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:

@@ -22,6 +22,7 @@ from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.samples import Samples
 from mlx_zh.stage import fingerprint
 from mlx_zh.storage import write_json
+from mlx_zh.trackers import About, Trackers
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Stepped
 from mlx_zh.training.objective import Objective, Settings
@@ -95,7 +96,7 @@ class Session:
 
     def train(self, objective: Objective, validation: Objective | None, watch: Watch | None = None) -> Finished:
         """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
-        with stop_on_interrupt() as stop:
+        with console.kept_warnings(self.folder / "warnings.jsonl"), stop_on_interrupt() as stop:
             loop = Loop(
                 model=self.model,
                 objective=objective,
@@ -140,6 +141,7 @@ class Session:
             console.warn(remark)
         if found is None:
             loop.log.cut(0)
+            (self.folder / "warnings.jsonl").unlink(missing_ok=True)
             write_json(self.folder / "settings.json", self.values)
             return
         if found.state["key"] != self.key:
@@ -151,6 +153,7 @@ class Session:
         console.say(f"Going on after step {found.state['step']} of {loop.total}.")
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
+        trackers = self._trackers(loop.progress.step)
         bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
         before = dict(loop.weights)
         finished: Finished | None = None
@@ -162,6 +165,7 @@ class Session:
             for event in loop.run():
                 if isinstance(event, Stepped):
                     bar.update(event.figures)
+                    trackers.log(event.figures)
                     if not event.result.applied:
                         console.warn(
                             f"step {event.figures['step']} was skipped: loss {event.result.loss}, gradient norm "
@@ -178,12 +182,19 @@ class Session:
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
                     console.say(_evaluation(event.figures))
+                    trackers.log(event.figures)
                 elif isinstance(event, Finished):
                     finished = event
         finally:
             bar.close()
+            trackers.close()
         assert finished is not None
         return finished
+
+    def _trackers(self, done: int) -> Trackers:
+        recipe = self.recipe
+        about = About(recipe.name, self.stage, self.folder, recipe.model_dump(mode="json"), self.key, done)
+        return Trackers(recipe.track, about, console.warn)
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
         lines = [line for line in loop.log.read() if "eval_loss" in line]
