@@ -344,6 +344,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    track: tuple[Literal["tensorboard", "swanlab", "wandb"], ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     runs: str = "runs"
 

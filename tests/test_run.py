@@ -55,6 +55,9 @@ class Stages:
         if stage == "sft":
             data = Path(recipe.data.sft.train[0].path).read_bytes()
             self._write(folder / "sft/adapters/adapters.safetensors", recipe.sft, data.strip())
+            told = json.loads((folder / "data/report.json").read_text())  # training tells more of the data
+            told["sft"]["epochs"] = recipe.sft.epochs
+            (folder / "data/report.json").write_text(json.dumps(told))
             metrics = [{"step": 1, "peak_memory_gb": 2.5}, {"step": 1, "eval_loss": 1.0}]
             (folder / "sft/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
         elif stage == "dpo":

@@ -10,7 +10,7 @@ from mlx_zh.errors import RecipeError
 from mlx_zh.pipeline.energy import Meter
 from mlx_zh.pipeline.plan import peak_memory, reason
 from mlx_zh.pipeline.process import Lock, run_stage
-from mlx_zh.pipeline.state import Record, State, digests
+from mlx_zh.pipeline.state import Record, State
 from mlx_zh.pipeline.steps import NAMES, Step
 from mlx_zh.recipe import Recipe
 
@@ -67,7 +67,7 @@ class Pipeline:
         if meter.joules is not None:
             record.joules = round(meter.joules + (drawn or 0.0), 1)
         if status == 0:
-            record.outputs = digests(self.state.folder, step.outputs)
+            record.outputs = self.state.outputs(step)
             record.peak_memory_gb = peak_memory(self.state.folder / step.stage) if step.trains else None
         self.state.write()
         return status

@@ -67,6 +67,13 @@ class State:
                 values[f"file {path}"] = found
         return values
 
+    def outputs(self, step: Step) -> dict[str, str]:
+        """What `step` has left, by path. Training adds to the report on the data: only its keys count."""
+        found = digests(self.folder, step.outputs)
+        if PREPARED in found:
+            found[PREPARED] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
+        return found
+
     def _prepared(self, stage: str) -> Any:
         """The fingerprint of the prepared data of one stage; that of the other changes nothing for it."""
         try:
@@ -85,7 +92,7 @@ class State:
             return "not finished"
         if not record.outputs:
             return "it left nothing"
-        now = digests(self.folder, step.outputs)
+        now = self.outputs(step)
         wrong = [path for path in record.outputs if now.get(path) != record.outputs[path]]
         return f"{_some(wrong)} {'is' if len(wrong) == 1 else 'are'} not as it was left" if wrong else None
 
