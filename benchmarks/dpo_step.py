@@ -5,8 +5,8 @@
 
 Prints the median pairs per second and peak memory over the weights of one optimizer step, and the ratios. Both run
 the same float32 SmolLM2-135M with LoRA of rank 16 on every linear layer. mlx-lm-lora's side is its own loss, batching
-and compiled step, called as its trainer calls them; its reference model (the base weights, shared) runs within each
-step. Here the reference is computed once before training, so a step is timed without it, and also with the reference
+and compiled step, called as its trainer calls them; its reference model (a second copy of the base weights) runs
+within each step. Here the reference is computed once before training, so a step is timed without it, and also with the reference
 pass of exactly its pairs, as if no pair were ever seen twice.
 """
 
@@ -28,6 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm_lora.trainer import dpo_trainer
 from sft_step import RANK, RATE, SCALE, Step, copy_of, measure
@@ -77,7 +78,8 @@ def our_step(loaded: LoadedModel, pairs: list[RenderedPair], *, with_reference: 
 def peer_step(loaded: LoadedModel, pairs: list[RenderedPair], *, checkpoint: bool) -> Step:
     """One step of mlx-lm-lora's trainer: chosen and rejected padded, policy and reference, full logits, compiled."""
     reference, model = copy_of(loaded), copy_of(loaded)
-    reference.freeze()
+    reference.update(tree_map(lambda array: array + 0, reference.parameters()))  # its step cannot share arrays
+    mx.eval(reference.parameters())
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     if checkpoint:
