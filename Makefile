@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.sft recipes/quickstart.yaml
+	$(BIN)/python -m mlx_zh.dpo recipes/quickstart.yaml
 
 # Two processes with one BLAS thread each use two cores better than one process with two.
 test: $(INSTALLED)

@@ -6,8 +6,8 @@
 Prints the median pairs per second and peak memory over the weights of one optimizer step, and the ratios. Both run
 the same float32 SmolLM2-135M with LoRA of rank 16 on every linear layer. mlx-lm-lora's side is its own loss, batching
 and compiled step, called as its trainer calls them; its reference model (a second copy of the base weights) runs
-within each step. Here the reference is computed once before training, so a step is timed without it, and also with the reference
-pass of exactly its pairs, as if no pair were ever seen twice.
+within each step. Here the reference is computed once before training, so a step is timed without it, and also with
+the reference pass of exactly its pairs, as if no pair were ever seen twice.
 """
 
 from __future__ import annotations
