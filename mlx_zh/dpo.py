@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.preparation import file_digests, prepare_stage
+    from mlx_zh.preparation import file_digests, keep_report, prepare_stage
     from mlx_zh.samples import Samples
     from mlx_zh.session import report
     from mlx_zh.starting import choose_start
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         report(session, samples, ("base", "sft", "dpo"))
         return 0
     stage.write_run_files(recipe, loaded, files)
+    keep_report(recipe, "dpo", corpus)
     samples.ask("base", again=False)
     finished = _train(session, loaded, start, pairs, validation)
     if finished.reason == "interrupted":

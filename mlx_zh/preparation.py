@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet, Recipe, Source
+from mlx_zh.storage import write_json
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.joined_encoding import Vocabulary
@@ -55,6 +57,29 @@ def prepare_stage(
     for name, reason in settings.exams.missing.items():
         console.warn(f"{stage} data was NOT checked for questions of {name}: {reason}")
     return corpus
+
+
+def keep_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
+    """What the corpus is like, kept in the run folder: `data/report.json`, with a part for each stage."""
+    path = recipe.run_folder() / "data" / "report.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    report = corpus.manifest["report"]
+    found = {"key": corpus.key, "folder": str(corpus.folder), **training_tokens(recipe, stage, report), **report}
+    if known.get(stage) != found:
+        write_json(path, known | {stage: found})
+    return path
+
+
+def training_tokens(recipe: Recipe, stage: str, report: dict[str, Any]) -> dict[str, Any]:
+    """Epochs of a stage, and about how many tokens they are."""
+    section = recipe.sft if stage == "sft" else recipe.dpo
+    epochs = section.epochs
+    if section.max_steps is not None:
+        epochs = section.max_steps * section.batch_size / report["train"]["examples"]
+    return {"epochs": round(epochs, 3), "estimated_training_tokens": round(report["train"]["tokens"] * epochs)}
 
 
 def file_digests(corpus: Corpus) -> dict[str, str]:

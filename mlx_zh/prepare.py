@@ -11,7 +11,7 @@ from mlx_zh import stage
 if TYPE_CHECKING:
     from mlx_zh.corpus.pipeline import Corpus
     from mlx_zh.corpus.render import Renderer
-    from mlx_zh.recipe import Recipe, Training
+    from mlx_zh.recipe import Recipe
 
 _TRAINED, _PLAIN = "\x1b[32m", "\x1b[0m"
 _SHOWN = 3
@@ -40,26 +40,23 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh import console
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.preparation import prepare_stage
+    from mlx_zh.preparation import keep_report, prepare_stage
     from mlx_zh.snapshot import open_tokenizer
-    from mlx_zh.storage import write_json
 
     splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
     stages = [name for name, split in splits.items() if split.train]
     if not stages:
         raise DataError(f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names anything to prepare.")
     tokenizer = open_tokenizer(recipe.model)
-    reports: dict[str, Any] = {}
     for name in stages:
         renderer = Renderer(tokenizer, date_string=recipe.data.date_string)
         begun = time.perf_counter()
         corpus = prepare_stage(recipe, name, renderer, lambda: tokenizer.vocabulary)
         seconds = time.perf_counter() - begun
-        section: Training = recipe.sft if name == "sft" else recipe.dpo
-        reports[name] = _report(recipe, name, section, corpus, renderer, arguments.show, seconds)
-    folder = recipe.run_folder() / "data"
-    write_json(folder / "report.json", reports)
-    console.say(f"The whole report is in {folder / 'report.json'}.")
+        _report(recipe, name, corpus, seconds)
+        _show(corpus, renderer, arguments.show)
+        place = keep_report(recipe, name, corpus)
+    console.say(f"The whole report is in {place}.")
     return 0
 
 
@@ -74,27 +71,23 @@ def _list(recipe: Recipe | None) -> None:
         console.say(f"    {rows}; licence: {entry.licence}")
 
 
-def _report(
-    recipe: Recipe, name: str, section: Training, corpus: Corpus, renderer: Renderer, show: int, seconds: float
-) -> dict[str, Any]:
-    """Say what the data is like; returns what the run folder keeps of it."""
+def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
+    """Say what the data is like, and draw its lengths."""
     from mlx_zh import console
     from mlx_zh.corpus.statistics import sparkline, write_histogram
+    from mlx_zh.preparation import training_tokens
     from mlx_zh.storage import written_whole
 
     report = corpus.manifest["report"]
     train, held, exams = report["train"], report["validation"], report["exam_questions"]
-    epochs = section.epochs
-    if section.max_steps is not None:
-        epochs = section.max_steps * section.batch_size / train["examples"]
-    estimate = round(train["tokens"] * epochs)
+    ahead = training_tokens(recipe, name, report)
     per_character = report["tokens_per_chinese_character"]
     lines = [
         ("examples", f"{train['examples']:,} to learn from, {held['examples'] if held else 0:,} to validate"),
         ("length", f"median {train['median']}, 95 % below {train['p95']}, longest {train['longest']} tokens"),
         ("", f"|{sparkline(train['histogram']['counts'])}| 0 to {train['longest']}"),
         ("tokens", f"{train['tokens']:,}, of which {train['scored_tokens']:,} are learned"),
-        ("training", f"about {estimate:,} tokens in {epochs:.2g} epochs"),
+        ("training", f"about {ahead['estimated_training_tokens']:,} tokens in {ahead['epochs']:g} epochs"),
         ("over-long", f"{report['over_long']:,} rows ({report['over_long_share']:.1%}) dropped or cut short"),
         ("tokens per Chinese character", "no Chinese" if per_character is None else f"{per_character:.2f}"),
         ("exam questions", _exam_line(exams, len(report["exam_rows"]))),
@@ -105,8 +98,6 @@ def _report(
     if not (corpus.ready and picture.exists()):
         with written_whole(picture) as file:
             write_histogram(corpus.splits["train"].lengths, file, f"{recipe.name}: {name}")
-    _show(corpus, renderer, show)
-    return {"key": corpus.key, "folder": str(corpus.folder), "estimated_training_tokens": estimate} | report
 
 
 def _exam_line(exams: dict[str, Any], dropped: int) -> str:

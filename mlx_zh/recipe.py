@@ -167,7 +167,7 @@ class Decontaminate(Section):
 
     benchmarks: tuple[Literal["ceval", "cmmlu"], ...] | None = None  # null: those of `evaluate.benchmarks`
     ngram: Annotated[int, Field(ge=4)] = 10
-    overlap: Annotated[float, Field(gt=0, le=1)] = 0.5
+    overlap: Annotated[float, Field(gt=0, le=1)] = 0.4
 
 
 class Data(Section):

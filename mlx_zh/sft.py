@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
     from mlx_zh.models.lora import adapted_layers, add_adapter
-    from mlx_zh.preparation import file_digests, prepare_stage
+    from mlx_zh.preparation import file_digests, keep_report, prepare_stage
     from mlx_zh.samples import Samples
     from mlx_zh.session import Session, adapter_spec, learning_key, report, row_settings
     from mlx_zh.training.sft_objective import SftObjective
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         report(session, samples, ("base", "sft"))
         return 0
     stage.write_run_files(recipe, loaded, digests)
+    keep_report(recipe, "sft", corpus)
 
     samples.ask("base", again=arguments.fresh)
     add_adapter(loaded.model, spec, seed=recipe.seed)

@@ -47,7 +47,7 @@ def test_a_run_leaves_what_the_design_says(project: Project):
     assert {path.name for path in (run / "sft" / "checkpoints").iterdir()} == {"best", "step-000006"}
     left = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and not p.match("step-000006/*")}
     assert left == {
-        *("recipe.yaml", "manifest.json", "samples.json"),
+        *("recipe.yaml", "manifest.json", "samples.json", "data/report.json"),
         *("sft/settings.json", "sft/summary.json", "sft/metrics.jsonl"),
         *("sft/adapters/adapters.safetensors", "sft/adapters/adapter_config.json"),
         *("sft/checkpoints/best/adapters.safetensors", "sft/checkpoints/best/adapter_config.json"),

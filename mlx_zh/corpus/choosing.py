@@ -56,37 +56,43 @@ def choose(
     sources: Sequence[DataSource], scans: Sequence[Scan], settings: ChoiceSettings, exam_places: Sequence[str]
 ) -> Choice:
     """Choose among all rows of all sources; the first of equal rows is kept, validation sources first."""
-    order = sorted(range(len(sources)), key=lambda i: not sources[i].validation)
-    kept, repeats = _without_repeats(order, scans, settings)
     starts = np.concatenate([[0], np.cumsum([len(scan.prompts) for scan in scans])])
     choice = Choice(np.empty(0, np.int64), np.empty(0, np.int64), starts, [Counter() for _ in sources])
     choice.examples = [{} for _ in sources]
+    exam = np.concatenate([scan.exam for scan in scans])
+    _note_exams(choice, scans, exam, exam_places)
+    order = sorted(range(len(sources)), key=lambda i: not sources[i].validation)
+    kept, repeats = _without_repeats(order, scans, settings, exam < 0)
     for reason, rows, before in repeats:
         _note_repeats(choice, sources, scans, reason, rows, before)
-    exam = np.concatenate([scan.exam for scan in scans])
-    for row in np.flatnonzero(kept & (exam >= 0)).tolist():
-        at = int(np.searchsorted(starts, row, side="right")) - 1
-        scan, number = scans[at], row - int(starts[at])
-        choice.dropped[at][EXAM] += 1
-        question, share = exam_places[int(exam[row])], round(float(scan.overlap[number]), 3)
-        choice.exam_rows.append({"row": _place(scan, number), "question": question, "overlap": share})
-    _split(choice, sources, scans, settings, kept & (exam < 0))
+    _split(choice, sources, scans, settings, kept)
     return choice
 
 
+def _note_exams(
+    choice: Choice, scans: Sequence[Scan], exam: npt.NDArray[np.int32], exam_places: Sequence[str]
+) -> None:
+    for row in np.flatnonzero(exam >= 0).tolist():
+        source = int(np.searchsorted(choice.starts, row, side="right")) - 1
+        scan, number = scans[source], row - int(choice.starts[source])
+        choice.dropped[source][EXAM] += 1
+        question, share = exam_places[int(exam[row])], round(float(scan.overlap[number]), 3)
+        choice.exam_rows.append({"row": _place(scan, number), "question": question, "overlap": share})
+
+
 def _without_repeats(
-    order: Sequence[int], scans: Sequence[Scan], settings: ChoiceSettings
+    order: Sequence[int], scans: Sequence[Scan], settings: ChoiceSettings, wanted: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], list[tuple[str, Indices, Indices]]]:
-    """Which rows are left, and (reason, rows, the rows that they repeat); numbered in the order of the sources."""
+    """Which of the wanted rows are left, and (reason, rows, the rows that they repeat), numbered as sources stand."""
     sizes = np.array([len(scan.prompts) for scan in scans])
     starts = np.concatenate([[0], np.cumsum(sizes)])
     # Looked at in another order: `number` says where each row looked at stands in the order of the sources.
     number = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order])
     rows = [scans[i].rows for i in order]
-    kept = np.ones(len(number), dtype=bool)
+    kept = wanted[number]
     repeats = []
-    for reason, wanted in ((DUPLICATE, settings.exact), (NEAR_DUPLICATE, settings.near is not None)):
-        if not wanted:
+    for reason, looked_for in ((DUPLICATE, settings.exact), (NEAR_DUPLICATE, settings.near is not None)):
+        if not looked_for:
             continue
         near = settings.near or 1.0
         found = find_exact(rows, kept) if reason == DUPLICATE else find_near(rows, kept, near)

@@ -1,7 +1,7 @@
 """Which training rows hold an exam's question: C-Eval and CMMLU must be answered by models that never saw them.
 
-A question is a set of character n-grams; the share of them that a row holds is the overlap. Short stems are taken
-together with their options, since "the capital is ____" alone is no question yet.
+A question is a set of character n-grams; the share of them that a row holds is the overlap. Short stems are looked
+for together with their options, since "the capital is ____" alone is no question yet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_zh.errors import DataError
 from mlx_zh.storage import written_whole
 
 _LETTERS = "ABCD"
-_SHORT = 20  # letters; a shorter stem is taken with its options
+_ALONE, _LONG = 12, 20  # letters from which on a stem is looked for by itself, and from which on only so
 _BOILERPLATE = 4  # an n-gram of more questions than this is the exams' own phrase, and proves nothing
 _FEWEST = 4  # n-grams that a question must have left to be looked for
 _FILTER_BITS = 24
@@ -53,11 +53,13 @@ def read_questions(folder: Path, exam: str) -> list[Question]:
 def _question(row: Mapping[str, str | None], place: str) -> Question:
     lower = {(name or "").lower(): value or "" for name, value in row.items() if isinstance(value, str)}
     stem = lower["question"]
-    if sum(map(str.isalnum, stem)) >= _SHORT:
+    size = sum(map(str.isalnum, stem))
+    if size >= _LONG:
         return Question(place, (stem,))
     options = [lower.get(letter.lower(), "") for letter in _LETTERS]
     marked = [f"{letter} {option}" for letter, option in zip(_LETTERS, options, strict=True)]
-    return Question(place, (" ".join([stem, *options]), " ".join([stem, *marked])))
+    alone = (stem,) if size >= _ALONE else ()
+    return Question(place, (*alone, " ".join([stem, *options]), " ".join([stem, *marked])))
 
 
 @dataclass(frozen=True)

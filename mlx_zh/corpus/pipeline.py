@@ -48,7 +48,7 @@ class Exams:
     folders: dict[str, str]
     missing: dict[str, str]  # name -> why
     ngram: int = 10
-    overlap: float = 0.5
+    overlap: float = 0.4
 
 
 @dataclass(frozen=True)
