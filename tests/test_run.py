@@ -65,6 +65,7 @@ class Stages:
             self._write(folder / "dpo/adapters/adapters.safetensors", recipe.dpo, sft)
         elif stage == "prepare":
             keys = {s: {"key": getattr(recipe.data, s).model_dump_json()} for s in ("sft", "dpo")}
+            keys["sft"]["epochs"] = recipe.sft.epochs
             (folder / "data").mkdir(parents=True, exist_ok=True)
             (folder / "data/report.json").write_text(json.dumps(keys))
         elif stage == "eval":
@@ -131,6 +132,7 @@ def test_a_run_does_everything_in_order_and_a_second_one_nothing(stages, capsys)
         ("dpo.beta=0.3", ["dpo", "eval-dpo", "fuse", "report"]),
         ("sft.learning_rate=1e-5", ["sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]),
         ("lora.rank=4", ["sft", "dpo", "report"]),  # these stages make the same of it, so no more need run
+        ("sft.epochs=2", ["sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]),
         ("memory.micro_tokens=64", ["report"]),  # memory settings never change a result
         ("evaluate.protocol=chat", ["eval-base", "eval-sft", "eval-dpo", "report"]),
         ("evaluate.prompts=[你好]", ["report"]),
