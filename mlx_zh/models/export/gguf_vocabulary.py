@@ -18,14 +18,15 @@ def vocabulary(source: Source) -> dict[str, Any]:
     tokenizer = source.tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rule = cutting_rule(tokenizer)
-    if state["model"].get("type") != "BPE" or state["model"].get("byte_fallback") or rule is None:
+    model = state["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges") or rule is None:
         raise ModelError(
             f"{source.name}: its tokenizer is not one of the byte-level kinds whose rules llama.cpp knows by a name "
             "(Llama 3, Qwen2 and Qwen3, SmolLM, GPT-2), so no GGUF file is written. Export `hf` and convert that "
             "folder with llama.cpp's convert_hf_to_gguf.py."
         )
     tokens, types = _tokens(tokenizer, source.outline.shapes["model.embed_tokens.weight"][0])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     found: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": rule,

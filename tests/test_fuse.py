@@ -1,0 +1,218 @@
+"""The fuse stage as its user runs it: formats, measurement, warnings, what is refused, and nothing by halves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_zh import fuse, storage
+from mlx_zh.models.load import load_model
+from mlx_zh.models.lora import load_adapter, read_adapter, save_adapter
+
+FUSED = Path("runs/tiny/fused")
+TOKENS = mx.array([[3, 40, 41, 7, 200, 90, 12]])
+
+
+@pytest.fixture
+def run(project):
+    """`mlx-zh fuse recipe.yaml ARGUMENTS` after training."""
+    project.train()
+
+    def call(*arguments):
+        return project.run(fuse.main, *map(str, arguments))
+
+    return call
+
+
+def ran(result):
+    assert (result.status, result.err) == (0, ""), result
+    return result
+
+
+def logits(model):
+    return np.array(model(TOKENS)[0].astype(mx.float32))
+
+
+def tuned(project, adapter="runs/tiny/sft/adapters"):
+    loaded = load_model(str(project.model))
+    load_adapter(loaded.model, Path(adapter))
+    loaded.model.eval()
+    return logits(loaded.model)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def summary():
+    return json.loads((FUSED / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def merging(project):
+    """llama.cpp wants a tokenizer with merges; the project's has a token a byte."""
+    shutil.copytree(project.model, "merging")
+    path = Path("merging/tokenizer.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["model"] |= {"vocab": state["model"]["vocab"] | {"zq": 290}, "merges": [["z", "q"]]}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    project.model = Path("merging").absolute()
+    project.recipe["model"]["path"] = "merging"
+    project.write_recipe()
+
+
+def test_every_format(merging, project, run):
+    result = ran(run("export.formats=[mlx, hf, gguf, peft]", "export.gguf_type=f16", "data.system=你好"))
+    assert files(FUSED) == ["gguf", "hf", "mlx", "peft", "summary.json"]
+    model = ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+    assert files(FUSED / "mlx") == files(FUSED / "hf") == [*model, "tokenizer.json", "tokenizer_config.json"]
+    assert files(FUSED / "gguf") == ["Modelfile", "README.md", "tiny-F16.gguf"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(files(FUSED / "peft"))
+
+    expected = tuned(project)
+    for place in ("mlx", "hf", "gguf"):
+        found = logits(load_model(str(FUSED / place)).model)
+        # bfloat16 keeps 8 bits of every weight, float16 11 bits.
+        assert np.linalg.norm(found - expected) < (0.002 if place == "gguf" else 0.02) * np.linalg.norm(expected)
+    for kind in ("mlx", "hf", "gguf"):
+        told = summary()[kind]["fidelity"]
+        assert told["kl"] < 1e-3 < told["moved"] and told["top1"] > 0.9
+        assert told["tokens"] == (12 + 1) + (3 + 1)  # bytes of the two answers, each with its end of turn
+        assert told["fused_perplexity"] == pytest.approx(told["perplexity"], rel=0.01)
+        assert summary()[kind]["warnings"] == []
+    assert summary()["peft"]["fidelity"] is None
+    assert 'SYSTEM """你好"""' in (FUSED / "gguf" / "Modelfile").read_text(encoding="utf-8")
+    assert "KL is measured from it" in result.out and "warning" not in result.out
+    card = (FUSED / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "LoRA of rank 4 by SFT" in card and "`train.jsonl` (SHA-256" in card and str(Path.cwd()) not in card
+
+
+def test_dpo_goes_before_sft_and_a_given_adapter_before_both(project, run):
+    spec, weights = read_adapter(Path("runs/tiny/sft/adapters"))
+    for folder, factor in (("runs/tiny/dpo/adapters", 3), ("other", -3)):
+        changed = {name: array * factor if name.endswith("lora_b") else array for name, array in weights.items()}
+        save_adapter(Path(folder), changed, spec, {})
+    ran(run("--no-measure"))
+    found = logits(load_model(str(FUSED / "mlx")).model)
+    expected = tuned(project, "runs/tiny/dpo/adapters")
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    result = ran(run("--no-measure", "--adapter", "other"))
+    found, expected = logits(load_model(str(FUSED / "mlx")).model), tuned(project, "other")
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+    assert summary()["mlx"]["fidelity"] is None and "  -  " in result.out
+
+
+def test_a_peft_adapter_is_taken_like_any_other(project, run):
+    ran(run("--no-measure", "export.formats=[peft]"))
+    shutil.copytree(FUSED / "peft", "from-peft")
+    ran(run("--no-measure", "--adapter", "from-peft"))
+    found, expected = logits(load_model(str(FUSED / "mlx")).model), tuned(project)
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_a_four_bit_base_is_warned_of_raised_or_merged_into_its_original(project, run, model_folder):
+    """The peer's fault, whole: a small change, merged into 4 bits, is gone; six bits or the original keep it."""
+    quantized = model_folder(quantized=4)
+    base = load_model(str(quantized)).fingerprint
+    spec, weights = read_adapter(Path("runs/tiny/sft/adapters"))
+    small = {name: array * 0.3 if name.endswith("lora_b") else array for name, array in weights.items()}
+    save_adapter(Path("small"), small, spec, {"base_fingerprint": base})
+    recipe = (f"model.path={quantized}", "--adapter", "small")
+
+    result = ran(run(*recipe, "export.bits=4"))
+    lost = summary()["mlx"]
+    assert lost["bits"] == 4 and lost["left"]["kept_mean"] < 0.9 and len(lost["warnings"]) == 1
+    assert "warning: mlx, 4-bit: " in result.out
+    assert "Write it with export.bits=6, or merge into the full-precision original with --from MODEL" in result.out
+
+    result = ran(run(*recipe))
+    raised = summary()["mlx"]
+    assert raised["bits"] > 4 and raised["warnings"] == []
+    assert raised["fidelity"]["kl"] < lost["fidelity"]["kl"] / 3
+
+    ran(run(*recipe, "export.bits=4", "--from", project.model))
+    original = summary()["mlx"]
+    assert original["bits"] == 4 and original["left"]["kept_mean"] == pytest.approx(1, abs=0.1)
+    assert "full precision" in (FUSED / "mlx" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_quantized_on_load_is_merged_into_what_lies_on_disk(project, run):
+    project.recipe["model"]["quantize"] = {"bits": 4, "group_size": 32}
+    project.recipe["name"] = "packed"
+    project.write_recipe()
+    project.train(name="packed")
+    ran(run("--no-measure"))
+    told = json.loads(Path("runs/packed/fused/summary.json").read_text())["mlx"]
+    assert told["bits"] == 4 and told["left"]["kept_mean"] == pytest.approx(1, abs=0.1)
+
+
+def test_bundled_text_where_nothing_is_held_out(project, run):
+    project.recipe["data"]["sft"].pop("validation")
+    project.recipe["data"]["validation_fraction"] = 0
+    project.write_recipe()
+    ran(run())
+    assert summary()["mlx"]["fidelity"]["tokens"] > 1000
+
+
+def test_what_is_refused_before_anything_is_written(project, run, monkeypatch):
+    def refused(*arguments):
+        result = run(*arguments)
+        assert result.status == 2 and not FUSED.exists(), result
+        return result.err
+
+    assert "has no adapter yet. Run `mlx-zh sft RECIPE` first" in refused("name=nothing")
+    assert "nowhere is not an adapter folder" in refused("--adapter", "nowhere")
+    assert "There is no model at 'nowhere'" in refused("--from", "nowhere")
+    assert "export.formats" in refused("export.formats=[onnx]")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "no access token for Hugging Face" in refused("--push-to-hub", "me/tiny")
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    assert "GB are free. Nothing was written" in refused()
+
+
+def test_a_failure_leaves_the_earlier_model(project, run, monkeypatch):
+    ran(run("--no-measure"))
+    before = (FUSED / "mlx" / "model.safetensors").read_bytes()
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_zh.models.export.folder_files.write_configs", fail)
+    result = run("--no-measure")
+    assert result.status == 2 and "no space left on disk" in result.err
+    assert (FUSED / "mlx" / "model.safetensors").read_bytes() == before
+    assert files(FUSED) == ["mlx", "summary.json"]
+
+
+def test_what_a_killed_run_left_is_cleared(project, run):
+    left = FUSED / ".mlx.4711.tmp"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    ran(run("--no-measure"))
+    assert not left.exists()
+
+
+def test_an_adapter_of_another_base_is_told(project, run):
+    spec, weights = read_adapter(Path("runs/tiny/sft/adapters"))
+    save_adapter(Path("other"), weights, spec, {"base_fingerprint": "0" * 16})
+    assert "trained on another model" in ran(run("--no-measure", "--adapter", "other")).out
+
+
+def test_several_formats_are_uploaded_under_names_of_their_own(project, run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    monkeypatch.setattr(
+        "mlx_zh.models.export.upload.push",
+        lambda folder, name, hub, public: pushed.append((str(folder), name, hub, public)) or "done",
+    )
+    result = ran(run("--no-measure", "export.formats=[mlx, peft]", "--push-to-hub", "me/tiny", "--public"))
+    assert pushed == [
+        ("runs/tiny/fused/mlx", "me/tiny-mlx", "huggingface", True),
+        ("runs/tiny/fused/peft", "me/tiny-peft", "huggingface", True),
+    ]
+    assert "hf_secret" not in result.out
