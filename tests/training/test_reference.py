@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from preferences import own_sums, pair, pairs, reference_of
 
+from mlx_zh import device
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.errors import ModelError, StorageError
 from mlx_zh.models.lora import AdapterSpec, add_adapter, remove_adapter, trainable
@@ -206,6 +208,17 @@ def test_a_model_is_named_by_what_it_computes(tiny_model: Make) -> None:
     assert model_key("files", model, (quieter, trainable(model))) == others[3]
     remove_adapter(model)
     assert model_key("files", model, None) == base
+
+
+def test_free_memory_is_less_than_what_is_built_in() -> None:
+    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < device.free_bytes() < built_in
+
+
+@pytest.mark.skipif(not device.is_cpu(), reason="of the CPU")
+def test_without_linux_half_of_it_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "Path", lambda _: Path("/nowhere"))
+    assert device.free_bytes() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def test_rows_are_as_long_as_memory_allows(tiny_model: Make) -> None:
