@@ -25,9 +25,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# PyTorch, which some tests compare with; without it they are skipped.
+# PyTorch and PEFT, which some tests compare with; without them they are skipped. Tests of GGUF files compare with
+# llama.cpp too where llama-cpp-python is there, which takes some minutes to build.
 oracle: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet torch==2.13.0 peft==0.21.2
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

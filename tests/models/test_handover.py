@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -17,14 +18,16 @@ from mlx_zh.models.export.fidelity import Fidelity
 from mlx_zh.models.export.merge import SurvivalSummary
 
 LLAMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set rest = messages[1:] %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
+    "{% set rest = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}<|start_header_id|>system<|end_header_id|>\n\n"
     "Today Date: {{ date_string }}\n\n{{ s }}<|eot_id|>{% for m in rest %}<|start_header_id|>{{ m.role }}"
     "<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
     "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -170,8 +173,8 @@ def test_a_card(source):
 
 
 class FakeApi:
-    calls: list[tuple] = []
-    error: Exception | None = None
+    calls: ClassVar[list[tuple]] = []
+    error: ClassVar[Exception | None] = None
     endpoint = "https://hub.example"
 
     def create_repo(self, name, private, exist_ok):
