@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: quickstart test lint format oracle clean
 
 quickstart: $(INSTALLED)
-	$(BIN)/python -m mlx_zh.sft recipes/quickstart.yaml
+	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
 	$(BIN)/python -m mlx_zh.dpo recipes/quickstart.yaml
 
 # Two processes with one BLAS thread each use two cores better than one process with two.
