@@ -9,7 +9,6 @@ INSTALLED := $(VENV)/.installed
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
-	$(BIN)/python -m mlx_zh.dpo recipes/quickstart.yaml
 
 # Two processes with one BLAS thread each use two cores better than one process with two.
 test: $(INSTALLED)
