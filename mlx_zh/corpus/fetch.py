@@ -172,6 +172,7 @@ def _download(name: str, entry: DataSet, target: Path) -> None:
                 _store(name, entry, answer, target)
             return
         except urllib.error.HTTPError as error:
+            error.close()
             wait = _wait(error.headers.get("Retry-After"), attempt)
             if error.code not in (429, 500, 502, 503, 504) or wait is None or attempt == _TRIES:
                 raise DownloadError(
@@ -188,18 +189,26 @@ def _download(name: str, entry: DataSet, target: Path) -> None:
 def _store(name: str, entry: DataSet, answer: Any, target: Path) -> None:
     digest, size = hashlib.sha256(), 0
     with written_whole(target) as file:
-        while piece := answer.read(_PIECE):
+        while piece := _read(answer):
             digest.update(piece)
             size += len(piece)
             file.write(piece)
         expected = answer.headers.get("Content-Length")
         if size == 0 or (expected is not None and size != int(expected)):
-            raise ConnectionError(f"only {size} of {expected or 'some'} bytes came")
+            raise HTTPException(f"only {size} of {expected or 'some'} bytes came")
         if entry.sha256 and digest.hexdigest() != entry.sha256.lower():
             raise DownloadError(
                 f"{name}: {entry.id} is not the file that was expected: its SHA-256 is {digest.hexdigest()}, "
                 f"sha256 says {entry.sha256}. Nothing was kept."
             )
+
+
+def _read(answer: Any) -> bytes:
+    try:
+        piece: bytes = answer.read(_PIECE)
+    except OSError as error:  # of the network; those of the disk have a remedy of their own
+        raise HTTPException(_first_line(error)) from error
+    return piece
 
 
 def _wait(asked: str | None, attempt: int) -> float | None:
