@@ -87,7 +87,7 @@ def _rows(exam: Exam, correct: Mapping[str, Booleans], samples: int, seed: int) 
         if part:
             interval = statistics.bootstrap_macro(part, samples, seed)
             rates = {"macro": statistics.macro(part), "interval": list(interval), "micro": statistics.micro(part)}
-        sizes = {"subjects": len(part), "questions": sum(map(len, part.values()))}
+        sizes = {"subjects": len(part), "questions": sum(map(len, part.values())), "members": list(part)}
         rows.append({"name": row.name, **rates, **sizes})
     return rows
 

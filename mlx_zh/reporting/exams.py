@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_zh.benchmarks import catalog, statistics
+from mlx_zh.benchmarks import statistics
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}
@@ -44,6 +44,7 @@ class ExamRow:
 
     name: str
     questions: int
+    subjects: tuple[str, ...]
     cells: dict[str, Cell]
     change: Change | None
 
@@ -123,7 +124,7 @@ class _Exam:
         rows: dict[str, ExamRow] = {}
         for stage, figures in self._figures.items():
             for row in figures.get("rows") or ():
-                known = rows.setdefault(row["name"], ExamRow(row["name"], row["questions"], {}, None))
+                known = rows.setdefault(row["name"], ExamRow(row["name"], row["questions"], _members(row), {}, None))
                 if row["macro"] is not None:
                     known.cells[stage] = Cell(row["macro"], *row["interval"])
         if compared is None:
@@ -134,29 +135,22 @@ class _Exam:
         before, after = (row.cells.get(stage) for stage in compared)
         change = None
         if before and after:
-            members = self._members(row.name, answers[0])
-            change = self._paired(members, *answers) if members else None
-            change = change or _unpaired(before, after)
-        return ExamRow(row.name, row.questions, row.cells, change)
+            change = self._paired(row.subjects, *answers) or _unpaired(before, after)
+        return replace(row, change=change)
 
-    def _members(self, row: str, answers: Answers) -> list[str]:
-        """The subjects of a row; none where this is not known (an exam of one's own, apart from its average)."""
-        if row == "Average":
-            return list(answers)
-        if self._key not in catalog.NAMES:
-            return []
-        benchmark = catalog.benchmark(self._key)
-        rows = {r.name: r for r in benchmark.rows}
-        return [s for s, e in benchmark.subjects.items() if s in answers and row in rows and rows[row].holds(e)]
-
-    def _paired(self, subjects: list[str], before: Answers, after: Answers) -> Change | None:
-        if any(before[s].keys() != after.get(s, {}).keys() for s in subjects):
+    def _paired(self, subjects: tuple[str, ...], before: Answers, after: Answers) -> Change | None:
+        """None where the answers to the row's subjects are not there, or are not to the same questions."""
+        if not subjects or any(s not in before or before[s].keys() != after.get(s, {}).keys() for s in subjects):
             return None
         ones, others = (
             {s: np.array([side[s][question] for question in before[s]]) for s in subjects} for side in (before, after)
         )
         found = statistics.compare(ones, others, self._bootstrap, self._seed)
         return Change(found.difference, *found.interval, found.noise, True)
+
+
+def _members(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(map(str, row.get("members") or ()))
 
 
 def _answers(path: Path) -> Answers:

@@ -78,9 +78,12 @@ def test_rows_are_macro_with_micro_beside():
     assert rows["Average"]["micro"] == pytest.approx(19 / 32)
     assert rows["STEM"]["macro"] == pytest.approx((0.25 + 0.5) / 2)
     assert rows["STEM"]["micro"] == pytest.approx(11 / 24)
+    assert rows["Average"]["members"] == ["maths", "physics", "cooking"]
+    assert rows["STEM"]["members"] == ["maths", "physics"]
     assert (rows["Average (hard)"]["subjects"], rows["Average (hard)"]["macro"]) == (1, 0.25)
     assert rows["Other"] == {
         **{"name": "Other", "macro": None, "interval": None, "micro": None, "subjects": 0, "questions": 0},
+        "members": [],
     }
     assert found["subjects"]["cooking"] == {"accuracy": 1.0, "questions": 8}
     # Said with probability 0.7 among the letters; right in 19 of 32.
