@@ -278,7 +278,8 @@ def peak_of(count: int, chunk: int, head: Any, vocabulary: int, grad: bool) -> i
 def test_memory_does_not_grow_with_the_scored_tokens(grad: bool) -> None:
     """Four times the rows may cost what rows cost (their gradient and cotangent), and no more logits.
 
-    Without the chain MLX computes all chunks side by side: 32 chunks of 4 MB would show as 128 MB.
+    Without the chain MLX computes all chunks side by side: 32 chunks of 4 MB would show as 128 MB, 24 more than
+    the 8 of the small case. How far ahead MLX allocates varies with the machine's load, by a chunk or two.
     """
     vocabulary, chunk = 32_000, 32
     head = nn.Linear(64, vocabulary, bias=False)
@@ -287,7 +288,7 @@ def test_memory_does_not_grow_with_the_scored_tokens(grad: bool) -> None:
     few, many = (peak_of(count, chunk, head, vocabulary, grad) for count in (256, 1024))
     rows = 1024 * 64 * 4
     assert few > one_chunk  # the meter works
-    assert many - few < 6 * rows
+    assert many - few < 6 * rows + 3 * one_chunk
     assert many < 16 * one_chunk
 
 

@@ -201,5 +201,5 @@ def test_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot))
     assert hub.download("org/tiny", "modelscope", "v1") == tmp_path
     assert asked == [("org/tiny", "v1", False)]
-    with pytest.raises(DownloadError, match=r"404: no such model\. Check the network and the name on modelscope"):
+    with pytest.raises(DownloadError, match=r"404: no such model\. Check the network and the name on ModelScope"):
         hub.download("org/none", "modelscope")
