@@ -20,6 +20,8 @@ STAGES = {
     "eval": "ask models C-Eval, CMMLU or an exam of your own, and compare them",
     "fuse": "merge an adapter into its base, for mlx-lm, transformers, llama.cpp or PEFT",
     "chat": "talk to a model",
+    "plan": "tell beforehand how much memory and time a run takes",
+    "doctor": "look at this machine: what is there, what is missing, what a bug report needs",
     "report": "write what a run gained: a page, a text and pictures",
 }
 

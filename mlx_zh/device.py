@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 _BLAS: Path | None = None
@@ -78,6 +79,35 @@ def _available() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def wire_memory() -> int | None:
+    """On macOS, keep arrays resident up to what the system recommends, and leave `DESKTOP_BYTES` to everything else.
+
+    Near that limit MLX waits for running kernels instead of allocating ahead of them. Returns the limit in bytes;
+    None where there is none to set.
+    """
+    import mlx.core as mx
+
+    if not mx.metal.is_available():
+        return None
+    limit = wired_limit(mx.device_info())
+    mx.set_memory_limit(limit)
+    try:
+        mx.set_wired_limit(limit)
+    except (RuntimeError, ValueError):  # before macOS 15
+        return None
+    return limit
+
+
+def wired_limit(info: Mapping[str, str | int]) -> int:
+    """What training keeps resident on a Mac that `mx.device_info` describes so, in bytes."""
+    memory = int(info["memory_size"])
+    return min(int(info["max_recommended_working_set_size"]), memory - min(DESKTOP_BYTES, memory // 4))
+
+
+# Left to macOS and the programs on the desktop; on a small Mac a quarter of its memory.
+DESKTOP_BYTES = 4 * 2**30
 
 
 def bound_cache() -> None:

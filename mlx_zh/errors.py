@@ -29,6 +29,10 @@ class AdapterError(MlxZhError):
     """An adapter that is missing, damaged or made for another model."""
 
 
+class PlanError(MlxZhError):
+    """A run that needs more memory than there is."""
+
+
 class TrainingError(MlxZhError):
     """A run whose figures show that it cannot be right."""
 

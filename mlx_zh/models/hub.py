@@ -13,18 +13,24 @@ _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 
 def download(
-    name: str, hub: str = "huggingface", revision: str | None = None, *, dataset_file: str | None = None
+    name: str,
+    hub: str = "huggingface",
+    revision: str | None = None,
+    *,
+    dataset_file: str | None = None,
+    only: tuple[str, ...] = (),
 ) -> Path:
     """The local folder of `name` ("org/model") at `revision` (branch, tag or commit), from the cache where possible.
 
-    With `dataset_file`, `name` is a data set and only that file of it is brought.
+    With `dataset_file`, `name` is a data set and only that file of it is brought; with `only`, a model's files of
+    these names.
 
     Raises DownloadError with the way out for a missing, gated or unreachable model; StorageError on a full disk.
     """
     if hub not in _HUBS:
         raise ModelError(f"hub {hub!r} is not known; choose {' or '.join(_HUBS)}.")
     try:
-        return _HUBS[hub](name, revision, dataset_file)
+        return _HUBS[hub](name, revision, _what(dataset_file, only))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
@@ -33,13 +39,13 @@ def download(
         raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS[hub]}") from error
 
 
-def _huggingface(name: str, revision: str | None, dataset_file: str | None) -> Path:
+def _huggingface(name: str, revision: str | None, what: dict[str, Any]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, **_what(dataset_file)))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, **what))
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{name} is gated: its owner asks for your consent first. Accept the conditions on its page "
@@ -66,7 +72,7 @@ def _huggingface(name: str, revision: str | None, dataset_file: str | None) -> P
         ) from error
 
 
-def _modelscope(name: str, revision: str | None, dataset_file: str | None) -> Path:
+def _modelscope(name: str, revision: str | None, what: dict[str, Any]) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
@@ -75,7 +81,7 @@ def _modelscope(name: str, revision: str | None, dataset_file: str | None) -> Pa
             "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, **_what(dataset_file)))
+        return Path(snapshot_download(name, revision=revision, **what))
     except OSError as error:
         if error.errno is not None:
             raise
@@ -84,9 +90,9 @@ def _modelscope(name: str, revision: str | None, dataset_file: str | None) -> Pa
         raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
 
 
-def _what(dataset_file: str | None) -> dict[str, Any]:
+def _what(dataset_file: str | None, only: tuple[str, ...]) -> dict[str, Any]:
     if dataset_file is None:
-        return {"allow_patterns": _FILES}
+        return {"allow_patterns": list(only) or _FILES}
     return {"repo_type": "dataset", "allow_patterns": [dataset_file]}
 
 

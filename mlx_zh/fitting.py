@@ -1,0 +1,189 @@
+"""Whether a training stage of a recipe fits a machine, asked before anything heavy starts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_zh import console, device
+from mlx_zh.errors import ModelError, PlanError
+from mlx_zh.planning.fullest import Examples, alike
+from mlx_zh.planning.memory import Estimate
+from mlx_zh.planning.search import Candidate, Step, cheapest, least
+from mlx_zh.planning.shapes import LINEAR, MemorySettings, Packing, Target, Trained, model_shape
+from mlx_zh.recipe import Recipe, Training
+
+if TYPE_CHECKING:
+    from mlx_zh.corpus.examples import Conversations, Pairs
+
+_SHORT = 64  # tokens; before the data is read, examples are taken to be this short
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A machine: what it recommends to take at most, in bytes, and how it computes."""
+
+    name: str
+    budget: float
+    cpu: bool
+
+
+def this_machine() -> Place:
+    """Where this runs."""
+    import mlx.core as mx
+
+    cpu = device.is_cpu()
+    budget = device.free_bytes() + mx.get_active_memory()
+    return Place("free memory of this machine" if cpu else "this machine's recommended working set", budget, cpu)
+
+
+def mac(memory: float) -> Place:
+    """A Mac with `memory` bytes: macOS recommends two thirds of up to 32 GB, and three quarters of more."""
+    share = 2 / 3 if memory <= 32.5 * 2**30 else 3 / 4
+    return Place(f"recommended working set of a Mac with {memory / 2**30:.0f} GB", memory * share, cpu=False)
+
+
+def training_step(
+    recipe: Recipe, stage: str, config: dict[str, Any], place: Place, examples: Examples | None = None
+) -> Step:
+    """The step of `stage` (sft or dpo); without `examples`, ones of `data.max_length`."""
+    try:
+        model = model_shape(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"the config of {recipe.model.path} lacks a usable {error}. Download the model again."
+        ) from error
+    lora = recipe.lora
+    trained = Trained(
+        kind=lora.type,
+        layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),
+        rank=lora.rank,
+        targets=frozenset(LINEAR) if lora.targets == "all" else frozenset(lora.targets) & frozenset(LINEAR),
+        dropout=lora.dropout > 0 and stage == "sft",
+    )
+    if examples is None:
+        batch = section_of(recipe, stage).batch_size
+        length = recipe.data.max_length
+        examples = alike(stage, length if stage == "sft" else 3 * length // 2, batch)
+    return Step(model, trained, target_of(recipe, config, place), examples)
+
+
+def section_of(recipe: Recipe, stage: str) -> Training:
+    """The recipe's section of a training stage."""
+    return recipe.sft if stage == "sft" else recipe.dpo
+
+
+def settings_of(recipe: Recipe) -> MemorySettings:
+    """The recipe's `memory` section."""
+    memory = recipe.memory
+    return MemorySettings(memory.micro_tokens, memory.checkpoint_layers, memory.logit_rows)
+
+
+def target_of(recipe: Recipe, config: dict[str, Any], place: Place) -> Target:
+    """In what precision the model is there; the same rules as in `models.load`."""
+    if place.cpu and recipe.model.dtype == "auto":
+        return Target(4, None, fused_attention=False)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    size = _BYTES.get(stored if recipe.model.dtype == "auto" else recipe.model.dtype, 2)
+    asked = recipe.model.quantization
+    packing = Packing(*asked) if asked else _packing(config.get("quantization"))
+    return Target(size, packing, fused_attention=not place.cpu)
+
+
+def _packing(described: Any) -> Packing | None:
+    if not isinstance(described, dict) or "bits" not in described:
+        return None
+    modules = [
+        (name, (int(form["bits"]), int(form["group_size"])) if isinstance(form, dict) else None)
+        for name, form in described.items()
+        if isinstance(form, dict) or form is False
+    ]
+    return Packing(int(described["bits"]), int(described["group_size"]), tuple(modules))
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """`--force`, which training stages understand."""
+    parser.add_argument("--force", action="store_true", help="start even if memory will not be enough")
+
+
+def require(
+    recipe: Recipe,
+    stage: str,
+    *,
+    force: bool,
+    config: dict[str, Any] | None = None,
+    corpus: Conversations | Pairs | None = None,
+) -> None:
+    """Refuse what cannot fit: PlanError, or with `force` a warning.
+
+    Without `corpus`, before the model is there, examples are taken to be short, so that what is refused surely is
+    too much; with it, its longest examples count.
+    """
+    if config is None:
+        from mlx_zh.models.load import find_config
+
+        config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    batch = section_of(recipe, stage).batch_size
+    if corpus is None:
+        examples = alike(stage, min(_SHORT, recipe.data.max_length), batch)
+    else:
+        examples = Examples(stage, np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
+    if not len(examples.tokens):
+        return
+    place = this_machine()
+    step, settings = training_step(recipe, stage, config, place, examples), settings_of(recipe)
+    estimate = step.memory(settings)
+    if estimate.peak <= place.budget:
+        return
+    text = f"{too_much(stage, estimate, place)} {way_out(step, settings, place)}"
+    if not force:
+        raise PlanError(f"{text} To start all the same, add --force.")
+    console.warn(text)
+
+
+def too_much(stage: str, estimate: Estimate, place: Place) -> str:
+    """What is needed and what is there."""
+    parts = sorted(((n, b) for n, b in estimate.parts.items() if b >= 0.05e9), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts)
+    return (
+        f"{stage} needs about {estimate.peak / 1e9:.1f} GB at its peak"
+        + (f" ({listed})" if listed else "")
+        + ", and "
+        f"{place.budget / 1e9:.1f} GB are the {place.name}."
+    )
+
+
+def way_out(step: Step, settings: MemorySettings, place: Place) -> str:
+    """The cheapest settings that fit, or that none do."""
+    found = cheapest(step, settings, place.budget)
+    if found is not None:
+        return (
+            f"{overrides(found.settings, settings)} would need {found.estimate.peak / 1e9:.1f} GB and change no "
+            f"result, for {told_cost(found)}."
+        )
+    smallest = least(step, settings)
+    return (
+        f"No memory settings help: the least is {smallest.estimate.peak / 1e9:.1f} GB. Close other programs, or "
+        "take a smaller or quantized model, fewer lora.num_layers or a smaller lora.rank."
+    )
+
+
+def overrides(found: MemorySettings, asked: MemorySettings) -> str:
+    """Settings as they are written on a command line; only what differs."""
+    changes = []
+    if found.checkpoint != asked.checkpoint:
+        changes.append("memory.checkpoint_layers=true")
+    if found.micro_tokens != asked.micro_tokens:
+        changes.append(f"memory.micro_tokens={found.micro_tokens}")
+    if found.logit_rows != asked.logit_rows:
+        changes.append(f"memory.logit_rows={found.logit_rows}")
+    return " ".join(changes)
+
+
+def told_cost(found: Candidate) -> str:
+    """Its time, in words."""
+    return "no more time" if found.cost < 0.005 else f"about {found.cost:.0%} more time"

@@ -1,0 +1,47 @@
+"""The row of a training step that takes the most memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_zh.planning.shapes import Row, conversations, pairs
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Tokens (N,) and scored tokens (N,) of the examples of a stage; of a pair, its prompt counts once."""
+
+    stage: str
+    tokens: Ints
+    scored: Ints
+    batch_size: int
+
+    def fullest(self, micro_tokens: int) -> tuple[Row, int]:
+        """The longest examples that share a row, and how many rows the longest step has at most."""
+        order = np.argsort(-self.tokens, kind="stable")[: 64 * self.batch_size]
+        chosen: list[int] = []
+        room = micro_tokens
+        for index in order.tolist():
+            if len(chosen) < self.batch_size and (self.tokens[index] <= room or not chosen):
+                chosen.append(index)
+                room -= int(self.tokens[index])
+        tokens = [int(self.tokens[index]) for index in chosen]
+        scored = [int(self.scored[index]) for index in chosen]
+        longest = self.tokens[order[: self.batch_size]]
+        rows = math.ceil(int(longest.sum()) / max(micro_tokens, int(longest[0])))
+        if self.stage == "sft":
+            return conversations(tokens, sum(scored)), rows
+        halves = [(max(n - s, 1), max(s // 2, 1), max(s - s // 2, 1)) for n, s in zip(tokens, scored, strict=True)]
+        return pairs(halves), rows
+
+
+def alike(stage: str, length: int, batch_size: int) -> Examples:
+    """Examples of `length` tokens, for want of knowing better. A pair of that length has a prompt of a third."""
+    scored = length - 1 if stage == "sft" else length - length // 3
+    return Examples(stage, np.full(batch_size, length), np.full(batch_size, scored), batch_size)

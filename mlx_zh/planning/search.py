@@ -1,0 +1,77 @@
+"""Which memory settings fit: the quickest of those that change no result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_zh.planning.fullest import Examples
+from mlx_zh.planning.memory import Estimate, step_memory
+from mlx_zh.planning.shapes import MemorySettings, ModelShape, Target, Trained
+
+# What settings cost in time, as shares: the forward pass is a third of a step, a row has the overhead of so many
+# tokens, and a chunk of logits that of so many positions. Rough; they only put candidates in order.
+_FORWARD = 1 / 3
+_ROW_OVERHEAD, _CHUNK_OVERHEAD = 48, 8
+_SMALLEST_ROW = 64
+_CHUNKS = (None, 256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A training step on a machine: all that its memory depends on, save the settings."""
+
+    model: ModelShape
+    trained: Trained
+    target: Target
+    examples: Examples
+
+    def memory(self, settings: MemorySettings) -> Estimate:
+        """The peak with these settings."""
+        row, rows = self.examples.fullest(settings.micro_tokens)
+        return step_memory(self.model, self.trained, self.target, row, settings, rows=rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Settings that fit, their peak, and how much longer a step takes than with those asked for (0.3: 30 %)."""
+
+    settings: MemorySettings
+    estimate: Estimate
+    cost: float
+
+
+def relative_time(settings: MemorySettings, vocabulary_rows: int) -> float:
+    """Time of a step in arbitrary units, for comparing settings."""
+    time = 1 + (_FORWARD if settings.checkpoint else 0.0)
+    time *= 1 + _ROW_OVERHEAD / settings.micro_tokens
+    return time * (1 + 0.2 * _CHUNK_OVERHEAD / (settings.logit_rows or vocabulary_rows))
+
+
+def cheapest(step: Step, settings: MemorySettings, budget: float) -> Candidate | None:
+    """The quickest settings whose peak is within `budget` bytes; those asked for where they fit; None if none do."""
+    default_rows = max(16, 2**25 // (4 * step.model.vocabulary))
+    asked = relative_time(settings, default_rows)
+    micro = [settings.micro_tokens]
+    while micro[-1] // 2 >= _SMALLEST_ROW:
+        micro.append(micro[-1] // 2)
+    chunks = [settings.logit_rows, *(c for c in _CHUNKS if c and c < (settings.logit_rows or default_rows))]
+    candidates = [
+        MemorySettings(tokens, checkpoint, rows)
+        for checkpoint in sorted({settings.checkpoint, True})
+        for tokens in micro
+        for rows in chunks
+    ]
+    candidates.sort(key=lambda found: relative_time(found, default_rows))
+    for found in [settings, *candidates]:
+        estimate = step.memory(found)
+        if estimate.peak <= budget:
+            return Candidate(found, estimate, relative_time(found, default_rows) / asked - 1)
+    return None
+
+
+def least(step: Step, settings: MemorySettings) -> Candidate:
+    """The settings with the smallest peak."""
+    lowest = MemorySettings(min(_SMALLEST_ROW, settings.micro_tokens), True, 16)
+    rows = max(16, 2**25 // (4 * step.model.vocabulary))
+    cost = relative_time(lowest, rows) / relative_time(settings, rows) - 1
+    return Candidate(lowest, step.memory(lowest), cost)

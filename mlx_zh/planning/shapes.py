@@ -1,0 +1,150 @@
+"""What memory and time depend on, as plain numbers: the model, what is trained, the rows, and where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# The linear layers of a block, by what goes in and what comes out; see `ModelShape.width`.
+LINEAR = {
+    "q_proj": ("hidden", "queries"),
+    "k_proj": ("hidden", "keys"),
+    "v_proj": ("hidden", "keys"),
+    "o_proj": ("queries", "hidden"),
+    "gate_proj": ("hidden", "intermediate"),
+    "up_proj": ("hidden", "intermediate"),
+    "down_proj": ("intermediate", "hidden"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A Llama-shaped model; `queries` and `keys` are heads times head size."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    queries: int
+    keys: int
+    vocabulary: int
+    tied: bool
+    qk_norm: bool = False
+    attention_bias: bool = False
+
+    def width(self, name: str) -> int:
+        """Of `hidden`, `queries`, `keys` or `intermediate`."""
+        return int(getattr(self, name))
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """Inputs and outputs of a linear layer of a block."""
+        inputs, outputs = LINEAR[name]
+        return self.width(inputs), self.width(outputs)
+
+    @property
+    def block_values(self) -> int:
+        """Parameters of one block: matrices, norms and biases."""
+        matrices = sum(inputs * outputs for inputs, outputs in map(self.matrix, LINEAR))
+        norms = 2 * self.hidden + (2 * self.queries // self.heads if self.qk_norm else 0)
+        return matrices + norms + (self.queries + 2 * self.keys if self.attention_bias else 0)
+
+    @property
+    def outer_values(self) -> int:
+        """Parameters outside the blocks: embedding, head and final norm."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+
+def model_shape(config: dict[str, Any]) -> ModelShape:
+    """The shape that a `config.json` tells of."""
+    heads = int(config["num_attention_heads"])
+    hidden = int(config["hidden_size"])
+    size = int(config.get("head_dim") or hidden // heads)
+    kind = config.get("model_type")
+    tied = config.get("tie_word_embeddings")
+    return ModelShape(
+        hidden=hidden,
+        layers=int(config["num_hidden_layers"]),
+        intermediate=int(config["intermediate_size"]),
+        heads=heads,
+        queries=heads * size,
+        keys=int(config.get("num_key_value_heads") or heads) * size,
+        vocabulary=int(config["vocab_size"]),
+        tied=bool(tied) if tied is not None else False,
+        qk_norm=kind == "qwen3",
+        attention_bias=kind == "qwen2" or bool(config.get("attention_bias")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Bits and group size of quantized matrices; `modules` are those that differ: (bits, group) or None for full."""
+
+    bits: int
+    group: int
+    modules: tuple[tuple[str, tuple[int, int] | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where it runs: bytes of a hidden value, packed weights, and whether attention keeps no score matrix."""
+
+    value_bytes: int
+    packing: Packing | None
+    fused_attention: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What is trained: `layers` blocks from the top; `targets` are names of `LINEAR`."""
+
+    kind: str
+    layers: int
+    rank: int = 16
+    targets: frozenset[str] = frozenset(LINEAR)
+    dropout: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row to compute: for each segment its tokens, and the keys that these see (own and ancestors')."""
+
+    segments: tuple[tuple[int, int], ...]
+    scored: int
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(tokens for tokens, _ in self.segments)
+
+    @property
+    def scores(self) -> int:
+        """Entries of one head's score matrices."""
+        return sum(tokens * keys for tokens, keys in self.segments)
+
+    @property
+    def joined(self) -> int:
+        """Keys that are copied because a branch sees its parent's too."""
+        return sum(keys for tokens, keys in self.segments if keys > tokens)
+
+
+def conversations(lengths: Sequence[int], scored: int | None = None) -> Row:
+    """A row of conversations; all but their first tokens scored where it is not said."""
+    return Row(tuple((n, n) for n in lengths), sum(lengths) - len(lengths) if scored is None else scored)
+
+
+def pairs(sizes: Sequence[tuple[int, int, int]]) -> Row:
+    """A row of (prompt, chosen, rejected) tokens; prompts include what both responses begin with."""
+    segments: list[tuple[int, int]] = []
+    for prompt, chosen, rejected in sizes:
+        segments += [(prompt, prompt), (chosen, prompt + chosen), (rejected, prompt + rejected)]
+    return Row(tuple(segments), sum(chosen + rejected for _, chosen, rejected in sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """The recipe's `memory` section."""
+
+    micro_tokens: int
+    checkpoint: bool
+    logit_rows: int | None = None
