@@ -1,0 +1,493 @@
+"""From files to examples on disk: what is kept, what is dropped and why, and that nothing unfinished is served."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_zh.corpus import pipeline, reader, scan, shards
+from mlx_zh.corpus.choosing import ChoiceSettings
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.pipeline import Corpus, CorpusSettings, Exams, prepare
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.shards import RenderSettings
+from mlx_zh.corpus.sources import DataSource
+from mlx_zh.errors import DataError
+from mlx_zh.snapshot import SnapshotTokenizer, save_snapshot
+
+SFT = CorpusSettings(
+    RenderSettings("sft", "assistant", 400, "truncate", None), ChoiceSettings(), Exams({}, {}), on_invalid="error"
+)
+DPO = replace(SFT, render=RenderSettings("dpo", "assistant", 400, "drop", None))
+CHARACTERS = [chr(code) for code in range(0x4E00, 0x5600)]
+
+
+def said(rng: random.Random, size: int = 40) -> str:
+    return "".join(rng.choices(CHARACTERS, k=size))
+
+
+def row(question: str, answer: str) -> dict[str, Any]:
+    return {"instruction": question, "input": "", "output": answer}
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [row(said(rng, 20), said(rng, 40)) for _ in range(count)]
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., DataSource]:
+    """Write rows as JSON lines and return them as a source of that name."""
+
+    def save(name: str, content: list[Any] | bytes, **options: Any) -> DataSource:
+        path = tmp_path / f"{name}.jsonl"
+        if not isinstance(content, bytes):
+            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content).encode()
+        path.write_bytes(content)
+        return DataSource(name, (str(path),), **options)
+
+    return save
+
+
+@pytest.fixture
+def renderer(tokenizer_of) -> Renderer:
+    return Renderer(tokenizer_of("llama3"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, renderer: Renderer) -> Callable[..., Corpus]:
+    def run(*sources: DataSource, settings: CorpusSettings = SFT) -> Corpus:
+        return prepare(sources, settings, renderer, tmp_path / "cache", lambda *_: None)
+
+    return run
+
+
+def told(corpus: Corpus, name: str) -> dict[str, Any]:
+    return next(source for source in corpus.manifest["report"]["sources"] if source["name"] == name)
+
+
+def left(folder: Path) -> list[str]:
+    """What a failed run leaves in the cache folder, less the memory of file digests and locks."""
+    found = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return [name for name in found if name != "fingerprints.json" and not name.endswith(".lock")]
+
+
+# ---- examples
+
+
+def test_examples_are_what_the_renderer_gives(save, run, renderer: Renderer):
+    given = rows(700)
+    corpus = run(save("a", given))
+    examples = corpus.conversations("train")
+    expected = renderer.conversations(
+        [[Message("user", r["instruction"]), Message("assistant", r["output"])] for r in given], max_length=400
+    )
+    assert len(examples) == len(expected) == 700
+    for found, one in zip(examples, expected, strict=True):
+        assert one is not None
+        np.testing.assert_array_equal(found.tokens, one.tokens)
+        np.testing.assert_array_equal(found.trained, one.trained)
+    assert examples.lengths.tolist() == [len(one.tokens) for one in expected if one is not None]
+    assert examples.scored.tolist() == [int(one.trained[1:].sum()) for one in expected if one is not None]
+    assert examples[3:5][1].tokens.tolist() == examples[4].tokens.tolist() == examples[-696].tokens.tolist()
+    assert not examples[0].tokens.flags.owndata  # a view of the file
+    with pytest.raises(IndexError, match="example 700 of 700"):
+        examples[700]
+    assert len(corpus.conversations("validation")) == 0
+
+
+def test_pairs_are_what_the_renderer_gives(save, run, renderer: Renderer):
+    from mlx_zh.corpus.conversation import Preference
+
+    rng = random.Random(1)
+    given = [{"system": "", "question": said(rng), "chosen": said(rng), "rejected": said(rng)} for _ in range(60)]
+    pairs = run(save("orca", given), settings=DPO).pairs("train")
+    expected = renderer.preferences(
+        [Preference((Message("user", r["question"]),), r["chosen"], r["rejected"], "") for r in given]
+    )
+    for found, one in zip(pairs, expected, strict=True):
+        assert one is not None
+        for name in ("prompt", "chosen", "rejected"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(one, name))
+    assert pairs.lengths.tolist() == [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
+
+
+def test_datasets_opens_the_folder_too(save, run):
+    datasets = pytest.importorskip("datasets")
+    corpus = run(save("a", rows(20)))
+    opened = datasets.load_from_disk(str(corpus.folder))
+    assert opened.column_names == ["tokens", "trained", "scored", "truncated", "source", "row"]
+    assert opened[7]["tokens"] == corpus.conversations("train")[7].tokens.tolist()
+    assert opened[7]["truncated"] is False
+
+
+def test_a_system_message_and_what_is_trained_on(save, run, renderer: Renderer):
+    source = save("a", rows(3))
+    settings = replace(SFT, render=RenderSettings("sft", "all", 400, "truncate", "你是助手"))
+    example = run(source, settings=settings).conversations("train")[0]
+    assert "你是助手" in renderer.decode(example.tokens.tolist())
+    assert example.trained.tolist() == [False] + [True] * (len(example.tokens) - 1)
+
+
+# ---- what is dropped
+
+
+def test_rows_are_counted_by_what_became_of_them(save, run):
+    rng = random.Random(3)
+    long = row(said(rng), said(rng, 2000))
+    base = rows(10)
+    near = row(base[0]["instruction"], base[0]["output"][:-1] + "的")
+    listed = [*base, base[1], near, long, {"instruction": "没有答案"}, row("问", " ")]
+    corpus = run(save("a", listed), save("b", [base[2], *rows(5, seed=9)]), settings=replace(SFT, on_invalid="skip"))
+    assert told(corpus, "a")["dropped"] == {
+        "missing field": 1,
+        "empty reply": 1,
+        "duplicate": 1,
+        "near duplicate": 1,
+        "first exchange longer than max_length": 1,
+    }
+    assert (told(corpus, "a")["rows"], told(corpus, "a")["train"]) == (15, 10)
+    assert told(corpus, "b")["dropped"] == {"duplicate": 1}
+    (repeated,) = told(corpus, "b")["examples"]["duplicate"]
+    assert repeated.endswith("a.jsonl:3") and "b.jsonl:1 repeats" in repeated
+    assert corpus.manifest["report"]["over_long"] == 1
+
+
+def test_what_counts_as_a_duplicate_can_be_said(save, run):
+    base = rows(5)
+    near = row(base[0]["instruction"], base[0]["output"][:-1] + "的")
+    source = save("a", [*base, base[0], near])
+
+    def kept(**options: Any) -> int:
+        return len(run(source, settings=replace(SFT, choice=ChoiceSettings(**options))).conversations("train"))
+
+    assert (kept(), kept(near=None), kept(near=None, exact=False), kept(near=1.0)) == (5, 6, 7, 6)
+    with_other_system = [
+        {"messages": [{"role": "system", "content": s}, *t]} for s in "甲乙" for t in [talk(base[0])]
+    ]
+    assert len(run(save("b", with_other_system)).conversations("train")) == 1
+    arithmetic = save("c", [row("请计算", "1+1=2"), row("请计算", "1+1=2。")], near_duplicates=False)
+    assert len(run(arithmetic).conversations("train")) == 2
+
+
+def talk(given: dict[str, Any]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": given["instruction"]}, {"role": "assistant", "content": given["output"]}]
+
+
+def test_other_spellings_are_duplicates(save, run):
+    source = save("a", [row("Ｈｅｌｌｏ１２", "你好\r\n朋友"), row("Hello12", "你好\n朋友\u200b")])
+    assert told(run(source), "a")["dropped"] == {"duplicate": 1}
+    plain = replace(SFT, normalize=False, choice=ChoiceSettings(near=None))
+    assert told(run(source, settings=plain), "a")["dropped"] == {}
+
+
+def test_traditional_rows_are_simplified_on_request(save, run, renderer: Renderer):
+    pytest.importorskip("opencc")
+    corpus = run(save("a", [row("頭髮", "漢語")]), settings=replace(SFT, simplify=True))
+    assert "头发" in renderer.decode(corpus.conversations("train")[0].tokens.tolist())
+
+
+def test_what_validates_is_never_learned(save, run):
+    """Rows that the validation files hold too are taken out of training, wherever these stand."""
+    base = rows(6)
+    near = row(base[1]["instruction"], base[1]["output"][:-1] + "的")
+    corpus = run(save("train", [base[0], near, *base[2:]]), save("held", base[:2], validation=True))
+    assert told(corpus, "train")["dropped"] == {"also in the validation set": 2}
+    assert (len(corpus.conversations("train")), len(corpus.conversations("validation"))) == (4, 2)
+
+
+def test_exam_questions_are_dropped_and_listed(save, run, tmp_path: Path):
+    rng = random.Random(5)
+    question = said(rng, 40)
+    folder = tmp_path / "exam" / "val"
+    folder.mkdir(parents=True)
+    (folder / "law_val.csv").write_text(f"id,question,A,B,C,D,answer\n0,{question},甲,乙,丙,丁,A\n", encoding="utf-8")
+    source = save("a", [*rows(4), row(f"请回答：{question}", "甲")])
+    corpus = run(source, settings=replace(SFT, exams=Exams({"ceval": str(folder.parent)}, {"cmmlu": "no network"})))
+    assert told(corpus, "a")["dropped"] == {"exam question": 1}
+    report = corpus.manifest["report"]
+    assert report["exam_rows"] == [{"row": f"{source.files[0]}:5", "question": "ceval val/law_val 1", "overlap": 1.0}]
+    assert report["exam_questions"] == {
+        **{"exams": ["ceval"], "missing": {"cmmlu": "no network"}, "questions": 1, "checked": 1},
+    }
+    (folder / "law_val.csv").write_text(
+        "id,question,A,B,C,D,answer\n0,另一道题目而已,甲,乙,丙,丁,A\n", encoding="utf-8"
+    )
+    assert run(source, settings=replace(SFT, exams=Exams({"ceval": str(folder.parent)}, {}))).key != corpus.key
+
+
+def test_nothing_is_left(save, run, tmp_path: Path):
+    source = save("a", [row("问", "答" * 5000)])
+    with pytest.raises(DataError, match=r"nothing is left to learn from in a \(1 first exchange longer than"):
+        run(source)
+    assert left(tmp_path / "cache") == []
+
+
+# ---- mixing and splitting
+
+
+def test_growing_a_set_moves_no_example_between_splits(save, run):
+    settings = replace(SFT, choice=ChoiceSettings(validation_fraction=0.2))
+
+    def split(count: int) -> tuple[set[str], set[str]]:
+        corpus = run(save("a", rows(count)), settings=settings)
+        return tuple({str(e.tokens.tolist()) for e in corpus.conversations(s)} for s in ("train", "validation"))  # type: ignore[return-value]
+
+    (train, held), (more, more_held) = split(100), split(300)
+    assert train < more and held < more_held and len(held) > 5
+    assert not more & more_held
+
+
+def test_one_prompt_lies_on_one_side(save, run):
+    rng = random.Random(2)
+    prompts = [said(rng) for _ in range(60)]
+    source = save("a", [row(prompt, said(rng)) for prompt in prompts for _ in range(3)])
+    corpus = run(source, settings=replace(SFT, choice=ChoiceSettings(validation_fraction=0.3)))
+    assert len(corpus.conversations("validation")) % 3 == 0 < len(corpus.conversations("validation"))
+
+
+def test_weights_and_max_samples(save, run):
+    sources = save("a", rows(40, 1), weight=2.0, max_samples=10), save("b", rows(40, 2), max_samples=30, weight=0.5)
+    corpus = run(*sources)
+    assert np.bincount(corpus.conversations("train").sources).tolist() == [20, 15]
+    assert told(corpus, "a")["dropped"] == {"beyond max_samples": 30}
+    mixed = run(*sources, settings=replace(SFT, choice=ChoiceSettings(mixing="interleave")))
+    assert np.bincount(mixed.conversations("train").sources).tolist() == [10, 2]  # shares of 2 : 0.5
+
+
+def test_the_generator_is_a_source(run, renderer: Renderer):
+    corpus = run(DataSource("sums", (), generate=(7, 50), near_duplicates=False))
+    text = renderer.decode(corpus.conversations("train")[0].tokens.tolist())
+    assert "请一步一步计算：" in text and "=" in text
+    assert len(corpus.conversations("train")) + sum(told(corpus, "sums")["dropped"].values()) == 50
+
+
+# ---- the cache
+
+
+def test_a_second_run_finds_it(save, run, monkeypatch):
+    source = save("a", rows(50))
+    first = run(source)
+    assert not first.ready
+    monkeypatch.setattr(pipeline, "_build", None)  # must not be called
+    begun = time.perf_counter()
+    again = run(source)
+    assert time.perf_counter() - begun < 2
+    assert again.ready and again.key == first.key and len(again.conversations("train")) == 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"on_invalid": "skip"},
+        {"normalize": False},
+        {"near_ngram": 4},
+        {"choice": ChoiceSettings(seed=7)},
+        {"render": RenderSettings("sft", "last", 400, "truncate", None)},
+    ],
+    ids=str,
+)
+def test_other_settings_are_another_corpus(save, run, change: dict[str, Any]):
+    source = save("a", rows(5))
+    assert run(source, settings=replace(SFT, **change)).key != run(source).key
+
+
+def test_other_content_is_another_corpus(save, run, tokenizer_of, tmp_path: Path):
+    source = save("a", rows(5))
+    first = run(source)
+    os.utime(source.files[0], (1, 1))
+    assert run(source).key == first.key  # another time is not another content
+    save("a", rows(5, seed=8))
+    assert run(source).key != first.key
+    other = Renderer(tokenizer_of("llama3"), date_string="1 Jan 2025")
+    assert prepare([source], SFT, other, tmp_path / "cache", lambda *_: None).key != run(source).key
+
+
+def test_large_sources_are_read_in_processes_of_their_own(save, run, renderer, monkeypatch, tmp_path: Path):
+    sources = save("a", rows(30, 1)), save("b", rows(40, 2), validation=True)
+    alone = run(*sources)
+    texts = [example.tokens.tolist() for example in alone.conversations("train")]
+    monkeypatch.setattr(pipeline, "_LARGE", 0)
+    for path in (tmp_path / "cache").glob(alone.key):
+        path.rename(tmp_path / "elsewhere")
+    seen: list[tuple[str, int]] = []
+    apart = prepare(sources, SFT, renderer, tmp_path / "cache", lambda what, name, n: seen.append((name, n)))
+    assert [example.tokens.tolist() for example in apart.conversations("train")] == texts
+    assert ("a", 30) in seen and ("b", 40) in seen
+
+    bad = save("c", [row("问", "答"), {"instruction": 3, "output": "x"}])
+    with pytest.raises(DataError, match=r"c\.jsonl:2: 'instruction' must be text, got a number"):
+        run(sources[0], bad)
+    assert left(tmp_path / "cache") == [alone.key]
+
+
+# ---- interruption
+
+
+def small_files(monkeypatch) -> None:
+    for module, name, value in ((shards, "ROWS", 64), (scan, "PART", 32), (shards, "PART", 32)):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize("moment", ["scanning", "rendering", "finishing"])
+def test_an_interrupted_run_is_taken_up_and_never_served(save, run, monkeypatch, tmp_path: Path, moment: str):
+    """Interrupted anywhere, nothing is there to be served; the next run keeps what was finished."""
+    small_files(monkeypatch)
+    from mlx_zh.corpus import choosing, statistics
+
+    monkeypatch.setattr(choosing, "PART", 32)
+    monkeypatch.setattr(statistics, "PART", 32)
+    sources = save("a", rows(150, 1)), save("b", rows(150, 2))
+    whole = run(*sources)
+    expected = [example.tokens.tolist() for example in whole.conversations("train")]
+    (tmp_path / "cache" / whole.key).rename(tmp_path / "whole")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, moment)
+        with pytest.raises(KeyboardInterrupt):
+            run(*sources)
+    assert not (tmp_path / "cache" / whole.key).exists()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("data-*.arrow")}
+    scanned = len(list((tmp_path / "cache").rglob("scan.json")))
+    assert (scanned, len(done)) == {"scanning": (1, 0), "rendering": (2, 2), "finishing": (2, 5)}[moment]
+
+    written: list[Path] = []
+    original = shards._write
+    monkeypatch.setattr(shards, "_write", lambda *a: (written.append(a[4]), original(*a))[1])
+    again = run(*sources)
+    assert len(written) == 5 - len(done)
+    assert [example.tokens.tolist() for example in again.conversations("train")] == expected
+    assert left(tmp_path / "cache") == [whole.key]
+
+
+def interrupt(patch: Any, moment: str) -> None:
+    calls = 0
+
+    def after(count: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > count:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        return wrapped
+
+    if moment == "scanning":
+        patch.setattr(pipeline, "scan", after(1, pipeline.scan))
+    elif moment == "rendering":
+        patch.setattr(shards, "_write", after(2, shards._write))
+    else:
+        patch.setattr(pipeline.statistics, "describe", after(0, None))  # type: ignore[arg-type]
+
+
+def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: Path):
+    """`kill -9` in the middle; the folder under the key appears in one rename, or not."""
+    source = save("a", rows(3000))
+    save_snapshot(tokenizer_of("llama3"), tmp_path / "tokenizer")
+    script = (
+        "import sys, pathlib\n"
+        "from mlx_zh.corpus.choosing import ChoiceSettings\n"
+        "from mlx_zh.corpus.pipeline import CorpusSettings, Exams, prepare\n"
+        "from mlx_zh.corpus.render import Renderer\n"
+        "from mlx_zh.corpus.shards import RenderSettings\n"
+        "from mlx_zh.corpus.sources import DataSource\n"
+        "from mlx_zh.snapshot import SnapshotTokenizer\n"
+        "file, folder = sys.argv[1], pathlib.Path(sys.argv[2])\n"
+        "settings = CorpusSettings(RenderSettings('sft', 'assistant', 400, 'truncate', None), ChoiceSettings(), "
+        "Exams({}, {}))\n"
+        "prepare([DataSource('a', (file,))], settings, Renderer(SnapshotTokenizer(folder / 'tokenizer')), "
+        "folder / 'killed', lambda what, *_: print(what, flush=True))\n"
+    )
+    command = [sys.executable, "-c", script, source.files[0], str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("render"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert list((tmp_path / "killed").glob("*.work")) != []
+    assert list((tmp_path / "killed").glob("*/manifest.json")) == []
+
+
+def test_a_tokenizer_survives_as_a_snapshot(tokenizer_of, renderer: Renderer, tmp_path: Path):
+    save_snapshot(tokenizer_of("llama3"), tmp_path / "snapshot")
+    again = Renderer(SnapshotTokenizer(tmp_path / "snapshot"))
+    assert again.fingerprint == renderer.fingerprint
+    talk = [Message("user", "你好"), Message("assistant", "你好！")]
+    assert again.conversation(talk).tokens.tolist() == renderer.conversation(talk).tokens.tolist()  # type: ignore[union-attr]
+
+
+# ---- bad input: named with file, row and remedy; nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "\n".join(['{"instruction": "问", "output": "答"}'] * 3).encode()
+            + '\n{"instruction": "编码", "output": "混了"}\n'.encode("gbk"),
+            ["bad.jsonl:4", "looks like GBK", "iconv -f GB18030 -t UTF-8"],
+        ),
+        (b'{"instruction": "q", "output": "' + b"a" * 3_000_000 + b'"}\n', ["bad.jsonl:1", "is no row"]),
+        (b'[{"instruction": "q", "output": "' + b"a" * 3_000_000 + b'"}]\n', ["bad.jsonl:1", "a value of more"]),
+        (
+            b'{"instruction": "q", "output": "a"}\n' * 2500 + b'{"instruction": "q", "output": {"a": 1}}\n',
+            ["bad.jsonl:2501: 'output' must be text, got a object", "data.on_invalid=skip"],
+        ),
+        (b'{"conversations": [null]}\n', ["bad.jsonl:1", "'conversations'[0] must be an object"]),
+        (b'{"conversations": [{"from": "human", "value": null}]}\n', ["bad.jsonl:1", "'value' is missing or null"]),
+        (b'{"instruction": null, "output": null}\n', ["bad.jsonl:1", "'output' is null"]),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}\n', ["bad.jsonl:1"]),
+    ],
+    ids=[
+        "mixed encodings",
+        "long line",
+        "long value",
+        "wrong type far down",
+        "null turn",
+        "null value",
+        "nulls",
+        "parts",
+    ],
+)
+def test_bad_input_is_named(save, run, monkeypatch, tmp_path: Path, content: bytes, words: list[str]):
+    monkeypatch.setattr(reader, "_LONGEST", 1 << 20)
+    good, bad = save("good", rows(5)), save("bad", content)
+    with pytest.raises(DataError) as error:
+        run(good, bad)
+    for word in words:
+        assert word in str(error.value)
+    assert left(tmp_path / "cache") == []
+    assert len(run(good).conversations("train")) == 5  # and nothing else was lost
+
+
+def test_rows_with_mistakes_can_be_left_out_and_are_counted(save, run):
+    listed = [
+        row("问一", "答一"),
+        {"instruction": 3, "output": "x"},
+        {"conversations": [None]},
+        "text",
+        row("问二", "答二"),
+    ]
+    corpus = run(save("a", listed), settings=replace(SFT, on_invalid="skip"))
+    assert told(corpus, "a")["dropped"] == {"wrong type": 2, "missing field": 1}
+    assert len(corpus.conversations("train")) == 2
+
+
+def test_a_file_that_is_not_there(run, tmp_path: Path):
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        run(DataSource("a", (str(tmp_path / "none.jsonl"),)))
