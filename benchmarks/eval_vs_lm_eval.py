@@ -6,7 +6,8 @@
 DIR holds the benchmark's CSV files (`dev/` and `val/` or `test/`), whole or in part; the limits are questions a
 subject. The harness runs its own task files (prompts, few-shot sampling, scoring) on its Hugging Face back end: a
 PyTorch `LlamaForCausalLM` in float32 made of the same weights. Only the tokenizer's rules are shared. Prints how
-many questions get the same choice, and how far the log-probs of the letters are apart.
+many prompts are the same to the character, how many questions get the same choice, and how far the log-probs of the
+letters are apart. `--prompts-only` stops after the first, which needs no model and takes seconds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lm_eval.models.huggingface import HFLM
 from mlx.utils import tree_flatten
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mlx_zh.benchmarks.csvfile import LETTERS
 from mlx_zh.benchmarks.exam import Exam
 from mlx_zh.benchmarks.prompts import Prompter
 from mlx_zh.benchmarks.protocols import protocols
@@ -73,10 +75,10 @@ def harness_task(key: str, subject: str, source: Path, work: Path, limit: int) -
     return config | {"dataset_path": "json", "dataset_kwargs": {"data_files": data_files}}
 
 
-def by_harness(
-    model: HFLM, exams: dict[str, tuple[Exam, Path, int]], shots: int
-) -> dict[tuple[str, str], list[list[float]]]:
-    """Log-probs of the four continuations, by benchmark and subject, in the order of the questions."""
+def samples_of(
+    model: HFLM | str, exams: dict[str, tuple[Exam, Path, int]], shots: int
+) -> dict[tuple[str, str], list[Any]]:
+    """What the harness asked and heard, by benchmark and subject, in the order of the questions."""
     with tempfile.TemporaryDirectory() as work:
         tasks = [
             harness_task(key, subject.key, source, Path(work), limit)
@@ -90,9 +92,24 @@ def by_harness(
     for key, (exam, _, _) in exams.items():
         for subject in exam.subjects:
             task = f"ceval-valid_{subject.key}" if key == "ceval" else f"cmmlu_{subject.key}"
-            samples = sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
-            found[key, subject.key] = [[float(logprob) for logprob, _ in s["filtered_resps"]] for s in samples]
+            found[key, subject.key] = sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
     return found
+
+
+def compare_prompts(exams: dict[str, tuple[Exam, Path, int]], shots: int) -> None:
+    """Context and continuation of every request, as the harness makes them and as they are made here."""
+    protocol = protocols()["lm-eval"]
+    asked = samples_of("dummy", exams, shots)
+    for key, (exam, _, _) in exams.items():
+        same = count = 0
+        for subject in exam.subjects:
+            for question, sample in zip(subject.questions, asked[key, subject.key], strict=True):
+                text = protocol.text(exam.form, subject.entry.name, subject.dev, question)
+                mine = [(text, protocol.continuation.format(answer=letter)) for letter in LETTERS]
+                theirs = [tuple(arguments) for arguments in sample["arguments"]]
+                same += mine == theirs
+                count += 1
+        print(f"{key}: {same} of {count} prompts and continuations are the same to the character", flush=True)
 
 
 def main() -> None:
@@ -103,10 +120,10 @@ def main() -> None:
     parser.add_argument("--ceval-limit", type=int, default=6)
     parser.add_argument("--cmmlu-limit", type=int, default=5)
     parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--prompts-only", action="store_true")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    loaded = load_model(arguments.model, dtype="float32")
     exams: dict[str, tuple[Exam, Path, int]] = {}
     for key, source, limit in (
         ("ceval", arguments.ceval, arguments.ceval_limit),
@@ -116,7 +133,11 @@ def main() -> None:
             folders = {key: str(source)}
             exam = open_exam(key, folders=folders, hub="", split=None, shots=arguments.shots, limit=limit)
             exams[key] = exam, source, limit
+    compare_prompts(exams, arguments.shots)
+    if arguments.prompts_only:
+        return
 
+    loaded = load_model(arguments.model, dtype="float32")
     began = time.perf_counter()
     prompter = Prompter(protocols()["lm-eval"], loaded.tokenizer, None, loaded.config["max_position_embeddings"])
     ours = {
@@ -126,7 +147,11 @@ def main() -> None:
     }
     middle = time.perf_counter()
     print(f"here: {middle - began:.0f} s", flush=True)
-    theirs = by_harness(HFLM(in_torch(loaded), tokenizer=loaded.tokenizer, device="cpu"), exams, arguments.shots)
+    model = HFLM(in_torch(loaded), tokenizer=loaded.tokenizer, device="cpu")
+    theirs = {
+        place: [[float(logprob) for logprob, _ in sample["filtered_resps"]] for sample in samples]
+        for place, samples in samples_of(model, exams, arguments.shots).items()
+    }
     print(f"lm_eval {version('lm_eval')} on torch {torch.__version__}: {time.perf_counter() - middle:.0f} s")
 
     for key in exams:

@@ -202,10 +202,12 @@ def unreachable(address: str) -> str | None:
     import urllib.error
     import urllib.request
 
-    if urlsplit(address).scheme not in ("http", "https"):
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
         return "it is no http(s) address"
     try:
-        request = urllib.request.Request(address, method="HEAD")
+        host = parts.netloc.rpartition("@")[2]  # urllib takes a name and password for a part of the host
+        request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path}", method="HEAD")
         with urllib.request.urlopen(request, timeout=_SECONDS):
             return None
     except urllib.error.HTTPError:

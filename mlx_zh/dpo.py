@@ -21,11 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     """Train an adapter on pairs of a better and a worse answer."""
     parser = stage.parser("dpo", "Tune a model on preferences: better answers over worse ones.")
     stage.add_fresh(parser)
+    stage.add_force(parser)
     arguments = parser.parse_intermixed_args(argv)
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
 
+    from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
     from mlx_zh.preparation import file_digests, keep_report, prepare_stage
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if not recipe.data.dpo.train:
         raise DataError(f"{arguments.recipe}: data.dpo.train names no file to learn from.")
     start = choose_start(recipe)
+    fitting.require(recipe, "dpo", force=arguments.force, fresh=arguments.fresh)
     loaded = stage.open_model(recipe)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "dpo", renderer)
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if not session.begin(fresh=arguments.fresh):
         report(session, samples, ("base", "sft", "dpo"))
         return 0
+    fitting.require(recipe, "dpo", force=arguments.force, config=loaded.config, corpus=pairs)
     stage.write_run_files(recipe, loaded, files)
     keep_report(recipe, "dpo", corpus)
     samples.ask("base", again=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,24 +104,22 @@ def _packing(described: Any) -> Packing | None:
     return Packing(int(described["bits"]), int(described["group_size"]), tuple(modules))
 
 
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """`--force`, which training stages understand."""
-    parser.add_argument("--force", action="store_true", help="start even if memory will not be enough")
-
-
 def require(
     recipe: Recipe,
     stage: str,
     *,
     force: bool,
+    fresh: bool = False,
     config: dict[str, Any] | None = None,
     corpus: Conversations | Pairs | None = None,
 ) -> None:
     """Refuse what cannot fit: PlanError, or with `force` a warning.
 
     Without `corpus`, before the model is there, examples are taken to be short, so that what is refused surely is
-    too much; with it, its longest examples count.
+    too much; with it, its longest examples count. A run that is finished already is not asked, save with `fresh`.
     """
+    if corpus is None and not fresh and (recipe.run_folder() / stage / "summary.json").exists():
+        return
     if config is None:
         from mlx_zh.models.load import find_config
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zh import console
+from mlx_zh import console, device
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
 from mlx_zh.recipe import Lora, Recipe, Training
@@ -96,6 +96,8 @@ class Session:
 
     def train(self, objective: Objective, validation: Objective | None, watch: Watch | None = None) -> Finished:
         """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
+        if wired := device.wire_memory():
+            console.say(f"Keeping up to {wired / 1e9:.1f} GB in memory; the rest is left to the desktop.")
         with console.kept_warnings(self.folder / "warnings.jsonl"), stop_on_interrupt() as stop:
             loop = Loop(
                 model=self.model,

@@ -9,11 +9,13 @@ def main(argv: list[str] | None = None) -> int:
     """Train an adapter on conversations."""
     parser = stage.parser("sft", "Tune a model on conversations.")
     stage.add_fresh(parser)
+    stage.add_force(parser)
     arguments = parser.parse_intermixed_args(argv)
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
 
+    from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
     from mlx_zh.models.lora import adapted_layers, add_adapter
@@ -24,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if not recipe.data.sft.train:
         raise DataError(f"{arguments.recipe}: data.sft.train names no file to learn from.")
+    fitting.require(recipe, "sft", force=arguments.force, fresh=arguments.fresh)
     loaded = stage.open_model(recipe)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "sft", renderer)
@@ -43,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if not session.begin(fresh=arguments.fresh):
         report(session, samples, ("base", "sft"))
         return 0
+    examples = corpus.conversations("train")
+    fitting.require(recipe, "sft", force=arguments.force, config=loaded.config, corpus=examples)
     stage.write_run_files(recipe, loaded, digests)
     keep_report(recipe, "sft", corpus)
 

@@ -106,6 +106,11 @@ def add_fresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept beside the new one")
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """`--force`, which training stages understand."""
+    parser.add_argument("--force", action="store_true", help="start even if memory will not be enough")
+
+
 def fingerprint(value: Any) -> str:
     """A short digest of plain values."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.errors import ModelError
-from mlx_zh.models.gguf import GGUFFile, read_tensor
+from mlx_zh.models.build import describe_packing
+from mlx_zh.models.gguf import BITS, GROUP_SIZE, GGUFFile, read_tensor
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -193,6 +194,18 @@ def gguf_weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, mx.array]:
                 array = _unpermute(array, config[heads])
             weights[f"{path}.{part if suffix == 'weight' else suffix}"] = array
     return weights
+
+
+def gguf_packing(file: GGUFFile) -> dict[str, Any] | None:
+    """config.json's "quantization" for the matrices as they are stored; None where all are full."""
+    matrices = {name: info for name, info in file.tensors.items() if len(info.shape) == 2 and _rename(name)}
+    modules = {name: str(_rename(name)).removesuffix(".weight") for name in matrices}
+    packing = {
+        modules[name]: {"group_size": GROUP_SIZE, "bits": BITS[info.kind], "mode": "affine"}
+        for name, info in matrices.items()
+        if info.kind in BITS
+    }
+    return describe_packing(packing, modules.values()) if packing else None
 
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}

