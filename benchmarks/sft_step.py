@@ -100,10 +100,9 @@ def measure(steps: dict[str, Step], batches: list[list[int]]) -> dict[str, dict[
     """Median seconds and peak GB over the weights, each batch by every side in turn."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[float]] = {name: [] for name in steps}
-    for number, members in enumerate(batches):
+    for members in batches:
         for name, step in steps.items():
-            if number == 0:
-                step(members)  # warm-up: first use of the weights and optimizer state
+            step(members)  # warm-up: who compiles for each new shape has done so before the clock starts
             mx.clear_cache()
             mx.reset_peak_memory()
             active, start = mx.get_active_memory(), time.perf_counter()

@@ -77,7 +77,7 @@ class StepBar:
     def update(self, figures: dict[str, Any]) -> None:
         """Advance by a step and show its figures."""
         ranked = "rewards/margins" in figures
-        margin = f"margin {figures['rewards/margins']:.2f}, " if ranked else ""
+        margin = f"margin {figures['rewards/margins']:z.2f}, " if ranked else ""
         self._bar.set_postfix_str(
             f"loss {figures['loss']:.3f}, {margin}{figures['tokens_per_second']:.0f} tok/s, "
             f"{figures['peak_memory_gb']:.2f} GB",

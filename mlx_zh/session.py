@@ -255,7 +255,7 @@ def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
         console.say(f"\nvalidation loss {before['eval_loss']:.3f} -> {after['eval_loss']:.3f}{ratio}")
     for key, label in _SHOWN.items():
         if key in before:
-            console.say(f"validation {label} {before[key]:.2f} -> {after[key]:.2f}")
+            console.say(f"validation {label} {before[key]:z.2f} -> {after[key]:z.2f}")
     console.say(f"trained {summary['steps']} steps in {console.duration(summary['seconds'])}\n")
     run = session.recipe.run_folder()
     places = [
@@ -275,7 +275,7 @@ _SHOWN = {
 
 
 def _evaluation(figures: dict[str, Any]) -> str:
-    more = "".join(f", {label} {figures[key]:.2f}" for key, label in _SHOWN.items() if key in figures)
+    more = "".join(f", {label} {figures[key]:z.2f}" for key, label in _SHOWN.items() if key in figures)
     return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
 
 

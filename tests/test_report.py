@@ -147,7 +147,8 @@ def test_everything_that_is_wrong_is_said(tmp_path):
     rising = {"eval_loss_before": 1.0, "eval_loss_after": 1.5}
     fabricated.write_metrics(tmp_path, "sft", lines, skipped_steps=2, **rising)
     losing = [
-        line | {"rewards/accuracies": 0.4} for line in fabricated.dpo_lines(fabricated.np.random.default_rng(0), 20)
+        line | {"rewards/accuracies": 0.4, "eval_rewards/accuracies": 0.4}
+        for line in fabricated.dpo_lines(fabricated.np.random.default_rng(0), 20)
     ]
     fabricated.write_metrics(tmp_path, "dpo", losing)
     (tmp_path / "dpo" / "summary.json").unlink()

@@ -170,14 +170,16 @@ def _training_alarms(training: TrainingResult) -> list[Alarm]:
         elif _finite(best.get("eval_loss")) and best["eval_loss"] < after * 0.995:
             figures = {"step": best.get("step"), "best": f"{best['eval_loss']:.4f}", "after": f"{after:.4f}"}
             found.append(say("overfitted", **figures))
-    accuracy = end_of(training, "rewards/accuracies")
+    accuracy = at_end(training, "rewards/accuracies")
     if accuracy is not None and accuracy <= 0.5:
         found.append(say("accuracy_low", accuracy=f"{accuracy:.1%}"))
     return [Alarm(named(training.stage), text) for text in found]
 
 
-def end_of(training: TrainingResult, name: str) -> float | None:
-    """A metric's mean over the last tenth of the steps (five at least): a single step's value says little."""
+def at_end(training: TrainingResult, name: str) -> float | None:
+    """A metric at the last validation; without one, its mean over the last tenth of the steps (five at least)."""
+    if (validated := training.last(f"eval_{name}")) is not None:
+        return validated
     values = [value for _, value in training.points(name)]
     last = values[-max(5, len(values) // 10) :]
     return sum(last) / len(last) if last else None

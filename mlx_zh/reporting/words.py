@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_zh.reporting.exams import Change
-from mlx_zh.reporting.findings import Findings, TrainingResult, end_of
+from mlx_zh.reporting.findings import Findings, TrainingResult, at_end
 from mlx_zh.reporting.messages import Text, say
 
 
@@ -51,8 +51,8 @@ def tiles(findings: Findings) -> list[Tile]:
     if (sft := findings.training.get("sft")) and sft.summary.get("eval_loss_before") is not None:
         before, after = sft.summary["eval_loss_before"], sft.summary["eval_loss_after"]
         found.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
-    if (dpo := findings.training.get("dpo")) and (accuracy := end_of(dpo, "rewards/accuracies")) is not None:
-        margin = end_of(dpo, "rewards/margins")
+    if (dpo := findings.training.get("dpo")) and (accuracy := at_end(dpo, "rewards/accuracies")) is not None:
+        margin = at_end(dpo, "rewards/margins")
         remark = Text.same("") if margin is None else Text(f"奖励差 {margin:.3f}", f"margin {margin:.3f}")
         found.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
     if seconds := total_seconds(findings):
