@@ -24,6 +24,7 @@ import mlx_zh  # noqa: F401  (loads the fast BLAS before anything imports mlx)
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_zh.corpus.conversation import Message
@@ -43,7 +44,7 @@ def mlx_program(model: Any) -> tuple[Logits, Greedy]:
         return np.array(model(mx.array([ids]), cache=make_prompt_cache(model))[0].astype(mx.float32))
 
     def greedy(ids: Sequence[int], count: int) -> list[int]:
-        steps = mlx_lm.generate.generate_step(mx.array(ids), model, max_tokens=count)
+        steps = generate_step(mx.array(ids), model, max_tokens=count)
         return [int(token) for token, _ in steps]
 
     return logits, greedy
