@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint format oracle clean
+.PHONY: quickstart test lint format oracle fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
@@ -28,6 +28,14 @@ format: $(INSTALLED)
 # llama.cpp too where llama-cpp-python is there, which takes some minutes to build.
 oracle: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 peft==0.21.2
+
+# Ten minutes of mutated files for everything that reads strangers' files; not part of the tests. What it finds is
+# kept in .fuzz as crash-….
+fuzz: $(INSTALLED)
+	test -d .fuzz/atheris || $(BIN)/python -m pip install --quiet --no-deps --target .fuzz atheris==3.0.0
+	for target in gguf recipe data template; do \
+		PYTHONPATH=.fuzz $(BIN)/python fuzz/parsers.py $$target -max_total_time=150 || exit 1; \
+	done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_zh.errors import MlxZhError
+from mlx_zh.redaction import printable
 
 STAGES = {
     "run": "do everything that a recipe asks for, and nothing twice",
@@ -24,6 +25,8 @@ STAGES = {
     "doctor": "look at this machine: what is there, what is missing, what a bug report needs",
     "report": "write what a run gained: a page, a text and pictures",
 }
+
+_LONGEST = 8000  # characters of an error that are shown
 
 
 def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
@@ -46,15 +49,22 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
         sys.stdout.flush()
     except (MlxZhError, KeyboardInterrupt) as error:
         if debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         status = 130
         if isinstance(error, MlxZhError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_paragraph(error)}", file=sys.stderr)
             status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: say nothing
         status = 0
     sys.exit(status)
+
+
+def _paragraph(error: BaseException) -> str:
+    """An error's text without blank lines and without what must not be shown, whoever wrote the words in it."""
+    lines = [line.rstrip() for line in printable(str(error)).split("\n")]
+    text = "\n".join(line for line in lines if line)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 from wcwidth import wcswidth
 
+from mlx_zh.redaction import printable, redact
+
 
 def say(text: str = "") -> None:
     """A line for the user; it never cuts through a progress bar."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(printable(text), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -28,7 +30,7 @@ def warn(text: str) -> None:
     say(f"warning: {text}")
     if _kept is not None:
         with suppress(OSError), _kept.open("a", encoding="utf-8") as file:  # a full disk is told by other writes
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"text": redact(text)}, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh import console
     from mlx_zh.checkup import checks, measured
-    from mlx_zh.reporting.secrets import hide
+    from mlx_zh.redaction import hide
 
     failed = False
     found = checks(recipe)

@@ -37,10 +37,13 @@ NotNegative = Annotated[float, Field(ge=0)]
 def _located(value: str, info: ValidationInfo) -> str:
     """A path that exists beside the recipe, seen from the current folder; any other text as it stands."""
     folder: Path | None = (info.context or {}).get("beside")
-    if folder is None or not value or Path(value).expanduser().is_absolute():
-        return str(Path(value).expanduser()) if value.startswith("~") else value
-    beside = folder / value
-    return os.path.normpath(beside) if beside.exists() else value
+    try:
+        if folder is None or not value or Path(value).expanduser().is_absolute():
+            return str(Path(value).expanduser()) if value.startswith("~") else value
+        beside = folder / value
+        return os.path.normpath(beside) if beside.exists() else value
+    except (OSError, RuntimeError) as error:  # a name too long for any disk, a home folder of nobody
+        raise ValueError("the name of a file or folder that can exist") from error
 
 
 Located = Annotated[str, Field(min_length=1), AfterValidator(_located)]
@@ -62,6 +65,8 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("something other than true or false")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("text without NUL characters")
         return value
 
 
@@ -346,7 +351,7 @@ class Recipe(Section):
     export: Export = Export()
     track: tuple[Literal["tensorboard", "swanlab", "wandb"], ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    runs: str = "runs"
+    runs: Annotated[str, Field(min_length=1)] = "runs"
 
     def run_folder(self) -> Path:
         """Where everything this run makes lies."""

@@ -241,7 +241,11 @@ def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
 def _dotted(key: Key) -> str:
     text = ""
     for part in key:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            name = part if part.isprintable() and len(part) <= 80 else repr(part[:80])
+            text += f".{name}" if text else name
     return text
 
 

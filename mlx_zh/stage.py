@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh import console
 from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.redaction import hide_all, redact
 from mlx_zh.storage import write_json, write_text
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ def open_model(recipe: Recipe) -> LoadedModel:
 
 def write_run_files(recipe: Recipe, loaded: LoadedModel, data: dict[str, Any]) -> None:
     """`recipe.yaml` as resolved, and `manifest.json` with what a number needs to be reproduced."""
+    from mlx_zh.models.hub import commit_of
+
     folder = recipe.run_folder()
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "recipe.yaml", redact(recipe.to_yaml()))
     path = folder / "manifest.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     packages = ("mlx-zh", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "datasets")
@@ -73,10 +76,10 @@ def write_run_files(recipe: Recipe, loaded: LoadedModel, data: dict[str, Any]) -
         "machine": {"system": platform.platform(), "processor": platform.machine(), "device": _device()},
         "git_commit": _git_commit(),
         "command": sys.argv,
-        "model": {"source": loaded.source, "fingerprint": loaded.fingerprint},
+        "model": {"source": loaded.source, "fingerprint": loaded.fingerprint, "revision": commit_of(loaded.path)},
         "data": known.get("data", {}) | data,
     }
-    write_json(path, known)
+    write_json(path, hide_all(known, redact))
 
 
 def _version(package: str) -> str | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network says so with a marker
@@ -15,6 +18,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiny matrices: on a busy machine threads mostly wait
 
 import mlx_zh  # noqa: F401  (loads the fast BLAS before anything imports mlx)
+from mlx_zh.cli import entry
+
+# The same examples every time, and few: a build must not fail today for what passed yesterday. To look for more:
+# HYPOTHESIS_PROFILE=search.
+hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("search", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +50,32 @@ def smollm2_path() -> Path:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def told() -> Callable[[Callable[[], object]], str | None]:
+    """Does something as a stage does it. None where that worked, else the error: a paragraph, and status 2."""
+
+    def run(action: Callable[[], object]) -> str | None:
+        def stage(_arguments: list[str] | None) -> int:
+            action()
+            return 0
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            entry(stage, [])
+        said = err.getvalue()
+        if stop.value.code == 0:
+            assert said == ""
+            return None
+        assert stop.value.code == 2
+        assert said.startswith("error: ") and said.endswith("\n")
+        message = said.removeprefix("error: ").removesuffix("\n")
+        assert message.strip() and "\n\n" not in message and "Traceback" not in message, message
+        assert len(message) < 20_000, "nobody reads so much"
+        return message
+
+    return run
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import fabricated
 import pytest
 import yaml
 
-from mlx_zh import report
+from mlx_zh import redaction, report
 from mlx_zh.benchmarks import report as exam_report
 from mlx_zh.errors import DataError
-from mlx_zh.reporting import plots, secrets, svg
+from mlx_zh.reporting import plots, svg
 from mlx_zh.reporting.findings import Findings, gather
 from mlx_zh.reporting.markdown import markdown
 from mlx_zh.reporting.markup import Html, escape, tag
@@ -284,7 +284,7 @@ def test_the_page_may_fetch_nothing(findings):
     ],
 )
 def test_secrets_are_hidden(text):
-    assert "SECRETSECRET" not in secrets.hide(text) and secrets.HIDDEN in secrets.hide(text)
+    assert "SECRETSECRET" not in redaction.hide(text) and redaction.HIDDEN in redaction.hide(text)
 
 
 def test_secrets_in_values_are_hidden_and_other_values_are_not():
@@ -292,14 +292,14 @@ def test_secrets_in_values_are_hidden_and_other_values_are_not():
         "hub_token": "SECRET", "api-key": "SECRET", "command": ["mlx-zh", "--token", "SECRET", "seed=1"],
         "micro_tokens": 2048, "max_new_tokens": 64, "commit": "5f" * 20, "token": "",
     }  # fmt: skip
-    assert secrets.hide_all(values) == values | {
-        "hub_token": secrets.HIDDEN,
-        "api-key": secrets.HIDDEN,
-        "command": ["mlx-zh", "--token", secrets.HIDDEN, "seed=1"],
+    assert redaction.hide_all(values) == values | {
+        "hub_token": redaction.HIDDEN,
+        "api-key": redaction.HIDDEN,
+        "command": ["mlx-zh", "--token", redaction.HIDDEN, "seed=1"],
     }
     recipe = "memory:\n  micro_tokens: 2048\nevaluate:\n  max_new_tokens: 64\n"
-    assert secrets.hide(recipe) == recipe
-    assert secrets.hide(f"{Path.home()}/models") == "~/models"
+    assert redaction.hide(recipe) == recipe
+    assert redaction.hide(f"{Path.home()}/models") == "~/models"
 
 
 def test_secrets_reach_neither_report(tmp_path):

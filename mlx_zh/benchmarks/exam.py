@@ -194,20 +194,28 @@ def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
         return {}
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path}: not valid JSON: {error}.")
         return {}
     entries = {}
     for key, fields in data.items() if isinstance(data, dict) else ():
-        name = fields.get("name_zh") if isinstance(fields, dict) else None
-        if not isinstance(name, str) or not name:
+        name = _name(fields.get("name_zh")) if isinstance(fields, dict) else None
+        if name is None:
             problems.append(f"{path}: {key!r} needs a name_zh.")
+            continue
+        if fields.get("category") is not None and _name(fields["category"]) is None:
+            problems.append(f"{path}: the category of {key!r} must be text, found {fields['category']!r}.")
             continue
         flags = ("hard",) if fields.get("hard") else ()
         entries[key] = Entry(name, fields.get("category"), flags)
     if not isinstance(data, dict):
         problems.append(f"{path}: must be an object, a subject a key.")
     return entries
+
+
+def _name(value: Any) -> str | None:
+    """Text that can be written: JSON may hold half of a surrogate pair."""
+    return value if isinstance(value, str) and value and value.encode(errors="ignore").decode() == value else None
 
 
 def _rows(subjects: list[Subject]) -> tuple[Row, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_zh.corpus.conversation import Message
@@ -21,6 +22,8 @@ NO_TEMPLATE = (
     "tokenizer.json"
 )
 
+_LARGEST = 1_000_000  # characters or items that a product may have
+
 
 class ChatTemplate:
     """A template compiled once, with the settings that transformers compiles its chat templates with.
@@ -30,9 +33,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, date_string: str, variables: dict[str, Any]):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals.update(
             raise_exception=_raise_exception,
@@ -42,8 +43,8 @@ class ChatTemplate:
         )
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template is not valid Jinja: {error}") from error
+        except Exception as error:  # a stranger's program: RecursionError, SyntaxError, OverflowError, …
+            raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
@@ -51,10 +52,10 @@ class ChatTemplate:
         rows = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:  # a stranger's program may raise anything
             where = f"{source}: " if source else ""
             roles = ", ".join(message.role for message in messages)
-            raise TemplateError(f"{where}the chat template refuses the roles {roles}: {error}") from error
+            raise TemplateError(f"{where}the chat template refuses the roles {roles}: {_reason(error)}") from error
 
 
 def template_source(tokenizer: Any, chosen: str | None = None) -> str:
@@ -68,6 +69,29 @@ def template_source(tokenizer: Any, chosen: str | None = None) -> str:
     if not isinstance(source, str) or not source.strip():
         raise TemplateError(NO_TEMPLATE)
     return source
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's immutable sandbox, which keeps a template from everything but its own values, with bounds on size.
+
+    `range` is bounded by the sandbox itself; products and powers are here, also where Jinja would compute them while
+    it compiles.
+    """
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        del self.globals["lipsum"]  # writes as much nonsense as it is asked for
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """A product or a power that stays small."""
+        if operator == "**" or isinstance(left, Sized) or isinstance(right, Sized):
+            sizes = [len(side) if isinstance(side, Sized) else abs(side) for side in (left, right)]
+            large = sizes[0] * sizes[1] > _LARGEST if operator == "*" else sizes[0] > _LARGEST or sizes[1] > 64
+            if large:
+                raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large for a chat template")
+        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationBlock(Extension):
@@ -92,6 +116,10 @@ class _Namespace(jinja2.utils.Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
         super().__setitem__(name, value)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _check_name(name: object) -> None:

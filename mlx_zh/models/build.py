@@ -44,7 +44,7 @@ def build_model(
     import mlx.core as mx
 
     _settle(config, weights, source)
-    model = _empty(config, source)
+    model = _empty(config, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -92,7 +92,7 @@ def outline(
     from mlx.utils import tree_flatten
 
     _settle(config, weights, source)
-    model = _empty(config, source)
+    model = _empty(config, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -123,8 +123,11 @@ def _settle(config: dict[str, Any], weights: Weights, source: str) -> None:
         )
 
 
-def _empty(config: dict[str, Any], source: str) -> Any:
+def _empty(config: dict[str, Any], weights: Weights, source: str) -> Any:
     """The model with lazy random parameters, which take no memory until they are evaluated."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(weights):
+        raise ModelError(f"{source}: its config announces {layers:,} layers, and there are {len(weights)} tensors.")
     module = importlib.import_module(f"mlx_lm.models.{_MODULES[config['model_type']]}")
     try:
         return module.Model(module.ModelArgs.from_dict(config))

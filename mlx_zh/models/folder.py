@@ -43,7 +43,8 @@ def folder_config(path: Path) -> dict[str, Any]:
             "the program computes attention itself and needs a model of Llama's shape."
         )
     _flatten_rope(config)
-    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    listed = config.get("layer_types") or []
+    kinds = {str(kind) for kind in listed if kind != "full_attention"} if isinstance(listed, list) else {str(listed)}
     if kinds or config.get("use_sliding_window"):
         raise ModelError(
             f"{path / 'config.json'}: layers with {', '.join(sorted(kinds)) or 'sliding_attention'} are not "
@@ -51,17 +52,20 @@ def folder_config(path: Path) -> dict[str, Any]:
         )
     generation = path / "generation_config.json"
     if generation.is_file():
-        ends = [*as_ids(read_json(generation).get("eos_token_id")), *as_ids(config.get("eos_token_id"))]
+        ends = as_ids(read_json(generation).get("eos_token_id"), generation)
+        ends += as_ids(config.get("eos_token_id"), path / "config.json")
         if unique := list(dict.fromkeys(ends)):
             config["eos_token_id"] = unique if len(unique) > 1 else unique[0]
     return config
 
 
-def as_ids(value: Any) -> list[int]:
-    """A token id, a list of them, or nothing, as a list."""
-    if value is None:
-        return []
-    return [int(item) for item in value] if isinstance(value, list) else [int(value)]
+def as_ids(value: Any, where: Path) -> list[int]:
+    """A token id, a list of them, or nothing, as a list. Raises ModelError for anything else."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if wrong := [item for item in ids if isinstance(item, bool) or not isinstance(item, int)]:
+        found = str(wrong[0])[:40]
+        raise ModelError(f"{where}: eos_token_id must be a whole number or a list of them, found {found!r}.")
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,6 +75,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not UTF-8 text ({error.reason}). Download it again.") from error
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Download it again.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise ModelError(f"{path}: not usable as JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed, found a {type(content).__name__}. Download it again.")
     return content
@@ -107,7 +113,7 @@ def folder_weights(path: Path) -> tuple[dict[str, mx.array], str]:
     """All tensors (lazy) and a fingerprint of their content; ModelError if a file is missing or damaged."""
     import mlx.core as mx
 
-    files = [_read_table(file) for file in _weight_files(path)]
+    files = [read_table(file) for file in _weight_files(path)]
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
@@ -122,12 +128,12 @@ def folder_weights(path: Path) -> tuple[dict[str, mx.array], str]:
 def _weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
         mapping = read_json(path / _INDEX).get("weight_map")
-        names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-        bad = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        missing = [name for name in names if name not in bad and not (path / name).is_file()]
+        names = list(mapping.values()) if isinstance(mapping, dict) else []
+        bad = [n for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")]
         if bad or not names:
             raise ModelError(f"{path / _INDEX} is damaged: its weight_map is not usable. Download it again.")
-        if missing:
+        names = sorted(set(names))
+        if missing := [name for name in names if not (path / name).is_file()]:
             raise ModelError(
                 f"{path} lacks {len(missing)} of the {len(names)} files that {_INDEX} lists: "
                 f"{', '.join(missing[:8])}. The download is not complete; start it again."
@@ -151,7 +157,8 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _read_table(path: Path) -> TensorFile:
+def read_table(path: Path) -> TensorFile:
+    """The table of a *.safetensors file, checked against its size: MLX trusts it. Raises ModelError."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -169,7 +176,7 @@ def _read_table(path: Path) -> TensorFile:
     try:
         entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
         tensors = {name: _entry(entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: its header cannot be parsed ({error}). Download it again.") from error
     end = max((entry[3] for entry in tensors.values()), default=0)
     if end > size - 8 - length:
@@ -199,7 +206,7 @@ def _check_types(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int,
     wrong = [
         name
         for name, (kind, shape, first, last) in tensors.items()
-        if first < 0 or last - first != math.prod(shape) * _BYTES[kind]
+        if first < 0 or min(shape, default=0) < 0 or last - first != math.prod(shape) * _BYTES[kind]
     ]
     if wrong:
         raise ModelError(

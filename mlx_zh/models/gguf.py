@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
+_MOST = 1 << 22  # entries of a table or an array; the largest vocabularies have a sixteenth of it
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 # Names of the tensor types, so that one which is not read can be refused by name.
@@ -125,11 +126,13 @@ class _Cursor:
 
     def array(self) -> list[Any]:
         kind, length = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
+        if kind in _SCALARS and length <= _MOST:
             layout = np.dtype(_SCALARS[kind]).newbyteorder("<")
             start = self.take(length * layout.itemsize)
             return list(np.frombuffer(self.data, layout, length, start).tolist())
-        if kind != _STRING or length * 8 > self.size:  # a string takes at least the eight bytes of its length
+        if (
+            kind != _STRING or length > _MOST or length * 8 > self.size
+        ):  # a string takes at least the eight bytes of its length
             raise ModelError(
                 f"{self.path} is damaged: an array of {length:,} values of type {kind} near byte {self.offset:,}. "
                 "Download it again."
@@ -146,6 +149,11 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], int]:
             "model again with a current llama.cpp."
         )
     rows, entries = cursor.scalar("Q"), cursor.scalar("Q")
+    if max(rows, entries) > _MOST:
+        raise ModelError(
+            f"{cursor.path} is damaged: it announces {entries:,} entries of metadata and {rows:,} tensors. Download "
+            "it again."
+        )
     metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = cursor.string()

@@ -70,12 +70,23 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     _check_shape(file, key, config)
     config["rope_scaling"] = _rope_scaling(file, key, config)
-    for name in ("bos", "eos"):
-        config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = {name: token_id(file, name) for name in ("bos", "eos", "eot", "eom")}
+    config |= {f"{name}_token_id": ids[name] for name in ("bos", "eos")}
+    ends = [ids[name] for name in ("eos", "eot", "eom")]
     if len(unique := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
         config["eos_token_id"] = unique
     return config
+
+
+def token_id(file: GGUFFile, name: str) -> int | None:
+    """The number of a special token: bos, eos, padding … ModelError where the file has something else there."""
+    value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.{name}_token_id is {str(value)[:40]!r}, a whole number is needed. Convert "
+            "the model again with a current llama.cpp."
+        )
+    return value
 
 
 class _Keys:
@@ -93,7 +104,7 @@ class _Keys:
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
             raise ModelError(
                 f"{self.file.path}: metadata {self.file.architecture}.{name} is {value!r}, a number is needed. "
                 "Convert the model again with a current llama.cpp."
@@ -155,8 +166,9 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = llama3_divisors(scaling, config["head_dim"], config["rope_theta"])
-    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+    fits = stored.shape == (config["head_dim"] // 2,) and stored.min() > 0 and config["rope_theta"] > 0
+    expected = llama3_divisors(scaling, config["head_dim"], config["rope_theta"]) if fits else np.empty(0)
+    if not fits or not np.allclose(stored, expected, rtol=1e-3):
         raise ModelError(
             f"{file.path}: {ROPE_FACTORS} scales positions in a way that is not Llama 3's. Take the model's "
             "safetensors instead."

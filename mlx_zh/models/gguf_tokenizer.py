@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlx_zh.errors import ModelError
 from mlx_zh.models.gguf import GGUFFile
+from mlx_zh.models.gguf_model import token_id
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -38,18 +39,28 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
             f"{file.path} has a tokenizer of kind {model!r}; byte-level BPE ('gpt2') can be read. Take the model's "
             "safetensors folder, which brings its own tokenizer."
         )
-    if cut not in _CUTS:
+    if not isinstance(cut, str) or cut not in _CUTS:
         raise ModelError(
             f"{file.path} cuts text by the rule {cut!r} (tokenizer.ggml.pre); known are {', '.join(_CUTS)}. Convert "
             "it again with a current llama.cpp, or take the model's safetensors folder."
         )
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-    if not tokens or merges is None:
-        raise ModelError(f"{file.path} has no vocabulary or no merges in its metadata. Download it again.")
-    return _wrap(file, _byte_level(file, cut, tokens, merges), tokens)
+    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    if not (_texts(tokens) and tokens and _texts(merges) and isinstance(kinds, list)):
+        raise ModelError(f"{file.path} has no usable vocabulary or merges in its metadata. Download it again.")
+    try:
+        return _wrap(file, _byte_level(file, cut, tokens, merges, kinds), tokens)
+    except (TypeError, ValueError, OverflowError) as error:  # what the libraries raise for strange tokens
+        raise ModelError(
+            f"{file.path}: no tokenizer can be made of its metadata ({error}). Download it again."
+        ) from error
 
 
-def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str]) -> Any:
+def _texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str], kinds: list[int]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     vocabulary: dict[str, int] = {}
@@ -67,7 +78,6 @@ def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str]) 
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _cutter(cut)
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     added = [
         AddedToken(token, special=kind == _CONTROL, normalized=False)
         for token, kind in zip(tokens, kinds, strict=False)
@@ -109,7 +119,7 @@ def _wrap(file: GGUFFile, tokenizer: Any, tokens: list[str]) -> Any:
     metadata = file.metadata
     names: dict[str, str] = {}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        index = token_id(file, theirs)
         if index is None:
             continue
         if not 0 <= index < len(tokens):

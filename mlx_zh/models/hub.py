@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ def download(
                 f"The disk is full: {name} could not be stored. Make room and start again; what has arrived is kept."
             ) from error
         raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS[hub]}") from error
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a downloaded folder is of: Hugging Face's cache is named by it, ModelScope's notes it."""
+    if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
+        return folder.name
+    try:
+        noted = _COMMIT.search((folder / ".mv").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return noted[0] if noted else None
 
 
 def _huggingface(name: str, revision: str | None, what: dict[str, Any]) -> Path:

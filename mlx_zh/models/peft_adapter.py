@@ -7,6 +7,7 @@ PEFT keeps A as (r, in) and B as (out, r) where mlx-lm has (in, r) and (r, out),
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_zh.errors import AdapterError
+from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.models.folder import read_table
 from mlx_zh.models.lora import AdapterSpec
 from mlx_zh.storage import write_arrays, write_json
 
@@ -91,15 +93,21 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     """Settings and arrays of a PEFT folder in mlx-lm's terms. AdapterError for what these cannot express."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        read_table(folder / WEIGHTS_FILE)
         stored = mx.load(str(folder / WEIGHTS_FILE))
         if not isinstance(config, dict) or not isinstance(stored, dict):
             raise ValueError("adapter_config.json is no mapping")
         mx.eval(stored)
         _check(config, folder)
         rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
-        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        ranks, alphas = (_patterns(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))
+        dropout = float(config.get("lora_dropout", 0.0))
+        if not (rank > 0 and 0 < alpha < math.inf):
+            raise ValueError(f"r {rank} and lora_alpha {alpha} make no adapter")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise AdapterError(f"{folder} is damaged or no PEFT adapter: {error}.") from error
+    except ModelError as error:
+        raise AdapterError(f"{folder} is damaged: {error}") from error
     modules = _by_module(stored, folder)
     found = {path: int(parts["lora_a"].shape[0]) for path, parts in modules.items()}
     widest = max(found.values(), default=rank)
@@ -115,7 +123,7 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         if "m" in parts:
             weights[f"{path}.m"] = parts["m"].astype(mx.float32).reshape(-1)
     kind = "dora" if config.get("use_dora") else "lora"
-    return AdapterSpec(kind, 10**6, widest, scale, float(config.get("lora_dropout", 0.0))), weights
+    return AdapterSpec(kind, 10**6, widest, scale, dropout), weights
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
@@ -139,7 +147,8 @@ def _by_module(stored: dict[str, mx.array], folder: Path) -> dict[str, dict[str,
     modules: dict[str, dict[str, mx.array]] = {}
     strange = []
     for key, array in stored.items():
-        if match := _KEY.fullmatch(key):
+        match = _KEY.fullmatch(key)
+        if match and (match[2] not in ("lora_A.weight", "lora_B.weight") or array.ndim == 2):
             modules.setdefault(match[1], {})[_BACK[match[2]]] = array
         else:
             strange.append(key)
@@ -150,9 +159,26 @@ def _by_module(stored: dict[str, mx.array], folder: Path) -> dict[str, dict[str,
     return modules
 
 
-def _pattern(patterns: dict[str, Any], path: str, default: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: a name, the end of a path, or a regular expression for it."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return float(value)
-    return default
+Patterns = list[tuple[re.Pattern[str], float]]
+
+
+def _patterns(given: dict[str, Any]) -> Patterns:
+    """PEFT's rank_pattern and alpha_pattern: a name, the end of a path, or a regular expression for it.
+
+    Raises ValueError for one that is none, or whose repeated groups could keep matching for hours.
+    """
+    found = []
+    for pattern, value in given.items():
+        if len(pattern) > 400 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+            raise ValueError(f"the pattern {pattern[:80]!r} is too elaborate")
+        try:
+            found.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), float(value)))
+        except re.error as error:
+            raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+    if not all(value > 0 and math.isfinite(value) for _, value in found):
+        raise ValueError("ranks and alphas must be positive numbers")
+    return found
+
+
+def _pattern(patterns: Patterns, path: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.fullmatch(path)), default)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from mlx_zh.reporting import exams, secrets
+from mlx_zh.redaction import hide, hide_all
+from mlx_zh.reporting import exams
 from mlx_zh.reporting.exams import ExamResult
 from mlx_zh.reporting.messages import Text, named, say, translated
 
@@ -84,11 +85,11 @@ class Findings:
 
 def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -> Findings:
     """Everything in the run folder `folder`; `recipe` is its recipe as text."""
-    found = Findings(name, secrets.hide(recipe))
+    found = Findings(name, hide(recipe))
     reading = _Reading(folder, found.alarms)
-    found.manifest = secrets.hide_all(reading.mapping("manifest.json"))
-    found.data = secrets.hide_all(reading.mapping("data/report.json"))
-    found.export = secrets.hide_all(reading.mapping("fused/summary.json"))
+    found.manifest = hide_all(reading.mapping("manifest.json"))
+    found.data = hide_all(reading.mapping("data/report.json"))
+    found.export = hide_all(reading.mapping("fused/summary.json"))
     samples = reading.mapping("samples.json")
     found.prompts = [str(prompt) for prompt in samples.get("prompts", [])]
     answers = samples.get("answers", {})

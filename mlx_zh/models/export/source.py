@@ -57,7 +57,7 @@ def open_source(place: Path, name: str, *, quantize: tuple[int, int] | None = No
     # GGUF's scales are float16 whatever the model was trained in, and some models overflow in it.
     dtype = halves.pop() if len(halves) == 1 and place.is_dir() else mx.bfloat16
     found = outline(config, weights, str(place), quantize=quantize)
-    ends = list(end_of_turn_ids(tokenizer, config))
+    ends = list(end_of_turn_ids(tokenizer, config, place))
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return Source(place, name, config, tokenizer, found, fingerprint, dtype, quantize)

@@ -1,12 +1,15 @@
-"""What a report must not show: tokens, passwords, credentials in addresses, and whose computer it was."""
+"""What must not be shown or kept: tokens, passwords, credentials in addresses, and whose computer it was."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HIDDEN = "•••"
+_LEAST = 8  # characters of a secret; replacing shorter values would garble other words
 
 _NAMES = re.compile(
     r"(^|[_-])(token|secret|password|passwd|credentials?|authorization|cookie|(api|access|secret|private)[_-]?key)$",
@@ -35,24 +38,43 @@ _WORDS = (
 )
 
 
-def hide(text: str) -> str:
-    """The text without what looks like a secret; the home folder becomes `~`."""
+# Control characters but tab, line feed and the codes of colours: others move the cursor, set the clipboard, or
+# make text look like what it is not.
+_CONTROLS = re.compile("\x1b(?!\\[[0-9;]{0,8}m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def redact(text: str) -> str:
+    """The text without what looks like a secret, and without the secrets that this process was given."""
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST and _NAMES.search(name):
+            text = text.replace(value, HIDDEN)
     for pattern, replacement in _WORDS:
         text = pattern.sub(replacement, text)
+    return text
+
+
+def hide(text: str) -> str:
+    """As `redact`, and the home folder becomes `~`: for what is handed on."""
+    text = redact(text)
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
 
 
-def hide_all(value: Any) -> Any:
+def hide_all(value: Any, hidden: Callable[[str], str] = hide) -> Any:
     """Plain values with every text hidden, and whole where its key says that it is a secret."""
     if isinstance(value, dict):
         return {
-            hide(str(k)): HIDDEN if isinstance(v, str) and v and _NAMES.search(str(k)) else hide_all(v)
+            hidden(str(k)): HIDDEN if isinstance(v, str) and v and _NAMES.search(str(k)) else hide_all(v, hidden)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
-        return _hide_command([hide_all(v) for v in value])
-    return hide(value) if isinstance(value, str) else value
+        return _hide_command([hide_all(v, hidden) for v in value])
+    return hidden(value) if isinstance(value, str) else value
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may show it: no secrets, and no control characters but those of colours."""
+    return _CONTROLS.sub("\ufffd", redact(text.replace("\r\n", "\n")))
 
 
 def _hide_command(values: list[Any]) -> list[Any]:

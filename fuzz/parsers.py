@@ -1,0 +1,149 @@
+"""Coverage-guided fuzzing of what reads strangers' files, with Atheris: `make fuzz`.
+
+    python fuzz/parsers.py gguf|recipe|data|template [options of libFuzzer]
+
+A target may work or raise one of the program's own errors; anything else, and more than ten seconds, is a crash, and
+its input is kept as `crash-…` in the current folder. Each one mended becomes a test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["mlx_zh"]):
+    from mlx_zh.corpus import formats, preferences
+    from mlx_zh.corpus.chat_template import ChatTemplate
+    from mlx_zh.corpus.conversation import Message
+    from mlx_zh.models.gguf import read_gguf
+    from mlx_zh.models.gguf_model import gguf_config, gguf_weights
+    from mlx_zh.models.gguf_tokenizer import gguf_tokenizer
+    from mlx_zh.recipe import load_recipe
+
+from mlx_zh.errors import MlxZhError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = Path(tempfile.mkdtemp(prefix="fuzz-")) / "input"
+CHAT = [Message("system", "s"), Message("user", "你好"), Message("assistant", "<b>"), Message("user", "?")]
+
+
+def gguf(data: bytes) -> None:
+    """Header, table, config, tokenizer and tensors of a GGUF file."""
+    FILE.write_bytes(data)
+    file = read_gguf(FILE)
+    config = gguf_config(file)
+    gguf_tokenizer(file)
+    gguf_weights(file, config)
+
+
+def recipe(data: bytes) -> None:
+    """A recipe, and the one that is written back."""
+    FILE.write_bytes(data)
+    FILE.write_text(load_recipe(FILE).to_yaml(), encoding="utf-8")
+    load_recipe(FILE)
+
+
+def rows(data: bytes) -> None:
+    """Conversations and preferences; the first two bytes choose how they are read."""
+    names = ["auto", *formats.FORMATS, *preferences.FORMATS]
+    options = {"format": names[data[0] % len(names)], "on_invalid": ("error", "skip")[data[1] % 2]}
+    FILE.write_bytes(data[2:])
+    load = preferences.load_preferences if data[1] & 2 else formats.load_conversations
+    load(FILE, **options)
+
+
+def template(data: bytes) -> None:
+    """A chat template, rendered with and without a generation prompt."""
+    text = data.decode(errors="replace")
+    compiled = ChatTemplate(text, date_string="26 Jul 2024", variables={"bos_token": "<s>", "eos_token": "</s>"})
+    for ask in (False, True):
+        compiled.render(CHAT, add_generation_prompt=ask)
+
+
+def gguf_seeds() -> list[bytes]:
+    """Small models as llama.cpp's own package writes them."""
+    sys.path.insert(0, str(ROOT / "tests" / "models"))
+    import tiny_models as tiny
+
+    found = []
+    for kind, stored in (("llama", "Q4_0"), ("qwen3", "Q8_0")):
+        config = tiny.tiny_config(kind, num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+        found.append(tiny.write_gguf(FILE, config, tiny.tiny_model(config), stored).read_bytes())
+    return found
+
+
+def row_seeds() -> list[bytes]:
+    """A few rows of each kind."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pair = {"chosen": "b", "rejected": "c"}
+    examples = [
+        {"messages": said},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ]
+    examples += [{"instruction": "a", "input": "", "output": "b", "history": [["a", "b"]]}]
+    examples += [{"instruction": "a", "instances": [{"input": "", "output": "b"}]}, {"prompt": "a", "response": "b"}]
+    pairs = [
+        {"prompt": "a", **pair},
+        {"messages": said[:1], **pair},
+        {"question": "a", "answer_zh": "b", "answer_en": "c"},
+    ]
+    pairs += [{"chosen": said, "rejected": [said[0], {"role": "assistant", "content": "c"}]}]
+    kinds = [(b"\0\0", examples), (b"\0\2", pairs)]
+    return [
+        head + form(rows).encode()
+        for head, rows in kinds
+        for form in (json.dumps, lambda r: "\n".join(map(json.dumps, r)))
+    ]
+
+
+def template_seeds() -> list[bytes]:
+    """Templates of known families."""
+    sys.path.insert(0, str(ROOT / "tests" / "corpus"))
+    import chat_templates
+
+    return [text.encode() for name, text in vars(chat_templates).items() if name.isupper() and isinstance(text, str)]
+
+
+def recipe_seeds() -> list[bytes]:
+    """The recipes that come with the program."""
+    return [path.read_bytes() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+
+
+TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
+    "gguf": (gguf, gguf_seeds),
+    "recipe": (recipe, recipe_seeds),
+    "data": (rows, row_seeds),
+    "template": (template, template_seeds),
+}
+
+
+def main() -> None:
+    """Fuzz one target, from its seeds and from what earlier runs found (`.fuzz/corpus/NAME`)."""
+    name, *options = sys.argv[1:]
+    target, seeds = TARGETS[name]
+    corpus = ROOT / ".fuzz" / "corpus" / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(seeds()):
+        (corpus / f"seed-{number}").write_bytes(seed)
+
+    def once(data: bytes) -> None:
+        if len(data) < 2:
+            return
+        try:
+            target(data)
+        except MlxZhError as error:
+            str(error).encode()
+
+    os.chdir(ROOT / ".fuzz")
+    atheris.Setup([sys.argv[0], "-timeout=10", "-rss_limit_mb=3000", *options, str(corpus)], once)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
