@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint format oracle fuzz clean
+.PHONY: quickstart test lint format oracle audit fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
@@ -28,6 +28,12 @@ format: $(INSTALLED)
 # llama.cpp too where llama-cpp-python is there, which takes some minutes to build.
 oracle: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 peft==0.21.2
+
+# Known vulnerabilities in the pinned versions; pip-audit stays out of the virtual environment.
+audit: $(INSTALLED)
+	@test -d .audit/pip_audit || $(BIN)/python -m pip install --quiet --target .audit pip-audit==2.10.1 || \
+		echo "pip-audit could not be installed"
+	@PYTHONPATH=.audit $(BIN)/python .ci/audit.py
 
 # Ten minutes of mutated files for everything that reads strangers' files; not part of the tests. What it finds is
 # kept in .fuzz as crash-….

@@ -22,6 +22,7 @@ from mlx_zh.storage import storage_errors, sync_folder
 _MEMBER = re.compile(r"(?:^|/)(dev|val|test)/([a-z0-9_]+)\.csv$")
 _LARGEST_FILE = 8 * 2**20  # bytes; C-Eval's and CMMLU's largest files are well below 1 MB
 _LARGEST_ARCHIVE = 128 * 2**20
+_MOST_FILES = 1000  # C-Eval has 156
 
 
 def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface") -> Path:
@@ -68,6 +69,8 @@ def _extract(archive: Path, folder: Path) -> None:
     total = 0
     try:
         with zipfile.ZipFile(archive) as opened:
+            if len(opened.infolist()) > _MOST_FILES:
+                raise DownloadError(f"{archive} holds more files than the benchmark has.")
             for member in opened.infolist():
                 found = _MEMBER.search(member.filename)
                 if found is None:

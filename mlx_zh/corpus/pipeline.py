@@ -34,7 +34,7 @@ from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.storage import storage_errors, sync_folder, write_json, written_whole
 
-VERSION = 1  # part of the key; raise it when the same input would give another corpus
+VERSION = 2  # part of the key; raise it when the same input would give another corpus
 _LARGE = 32 << 20  # bytes of data files from which on sources are scanned in processes of their own
 _MANY = 20_000  # rows from which on the faster encoder is worth its preparation
 

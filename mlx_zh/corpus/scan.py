@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -64,8 +63,8 @@ class Scan:
 
     def items(self, part: int) -> list[Item]:
         """The rows of one spool file: PART * part and the next."""
-        with (self.folder / f"part-{part:05d}.spool").open("rb") as file:
-            return [_item(row) for row in pickle.load(file)]
+        text = (self.folder / f"part-{part:05d}.spool").read_text(encoding="utf-8")
+        return [_item(row) for row in json.loads(text)]
 
 
 def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Progress) -> None:
@@ -172,8 +171,8 @@ class _Notes:
 
     def _write(self) -> None:
         path = self._folder / f"part-{self._parts:05d}.spool"
-        with storage_errors(path), path.open("wb") as file:
-            pickle.dump(self._spool, file, protocol=pickle.HIGHEST_PROTOCOL)
+        with storage_errors(path):
+            path.write_text(json.dumps(self._spool, ensure_ascii=False), encoding="utf-8")
         self._parts += 1
         self._spool = []
 
@@ -195,7 +194,7 @@ def _texts(item: Item) -> list[str]:
 
 
 def _row(item: Item) -> tuple[Any, ...]:
-    """Plain values: a tenth of the time that pickling the classes takes."""
+    """Plain values, as JSON has them."""
     turns = tuple((message.role, message.content) for message in _prompt(item))
     if isinstance(item, Conversation):
         return item.source, turns
