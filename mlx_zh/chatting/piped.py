@@ -7,7 +7,7 @@ import sys
 
 from mlx_zh.chatting.chatbot import Chatbot
 from mlx_zh.chatting.repl import describe, stopping_on_interrupt
-from mlx_zh.chatting.terminal import Screen
+from mlx_zh.chatting.terminal import Screen, without_controls
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
 
@@ -31,7 +31,7 @@ def answer_once(bot: Chatbot, transcript: Transcript, screen: Screen | None) -> 
     try:
         with stopping_on_interrupt() as stopped:
             for last in bot.stream(prompt, stopped):
-                print(last, end="", flush=True)
+                print(without_controls(last) if sys.stdout.isatty() else last, end="", flush=True)
         print("" if last.endswith("\n") else "\n", end="", flush=True)
     except BrokenPipeError:  # the reader has what it wanted; Python would complain again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,6 +25,11 @@ _CLOSING = frozenset("，。、；：！？）》」』】〕…—·”’,.;:!
 NARROWEST_COLUMN = 30
 
 
+def without_controls(text: str) -> str:
+    """What a terminal shows and does not obey."""
+    return _CONTROL.sub("", text)
+
+
 @dataclass
 class Screen:
     """Output to a terminal, or to anything that is written to."""
@@ -47,7 +52,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Text as it arrives, without control characters."""
-        self.stream.write(_CONTROL.sub("", text))
+        self.stream.write(without_controls(text))
         self.stream.flush()
 
     def line(self, text: str = "") -> None:
@@ -66,7 +71,7 @@ class Screen:
     def progress(self, text: str) -> None:
         """A line that the next one replaces; nothing where lines cannot be rewritten."""
         if self.live:
-            shown = fit_width(_CONTROL.sub("", text), self.width - 1)
+            shown = fit_width(without_controls(text), self.width - 1)
             self.stream.write(f"\r\x1b[K\x1b[2m{shown}\x1b[0m" if self.colour else f"\r\x1b[K{shown}")
             self.stream.flush()
 
@@ -77,14 +82,14 @@ class Screen:
             self.stream.flush()
 
     def _styled(self, code: str, text: str) -> None:
-        for line in wrap(text, self.width) if self.live else [_CONTROL.sub("", text)]:
+        for line in wrap(text, self.width) if self.live else [without_controls(text)]:
             self.stream.write(f"\x1b[{code}m{line}\x1b[0m\n" if self.colour else line + "\n")
         self.stream.flush()
 
 
 def text_width(text: str) -> int:
     """Columns that `text` takes in a terminal; a Chinese character takes two."""
-    return max(0, wcswidth(_CONTROL.sub("", text)))
+    return max(0, wcswidth(without_controls(text)))
 
 
 def fit_width(text: str, width: int) -> str:
