@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint format oracle audit fuzz clean
+.PHONY: quickstart test soak lint format oracle audit fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
@@ -13,6 +13,10 @@ quickstart: $(INSTALLED)
 # Two processes with one BLAS thread each use two cores better than one process with two.
 test: $(INSTALLED)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every stage killed again and again, and the result compared with a run that nobody disturbed (docs/reliability.md).
+soak: $(INSTALLED)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/soak.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mlx_zh import device
 from mlx_zh.errors import MlxZhError
 from mlx_zh.redaction import printable
 
@@ -54,6 +55,15 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
         if isinstance(error, MlxZhError):
             print(f"error: {_paragraph(error)}", file=sys.stderr)
             status = 2
+    except RuntimeError as error:
+        if debug or not device.is_out_of_memory(error):
+            raise
+        print(
+            f"error: memory ran out: {error} Close other programs, or set memory.micro_tokens or memory.logit_rows "
+            "lower, or memory.checkpoint_layers: true; then run the same command again.",
+            file=sys.stderr,
+        )
+        status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: say nothing
         status = 0

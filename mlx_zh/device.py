@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 _BLAS: Path | None = None
@@ -81,6 +84,23 @@ def _available() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX raised `error` because the accelerator has no room left. On the CPU the system ends the process."""
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
+
+
+# MLX has no class for it, so these are parts of what its back ends say (allocator.cpp and device.cpp of Metal,
+# allocator.cpp and utils.cpp of CUDA). "Insufficient Memory" is of a command buffer that had begun: an error that MLX
+# hands to the caller since 0.32; before, it ended the process.
+_OUT_OF_MEMORY = (
+    "[malloc] Unable to allocate",
+    "[metal::malloc] Attempting to allocate",
+    "[metal::malloc] Resource limit",
+    "Insufficient Memory",  # (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
+    "failed: out of memory",  # cudaMallocAsync(&data, size, stream) failed: out of memory
+)
+
+
 def wire_memory() -> int | None:
     """On macOS, keep arrays resident up to what the system recommends, and leave `DESKTOP_BYTES` to everything else.
 
@@ -108,6 +128,37 @@ def wired_limit(info: Mapping[str, str | int]) -> int:
 
 # Left to macOS and the programs on the desktop; on a small Mac a quarter of its memory.
 DESKTOP_BYTES = 4 * 2**30
+
+
+def sync_to_disk(descriptor: int) -> bool:
+    """On macOS, write a file through the drive's own cache, where fsync leaves it; False where fsync does that."""
+    if sys.platform != "darwin":
+        return False
+    fcntl.fcntl(descriptor, _F_FULLFSYNC)
+    return True
+
+
+_F_FULLFSYNC = 51  # <sys/fcntl.h>
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """Inside, a Mac that is left alone does not go to sleep; closing its lid still sends it there.
+
+    `caffeinate` watches this process and ends with it, also when it is killed.
+    """
+    caffeinate = shutil.which("caffeinate") if sys.platform == "darwin" else None
+    if caffeinate is None:
+        yield
+        return
+    # A session of its own: Ctrl-C is for us, and the machine must stay awake until the step in hand is saved.
+    command = [caffeinate, "-i", "-m", "-s", "-w", str(os.getpid())]
+    nothing = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True) as child:
+        try:
+            yield
+        finally:
+            child.terminate()
 
 
 def bound_cache() -> None:

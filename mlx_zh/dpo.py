@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mlx_zh import stage
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from mlx_zh.corpus.render import RenderedPair, Renderer
@@ -26,7 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
+    with stage.at_work(recipe, "dpo"):
+        return _tune(recipe, arguments)
 
+
+def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
@@ -35,10 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.session import report
     from mlx_zh.starting import choose_start
 
+    fresh = arguments.fresh or recipe.resume == "never"
     if not recipe.data.dpo.train:
         raise DataError(f"{arguments.recipe}: data.dpo.train names no file to learn from.")
     start = choose_start(recipe)
-    fitting.require(recipe, "dpo", force=arguments.force, fresh=arguments.fresh)
+    fitting.require(recipe, "dpo", force=arguments.force, fresh=fresh)
     loaded = stage.open_model(recipe)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "dpo", renderer)
@@ -46,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     files = file_digests(corpus)
     session = _session(recipe, loaded, renderer, start, files)
     samples = Samples(recipe, renderer, loaded)
-    if not session.begin(fresh=arguments.fresh):
+    if not session.begin(fresh=fresh):
         report(session, samples, ("base", "sft", "dpo"))
         return 0
     fitting.require(recipe, "dpo", force=arguments.force, config=loaded.config, corpus=pairs)
@@ -63,12 +69,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _session(recipe: Recipe, loaded: LoadedModel, renderer: Renderer, start: Start, files: dict[str, str]) -> Session:
-    from mlx_zh.session import Session, learning_key
+    from mlx_zh.learning import learning_values
+    from mlx_zh.session import Session
 
     extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": files}
-    key, values = learning_key(recipe, "dpo", extra | {"start": start.fingerprint})
+    values = learning_values(recipe, "dpo", extra | {"start": start.fingerprint})
     about = {"base": loaded.source, "base_fingerprint": loaded.fingerprint, "run": recipe.name, "stage": "dpo"}
-    return Session(recipe, "dpo", recipe.dpo, loaded.model, start.spec(loaded), about, key, values)
+    return Session(recipe, "dpo", recipe.dpo, loaded.model, start.spec(loaded), about, values)
 
 
 def _train(

@@ -21,7 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
+    with stage.at_work(recipe, "eval"):
+        _ask(recipe, arguments.stage)
+    return 0
 
+
+def _ask(recipe: Recipe, only: str | None) -> None:
     from mlx_zh import console
     from mlx_zh.benchmarks.protocols import protocols
     from mlx_zh.candidates import Candidates
@@ -30,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     protocol = protocols()[recipe.evaluate.protocol]
     shots = protocol.shots if recipe.evaluate.shots is None else recipe.evaluate.shots
     exams = _exams(recipe, shots)
-    candidates = Candidates(recipe, arguments.stage)
+    candidates = Candidates(recipe, only)
     examination = Examination(recipe, protocol, candidates)
     for exam in exams:
         size = f"{len(exam)} questions in {len(exam.subjects)} subjects"
@@ -40,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
             examination.ask(name, exam)
     for exam in exams:
         _conclude(examination, exam, protocol)
-    return 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from mlx_zh import stage
 
 if TYPE_CHECKING:
     from mlx_zh.fusing import Fuser, Written
+    from mlx_zh.recipe import Recipe
     from mlx_zh.yardstick import Yardstick
 
 
@@ -20,7 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
+    with stage.at_work(recipe, "fuse"):
+        _fuse(recipe, arguments)
+    return 0
 
+
+def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from mlx_zh import console
     from mlx_zh.fusing import Fuser, newest_adapter
     from mlx_zh.models.export import licences, upload
@@ -42,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     for kind, repository in _repositories(arguments.push_to_hub, recipe.export.formats).items():
         console.say(f"uploading {kind} to {repository} ...")
         console.say(upload.push(fuser.folder / kind, repository, hub, public=arguments.public))
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

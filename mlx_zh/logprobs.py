@@ -318,7 +318,10 @@ def sequence_logprobs(model: nn.Module, batch: PackedBatch, *, chunk: int | None
 
 
 def check_supported(model: nn.Module, config: dict[str, Any]) -> None:
-    """Compare the packed forward with the model's own on a short text; refuse a family whose numbers differ."""
+    """Compare the packed forward with the model's own on a short text; refuse a family whose numbers differ.
+
+    Raises ModelError, also where the model's own numbers are none.
+    """
     family = config.get("model_type", "?")
     refusal = (
         f"models of type {family!r} cannot be trained here: their blocks are not Llama-shaped. "
@@ -339,6 +342,11 @@ def check_supported(model: nn.Module, config: dict[str, Any]) -> None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(refusal) from error
     own = model(mx.array([tokens]))[0].astype(mx.float32)
+    if not mx.isfinite(own).all():
+        raise ModelError(
+            "the model gives numbers that are not finite, before any training: its weights are damaged "
+            "(get them again), or too large for float16 (set model.dtype: bfloat16)."
+        )
     # Logits less their mean, relative to their own size: a wide vocabulary makes every probability small.
     difference = float(mx.linalg.norm(_centred(packed) - _centred(own)) / mx.linalg.norm(_centred(own)))
     if not difference < (1e-3 if computes_in_float32(model) else 0.1):

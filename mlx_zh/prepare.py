@@ -37,16 +37,23 @@ def main(argv: list[str] | None = None) -> int:
         _list(recipe)
         return 0
 
-    from mlx_zh import console
-    from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.preparation import keep_report, prepare_stage
-    from mlx_zh.snapshot import open_tokenizer
 
     splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
     stages = [name for name, split in splits.items() if split.train]
     if not stages:
         raise DataError(f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names anything to prepare.")
+    with stage.at_work(recipe, "prepare"):
+        _prepare(recipe, stages, arguments.show)
+    return 0
+
+
+def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
+    from mlx_zh import console
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.preparation import keep_report, prepare_stage
+    from mlx_zh.snapshot import open_tokenizer
+
     tokenizer = open_tokenizer(recipe.model)
     for name in stages:
         renderer = Renderer(tokenizer, date_string=recipe.data.date_string)
@@ -54,10 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         corpus = prepare_stage(recipe, name, renderer, lambda: tokenizer.vocabulary)
         seconds = time.perf_counter() - begun
         _report(recipe, name, corpus, seconds)
-        _show(corpus, renderer, arguments.show)
+        _show(corpus, renderer, show)
         place = keep_report(recipe, name, corpus)
     console.say(f"The whole report is in {place}.")
-    return 0
 
 
 def _list(recipe: Recipe | None) -> None:

@@ -210,6 +210,7 @@ class Training(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     max_grad_norm: PositiveFloat | None = 1.0
+    max_skipped_steps: PositiveInt = 5
     neftune_alpha: PositiveFloat | None = None
     eval_steps: PositiveInt | None = None
     early_stopping: PositiveInt | None = None
@@ -350,6 +351,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     track: tuple[Literal["tensorboard", "swanlab", "wandb"], ...] = ()
+    resume: Literal["auto", "never"] = "auto"  # never: training always starts over, as with --fresh
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     runs: Annotated[str, Field(min_length=1)] = "runs"
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_zh import console, device
 from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.errors import PlanError
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import AdapterSpec
 from mlx_zh.recipe import Recipe
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.order import Order
 from mlx_zh.training.reference import Reference, ReferenceStore, forward_tokens, model_key
+from mlx_zh.training.step import OutOfMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,31 @@ def find_reference(
     return ReferenceLogprobs(reference.logprobs(pairs), reference.logprobs(validation) if validation else None)
 
 
+def _shorter(reference: Reference, row_tokens: int) -> int:
+    """Half of `row_tokens`, said aloud. Raises PlanError where that cannot help."""
+    longest = reference.longest_missing
+    if row_tokens <= longest:
+        raise PlanError(
+            f"the reference pass does not fit into memory, not even one pair at a time (the longest has {longest} "
+            "tokens). Set a smaller memory.logit_rows or data.max_length, or close other programs; then run the same "
+            "command again: what was computed is kept."
+        )
+    mx.clear_cache()
+    console.warn(f"the reference pass ran out of memory and goes on in rows of {row_tokens // 2} tokens.")
+    return row_tokens // 2
+
+
 def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel) -> None:
     memory = recipe.memory
     row_tokens = forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes())
     bar = console.CountBar("REFERENCE", reference.missing_tokens, "tok")
     try:
-        for tokens in reference.compute(loaded.model, row_tokens=row_tokens, chunk=memory.logit_rows):
-            bar.update(tokens)
+        while reference.missing:
+            try:
+                for tokens in reference.compute(loaded.model, row_tokens=row_tokens, chunk=memory.logit_rows):
+                    bar.update(tokens)
+            except OutOfMemory:
+                row_tokens = _shorter(reference, row_tokens)
     except KeyboardInterrupt:
         console.say("Stopped; the reference log-probs computed so far are kept.")
         raise

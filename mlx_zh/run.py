@@ -53,11 +53,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str]) -> int:
     from mlx_zh import console
     from mlx_zh.pipeline.pipeline import Pipeline
-    from mlx_zh.pipeline.process import locked
     from mlx_zh.pipeline.state import State
 
     folder = recipe.run_folder()
-    with locked(folder) as lock:
+    with stage.at_work(recipe, "run") as lock:
         state = State.of(folder)
         status = Pipeline(recipe, command, wanted, state, lock, console.say).run(forced)
     if status == 0:

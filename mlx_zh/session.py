@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,14 +17,14 @@ import mlx.nn as nn
 
 from mlx_zh import console, device
 from mlx_zh.errors import RecipeError
+from mlx_zh.learning import Values, changes, learning_key
 from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.samples import Samples
-from mlx_zh.stage import fingerprint
 from mlx_zh.storage import write_json
 from mlx_zh.trackers import About, Trackers
 from mlx_zh.training import checkpoints
-from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Stepped
+from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Shortened, Stepped
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
@@ -44,13 +44,6 @@ def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
     )
 
 
-def learning_key(recipe: Recipe, stage: str, extra: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A digest of everything that changes what `stage` learns, and the values it was made of."""
-    values = recipe.model_dump(mode="json", include={"model", "lora", "data", "seed", stage}) | extra
-    values["data"] = {name: value for name, value in values["data"].items() if name not in {"sft", "dpo"} - {stage}}
-    return fingerprint(values), values
-
-
 @dataclass
 class Session:
     """One training stage of a run, in its folder."""
@@ -61,8 +54,10 @@ class Session:
     model: nn.Module
     spec: AdapterSpec
     about: dict[str, Any]  # kept in the adapter's settings: base model, run
-    key: str
-    values: dict[str, Any]  # what `key` was made of
+    values: Values  # see `learning_values`
+
+    def __post_init__(self) -> None:
+        self.key = learning_key(self.values)
 
     @property
     def folder(self) -> Path:
@@ -77,9 +72,9 @@ class Session:
         if not any((self.folder / "checkpoints").glob("step-*")):
             return None
         settings, summary = (_read_json(self.folder / f"{name}.json") for name in ("settings", "summary"))
-        if settings is not None and fingerprint(settings) != self.key:
+        if settings is not None and learning_key(settings) != self.key:
             raise RecipeError(
-                f"{self.folder} holds a run with other settings: {_changes(settings, self.values)}. Give this recipe "
+                f"{self.folder} holds a run with other settings: {changes(settings, self.values)}. Give this recipe "
                 "another name, or start over with --fresh (the old folder is kept beside it)."
             )
         whole = (self.folder / "adapters" / CONFIG_FILE).exists()
@@ -180,6 +175,11 @@ class Session:
                         )
                     for remark in [] if watch is None else watch.step(event.figures):
                         console.warn(remark)
+                elif isinstance(event, Shortened):
+                    console.warn(
+                        f"{event.what} ran out of memory and is done again in rows of {event.micro_tokens} tokens; "
+                        "the result is the same. With memory.micro_tokens set to that it would have fitted at once."
+                    )
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
@@ -291,37 +291,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The keys whose values differ, old -> new; of digests, only that they do."""
-    before, now = _flat(old), _flat(new)
-    changes = []
-    for key in sorted(before.keys() | now.keys()):
-        values = [json.dumps(side.get(key), ensure_ascii=False) for side in (before, now)]
-        if values[0] == values[1]:
-            continue
-        what = next((text for start, text in _DIGESTS.items() if key.startswith(start)), None)
-        changes.append(f"{key} {values[0]} -> {values[1]}" if what is None else what.format(key.partition(".")[2]))
-    more = f" and {len(changes) - 8} more" if len(changes) > 8 else ""
-    return "; ".join(changes[:8]) + more
-
-
-_DIGESTS = {
-    "base": "the base model's files",
-    "rendering": "the tokenizer or its chat template",
-    "start": "the adapter to start from",
-    "files.": "the content of {}",
-}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; lists are values."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
-
-
 def set_aside(folder: Path) -> Path | None:
     """Move a stage's folder out of the way, keeping it; returns where it went."""
     if not folder.exists():
@@ -343,7 +312,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        console.say("Finishing this step and saving; press Ctrl-C again to leave at once.")
+        with suppress(RuntimeError):  # it came in the middle of a print, which cannot be entered twice
+            console.say("Finishing this step and saving; press Ctrl-C again to leave at once.")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

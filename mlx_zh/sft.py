@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mlx_zh import stage
+
+if TYPE_CHECKING:
+    import argparse
+
+    from mlx_zh.recipe import Recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,19 +21,25 @@ def main(argv: list[str] | None = None) -> int:
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
+    with stage.at_work(recipe, "sft"):
+        return _tune(recipe, arguments)
 
+
+def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
+    from mlx_zh.learning import learning_values
     from mlx_zh.models.lora import adapted_layers, add_adapter
     from mlx_zh.preparation import file_digests, keep_report, prepare_stage
     from mlx_zh.samples import Samples
-    from mlx_zh.session import Session, adapter_spec, learning_key, report, row_settings
+    from mlx_zh.session import Session, adapter_spec, report, row_settings
     from mlx_zh.training.sft_objective import SftObjective
 
+    fresh = arguments.fresh or recipe.resume == "never"
     if not recipe.data.sft.train:
         raise DataError(f"{arguments.recipe}: data.sft.train names no file to learn from.")
-    fitting.require(recipe, "sft", force=arguments.force, fresh=arguments.fresh)
+    fitting.require(recipe, "sft", force=arguments.force, fresh=fresh)
     loaded = stage.open_model(recipe)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "sft", renderer)
@@ -39,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     spec = adapter_spec(recipe.lora, len(loaded.model.layers))
     adapted_layers(loaded.model, spec)  # raises before anything is written
     extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
-    key, values = learning_key(recipe, "sft", extra)
+    values = learning_values(recipe, "sft", extra)
     about = {"base": loaded.source, "base_fingerprint": loaded.fingerprint, "run": recipe.name, "stage": "sft"}
-    session = Session(recipe, "sft", recipe.sft, loaded.model, spec, about, key, values)
+    session = Session(recipe, "sft", recipe.sft, loaded.model, spec, about, values)
     samples = Samples(recipe, renderer, loaded)
-    if not session.begin(fresh=arguments.fresh):
+    if not session.begin(fresh=fresh):
         report(session, samples, ("base", "sft"))
         return 0
     examples = corpus.conversations("train")
@@ -51,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     stage.write_run_files(recipe, loaded, digests)
     keep_report(recipe, "sft", corpus)
 
-    samples.ask("base", again=arguments.fresh)
+    samples.ask("base", again=fresh)
     add_adapter(loaded.model, spec, seed=recipe.seed)
     finished = session.train(training, validation)
     if finished.reason == "interrupted":

@@ -8,12 +8,14 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import console
+from mlx_zh import console, device
+from mlx_zh.locks import Lock, locked
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.redaction import hide_all, redact
 from mlx_zh.storage import write_json, write_text
@@ -41,9 +43,19 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
     return recipe
 
 
+@contextmanager
+def at_work(recipe: Recipe, what: str) -> Iterator[Lock]:
+    """Alone in the run folder, on a machine that is kept awake. Raises StorageError where another run is at work."""
+    with locked(recipe.run_folder(), what) as lock, device.awake():
+        if lock.left_by:
+            console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it kept.")
+        if not lock.works:
+            console.warn(f"the file system of {recipe.run_folder()} has no locks: see that only one run works there.")
+        yield lock
+
+
 def open_model(recipe: Recipe) -> LoadedModel:
     """The recipe's base model, checked against its own forward."""
-    from mlx_zh import device
     from mlx_zh.logprobs import check_supported
     from mlx_zh.models.load import load_model
 

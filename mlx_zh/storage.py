@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from mlx_zh import device
 from mlx_zh.errors import StorageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
         finally:
@@ -52,11 +53,19 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
+def sync(descriptor: int) -> None:
+    """Make what was written to a file survive a power cut."""
+    with suppress(OSError):  # a file system that knows only fsync
+        if device.sync_to_disk(descriptor):
+            return
+    os.fsync(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

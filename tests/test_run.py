@@ -20,9 +20,10 @@ import yaml
 
 from mlx_zh import run
 from mlx_zh.errors import RecipeError, StorageError
+from mlx_zh.locks import Lock, locked
 from mlx_zh.pipeline import energy, pipeline, process
 from mlx_zh.pipeline import steps as table
-from mlx_zh.pipeline.process import Lock, locked, run_stage
+from mlx_zh.pipeline.process import run_stage
 from mlx_zh.recipe import Recipe, load_recipe
 
 ALL = ["prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]
@@ -274,7 +275,10 @@ def test_a_failing_stage_ends_the_run_with_its_status(stages, monkeypatch):
 
 
 def test_two_runs_do_not_work_in_one_folder(stages):
-    with locked(Path("runs/r")), pytest.raises(StorageError, match="another run is at work in runs/r"):
+    with (
+        locked(Path("runs/r"), "sft"),
+        pytest.raises(StorageError, match=r"another run is at work in runs/r: sft, process \d+, since 2"),
+    ):
         go()
     assert go() == 0
 
@@ -290,14 +294,14 @@ def script(path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stage_gets_its_arguments_and_gives_its_status(tmp_path, monkeypatch, capfd):
     script(tmp_path / "python", 'echo "$@"; exit 3', monkeypatch)
-    with locked(tmp_path / "r") as lock:
+    with locked(tmp_path / "r", "run") as lock:
         assert run_stage("sft", ["recipe.yaml", "seed=1"], lock) == 3
     assert capfd.readouterr().out == "-m mlx_zh.sft recipe.yaml seed=1\n"
 
 
 def test_a_stage_that_a_signal_ends_is_told_as_a_shell_tells_it(tmp_path, monkeypatch):
     script(tmp_path / "python", "kill -KILL $$", monkeypatch)
-    with locked(tmp_path / "r") as lock:
+    with locked(tmp_path / "r", "run") as lock:
         assert run_stage("sft", [], lock) == 128 + signal.SIGKILL
 
 
@@ -316,23 +320,9 @@ def test_signals_reach_the_stage_once(tmp_path, monkeypatch, number, at_terminal
 
     sender = threading.Thread(target=send)
     sender.start()
-    with locked(tmp_path / "r") as lock:
+    with locked(tmp_path / "r", "run") as lock:
         assert run_stage("sft", [], lock) == status
     sender.join()
-
-
-def test_a_stage_left_alone_still_holds_the_folder(tmp_path):
-    """As after kill -9 of the pipeline: its stage goes on, and nothing else may begin there."""
-    with locked(tmp_path) as lock:
-        left = subprocess.Popen(["sleep", "20"], pass_fds=(lock.descriptor,))
-    try:
-        with pytest.raises(StorageError, match="another run is at work"), locked(tmp_path):
-            pass
-    finally:
-        left.kill()
-        left.wait()
-    with locked(tmp_path):
-        pass
 
 
 def test_a_run_that_is_up_to_date_is_quick_and_imports_nothing_heavy(stages, monkeypatch):

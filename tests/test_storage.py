@@ -6,8 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from disks import remount, small_disk
 
 from mlx_zh.errors import StorageError
 from mlx_zh.storage import digest, storage_errors, write_arrays, write_json, write_text, written_whole
@@ -26,19 +25,6 @@ WRITERS = {
     "arrays": lambda path: write_arrays(path, {"a": mx.ones((300, 300))}),
 }
 EVERY_WRITER = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A disk of 64 kB, where one can be made (Linux, root)."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no disk can be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @contextmanager
@@ -137,7 +123,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, write: Any) -> None:
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         with small_disk(tmp_path / "disk") as disk:
-            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            remount(disk, "ro")
             with pytest.raises(StorageError, match="x cannot be written: Read-only file system"):
                 write_text(disk / "x", "")
         return

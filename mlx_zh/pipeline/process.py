@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from types import FrameType
 
-from mlx_zh.errors import StorageError
-from mlx_zh.storage import storage_errors
-
-
-class Lock:
-    """A run folder that one pipeline works on. Stages inherit it: one that outlives its pipeline still holds it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Lock]:
-    """Hold the folder's lock. Raises StorageError where another pipeline, or a stage that it left, is at work."""
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"another run is at work in {folder}; wait for it, or end it first.") from None
-        yield Lock(descriptor)
-    finally:
-        os.close(descriptor)
+from mlx_zh.locks import Lock
 
 
 def run_stage(stage: str, arguments: Sequence[str], lock: Lock) -> int:
-    """Run `python -m mlx_zh.STAGE ARGUMENTS` and return its exit status, 128 + N when signal N ended it."""
+    """Run `python -m mlx_zh.STAGE ARGUMENTS` and return its exit status, 128 + N when signal N ended it.
+
+    The stage inherits the lock: one that outlives its pipeline still holds the folder.
+    """
     command = [sys.executable, "-m", f"mlx_zh.{stage}", *arguments]
+    environment = os.environ | lock.environment
     sys.stdout.flush()
-    with _Forwarding() as forwarding, subprocess.Popen(command, pass_fds=(lock.descriptor,)) as child:
+    with (
+        _Forwarding() as forwarding,
+        subprocess.Popen(command, pass_fds=(lock.descriptor,), env=environment) as child,
+    ):
         forwarding.follow(child)
         status = child.wait()
     return status if status >= 0 else 128 - status

@@ -81,7 +81,7 @@ def _train(stage: str, other: str, recipe: Recipe, before: set[str]) -> Step | N
         stage,
         stage,
         keys=("model", "lora", "data", "seed", stage),
-        without=(f"data.{other}",),
+        without=(f"data.{other}", f"{stage}.max_skipped_steps"),
         files=tuple(files),
         after=tuple(sorted(after & before)),
         outputs=(f"{stage}/adapters/*",),

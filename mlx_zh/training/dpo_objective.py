@@ -58,13 +58,13 @@ class DpoObjective:
         self._pairs = pairs
         self._reference = reference
         self._section = section
-        self._settings = settings
+        self.settings = settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
         """Rows of at most `micro_tokens` tokens."""
         pairs = [self._pairs[int(i)] for i in examples]
         rows: list[Row] = []
-        for members in plan_rows([tree_tokens(pair) for pair in pairs], self._settings.micro_tokens):
+        for members in plan_rows([tree_tokens(pair) for pair in pairs], self.settings.micro_tokens):
             row = tuple(pairs[m] for m in members)
             batch = pack(row)
             ids = tuple(int(examples[m]) for m in members)
@@ -72,7 +72,7 @@ class DpoObjective:
                 PairRow(
                     batch=batch,
                     examples=ids,
-                    noise=self._settings.noise(batch, step, ids),
+                    noise=self.settings.noise(batch, step, ids),
                     count=len(pairs),
                     training=step is not None,
                     pairs=row,
@@ -139,8 +139,8 @@ class DpoObjective:
         logprobs = batch_logprobs(
             model,
             row.batch,
-            checkpoint=training and self._settings.checkpoint,
-            chunk=self._settings.logit_rows,
+            checkpoint=training and self.settings.checkpoint,
+            chunk=self.settings.logit_rows,
             grad=training,
             noise=row.noise,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlx_zh.models.lora import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
@@ -22,7 +23,9 @@ from mlx_zh.training.objective import Objective
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.order import Order
 from mlx_zh.training.schedule import learning_rate
-from mlx_zh.training.step import StepResult, evaluate, set_weights, train_step
+from mlx_zh.training.shortening import shorten
+from mlx_zh.training.skipped import Skipped
+from mlx_zh.training.step import OutOfMemory, StepResult, evaluate, set_weights, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,14 @@ class Stepped:
     figures: dict[str, Any]
     result: StepResult
     examples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """Memory ran out; from here on rows have at most `micro_tokens` tokens, and `what` is done again."""
+
+    what: str
+    micro_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class Finished:
     step: int
 
 
-Event = Stepped | Evaluating | Evaluated | Saved | Finished
+Event = Stepped | Shortened | Evaluating | Evaluated | Saved | Finished
 
 
 @dataclass
@@ -78,6 +89,7 @@ class Progress:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     evaluated_at: int = -1
     metrics_size: int = 0
 
@@ -116,6 +128,7 @@ class Loop:
             loraplus_ratio=self.loraplus_ratio,
         )
         self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.skipped = Skipped(self.folder / "skipped.jsonl", self.log, section.max_skipped_steps)
 
     def resume(self, found: checkpoints.Checkpoint) -> None:
         """Take up a checkpoint of this same run: weights, moments, position and metrics."""
@@ -130,11 +143,13 @@ class Loop:
         progress = self.progress
         began = time.monotonic() - progress.elapsed_seconds
         saved_at = time.monotonic()
+        self.skipped.write()
         if progress.evaluated_at < 0:
             yield from self._evaluate()
         reason = "early_stopping" if progress.step < self.total and self._no_gain() else "done"
         while reason == "done" and progress.step < self.total:
-            yield self._step(began)
+            yield from self._step(began)
+            self.skipped.check(progress, self.total)
             last = progress.step == self.total
             stopping = self.stop()
             if last or (self.section.eval_steps and progress.step % self.section.eval_steps == 0):
@@ -151,7 +166,7 @@ class Loop:
         patience = self.section.early_stopping
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
-    def _step(self, began: float) -> Stepped:
+    def _step(self, began: float) -> Iterator[Event]:
         progress, step = self.progress, self.progress.step
         start = time.monotonic()
         examples = self.order.step(step)
@@ -159,20 +174,13 @@ class Loop:
             step, self.total, peak=self.section.learning_rate, kind=self.section.lr_scheduler, warmup=self.warmup
         )
         mx.reset_peak_memory()
-        result, self.weights = train_step(
-            self.model,
-            self.objective,
-            self.objective.rows(examples, step),
-            self.weights,
-            self.optimizer,
-            learning_rate=rate,
-            max_grad_norm=self.section.max_grad_norm,
-        )
+        result = yield from self._taken(examples, rate)
         progress.step += 1
         progress.skipped_steps += not result.applied
+        progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
         now = time.monotonic()
         progress.elapsed_seconds = now - began
-        figures = {
+        figures: dict[str, Any] = {
             "step": progress.step,
             "epoch": round(progress.step / self.order.steps_per_epoch, 4),
             "loss": result.loss,
@@ -185,20 +193,50 @@ class Loop:
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             "elapsed_seconds": round(progress.elapsed_seconds, 2),
         }
+        if not result.applied:
+            figures["skipped_examples"] = [int(e) for e in examples]
         self.log.append(figures)
-        return Stepped(figures, result, tuple(int(e) for e in examples))
+        if not result.applied:
+            self.skipped.write()
+        yield Stepped(figures, result, tuple(int(e) for e in examples))
+
+    def _taken(self, examples: npt.NDArray[np.int64], rate: float) -> Generator[Event, None, StepResult]:
+        """Take a step over `examples`; where memory runs out, the same step in shorter rows."""
+        while True:
+            rows = self.objective.rows(examples, self.progress.step)
+            try:
+                result, self.weights = train_step(
+                    self.model,
+                    self.objective,
+                    rows,
+                    self.weights,
+                    self.optimizer,
+                    learning_rate=rate,
+                    max_grad_norm=self.section.max_grad_norm,
+                )
+                return result
+            except OutOfMemory:
+                pass  # left first, so that what the error holds on to is free again
+            what = f"step {self.progress.step + 1}"
+            yield Shortened(what, shorten(self.objective, rows, what))
 
     def _evaluate(self) -> Iterator[Event]:
         progress = self.progress
         progress.evaluated_at = progress.step
         if self.validation is None:
             return
-        rows = self.validation.rows(np.arange(self.validation.size), None)
-        loss, sums = 0.0, dict[str, float]()
-        for done, (share, figures) in enumerate(evaluate(self.model, self.validation, rows), start=1):
-            loss += share
-            sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
-            yield Evaluating(done, len(rows))
+        while True:
+            rows = self.validation.rows(np.arange(self.validation.size), None)
+            loss, sums = 0.0, dict[str, float]()
+            try:
+                for done, (share, figures) in enumerate(evaluate(self.model, self.validation, rows), start=1):
+                    loss += share
+                    sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
+                    yield Evaluating(done, len(rows))
+                break
+            except OutOfMemory:
+                pass
+            yield Shortened("validation", shorten(self.validation, rows, "validation"))
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
         if best:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.storage import storage_errors
+from mlx_zh.storage import storage_errors, sync
 
 
 class MetricsLog:
@@ -29,7 +29,7 @@ class MetricsLog:
         if not self._path.exists():
             return 0
         with self._path.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
             return file.seek(0, os.SEEK_END)
 
     def cut(self, size: int) -> None:

@@ -51,6 +51,7 @@ class Objective(Protocol):
     """A loss over examples that may be cut into rows in any way."""
 
     size: int
+    settings: Settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
         """The rows of a training step, or of a validation pass when `step` is None."""

@@ -8,7 +8,6 @@ find what is there.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,10 @@ from mlx_zh.errors import ModelError
 from mlx_zh.logprobs import batch_logprobs, decoder
 from mlx_zh.models.lora import AdapterSpec
 from mlx_zh.packing import plan_rows
-from mlx_zh.storage import storage_errors
+from mlx_zh.storage import storage_errors, sync
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
+from mlx_zh.training.step import out_of_memory
 
 Values = npt.NDArray[np.float32]  # (4,): chosen, rejected, and the same over the shorter response's length only
 
@@ -103,7 +103,7 @@ class ReferenceStore:
             with self.path.open("ab") as file:
                 file.write(("\n" + "".join(lines)).encode())  # an earlier line may lack its end
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
 
 
 class Reference:
@@ -121,19 +121,26 @@ class Reference:
         """What is to be computed."""
         return sum(tree_tokens(pair) for pair in self.missing.values())
 
+    @property
+    def longest_missing(self) -> int:
+        """Tokens of the longest pair that is to be computed: no row can be shorter."""
+        return max(tree_tokens(pair) for pair in self.missing.values())
+
     def compute(self, model: nn.Module, *, row_tokens: int, chunk: int | None = None) -> Iterator[int]:
         """Compute what is missing with the model as it stands, forward only, in rows of up to `row_tokens` tokens.
 
         Each row is kept on disk before its tokens are yielded and the next one starts. Raises ModelError where a
-        log-prob is not finite.
+        log-prob is not finite; OutOfMemory with what was yielded done, so that the rest may be asked for in shorter
+        rows.
         """
         digests, pairs = list(self.missing), list(self.missing.values())
         lengths = [tree_tokens(pair) for pair in pairs]
         for members in plan_rows(lengths, row_tokens):
             row = [pairs[m] for m in members]
             batch = pack(row)
-            logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
-            sums = np.array(mx.concatenate(list(pair_sums(logprobs, batch, row)), axis=1))  # (P, 4)
+            with out_of_memory():
+                logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
+                sums = np.array(mx.concatenate(list(pair_sums(logprobs, batch, row)), axis=1))  # (P, 4)
             if not np.isfinite(sums).all():
                 raise ModelError(
                     "the reference model gives log-probs that are not finite: use model.dtype: bfloat16."

@@ -22,17 +22,17 @@ class SftObjective:
     def __init__(self, examples: Sequence[Rendered], settings: Settings) -> None:
         self.size = len(examples)
         self._examples = examples
-        self._settings = settings
+        self.settings = settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
         """Rows of at most `micro_tokens` tokens."""
         chosen = [self._examples[int(i)] for i in examples]
         count = sum(_scored(example) for example in chosen)
         rows = []
-        for members in plan_rows([len(e.tokens) for e in chosen], self._settings.micro_tokens):
+        for members in plan_rows([len(e.tokens) for e in chosen], self.settings.micro_tokens):
             batch = pack_conversations((chosen[m].tokens, chosen[m].trained) for m in members)
             ids = tuple(int(examples[m]) for m in members)
-            rows.append(Row(batch, ids, self._settings.noise(batch, step, ids), count, step is not None))
+            rows.append(Row(batch, ids, self.settings.noise(batch, step, ids), count, step is not None))
         return rows
 
     def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
@@ -44,8 +44,8 @@ class SftObjective:
         logprobs = batch_logprobs(
             model,
             row.batch,
-            checkpoint=row.training and self._settings.checkpoint,
-            chunk=self._settings.logit_rows,
+            checkpoint=row.training and self.settings.checkpoint,
+            chunk=self.settings.logit_rows,
             grad=row.training,
             noise=row.noise,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_zh import device
 from mlx_zh.training.objective import Objective, Row, Sums
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
 
@@ -25,6 +27,21 @@ class StepResult:
     scored_tokens: int
     tokens: int
     sums: dict[str, float]
+
+
+class OutOfMemory(Exception):
+    """The accelerator has no room for a row. Weights and moments are what they were, so the rows may be cut anew."""
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Turn MLX's own error into `OutOfMemory`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not device.is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error)) from error
 
 
 def set_weights(model: nn.Module, weights: Arrays) -> None:
@@ -66,8 +83,12 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float | None,
 ) -> tuple[StepResult, Arrays]:
-    """Run one step; returns what it measured and the new weights, which are also in the model."""
-    loss, sums, gradients = loss_and_gradients(model, objective, rows, weights)
+    """Run one step; returns what it measured and the new weights, which are also in the model.
+
+    Raises OutOfMemory before anything was changed.
+    """
+    with out_of_memory():
+        loss, sums, gradients = loss_and_gradients(model, objective, rows, weights)
     norm = global_norm(gradients)
     applied = math.isfinite(float(loss)) and math.isfinite(float(norm))
     if applied:
@@ -89,8 +110,11 @@ def train_step(
 
 
 def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> Iterator[tuple[float, dict[str, float]]]:
-    """Score validation rows, forward only: each row's share of the loss, and its sums."""
-    for row in objective.prepared(model, rows):
-        share, sums = objective.share(model, row)
-        mx.eval(share, sums)
+    """Score validation rows, forward only: each row's share of the loss, and its sums. Raises OutOfMemory."""
+    with out_of_memory():
+        ready = objective.prepared(model, rows)
+    for row in ready:
+        with out_of_memory():
+            share, sums = objective.share(model, row)
+            mx.eval(share, sums)
         yield float(share), {name: float(value) for name, value in sums.items()}

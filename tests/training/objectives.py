@@ -22,6 +22,6 @@ def conversations(lengths: list[int], seed: int = 0) -> list[Example]:
     ]
 
 
-def sft(examples: list[Example], **settings: Any) -> SftObjective:
+def sft(examples: list[Example], objective: type[SftObjective] = SftObjective, **settings: Any) -> SftObjective:
     settings = {"seed": 3, "micro_tokens": 64} | settings
-    return SftObjective([Rendered(tokens, trained, False) for tokens, trained in examples], Settings(**settings))
+    return objective([Rendered(tokens, trained, False) for tokens, trained in examples], Settings(**settings))

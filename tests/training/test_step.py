@@ -254,7 +254,7 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny_model: Make, spoil: str) ->
     """Weights and moments stay as they were, bit for bit; the next good step is the first one."""
     model = prepared(tiny_model)
     good = sft(conversations(LENGTHS))
-    bad = Spoiled(good._examples, good._settings)
+    bad = Spoiled(good._examples, good.settings)
     bad.spoil = spoil
     weights = trainable(model)
     optimizer = GroupedAdamW(weights, weight_decay=0.01, betas=(0.9, 0.999))

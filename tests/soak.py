@@ -1,0 +1,311 @@
+"""The soak: stages killed at random instants until they have been killed often enough, then compared with a run that
+nobody disturbed. `make soak`, or `pytest -s tests/soak.py`; SOAK_KILLS and SOAK_SEED change how many, and where.
+
+A round is a run folder and a cache of its own, taken from `prepare` to the last `eval`. Each stage of it is killed as
+`kill -9` does, at a random moment of its processor time, or at one that is hard to meet by chance: while a checkpoint
+is being written, in the reference pass, while the data is being prepared. It is started again until it ends, and what
+it leaves must be what the undisturbed run left: metrics line for line, adapters, exam answers and prepared data byte
+for byte. Run by itself, this file is the process whose forks the stages are: importing takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+KILLS = int(os.environ.get("SOAK_KILLS", "60"))
+SEED = int(os.environ.get("SOAK_SEED", "0"))
+STAGES = ("prepare", "eval base", "sft", "eval sft", "dpo", "eval dpo")
+
+
+# The server
+
+
+def serve() -> None:
+    """For every line of stdin, a JSON object: fork a stage and tell its process id; at the next line, its status."""
+    import importlib
+
+    from mlx_zh.cli import entry
+
+    mains = {name: importlib.import_module(f"mlx_zh.{name}").main for name in ("prepare", "sft", "dpo", "eval")}
+    for heavy in ("session", "fitting", "starting", "reference", "preparation", "examination", "candidates"):
+        importlib.import_module(f"mlx_zh.{heavy}")
+    while line := sys.stdin.readline():
+        wanted = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ["MLX_ZH_CACHE"] = wanted["cache"]
+            try:
+                entry(mains[wanted["stage"]], wanted["arguments"])
+            except SystemExit as stop:
+                sys.stdout.flush()
+                os._exit(int(stop.code or 0))
+        print(child, flush=True)
+        sys.stdin.readline()  # until then the process id stays the child's, dead or alive
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+@dataclass
+class Server:
+    """The process that forks stages."""
+
+    process: subprocess.Popen[str]
+
+    def start(self, stage: str, arguments: list[str], cache: Path, log: Path) -> int:
+        """Begin a stage; returns its process id."""
+        wanted = {"stage": stage, "arguments": arguments, "cache": str(cache), "log": str(log)}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(wanted) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def wait(self) -> int:
+        """The exit status of the stage begun last; -9 where it was killed."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Server(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+# The rounds
+
+
+@dataclass
+class Round:
+    """A run of the recipe under a name of its own, with a cache of its own."""
+
+    server: Server
+    name: str
+    seconds: dict[str, float] = field(default_factory=dict)  # of processor time that each stage took
+
+    def __post_init__(self) -> None:
+        self.cache = Path(f"cache-{self.name}").absolute()
+        self.cache.mkdir()
+        (self.cache / "blas").symlink_to(Path(os.environ["MLX_ZH_CACHE"]) / "blas")
+        self.folder = Path("runs", self.name)
+        self.log = Path(f"{self.name}.log")
+
+    def begin(self, stage: str) -> int:
+        """Start a stage, for example `eval sft`; returns its process id."""
+        name, *model = stage.split()
+        arguments = ["recipe.yaml", f"name={self.name}", *(["--stage", *model] if model else [])]
+        return self.server.start(name, arguments, self.cache, self.log)
+
+    def finish(self, stage: str) -> None:
+        """Let a stage end by itself; it must end well."""
+        child = self.begin(stage)
+        used = 0.0
+        while (now := processor_seconds(child)) is not None:
+            used = now
+            time.sleep(0.002)
+        status = self.server.wait()
+        assert status == 0, f"{self.name}, {stage}: status {status}\n{self.log.read_text()[-3000:]}"
+        self.seconds[stage] = used
+
+    def kill(self, stage: str, due: Callable[[int], bool]) -> bool:
+        """Start a stage and kill it when `due`; false where it was sooner done."""
+        child = self.begin(stage)
+        while not due(child):
+            time.sleep(0.0005)
+        os.kill(child, signal.SIGKILL)  # the server has not waited for it yet, so the number is still its own
+        status = self.server.wait()
+        assert status in (0, -signal.SIGKILL), f"{self.name}, {stage}: {status}\n{self.log.read_text()[-3000:]}"
+        return status == -signal.SIGKILL
+
+    def result(self) -> dict[str, Any]:
+        """What must be the same in every round: parsed metrics without the machine's own figures, and bytes."""
+        own = {"tokens_per_second", "peak_memory_gb", "elapsed_seconds"}
+        found: dict[str, Any] = {}
+        for stage in ("sft", "dpo"):
+            lines = [json.loads(line) for line in (self.folder / stage / "metrics.jsonl").read_text().splitlines()]
+            found[f"{stage} metrics"] = [{k: v for k, v in line.items() if k not in own} for line in lines]
+            for kind in ("adapters", "checkpoints/best"):
+                path = self.folder / stage / kind / "adapters.safetensors"
+                found[f"{stage} {kind}"] = path.read_bytes()
+        for path in sorted((self.folder / "eval").glob("*.jsonl")):
+            found[path.name] = path.read_bytes()
+        for path in sorted((self.cache / "corpus").rglob("*.arrow")) + sorted((self.cache / "corpus").rglob("*.npy")):
+            found[str(path.relative_to(self.cache))] = path.read_bytes()
+        return found
+
+    def litter(self) -> list[Path]:
+        """What a killed stage may leave for a while, and must not leave for good."""
+        patterns = ("**/*.tmp", "**/damaged-*", "**/.lock", "**/*-old*", "**/*.work")
+        return [path for top in (self.folder, self.cache) for pattern in patterns for path in top.glob(pattern)]
+
+
+def processor_seconds(child: int) -> float | None:
+    """Processor time of a process, so that a busy machine moves no instant; None when it has ended."""
+    try:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    if fields[0] == "Z":
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def instants(rounds: Round, straight: Round, chance: random.Random) -> list[tuple[str, str, Callable[[int], bool]]]:
+    """The kills of one round, stage by stage: (stage, what it hits, when it is due)."""
+
+    def anywhere(stage: str) -> Callable[[int], bool]:
+        instant = chance.uniform(0, straight.seconds[stage])
+
+        def due(child: int) -> bool:
+            used = processor_seconds(child)
+            return used is None or used >= instant
+
+        return due
+
+    def seen(pattern: str, top: Path, wait: float) -> Callable[[int], bool]:
+        """When something of this name has appeared or grown, and a little later still."""
+        before = sizes(top, pattern)
+        delay = chance.uniform(0, wait)
+
+        def due(child: int) -> bool:
+            if processor_seconds(child) is None:
+                return True
+            if sizes(top, pattern) == before:
+                return False
+            time.sleep(delay)
+            return True
+
+        return due
+
+    saves = "checkpoints/.step-*.tmp/*"
+    return [
+        ("prepare", "anywhere", anywhere("prepare")),
+        ("prepare", "preparing", seen("*.work/*", rounds.cache / "corpus", 0.02)),
+        ("eval base", "anywhere", anywhere("eval base")),
+        ("sft", "anywhere", anywhere("sft")),
+        ("sft", "saving", seen(saves, rounds.folder / "sft", 0.01)),
+        ("sft", "anywhere", anywhere("sft")),
+        ("sft", "saving", seen(saves, rounds.folder / "sft", 0.01)),
+        ("sft", "anywhere", anywhere("sft")),
+        ("eval sft", "anywhere", anywhere("eval sft")),
+        ("dpo", "reference pass", seen("*.txt", rounds.cache / "reference", 0.02)),
+        ("dpo", "reference pass", seen("*.txt", rounds.cache / "reference", 0.02)),
+        ("dpo", "anywhere", anywhere("dpo")),
+        ("dpo", "saving", seen(saves, rounds.folder / "dpo", 0.01)),
+        ("dpo", "anywhere", anywhere("dpo")),
+        ("eval dpo", "anywhere", anywhere("eval dpo")),
+    ]
+
+
+def sizes(top: Path, pattern: str) -> dict[str, int]:
+    found = {}
+    for path in top.glob(pattern):
+        try:
+            found[path.name] = path.stat().st_size
+        except OSError:
+            continue
+    return found
+
+
+def write_project(recipe: dict[str, Any]) -> None:
+    """Data of a few hundred examples, pairs and questions, so that there is time to be killed in."""
+    from test_eval import write_exam
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    rows = [{"messages": [turn("user", f"第{n}个字？"), turn("assistant", "好的" * (1 + n % 9))]} for n in range(300)]
+    pairs = [
+        {
+            "prompt": [turn("user", f"第{n}个字？")],
+            "chosen": [turn("assistant", "好的" * (1 + n % 7))],
+            "rejected": [turn("assistant", "好" + "no " * (1 + n % 5))],
+        }
+        for n in range(120)
+    ]
+    for name, found in {
+        "train.jsonl": rows[:280],
+        "validation.jsonl": rows[280:],
+        "pairs.jsonl": pairs[:110],
+        "pairs-validation.jsonl": pairs[110:],
+    }.items():
+        Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+    write_exam(Path("exam"), questions=40)
+    recipe["data"]["dpo"] = {"train": ["pairs.jsonl"], "validation": ["pairs-validation.jsonl"]}
+    recipe["data"]["deduplicate"] = {"exact": False, "near": None}
+    recipe["lora"]["dropout"] = 0.1
+    recipe["sft"] = {"batch_size": 8, "max_steps": 40, "learning_rate": 1e-3, "eval_steps": 10, "neftune_alpha": 5}
+    recipe["dpo"] = {"batch_size": 8, "max_steps": 20, "learning_rate": 1e-3, "eval_steps": 10}
+    recipe["checkpoint"] = {"every_steps": 3, "keep": 2}
+    recipe["memory"] = {"micro_tokens": 256}
+    recipe["evaluate"] = {"benchmarks": ["exam"], "shots": 2, "bootstrap": 50}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_soak(project: Any) -> None:
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("the processor time of another process is asked of /proc")
+    write_project(project.recipe)
+    chance = random.Random(SEED)
+    kills: Counter[str] = Counter()
+    compared = 0
+    began = time.monotonic()
+    with server() as forks:
+        straight = Round(forks, "straight")
+        for stage in STAGES:
+            straight.finish(stage)
+        expected = straight.result()
+        assert len(expected["sft metrics"]) == 40 + 5 and len(expected["dpo metrics"]) == 20 + 3
+        rounds = 0
+        while kills.total() < KILLS:
+            rounds += 1
+            run = Round(forks, f"round{rounds}")
+            for stage in STAGES:
+                for name, what, due in instants(run, straight, chance):
+                    if name == stage and run.kill(stage, due):
+                        kills[f"{stage.split()[0]}, {what}"] += 1
+                run.finish(stage)
+            found = run.result()
+            assert found.keys() == expected.keys()
+            for name, value in found.items():
+                assert value == expected[name], f"{run.name}: {name} differs"
+                compared += len(value) if isinstance(value, bytes) else 0
+            assert run.litter() == []
+            print(f"round {rounds}: {kills.total()} kills so far, {time.monotonic() - began:.0f} s", flush=True)
+    resumed = sum(log.read_text().count("Going on after step") for log in Path().glob("round*.log"))
+    lines = rounds * (len(expected["sft metrics"]) + len(expected["dpo metrics"]))
+    print(f"\nseed {SEED}: {kills.total()} kills in {rounds} rounds; training went on {resumed} times")
+    for what, count in sorted(kills.items()):
+        print(f"  {what:<24} {count}")
+    print(f"{lines} metrics lines and {compared} bytes compared with the undisturbed run: no difference")
+
+
+if __name__ == "__main__":
+    serve()
