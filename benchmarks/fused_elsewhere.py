@@ -2,12 +2,12 @@
 
     mlx-zh fuse RECIPE 'export.formats=[mlx, hf, gguf]' export.gguf_type=f16
     pip install torch llama-cpp-python
-    python benchmarks/fused_elsewhere.py RECIPE [--tokens 24]
+    python benchmarks/fused_elsewhere.py RECIPE [--prompts N] [--tokens 24]
 
 Each program gets the same prompts as token ids. Compared with base + adapter in float32 here: mean KL divergence of
 the next token over all positions of prompt and answer, agreement of the likeliest one, the largest difference of a
 logit as a share of the largest logit, and how many greedy answers are the same. A program that is not installed is
-left out, and said.
+left out, and said. On a CPU mlx-lm takes minutes for a quantized model: ask one prompt there.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def until(ends: Collection[int], tokens: list[int]) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
+    parser.add_argument("--prompts", type=int, help="so many of the recipe's evaluate.prompts (default: all)")
     parser.add_argument("--tokens", type=int, default=24, help="of each answer")
     arguments = parser.parse_args()
 
@@ -136,7 +137,8 @@ def main() -> None:
     load_adapter(loaded.model, adapter)
     loaded.model.eval()
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
-    prompts = [list(map(int, renderer.prompt([Message("user", text)]))) for text in recipe.evaluate.prompts]
+    texts = recipe.evaluate.prompts[: arguments.prompts]
+    prompts = [list(map(int, renderer.prompt([Message("user", text)]))) for text in texts]
     logits, greedy = mlx_program(loaded.model)
     answers = [until(loaded.eos_token_ids, greedy(prompt, arguments.tokens)) for prompt in prompts]
     truths = [logits([*prompt, *answer]) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -144,11 +146,11 @@ def main() -> None:
 
     fused = run / "fused"
     programs: dict[str, tuple[str, Path, Callable[[Path], tuple[Logits, Greedy]]]] = {
-        "mlx-lm": ("mlx_lm", fused / "mlx", lambda folder: mlx_program(mlx_lm.load(str(folder))[0])),
         "transformers": ("torch", fused / "hf", transformers_program),
     }
     for path in sorted((fused / "gguf").glob("*.gguf")):
         programs[f"llama.cpp, {path.stem[-5:]}"] = ("llama_cpp", path, llama_cpp_program)
+    programs["mlx-lm"] = "mlx_lm", fused / "mlx", lambda folder: mlx_program(mlx_lm.load(str(folder))[0])
     for name, (package, place, program) in programs.items():
         if importlib.util.find_spec(package) is None or not place.exists():
             print(f"{name:24} left out: {package} is not installed or {place} is not there")
