@@ -147,30 +147,34 @@ def _attention(
     attention: Any, x: mx.array, batch: PackedBatch, before: KeysValues | None, kept: list[KeysValues] | None
 ) -> mx.array:
     """Attention of a row (T, D) whose roots continue `before`; the last segment's keys and values go to `kept`."""
+    shift = 0 if before is None else before[0].shape[2]
+    positions = batch.positions + shift if shift else batch.positions
 
-    def heads(projected: mx.array, count: int, norm: str | None) -> mx.array:
-        split = projected.reshape(x.shape[0], count, -1)  # (T, H * d) -> (T, H, d)
+    def heads(projected: mx.array, count: int, norm: str | None, *, turned: bool) -> list[mx.array]:
+        """Of each segment, (1, H, n, d)."""
+        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
         if norm is not None and norm in attention:
             split = attention[norm](split)
-        return split.swapaxes(0, 1)[None]  # (T, H, d) -> (1, H, T, d)
+        if turned:  # every token is a batch of its own, for each has its own position
+            split = attention.rope(split, offset=positions)
+        split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
+        # Not slices: their gradients would be as many arrays of the whole row, added up.
+        return list(mx.split(split, batch.starts[1:], axis=2))
 
-    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm")
-    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm")
-    values = heads(attention.v_proj(x), attention.n_kv_heads, None)
+    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm", turned=True)
+    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm", turned=True)
+    values = heads(attention.v_proj(x), attention.n_kv_heads, None, turned=False)
 
     shared = [] if before is None else [before]
-    shift = 0 if before is None else before[0].shape[2]
-    seen: list[KeysValues] = []  # of each segment
     outputs = []
     for index, segment in enumerate(batch.segments):
-        part, position = slice(segment.start, segment.stop), segment.position + shift
-        query = attention.rope(queries[:, :, part], offset=position)
-        seen.append((attention.rope(keys[:, :, part], offset=position), values[:, :, part]))
-        line = shared + [seen[i] for i in (*batch.ancestors(index), index)]
+        line = shared + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
         key, value = (_joined(list(column)) for column in zip(*line, strict=True))
         # "causal" is aligned to the last key, so ancestors are seen whole
         mask = "causal" if len(segment) > 1 else None
-        outputs.append(mx.fast.scaled_dot_product_attention(query, key, value, scale=attention.scale, mask=mask))
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(queries[index], key, value, scale=attention.scale, mask=mask)
+        )
         if kept is not None and index == len(batch.segments) - 1:
             kept.append((key, value))
     return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)

@@ -49,6 +49,17 @@ class PackedBatch:
     owner: mx.array  # (S,) int32
     num_sequences: int
 
+    @property
+    def starts(self) -> list[int]:
+        """Row position of each segment's first token; segments follow one another without gaps."""
+        return [segment.start for segment in self.segments]
+
+    @property
+    def positions(self) -> mx.array:
+        """Position ids, (T,) int32."""
+        ids = [np.arange(s.position, s.position + len(s), dtype=np.int32) for s in self.segments]
+        return _joined(ids)
+
     def ancestors(self, index: int) -> tuple[int, ...]:
         """The segments that segment `index` continues, from the root down."""
         line: list[int] = []
