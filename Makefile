@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test soak lint format oracle audit fuzz clean
+.PHONY: quickstart test soak bench lint format oracle audit fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
@@ -17,6 +17,17 @@ test: $(INSTALLED)
 # Every stage killed again and again, and the result compared with a run that nobody disturbed (docs/reliability.md).
 soak: $(INSTALLED)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/soak.py
+
+# Against peers on the same samples, taking turns. OPTIONS="--device gpu" goes to each script that compares steps; CEVAL
+# is a folder with C-Eval's CSV files. Figures: benchmarks/results/*.json
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps mlx-lm-lora
+	$(BIN)/python benchmarks/plan_accuracy.py --json benchmarks/results/plan_accuracy.json
+	for name in sft_step dpo_step chat_turn growth limit; do \
+		$(BIN)/python benchmarks/$$name.py $(OPTIONS) --json benchmarks/results/$$name.json || exit 1; done
+	test -z "$(CEVAL)" || $(BIN)/python -m pip install --quiet lm_eval
+	test -z "$(CEVAL)" || $(BIN)/python benchmarks/eval_speed.py --ceval "$(CEVAL)"
+	test ! -d ../shared/data || $(BIN)/python benchmarks/corpus.py speed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

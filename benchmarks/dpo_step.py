@@ -1,10 +1,11 @@
-"""A DPO step here against mlx-lm-lora's: the same pairs, rank and layers, interleaved in one process.
+"""A DPO step here against mlx-lm-lora's: the same pairs, rank and layers, taking turns in one process.
 
     pip install --no-deps mlx-lm-lora
-    python benchmarks/dpo_step.py [--repeats 5] [--batch-size 8] [--pairs FILE]
+    python benchmarks/dpo_step.py [--repeats 5] [--batch-size 8] [--pairs FILE] [--max-length 1024] [--checkpoint]
+                                  [--model random-128k] [--device gpu] [--json FILE]
 
 Prints the median pairs per second and peak memory over the weights of one optimizer step, and the ratios. Both run
-the same float32 SmolLM2-135M with LoRA of rank 16 on every linear layer. mlx-lm-lora's side is its own loss, batching
+the same weights with LoRA of rank 16 on every linear layer. mlx-lm-lora's side is its own loss, batching
 and compiled step, called as its trainer calls them; its reference model (a second copy of the base weights) runs
 within each step. Here the reference is computed once before training, so a step is timed without it, and also with
 the reference pass of exactly its pairs, as if no pair were ever seen twice.
@@ -12,16 +13,14 @@ the reference pass of exactly its pairs, as if no pair were ever seen twice.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import tempfile
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import mlx_zh  # noqa: F401  (loads the fast BLAS before anything imports mlx)
+import measuring
+from measuring import RANK, RATE, ROOT, SCALE
 
 # isort: split
 import mlx.core as mx
@@ -31,11 +30,10 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm_lora.trainer import dpo_trainer
-from sft_step import RANK, RATE, SCALE, Step, copy_of, measure
 
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.render import RenderedPair, Renderer
-from mlx_zh.models.load import LoadedModel, load_model
+from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import AdapterSpec, add_adapter, trainable
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective
@@ -44,13 +42,14 @@ from mlx_zh.training.optimizer import GroupedAdamW
 from mlx_zh.training.reference import Reference, ReferenceStore
 from mlx_zh.training.step import train_step
 
-DATA = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "dpo-train.jsonl"
+DATA = ROOT / "data" / "quickstart" / "dpo-train.jsonl"
 BETA = 0.1
+Step = Callable[[list[int]], None]
 
 
 def our_step(loaded: LoadedModel, pairs: list[RenderedPair], *, with_reference: bool, checkpoint: bool) -> Step:
     """One step of this program; with the reference pass of its pairs where that is to be counted."""
-    base, model = copy_of(loaded), copy_of(loaded)
+    base, model = measuring.copy_of(loaded), measuring.copy_of(loaded)
     add_adapter(model, AdapterSpec("lora", len(model.layers), rank=RANK, scale=SCALE), seed=0)
     optimizer = GroupedAdamW(trainable(model), weight_decay=0.0, betas=(0.9, 0.999))
     settings = Settings(seed=0, micro_tokens=2048, checkpoint=checkpoint)
@@ -77,10 +76,9 @@ def our_step(loaded: LoadedModel, pairs: list[RenderedPair], *, with_reference: 
 
 def peer_step(loaded: LoadedModel, pairs: list[RenderedPair], *, checkpoint: bool) -> Step:
     """One step of mlx-lm-lora's trainer: chosen and rejected padded, policy and reference, full logits, compiled."""
-    reference, model = copy_of(loaded), copy_of(loaded)
+    reference, model = measuring.copy_of(loaded), measuring.copy_of(loaded)
     reference.update(tree_map(lambda array: array + 0, reference.parameters()))  # its step cannot share arrays
     mx.eval(reference.parameters())
-    model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     if checkpoint:
         dpo_trainer.grad_checkpoint(model.layers[0])
@@ -127,43 +125,31 @@ def peer_step(loaded: LoadedModel, pairs: list[RenderedPair], *, checkpoint: boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = measuring.parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=Path, default=DATA)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--checkpoint", action="store_true", help="recompute layers in the backward pass, both sides")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-
-    loaded = load_model("smollm2-135m-instruct")
+    loaded = measuring.load(arguments)
     preferences, _ = load_preferences(arguments.pairs, on_invalid="skip")
     rendered = Renderer(loaded.tokenizer).preferences(preferences, max_length=arguments.max_length)
     pairs = [pair for pair in rendered if pair is not None]
-    order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    size = arguments.batch_size
-    batches = [order[i * size : (i + 1) * size] for i in range(arguments.repeats)]
+    chosen = measuring.batches(len(pairs), arguments.batch_size, arguments.repeats)
     lengths = [[len(getattr(pair, name)) for pair in pairs] for name in ("prompt", "chosen", "rejected")]
-    print("mean tokens of prompt, chosen, rejected:", *(round(float(np.mean(column))) for column in lengths))
+    means = ", ".join(f"{np.mean(column):.0f}" for column in lengths)
+    print(f"{arguments.model}; mean tokens of prompt, chosen, rejected: {means}")
 
-    options = {"checkpoint": arguments.checkpoint}
     sides = {
-        "mlx-zh": our_step(loaded, pairs, with_reference=False, **options),
-        "mlx-zh, reference counted": our_step(loaded, pairs, with_reference=True, **options),
-        "mlx-lm-lora": peer_step(loaded, pairs, **options),
+        "mlx-zh": our_step(loaded, pairs, with_reference=False, checkpoint=arguments.checkpoint),
+        "mlx-zh, reference counted": our_step(loaded, pairs, with_reference=True, checkpoint=arguments.checkpoint),
+        "mlx-lm-lora": peer_step(loaded, pairs, checkpoint=arguments.checkpoint),
     }
-    figures = measure(sides, batches)
-    peer = figures["mlx-lm-lora"]
-    for name, side in figures.items():
-        ratios = f"{peer['seconds'] / side['seconds']:8.2f}x speed {side['gb'] / peer['gb']:6.2f}x memory"
-        print(f"{name:27}{size / side['seconds']:8.2f} pairs/s {side['gb']:6.2f} GB {ratios}")
-    if arguments.json:
-        about = {"machine": platform.platform(), "batch_size": size, "mlx": version("mlx")}
-        try:
-            about["mlx-lm-lora"] = version("mlx-lm-lora")
-        except PackageNotFoundError:
-            about["mlx-lm-lora"] = "unknown"
-        arguments.json.write_text(json.dumps({"about": about, "figures": figures}, indent=2) + "\n")
+    figures = measuring.medians(measuring.take_turns(sides, chosen), against="mlx-lm-lora")
+    for side in figures.values():
+        side["pairs_per_second"] = arguments.batch_size / side["seconds"]
+    measuring.show(f"{arguments.batch_size} pairs a step", figures, against="mlx-lm-lora")
+    measuring.write(arguments.json, measuring.about(arguments, ("mlx-lm-lora",)), figures)
 
 
 if __name__ == "__main__":

@@ -202,6 +202,7 @@ def main() -> int:
     print(f"{len(found)} cases, worst {worst:.1%}, {beyond} beyond {BAR:.0%}")
     if arguments.json:
         about = {name: version(name) for name in ("mlx", "mlx-lm")} | {"machine": platform.platform()}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"about": about, "cases": found}, indent=2) + "\n")
     return 1 if beyond else 0
 
