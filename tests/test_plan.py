@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +265,6 @@ def test_long_examples_are_refused_once_they_are_known(project: Project, monkeyp
     corpus: Any = type("Corpus", (), {"lengths": long.tokens, "scored": long.scored})
     with pytest.raises(PlanError, match=r"memory\.checkpoint_layers=true .*change no result"):
         fitting.require(recipe, "sft", force=False, config=config, corpus=corpus)
-
-
-def test_asking_takes_no_time(project: Project) -> None:
-    recipe = load_recipe("recipe.yaml", [f"model.path={project.model}"])
-    fitting.require(recipe, "sft", force=False)
-    start = time.perf_counter()
-    fitting.require(recipe, "sft", force=False)
-    assert time.perf_counter() - start < 0.05
 
 
 def test_the_parts_of_a_config_that_are_missing(config_only: Path) -> None:
