@@ -25,13 +25,13 @@ from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
 from mlx_zh.corpus.contamination import ExamIndex, read_questions
 from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards
-from mlx_zh.corpus.fingerprints import Fingerprints, digest
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
 from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, MlxZhError
+from mlx_zh.fingerprints import Fingerprints, digest
 from mlx_zh.storage import storage_errors, sync_folder, write_json, written_whole
 
 VERSION = 2  # part of the key; raise it when the same input would give another corpus

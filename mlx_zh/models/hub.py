@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlx_zh import device
 from mlx_zh.errors import DownloadError, ModelError, StorageError
+from mlx_zh.fingerprints import Fingerprints
 
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
@@ -41,6 +43,7 @@ def download(
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def commit_of(folder: Path) -> str | None:
@@ -54,13 +57,33 @@ def commit_of(folder: Path) -> str | None:
     return noted[0] if noted else None
 
 
+def check_digests(folder: Path) -> None:
+    """Read what Hugging Face's cache holds under a SHA-256, and compare; a file is read once, then remembered.
+
+    The library checks sizes alone. Raises DownloadError for a damaged file, which is removed, to be fetched again.
+    """
+    blobs = [path for path in folder.rglob("*") if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
+    found = Fingerprints(device.cache_folder() / "models.json").digests(str(path) for path in blobs)
+    for path in blobs:
+        if found[str(path)] != path.resolve().name:
+            path.resolve().unlink()
+            path.unlink()
+            raise DownloadError(
+                f"{path.name} arrived damaged: its SHA-256 is not the hub's. It was removed; start again to fetch it."
+            )
+
+
 def _huggingface(name: str, revision: str | None, what: dict[str, Any]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, **what))
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **what))
+        check_digests(folder)
+        return folder
+    except DownloadError:
+        raise
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{name} is gated: its owner asks for your consent first. Accept the conditions on its page "

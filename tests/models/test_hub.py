@@ -29,7 +29,7 @@ class Mirror(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.files, self.served = files, set[str]()
+        self.files, self.served, self.damaged = files, set[str](), False
 
     @property
     def url(self) -> str:
@@ -70,7 +70,11 @@ class _Answers(BaseHTTPRequestHandler):
         data = self.server.files[name]
         if self.command == "GET":
             self.server.served.add(name)
-        self.answer(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        large = name.endswith(".safetensors")  # the hub names large files by their SHA-256
+        digest = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
+        if self.server.damaged and large:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self.answer(200, data, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -114,6 +118,7 @@ def ask(endpoint: str, cache: Path, name: str, revision: str = "", **more: str) 
     """In a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"} | more
+    environment["MLX_ZH_CACHE"] = str(cache / "mlx-zh")
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, name, revision], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -133,6 +138,17 @@ def test_model_from_a_mirror(mirror: Mirror, tmp_path: Path) -> None:
 
     status, out, error = ask(mirror.url, tmp_path, "org/tiny", COMMIT, HF_HUB_OFFLINE="1")  # now from the cache
     assert status == 0, error
+
+
+def test_weights_that_arrive_damaged_are_refused_and_fetched_again(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.damaged = True
+    try:
+        status, _, error = ask(mirror.url, tmp_path, "org/tiny", COMMIT)
+    finally:
+        mirror.damaged = False
+    assert status and "model.safetensors arrived damaged" in error
+    status, out, error = ask(mirror.url, tmp_path, "org/tiny", COMMIT)
+    assert (status, out.split()[:1]) == (0, ["qwen3"]), error
 
 
 @pytest.mark.parametrize(
