@@ -26,7 +26,8 @@ bench: $(INSTALLED)
 	for name in sft_step dpo_step chat_turn growth limit; do \
 		$(BIN)/python benchmarks/$$name.py $(OPTIONS) --json benchmarks/results/$$name.json || exit 1; done
 	test -z "$(CEVAL)" || $(BIN)/python -m pip install --quiet lm_eval
-	test -z "$(CEVAL)" || $(BIN)/python benchmarks/eval_speed.py --ceval "$(CEVAL)"
+	test -z "$(CEVAL)" || $(BIN)/python benchmarks/eval_speed.py $(OPTIONS) --ceval "$(CEVAL)" \
+		--json benchmarks/results/eval_speed.json
 	test ! -d ../shared/data || $(BIN)/python benchmarks/corpus.py speed
 
 lint: $(INSTALLED)

@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; the harness woul
 
 # isort: split
 import lm_eval
+import mlx.core as mx
 import numpy as np
 import torch
 import yaml
@@ -138,7 +139,8 @@ def main() -> None:
     if arguments.prompts_only:
         return
 
-    loaded = load_model(arguments.model, dtype="float32")
+    mx.set_default_device(mx.cpu)  # where weights become plain float32, as PyTorch's are
+    loaded = load_model(arguments.model)
     began = time.perf_counter()
     prompter = Prompter(protocols()["lm-eval"], loaded.tokenizer, None, loaded.config["max_position_embeddings"])
     ours = {

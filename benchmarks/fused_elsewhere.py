@@ -133,7 +133,8 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe)
     run = recipe.run_folder()
     adapter = next(run / stage / "adapters" for stage in ("dpo", "sft") if (run / stage / "adapters").is_dir())
-    loaded = load_model(recipe.model.path, dtype="float32")
+    mx.set_default_device(mx.cpu)  # where weights become plain float32
+    loaded = load_model(recipe.model.path)
     load_adapter(loaded.model, adapter)
     loaded.model.eval()
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
