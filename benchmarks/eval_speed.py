@@ -4,8 +4,8 @@
     python benchmarks/eval_speed.py --ceval DIR [--subjects law,logic] [--shots 5] [--repeats 1]
 
 DIR holds C-Eval's CSV files (`dev/` and `val/`). All three score the lm-eval protocol with the same model in one
-process, taking turns subject by subject, so that what else the machine does falls on all alike; processor time is printed
-beside elapsed time for the same reason. mlx_lm.evaluate is called at its `loglikelihood`, with the
+process, taking turns subject by subject, so that what else the machine does falls on all alike; processor time is
+printed beside elapsed time for the same reason. mlx_lm.evaluate is called at its `loglikelihood`, with the
 prompts that the harness would give it and its own tokenization, cache and scoring.
 """
 
