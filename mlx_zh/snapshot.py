@@ -49,18 +49,23 @@ class SnapshotTokenizer:
 
 
 def save_snapshot(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer down; `about.json` comes last and says that it is whole."""
-    from mlx_zh.corpus.joined_encoding import vocabulary_of
+    """Write a tokenizer down; `save_vocabulary` makes the snapshot whole."""
     from mlx_zh.corpus.render import Renderer
 
-    text = Renderer(tokenizer).tokenizer_json()
-    write_text(folder / "tokenizer.json", text)
-    if (vocabulary := vocabulary_of(text)) is not None:
-        vocabulary.save(folder / "vocabulary.json")
+    write_text(folder / "tokenizer.json", Renderer(tokenizer).tokenizer_json())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     about = {"chat_template": tokenizer.chat_template, "special_tokens_map": special}
     ends = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
     write_json(folder / "about.json", about | ends)
+
+
+def save_vocabulary(folder: Path) -> None:
+    """Write what the faster encoder needs beside a snapshot; `whole` comes last and says that nothing is missing."""
+    from mlx_zh.corpus.joined_encoding import vocabulary_of
+
+    if (vocabulary := vocabulary_of((folder / "tokenizer.json").read_text(encoding="utf-8"))) is not None:
+        vocabulary.save(folder / "vocabulary.json")
+    write_text(folder / "whole", "")
 
 
 def open_tokenizer(model: Model) -> SnapshotTokenizer:
@@ -69,29 +74,37 @@ def open_tokenizer(model: Model) -> SnapshotTokenizer:
 
     place = resolve_model(model.path, hub=model.hub, revision=model.revision)
     folder = device.cache_folder() / "tokenizers" / _key(place)
-    if not (folder / "about.json").exists():
-        command = [sys.executable, "-m", "mlx_zh.snapshot", str(place), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise ModelError(reason.removeprefix("error: "))
+    if not (folder / "whole").exists():
+        _in_a_process(str(folder), str(place))
+        _in_a_process(str(folder))  # after the first has given its 500 MB back
     return SnapshotTokenizer(folder)
+
+
+def _in_a_process(*arguments: str) -> None:
+    command = [sys.executable, "-m", "mlx_zh.snapshot", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ModelError(reason.removeprefix("error: "))
 
 
 def _key(place: Path) -> str:
     """Changes with the tokenizer's files and with the packages that read them."""
     files = [place] if place.is_file() else sorted({path for name in _FILES for path in place.glob(name)})
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    state = (1, str(place.resolve()), states, version("transformers"), version("tokenizers"))
+    state = (2, str(place.resolve()), states, version("transformers"), version("tokenizers"))
     return hashlib.sha256(repr(state).encode()).hexdigest()[:24]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """PLACE FOLDER: write the tokenizer of a resolved model into a folder."""
-    from mlx_zh.models.load import load_tokenizer
+    """FOLDER PLACE: write the tokenizer of a resolved model into a folder. FOLDER: write its vocabulary there."""
+    folder, *place = sys.argv[1:] if argv is None else argv
+    if place:
+        from mlx_zh.models.load import load_tokenizer
 
-    place, folder = sys.argv[1:] if argv is None else argv
-    save_snapshot(load_tokenizer(Path(place)), Path(folder))
+        save_snapshot(load_tokenizer(Path(place[0])), Path(folder))
+    else:
+        save_vocabulary(Path(folder))
     return 0
 
 

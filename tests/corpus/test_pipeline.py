@@ -25,7 +25,7 @@ from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError
-from mlx_zh.snapshot import SnapshotTokenizer, save_snapshot
+from mlx_zh.snapshot import SnapshotTokenizer, save_snapshot, save_vocabulary
 
 SFT = CorpusSettings(
     RenderSettings("sft", "assistant", 400, "truncate", None), ChoiceSettings(), Exams({}, {}), on_invalid="error"
@@ -397,6 +397,7 @@ def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: 
     """`kill -9` in the middle; the folder under the key appears in one rename, or not."""
     source = save("a", rows(3000))
     save_snapshot(tokenizer_of("llama3"), tmp_path / "tokenizer")
+    save_vocabulary(tmp_path / "tokenizer")
     script = (
         "import sys, pathlib\n"
         "from mlx_zh.corpus.choosing import ChoiceSettings\n"
@@ -425,6 +426,7 @@ def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: 
 
 def test_a_tokenizer_survives_as_a_snapshot(tokenizer_of, renderer: Renderer, tmp_path: Path):
     save_snapshot(tokenizer_of("llama3"), tmp_path / "snapshot")
+    save_vocabulary(tmp_path / "snapshot")
     again = Renderer(SnapshotTokenizer(tmp_path / "snapshot"))
     assert again.fingerprint == renderer.fingerprint
     talk = [Message("user", "你好"), Message("assistant", "你好！")]
