@@ -258,6 +258,12 @@ def test_load_best_takes_the_weights_of_the_lowest_validation_loss(project: Proj
     assert not same(weights(last), weights(folder))
 
 
+def test_the_best_is_kept_where_it_is_asked_for(project: Project):
+    kept = project.train("sft.max_steps=1", name="kept")
+    without = project.train("sft.max_steps=1", "checkpoint.keep_best=false", name="without")
+    assert [(folder / "checkpoints" / "best").exists() for folder in (kept, without)] == [True, False]
+
+
 # Again, on, and anew
 
 

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +90,18 @@ def test_the_file_is_not_there_until_it_is_whole(tmp_path: Path) -> None:
         file.flush()
         assert not path.exists()
     assert path.read_bytes() == b"all of it"
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    """Whole adapters may be among it. A process that has just ended has a number that nobody else has yet."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, other = tmp_path / f".x[1].{ended.pid}.tmp", tmp_path / f".y.{ended.pid}.tmp"
+    written, mine = tmp_path / f".x[1].{os.getppid()}.tmp", tmp_path / ".x[1].backup.tmp"
+    for file in (left, other, written, mine):
+        file.write_bytes(b"half")
+    write_text(tmp_path / "x[1]", "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x[1]", other, written, mine])
 
 
 @EVERY_WRITER

@@ -47,13 +47,13 @@ class Lab:
             "eval_steps": 4,
         }  # fmt: skip
         keep = changes.pop("keep", 2)
-        every = changes.pop("every", EVERY)
+        every, minutes = changes.pop("every", EVERY), changes.pop("minutes", None)
         loop = Loop(
             model=model,
             objective=sft(TRAIN, objective, micro_tokens=30, dropout=0.2, neftune_alpha=2.0),
             validation=sft(VALIDATION, objective, micro_tokens=16) if validate else None,
             section=Training(**(settings | changes)),
-            checkpoint=Checkpoint(every_steps=every, every_minutes=None, keep=keep),
+            checkpoint=Checkpoint(every_steps=every, every_minutes=minutes, keep=keep),
             folder=self.folder / name,
             seed=11,
             key="k",

@@ -168,6 +168,13 @@ def test_keep_counts_checkpoints(lab: Lab) -> None:
     ]
 
 
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, list(range(1, 10))), (1e6, [9])])
+def test_checkpoints_by_the_clock(lab: Lab, minutes: float, saved: list[int]) -> None:
+    """Due after every step, or never before the end."""
+    events = finish(lab.loop("run", every=None, minutes=minutes))
+    assert [int(event.path.name[5:]) for event in events if isinstance(event, Saved)] == saved
+
+
 def scripted(loop: Loop, losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation losses as given, one a pass."""
     coming = iter(losses)
