@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mlx_zh import stage
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, load_adapter, remove_adapter
+from mlx_zh.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -21,16 +22,20 @@ _ADAPTER = (CONFIG_FILE, ADAPTER_FILE)
 class Candidates:
     """`names` are those that were asked for: one, or the base and every adapter in the run folder."""
 
-    def __init__(self, recipe: Recipe, asked: str | None = None) -> None:
-        self._recipe, self._run = recipe, recipe.run_folder()
+    def __init__(self, recipe: Recipe, asked: str | None = None, world: World = ALONE) -> None:
+        self._recipe, self._run, self._world = recipe, recipe.run_folder(), world
         self._loaded: LoadedModel | None = None
         self._state = ""  # which candidate `_loaded` is now
-        self.present = [name for name in TUNED if (self.adapter(name) / ADAPTER_FILE).is_file()]
+        self.present = world.told(lambda: self._present(asked))
         self.names = ["base", *self.present] if asked is None else [asked]
-        if asked in TUNED and asked not in self.present:
-            raise AdapterError(f"{self.adapter(asked)} holds no adapter yet; run `mlx-zh {asked} RECIPE` first.")
         if asked == "fused" and not self.fused.is_dir():
             raise ModelError(f"there is no fused model at {self.fused}; run `mlx-zh fuse RECIPE` first.")
+
+    def _present(self, asked: str | None) -> list[str]:
+        present = [name for name in TUNED if (self.adapter(name) / ADAPTER_FILE).is_file()]
+        if asked in TUNED and asked not in present:
+            raise AdapterError(f"{self.adapter(asked)} holds no adapter yet; run `mlx-zh {asked} RECIPE` first.")
+        return present
 
     @property
     def fused(self) -> Path:
@@ -46,7 +51,7 @@ class Candidates:
         """The model as `name`; one that was taken before changes with it."""
         if self._loaded is None or "fused" in (name, self._state):
             self._loaded = None  # frees it before the next is loaded
-            self._loaded = stage.open_model(self._recipe if name != "fused" else self._of_fused())
+            self._loaded = stage.open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
             self._state = "fused" if name == "fused" else "base"
         if name == self._state:
             return self._loaded
@@ -54,7 +59,7 @@ class Candidates:
             remove_adapter(self._loaded.model)
             self._state = "base"
         if name != "base":
-            spec = load_adapter(self._loaded.model, self.adapter(name))
+            spec = load_adapter(self._loaded.model, self._world.folder(self.adapter(name), _ADAPTER))
             # Full fine-tuning replaces weights: what was there is gone, and the base must be loaded anew next time.
             self._state = "fused" if spec.kind == "full" else name
         self._loaded.model.freeze()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
+from mlx_zh import launching, stage
 
 if TYPE_CHECKING:
     import argparse
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from mlx_zh.corpus.render import RenderedPair, Renderer
     from mlx_zh.models.load import LoadedModel
+    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
     from mlx_zh.session import Session
     from mlx_zh.starting import Start
@@ -23,15 +24,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = stage.parser("dpo", "Tune a model on preferences: better answers over worse ones.")
     stage.add_fresh(parser)
     stage.add_force(parser)
+    launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
-    with stage.at_work(recipe, "dpo"):
-        return _tune(recipe, arguments)
+    if arguments.hosts or arguments.processes:
+        return launching.launch("dpo", arguments, argv)
+
+    from mlx_zh import parallel
+
+    with parallel.joined() as world, stage.all_at_work(recipe, "dpo", world):
+        return _tune(recipe, arguments, world)
 
 
-def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
     from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
@@ -43,39 +50,44 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
     fresh = arguments.fresh or recipe.resume == "never"
     if not recipe.data.dpo.train:
         raise DataError(f"{arguments.recipe}: data.dpo.train names no file to learn from.")
-    start = choose_start(recipe)
+    start = choose_start(recipe, world)
     fitting.require(recipe, "dpo", force=arguments.force, fresh=fresh)
-    loaded = stage.open_model(recipe)
+    loaded = stage.open_model(recipe, world)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "dpo", renderer)
     pairs, validation = corpus.pairs("train"), corpus.pairs("validation")
     files = file_digests(corpus)
-    session = _session(recipe, loaded, renderer, start, files)
+    session = _session(recipe, loaded, renderer, start, files, world)
     samples = Samples(recipe, renderer, loaded)
     if not session.begin(fresh=fresh):
-        report(session, samples, ("base", "sft", "dpo"))
+        if world.first:
+            report(session, samples, ("base", "sft", "dpo"))
         return 0
     fitting.require(recipe, "dpo", force=arguments.force, config=loaded.config, corpus=pairs)
-    stage.write_run_files(recipe, loaded, files)
-    keep_report(recipe, "dpo", corpus)
-    samples.ask("base", again=False)
+    if world.first:
+        stage.write_run_files(recipe, loaded, files)
+        keep_report(recipe, "dpo", corpus)
+        samples.ask("base", again=False)
     finished = _train(session, loaded, start, pairs, validation)
     if finished.reason == "interrupted":
         return 130
-    loaded.model.eval()
-    samples.ask("dpo")
-    report(session, samples, ("base", "sft", "dpo"))
+    if world.first:
+        loaded.model.eval()
+        samples.ask("dpo")
+        report(session, samples, ("base", "sft", "dpo"))
     return 0
 
 
-def _session(recipe: Recipe, loaded: LoadedModel, renderer: Renderer, start: Start, files: dict[str, str]) -> Session:
+def _session(
+    recipe: Recipe, loaded: LoadedModel, renderer: Renderer, start: Start, files: dict[str, str], world: World
+) -> Session:
     from mlx_zh.learning import learning_values
     from mlx_zh.session import Session
 
     extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": files}
     values = learning_values(recipe, "dpo", extra | {"start": start.fingerprint})
     about = {"base": loaded.source, "base_fingerprint": loaded.fingerprint, "run": recipe.name, "stage": "dpo"}
-    return Session(recipe, "dpo", recipe.dpo, loaded.model, start.spec(loaded), about, values)
+    return Session(recipe, "dpo", recipe.dpo, loaded.model, start.spec(loaded), about, values, world)
 
 
 def _train(
@@ -94,23 +106,23 @@ def _train(
     from mlx_zh.training.dpo_objective import DpoObjective
     from mlx_zh.training.dpo_watch import DpoWatch
 
-    recipe, section, spec = session.recipe, session.recipe.dpo, session.spec
+    recipe, section, spec, world = session.recipe, session.recipe.dpo, session.spec, session.world
     console.say(f"Starting from {start.described}.")
     # The reference is of the start weights, so it is settled before a checkpoint's are taken up.
     base_is_start = start.folder is None and spec.kind != "full"
     of_base = section.reference == "base" or base_is_start
-    reference = find_reference(recipe, loaded, None, pairs, validation) if of_base else None
+    reference = find_reference(recipe, loaded, None, pairs, validation, world) if of_base else None
     if start.folder is None:
         add_adapter(loaded.model, spec, seed=recipe.seed)
     else:
         load_adapter(loaded.model, start.folder)
     if reference is None:
-        reference = find_reference(recipe, loaded, (spec, trainable(loaded.model)), pairs, validation)
+        reference = find_reference(recipe, loaded, (spec, trainable(loaded.model)), pairs, validation, world)
 
     # Without dropout, as in the reference: its noise would be taken for a difference between the two.
     settings = row_settings(recipe, section, dropout=0.0)
-    objective = DpoObjective(pairs, reference.training, section, settings)
-    checked = DpoObjective(validation, reference.validation, section, settings) if validation else None
+    objective = DpoObjective(pairs, reference.training, section, settings, world)
+    checked = DpoObjective(validation, reference.validation, section, settings, world) if validation else None
     same = section.reference == "start" or (section.reference == "base" and base_is_start)
     watch = DpoWatch(
         section,

@@ -47,3 +47,7 @@ class DownloadError(MlxZhError):
 
 class StorageError(MlxZhError):
     """A disk that is full, or a folder that cannot be written."""
+
+
+class DistributedError(MlxZhError):
+    """Machines that do not find each other, or do not agree, or one that is gone."""

@@ -6,12 +6,13 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
+from mlx_zh import launching, stage
 
 if TYPE_CHECKING:
     from mlx_zh.benchmarks.exam import Exam
     from mlx_zh.benchmarks.protocols import Protocol
     from mlx_zh.examination import Examination
+    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
 
 
@@ -21,12 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
-    with stage.at_work(recipe, "eval"):
-        _ask(recipe, arguments.stage)
-    return 0
+    if arguments.hosts or arguments.processes:
+        return launching.launch("eval", arguments, argv)
+
+    from mlx_zh import parallel
+
+    with parallel.joined() as world, stage.all_at_work(recipe, "eval", world):
+        return _ask(recipe, arguments, world)
 
 
-def _ask(recipe: Recipe, only: str | None) -> None:
+def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
     from mlx_zh import console
     from mlx_zh.benchmarks.protocols import protocols
     from mlx_zh.candidates import Candidates
@@ -35,16 +40,17 @@ def _ask(recipe: Recipe, only: str | None) -> None:
     protocol = protocols()[recipe.evaluate.protocol]
     shots = protocol.shots if recipe.evaluate.shots is None else recipe.evaluate.shots
     exams = _exams(recipe, shots)
-    candidates = Candidates(recipe, only)
-    examination = Examination(recipe, protocol, candidates)
+    candidates = Candidates(recipe, arguments.stage, world)
+    examination = Examination(recipe, protocol, candidates, world)
     for exam in exams:
         size = f"{len(exam)} questions in {len(exam.subjects)} subjects"
         console.say(f"{exam.title}, {exam.split}: {size}; protocol {protocol.name}, {shots} worked examples")
     for name in candidates.names:
         for exam in exams:
             examination.ask(name, exam)
-    for exam in exams:
+    for exam in exams if world.first else []:
         _conclude(examination, exam, protocol)
+    return 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -59,6 +65,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="ceval|cmmlu|PATH",
         help="instead of the recipe's evaluate.benchmarks",
     )
+    launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
     # What follows --benchmark may be an override: no benchmark's name has '='.
     named = [name for name in arguments.benchmark or [] if "=" not in name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from mlx_zh.benchmarks.prompts import Prompter
 from mlx_zh.benchmarks.records import Records
 from mlx_zh.candidates import NAMES
 from mlx_zh.corpus.render import Renderer
+from mlx_zh.errors import DistributedError
 
 if TYPE_CHECKING:
     from mlx_zh.benchmarks.answers import Answer, Examinee
@@ -22,46 +23,68 @@ if TYPE_CHECKING:
     from mlx_zh.benchmarks.protocols import Protocol
     from mlx_zh.candidates import Candidates
     from mlx_zh.models.load import LoadedModel
+    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
 
 About = dict[str, Any]  # what a result was computed from: kept in its report
 
 
 class Examination:
-    """Answers by exam and stage, kept in `runs/NAME/eval`."""
+    """Answers by exam and stage, kept in `runs/NAME/eval` by rank 0."""
 
-    def __init__(self, recipe: Recipe, protocol: Protocol, candidates: Candidates) -> None:
-        self._recipe, self._protocol, self._candidates = recipe, protocol, candidates
+    def __init__(self, recipe: Recipe, protocol: Protocol, candidates: Candidates, world: World) -> None:
+        self._recipe, self._protocol, self._candidates, self._world = recipe, protocol, candidates, world
         self._folder = recipe.run_folder() / "eval"
         self._known: dict[tuple[str, str], tuple[About, list[Answer]]] = {}  # by exam and stage
         self._base: str | None = None  # the base's fingerprint
 
     def ask(self, name: str, exam: Exam) -> None:
         """Let the model called `name` answer `exam`; a finished subject is read from the run folder."""
+        world, first = self._world, self._world.first
         loaded = self._candidates.take(name)
-        if not (self._recipe.run_folder() / "manifest.json").exists():
+        if first and not (self._recipe.run_folder() / "manifest.json").exists():
             stage.write_run_files(self._recipe, loaded, {})
         if name != "fused":
             self._base = loaded.fingerprint
         renderer = self._renderer(loaded)
-        examinee, about = self._examinee(loaded, renderer), self._about(name, exam, loaded, renderer)
+        examinee = self._examinee(loaded, renderer)
+        about = world.told(lambda: self._about(name, exam, loaded, renderer))
+        if (about["asked"], about["base"]) != (self._asked(exam, exam.subjects), loaded.fingerprint):
+            raise DistributedError(
+                f"rank {world.rank} has other questions or another model than rank 0: every machine needs the same "
+                "recipe, exam files and model files."
+            )
         records = Records(self._folder, name, exam.key)
-        answers: list[Answer] = []
+        keys = {s.key: stage.fingerprint(about | {"asked": self._asked(exam, [s])}) for s in exam.subjects}
+        given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
+        waiting = world.told(lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given])
         bar = console.CountBar(f"{name} {exam.title}", len(exam), "question")
         try:
-            for subject in exam.subjects:
-                key = stage.fingerprint(about | {"asked": self._asked(exam, [subject])})
-                given = records.known(subject.key, key)
-                if given is None:
-                    given = examinee.answer(exam, subject, bar.update)
-                    records.keep(subject.key, key, given)
-                else:
-                    bar.update(len(given))
-                answers += given
+            bar.update(sum(map(len, given.values())))
+            for subjects in world.rounds([exam.subjects[index] for index in waiting]):
+                for subject, answers in self._answered(examinee, exam, subjects, bar.update):
+                    given[subject.key] = answers
+                    if first:
+                        records.keep(subject.key, keys[subject.key], answers)
         finally:
             bar.close()
-        self._known[exam.key, name] = about, answers
-        records.finish(answers, self._figures(exam, name), labelled=exam.labelled)
+        if first:
+            answers = [answer for key in keys for answer in given[key]]
+            self._known[exam.key, name] = about, answers
+            records.finish(answers, self._figures(exam, name), labelled=exam.labelled)
+
+    def _answered(
+        self, examinee: Examinee, exam: Exam, subjects: Sequence[Subject], report: Callable[[int], None]
+    ) -> Iterator[tuple[Subject, list[Answer]]]:
+        """Subjects dealt out to the ranks by their length; the answers of all. `report` hears of questions."""
+        world = self._world
+        mine = world.mine([subject.characters for subject in subjects])
+        here = [(index, [a.as_dict() for a in examinee.answer(exam, subjects[index], report)]) for index in mine]
+        for part in world.collect(here):
+            for index, answers in part:
+                if index not in mine:
+                    report(len(answers))
+                yield subjects[index], [asking.Answer.of(fields) for fields in answers]
 
     def side_by_side(self, exam: Exam) -> dict[str, report.Figures]:
         """Figures by stage, in the order of a run; stages that answered the same exam earlier are there too."""

@@ -295,6 +295,12 @@ class Memory(Section):
     logit_rows: PositiveInt | None = None
 
 
+class Distributed(Section):
+    """Work on several machines: in equal shares, or in proportion to a speed measured for ten seconds."""
+
+    shares: Literal["equal", "measured"] = "equal"
+
+
 class Checkpoint(Section):
     """How often a run can be picked up again."""
 
@@ -347,6 +353,7 @@ class Recipe(Section):
     sft: Sft = Sft()
     dpo: Dpo = Dpo()
     memory: Memory = Memory()
+    distributed: Distributed = Distributed()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()

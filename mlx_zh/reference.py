@@ -14,6 +14,7 @@ from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.errors import PlanError
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import AdapterSpec
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Recipe
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.order import Order
@@ -35,6 +36,7 @@ def find_reference(
     adapter: tuple[AdapterSpec, Arrays] | None,
     pairs: Sequence[RenderedPair],
     validation: Sequence[RenderedPair],
+    world: World = ALONE,
 ) -> ReferenceLogprobs:
     """Reference log-probs of the pairs that this run will visit, under the model as it stands.
 
@@ -48,11 +50,11 @@ def find_reference(
     needed = [*(pairs[i] for i in visited), *validation]
     name = f"{model_key(loaded.fingerprint, loaded.model, adapter)}.txt"
     store = ReferenceStore(device.cache_folder() / "reference" / name)
-    reference = Reference(store, needed)
+    reference = Reference(store, needed, world)
     missing = len(reference.missing)
     console.say(f"Reference log-probs: {reference.found} pairs found in {store.path}, {missing} to compute.")
     if missing:
-        _compute(reference, recipe, loaded)
+        _compute(reference, recipe, loaded, world)
     return ReferenceLogprobs(reference.logprobs(pairs), reference.logprobs(validation) if validation else None)
 
 
@@ -70,9 +72,9 @@ def _shorter(reference: Reference, row_tokens: int) -> int:
     return row_tokens // 2
 
 
-def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel) -> None:
+def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel, world: World) -> None:
     memory = recipe.memory
-    row_tokens = forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes())
+    row_tokens = world.least(forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes()))
     bar = console.CountBar("REFERENCE", reference.missing_tokens, "tok")
     try:
         while reference.missing:

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from mlx_zh import console, device
 from mlx_zh.errors import RecipeError
 from mlx_zh.learning import Values, changes, learning_key
 from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.samples import Samples
 from mlx_zh.storage import write_json
@@ -55,6 +56,7 @@ class Session:
     spec: AdapterSpec
     about: dict[str, Any]  # kept in the adapter's settings: base model, run
     values: Values  # see `learning_values`
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         self.key = learning_key(self.values)
@@ -81,7 +83,17 @@ class Session:
         return summary if summary is not None and summary["key"] == self.key and whole else None
 
     def begin(self, *, fresh: bool) -> bool:
-        """Whether there is work to do: with `fresh` always, an earlier run being set aside. Raises as `check`."""
+        """Whether there is work to do: with `fresh` always, an earlier run being set aside. Raises as `check`, and
+        where the ranks' data or models differ."""
+        theirs = self.world.told(lambda: self.values)
+        if learning_key(theirs) != self.key:
+            raise RecipeError(
+                f"rank {self.world.rank} is to do something else than rank 0: {changes(theirs, self.values)}. Every "
+                "machine needs the same recipe, model and data."
+            )
+        return self.world.told(lambda: self._begin(fresh))
+
+    def _begin(self, fresh: bool) -> bool:
         if fresh and (aside := set_aside(self.folder)):
             console.say(f"The earlier run is kept in {aside}.")
         if self.check() is None:
@@ -93,7 +105,9 @@ class Session:
         """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
         if wired := device.wire_memory():
             console.say(f"Keeping up to {wired / 1e9:.1f} GB in memory; the rest is left to the desktop.")
-        with console.kept_warnings(self.folder / "warnings.jsonl"), stop_on_interrupt() as stop:
+        first = self.world.first
+        kept = console.kept_warnings(self.folder / "warnings.jsonl") if first else nullcontext()
+        with kept, stop_on_interrupt() as stop:
             loop = Loop(
                 model=self.model,
                 objective=objective,
@@ -104,13 +118,16 @@ class Session:
                 seed=self.recipe.seed,
                 key=self.key,
                 loraplus_ratio=self.recipe.lora.loraplus_ratio,
-                save_best=self._save_best,
+                save_best=self._save_best if first else lambda _: None,
                 stop=stop,
+                world=self.world,
             )
-            self._resume(loop)
+            self.world.told(lambda: self._resume(loop))
+            loop.align()
             finished = self._follow(loop, watch)
         if finished.reason == "interrupted":
             console.say(f"Stopped after step {finished.step}; run the same command to go on from there.")
+        if finished.reason == "interrupted" or not first:
             return finished
         if self.section.load_best and loop.progress.best_step is not None:
             _, best = read_adapter(self._best)
@@ -196,7 +213,7 @@ class Session:
     def _trackers(self, done: int) -> Trackers:
         recipe = self.recipe
         about = About(recipe.name, self.stage, self.folder, recipe.model_dump(mode="json"), self.key, done)
-        return Trackers(recipe.track, about, console.warn)
+        return Trackers(recipe.track if self.world.first else (), about, console.warn)
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
         lines = [line for line in loop.log.read() if "eval_loss" in line]

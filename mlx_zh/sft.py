@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
+from mlx_zh import launching, stage
 
 if TYPE_CHECKING:
     import argparse
 
+    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
 
 
@@ -17,15 +18,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = stage.parser("sft", "Tune a model on conversations.")
     stage.add_fresh(parser)
     stage.add_force(parser)
+    launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
     recipe = stage.read_recipe(arguments)
     if recipe is None:
         return 0
-    with stage.at_work(recipe, "sft"):
-        return _tune(recipe, arguments)
+    if arguments.hosts or arguments.processes:
+        return launching.launch("sft", arguments, argv)
+
+    from mlx_zh import parallel
+
+    with parallel.joined() as world, stage.all_at_work(recipe, "sft", world):
+        return _tune(recipe, arguments, world)
 
 
-def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
+def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
     from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
@@ -40,13 +47,13 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if not recipe.data.sft.train:
         raise DataError(f"{arguments.recipe}: data.sft.train names no file to learn from.")
     fitting.require(recipe, "sft", force=arguments.force, fresh=fresh)
-    loaded = stage.open_model(recipe)
+    loaded = stage.open_model(recipe, world)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "sft", renderer)
     settings = row_settings(recipe, recipe.sft, dropout=recipe.lora.dropout)
-    training = SftObjective(corpus.conversations("train"), settings)
+    training = SftObjective(corpus.conversations("train"), settings, world)
     held = corpus.conversations("validation")
-    validation = SftObjective(held, settings) if held else None
+    validation = SftObjective(held, settings, world) if held else None
 
     digests = file_digests(corpus)
     spec = adapter_spec(recipe.lora, len(loaded.model.layers))
@@ -54,24 +61,26 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace) -> int:
     extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
     values = learning_values(recipe, "sft", extra)
     about = {"base": loaded.source, "base_fingerprint": loaded.fingerprint, "run": recipe.name, "stage": "sft"}
-    session = Session(recipe, "sft", recipe.sft, loaded.model, spec, about, values)
+    session = Session(recipe, "sft", recipe.sft, loaded.model, spec, about, values, world)
     samples = Samples(recipe, renderer, loaded)
     if not session.begin(fresh=fresh):
-        report(session, samples, ("base", "sft"))
+        if world.first:
+            report(session, samples, ("base", "sft"))
         return 0
     examples = corpus.conversations("train")
     fitting.require(recipe, "sft", force=arguments.force, config=loaded.config, corpus=examples)
-    stage.write_run_files(recipe, loaded, digests)
-    keep_report(recipe, "sft", corpus)
-
-    samples.ask("base", again=fresh)
+    if world.first:
+        stage.write_run_files(recipe, loaded, digests)
+        keep_report(recipe, "sft", corpus)
+        samples.ask("base", again=fresh)
     add_adapter(loaded.model, spec, seed=recipe.seed)
     finished = session.train(training, validation)
     if finished.reason == "interrupted":
         return 130
-    loaded.model.eval()
-    samples.ask("sft")
-    report(session, samples, ("base", "sft"))
+    if world.first:
+        loaded.model.eval()
+        samples.ask("sft")
+        report(session, samples, ("base", "sft"))
     return 0
 
 

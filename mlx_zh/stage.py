@@ -9,13 +9,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh import console, device
 from mlx_zh.locks import Lock, locked
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.redaction import hide_all, redact
 from mlx_zh.storage import write_json, write_text
@@ -54,8 +55,22 @@ def at_work(recipe: Recipe, what: str) -> Iterator[Lock]:
         yield lock
 
 
-def open_model(recipe: Recipe) -> LoadedModel:
-    """The recipe's base model, checked against its own forward."""
+@contextmanager
+def all_at_work(recipe: Recipe, what: str, world: World) -> Iterator[None]:
+    """The same for all ranks: rank 0 has the run folder."""
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(at_work(recipe, what))
+
+        world.told(begin)
+        if not world.first:
+            stack.enter_context(device.awake())
+        yield
+
+
+def open_model(recipe: Recipe, world: World = ALONE) -> LoadedModel:
+    """The recipe's base model, checked against its own forward; with `distributed.shares: measured`, timed too."""
     from mlx_zh.logprobs import check_supported
     from mlx_zh.models.load import load_model
 
@@ -71,7 +86,31 @@ def open_model(recipe: Recipe) -> LoadedModel:
         quantize=source.quantization,
     )
     check_supported(loaded.model, loaded.config)
+    if world.size > 1 and world.told(lambda: recipe.distributed.shares) == "measured":
+        _measure(loaded, recipe.memory.micro_tokens, world)
     return loaded
+
+
+def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
+    """Deal out work by how fast each rank computes a row of text."""
+    import mlx.core as mx
+
+    from mlx_zh.logprobs import hidden_states
+    from mlx_zh.packing import pack_conversations
+
+    length = world.least(min(tokens, _MEASURED_TOKENS))
+    row = pack_conversations([(range(1, length + 1), [False] * length)])
+
+    def forward() -> float:
+        mx.eval(hidden_states(loaded.model, row))
+        return length
+
+    world.measure(forward)
+    shares = ", ".join(f"{speed / sum(world.speeds):.0%}" for speed in world.speeds)
+    console.say(f"Measured for 10 s: the ranks get {shares} of the work.")
+
+
+_MEASURED_TOKENS = 256
 
 
 def write_run_files(recipe: Recipe, loaded: LoadedModel, data: dict[str, Any]) -> None:

@@ -10,21 +10,26 @@ from mlx_zh import console, stage
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Recipe
 from mlx_zh.session import adapter_spec
 
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter folder to train further, or None for a fresh adapter on the base model."""
+    """An adapter folder to train further, or None for a fresh adapter on the base model.
+
+    `name` is what the user calls the folder; on ranks other than 0 it is a copy of rank 0's.
+    """
 
     recipe: Recipe
     folder: Path | None
+    name: str = ""
 
     @property
     def described(self) -> str:
         """For the user."""
-        return "the base model" if self.folder is None else f"the adapter in {self.folder}"
+        return "the base model" if self.folder is None else f"the adapter in {self.name}"
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -49,7 +54,7 @@ class Start:
         about = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
         if about.get("base_fingerprint", loaded.fingerprint) != loaded.fingerprint:
             raise AdapterError(
-                f"{self.folder} was trained on {about.get('base', 'another model')}, whose files are not those of "
+                f"{self.name} was trained on {about.get('base', 'another model')}, whose files are not those of "
                 f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."
             )
         differ = [
@@ -58,15 +63,22 @@ class Start:
             if getattr(found, name) != getattr(wanted, name)
         ]
         if differ:
-            console.warn(f"training keeps the shape of the adapter in {self.folder}: {', '.join(differ)}.")
+            console.warn(f"training keeps the shape of the adapter in {self.name}: {', '.join(differ)}.")
         return found
 
 
-def choose_start(recipe: Recipe) -> Start:
-    """The recipe's `dpo.start`. Raises AdapterError where the adapter is not there."""
+def choose_start(recipe: Recipe, world: World = ALONE) -> Start:
+    """The recipe's `dpo.start`, the same on every rank. Raises AdapterError where the adapter is not there."""
+    name = world.told(lambda: _adapter_folder(recipe))
+    if name is None:
+        return Start(recipe, None)
+    return Start(recipe, world.folder(Path(name), (ADAPTER_FILE, CONFIG_FILE)), name)
+
+
+def _adapter_folder(recipe: Recipe) -> str | None:
     start = recipe.dpo.start or ("sft" if recipe.data.sft.train else "base")
     if start == "base":
-        return Start(recipe, None)
+        return None
     folder = recipe.run_folder() / "sft" / "adapters" if start == "sft" else Path(start)
     if not (folder / CONFIG_FILE).is_file():
         hint = (
@@ -75,4 +87,4 @@ def choose_start(recipe: Recipe) -> Start:
             else "give the folder that holds adapters.safetensors, or sft, or base"
         )
         raise AdapterError(f"dpo.start is {start}, but there is no adapter in {folder}: {hint}.")
-    return Start(recipe, folder)
+    return str(folder)

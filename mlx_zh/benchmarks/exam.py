@@ -30,6 +30,11 @@ class Subject:
     dev: tuple[Question, ...]
     questions: tuple[Question, ...]
 
+    @property
+    def characters(self) -> int:
+        """Length of what is shown and asked."""
+        return sum(len(q.text) + sum(map(len, q.options)) for q in (*self.dev, *self.questions))
+
     def fingerprint(self) -> str:
         """A digest of everything that is asked or shown."""
         return hashlib.sha256(repr((self.entry.name, self.dev, self.questions)).encode()).hexdigest()[:16]

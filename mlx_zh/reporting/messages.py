@@ -159,6 +159,8 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "scored_tokens": ("计入损失的词元", "tokens scored"),
     "speed": ("速度", "speed"),
     "speed_value": ("{value} 词元/秒", "{value} tokens/s"),
+    "ranks": ("并行进程", "ranks"),
+    "ranks_value": ("{ranks} 个，通信占 {share} 的时间", "{ranks}, communication {share} of the time"),
     "peak_memory": ("内存峰值", "peak memory"),
     "time": ("用时", "time"),
     "energy": ("耗电", "energy"),

@@ -92,6 +92,10 @@ def training_facts(training: TrainingResult) -> list[tuple[Text, Text]]:
     speeds = [value for _, value in training.points("tokens_per_second")]
     if speeds:
         found.append((say("speed"), say("speed_value", value=f"{sorted(speeds)[len(speeds) // 2]:,.0f}")))
+    if ranks := training.last("ranks"):
+        shares = [value for _, value in training.points("communication_share")]
+        share = f"{sum(shares) / len(shares):.1%}"
+        found.append((say("ranks"), say("ranks_value", ranks=f"{ranks:.0f}", share=share)))
     if peak := training.most("peak_memory_gb"):
         found.append((say("peak_memory"), Text.same(f"{peak:.2f} GB")))
     seconds = training.summary.get("seconds") or training.last("elapsed_seconds")

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.logprobs import batch_logprobs
 from mlx_zh.losses import LOSSES, chosen_cross_entropy, length_desensitized, preference_loss, rewards
-from mlx_zh.packing import plan_rows
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Dpo
-from mlx_zh.training.objective import Row, Settings, Sums
+from mlx_zh.training.objective import Row, Settings, Sums, plan_share
 from mlx_zh.training.pairs import pack, pair_sums, response_lengths, tree_tokens
 
 
@@ -37,6 +37,7 @@ class PairRow(Row):
     pairs: tuple[RenderedPair, ...]
     lengths: mx.array  # (P, 2)
     reference: mx.array | None  # (P, 4), as `Reference.logprobs` gives them
+    places: tuple[int, ...]  # of its pairs among those of the step
     slopes: Slopes | None = None
 
 
@@ -47,24 +48,33 @@ class DpoObjective:
     losses without a reference.
     """
 
+    sums: tuple[str, ...] = (
+        *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+        *("logps/chosen", "logps/rejected", "pairs"),
+    )
+
     def __init__(
         self,
         pairs: Sequence[RenderedPair],
         reference: npt.NDArray[np.float32] | None,
         section: Dpo,
         settings: Settings,
+        world: World = ALONE,
     ) -> None:
         self.size = len(pairs)
+        self.coupled = LOSSES[section.loss].coupled
+        self._world = world
         self._pairs = pairs
         self._reference = reference
         self._section = section
         self.settings = settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
-        """Rows of at most `micro_tokens` tokens."""
+        """This rank's rows, of at most `micro_tokens` tokens."""
         pairs = [self._pairs[int(i)] for i in examples]
         rows: list[Row] = []
-        for members in plan_rows([tree_tokens(pair) for pair in pairs], self.settings.micro_tokens):
+        lengths = [tree_tokens(pair) for pair in pairs]
+        for members in plan_share(self._world, lengths, self.settings.micro_tokens):
             row = tuple(pairs[m] for m in members)
             batch = pack(row)
             ids = tuple(int(examples[m]) for m in members)
@@ -78,6 +88,7 @@ class DpoObjective:
                     pairs=row,
                     lengths=response_lengths(row),
                     reference=None if self._reference is None else mx.array(self._reference[list(ids)]),
+                    places=tuple(members),
                 )
             )
         return rows
@@ -85,17 +96,14 @@ class DpoObjective:
     def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
         """Rows that can be taken one by one. A loss that couples the pairs of a step needs a forward pass over all
         of them first: it gives the loss and its derivative by each log-prob, and the chain rule does the rest."""
-        if not LOSSES[self._section.loss].coupled:
+        if not self.coupled:
             return rows
         found = [row for row in rows if isinstance(row, PairRow)]
         sums = []
         for row in found:
             sums.append(self._sums(model, row, training=False))
             mx.eval(sums[-1])
-        policy = mx.concatenate([self._weighted(*pair) for pair in sums])  # (P of the step, 2)
-        references = [against for row in found if (against := self._against(row)) is not None]
-        reference = mx.concatenate(references) if references else None
-        lengths = mx.concatenate([row.lengths for row in found])
+        policy, reference, lengths = self._whole_step(found, sums)
 
         def mean(policy: mx.array) -> mx.array:
             return self._losses(policy, reference, lengths).mean()
@@ -103,13 +111,24 @@ class DpoObjective:
         value_and_grad: Any = mx.value_and_grad(mean)
         loss, gradient = value_and_grad(policy)
         ready: list[Row] = []
-        start = 0
         for row, (totals, shared) in zip(found, sums, strict=True):
-            stop = start + len(row.pairs)
-            slopes = Slopes(loss * len(row.pairs) / row.count, gradient[start:stop], totals, shared)
+            slopes = Slopes(loss * len(row.pairs) / row.count, gradient[mx.array(row.places)], totals, shared)
             ready.append(replace(row, slopes=slopes))
-            start = stop
         return ready
+
+    def _whole_step(
+        self, rows: Sequence[PairRow], sums: Sequence[tuple[mx.array, mx.array]]
+    ) -> tuple[mx.array, mx.array | None, mx.array]:
+        """Policy and reference log-probs and lengths of all pairs of the step, (P, 2) each, from all ranks' rows."""
+        here: list[tuple[int, list[float]]] = []
+        for row, pair in zip(rows, sums, strict=True):
+            policy, against = self._weighted(*pair), self._against(row)
+            known = [policy, row.lengths, row.lengths if against is None else against]
+            values: Any = mx.concatenate(known, axis=1).tolist()  # (P, 6)
+            here += zip(row.places, values, strict=True)
+        everywhere = sorted((place, value) for each in self._world.collect(here) for place, value in each)
+        table = mx.array([value for _, value in everywhere])
+        return table[:, :2], None if self._reference is None else table[:, 4:], table[:, 2:4]
 
     def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
         """The row's summed pair losses over the step's pairs."""

@@ -14,12 +14,14 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.errors import PlanError
 from mlx_zh.models.lora import trainable
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
 from mlx_zh.training import checkpoints
 from mlx_zh.training.metrics import MetricsLog
-from mlx_zh.training.objective import Objective
+from mlx_zh.training.objective import Objective, Row
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.order import Order
 from mlx_zh.training.schedule import learning_rate
@@ -98,7 +100,8 @@ class Progress:
 class Loop:
     """A run of `total` steps of `objective` over a model whose trained weights are already marked.
 
-    `save_best` is called with the weights when validation improves; `stop` is asked after every step.
+    `save_best` is called with the weights when validation improves; `stop` is asked after every step. Of the ranks
+    of `world`, which take every step together, only the first writes.
     """
 
     model: nn.Module
@@ -112,6 +115,7 @@ class Loop:
     loraplus_ratio: float = 1.0
     save_best: Callable[[Arrays], None] = lambda weights: None
     stop: Callable[[], bool] = lambda: False
+    world: World = ALONE
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -127,7 +131,7 @@ class Loop:
             betas=(section.adam_beta1, section.adam_beta2),
             loraplus_ratio=self.loraplus_ratio,
         )
-        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.log = MetricsLog(self.folder / "metrics.jsonl", keep=self.world.first)
         self.skipped = Skipped(self.folder / "skipped.jsonl", self.log, section.max_skipped_steps)
 
     def resume(self, found: checkpoints.Checkpoint) -> None:
@@ -137,6 +141,15 @@ class Loop:
         self.optimizer.load(found.optimizer)
         self.progress = Progress(**found.state["progress"])
         self.log.cut(self.progress.metrics_size)
+
+    def align(self) -> None:
+        """Let every rank begin where the first one is."""
+        if self.world.size == 1:
+            return
+        self.weights = self.world.broadcast(self.weights)
+        set_weights(self.model, self.weights)
+        self.optimizer.load(self.world.broadcast(self.optimizer.arrays()))
+        self.progress = Progress(**self.world.told(lambda: self.progress.__dict__))
 
     def run(self) -> Iterator[Event]:
         """Train until the end, an early stop or an interruption, yielding every event."""
@@ -149,15 +162,16 @@ class Loop:
         reason = "early_stopping" if progress.step < self.total and self._no_gain() else "done"
         while reason == "done" and progress.step < self.total:
             yield from self._step(began)
-            self.skipped.check(progress, self.total)
+            if progress.skipped_in_a_row:
+                self.world.told(lambda: self.skipped.check(progress, self.total))
             last = progress.step == self.total
-            stopping = self.stop()
+            stopping = self.world.any(self.stop())
             if last or (self.section.eval_steps and progress.step % self.section.eval_steps == 0):
                 yield from self._evaluate()
             if not last:
                 reason = "early_stopping" if self._no_gain() else "interrupted" if stopping else "done"
             due = self._due(saved_at)
-            if due or last or reason != "done":
+            if self.world.first and (due or last or reason != "done"):
                 yield self._save()
                 saved_at = time.monotonic()
         yield Finished(reason, progress.step)
@@ -174,6 +188,8 @@ class Loop:
             step, self.total, peak=self.section.learning_rate, kind=self.section.lr_scheduler, warmup=self.warmup
         )
         mx.reset_peak_memory()
+        world = self.world
+        transfer, waiting = world.transfer_seconds, world.waiting_seconds
         result = yield from self._taken(examples, rate)
         progress.step += 1
         progress.skipped_steps += not result.applied
@@ -195,8 +211,14 @@ class Loop:
         }
         if not result.applied:
             figures["skipped_examples"] = [int(e) for e in examples]
+        if world.size > 1:
+            figures |= {
+                "ranks": world.size,
+                "communication_share": round((world.transfer_seconds - transfer) / (now - start), 4),
+                "waiting_share": round((world.waiting_seconds - waiting) / (now - start), 4),
+            }
         self.log.append(figures)
-        if not result.applied:
+        if not result.applied and world.first:
             self.skipped.write()
         yield Stepped(figures, result, tuple(int(e) for e in examples))
 
@@ -213,12 +235,21 @@ class Loop:
                     self.optimizer,
                     learning_rate=rate,
                     max_grad_norm=self.section.max_grad_norm,
+                    world=self.world,
                 )
                 return result
             except OutOfMemory:
                 pass  # left first, so that what the error holds on to is free again
-            what = f"step {self.progress.step + 1}"
-            yield Shortened(what, shorten(self.objective, rows, what))
+            yield self._shortened(self.objective, rows, f"step {self.progress.step + 1}")
+
+    def _shortened(self, objective: Objective, rows: list[Row], what: str) -> Shortened:
+        """Let `what` be done again in shorter rows. Other ranks only wait, unless the loss needs them for it."""
+        if self.world.size > 1 and objective.coupled:
+            raise PlanError(
+                f"{what} ran out of memory, and this loss couples the pairs of all ranks, so that no rank can do its "
+                "share again alone. Set a smaller memory.micro_tokens and run the same command again."
+            )
+        return Shortened(what, shorten(objective, rows, what))
 
     def _evaluate(self) -> Iterator[Event]:
         progress = self.progress
@@ -227,16 +258,17 @@ class Loop:
             return
         while True:
             rows = self.validation.rows(np.arange(self.validation.size), None)
-            loss, sums = 0.0, dict[str, float]()
+            sums = {"loss": 0.0, **dict.fromkeys(self.validation.sums, 0.0)}
             try:
                 for done, (share, figures) in enumerate(evaluate(self.model, self.validation, rows), start=1):
-                    loss += share
-                    sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
+                    sums = {name: sums[name] + value for name, value in {"loss": share, **figures}.items()}
                     yield Evaluating(done, len(rows))
                 break
             except OutOfMemory:
                 pass
-            yield Shortened("validation", shorten(self.validation, rows, "validation"))
+            yield self._shortened(self.validation, rows, "validation")
+        sums = self.world.add(sums)
+        loss = sums.pop("loss")
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
         if best:

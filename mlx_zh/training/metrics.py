@@ -11,13 +11,18 @@ from mlx_zh.storage import storage_errors, sync
 
 
 class MetricsLog:
-    """Appends lines to a file; `cut` takes it back to an earlier length, for a run that resumes."""
+    """Appends lines to a file; `cut` takes it back to an earlier length, for a run that resumes.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    With `keep` false, for all ranks but the first, it writes nothing.
+    """
+
+    def __init__(self, path: Path, *, keep: bool = True) -> None:
+        self._path, self._keep = path, keep
 
     def append(self, figures: dict[str, Any]) -> None:
         """Write one line."""
+        if not self._keep:
+            return
         line = json.dumps(figures, ensure_ascii=False, allow_nan=True) + "\n"
         with storage_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)

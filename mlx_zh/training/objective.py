@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.packing import PackedBatch
+from mlx_zh.packing import PackedBatch, plan_rows
+from mlx_zh.parallel import World
 from mlx_zh.training.noise import StepNoise, example_seeds
 
 Sums = dict[str, mx.array]
@@ -47,14 +48,22 @@ class Row:
     training: bool
 
 
+def plan_share(world: World, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """The rows of this rank's share of a step's examples, as indices of them."""
+    mine = world.mine(lengths)
+    return [[mine[m] for m in row] for row in plan_rows([lengths[m] for m in mine], max_tokens)]
+
+
 class Objective(Protocol):
-    """A loss over examples that may be cut into rows in any way."""
+    """A loss over examples that may be cut into rows, and dealt to ranks, in any way."""
 
     size: int
     settings: Settings
+    sums: tuple[str, ...]  # names of what `share` adds up
+    coupled: bool  # whether `prepared` needs the rows of all ranks
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
-        """The rows of a training step, or of a validation pass when `step` is None."""
+        """This rank's rows of a training step, or of a validation pass when `step` is None."""
 
     def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
         """The rows of a step with whatever a row needs to know of the others, so that `share` can take any one."""

@@ -24,14 +24,16 @@ from mlx_zh.errors import ModelError
 from mlx_zh.logprobs import batch_logprobs, decoder
 from mlx_zh.models.lora import AdapterSpec
 from mlx_zh.packing import plan_rows
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.storage import storage_errors, sync
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
-from mlx_zh.training.step import out_of_memory
+from mlx_zh.training.step import OutOfMemory, out_of_memory
 
 Values = npt.NDArray[np.float32]  # (4,): chosen, rejected, and the same over the shorter response's length only
 
 _VALUES = struct.Struct("<4f")
+_UNKNOWN = np.full(4, np.nan, dtype=np.float32)
 _FORMAT = 1  # part of every file's name; raise it when entries would mean something else
 
 # Longer rows gain nothing, and a row is what a killed pass loses.
@@ -107,13 +109,17 @@ class ReferenceStore:
 
 
 class Reference:
-    """The log-probs of `pairs` under a reference model: those that `store` has, and those to be computed."""
+    """The log-probs of `pairs` under a reference model: those that rank 0's `store` has, and those to be computed."""
 
-    def __init__(self, store: ReferenceStore, pairs: Sequence[RenderedPair]) -> None:
-        self._store = store
-        self._entries = store.read()
+    def __init__(self, store: ReferenceStore, pairs: Sequence[RenderedPair], world: World = ALONE) -> None:
+        self._store, self._world = store, world
         named = {pair_digest(pair): pair for pair in pairs}
-        self.found = sum(digest in self._entries for digest in named)
+        kept = store.read() if world.first else {}
+        known = np.array([kept.get(digest, _UNKNOWN) for digest in named], np.float32).reshape(-1, 4)
+        known = np.array(world.broadcast({"": mx.array(known)})[""])
+        found = zip(named, known, strict=True)
+        self._entries: dict[str, Values] = {digest: row for digest, row in found if np.isfinite(row).all()}
+        self.found = len(self._entries)
         self.missing = {digest: pair for digest, pair in named.items() if digest not in self._entries}
 
     @property
@@ -129,34 +135,51 @@ class Reference:
     def compute(self, model: nn.Module, *, row_tokens: int, chunk: int | None = None) -> Iterator[int]:
         """Compute what is missing with the model as it stands, forward only, in rows of up to `row_tokens` tokens.
 
-        Each row is kept on disk before its tokens are yielded and the next one starts. Raises ModelError where a
-        log-prob is not finite; OutOfMemory with what was yielded done, so that the rest may be asked for in shorter
-        rows.
+        The ranks deal out the rows, a few at a time, which rank 0 keeps on disk before their tokens are yielded and
+        the next ones start. Raises ModelError where a log-prob is not finite; OutOfMemory, on all ranks, with what
+        was yielded done, so that the rest may be asked for in shorter rows.
         """
         digests, pairs = list(self.missing), list(self.missing.values())
         lengths = [tree_tokens(pair) for pair in pairs]
-        for members in plan_rows(lengths, row_tokens):
-            row = [pairs[m] for m in members]
-            batch = pack(row)
-            with out_of_memory():
-                logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
-                sums = np.array(mx.concatenate(list(pair_sums(logprobs, batch, row)), axis=1))  # (P, 4)
-            if not np.isfinite(sums).all():
+        for rows in self._world.rounds(plan_rows(lengths, row_tokens)):
+            members = [m for row in rows for m in row]
+            tokens = [sum(lengths[m] for m in row) for row in rows]
+            found = {m: np.zeros(4, dtype=np.float32) for m in members}
+            failed: str | None = None
+            try:
+                for index in self._world.mine(tokens):
+                    values = _pair_values(model, [pairs[m] for m in rows[index]], chunk)
+                    found |= zip(rows[index], values, strict=True)
+            except OutOfMemory as error:
+                failed = str(error)
+            if self._world.any(failed is not None):
+                raise OutOfMemory(failed or "another rank ran out of memory")
+            values = np.stack([found[m] for m in members])
+            values = np.array(self._world.sum({"": mx.array(values)})[""])  # (P, 4)
+            if not np.isfinite(values).all():
                 raise ModelError(
                     "the reference model gives log-probs that are not finite: use model.dtype: bfloat16."
                 )
-            entries = {digests[m]: values for m, values in zip(members, sums, strict=True)}
-            self._store.append(entries)
+            entries = {digests[m]: row for m, row in zip(members, values, strict=True)}
+            if self._world.first:
+                self._store.append(entries)
             self._entries |= entries
             for digest in entries:
                 del self.missing[digest]
-            yield sum(lengths[m] for m in members)
+            yield sum(tokens)
 
     def logprobs(self, pairs: Sequence[RenderedPair]) -> npt.NDArray[np.float32]:
         """(N, 4): summed log-probs of chosen and rejected, and those over the shorter response's length; NaN where
         a pair is not known."""
-        unknown = np.full(4, np.nan, dtype=np.float32)
-        return np.stack([self._entries.get(pair_digest(pair), unknown) for pair in pairs])
+        return np.stack([self._entries.get(pair_digest(pair), _UNKNOWN) for pair in pairs])
+
+
+def _pair_values(model: nn.Module, pairs: Sequence[RenderedPair], chunk: int | None) -> Values:
+    """(P, 4) of the pairs of a row."""
+    batch = pack(pairs)
+    with out_of_memory():
+        logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
+        return np.array(mx.concatenate(list(pair_sums(logprobs, batch, pairs)), axis=1))
 
 
 def forward_tokens(model: nn.Module, at_least: int, free_bytes: int) -> int:

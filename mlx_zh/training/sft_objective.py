@@ -12,24 +12,29 @@ import numpy.typing as npt
 from mlx_zh.corpus.render import Rendered
 from mlx_zh.logprobs import batch_logprobs
 from mlx_zh.losses import sft_loss
-from mlx_zh.packing import pack_conversations, plan_rows
-from mlx_zh.training.objective import Row, Settings, Sums
+from mlx_zh.packing import pack_conversations
+from mlx_zh.parallel import ALONE, World
+from mlx_zh.training.objective import Row, Settings, Sums, plan_share
 
 
 class SftObjective:
     """Mean cross-entropy over all scored tokens of a step."""
 
-    def __init__(self, examples: Sequence[Rendered], settings: Settings) -> None:
+    sums: tuple[str, ...] = ()
+    coupled = False
+
+    def __init__(self, examples: Sequence[Rendered], settings: Settings, world: World = ALONE) -> None:
         self.size = len(examples)
+        self._world = world
         self._examples = examples
         self.settings = settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
-        """Rows of at most `micro_tokens` tokens."""
+        """This rank's rows, of at most `micro_tokens` tokens."""
         chosen = [self._examples[int(i)] for i in examples]
         count = sum(_scored(example) for example in chosen)
         rows = []
-        for members in plan_rows([len(e.tokens) for e in chosen], self.settings.micro_tokens):
+        for members in plan_share(self._world, [len(e.tokens) for e in chosen], self.settings.micro_tokens):
             batch = pack_conversations((chosen[m].tokens, chosen[m].trained) for m in members)
             ids = tuple(int(examples[m]) for m in members)
             rows.append(Row(batch, ids, self.settings.noise(batch, step, ids), count, step is not None))

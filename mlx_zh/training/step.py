@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_zh import device
+from mlx_zh.parallel import ALONE, World
 from mlx_zh.training.objective import Objective, Row, Sums
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
 
@@ -52,7 +53,7 @@ def set_weights(model: nn.Module, weights: Arrays) -> None:
 def loss_and_gradients(
     model: nn.Module, objective: Objective, rows: list[Row], weights: Arrays
 ) -> tuple[mx.array, Sums, Arrays]:
-    """The step's loss, sums and gradients, row by row so that one row's activations are alive at a time."""
+    """What `rows` add to the step's loss, sums and gradients, one by one so that one's activations are alive."""
 
     def share(weights: Arrays, row: Row) -> tuple[mx.array, Sums]:
         set_weights(model, weights)
@@ -69,7 +70,9 @@ def loss_and_gradients(
         total = (loss, sums, gradients)
         mx.eval(total)
     set_weights(model, weights)  # the model held the traced arrays
-    assert total is not None, "a step has at least one row"
+    if total is None:  # there is less to do than there are ranks
+        nothing = {name: mx.array(0.0) for name in objective.sums}
+        total = mx.array(0.0), nothing, {name: mx.zeros_like(array) for name, array in weights.items()}
     return total
 
 
@@ -82,15 +85,25 @@ def train_step(
     *,
     learning_rate: float,
     max_grad_norm: float | None,
+    world: World = ALONE,
 ) -> tuple[StepResult, Arrays]:
-    """Run one step; returns what it measured and the new weights, which are also in the model.
+    """Run one step over the rows of all ranks, which come to the same values; returns what it measured and the new
+    weights, which are also in the model.
 
     Raises OutOfMemory before anything was changed.
     """
     with out_of_memory():
         loss, sums, gradients = loss_and_gradients(model, objective, rows, weights)
+    figures = sums | {
+        "loss": loss,
+        "scored_tokens": mx.array(float(sum(row.batch.targets.size for row in rows))),
+        "tokens": mx.array(float(sum(row.batch.tokens.size for row in rows))),
+    }
+    total = world.sum(figures | gradients)
+    gradients = {name: total[name] for name in weights}
+    measured = {name: float(total[name]) for name in figures}
     norm = global_norm(gradients)
-    applied = math.isfinite(float(loss)) and math.isfinite(float(norm))
+    applied = math.isfinite(measured["loss"]) and math.isfinite(float(norm))
     if applied:
         if max_grad_norm is not None and float(norm) > max_grad_norm:
             scale = max_grad_norm / norm
@@ -99,18 +112,21 @@ def train_step(
         mx.eval(weights, optimizer.arrays())
         set_weights(model, weights)
     result = StepResult(
-        loss=float(loss),
+        loss=measured["loss"],
         grad_norm=float(norm),
         applied=applied,
-        scored_tokens=sum(int(row.batch.targets.size) for row in rows),
-        tokens=sum(int(row.batch.tokens.size) for row in rows),
-        sums={name: float(value) for name, value in sums.items()},
+        scored_tokens=int(measured["scored_tokens"]),
+        tokens=int(measured["tokens"]),
+        sums={name: measured[name] for name in sums},
     )
     return result, weights
 
 
 def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> Iterator[tuple[float, dict[str, float]]]:
-    """Score validation rows, forward only: each row's share of the loss, and its sums. Raises OutOfMemory."""
+    """Score validation rows of this rank, forward only: each row's share of the loss, and its sums.
+
+    Raises OutOfMemory.
+    """
     with out_of_memory():
         ready = objective.prepared(model, rows)
     for row in ready:

@@ -1,0 +1,295 @@
+"""Two and three ranks against one process: the same losses, adapters, reference and answers; and ranks that go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import ranks
+import yaml
+from project import VARYING, message
+
+from mlx_zh import device, eval, heartbeat, sft
+from mlx_zh.heartbeat import Door, Heartbeat, knock
+from mlx_zh.models.lora import read_adapter
+from mlx_zh.parallel import World
+
+VARYING_HERE = VARYING | {"ranks", "communication_share", "waiting_share"}
+# An epoch is 13 examples in steps of 4, so that its last step has one, and no share for most ranks.
+CONVERSATIONS = [(f"第{n}个字？", "好的" * (1 + 3 * (n % 4))) for n in range(13)]
+PAIRS = [(f"第{n}个字？", "好的" * (1 + n % 3), "好" + "no " * (1 + n % 4)) for n in range(9)]
+STAGES = [
+    ["sft", "recipe.yaml", "sft.eval_steps=2"],
+    ["dpo", "recipe.yaml"],  # not its own reference: rewards of 0 would be above or below 0 by rounding alone
+    ["dpo", "recipe.yaml", "name=coupled", "dpo.loss=aot", "dpo.start=runs/tiny/sft/adapters", "dpo.max_steps=2"],
+    ["eval", "recipe.yaml", "--stage", "dpo"],
+]
+Make = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes a folder with a recipe for everything, data, an exam and a cache of its own."""
+
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        conversations = [{"messages": [message("user", q), message("assistant", a)]} for q, a in CONVERSATIONS]
+        turns = [
+            {"prompt": ("user", q), "chosen": ("assistant", c), "rejected": ("assistant", r)} for q, c, r in PAIRS
+        ]
+        pairs = [{name: [message(*turn)] for name, turn in pair.items()} for pair in turns]
+        data = {"train": conversations, "held": conversations[:3], "pairs": pairs, "pairs-held": pairs[:4]}
+        for file, rows in data.items():
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for subject, count in (("law", 2), ("maths", 7), ("music", 4)):
+            lines = [f"{n},{subject}第{n}题？,甲,乙,丙{n},丁,{'ABCD'[n % 4]}" for n in range(count)]
+            for split in ("dev", "test"):
+                (folder / "exam" / split).mkdir(parents=True, exist_ok=True)
+                path = folder / "exam" / split / f"{subject}_{split}.csv"
+                path.write_text("\n".join(["id,question,A,B,C,D,answer", *lines]) + "\n", encoding="utf-8")
+        split = {"sft": ("train", "held"), "dpo": ("pairs", "pairs-held")}
+        recipe = {
+            "name": "tiny",
+            "model": {"path": str(model_folder())},
+            "lora": {"rank": 4, "alpha": 8},
+            "data": {"max_length": 128, "deduplicate": {"exact": False, "near": None}}
+            | {stage: {"train": [f"{t}.jsonl"], "validation": [f"{v}.jsonl"]} for stage, (t, v) in split.items()},
+            "sft": {"batch_size": 4, "max_steps": 6, "learning_rate": 1e-2},
+            "dpo": {"batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "reference": "base"},
+            "memory": {"micro_tokens": 64},
+            "evaluate": {"benchmarks": ["exam"], "shots": 1, "bootstrap": 200},
+            "checkpoint": {"every_steps": 2},
+        }
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+        (folder / "cache").mkdir()
+        (folder / "cache" / "blas").symlink_to(device.cache_folder() / "blas")
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def whole(make: Make) -> Callable[[int], Path]:
+    """The folder in which that many ranks ran all stages."""
+    known: dict[int, Path] = {}
+
+    def run(count: int) -> Path:
+        if count not in known:
+            known[count] = make(f"ranks{count}")
+            ranks.run(count, *STAGES, folder=known[count])
+        return known[count]
+
+    return run
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in VARYING_HERE} for line in lines]
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "runs/tiny/eval/dpo-exam.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def close(found: Path, expected: Path, tolerance: float = 1e-4) -> None:
+    """The same metrics and adapter, but for the order in which float32 numbers are added."""
+    for ours, theirs in zip(metrics(found), metrics(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=1e-5)
+    left, right = (read_adapter(folder / "adapters")[1] for folder in (found, expected))
+    assert left.keys() == right.keys()
+    for name, array in left.items():
+        assert mx.allclose(array, right[name], rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stage", ["tiny/sft", "tiny/dpo", "coupled/dpo"])
+def test_the_number_of_ranks_changes_no_training_result(whole: Callable[[int], Path], stage: str, count: int):
+    close(whole(count) / "runs" / stage, whole(1) / "runs" / stage)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_nor_what_is_evaluated_and_kept(whole: Callable[[int], Path], count: int):
+    """Answers and reference log-probs: rows are computed as by one process, so that their files are the same."""
+    ours, theirs = whole(count), whole(1)
+    pairs = list(zip(answers(ours), answers(theirs), strict=True))
+    assert all(a | {"logprobs": 0, "mass": 0} == b | {"logprobs": 0, "mass": 0} for a, b in pairs)
+    assert np.allclose([a["logprobs"] for a, _ in pairs], [b["logprobs"] for _, b in pairs], atol=1e-3)
+    files = [sorted(str(p.relative_to(f)) for p in (f / "runs").rglob("*") if p.is_file()) for f in (ours, theirs)]
+    assert files[0] == files[1]
+    # The base model is the same one everywhere, and so are its reference log-probs: the same lines in the same order.
+    stores = [{p.name: p.read_bytes() for p in (f / "cache" / "reference").iterdir()} for f in (ours, theirs)]
+    assert stores[0].keys() == stores[1].keys() and len(stores[0]) == 1
+    assert all(stores[0][name].split() == stores[1][name].split() for name in stores[0])
+
+
+def test_the_share_of_communication_is_measured(whole: Callable[[int], Path]):
+    lines = [json.loads(line) for line in (whole(2) / "runs/tiny/sft/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert all(line["ranks"] == 2 for line in steps)
+    assert all(0 < line["communication_share"] < 1 and 0 <= line["waiting_share"] < 1 for line in steps)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on_exactly(
+    make: Make, whole: Callable[[int], Path]
+):
+    folder = make("killed")
+    (gone, (killed, _, _)) = ranks.finish(ranks.start(2, STAGES[0], folder=folder, KILL_AT="3"))
+    assert killed == -signal.SIGKILL
+    assert gone[0] == 2 and f"error: rank 1 ({socket.gethostname()}) is gone" in gone[2], gone
+    ends = ranks.run(2, STAGES[0], folder=folder)
+    assert "Going on after step 2 of 6." in ends[0][1] and ends[1][1] == ""
+    resumed, straight = folder / "runs/tiny/sft", whole(2) / "runs/tiny/sft"
+    assert metrics(resumed) == metrics(straight)
+    left, right = (read_adapter(each / "adapters")[1] for each in (resumed, straight))
+    assert all(mx.array_equal(array, right[name]) for name, array in left.items())
+
+
+def test_a_run_changes_its_number_of_ranks(make: Make, whole: Callable[[int], Path]):
+    """Interrupted at step 2 with 3 ranks and at step 4 with one, then on to the end with 2, in measured shares."""
+    folder = make("changing")
+    ends = ranks.run(3, STAGES[0], folder=folder, status=130, STOP_AT="2")
+    assert "Stopped after step 2" in ends[0][1]
+    ranks.run(1, STAGES[0], folder=folder, status=130, STOP_AT="4")
+    ends = ranks.run(2, [*STAGES[0], "distributed.shares=measured"], folder=folder)
+    assert "the ranks get" in ends[0][1] and "Going on after step 4 of 6." in ends[0][1]
+    close(folder / "runs/tiny/sft", whole(1) / "runs/tiny/sft")
+
+
+def test_ranks_that_would_do_different_things_do_nothing(make: Make):
+    folder = make("different")
+    first, second = ranks.finish(ranks.start(2, STAGES[0], folder=folder, LAST_RANK="sft.learning_rate=1e-3"))
+    assert first[0] == second[0] == 2
+    assert "rank 1 is to do something else than rank 0: sft.learning_rate 0.01 -> 0.001" in second[2]
+    assert "rank 1" in first[2] and not (folder / "runs").exists()
+
+
+# The short form
+
+
+def test_the_short_form_gives_the_ranks_exit_status(make: Make, monkeypatch: pytest.MonkeyPatch, run_stage, capfd):
+    folder = make("refused")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLX_ZH_CACHE", str(folder / "cache"))
+    assert run_stage(sft.main, "recipe.yaml", "--processes", "2", "data.sft.train=[]") == 2
+    assert "data.sft.train names no file" in capfd.readouterr().err
+
+
+def test_an_interruption_reaches_all_ranks_of_the_short_form(make: Make):
+    folder = make("interrupted")
+    command = [sys.executable, "-m", "mlx_zh.sft", "recipe.yaml", "--processes", "2", "sft.max_steps=100000"]
+    environment = os.environ | {"MLX_ZH_CACHE": str(folder / "cache")}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        while not (folder / "runs/tiny/sft/checkpoints/step-000002").exists():
+            assert child.poll() is None
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=600)
+    assert child.returncode == 130 and "Stopped after step" in out
+
+
+@pytest.mark.parametrize("stage", [sft, eval])
+def test_hosts_that_are_not_there(stage, run_stage, make: Make, monkeypatch: pytest.MonkeyPatch, capsys):
+    from mlx_zh.cli import entry
+
+    monkeypatch.chdir(make("nowhere"))
+    assert run_stage(lambda argv: entry(stage.main, argv), "recipe.yaml", "--hosts", "none.json") == 2
+    assert "--hosts none.json: there is no such file" in capsys.readouterr().err
+
+
+# Dealing out
+
+
+def world(rank: int, size: int, speeds: list[float] | None = None) -> World:
+    made = World()
+    made.rank, made.size, made.speeds = rank, size, speeds or [1.0] * size
+    return made
+
+
+@pytest.mark.parametrize("speeds", [[1.0, 1.0, 1.0], [3.0, 1.0, 2.0]])
+def test_every_piece_goes_to_one_rank_and_loads_follow_speeds(speeds: list[float]):
+    costs = np.random.default_rng(0).integers(10, 500, size=100).tolist()
+    dealt = [world(rank, 3, speeds).mine(costs) for rank in range(3)]
+    assert sorted(piece for each in dealt for piece in each) == list(range(100))
+    ends = [sum(costs[piece] for piece in each) / speed for each, speed in zip(dealt, speeds, strict=True)]
+    assert max(ends) - min(ends) <= max(costs)  # a rank gets a piece only while no other would end earlier with it
+
+
+def test_a_rank_may_have_nothing_to_do():
+    assert [world(rank, 3).mine([7, 9]) for rank in range(3)] == [[1], [0], []]
+
+
+# Heartbeats
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch):
+    """Makes rank 0's connections to `count` others, and each of theirs to rank 0."""
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
+    made: list[heartbeat.Peers] = []
+
+    def join(count: int) -> list[heartbeat.Peers]:
+        door = Door("127.0.0.1")
+        others = [knock(door.key, rank) for rank in range(1, count + 1)]
+        made.extend([door.admit(count), *others])
+        return made
+
+    yield join
+    for peers in made:
+        for _, connection in peers.values():
+            connection.close()
+
+
+def until(heard: list[str]) -> str:
+    end = time.monotonic() + 60
+    while not heard and time.monotonic() < end:
+        time.sleep(0.01)
+    return heard[0]
+
+
+def test_a_rank_whose_connection_closes_is_named(connect):
+    ours, theirs = connect(1)
+    heard: list[str] = []
+    Heartbeat(ours, heard.append)
+    theirs[0][1].close()
+    assert f"rank 1 ({socket.gethostname()}) is gone: its process has ended." in until(heard)
+
+
+def test_a_rank_that_is_silent_is_named(connect, monkeypatch: pytest.MonkeyPatch):
+    """As where a cable is pulled or a machine sleeps: the connection stays open."""
+    ours, _ = connect(1)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 0.1)
+    heard: list[str] = []
+    Heartbeat(ours, heard.append)
+    assert "is gone: nothing was heard of it for" in until(heard)
+
+
+def test_all_ranks_hear_of_one_that_is_gone(connect):
+    ours, first, second = connect(2)
+    told: list[str] = []
+    here: list[str] = []
+    Heartbeat(second, told.append)
+    Heartbeat(ours, here.append)
+    first[0][1].close()
+    assert "rank 1 " in until(here)
+    assert until(told) == ""  # rank 0 has said it
+
+
+def test_a_rank_that_leaves_in_peace_is_not_missed(connect):
+    ours, theirs = connect(1)
+    heard: list[str] = []
+    here = Heartbeat(ours, heard.append)
+    Heartbeat(theirs, heard.append).close()
+    here.close()
+    assert not heard
