@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh import console, device
 from mlx_zh.locks import Lock, locked
-from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.redaction import hide_all, redact
 from mlx_zh.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
+    from mlx_zh.parallel import World
 
 
 def parser(stage: str, purpose: str) -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def all_at_work(recipe: Recipe, what: str, world: World) -> Iterator[None]:
         yield
 
 
-def open_model(recipe: Recipe, world: World = ALONE) -> LoadedModel:
+def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
     """The recipe's base model, checked against its own forward; with `distributed.shares: measured`, timed too."""
     from mlx_zh.logprobs import check_supported
     from mlx_zh.models.load import load_model
@@ -86,7 +86,7 @@ def open_model(recipe: Recipe, world: World = ALONE) -> LoadedModel:
         quantize=source.quantization,
     )
     check_supported(loaded.model, loaded.config)
-    if world.size > 1 and world.told(lambda: recipe.distributed.shares) == "measured":
+    if world and world.size > 1 and world.told(lambda: recipe.distributed.shares) == "measured":
         _measure(loaded, recipe.memory.micro_tokens, world)
     return loaded
 
