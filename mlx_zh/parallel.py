@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from mlx_zh import console, launching
 from mlx_zh.errors import DistributedError, MlxZhError
-from mlx_zh.heartbeat import Door, Heartbeat, knock
+from mlx_zh.heartbeat import PATIENCE, Door, Heartbeat, knock
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -214,7 +214,7 @@ class World:
         return total
 
 
-_GRACE = 5.0  # seconds
+_GRACE = PATIENCE + 5  # seconds; a process that ends drops MLX's connections long before its last one
 ALONE = World()
 
 

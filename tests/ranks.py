@@ -45,7 +45,7 @@ def start(count: int, *commands: list[str], folder: Path, **variables: str) -> l
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 600) -> Ends:
+def finish(processes: list[subprocess.Popen[str]], seconds: float = 1800) -> Ends:
     """How each rank ended; what has not ended by then is killed."""
     try:
         ends = [process.communicate(timeout=seconds) for process in processes]
