@@ -249,7 +249,7 @@ def test_a_disk_that_is_full(project: Project, mounted: Path):
     before = contents(folder)
     subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
     result = project.sft("name=other")
-    assert result.status == 2 and "other/recipe.yaml cannot be written: Read-only file system." in result.err
+    assert result.status == 2 and "runs/other cannot be written: Read-only file system." in result.err
     assert contents(folder) == before
 
 
@@ -257,10 +257,10 @@ def test_a_run_folder_that_cannot_be_written(project: Project):
     Path("taken").write_text("a file")
     result = project.sft("runs=taken")
     assert result.status == 2
-    assert result.err == "error: taken/tiny/recipe.yaml cannot be written: Not a directory.\n"
+    assert result.err == "error: taken/tiny cannot be written: Not a directory.\n"
     if os.geteuid() == 0:
         return  # may write anywhere
     Path("locked").mkdir(mode=0o500)
     result = project.sft("runs=locked")
     assert result.status == 2
-    assert result.err == "error: locked/tiny/recipe.yaml cannot be written: Permission denied.\n"
+    assert result.err == "error: locked/tiny cannot be written: Permission denied.\n"

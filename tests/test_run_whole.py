@@ -17,6 +17,7 @@ import pytest
 from project import Project, message
 
 from mlx_zh import run
+from mlx_zh.locks import Lock
 from mlx_zh.pipeline import pipeline
 from mlx_zh.pipeline.steps import steps
 from mlx_zh.recipe import load_recipe
@@ -63,9 +64,12 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[st
     monkeypatch.setenv("MLX_ZH_CACHE", str(tmp_path / "cache"))
     names: list[str] = []
 
-    def run_here(stage: str, arguments: list[str], _lock: object) -> int:
+    def run_here(stage: str, arguments: list[str], lock: Lock) -> int:
         names.append(f"{stage}-{arguments[-1]}" if "--stage" in arguments else stage)
-        return importlib.import_module(f"mlx_zh.{stage}").main(list(arguments)) or 0
+        with monkeypatch.context() as stage_only:
+            for name, value in lock.environment.items():
+                stage_only.setenv(name, value)
+            return importlib.import_module(f"mlx_zh.{stage}").main(list(arguments)) or 0
 
     def taken() -> list[str]:
         found = names[:]

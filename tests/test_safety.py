@@ -67,7 +67,11 @@ def test_nothing_unpickles_and_nothing_evaluates_text():
 
 
 def test_no_server_is_started():
-    assert not {"http.server", "socketserver", "socket", "asyncio", "flask", "uvicorn", "aiohttp"} & imports()
+    """`heartbeat.py` opens a port between the machines of a run, and closes it when all have connected; `launching.py`
+    looks which ports are free."""
+    assert not {"http.server", "socketserver", "asyncio", "flask", "uvicorn", "aiohttp"} & imports()
+    opens = {path.name for path, _, name in calls() if name in ("create_server", "bind")}
+    assert opens == {"heartbeat.py", "launching.py"}
 
 
 @pytest.mark.parametrize(
