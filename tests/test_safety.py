@@ -67,7 +67,7 @@ def test_nothing_unpickles_and_nothing_evaluates_text():
 
 
 def test_no_server_is_started():
-    """`heartbeat.py` opens a port between the machines of a run, and closes it when all have connected; `launching.py`
+    """`heartbeat.py` opens a port between the machines of a run, and closes it when all are there; `launching.py`
     looks which ports are free."""
     assert not {"http.server", "socketserver", "asyncio", "flask", "uvicorn", "aiohttp"} & imports()
     opens = {path.name for path, _, name in calls() if name in ("create_server", "bind")}
