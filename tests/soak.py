@@ -298,14 +298,16 @@ def test_soak(project: Any) -> None:
             for name, value in found.items():
                 assert value == expected[name], f"{run.name}: {name} differs"
                 compared += len(value) if isinstance(value, bytes) else 0
-            print(f"round {rounds}: {kills.total()} kills so far, {time.monotonic() - began:.0f} s", flush=True)
+            with project.capsys.disabled():
+                print(f"round {rounds}: {kills.total()} kills so far, {time.monotonic() - began:.0f} s", flush=True)
             assert run.litter() == []
     resumed = sum(log.read_text().count("Going on after step") for log in Path().glob("round*.log"))
     lines = rounds * (len(expected["sft metrics"]) + len(expected["dpo metrics"]))
-    print(f"\nseed {SEED}: {kills.total()} kills in {rounds} rounds; training went on {resumed} times")
-    for what, count in sorted(kills.items()):
-        print(f"  {what:<24} {count}")
-    print(f"{lines} metrics lines and {compared} bytes compared with the undisturbed run: no difference")
+    with project.capsys.disabled():
+        print(f"\nseed {SEED}: {kills.total()} kills in {rounds} rounds; training went on {resumed} times")
+        for what, count in sorted(kills.items()):
+            print(f"  {what:<24} {count}")
+        print(f"{lines} metrics lines and {compared} bytes compared with the undisturbed run: no difference")
 
 
 if __name__ == "__main__":
