@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zh import device
 from mlx_zh.errors import ModelError
 from mlx_zh.packing import PackedBatch, RowBuilder, Tokens
 
-# A chunk of float32 logits, in bytes. Chunks wait for one another, but MLX allocates ahead of what it computes:
-# up to a dozen arrays of this size are alive at a time (measured on the CPU back end).
+# A chunk of float32 logits, in bytes. Chunks wait for one another, and four arrays of this size are alive at a time
+# (measured on the CPU back end).
 CHUNK_BYTES = 32 * 2**20
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -275,11 +276,20 @@ def _chained(
     for start in range(0, hidden.shape[0], rows):
         piece = hidden[start : start + rows]
         if parts:
-            piece = mx.depends([piece], list(parts[-1]))[0]
+            piece = mx.depends([piece], [*parts[-1], _pause(parts[-1][0])])[0]
         parts.append(compute(piece, targets[start : start + rows]))
     if len(parts) == 1:
         return parts[0]
     return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
+
+
+def _pause(after: mx.array) -> mx.array:
+    """A chain of one-number kernels as long as what MLX schedules ahead of the device: once it has come to the end,
+    what came before it is computed and its arrays are free again."""
+    link = after[:1]
+    for _ in range(device.kernels_ahead()):
+        link = -link
+    return link
 
 
 def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows: int) -> mx.array:

@@ -279,7 +279,8 @@ def test_memory_does_not_grow_with_the_scored_tokens(grad: bool) -> None:
     """Four times the rows may cost what rows cost (their gradient and cotangent), and no more logits.
 
     Without the chain MLX computes all chunks side by side: 32 chunks of 4 MB would show as 128 MB, 24 more than
-    the 8 of the small case. How far ahead MLX allocates varies with the machine's load, by a chunk or two.
+    the 8 of the small case; without the pause between them a dozen arrays of 4 MB are alive. How far ahead MLX
+    allocates varies with the machine's load, by a chunk or two.
     """
     vocabulary, chunk = 32_000, 32
     head = nn.Linear(64, vocabulary, bias=False)
@@ -289,7 +290,7 @@ def test_memory_does_not_grow_with_the_scored_tokens(grad: bool) -> None:
     rows = 1024 * 64 * 4
     assert few > one_chunk  # the meter works
     assert many - few < 6 * rows + 3 * one_chunk
-    assert many < 16 * one_chunk
+    assert many < 8 * one_chunk
 
 
 def test_a_frozen_head_has_no_cotangent() -> None:

@@ -100,13 +100,14 @@ def test_the_adapter_of_llama_8b() -> None:
     assert trained_values(model_shape(LLAMA), Trained("lora", 32, 16)) == expected == 41_943_040
 
 
-def test_the_head_holds_three_arrays_a_chunk_and_twelve_at_most() -> None:
+@pytest.mark.parametrize(("on_gpu", "most"), [(False, 4.5), (True, 12)])
+def test_the_head_holds_three_arrays_a_chunk_up_to_what_is_scheduled_ahead(on_gpu: bool, most: float) -> None:
     shape, trained = model_shape(LLAMA | {"hidden_size": 64, "head_dim": 16}), Trained("lora", 1)
-    target = Target(4, None, False)
+    target = Target(4, None, on_gpu)
     chunk, states = 32 * 128256 * 4, 4 * 64 * 4
     assert head_bytes(shape, trained, target, 32, 32) == 3 * chunk + 32 * states
-    assert head_bytes(shape, trained, target, 64, 32) == 6 * chunk + 64 * states
-    assert head_bytes(shape, trained, target, 3200, 32) == 12 * chunk + 3200 * states
+    assert head_bytes(shape, trained, target, 64, 32) == min(6, most) * chunk + 64 * states
+    assert head_bytes(shape, trained, target, 3200, 32) == most * chunk + 3200 * states
     assert head_bytes(shape, trained, target, 0, 32) == 0
 
 

@@ -22,7 +22,8 @@ _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step in the size of a block's matrix
 
 # Chunks of logits: arrays (C, V) float32 for one chunk, and the most that are alive at a time.
-_HEAD_EACH, _HEAD_MOST = 3, 12
+_HEAD_EACH, _HEAD_MOST = 3, 4.5
+_HEAD_MOST_ON_GPU = 12  # a GPU's chunks are not spaced (`device.kernels_ahead`)
 _HEAD_GRADIENTS_MOST = 9  # (V, D) gradients of a trained head, one a chunk, before they are added up
 
 
@@ -213,7 +214,7 @@ def head_bytes(model: ModelShape, trained: Trained, target: Target, scored: int,
     chunks = -(-scored // rows)
     logits = rows * model.vocabulary * FLOAT
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
-    total = min(each * chunks, _HEAD_MOST) * logits
+    total = min(each * chunks, _HEAD_MOST_ON_GPU if target.fused_attention else _HEAD_MOST) * logits
     if trained.kind == "full" and trained.layers >= model.layers:
         total += min(chunks, _HEAD_GRADIENTS_MOST) * model.vocabulary * model.hidden * FLOAT
     return total + 4.0 * scored * model.hidden * target.value_bytes

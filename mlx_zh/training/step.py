@@ -100,7 +100,7 @@ def train_step(
         "tokens": mx.array(float(sum(row.batch.tokens.size for row in rows))),
     }
     total = world.sum(figures | gradients)
-    gradients = {name: total[name] for name in weights}
+    gradients = {name: total.pop(name) for name in weights}  # the update may then use their memory again
     measured = {name: float(total[name]) for name in figures}
     norm = global_norm(gradients)
     applied = math.isfinite(measured["loss"]) and math.isfinite(float(norm))
