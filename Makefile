@@ -28,7 +28,7 @@ bench: $(INSTALLED)
 	test -z "$(CEVAL)" || $(BIN)/python -m pip install --quiet lm_eval
 	test -z "$(CEVAL)" || $(BIN)/python benchmarks/eval_speed.py $(OPTIONS) --ceval "$(CEVAL)" \
 		--json benchmarks/results/eval_speed.json
-	test ! -d ../shared/data || $(BIN)/python benchmarks/corpus.py speed
+	test ! -d ../shared/data || $(BIN)/python benchmarks/corpus.py speed --json benchmarks/results/corpus.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

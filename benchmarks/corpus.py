@@ -1,6 +1,6 @@
 """Preparing 300,000 rows here against mlx-lm's ChatDataset + CacheDataset; what deduplication finds, and what not.
 
-    python benchmarks/corpus.py speed [--rows 300000] [--small 100000] [--peer-rows 300000]
+    python benchmarks/corpus.py speed [--rows 300000] [--small 100000] [--peer-rows 300000] [--json FILE]
     python benchmarks/corpus.py planted
 
 The rows are of the mission's mix, made from the real samples beside the checkout (../shared/data) by recombining
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import measuring
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +243,7 @@ def peer(folder: Path, tokenizer: Path, mask: str, rows: int) -> dict[str, float
     }
 
 
-def speed(arguments: argparse.Namespace, folder: Path) -> None:
+def speed(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import llama31_tokenizer
 
     from mlx_zh import device
@@ -263,8 +264,10 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
         ratio = found["large"]["rows_per_second"] / theirs["rows_per_second"]
         share = found["large"]["peak_rss_mb"] / theirs["peak_rss_mb"]
         name = "mask_prompt" if mask == "mask" else "default"
+        found[f"mlx-lm, {name}"] = theirs
         print(f"mlx-lm, {name}, {rows} rows:", theirs)
         print(f"  mlx-zh makes x {ratio:.1f} its rows a second, in x {share:.2f} of its peak memory", flush=True)
+    return found
 
 
 # ---- planted cases
@@ -398,10 +401,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--small", type=int, default=100_000)
     parser.add_argument("--peer-rows", type=int, default=300_000)
+    parser.add_argument("--json", type=Path, help="write the figures of `speed` here too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.what == "speed":
-            speed(arguments, Path(folder))
+            found = speed(arguments, Path(folder))
+            measuring.write(arguments.json, measuring.about(arguments), found)
         else:
             planted(Path(folder))
 

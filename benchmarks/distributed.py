@@ -1,10 +1,12 @@
-"""One, two and three ranks on this machine: that results do not depend on their number, and what a step takes.
+"""One, two and three ranks on this machine: that results do not depend on their number, what a step takes, and what
+happens when one is killed.
 
     python benchmarks/distributed.py [--ranks 1 2 3] [--steps 6] [--recipe recipes/quickstart.yaml]
 
 Each number of ranks runs SFT, DPO (from its own SFT adapter, with its reference pass) and the exam, each rank with
 one BLAS thread, joined by MLX's ring over loopback, started without `mlx.launch`, which keeps a core busy.
-Differences are against the run of one rank; times are medians of the steps but the first.
+Differences are against the run of one rank; times are medians of the steps but the first. Then one of two ranks is
+killed in a step of SFT, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx_zh  # noqa: F401  (loads the fast BLAS before anything imports mlx)
 
@@ -33,7 +36,15 @@ RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 
 
 def run(stage: str, ranks: int, arguments: list[str], folder: Path) -> None:
-    """A stage on that many ranks of this machine."""
+    """A stage on that many ranks of this machine, to its end."""
+    if any([process.wait() for process in start(stage, ranks, arguments, folder)]):
+        sys.exit(f"{stage} failed on {ranks} ranks")
+
+
+def start(
+    stage: str, ranks: int, arguments: list[str], folder: Path, errors: IO[str] | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """A stage on that many ranks, by rank."""
     variables = {"OPENBLAS_NUM_THREADS": "1"}
     if ranks > 1:
         with ExitStack() as stack:
@@ -44,16 +55,15 @@ def run(stage: str, ranks: int, arguments: list[str], folder: Path) -> None:
         variables["MLX_HOSTFILE"] = str(folder / "ring.json")
         (folder / "ring.json").write_text(json.dumps(addresses))
     command = [sys.executable, "-m", f"mlx_zh.{stage}", *arguments]
-    started = [
+    return [
         subprocess.Popen(
             command,
             env=os.environ | variables | ({"MLX_RANK": str(rank)} if ranks > 1 else {}),
             stdout=subprocess.DEVNULL,
+            stderr=errors,
         )
         for rank in range(ranks)
     ]
-    if any([process.wait() for process in started]):
-        sys.exit(f"{stage} failed on {ranks} ranks")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -88,6 +98,29 @@ def timing(folder: Path) -> dict[str, float]:
     }
 
 
+def killed(common: list[str], runs: Path, steps: int) -> dict[str, Any]:
+    """Kill rank 1 of 2 half a step after the middle one: what rank 0 says, when, and where the command gets to."""
+    command = [*common, "name=killed", "checkpoint.every_steps=1"]
+    metrics = runs / "killed" / "sft" / "metrics.jsonl"
+    with open(runs / "errors", "w+", encoding="utf-8") as errors:
+        first, second = start("sft", 2, command, runs, errors)
+        while not metrics.exists() or sum("loss" in line for line in lines(metrics)) < steps // 2:
+            if first.poll() is not None:
+                sys.exit("the run ended before it could be disturbed")
+            time.sleep(0.05)
+        time.sleep(timing(runs / "ranks2" / "sft")["seconds"] / 2)
+        second.kill()
+        gone = time.monotonic()
+        status = first.wait()
+        seconds = time.monotonic() - gone
+        errors.seek(0)
+        told = [line.strip() for line in errors if line.startswith("error:")]
+    run("sft", 2, command, runs)
+    adapters = [read_adapter(runs / name / "sft" / "adapters")[1] for name in ("killed", "ranks2")]
+    same = all(mx.array_equal(array, adapters[1][name]).item() for name, array in adapters[0].items())
+    return {"status": status, "seconds": seconds, "told": told, "same": same}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
@@ -108,6 +141,7 @@ def main() -> None:
                 run(stage, ranks, common, runs)
             run("eval", ranks, [*common, f"evaluate.limit={arguments.limit}", "--stage", "dpo"], runs)
             figures[ranks] = compare(runs / f"ranks{ranks}", runs / "ranks1")
+        end = killed(common, runs, arguments.steps) if 2 in figures else None
 
     print("Difference from one rank: largest of a loss (relative), adapter (relative distance); exam answers alike")
     print(
@@ -123,8 +157,15 @@ def main() -> None:
             time, alone = found[stage]["timing"], figures[1][stage]["timing"]
             shares = f"{time['communication']:9.1%}{time['waiting']:9.1%}"
             print(f"{stage:4}{ranks:3}{time['seconds']:9.2f} s{alone['seconds'] / time['seconds']:8.2f}x{shares}")
+    if end is not None:
+        print("\nRank 1 of 2 killed in a step of SFT. Rank 0 ended", end=" ")
+        print(f"with status {end['status']} {end['seconds']:.1f} s later:")
+        print("\n".join(f"  {line}" for line in end["told"]))
+        print(
+            f"  The same command went on; its adapter is {'' if end['same'] else 'NOT '}that of the undisturbed run."
+        )
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"ranks": figures, "killed": end}, indent=2) + "\n")
 
 
 def compare(found: Path, alone: Path) -> dict[str, Any]:

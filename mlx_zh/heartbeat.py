@@ -117,11 +117,15 @@ class Heartbeat:
             connection.close()
 
     def _watch(self) -> None:
-        heard = dict.fromkeys(self._connections, time.monotonic())
+        due = time.monotonic()
+        heard = dict.fromkeys(self._connections, due)
         unread = dict.fromkeys(self._connections, b"")
         while not self._closing.is_set() and self._connections:
-            self._tell(_ALIVE)
-            ready, _, _ = select.select(list(self._connections.values()), [], [], INTERVAL)
+            if time.monotonic() >= due:  # not whenever something was read: two ranks would answer each other for ever
+                self._tell(_ALIVE)
+                due = time.monotonic() + INTERVAL
+            left = max(0.0, due - time.monotonic())
+            ready, _, _ = select.select(list(self._connections.values()), [], [], left)
             for peer, connection in list(self._connections.items()):
                 if connection in ready:
                     heard[peer] = time.monotonic()

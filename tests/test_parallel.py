@@ -293,3 +293,22 @@ def test_a_rank_that_leaves_in_peace_is_not_missed(connect):
     Heartbeat(theirs, heard.append).close()
     here.close()
     assert not heard
+
+
+def test_a_heartbeat_is_not_answered_at_once(connect, monkeypatch: pytest.MonkeyPatch):
+    """Two ranks that answered each other would do nothing else, on a core of each."""
+    ours, theirs = connect(1)
+    said: list[float] = []
+    tell = Heartbeat._tell
+
+    def counted(self: Heartbeat, message: bytes) -> None:
+        said.append(time.monotonic())
+        tell(self, message)
+
+    monkeypatch.setattr(Heartbeat, "_tell", counted)
+    both = Heartbeat(ours, lambda _: None), Heartbeat(theirs, lambda _: None)
+    while len(said) < 20:
+        time.sleep(0.01)
+    assert said[19] - said[0] >= 8 * heartbeat.INTERVAL  # ten each; a late one delays the next
+    for each in both:
+        each.close()
