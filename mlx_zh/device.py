@@ -67,8 +67,8 @@ def is_cpu() -> bool:
 def kernels_ahead() -> int:
     """How many kernels MLX schedules, and allocates outputs for, ahead of what the device computes.
 
-    On the CPU 60 (measured; a hundred dispatches, about two a kernel). A GPU's commands are cut by bytes as well as by
-    number, so that large arrays end a command early: 0 means that nothing need be done about it.
+    On the CPU 60 (measured; a hundred dispatches, about two a kernel). A GPU's commands are cut by bytes too, so that
+    large arrays end one early: 0 means that nothing need be done about it.
     """
     return 60 if is_cpu() else 0
 
