@@ -22,13 +22,20 @@ from sft_step import our_step
 # isort: split
 import mlx.core as mx
 
-from mlx_zh.logprobs import CHUNK_BYTES, decoder, output_head, token_logprobs
+from mlx_zh.logprobs import CHUNK_BYTES, _attention, decoder, output_head, token_logprobs
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.packing import PackedBatch, pack_conversations
 from mlx_zh.planning.shapes import LINEAR, ModelShape, model_shape
 from mlx_zh.training.optimizer import GroupedAdamW
 
 Work = Callable[[], Any]
+
+
+class _Bare(dict[str, Any]):
+    """A module with other parts."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
 
 
 class Kinds:
@@ -125,14 +132,17 @@ class Kinds:
         return work
 
     def _attention(self) -> Work:
-        given = list(self._heads())
-        rope = self.layer.self_attn.rope
+        """As in training, without the four projections."""
+        own = self.layer.self_attn
 
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            scale = q.shape[-1] ** -0.5
-            return mx.fast.scaled_dot_product_attention(rope(q), rope(k), v, scale=scale, mask="causal")
+            bare: Any = dict(own)  # mlx modules are dictionaries: of q_norm and k_norm, where there are such
+            projected = {"q_proj": lambda _: q, "k_proj": lambda _: k, "v_proj": lambda _: v, "o_proj": lambda x: x}
+            heads = {"n_heads": own.n_heads, "n_kv_heads": own.n_kv_heads, "scale": own.scale, "rope": own.rope}
+            return _attention(_Bare(bare | projected | heads), q, self.row, None, None)
 
-        return self._forward_and_backward(attend, given)
+        sizes = (self.shape.queries, self.shape.keys, self.shape.keys)
+        return self._forward_and_backward(attend, [tuple(self._random(self.tokens, size) for size in sizes)])
 
     def _activation(self) -> Work:
         from mlx_lm.models.activations import swiglu
@@ -208,7 +218,7 @@ def main() -> None:
     works |= {name: (work, 1) for name, work in kinds.once().items()}
     sides: dict[str, Callable[[int], object]] = {"step": lambda _: step(members)}
     sides |= {name: (lambda _, work=work: mx.eval(work())) for name, (work, _) in works.items()}
-    readings = measuring.take_turns(sides, range(arguments.repeats))
+    readings = measuring.take_turns(sides, range(arguments.repeats), keep_cache=True)
     seconds = {
         name: statistics.median(reading.seconds for reading in found) * works.get(name, (None, 1))[1]
         for name, found in readings.items()

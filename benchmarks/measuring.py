@@ -162,10 +162,11 @@ class Reading:
     gb: float
 
 
-def read(call: Callable[[], object]) -> Reading:
-    """Call once, with MLX's cache of buffers empty, as it is between rows of other shapes."""
+def read(call: Callable[[], object], *, keep_cache: bool = False) -> Reading:
+    """Call once; unless `keep_cache`, with MLX's cache of buffers empty, as it is between rows of other shapes."""
     gc.collect()
-    mx.clear_cache()
+    if not keep_cache:
+        mx.clear_cache()
     mx.reset_peak_memory()
     active, used, start = mx.get_active_memory(), processor_seconds(), time.perf_counter()
     call()
@@ -179,7 +180,9 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def take_turns(sides: Mapping[str, Callable[[Item], object]], items: Iterable[Item]) -> dict[str, list[Reading]]:
+def take_turns(
+    sides: Mapping[str, Callable[[Item], object]], items: Iterable[Item], *, keep_cache: bool = False
+) -> dict[str, list[Reading]]:
     """Every item by every side in turn, so that what else the machine does falls on all alike.
 
     Each side has seen the item once before the clock starts: who compiles for a new shape has done so.
@@ -190,7 +193,7 @@ def take_turns(sides: Mapping[str, Callable[[Item], object]], items: Iterable[It
         for name in names:
             sides[name](item)
         for name in names:
-            readings[name].append(read(partial(sides[name], item)))
+            readings[name].append(read(partial(sides[name], item), keep_cache=keep_cache))
     return readings
 
 
