@@ -25,6 +25,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/plan_accuracy.py --json benchmarks/results/plan_accuracy.json
 	for name in sft_step dpo_step chat_turn growth limit; do \
 		$(BIN)/python benchmarks/$$name.py $(OPTIONS) --json benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/dpo_step.py $(OPTIONS) --checkpoint --json benchmarks/results/dpo_step_checkpointed.json
+	test -n "$(OPTIONS)" || $(BIN)/python benchmarks/sft_step.py --model random-128k \
+		--json benchmarks/results/sft_step_128k.json
+	$(BIN)/python benchmarks/distributed.py --json benchmarks/results/distributed.json
 	test -z "$(CEVAL)" || $(BIN)/python -m pip install --quiet lm_eval
 	test -z "$(CEVAL)" || $(BIN)/python benchmarks/eval_speed.py $(OPTIONS) --ceval "$(CEVAL)" \
 		--json benchmarks/results/eval_speed.json
