@@ -12,7 +12,7 @@ so the sum is less than the step; the difference is told too.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import measuring
@@ -22,7 +22,7 @@ from sft_step import our_step
 # isort: split
 import mlx.core as mx
 
-from mlx_zh.logprobs import CHUNK_BYTES, _attention, decoder, output_head, token_logprobs
+from mlx_zh.logprobs import _attention, chunk_rows, decoder, output_head, token_logprobs
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.packing import PackedBatch, pack_conversations
 from mlx_zh.planning.shapes import LINEAR, ModelShape, model_shape
@@ -48,7 +48,7 @@ class Kinds:
         self.forwards = 2 if checkpoint else 1
         self.dtype = decoder(loaded.model).norm.weight.dtype
         self.tokens = int(row.tokens.size)
-        self.chunk = max(16, CHUNK_BYTES // (4 * self.shape.vocabulary))
+        self.chunk = chunk_rows(self.shape.vocabulary)
 
     def of_a_layer(self) -> dict[str, Work]:
         return {
@@ -102,23 +102,13 @@ class Kinds:
 
         return work
 
-    def _heads(self) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-        """Queries, keys and values of each segment; no conversation has branches."""
-        size = self.shape.queries // self.shape.heads
-        groups = self.shape.keys // size
-        for segment in self.row.segments:
-            yield (
-                self._random(1, self.shape.heads, len(segment), size),
-                self._random(1, groups, len(segment), size),
-                self._random(1, groups, len(segment), size),
-            )
-
     def _attention_products(self) -> Work:
+        """Of each segment, queries, keys (one for each query head) and scores; no conversation has branches."""
+        heads, size = self.shape.heads, self.shape.queries // self.shape.heads
         given = [
-            (q, mx.repeat(k, q.shape[1] // k.shape[1], axis=1), self._random(1, q.shape[1], q.shape[2], q.shape[2]))
-            for q, k, _ in self._heads()
+            (self._random(1, heads, n, size), self._random(1, heads, n, size), self._random(1, heads, n, n))
+            for n in map(len, self.row.segments)
         ]
-        mx.eval(given)
 
         def work() -> Any:
             return [
@@ -136,10 +126,10 @@ class Kinds:
         own = self.layer.self_attn
 
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            bare: Any = dict(own)  # mlx modules are dictionaries: of q_norm and k_norm, where there are such
             projected = {"q_proj": lambda _: q, "k_proj": lambda _: k, "v_proj": lambda _: v, "o_proj": lambda x: x}
             heads = {"n_heads": own.n_heads, "n_kv_heads": own.n_kv_heads, "scale": own.scale, "rope": own.rope}
-            return _attention(_Bare(bare | projected | heads), q, self.row, None, None)
+            # mlx modules are dictionaries: of q_norm and k_norm, where there are such
+            return _attention(_Bare(dict(own) | projected | heads), q, self.row, None, None)
 
         sizes = (self.shape.queries, self.shape.keys, self.shape.keys)
         return self._forward_and_backward(attend, [tuple(self._random(self.tokens, size) for size in sizes)])

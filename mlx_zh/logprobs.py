@@ -186,6 +186,11 @@ def _joined(parts: list[mx.array]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
+def chunk_rows(vocabulary: int) -> int:
+    """How many rows of logits are in a chunk where nothing else is asked for."""
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
 def token_logprobs(
     hidden: mx.array, head: nn.Module, targets: mx.array, *, chunk: int | None = None, grad: bool = True
 ) -> mx.array:
@@ -198,7 +203,7 @@ def token_logprobs(
     """
     if targets.size == 0:  # a row without scored tokens; MLX refuses to reduce an empty array
         return mx.zeros(0)
-    rows = chunk or max(16, CHUNK_BYTES // (4 * _vocabulary(head)))
+    rows = chunk or chunk_rows(_vocabulary(head))
     if _any_array(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mlx_zh.logprobs import CHUNK_BYTES
+from mlx_zh.logprobs import chunk_rows
 from mlx_zh.planning.shapes import LINEAR, MemorySettings, ModelShape, Packing, Row, Target, Trained
 
 FLOAT = 4
@@ -210,7 +210,7 @@ def head_bytes(model: ModelShape, trained: Trained, target: Target, scored: int,
     """Logits and what becomes of them, for `scored` positions, with their hidden states and gradients."""
     if scored == 0:
         return 0.0
-    rows = min(logit_rows or max(16, CHUNK_BYTES // (FLOAT * model.vocabulary)), scored)
+    rows = min(logit_rows or chunk_rows(model.vocabulary), scored)
     chunks = -(-scored // rows)
     logits = rows * model.vocabulary * FLOAT
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
