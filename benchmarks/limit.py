@@ -22,9 +22,9 @@ from sft_step import our_step
 # isort: split
 import mlx.core as mx
 
-from mlx_zh.logprobs import _attention, chunk_rows, decoder, output_head, token_logprobs
+from mlx_zh.core.logprobs import _attention, chunk_rows, decoder, output_head, token_logprobs
+from mlx_zh.core.packing import PackedBatch, pack_conversations
 from mlx_zh.models.load import LoadedModel
-from mlx_zh.packing import PackedBatch, pack_conversations
 from mlx_zh.planning.shapes import LINEAR, ModelShape, model_shape
 from mlx_zh.training.optimizer import GroupedAdamW
 

@@ -99,7 +99,7 @@ def _train(
 ) -> Finished:
     """Put the adapter on, look up or compute the reference, and train."""
     from mlx_zh import console
-    from mlx_zh.logprobs import computes_in_float32
+    from mlx_zh.core.logprobs import computes_in_float32
     from mlx_zh.models.lora import add_adapter, load_adapter, trainable
     from mlx_zh.reference import find_reference
     from mlx_zh.session import row_settings

@@ -71,7 +71,7 @@ def all_at_work(recipe: Recipe, what: str, world: World) -> Iterator[None]:
 
 def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
     """The recipe's base model, checked against its own forward; with `distributed.shares: measured`, timed too."""
-    from mlx_zh.logprobs import check_supported
+    from mlx_zh.core.logprobs import check_supported
     from mlx_zh.models.load import load_model
 
     device.bound_cache()
@@ -95,8 +95,8 @@ def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
     """Deal out work by how fast each rank computes a row of text."""
     import mlx.core as mx
 
-    from mlx_zh.logprobs import hidden_states
-    from mlx_zh.packing import pack_conversations
+    from mlx_zh.core.logprobs import hidden_states
+    from mlx_zh.core.packing import pack_conversations
 
     length = world.least(min(tokens, _MEASURED_TOKENS))
     row = pack_conversations([(range(1, length + 1), [False] * length)])

@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 from oracles import distance
 
+from mlx_zh.core.losses import LOSSES
 from mlx_zh.corpus.render import RenderedPair
-from mlx_zh.losses import LOSSES
 from mlx_zh.models.lora import AdapterSpec, add_adapter, trainable
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective

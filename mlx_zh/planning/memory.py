@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mlx_zh.logprobs import chunk_rows
+from mlx_zh.core.logprobs import chunk_rows
 from mlx_zh.planning.shapes import LINEAR, MemorySettings, ModelShape, Packing, Row, Target, Trained
 
 FLOAT = 4

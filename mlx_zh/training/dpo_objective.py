@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core.logprobs import batch_logprobs
+from mlx_zh.core.losses import LOSSES, chosen_cross_entropy, length_desensitized, preference_loss, rewards
 from mlx_zh.corpus.render import RenderedPair
-from mlx_zh.logprobs import batch_logprobs
-from mlx_zh.losses import LOSSES, chosen_cross_entropy, length_desensitized, preference_loss, rewards
 from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.objective import Row, Settings, Sums, plan_share

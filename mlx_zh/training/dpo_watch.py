@@ -6,8 +6,8 @@ import math
 from itertools import pairwise
 from typing import Any
 
+from mlx_zh.core.losses import LOSSES
 from mlx_zh.errors import TrainingError
-from mlx_zh.losses import LOSSES
 from mlx_zh.recipe import Dpo
 
 # A log-prob of one token computed twice, in rows that were packed differently, differs by about this much on average.

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.lora import dropout_keys
-from mlx_zh.packing import PackedBatch
 from mlx_zh.training.order import stream
 
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.packing import PackedBatch, plan_rows
+from mlx_zh.core.packing import PackedBatch, plan_rows
 from mlx_zh.parallel import World
 from mlx_zh.training.noise import StepNoise, example_seeds
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_zh.core.logprobs import sum_by_owner
+from mlx_zh.core.packing import PackedBatch, pack_pairs, shared_beginning
 from mlx_zh.corpus.render import RenderedPair
-from mlx_zh.logprobs import sum_by_owner
-from mlx_zh.packing import PackedBatch, pack_pairs, shared_beginning
 
 
 def tree_tokens(pair: RenderedPair) -> int:

@@ -15,9 +15,9 @@ from mlx_zh.benchmarks.exam import load_exam
 from mlx_zh.benchmarks.prompts import Prompt, Prompter
 from mlx_zh.benchmarks.protocols import protocols
 from mlx_zh.benchmarks.scorer import common_prefix, letter_logprobs
-from mlx_zh.logprobs import hidden_states, prefill
+from mlx_zh.core.logprobs import hidden_states, prefill
+from mlx_zh.core.packing import RowBuilder
 from mlx_zh.models.lora import AdapterSpec, add_adapter, trainable
-from mlx_zh.packing import RowBuilder
 
 LETTERS = ((17,), (23,), (29,), (31,))
 LONG = ((17,), (23, 5, 5), (23, 5, 9), (31, 2))  # as some tokenizers write " A"

@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.logprobs import CHUNK_BYTES, hidden_states, output_head
+from mlx_zh.core.logprobs import CHUNK_BYTES, hidden_states, output_head
+from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
 from mlx_zh.models.export.merge import SurvivalSummary
-from mlx_zh.packing import PackedBatch, pack_conversations, plan_rows
 
 # Above these a fused model is no longer called equal to base + adapter.
 KL_LIMIT = 0.05  # nats a token: about what quantizing an 8B model to 4 bits once costs

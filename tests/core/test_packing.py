@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from oracles import LLAMA3_ROPE, distance, following_logprobs, gradients, own_logprobs, random_tokens
 
-from mlx_zh.logprobs import batch_logprobs, hidden_states, sequence_logprobs, sum_by_owner
+from mlx_zh.core.logprobs import batch_logprobs, hidden_states, sequence_logprobs, sum_by_owner
+from mlx_zh.core.packing import PackedBatch, RowBuilder, pack_choices, pack_conversations, pack_pairs, plan_rows
 from mlx_zh.models.lora import AdapterSpec, add_adapter, trainable
-from mlx_zh.packing import PackedBatch, RowBuilder, pack_choices, pack_conversations, pack_pairs, plan_rows
 from mlx_zh.training.step import set_weights
 
 MODELS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_zh import recipe
-from mlx_zh.losses import (
+from mlx_zh.core.losses import (
     DIVERGENCES,
     LOSSES,
     chosen_cross_entropy,

@@ -14,9 +14,9 @@ from mlx_lm.tuner.lora import LoRAEmbedding
 from mlx_lm.tuner.lora import LoRALinear as TheirLoRALinear
 from oracles import distance, gradients, log_softmax, own_logprobs, random_tokens
 
+from mlx_zh.core.logprobs import SUPPORTED, check_supported, output_head, sequence_logprobs, token_logprobs
+from mlx_zh.core.packing import pack_conversations
 from mlx_zh.errors import ModelError
-from mlx_zh.logprobs import SUPPORTED, check_supported, output_head, sequence_logprobs, token_logprobs
-from mlx_zh.packing import pack_conversations
 
 VOCABULARY, WIDTH, COUNT = 200, 64, 23
 
