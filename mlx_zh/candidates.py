@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh import stage
+from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, load_adapter, remove_adapter
-from mlx_zh.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel

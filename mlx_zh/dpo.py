@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_zh import launching, stage
+from mlx_zh import stage
+from mlx_zh.distributed import launching
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
     from mlx_zh.corpus.render import RenderedPair, Renderer
+    from mlx_zh.distributed.world import World
     from mlx_zh.models.load import LoadedModel
-    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
     from mlx_zh.session import Session
     from mlx_zh.starting import Start
@@ -32,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.hosts or arguments.processes:
         return launching.launch("dpo", arguments, argv)
 
-    from mlx_zh import parallel
+    from mlx_zh.distributed import world
 
-    with parallel.joined() as world, stage.all_at_work(recipe, "dpo", world):
+    with world.joined() as world, stage.all_at_work(recipe, "dpo", world):
         return _tune(recipe, arguments, world)
 
 

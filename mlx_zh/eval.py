@@ -6,13 +6,14 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from mlx_zh import launching, stage
+from mlx_zh import stage
+from mlx_zh.distributed import launching
 
 if TYPE_CHECKING:
     from mlx_zh.benchmarks.exam import Exam
     from mlx_zh.benchmarks.protocols import Protocol
+    from mlx_zh.distributed.world import World
     from mlx_zh.examination import Examination
-    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
 
 
@@ -25,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.hosts or arguments.processes:
         return launching.launch("eval", arguments, argv)
 
-    from mlx_zh import parallel
+    from mlx_zh.distributed import world
 
-    with parallel.joined() as world, stage.all_at_work(recipe, "eval", world):
+    with world.joined() as world, stage.all_at_work(recipe, "eval", world):
         return _ask(recipe, arguments, world)
 
 

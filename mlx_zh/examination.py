@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mlx_zh.benchmarks.exam import Exam, Subject
     from mlx_zh.benchmarks.protocols import Protocol
     from mlx_zh.candidates import Candidates
+    from mlx_zh.distributed.world import World
     from mlx_zh.models.load import LoadedModel
-    from mlx_zh.parallel import World
     from mlx_zh.recipe import Recipe
 
 About = dict[str, Any]  # what a result was computed from: kept in its report

@@ -16,10 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_zh import console, device
+from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import RecipeError
 from mlx_zh.learning import Values, changes, learning_key
 from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
-from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.samples import Samples
 from mlx_zh.storage import write_json

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_zh import launching, stage
+from mlx_zh import stage
+from mlx_zh.distributed import launching
 
 if TYPE_CHECKING:
     import argparse
 
-    from mlx_zh.parallel import World
+    from mlx_zh.distributed.world import World
     from mlx_zh.recipe import Recipe
 
 
@@ -26,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.hosts or arguments.processes:
         return launching.launch("sft", arguments, argv)
 
-    from mlx_zh import parallel
+    from mlx_zh.distributed import world
 
-    with parallel.joined() as world, stage.all_at_work(recipe, "sft", world):
+    with world.joined() as world, stage.all_at_work(recipe, "sft", world):
         return _tune(recipe, arguments, world)
 
 

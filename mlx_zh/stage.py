@@ -21,8 +21,8 @@ from mlx_zh.redaction import hide_all, redact
 from mlx_zh.storage import write_json, write_text
 
 if TYPE_CHECKING:
+    from mlx_zh.distributed.world import World
     from mlx_zh.models.load import LoadedModel
-    from mlx_zh.parallel import World
 
 
 def parser(stage: str, purpose: str) -> argparse.ArgumentParser:

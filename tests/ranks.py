@@ -64,10 +64,10 @@ def run(count: int, *commands: list[str], folder: Path, status: int = 0, **varia
 
 
 def main(commands: list[list[Any]]) -> None:
-    from mlx_zh import parallel
     from mlx_zh.cli import entry
+    from mlx_zh.distributed import world
 
-    parallel.MEASURED_SECONDS = 0.2
+    world.MEASURED_SECONDS = 0.2
     rank, hosts = os.environ.get("MLX_RANK", "0"), os.environ.get("MLX_HOSTFILE")
     last = hosts is None or int(rank) == len(json.loads(Path(hosts).read_text())) - 1
     own = [os.environ["LAST_RANK"]] if last and "LAST_RANK" in os.environ else []

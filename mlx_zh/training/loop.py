@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
 from mlx_zh.models.lora import trainable
-from mlx_zh.parallel import ALONE, World
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
 from mlx_zh.training import checkpoints

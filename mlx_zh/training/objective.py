@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.core.packing import PackedBatch, plan_rows
-from mlx_zh.parallel import World
+from mlx_zh.distributed.world import World
 from mlx_zh.training.noise import StepNoise, example_seeds
 
 Sums = dict[str, mx.array]

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from mlx_zh.core.logprobs import batch_logprobs, decoder
 from mlx_zh.core.packing import plan_rows
 from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import ModelError
 from mlx_zh.models.lora import AdapterSpec
-from mlx_zh.parallel import ALONE, World
 from mlx_zh.storage import storage_errors, sync
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens

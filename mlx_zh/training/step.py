@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_zh import device
-from mlx_zh.parallel import ALONE, World
+from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.training.objective import Objective, Row, Sums
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
 
