@@ -246,7 +246,7 @@ def peer(folder: Path, tokenizer: Path, mask: str, rows: int) -> dict[str, float
 def speed(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import llama31_tokenizer
 
-    from mlx_zh import device
+    from mlx_zh.system import device
 
     tokenizer = folder / "llama31"
     llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(device.cache_folder() / "tests")).save_pretrained(tokenizer)
@@ -336,13 +336,13 @@ def planted(folder: Path) -> None:
 
     import llama31_tokenizer
 
-    from mlx_zh import device
     from mlx_zh.corpus.choosing import ChoiceSettings
     from mlx_zh.corpus.formats import load_conversations
     from mlx_zh.corpus.pipeline import CorpusSettings, Exams, prepare
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.corpus.shards import RenderSettings
     from mlx_zh.corpus.sources import DataSource
+    from mlx_zh.system import device
 
     renderer = Renderer(llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(device.cache_folder() / "tests")))
     rng = random.Random(1)

@@ -1,6 +1,6 @@
 """Fine-tune a 4-bit Llama into a Chinese assistant on a MacBook."""
 
-from mlx_zh import device as device
+from mlx_zh.system import device as device
 
 __version__ = "0.1.0"
 

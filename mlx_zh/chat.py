@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         transcript.ask(text)
         return answer_once(bot, transcript, None if quiet else screen)
 
-    from mlx_zh import device
     from mlx_zh.chatting.repl import COMMANDS, Repl
+    from mlx_zh.system import device
 
     screen.note("/help 帮助 · Ctrl-C 中止回答 stops an answer · Ctrl-D 退出 leaves")
     editor = LineEditor(device.cache_folder() / "chat-history", sorted(COMMANDS))
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot, str | None]:
     """The model with its adapter, and the recipe's system prompt."""
-    from mlx_zh import device
+    from mlx_zh.system import device
 
     recipe = _recipe(arguments.target, arguments.overrides)
     adapter = _adapter(arguments.adapter, recipe)

@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 
 import mlx.core as mx
 
-from mlx_zh import __version__, device, fitting
+from mlx_zh import __version__, fitting
 from mlx_zh.errors import MlxZhError
 from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.shapes import Packing, Target
 from mlx_zh.recipe import Recipe
+from mlx_zh.system import device
 
 # What the tests ran with; constraints.txt says the same.
 TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}

@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlx_zh import device
 from mlx_zh.errors import MlxZhError
-from mlx_zh.redaction import printable
+from mlx_zh.system import device
+from mlx_zh.system.redaction import printable
 
 STAGES = {
     "run": "do everything that a recipe asks for, and nothing twice",

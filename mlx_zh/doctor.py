@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> int:
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from mlx_zh import console
     from mlx_zh.checkup import checks, measured
-    from mlx_zh.redaction import hide
+    from mlx_zh.system import console
+    from mlx_zh.system.redaction import hide
 
     failed = False
     found = checks(recipe)

@@ -99,11 +99,11 @@ def _train(
     validation: Sequence[RenderedPair],
 ) -> Finished:
     """Put the adapter on, look up or compute the reference, and train."""
-    from mlx_zh import console
     from mlx_zh.core.logprobs import computes_in_float32
     from mlx_zh.models.lora import add_adapter, load_adapter, trainable
     from mlx_zh.reference import find_reference
     from mlx_zh.session import row_settings
+    from mlx_zh.system import console
     from mlx_zh.training.dpo_objective import DpoObjective
     from mlx_zh.training.dpo_watch import DpoWatch
 

@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
-    from mlx_zh import console
     from mlx_zh.benchmarks.protocols import protocols
     from mlx_zh.candidates import Candidates
     from mlx_zh.examination import Examination
+    from mlx_zh.system import console
 
     protocol = protocols()[recipe.evaluate.protocol]
     shots = protocol.shots if recipe.evaluate.shots is None else recipe.evaluate.shots
@@ -102,8 +102,8 @@ def _exams(recipe: Recipe, shots: int) -> list[Exam]:
 
 def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
     """Print one exam's tables, and where the files are."""
-    from mlx_zh import console
     from mlx_zh.benchmarks import tables
+    from mlx_zh.system import console
 
     stages = examination.side_by_side(exam)
     console.say(f"\n{exam.title}, {exam.split} ({protocol.name}, version {protocol.version})")

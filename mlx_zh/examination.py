@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import console, stage
+from mlx_zh import stage
 from mlx_zh.benchmarks import answers as asking
 from mlx_zh.benchmarks import report, statistics
 from mlx_zh.benchmarks.prompts import Prompter
@@ -16,6 +16,7 @@ from mlx_zh.benchmarks.records import Records
 from mlx_zh.candidates import NAMES
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
+from mlx_zh.system import console
 
 if TYPE_CHECKING:
     from mlx_zh.benchmarks.answers import Answer, Examinee

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_zh import console, device
 from mlx_zh.errors import ModelError, PlanError
 from mlx_zh.planning.fullest import Examples, alike
 from mlx_zh.planning.memory import Estimate
 from mlx_zh.planning.search import Candidate, Step, cheapest, least
 from mlx_zh.planning.shapes import LINEAR, MemorySettings, Packing, Target, Trained, model_shape
 from mlx_zh.recipe import Recipe, Training
+from mlx_zh.system import console, device
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.examples import Conversations, Pairs

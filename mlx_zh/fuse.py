@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    from mlx_zh import console
     from mlx_zh.fusing import Fuser, newest_adapter
     from mlx_zh.models.export import licences, upload
+    from mlx_zh.system import console
 
     adapter = Path(arguments.adapter).expanduser() if arguments.adapter else newest_adapter(recipe)
     fuser = Fuser(recipe, adapter, arguments.original or recipe.export.original)
@@ -75,8 +75,8 @@ def _repositories(name: str | None, formats: tuple[str, ...]) -> dict[str, str]:
 
 
 def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
-    from mlx_zh import console
-    from mlx_zh.storage import write_json
+    from mlx_zh.system import console
+    from mlx_zh.system.storage import write_json
     from mlx_zh.yardstick import measure_tuned
 
     formats = list(dict.fromkeys(fuser.export.formats))
@@ -97,7 +97,7 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
 
 
 def _conclude(fuser: Fuser, written: list[Written]) -> None:
-    from mlx_zh import console
+    from mlx_zh.system import console
 
     rows = [("format", "", "GB", "KL", "top-1", "perplexity", "change kept", "folder")]
     for w in written:

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_zh import device
 from mlx_zh.errors import AdapterError
 from mlx_zh.models import peft_adapter
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
@@ -21,7 +20,8 @@ from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_a
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.load import resolve_model
 from mlx_zh.recipe import Recipe
-from mlx_zh.storage import empty, folder_whole, need_space, write_text
+from mlx_zh.system import device
+from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
 from mlx_zh.yardstick import Yardstick
 
 _CONFIGS = 40_000_000  # tokenizer and other small files, in bytes, generously

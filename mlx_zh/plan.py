@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     if recipe is None:
         return 0
 
-    from mlx_zh import console, fitting
+    from mlx_zh import fitting
     from mlx_zh.models.load import find_config
+    from mlx_zh.system import console
 
     config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     place = fitting.this_machine() if arguments.memory is None else fitting.mac(arguments.memory)
@@ -49,7 +50,8 @@ def _bytes(text: str) -> float:
 
 
 def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
-    from mlx_zh import console, fitting
+    from mlx_zh import fitting
+    from mlx_zh.system import console
 
     settings = fitting.settings_of(recipe)
     estimate = step.memory(settings)
@@ -70,8 +72,9 @@ def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
 
 
 def _tell_time(recipe: Recipe, name: str, step: Step) -> None:
-    from mlx_zh import console, fitting
+    from mlx_zh import fitting
     from mlx_zh.planning.speed import measure
+    from mlx_zh.system import console
 
     section = fitting.section_of(recipe, name)
     tokens, scored, count, known = _typical(recipe, name, section.batch_size)

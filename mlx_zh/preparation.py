@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import console, device
 from mlx_zh.benchmarks.catalog import benchmark
 from mlx_zh.benchmarks.sources import benchmark_folder
 from mlx_zh.corpus.choosing import ChoiceSettings
@@ -18,7 +17,8 @@ from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet, Recipe, Source
-from mlx_zh.storage import write_json
+from mlx_zh.system import console, device
+from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.joined_encoding import Vocabulary

@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
-    from mlx_zh import console
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.preparation import keep_report, prepare_stage
     from mlx_zh.snapshot import open_tokenizer
+    from mlx_zh.system import console
 
     tokenizer = open_tokenizer(recipe.model)
     for name in stages:
@@ -67,8 +67,8 @@ def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
 
 
 def _list(recipe: Recipe | None) -> None:
-    from mlx_zh import console
     from mlx_zh.preparation import registry_of
+    from mlx_zh.system import console
 
     for name, entry in registry_of(recipe).items():
         rows = f"{entry.rows:,} rows" if entry.rows else "size on its page"
@@ -79,10 +79,10 @@ def _list(recipe: Recipe | None) -> None:
 
 def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
     """Say what the data is like, and draw its lengths."""
-    from mlx_zh import console
     from mlx_zh.corpus.statistics import sparkline, write_histogram
     from mlx_zh.preparation import training_tokens
-    from mlx_zh.storage import written_whole
+    from mlx_zh.system import console
+    from mlx_zh.system.storage import written_whole
 
     report = corpus.manifest["report"]
     train, held, exams = report["train"], report["validation"], report["exam_questions"]
@@ -115,8 +115,8 @@ def _exam_line(exams: dict[str, Any], dropped: int) -> str:
 
 def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
     """Rendered samples; what is learned is green, or stands between ⟦ and ⟧ where there is no colour."""
-    from mlx_zh import console
     from mlx_zh.corpus.render import Rendered
+    from mlx_zh.system import console
 
     begin, end = (_TRAINED, _PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
     examples = corpus.splits["train"]

@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh import console, device
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import AdapterSpec
 from mlx_zh.recipe import Recipe
+from mlx_zh.system import console, device
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.order import Order
 from mlx_zh.training.reference import Reference, ReferenceStore, forward_tokens, model_key

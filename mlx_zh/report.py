@@ -15,13 +15,13 @@ def main(argv: list[str] | None = None) -> int:
 
     import time
 
-    from mlx_zh import console
     from mlx_zh.errors import DataError
     from mlx_zh.reporting.findings import gather
     from mlx_zh.reporting.markdown import markdown
     from mlx_zh.reporting.page import page
     from mlx_zh.reporting.plots import write_plots
-    from mlx_zh.storage import write_text
+    from mlx_zh.system import console
+    from mlx_zh.system.storage import write_text
 
     run = recipe.run_folder()
     if not run.is_dir():

@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     if recipe is None:
         return 0
 
-    from mlx_zh import console
     from mlx_zh.pipeline.pipeline import forced_from
     from mlx_zh.pipeline.plan import plan
     from mlx_zh.pipeline.state import State
     from mlx_zh.pipeline.steps import steps
+    from mlx_zh.system import console
 
     folder = recipe.run_folder()
     wanted = steps(recipe)
@@ -51,9 +51,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str]) -> int:
-    from mlx_zh import console
     from mlx_zh.pipeline.pipeline import Pipeline
     from mlx_zh.pipeline.state import State
+    from mlx_zh.system import console
 
     folder = recipe.run_folder()
     with stage.at_work(recipe, "run") as lock:
@@ -67,7 +67,7 @@ def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str
 
 
 def _table(planned: list[Planned]) -> str:
-    from mlx_zh import console
+    from mlx_zh.system import console
 
     rows = [("step", "", "time", "memory", "why")]
     for entry in planned:
@@ -78,7 +78,7 @@ def _table(planned: list[Planned]) -> str:
 
 
 def _times(state: State, wanted: list[Step]) -> str:
-    from mlx_zh import console
+    from mlx_zh.system import console
 
     rows = [(step.name, console.duration(state.records[step.name].seconds)) for step in wanted]
     total = sum(state.records[step.name].seconds for step in wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from mlx_zh.storage import write_json
+from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.render import Renderer

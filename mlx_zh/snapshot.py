@@ -15,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import device
 from mlx_zh.errors import ModelError
-from mlx_zh.storage import write_json, write_text
+from mlx_zh.system import device
+from mlx_zh.system.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.joined_encoding import Vocabulary

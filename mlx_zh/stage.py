@@ -14,11 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import console, device
-from mlx_zh.locks import Lock, locked
 from mlx_zh.recipe import Recipe, load_recipe
-from mlx_zh.redaction import hide_all, redact
-from mlx_zh.storage import write_json, write_text
+from mlx_zh.system import console, device
+from mlx_zh.system.locks import Lock, locked
+from mlx_zh.system.redaction import hide_all, redact
+from mlx_zh.system.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.distributed.world import World
@@ -115,7 +115,7 @@ _MEASURED_TOKENS = 256
 
 def write_run_files(recipe: Recipe, loaded: LoadedModel, data: dict[str, Any]) -> None:
     """`recipe.yaml` as resolved, and `manifest.json` with what a number needs to be reproduced."""
-    from mlx_zh.models.hub import commit_of
+    from mlx_zh.system.hub import commit_of
 
     folder = recipe.run_folder()
     write_text(folder / "recipe.yaml", redact(recipe.to_yaml()))

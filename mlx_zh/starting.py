@@ -6,13 +6,14 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_zh import console, stage
+from mlx_zh import stage
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
 from mlx_zh.recipe import Recipe
 from mlx_zh.session import adapter_spec
+from mlx_zh.system import console
 
 
 @dataclass(frozen=True)

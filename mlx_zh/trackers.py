@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from mlx_zh.redaction import hide_all
+from mlx_zh.system.redaction import hide_all
 
 PROJECT = "mlx-zh"
 

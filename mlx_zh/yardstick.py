@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_zh import console, stage
+from mlx_zh import stage
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
 from mlx_zh.errors import DataError, DownloadError, TemplateError
@@ -18,6 +18,7 @@ from mlx_zh.models.load import load_model
 from mlx_zh.models.lora import load_adapter
 from mlx_zh.preparation import prepare_stage
 from mlx_zh.recipe import Recipe
+from mlx_zh.system import console
 
 HELD_OUT_TOKENS = 4096
 _LARGEST_ROW = 1024  # tokens

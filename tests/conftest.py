@@ -203,7 +203,7 @@ def project(
     """An empty folder to be in, with a recipe, data and a tiny model."""
     from project import Project
 
-    from mlx_zh import device
+    from mlx_zh.system import device
 
     cache = tmp_path / "cache"  # what an earlier run prepared must not show
     cache.mkdir()

@@ -15,7 +15,7 @@ from mlx_zh.benchmarks.answers import Answer
 from mlx_zh.benchmarks.csvfile import Question
 from mlx_zh.benchmarks.exam import Exam, Subject
 from mlx_zh.benchmarks.records import Records
-from mlx_zh.storage import write_json, write_text
+from mlx_zh.system.storage import write_json, write_text
 
 RECIPE: dict[str, Any] = {
     "name": "invented",

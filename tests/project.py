@@ -107,7 +107,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """As if the user pressed Ctrl-C while `step` is shown."""
-    from mlx_zh.console import StepBar
+    from mlx_zh.system.console import StepBar
 
     update: Callable[..., None] = StepBar.update
 

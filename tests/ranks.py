@@ -85,7 +85,7 @@ def main(commands: list[list[Any]]) -> None:
 
 def signal_at(step: int, number: signal.Signals) -> None:
     """Send this process a signal after `step`."""
-    from mlx_zh.console import StepBar
+    from mlx_zh.system.console import StepBar
 
     update = StepBar.update
 

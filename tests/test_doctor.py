@@ -17,8 +17,9 @@ import mlx.core as mx
 import pytest
 from project import Project
 
-from mlx_zh import checkup, device, doctor, fitting
+from mlx_zh import checkup, doctor, fitting
 from mlx_zh.planning.machine import measure_machine
+from mlx_zh.system import device
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

@@ -18,7 +18,7 @@ import pytest
 from disks import remount, small_disk
 from project import Project, losses, metrics
 
-from mlx_zh.console import StepBar
+from mlx_zh.system.console import StepBar
 from mlx_zh.training import checkpoints, sft_objective
 from mlx_zh.training.loop import Loop
 
@@ -77,7 +77,7 @@ def test_a_signal_once_and_twice(
 
 def test_ctrl_c_in_the_middle_of_a_print(project: Project, straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that is being written cannot be entered again; the signal counts all the same."""
-    from mlx_zh import console
+    from mlx_zh.system import console
 
     say = console.say
 

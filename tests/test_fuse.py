@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_zh import fuse, storage
+from mlx_zh import fuse
 from mlx_zh.models.load import load_model
 from mlx_zh.models.lora import load_adapter, read_adapter, save_adapter
+from mlx_zh.system import storage
 
 FUSED = Path("runs/tiny/fused")
 TOKENS = mx.array([[3, 40, 41, 7, 200, 90, 12]])

@@ -14,7 +14,7 @@ import fabricated
 import pytest
 import yaml
 
-from mlx_zh import redaction, report
+from mlx_zh import report
 from mlx_zh.benchmarks import report as exam_report
 from mlx_zh.errors import DataError
 from mlx_zh.reporting import plots, svg
@@ -25,7 +25,8 @@ from mlx_zh.reporting.messages import MESSAGES, translated
 from mlx_zh.reporting.page import page
 from mlx_zh.reporting.smoothing import smooth
 from mlx_zh.reporting.ticks import label, ticks
-from mlx_zh.storage import write_json
+from mlx_zh.system import redaction
+from mlx_zh.system.storage import write_json
 
 ROWS = {
     "ceval": ["Average", "Average (hard)", "STEM", "Social Sciences", "Humanities", "Other"],

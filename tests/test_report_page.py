@@ -16,7 +16,7 @@ import yaml
 
 from mlx_zh.reporting.findings import gather
 from mlx_zh.reporting.page import page
-from mlx_zh.storage import write_text
+from mlx_zh.system.storage import write_text
 
 FLAGS = (
     "--headless",

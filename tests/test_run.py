@@ -20,11 +20,11 @@ import yaml
 
 from mlx_zh import run
 from mlx_zh.errors import RecipeError, StorageError
-from mlx_zh.locks import Lock, locked
 from mlx_zh.pipeline import energy, pipeline, process
 from mlx_zh.pipeline import steps as table
 from mlx_zh.pipeline.process import run_stage
 from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.system.locks import Lock, locked
 
 ALL = ["prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]
 STAGES = {"prepare", "eval", "sft", "dpo", "fuse", "report"}

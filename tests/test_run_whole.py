@@ -17,10 +17,10 @@ import pytest
 from project import Project, message
 
 from mlx_zh import run
-from mlx_zh.locks import Lock
 from mlx_zh.pipeline import pipeline
 from mlx_zh.pipeline.steps import steps
 from mlx_zh.recipe import load_recipe
+from mlx_zh.system.locks import Lock
 
 EXAM = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "exam"
 ONLY_SFT = """

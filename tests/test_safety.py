@@ -14,15 +14,15 @@ import pytest
 from project import Project
 
 import mlx_zh
-from mlx_zh import console, redaction
 from mlx_zh.benchmarks import sources
 from mlx_zh.benchmarks.catalog import benchmark
 from mlx_zh.cli import entry
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DownloadError, ModelError, TemplateError
-from mlx_zh.models.hub import commit_of
 from mlx_zh.models.lora import read_adapter
+from mlx_zh.system import console, redaction
+from mlx_zh.system.hub import commit_of
 
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in Path(mlx_zh.__file__).parent.rglob("*.py")}
 TOKEN = "hf_" + "SECRETSECRETSECRET"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_zh.benchmarks.answers import Answer
 from mlx_zh.benchmarks.report import Figures, submission
-from mlx_zh.storage import write_json, write_text
+from mlx_zh.system.storage import write_json, write_text
 
 
 class Records:

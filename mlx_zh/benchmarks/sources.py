@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_zh import device
 from mlx_zh.benchmarks.catalog import NAMES, Benchmark, benchmark
 from mlx_zh.benchmarks.exam import Exam, load_benchmark, load_exam
 from mlx_zh.errors import DataError, DownloadError
-from mlx_zh.models import hub as hubs
-from mlx_zh.storage import storage_errors, sync_folder
+from mlx_zh.system import device
+from mlx_zh.system import hub as hubs
+from mlx_zh.system.storage import storage_errors, sync_folder
 
 # Only these are taken out of an archive, under names made here: nothing can land elsewhere.
 _MEMBER = re.compile(r"(?:^|/)(dev|val|test)/([a-z0-9_]+)\.csv$")

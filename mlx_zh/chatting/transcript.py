@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DataError, MlxZhError, StorageError
-from mlx_zh.storage import write_json
+from mlx_zh.system.storage import write_json
 
 
 class ContextError(MlxZhError):

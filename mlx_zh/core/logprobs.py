@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zh import device
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.errors import ModelError
+from mlx_zh.system import device
 
 # A chunk of float32 logits, in bytes. Chunks wait for one another, and four arrays of this size are alive at a time
 # (measured on the CPU back end).

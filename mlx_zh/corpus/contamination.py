@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mlx_zh.corpus.shingles import Hashes, Letters, Offsets, letters
 from mlx_zh.errors import DataError
-from mlx_zh.storage import written_whole
+from mlx_zh.system.storage import written_whole
 
 _LETTERS = "ABCD"
 _ALONE, _LONG = 12, 20  # letters from which on a stem is looked for by itself, and from which on only so

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from mlx_zh import device
 from mlx_zh.errors import DataError, DownloadError, StorageError
 from mlx_zh.recipe import DataSet
-from mlx_zh.storage import written_whole
+from mlx_zh.system import device
+from mlx_zh.system.storage import written_whole
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)

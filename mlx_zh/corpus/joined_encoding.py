@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.storage import write_text
+from mlx_zh.system.storage import write_text
 
 _CUT = "\ufdd0\ufdd1\ufdd0"  # noncharacters: no text has them
 

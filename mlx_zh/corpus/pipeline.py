@@ -31,8 +31,8 @@ from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
 from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, MlxZhError
-from mlx_zh.fingerprints import Fingerprints, digest
-from mlx_zh.storage import storage_errors, sync_folder, write_json, written_whole
+from mlx_zh.system.digests import Fingerprints, digest
+from mlx_zh.system.storage import storage_errors, sync_folder, write_json, written_whole
 
 VERSION = 2  # part of the key; raise it when the same input would give another corpus
 _LARGE = 32 << 20  # bytes of data files from which on sources are scanned in processes of their own

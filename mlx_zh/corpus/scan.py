@@ -28,7 +28,7 @@ from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
-from mlx_zh.storage import storage_errors, write_json, written_whole
+from mlx_zh.system.storage import storage_errors, write_json, written_whole
 
 PART = 4096  # rows of one spool file
 _BATCH = 512  # rows whose n-grams are made at once

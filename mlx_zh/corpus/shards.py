@@ -25,7 +25,7 @@ from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import PART, Scan
 from mlx_zh.corpus.sources import Item
-from mlx_zh.storage import write_json, written_whole
+from mlx_zh.system.storage import write_json, written_whole
 
 ROWS = 16384  # chosen rows of a file
 _BATCH = 512  # rows rendered by one thread at a time

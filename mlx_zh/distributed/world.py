@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh import console
 from mlx_zh.distributed import launching
 from mlx_zh.distributed.heartbeat import PATIENCE, Door, Heartbeat, knock
 from mlx_zh.errors import DistributedError, MlxZhError
+from mlx_zh.system import console
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import device
 from mlx_zh.errors import ModelError
-from mlx_zh.models import folder, gguf, gguf_model, gguf_tokenizer, hub, wheel
+from mlx_zh.models import folder, gguf, gguf_model, gguf_tokenizer, wheel
 from mlx_zh.models.build import DTYPES, build_model
+from mlx_zh.system import device, hub
 
 if TYPE_CHECKING:
     import mlx.core as mx

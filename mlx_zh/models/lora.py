@@ -19,7 +19,7 @@ from mlx_lm.tuner import dora, lora
 
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.folder import read_table
-from mlx_zh.storage import write_arrays, write_json
+from mlx_zh.system.storage import write_arrays, write_json
 
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"

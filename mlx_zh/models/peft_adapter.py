@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.folder import read_table
 from mlx_zh.models.lora import AdapterSpec
-from mlx_zh.storage import write_arrays, write_json
+from mlx_zh.system.storage import write_arrays, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

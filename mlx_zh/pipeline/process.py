@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from mlx_zh.locks import Lock
+from mlx_zh.system.locks import Lock
 
 
 def run_stage(stage: str, arguments: Sequence[str], lock: Lock) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_zh.pipeline.steps import PREPARED, Step
 from mlx_zh.recipe import Recipe
-from mlx_zh.storage import write_json
+from mlx_zh.system.storage import write_json
 
 _LARGE = 64 * 2**20  # bytes: beyond, size and time stand for the content, or a look would take minutes
 _OWN = "pipeline.json"

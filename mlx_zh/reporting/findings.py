@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from mlx_zh.redaction import hide, hide_all
 from mlx_zh.reporting import exams
 from mlx_zh.reporting.exams import ExamResult
 from mlx_zh.reporting.messages import Text, named, say, translated
+from mlx_zh.system.redaction import hide, hide_all
 
 Figures = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.reporting.charts import Curves, Dots, Series, all_curves, exam_charts
 from mlx_zh.reporting.findings import Findings
 from mlx_zh.reporting.messages import Text, say
-from mlx_zh.storage import written_whole
+from mlx_zh.system.storage import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import StorageError
-from mlx_zh.storage import digest, storage_errors, sync_folder, write_arrays, write_json
+from mlx_zh.system.storage import digest, storage_errors, sync_folder, write_arrays, write_json
 from mlx_zh.training.optimizer import Arrays
 
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.storage import storage_errors, sync
+from mlx_zh.system.storage import storage_errors, sync
 
 
 class MetricsLog:

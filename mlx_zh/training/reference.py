@@ -25,7 +25,7 @@ from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import ModelError
 from mlx_zh.models.lora import AdapterSpec
-from mlx_zh.storage import storage_errors, sync
+from mlx_zh.system.storage import storage_errors, sync
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
 from mlx_zh.training.step import OutOfMemory, out_of_memory

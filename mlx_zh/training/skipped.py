@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import TrainingError
-from mlx_zh.storage import write_text
+from mlx_zh.system.storage import write_text
 from mlx_zh.training.metrics import MetricsLog
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_zh import device
 from mlx_zh.distributed.world import ALONE, World
+from mlx_zh.system import device
 from mlx_zh.training.objective import Objective, Row, Sums
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
 

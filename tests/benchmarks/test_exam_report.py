@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from mlx_zh import console
 from mlx_zh.benchmarks import report, tables
 from mlx_zh.benchmarks.answers import Answer
 from mlx_zh.benchmarks.catalog import Entry, Row
 from mlx_zh.benchmarks.csvfile import LETTERS, Question
 from mlx_zh.benchmarks.exam import Exam, Subject
 from mlx_zh.benchmarks.statistics import compare
+from mlx_zh.system import console
 
 ROWS = (
     Row("Average"),

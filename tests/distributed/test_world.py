@@ -20,11 +20,12 @@ import ranks
 import yaml
 from project import VARYING, message
 
-from mlx_zh import device, eval, sft
+from mlx_zh import eval, sft
 from mlx_zh.distributed import heartbeat
 from mlx_zh.distributed.heartbeat import Door, Heartbeat, knock
 from mlx_zh.distributed.world import World
 from mlx_zh.models.lora import read_adapter
+from mlx_zh.system import device
 
 VARYING_HERE = VARYING | {"ranks", "communication_share", "waiting_share"}
 # An epoch is 13 examples in steps of 4, so that its last step has one, and no share for most ranks.

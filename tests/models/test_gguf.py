@@ -76,7 +76,7 @@ def test_quantized_weights_stay_quantized(tmp_path: Path, arch: str, monkeypatch
     reference.load_weights([(n, mx.array(a)) for n, a in tiny.rounded(original, "Q4_0", kinds).items()])
     np.testing.assert_allclose(tiny.logits(loaded.model), tiny.logits(reference), atol=2e-4)
 
-    monkeypatch.setattr("mlx_zh.device.is_cpu", lambda: False)
+    monkeypatch.setattr("mlx_zh.system.device.is_cpu", lambda: False)
     on_gpu = load_model(str(path))
     assert on_gpu.model.model.layers[0].mlp.up_proj.scales.dtype == mx.bfloat16
     assert on_gpu.model.model.norm.weight.dtype == mx.bfloat16  # float32 here would widen every activation

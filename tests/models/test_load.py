@@ -78,7 +78,7 @@ def test_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dtypes() == {mx.float32}
     assert dtypes(dtype="float16") == {mx.float16}
     assert dtypes(dtype="bfloat16") == {mx.bfloat16}
-    monkeypatch.setattr("mlx_zh.device.is_cpu", lambda: False)
+    monkeypatch.setattr("mlx_zh.system.device.is_cpu", lambda: False)
     assert dtypes() == {mx.bfloat16}  # as stored
     with pytest.raises(ModelError, match="'fp8' is not known"):
         load_model(path, dtype="fp8")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from preferences import own_sums, pair, pairs, reference_of
 
-from mlx_zh import device
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.errors import ModelError, StorageError
 from mlx_zh.models.lora import AdapterSpec, add_adapter, remove_adapter, trainable
+from mlx_zh.system import device
 from mlx_zh.training import reference as module
 from mlx_zh.training.pairs import tree_tokens
 from mlx_zh.training.reference import Reference, ReferenceStore, forward_tokens, model_key, pair_digest

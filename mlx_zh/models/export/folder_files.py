@@ -15,7 +15,7 @@ from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
 from mlx_zh.models.export.safetensors_file import Entry, write_shards
 from mlx_zh.models.export.source import Source
 from mlx_zh.models.folder import read_json
-from mlx_zh.storage import write_json
+from mlx_zh.system.storage import write_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",

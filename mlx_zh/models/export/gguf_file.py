@@ -18,7 +18,7 @@ from mlx_zh.errors import ModelError
 from mlx_zh.models.export.gguf_vocabulary import vocabulary
 from mlx_zh.models.export.merge import Fusion, Survival, survival
 from mlx_zh.models.gguf_model import ROPE_FACTORS, gguf_name, llama3_divisors, permute
-from mlx_zh.storage import storage_errors
+from mlx_zh.system.storage import storage_errors
 
 TYPES = ("f16", "q8_0")
 _BLOCK = 32

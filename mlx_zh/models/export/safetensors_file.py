@@ -15,7 +15,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_zh.storage import write_json, written_whole
+from mlx_zh.system.storage import write_json, written_whole
 
 INDEX = "model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ import pytest
 from disks import remount, small_disk
 
 from mlx_zh.errors import StorageError
-from mlx_zh.storage import digest, storage_errors, write_arrays, write_json, write_text, written_whole
+from mlx_zh.system.storage import digest, storage_errors, write_arrays, write_json, write_text, written_whole
 
 WRITERS = {
     "text": lambda path: write_text(path, "好" * 100_000),

@@ -17,7 +17,7 @@ import pytest
 import tiny_models as tiny
 
 from mlx_zh.errors import DownloadError, ModelError, StorageError
-from mlx_zh.models import hub
+from mlx_zh.system import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mlx_zh import device
 from mlx_zh.errors import StorageError
+from mlx_zh.system import device
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -11,7 +11,7 @@ from typing import Any
 
 from wcwidth import wcswidth
 
-from mlx_zh.redaction import printable, redact
+from mlx_zh.system.redaction import printable, redact
 
 
 def say(text: str = "") -> None:

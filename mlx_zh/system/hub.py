@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_zh import device
 from mlx_zh.errors import DownloadError, ModelError, StorageError
-from mlx_zh.fingerprints import Fingerprints
+from mlx_zh.system import device
+from mlx_zh.system.digests import Fingerprints
 
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 

@@ -18,14 +18,15 @@ from types import SimpleNamespace
 import pytest
 from project import Project, contents
 
-from mlx_zh import eval, fuse, locks, prepare
+from mlx_zh import eval, fuse, prepare
 from mlx_zh.errors import StorageError
-from mlx_zh.locks import locked
+from mlx_zh.system import locks
+from mlx_zh.system.locks import locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mlx_zh.locks import locked
+from mlx_zh.system.locks import locked
 with locked(Path("runs/tiny"), "sft") as lock:
     if sys.argv[1:]:
         import subprocess

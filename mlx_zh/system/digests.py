@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.errors import DataError
-from mlx_zh.storage import write_json
+from mlx_zh.system.storage import write_json
 
 _FRESH = 2.0  # seconds; a file changed this recently may change again within its time stamp
 

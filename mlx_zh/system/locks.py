@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_zh.errors import StorageError
-from mlx_zh.storage import storage_errors
+from mlx_zh.system.storage import storage_errors
 
 _NAME = ".lock"
 _INHERITED = "MLX_ZH_LOCK"  # in the environment of a stage: the descriptor that it shares with its pipeline

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_zh import device
+from mlx_zh.system import device
 
 FAKE = """#!/bin/sh
 echo "$@" > {told}
