@@ -10,10 +10,10 @@ from mlx_zh import stage
 from mlx_zh.distributed import launching
 
 if TYPE_CHECKING:
-    from mlx_zh.benchmarks.exam import Exam
-    from mlx_zh.benchmarks.protocols import Protocol
     from mlx_zh.distributed.world import World
     from mlx_zh.examination import Examination
+    from mlx_zh.exams.exam import Exam
+    from mlx_zh.exams.protocols import Protocol
     from mlx_zh.recipe import Recipe
 
 
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
-    from mlx_zh.benchmarks.protocols import protocols
     from mlx_zh.candidates import Candidates
     from mlx_zh.examination import Examination
+    from mlx_zh.exams.protocols import protocols
     from mlx_zh.system import console
 
     protocol = protocols()[recipe.evaluate.protocol]
@@ -77,8 +77,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _exams(recipe: Recipe, shots: int) -> list[Exam]:
-    from mlx_zh.benchmarks.sources import open_exam
     from mlx_zh.errors import RecipeError
+    from mlx_zh.exams.sources import open_exam
 
     settings = recipe.evaluate
     if not settings.benchmarks:
@@ -102,7 +102,7 @@ def _exams(recipe: Recipe, shots: int) -> list[Exam]:
 
 def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
     """Print one exam's tables, and where the files are."""
-    from mlx_zh.benchmarks import tables
+    from mlx_zh.exams import tables
     from mlx_zh.system import console
 
     stages = examination.side_by_side(exam)

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh import stage
-from mlx_zh.benchmarks import answers as asking
-from mlx_zh.benchmarks import report, statistics
-from mlx_zh.benchmarks.prompts import Prompter
-from mlx_zh.benchmarks.records import Records
 from mlx_zh.candidates import NAMES
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
+from mlx_zh.exams import answers as asking
+from mlx_zh.exams import report, statistics
+from mlx_zh.exams.prompts import Prompter
+from mlx_zh.exams.records import Records
 from mlx_zh.system import console
 
 if TYPE_CHECKING:
-    from mlx_zh.benchmarks.answers import Answer, Examinee
-    from mlx_zh.benchmarks.exam import Exam, Subject
-    from mlx_zh.benchmarks.protocols import Protocol
     from mlx_zh.candidates import Candidates
     from mlx_zh.distributed.world import World
+    from mlx_zh.exams.answers import Answer, Examinee
+    from mlx_zh.exams.exam import Exam, Subject
+    from mlx_zh.exams.protocols import Protocol
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_zh.benchmarks import catalog, report, statistics
-from mlx_zh.benchmarks.answers import Answer
-from mlx_zh.benchmarks.csvfile import Question
-from mlx_zh.benchmarks.exam import Exam, Subject
-from mlx_zh.benchmarks.records import Records
+from mlx_zh.exams import catalog, report, statistics
+from mlx_zh.exams.answers import Answer
+from mlx_zh.exams.csvfile import Question
+from mlx_zh.exams.exam import Exam, Subject
+from mlx_zh.exams.records import Records
 from mlx_zh.system.storage import write_json, write_text
 
 RECIPE: dict[str, Any] = {

@@ -13,9 +13,9 @@ import pytest
 from project import Project
 
 from mlx_zh import candidates, eval
-from mlx_zh.benchmarks import answers as asking
-from mlx_zh.benchmarks.records import Records
 from mlx_zh.cli import entry
+from mlx_zh.exams import answers as asking
+from mlx_zh.exams.records import Records
 from mlx_zh.models.load import load_model
 from mlx_zh.models.lora import AdapterSpec, add_adapter, save_adapter, trainable
 from mlx_zh.recipe import load_recipe

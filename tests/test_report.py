@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from mlx_zh import report
-from mlx_zh.benchmarks import report as exam_report
 from mlx_zh.errors import DataError
+from mlx_zh.exams import report as exam_report
 from mlx_zh.reporting import plots, svg
 from mlx_zh.reporting.findings import Findings, gather
 from mlx_zh.reporting.markdown import markdown

@@ -14,12 +14,12 @@ import pytest
 from project import Project
 
 import mlx_zh
-from mlx_zh.benchmarks import sources
-from mlx_zh.benchmarks.catalog import benchmark
 from mlx_zh.cli import entry
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DownloadError, ModelError, TemplateError
+from mlx_zh.exams import sources
+from mlx_zh.exams.catalog import benchmark
 from mlx_zh.models.lora import read_adapter
 from mlx_zh.system import console, redaction
 from mlx_zh.system.hub import commit_of

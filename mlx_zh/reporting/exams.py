@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_zh.benchmarks import statistics
+from mlx_zh.exams import statistics
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}

@@ -8,9 +8,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.benchmarks.prompts import Ids, Letters, Prompt
 from mlx_zh.core.logprobs import Prefix, hidden_states, output_head, prefill, sum_by_owner, token_logprobs
 from mlx_zh.core.packing import RowBuilder, plan_rows
+from mlx_zh.exams.prompts import Ids, Letters, Prompt
 
 Report = Callable[[int], None]  # called with the number of questions just scored
 

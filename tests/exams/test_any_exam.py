@@ -6,8 +6,8 @@ import hypothesis
 import strategies
 from hypothesis import strategies as st
 
-from mlx_zh.benchmarks.csvfile import read_questions
-from mlx_zh.benchmarks.exam import load_exam
+from mlx_zh.exams.csvfile import read_questions
+from mlx_zh.exams.exam import load_exam
 
 CSV = 'id,question,A,B,C,D,answer\n0,"谁""?",甲,乙,丙,丁,A\n1,几个？,一,二,三,四,B\n'.encode()
 cells = st.lists(

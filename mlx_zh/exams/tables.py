@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from mlx_zh.benchmarks.csvfile import LETTERS
-from mlx_zh.benchmarks.report import Figures
-from mlx_zh.benchmarks.statistics import NOISE, Comparison
+from mlx_zh.exams.csvfile import LETTERS
+from mlx_zh.exams.report import Figures
+from mlx_zh.exams.statistics import NOISE, Comparison
 
 
 def results(stages: Mapping[str, Figures]) -> list[list[str]]:

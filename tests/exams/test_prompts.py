@@ -8,13 +8,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_zh.benchmarks.catalog import Entry, Row
-from mlx_zh.benchmarks.csvfile import Question
-from mlx_zh.benchmarks.exam import Exam, Subject
-from mlx_zh.benchmarks.prompts import Prompter
-from mlx_zh.benchmarks.protocols import protocols
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import TemplateError
+from mlx_zh.exams.catalog import Entry, Row
+from mlx_zh.exams.csvfile import Question
+from mlx_zh.exams.exam import Exam, Subject
+from mlx_zh.exams.prompts import Prompter
+from mlx_zh.exams.protocols import protocols
 
 SHORT = Question("0", "甲", ("1", "2", "3", "4"), "A")
 LONG = Question("1", "乙" * 40, ("1", "2", "3", "4"), "B")

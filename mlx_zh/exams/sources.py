@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_zh.benchmarks.catalog import NAMES, Benchmark, benchmark
-from mlx_zh.benchmarks.exam import Exam, load_benchmark, load_exam
 from mlx_zh.errors import DataError, DownloadError
+from mlx_zh.exams.catalog import NAMES, Benchmark, benchmark
+from mlx_zh.exams.exam import Exam, load_benchmark, load_exam
 from mlx_zh.system import device
 from mlx_zh.system import hub as hubs
 from mlx_zh.system.storage import storage_errors, sync_folder

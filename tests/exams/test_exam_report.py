@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from mlx_zh.benchmarks import report, tables
-from mlx_zh.benchmarks.answers import Answer
-from mlx_zh.benchmarks.catalog import Entry, Row
-from mlx_zh.benchmarks.csvfile import LETTERS, Question
-from mlx_zh.benchmarks.exam import Exam, Subject
-from mlx_zh.benchmarks.statistics import compare
+from mlx_zh.exams import report, tables
+from mlx_zh.exams.answers import Answer
+from mlx_zh.exams.catalog import Entry, Row
+from mlx_zh.exams.csvfile import LETTERS, Question
+from mlx_zh.exams.exam import Exam, Subject
+from mlx_zh.exams.statistics import compare
 from mlx_zh.system import console
 
 ROWS = (

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_zh.benchmarks import statistics
-from mlx_zh.benchmarks.answers import Answer
-from mlx_zh.benchmarks.csvfile import LETTERS
-from mlx_zh.benchmarks.exam import Exam
-from mlx_zh.benchmarks.statistics import Booleans
+from mlx_zh.exams import statistics
+from mlx_zh.exams.answers import Answer
+from mlx_zh.exams.csvfile import LETTERS
+from mlx_zh.exams.exam import Exam
+from mlx_zh.exams.statistics import Booleans
 
 ONE_LETTER = 0.6  # more of one letter than this looks like a habit, not an answer
 MASS = 0.5  # less probability than this on the letters: the model does not mean to answer with one

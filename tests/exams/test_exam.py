@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_zh.benchmarks.catalog import benchmark
-from mlx_zh.benchmarks.csvfile import Question, read_questions
-from mlx_zh.benchmarks.exam import load_benchmark, load_exam
 from mlx_zh.errors import DataError
+from mlx_zh.exams.catalog import benchmark
+from mlx_zh.exams.csvfile import Question, read_questions
+from mlx_zh.exams.exam import load_benchmark, load_exam
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "data" / "quickstart" / "exam"
 HEADER = "id,question,A,B,C,D,answer\n"

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_zh.benchmarks.answers import Answer
-from mlx_zh.benchmarks.report import Figures, submission
+from mlx_zh.exams.answers import Answer
+from mlx_zh.exams.report import Figures, submission
 from mlx_zh.system.storage import write_json, write_text
 
 

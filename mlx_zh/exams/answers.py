@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_zh.benchmarks.csvfile import LETTERS
-from mlx_zh.benchmarks.exam import Exam, Subject
-from mlx_zh.benchmarks.prompts import Prompt, Prompter
-from mlx_zh.benchmarks.protocols import Protocol
-from mlx_zh.benchmarks.scorer import Report, letter_logprobs
+from mlx_zh.exams.csvfile import LETTERS
+from mlx_zh.exams.exam import Exam, Subject
+from mlx_zh.exams.prompts import Prompt, Prompter
+from mlx_zh.exams.protocols import Protocol
+from mlx_zh.exams.scorer import Report, letter_logprobs
 from mlx_zh.models.generate import GenerationSession, Sampling
 
 VERSION = 1  # raise it when the same prompts would give other answers

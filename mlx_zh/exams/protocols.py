@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from mlx_zh.benchmarks.csvfile import LETTERS, Question
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.exams.csvfile import LETTERS, Question
 
 
 @dataclass(frozen=True, slots=True)

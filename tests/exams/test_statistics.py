@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_zh.benchmarks import statistics
+from mlx_zh.exams import statistics
 
 
 def rights(text: str) -> np.ndarray:

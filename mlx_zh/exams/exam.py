@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.benchmarks.catalog import Benchmark, Entry, Row
-from mlx_zh.benchmarks.csvfile import Question, read_questions
 from mlx_zh.errors import DataError
+from mlx_zh.exams.catalog import Benchmark, Entry, Row
+from mlx_zh.exams.csvfile import Question, read_questions
 
 _SHOWN = 20  # problems listed in one error
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_zh.benchmarks import sources
-from mlx_zh.benchmarks.catalog import benchmark
 from mlx_zh.errors import DataError, DownloadError
+from mlx_zh.exams import sources
+from mlx_zh.exams.catalog import benchmark
 
 CEVAL, CMMLU = benchmark("ceval"), benchmark("cmmlu")
 HEADER = "id,question,A,B,C,D,answer\n"

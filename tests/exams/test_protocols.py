@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 
-from mlx_zh.benchmarks.csvfile import Question
-from mlx_zh.benchmarks.protocols import protocols
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.exams.csvfile import Question
+from mlx_zh.exams.protocols import protocols
 from mlx_zh.recipe import Evaluate
 
 SHOTS = (

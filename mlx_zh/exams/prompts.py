@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.benchmarks.csvfile import LETTERS, Question
-from mlx_zh.benchmarks.exam import Exam, Subject
-from mlx_zh.benchmarks.protocols import Protocol
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import TemplateError
+from mlx_zh.exams.csvfile import LETTERS, Question
+from mlx_zh.exams.exam import Exam, Subject
+from mlx_zh.exams.protocols import Protocol
 
 Ids = npt.NDArray[np.int32]
 Letters = tuple[tuple[int, ...], ...]  # token ids of A, B, C and D as they would follow

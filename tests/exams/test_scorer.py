@@ -11,12 +11,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_zh.benchmarks.exam import load_exam
-from mlx_zh.benchmarks.prompts import Prompt, Prompter
-from mlx_zh.benchmarks.protocols import protocols
-from mlx_zh.benchmarks.scorer import common_prefix, letter_logprobs
 from mlx_zh.core.logprobs import hidden_states, prefill
 from mlx_zh.core.packing import RowBuilder
+from mlx_zh.exams.exam import load_exam
+from mlx_zh.exams.prompts import Prompt, Prompter
+from mlx_zh.exams.protocols import protocols
+from mlx_zh.exams.scorer import common_prefix, letter_logprobs
 from mlx_zh.models.lora import AdapterSpec, add_adapter, trainable
 
 LETTERS = ((17,), (23,), (29,), (31,))
