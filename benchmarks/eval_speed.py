@@ -22,12 +22,12 @@ from lm_eval.api.instance import Instance
 from mlx_lm import evaluate as peer
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_zh.exams.archives import open_exam
 from mlx_zh.exams.csvfile import LETTERS
 from mlx_zh.exams.exam import Exam, Subject
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.exams.scorer import letter_logprobs
-from mlx_zh.exams.sources import open_exam
 from mlx_zh.models.load import LoadedModel
 
 PROTOCOL = protocols()["lm-eval"]

@@ -36,12 +36,12 @@ from lm_eval.models.huggingface import HFLM
 from mlx.utils import tree_flatten
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mlx_zh.exams.archives import open_exam
 from mlx_zh.exams.csvfile import LETTERS
 from mlx_zh.exams.exam import Exam
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.exams.scorer import letter_logprobs
-from mlx_zh.exams.sources import open_exam
 from mlx_zh.models.load import BUILT_IN, LoadedModel, load_model
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"

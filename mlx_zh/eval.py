@@ -78,7 +78,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _exams(recipe: Recipe, shots: int) -> list[Exam]:
     from mlx_zh.errors import RecipeError
-    from mlx_zh.exams.sources import open_exam
+    from mlx_zh.exams.archives import open_exam
 
     settings = recipe.evaluate
     if not settings.benchmarks:

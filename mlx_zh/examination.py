@@ -13,7 +13,7 @@ from mlx_zh.candidates import NAMES
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
 from mlx_zh.exams import answers as asking
-from mlx_zh.exams import report, statistics
+from mlx_zh.exams import figures, statistics
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.records import Records
 from mlx_zh.system import console
@@ -87,7 +87,7 @@ class Examination:
                     report(len(answers))
                 yield subjects[index], [asking.Answer.of(fields) for fields in answers]
 
-    def side_by_side(self, exam: Exam) -> dict[str, report.Figures]:
+    def side_by_side(self, exam: Exam) -> dict[str, figures.Figures]:
         """Figures by stage, in the order of a run; stages that answered the same exam earlier are there too."""
         for name in NAMES:
             if (exam.key, name) not in self._known:
@@ -96,7 +96,7 @@ class Examination:
 
     def compare(self, exam: Exam, before: str, after: str) -> statistics.Comparison:
         """One stage against another on the same questions."""
-        first, second = (report.by_subject(self._known[exam.key, name][1]) for name in (before, after))
+        first, second = (figures.by_subject(self._known[exam.key, name][1]) for name in (before, after))
         return statistics.compare(first, second, self._recipe.evaluate.bootstrap, self._recipe.seed)
 
     def write(self, exam: Exam) -> list[Path]:
@@ -110,11 +110,11 @@ class Examination:
             paths += Records(self._folder, name, exam.key).finish(answers, found, labelled=exam.labelled)
         return paths
 
-    def _figures(self, exam: Exam, name: str) -> report.Figures:
+    def _figures(self, exam: Exam, name: str) -> figures.Figures:
         about, answers = self._known[exam.key, name]
         head = {"benchmark": exam.title, "split": exam.split, "stage": name, "about": about}
         samples = self._recipe.evaluate.bootstrap
-        return head | report.figures(exam, answers, samples=samples, seed=self._recipe.seed)
+        return head | figures.figures(exam, answers, samples=samples, seed=self._recipe.seed)
 
     def _recall(self, exam: Exam, name: str) -> None:
         """Take a finished stage's answers if they are to the same questions, asked in the same way."""

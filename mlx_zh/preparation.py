@@ -14,8 +14,8 @@ from mlx_zh.corpus.registry import Registry, find, load_registry
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, DownloadError
+from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
-from mlx_zh.exams.sources import benchmark_folder
 from mlx_zh.recipe import DataSet, Recipe, Source
 from mlx_zh.system import console, device
 from mlx_zh.system.storage import write_json

@@ -16,7 +16,7 @@ import yaml
 
 from mlx_zh import report
 from mlx_zh.errors import DataError
-from mlx_zh.exams import report as exam_report
+from mlx_zh.exams import figures as exam_report
 from mlx_zh.reporting import plots, svg
 from mlx_zh.reporting.findings import Findings, gather
 from mlx_zh.reporting.markdown import markdown

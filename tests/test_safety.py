@@ -18,7 +18,7 @@ from mlx_zh.cli import entry
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DownloadError, ModelError, TemplateError
-from mlx_zh.exams import sources
+from mlx_zh.exams import archives
 from mlx_zh.exams.catalog import benchmark
 from mlx_zh.models.lora import read_adapter
 from mlx_zh.system import console, redaction
@@ -172,16 +172,16 @@ def test_a_link_in_an_archive_becomes_no_link(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (tmp_path / "victim").write_text("kept")
-    sources._extract(archive(tmp_path / "a.zip", [(link, str(tmp_path / "victim").encode())]), folder)
+    archives._extract(archive(tmp_path / "a.zip", [(link, str(tmp_path / "victim").encode())]), folder)
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     assert (tmp_path / "victim").read_text() == "kept"
 
 
 def test_an_archive_of_a_hundred_thousand_files_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MOST_FILES", 20)
+    monkeypatch.setattr(archives, "_MOST_FILES", 20)
     packed = archive(tmp_path / "a.zip", [(f"val/a{number}_val.csv", b"") for number in range(21)])
     with pytest.raises(DownloadError, match="more files than the benchmark"):
-        sources.unpack(CEVAL, packed, tmp_path / "cache")
+        archives.unpack(CEVAL, packed, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_zh.exams.answers import Answer
-from mlx_zh.exams.report import Figures, submission
+from mlx_zh.exams.figures import Figures, submission
 from mlx_zh.system.storage import write_json, write_text
 
 

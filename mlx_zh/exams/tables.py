@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from mlx_zh.exams.csvfile import LETTERS
-from mlx_zh.exams.report import Figures
+from mlx_zh.exams.figures import Figures
 from mlx_zh.exams.statistics import NOISE, Comparison
 
 

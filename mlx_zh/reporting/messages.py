@@ -218,7 +218,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
     "hidden": ("（已隐藏）", "(hidden)"),
 }
 
-# Sentences of `mlx_zh.exams.report.tripwires` and their Chinese.
+# Sentences of `mlx_zh.exams.figures.tripwires` and their Chinese.
 SENTENCES: tuple[tuple[str, str], ...] = (
     (r"accuracy (\S+) is what guessing gives \((\S+) to (\S+)\)\.", "准确率 {0}，与随机猜测（{1} 到 {2}）无异。"),
     (r"accuracy (\S+) is less than guessing gives \((\S+) to (\S+)\)\.", "准确率 {0}，低于随机猜测（{1} 到 {2}）。"),

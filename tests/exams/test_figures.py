@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mlx_zh.exams import report, tables
+from mlx_zh.exams import figures, tables
 from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.catalog import Entry, Row
 from mlx_zh.exams.csvfile import LETTERS, Question
@@ -66,8 +66,8 @@ def answers(
     return found
 
 
-def figures(asked: Exam, given: list[Answer]) -> report.Figures:
-    return report.figures(asked, given, samples=500, seed=0)
+def figures(asked: Exam, given: list[Answer]) -> figures.Figures:
+    return figures.figures(asked, given, samples=500, seed=0)
 
 
 def test_rows_are_macro_with_micro_beside():
@@ -140,7 +140,7 @@ def test_unlabelled_answers_have_no_accuracy_and_make_a_submission():
     found = figures(asked, given)
     assert "rows" not in found and found["letters"]["predicted"]["D"] == 3
     # hkust-nlp/ceval, submission_example.json: subject -> id as text -> letter.
-    assert report.submission(given) == {"maths": {"0": "D", "1": "D"}, "cooking": {"0": "D"}}
+    assert figures.submission(given) == {"maths": {"0": "D", "1": "D"}, "cooking": {"0": "D"}}
 
 
 def test_answers_survive_json():
@@ -163,7 +163,7 @@ def test_tables_side_by_side():
     assert shown[0].split()[:5] == ["letters", "A", "B", "C", "D"] and shown[3].split() == ["truth", *"2222"]
     assert shown[4].split()[:4] == ["always", "it", "25.0%", "25.0%"]
 
-    found = compare(report.by_subject(before), report.by_subject(after), 200, seed=0)
+    found = compare(figures.by_subject(before), figures.by_subject(after), 200, seed=0)
     sentence = tables.verdict("base", "sft", found)
     assert sentence.startswith("sft against base: +12.50 points [")
     assert sentence.endswith("1 questions won, 0 lost, McNemar p = 1.000: within noise")
@@ -171,7 +171,7 @@ def test_tables_side_by_side():
 
 def test_a_real_difference_is_called_one():
     asked = exam({"maths": 100})
-    before, after = report.by_subject(answers(asked, {"maths": 30})), report.by_subject(answers(asked))
+    before, after = figures.by_subject(answers(asked, {"maths": 30})), figures.by_subject(answers(asked))
     better = tables.verdict("base", "dpo", compare(before, after, 100, seed=0))
     assert better.endswith("70 questions won, 0 lost, McNemar p < 0.001: better")
     assert tables.verdict("base", "dpo", compare(after, before, 100, seed=0)).endswith("p < 0.001: worse")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_zh.errors import DataError, DownloadError
-from mlx_zh.exams import sources
+from mlx_zh.exams import archives
 from mlx_zh.exams.catalog import benchmark
 
 CEVAL, CMMLU = benchmark("ceval"), benchmark("cmmlu")
@@ -51,17 +51,17 @@ def left(cache: Path) -> list[str]:
 
 def test_an_archive_is_unpacked_once(archive: Callable[..., Path], tmp_path: Path):
     packed = archive(ceval_files() | {"README.md": "no CSV", "ceval-exam/notes.csv": "no split"})
-    folder = sources.unpack(CEVAL, packed, tmp_path / "cache")
+    folder = archives.unpack(CEVAL, packed, tmp_path / "cache")
     assert left(tmp_path / "cache") == [folder.name]
     assert len(list(folder.rglob("*.csv"))) == 3 * 52
     before = folder.stat().st_mtime_ns
-    assert sources.unpack(CEVAL, packed, tmp_path / "cache") == folder
+    assert archives.unpack(CEVAL, packed, tmp_path / "cache") == folder
     assert folder.stat().st_mtime_ns == before
 
 
 def test_names_from_the_archive_cannot_lead_out(archive: Callable[..., Path], tmp_path: Path):
     evil = {"../../outside/val/evil.csv": "x", "/val/absolute.csv": "y", "val/../../up.csv": "z"}
-    folder = sources.unpack(CEVAL, archive(ceval_files() | evil), tmp_path / "cache")
+    folder = archives.unpack(CEVAL, archive(ceval_files() | evil), tmp_path / "cache")
     assert not (tmp_path / "outside").exists() and not (tmp_path / "up.csv").exists()
     assert {path.parent.name for path in folder.rglob("*.csv")} == {"dev", "val", "test"}
 
@@ -69,10 +69,10 @@ def test_names_from_the_archive_cannot_lead_out(archive: Callable[..., Path], tm
 def test_a_bomb_is_not_unpacked(archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     packed = archive(ceval_files() | {"val/bomb.csv": b"0" * (9 * 2**20)})
     with pytest.raises(DownloadError, match=r"val/bomb.csv is larger than any file"):
-        sources.unpack(CEVAL, packed, tmp_path / "cache")
-    monkeypatch.setattr(sources, "_LARGEST_ARCHIVE", 4000)
+        archives.unpack(CEVAL, packed, tmp_path / "cache")
+    monkeypatch.setattr(archives, "_LARGEST_ARCHIVE", 4000)
     with pytest.raises(DownloadError, match="is larger than"):
-        sources.unpack(CEVAL, archive(ceval_files()), tmp_path / "cache")
+        archives.unpack(CEVAL, archive(ceval_files()), tmp_path / "cache")
     assert left(tmp_path / "cache") == []
 
 
@@ -82,10 +82,10 @@ def test_an_interrupted_download_leaves_nothing(archive: Callable[..., Path], tm
     whole = packed.read_bytes()
     packed.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(DownloadError, match=r"ceval-exam.zip is damaged or incomplete .*Delete it and run"):
-        sources.unpack(CEVAL, packed, tmp_path / "cache")
+        archives.unpack(CEVAL, packed, tmp_path / "cache")
     assert left(tmp_path / "cache") == []
     packed.write_bytes(whole)
-    assert sources.unpack(CEVAL, packed, tmp_path / "cache").is_dir()
+    assert archives.unpack(CEVAL, packed, tmp_path / "cache").is_dir()
 
 
 def test_a_flipped_byte_is_noticed(archive: Callable[..., Path], tmp_path: Path):
@@ -94,19 +94,19 @@ def test_a_flipped_byte_is_noticed(archive: Callable[..., Path], tmp_path: Path)
     data[200] ^= 0xFF
     packed.write_bytes(data)
     with pytest.raises(DownloadError, match="damaged or incomplete"):
-        sources.unpack(CEVAL, packed, tmp_path / "cache")
+        archives.unpack(CEVAL, packed, tmp_path / "cache")
     assert left(tmp_path / "cache") == []
 
 
 def test_another_archive_is_refused(archive: Callable[..., Path], tmp_path: Path):
     files = {name: text for name, text in ceval_files().items() if "law" not in name}
     with pytest.raises(DownloadError, match=r"is not C-Eval's archive: it lacks dev/law, val/law, test/law\."):
-        sources.unpack(CEVAL, archive(files), tmp_path / "cache")
+        archives.unpack(CEVAL, archive(files), tmp_path / "cache")
 
 
 def open_ceval(**changes: object):
     options = {"folders": {}, "hub": "huggingface", "split": None, "shots": 5, "limit": None}
-    return sources.open_exam("ceval", **(options | changes))  # type: ignore[arg-type]
+    return archives.open_exam("ceval", **(options | changes))  # type: ignore[arg-type]
 
 
 def test_from_a_hub(archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -121,7 +121,7 @@ def test_from_a_hub(archive: Callable[..., Path], tmp_path: Path, monkeypatch: p
         asked.append((name, hub, dataset_file))
         return packed.parent
 
-    monkeypatch.setattr(sources.hubs, "download", download)
+    monkeypatch.setattr(archives.hubs, "download", download)
     monkeypatch.setenv("MLX_ZH_CACHE", str(tmp_path / "cache"))
     exam = open_ceval(limit=3)
     assert (len(exam), exam.expected) == (3 * 52, 1346)
@@ -137,10 +137,10 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     def download(*_: object, **__: object) -> Path:
         raise DownloadError("ceval/ceval-exam could not be downloaded: no route.")
 
-    monkeypatch.setattr(sources.hubs, "download", download)
+    monkeypatch.setattr(archives.hubs, "download", download)
     with pytest.raises(DownloadError, match=r"no route.*evaluate.folder: \{ceval: FOLDER\}.*dev, val, test/"):
         open_ceval()
-    monkeypatch.setattr(sources.hubs, "download", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(archives.hubs, "download", lambda *_, **__: tmp_path)
     with pytest.raises(DownloadError, match=r"ceval/ceval-exam has no file ceval-exam.zip on huggingface"):
         open_ceval()
 
@@ -152,4 +152,4 @@ def test_a_folder_may_hold_a_part(samples: Path):
 
 def test_unknown_names():
     with pytest.raises(DataError, match="'mmlu' is no benchmark; give ceval, cmmlu, or the path"):
-        sources.open_exam("mmlu", folders={}, hub="huggingface", split=None, shots=5, limit=None)
+        archives.open_exam("mmlu", folders={}, hub="huggingface", split=None, shots=5, limit=None)
