@@ -103,7 +103,7 @@ def _tell_time(recipe: Recipe, name: str, step: Step) -> None:
 
 def _typical(recipe: Recipe, name: str, batch_size: int) -> tuple[float, float, int | None, str]:
     """Tokens and scored tokens of a usual step, the number of examples, and where these come from."""
-    from mlx_zh.planning.samples import look
+    from mlx_zh.planning.row_lengths import look
 
     split = recipe.data.sft if name == "sft" else recipe.data.dpo
     found = look([str(source.path or source.name) for source in split.train])

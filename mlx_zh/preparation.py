@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.fetch import fetch, folder_files
-from mlx_zh.corpus.pipeline import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.registry import Registry, find, load_registry
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource

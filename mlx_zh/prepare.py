@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh import stage
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.pipeline import Corpus
+    from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.recipe import Recipe
 

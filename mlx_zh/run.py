@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mlx_zh import stage
 
 if TYPE_CHECKING:
-    from mlx_zh.pipeline.plan import Planned
+    from mlx_zh.pipeline.outdated import Planned
     from mlx_zh.pipeline.state import State
     from mlx_zh.pipeline.steps import Step
     from mlx_zh.recipe import Recipe
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     if recipe is None:
         return 0
 
-    from mlx_zh.pipeline.pipeline import forced_from
-    from mlx_zh.pipeline.plan import plan
+    from mlx_zh.pipeline.outdated import plan
+    from mlx_zh.pipeline.runner import forced_from
     from mlx_zh.pipeline.state import State
     from mlx_zh.pipeline.steps import steps
     from mlx_zh.system import console
@@ -51,7 +51,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str]) -> int:
-    from mlx_zh.pipeline.pipeline import Pipeline
+    from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
     from mlx_zh.system import console
 

@@ -20,7 +20,7 @@ import yaml
 
 from mlx_zh import run
 from mlx_zh.errors import RecipeError, StorageError
-from mlx_zh.pipeline import energy, pipeline, process
+from mlx_zh.pipeline import energy, process, runner
 from mlx_zh.pipeline import steps as table
 from mlx_zh.pipeline.process import run_stage
 from mlx_zh.recipe import Recipe, load_recipe
@@ -92,7 +92,7 @@ class Stages:
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     found = Stages()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "run_stage", found)
+    monkeypatch.setattr(runner, "run_stage", found)
     monkeypatch.setattr(table, "find_spec", lambda name: name.removeprefix("mlx_zh.") in STAGES or None)
     Path("sft.jsonl").write_text("one\n")
     Path("dpo.jsonl").write_text("two\n")
@@ -269,7 +269,7 @@ def test_a_stopped_training_with_other_settings_begins_anew(stages):
 
 
 def test_a_failing_stage_ends_the_run_with_its_status(stages, monkeypatch):
-    monkeypatch.setattr(pipeline, "run_stage", lambda stage, arguments, lock: 2)
+    monkeypatch.setattr(runner, "run_stage", lambda stage, arguments, lock: 2)
     assert go() == 2
     assert json.loads(Path("runs/r/pipeline.json").read_text())["stages"].keys() == {"prepare"}
 

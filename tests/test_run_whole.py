@@ -17,7 +17,7 @@ import pytest
 from project import Project, message
 
 from mlx_zh import run
-from mlx_zh.pipeline import pipeline
+from mlx_zh.pipeline import runner
 from mlx_zh.pipeline.steps import steps
 from mlx_zh.recipe import load_recipe
 from mlx_zh.system.locks import Lock
@@ -76,7 +76,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[st
         names.clear()
         return found
 
-    monkeypatch.setattr(pipeline, "run_stage", run_here)
+    monkeypatch.setattr(runner, "run_stage", run_here)
     return taken
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_zh.reporting.exams import Cell, Change, ExamResult, ExamRow
+from mlx_zh.reporting.exam_results import Cell, Change, ExamResult, ExamRow
 from mlx_zh.reporting.markup import Html, tag
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import points, verdict

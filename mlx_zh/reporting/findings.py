@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from mlx_zh.reporting import exams
-from mlx_zh.reporting.exams import ExamResult
+from mlx_zh.reporting import exam_results
+from mlx_zh.reporting.exam_results import ExamResult
 from mlx_zh.reporting.messages import Text, named, say, translated
 from mlx_zh.system.redaction import hide, hide_all
 
@@ -101,7 +101,7 @@ def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -
             found.alarms += _training_alarms(training)
             warned = dict.fromkeys(str(line.get("text")) for line in reading.objects(f"{stage}/warnings.jsonl"))
             found.alarms += [Alarm(named(stage), translated(text)) for text in warned]
-    found.exams = exams.gather(folder / "eval", STAGES, bootstrap=bootstrap, seed=seed)
+    found.exams = exam_results.gather(folder / "eval", STAGES, bootstrap=bootstrap, seed=seed)
     for exam in found.exams:
         found.alarms += _exam_alarms(exam)
     for stage, told in found.data.items():
@@ -188,7 +188,7 @@ def at_end(training: TrainingResult, name: str) -> float | None:
 
 def _data_alarms(where: Text, told: Figures) -> list[Alarm]:
     exams = told.get("exam_questions")
-    missing = exams.get("missing") if isinstance(exams, dict) else None
+    missing = exam_results.get("missing") if isinstance(exams, dict) else None
     found = [say("unchecked", exam=k, reason=v) for k, v in missing.items()] if isinstance(missing, dict) else []
     share = told.get("over_long_share")
     if _finite(share) and share >= MANY:

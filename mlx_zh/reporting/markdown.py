@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from mlx_zh.reporting import words
 from mlx_zh.reporting.data_view import data_facts, source_rows
+from mlx_zh.reporting.exam_results import Cell, ExamResult
 from mlx_zh.reporting.exam_view import head_line
-from mlx_zh.reporting.exams import Cell, ExamResult
 from mlx_zh.reporting.figures_view import flat
 from mlx_zh.reporting.findings import Findings
 from mlx_zh.reporting.messages import named, say

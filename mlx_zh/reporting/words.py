@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_zh.reporting.exams import Change
+from mlx_zh.reporting.exam_results import Change
 from mlx_zh.reporting.findings import Findings, TrainingResult, at_end
 from mlx_zh.reporting.messages import Text, say
 

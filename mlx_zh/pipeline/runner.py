@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.pipeline.energy import Meter
-from mlx_zh.pipeline.plan import peak_memory, reason
+from mlx_zh.pipeline.outdated import peak_memory, reason
 from mlx_zh.pipeline.process import run_stage
 from mlx_zh.pipeline.state import Record, State
 from mlx_zh.pipeline.steps import NAMES, Step

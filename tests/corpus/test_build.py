@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_zh.corpus import pipeline, reader, scan, shards
+from mlx_zh.corpus import build, reader, scan, shards
+from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.conversation import Message
-from mlx_zh.corpus.pipeline import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
@@ -281,7 +281,7 @@ def test_a_second_run_finds_it(save, run, monkeypatch):
     source = save("a", rows(50))
     first = run(source)
     assert not first.ready
-    monkeypatch.setattr(pipeline, "_build", None)  # must not be called
+    monkeypatch.setattr(build, "_build", None)  # must not be called
     begun = time.perf_counter()
     again = run(source)
     assert time.perf_counter() - begun < 2
@@ -319,7 +319,7 @@ def test_large_sources_are_read_in_processes_of_their_own(save, run, renderer, m
     sources = save("a", rows(30, 1)), save("b", rows(40, 2), validation=True)
     alone = run(*sources)
     texts = [example.tokens.tolist() for example in alone.conversations("train")]
-    monkeypatch.setattr(pipeline, "_LARGE", 0)
+    monkeypatch.setattr(build, "_LARGE", 0)
     for path in (tmp_path / "cache").glob(alone.key):
         path.rename(tmp_path / "elsewhere")
     seen: list[tuple[str, int]] = []
@@ -386,11 +386,11 @@ def interrupt(patch: Any, moment: str) -> None:
         return wrapped
 
     if moment == "scanning":
-        patch.setattr(pipeline, "scan", after(1, pipeline.scan))
+        patch.setattr(build, "scan", after(1, build.scan))
     elif moment == "rendering":
         patch.setattr(shards, "_write", after(2, shards._write))
     else:
-        patch.setattr(pipeline.statistics, "describe", after(0, None))  # type: ignore[arg-type]
+        patch.setattr(build.statistics, "describe", after(0, None))  # type: ignore[arg-type]
 
 
 def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: Path):
@@ -401,7 +401,7 @@ def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: 
     script = (
         "import sys, pathlib\n"
         "from mlx_zh.corpus.choosing import ChoiceSettings\n"
-        "from mlx_zh.corpus.pipeline import CorpusSettings, Exams, prepare\n"
+        "from mlx_zh.corpus.build import CorpusSettings, Exams, prepare\n"
         "from mlx_zh.corpus.render import Renderer\n"
         "from mlx_zh.corpus.shards import RenderSettings\n"
         "from mlx_zh.corpus.sources import DataSource\n"
