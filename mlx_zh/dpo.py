@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.hosts or arguments.processes:
         return launching.launch("dpo", arguments, argv)
 
-    from mlx_zh.distributed import world
+    from mlx_zh.distributed.world import joined
 
-    with world.joined() as world, stage.all_at_work(recipe, "dpo", world):
+    with joined() as world, stage.all_at_work(recipe, "dpo", world):
         return _tune(recipe, arguments, world)
 
 

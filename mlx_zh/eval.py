@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.hosts or arguments.processes:
         return launching.launch("eval", arguments, argv)
 
-    from mlx_zh.distributed import world
+    from mlx_zh.distributed.world import joined
 
-    with world.joined() as world, stage.all_at_work(recipe, "eval", world):
+    with joined() as world, stage.all_at_work(recipe, "eval", world):
         return _ask(recipe, arguments, world)
 
 

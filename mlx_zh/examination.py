@@ -114,7 +114,7 @@ class Examination:
         about, answers = self._known[exam.key, name]
         head = {"benchmark": exam.title, "split": exam.split, "stage": name, "about": about}
         samples = self._recipe.evaluate.bootstrap
-        return head | figures.figures(exam, answers, samples=samples, seed=self._recipe.seed)
+        return head | figures.exam_figures(exam, answers, samples=samples, seed=self._recipe.seed)
 
     def _recall(self, exam: Exam, name: str) -> None:
         """Take a finished stage's answers if they are to the same questions, asked in the same way."""

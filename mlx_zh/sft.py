@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.hosts or arguments.processes:
         return launching.launch("sft", arguments, argv)
 
-    from mlx_zh.distributed import world
+    from mlx_zh.distributed.world import joined
 
-    with world.joined() as world, stage.all_at_work(recipe, "sft", world):
+    with joined() as world, stage.all_at_work(recipe, "sft", world):
         return _tune(recipe, arguments, world)
 
 

@@ -29,7 +29,7 @@ def by_subject(answers: Sequence[Answer]) -> dict[str, Booleans]:
     return {key: np.array(values) for key, values in found.items()}
 
 
-def figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: int) -> Figures:
+def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: int) -> Figures:
     """Everything that is reported of one model on one exam. Rates are fractions of 1."""
     predicted = Counter(answer.choice or "none" for answer in answers)
     found: Figures = {

@@ -188,7 +188,7 @@ def at_end(training: TrainingResult, name: str) -> float | None:
 
 def _data_alarms(where: Text, told: Figures) -> list[Alarm]:
     exams = told.get("exam_questions")
-    missing = exam_results.get("missing") if isinstance(exams, dict) else None
+    missing = exams.get("missing") if isinstance(exams, dict) else None
     found = [say("unchecked", exam=k, reason=v) for k, v in missing.items()] if isinstance(missing, dict) else []
     share = told.get("over_long_share")
     if _finite(share) and share >= MANY:

@@ -66,13 +66,13 @@ def answers(
     return found
 
 
-def figures(asked: Exam, given: list[Answer]) -> figures.Figures:
-    return figures.figures(asked, given, samples=500, seed=0)
+def measured(asked: Exam, given: list[Answer]) -> figures.Figures:
+    return figures.exam_figures(asked, given, samples=500, seed=0)
 
 
 def test_rows_are_macro_with_micro_beside():
     asked = exam({"maths": 4, "physics": 20, "cooking": 8})
-    found = figures(asked, answers(asked, {"maths": 1, "physics": 10, "cooking": 8}))
+    found = measured(asked, answers(asked, {"maths": 1, "physics": 10, "cooking": 8}))
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["Average"]["macro"] == pytest.approx((0.25 + 0.5 + 1) / 3)
     assert rows["Average"]["micro"] == pytest.approx(19 / 32)
@@ -92,7 +92,7 @@ def test_rows_are_macro_with_micro_beside():
 
 def test_letters_truth_and_constant_baselines():
     asked = exam({"maths": 6, "physics": 4})  # truth: A B C D A B, and A B C D
-    found = figures(asked, answers(asked, choice="C"))
+    found = measured(asked, answers(asked, choice="C"))
     assert found["letters"]["predicted"] == {"A": 0, "B": 0, "C": 10, "D": 0, "none": 0}
     assert found["letters"]["true"] == {"A": 3, "B": 3, "C": 2, "D": 2}
     assert found["letters"]["always"]["A"] == pytest.approx((2 / 6 + 1 / 4) / 2)
@@ -100,7 +100,7 @@ def test_letters_truth_and_constant_baselines():
 
 
 def wires(asked: Exam, given: list[Answer]) -> list[str]:
-    return figures(asked, given)["tripwires"]
+    return measured(asked, given)["tripwires"]
 
 
 def test_nothing_is_said_where_nothing_is_wrong():
@@ -137,7 +137,7 @@ def test_a_letter_is_a_habit_above_six_tenths():
 def test_unlabelled_answers_have_no_accuracy_and_make_a_submission():
     asked = exam({"maths": 2, "cooking": 1}, labelled=False)
     given = answers(asked, choice="D")
-    found = figures(asked, given)
+    found = measured(asked, given)
     assert "rows" not in found and found["letters"]["predicted"]["D"] == 3
     # hkust-nlp/ceval, submission_example.json: subject -> id as text -> letter.
     assert figures.submission(given) == {"maths": {"0": "D", "1": "D"}, "cooking": {"0": "D"}}
@@ -152,7 +152,7 @@ def test_answers_survive_json():
 def test_tables_side_by_side():
     asked = exam({"maths": 4, "physics": 4})
     before, after = answers(asked, {"maths": 2, "physics": 2}), answers(asked, {"maths": 3, "physics": 2})
-    stages = {"base": figures(asked, before), "sft": figures(asked, after)}
+    stages = {"base": measured(asked, before), "sft": measured(asked, after)}
     text = console.table(tables.results(stages))
     assert text.splitlines()[0].split() == ["%", "base", "sft", "questions"]
     assert (
