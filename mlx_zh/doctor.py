@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from mlx_zh.checkup import checks, measured
+    from mlx_zh.stages.checkup import checks, measured
     from mlx_zh.system import console
     from mlx_zh.system.redaction import hide
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
 from mlx_zh.distributed import launching
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     import argparse
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from mlx_zh.distributed.world import World
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe
-    from mlx_zh.session import Session
-    from mlx_zh.starting import Start
+    from mlx_zh.stages.first_adapter import Start
+    from mlx_zh.stages.tuning import Session
     from mlx_zh.training.loop import Finished
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter on pairs of a better and a worse answer."""
-    parser = stage.parser("dpo", "Tune a model on preferences: better answers over worse ones.")
-    stage.add_fresh(parser)
-    stage.add_force(parser)
+    parser = command.parser("dpo", "Tune a model on preferences: better answers over worse ones.")
+    command.add_fresh(parser)
+    command.add_force(parser)
     launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
     if arguments.hosts or arguments.processes:
@@ -35,25 +35,25 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.distributed.world import joined
 
-    with joined() as world, stage.all_at_work(recipe, "dpo", world):
+    with joined() as world, command.all_at_work(recipe, "dpo", world):
         return _tune(recipe, arguments, world)
 
 
 def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
-    from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.preparation import file_digests, keep_report, prepare_stage
-    from mlx_zh.samples import Samples
-    from mlx_zh.session import report
-    from mlx_zh.starting import choose_start
+    from mlx_zh.stages import memory_check
+    from mlx_zh.stages.data import file_digests, keep_report, prepare_stage
+    from mlx_zh.stages.first_adapter import choose_start
+    from mlx_zh.stages.sample_answers import Samples
+    from mlx_zh.stages.tuning import report
 
     fresh = arguments.fresh or recipe.resume == "never"
     if not recipe.data.dpo.train:
         raise DataError(f"{arguments.recipe}: data.dpo.train names no file to learn from.")
     start = choose_start(recipe, world)
-    fitting.require(recipe, "dpo", force=arguments.force, fresh=fresh)
-    loaded = stage.open_model(recipe, world)
+    memory_check.require(recipe, "dpo", force=arguments.force, fresh=fresh)
+    loaded = command.open_model(recipe, world)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "dpo", renderer)
     pairs, validation = corpus.pairs("train"), corpus.pairs("validation")
@@ -64,9 +64,9 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
         if world.first:
             report(session, samples, ("base", "sft", "dpo"))
         return 0
-    fitting.require(recipe, "dpo", force=arguments.force, config=loaded.config, corpus=pairs)
+    memory_check.require(recipe, "dpo", force=arguments.force, config=loaded.config, corpus=pairs)
     if world.first:
-        stage.write_run_files(recipe, loaded, files)
+        command.write_run_files(recipe, loaded, files)
         keep_report(recipe, "dpo", corpus)
         samples.ask("base", again=False)
     finished = _train(session, loaded, start, pairs, validation)
@@ -82,8 +82,8 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
 def _session(
     recipe: Recipe, loaded: LoadedModel, renderer: Renderer, start: Start, files: dict[str, str], world: World
 ) -> Session:
-    from mlx_zh.learning import learning_values
-    from mlx_zh.session import Session
+    from mlx_zh.stages.run_key import learning_values
+    from mlx_zh.stages.tuning import Session
 
     extra = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": files}
     values = learning_values(recipe, "dpo", extra | {"start": start.fingerprint})
@@ -101,8 +101,8 @@ def _train(
     """Put the adapter on, look up or compute the reference, and train."""
     from mlx_zh.core.logprobs import computes_in_float32
     from mlx_zh.models.lora import add_adapter, load_adapter, trainable
-    from mlx_zh.reference import find_reference
-    from mlx_zh.session import row_settings
+    from mlx_zh.stages.reference_pass import find_reference
+    from mlx_zh.stages.tuning import row_settings
     from mlx_zh.system import console
     from mlx_zh.training.dpo_objective import DpoObjective
     from mlx_zh.training.dpo_watch import DpoWatch

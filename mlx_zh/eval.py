@@ -6,21 +6,21 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
 from mlx_zh.distributed import launching
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     from mlx_zh.distributed.world import World
-    from mlx_zh.examination import Examination
     from mlx_zh.exams.exam import Exam
     from mlx_zh.exams.protocols import Protocol
     from mlx_zh.recipe import Recipe
+    from mlx_zh.stages.examination import Examination
 
 
 def main(argv: list[str] | None = None) -> int:
     """Ask the base and the tuned models the recipe's exams, and print the results side by side."""
     arguments = _arguments(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
     if arguments.hosts or arguments.processes:
@@ -28,14 +28,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.distributed.world import joined
 
-    with joined() as world, stage.all_at_work(recipe, "eval", world):
+    with joined() as world, command.all_at_work(recipe, "eval", world):
         return _ask(recipe, arguments, world)
 
 
 def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
-    from mlx_zh.candidates import Candidates
-    from mlx_zh.examination import Examination
     from mlx_zh.exams.protocols import protocols
+    from mlx_zh.stages.examination import Examination
+    from mlx_zh.stages.run_models import Candidates
     from mlx_zh.system import console
 
     protocol = protocols()[recipe.evaluate.protocol]
@@ -55,7 +55,7 @@ def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = stage.parser("eval", "Ask models multiple-choice exams, and compare them.")
+    parser = command.parser("eval", "Ask models multiple-choice exams, and compare them.")
     parser.add_argument(
         "--stage", choices=("base", "sft", "dpo", "fused"), help="one model; default: base and every adapter"
     )

@@ -7,28 +7,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
-    from mlx_zh.fusing import Fuser, Written
     from mlx_zh.recipe import Recipe
-    from mlx_zh.yardstick import Yardstick
+    from mlx_zh.stages.fuser import Fuser, Written
+    from mlx_zh.stages.yardstick import Yardstick
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write `runs/NAME/fused/FORMAT/` for every format that the recipe asks for."""
     arguments = _parser().parse_intermixed_args(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
-    with stage.at_work(recipe, "fuse"):
+    with command.at_work(recipe, "fuse"):
         _fuse(recipe, arguments)
     return 0
 
 
 def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    from mlx_zh.fusing import Fuser, newest_adapter
     from mlx_zh.models.export import licences, upload
+    from mlx_zh.stages.fuser import Fuser, newest_adapter
     from mlx_zh.system import console
 
     adapter = Path(arguments.adapter).expanduser() if arguments.adapter else newest_adapter(recipe)
@@ -51,7 +51,7 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = stage.parser(
+    parser = command.parser(
         "fuse", "Merge an adapter into its base, and write it for mlx-lm, transformers or llama.cpp."
     )
     parser.add_argument("--adapter", metavar="DIR", help="adapter, mlx-lm's or PEFT's (default: DPO's, else SFT's)")
@@ -75,9 +75,9 @@ def _repositories(name: str | None, formats: tuple[str, ...]) -> dict[str, str]:
 
 
 def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
+    from mlx_zh.stages.yardstick import measure_tuned
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_json
-    from mlx_zh.yardstick import measure_tuned
 
     formats = list(dict.fromkeys(fuser.export.formats))
     yardstick: Yardstick | None = None

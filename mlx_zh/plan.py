@@ -6,34 +6,34 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
-    from mlx_zh.fitting import Place
     from mlx_zh.planning.search import Step
     from mlx_zh.recipe import Recipe
+    from mlx_zh.stages.memory_check import Place
 
 
 def main(argv: list[str] | None = None) -> int:
     """Tell memory by part, whether it fits, and time; exit 1 where a stage does not fit."""
-    parser = stage.parser("plan", "Tell how much memory and time a run takes; the model's config is enough.")
+    parser = command.parser("plan", "Tell how much memory and time a run takes; the model's config is enough.")
     parser.add_argument("--memory", metavar="SIZE", type=_bytes, help="for a Mac of this size instead, as in 16GB")
     parser.add_argument("--quick", action="store_true", help="memory only, without measuring this machine's speed")
     arguments = parser.parse_intermixed_args(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
 
-    from mlx_zh import fitting
     from mlx_zh.models.load import find_config
+    from mlx_zh.stages import memory_check
     from mlx_zh.system import console
 
     config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
-    place = fitting.this_machine() if arguments.memory is None else fitting.mac(arguments.memory)
+    place = memory_check.this_machine() if arguments.memory is None else memory_check.mac(arguments.memory)
     stages = [name for name, split in (("sft", recipe.data.sft), ("dpo", recipe.data.dpo)) if split.train] or ["sft"]
     fits = True
     for name in stages:
-        step = fitting.training_step(recipe, name, config, place)
+        step = memory_check.training_step(recipe, name, config, place)
         fits = _tell_memory(recipe, name, step, place) and fits
         if arguments.memory is None and not arguments.quick:
             _tell_time(recipe, name, step)
@@ -50,10 +50,10 @@ def _bytes(text: str) -> float:
 
 
 def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
-    from mlx_zh import fitting
+    from mlx_zh.stages import memory_check
     from mlx_zh.system import console
 
-    settings = fitting.settings_of(recipe)
+    settings = memory_check.settings_of(recipe)
     estimate = step.memory(settings)
     row, rows = step.examples.fullest(settings.micro_tokens)
     console.say(
@@ -67,16 +67,16 @@ def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
     fits = estimate.peak <= place.budget
     console.say(f"{'fits' if fits else 'DOES NOT FIT'}: {place.budget / 1e9:.1f} GB are the {place.name}.")
     if not fits:
-        console.say(fitting.way_out(step, settings, place))
+        console.say(memory_check.way_out(step, settings, place))
     return fits
 
 
 def _tell_time(recipe: Recipe, name: str, step: Step) -> None:
-    from mlx_zh import fitting
     from mlx_zh.planning.speed import measure
+    from mlx_zh.stages import memory_check
     from mlx_zh.system import console
 
-    section = fitting.section_of(recipe, name)
+    section = memory_check.section_of(recipe, name)
     tokens, scored, count, known = _typical(recipe, name, section.batch_size)
     console.say("Measuring this machine, about ten seconds ...")
     speed = measure(step.model, step.trained, step.target, length=max(int(tokens / section.batch_size), 16))

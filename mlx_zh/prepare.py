@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import stage
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.build import Corpus
@@ -19,7 +19,7 @@ _SHOWN = 3
 
 def main(argv: list[str] | None = None) -> int:
     """Read, clean, mix and tokenize a recipe's data, once."""
-    parser = stage.parser("prepare", "Read, clean, mix and tokenize a recipe's data. Training does it when needed.")
+    parser = command.parser("prepare", "Read, clean, mix and tokenize a recipe's data. Training does it when needed.")
     recipe_argument = next(action for action in parser._actions if action.dest == "recipe")
     recipe_argument.nargs, recipe_argument.required = "?", False
     parser.add_argument("--list", action="store_true", help="show the data sets that a recipe can name, and stop")
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.recipe is None:
         parser.error("a recipe is needed, or --list")
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
     if arguments.list:
@@ -43,15 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     stages = [name for name, split in splits.items() if split.train]
     if not stages:
         raise DataError(f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names anything to prepare.")
-    with stage.at_work(recipe, "prepare"):
+    with command.at_work(recipe, "prepare"):
         _prepare(recipe, stages, arguments.show)
     return 0
 
 
 def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
     from mlx_zh.corpus.render import Renderer
-    from mlx_zh.preparation import keep_report, prepare_stage
-    from mlx_zh.snapshot import open_tokenizer
+    from mlx_zh.stages.data import keep_report, prepare_stage
+    from mlx_zh.stages.tokenizer_cache import open_tokenizer
     from mlx_zh.system import console
 
     tokenizer = open_tokenizer(recipe.model)
@@ -67,7 +67,7 @@ def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
 
 
 def _list(recipe: Recipe | None) -> None:
-    from mlx_zh.preparation import registry_of
+    from mlx_zh.stages.data import registry_of
     from mlx_zh.system import console
 
     for name, entry in registry_of(recipe).items():
@@ -80,7 +80,7 @@ def _list(recipe: Recipe | None) -> None:
 def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
     """Say what the data is like, and draw its lengths."""
     from mlx_zh.corpus.statistics import sparkline, write_histogram
-    from mlx_zh.preparation import training_tokens
+    from mlx_zh.stages.data import training_tokens
     from mlx_zh.system import console
     from mlx_zh.system.storage import written_whole
 

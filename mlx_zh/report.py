@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mlx_zh import stage
+from mlx_zh.stages import command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report of a run from whatever its folder holds."""
-    parser = stage.parser("report", "Write a run's report: report.md, report.html and plots/*.png.")
+    parser = command.parser("report", "Write a run's report: report.md, report.html and plots/*.png.")
     arguments = parser.parse_intermixed_args(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
 

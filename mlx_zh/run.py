@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     from mlx_zh.pipeline.outdated import Planned
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Bring a run folder up to date with its recipe."""
     arguments = _arguments(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = stage.parser("run", "Do everything that a recipe asks for, and nothing twice.")
+    parser = command.parser("run", "Do everything that a recipe asks for, and nothing twice.")
     parser.add_argument("--from", dest="start", metavar="STEP", help="run this step, and those after it, again")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and why, and stop")
     return parser.parse_intermixed_args(argv)
@@ -56,7 +56,7 @@ def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str
     from mlx_zh.system import console
 
     folder = recipe.run_folder()
-    with stage.at_work(recipe, "run") as lock:
+    with command.at_work(recipe, "run") as lock:
         state = State.of(folder)
         status = Pipeline(recipe, command, wanted, state, lock, console.say).run(forced)
     if status == 0:

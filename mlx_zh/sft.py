@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
 from mlx_zh.distributed import launching
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     import argparse
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Train an adapter on conversations."""
-    parser = stage.parser("sft", "Tune a model on conversations.")
-    stage.add_fresh(parser)
-    stage.add_force(parser)
+    parser = command.parser("sft", "Tune a model on conversations.")
+    command.add_fresh(parser)
+    command.add_force(parser)
     launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
-    recipe = stage.read_recipe(arguments)
+    recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
     if arguments.hosts or arguments.processes:
@@ -29,26 +29,26 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.distributed.world import joined
 
-    with joined() as world, stage.all_at_work(recipe, "sft", world):
+    with joined() as world, command.all_at_work(recipe, "sft", world):
         return _tune(recipe, arguments, world)
 
 
 def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
-    from mlx_zh import fitting
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.learning import learning_values
     from mlx_zh.models.lora import adapted_layers, add_adapter
-    from mlx_zh.preparation import file_digests, keep_report, prepare_stage
-    from mlx_zh.samples import Samples
-    from mlx_zh.session import Session, adapter_spec, report, row_settings
+    from mlx_zh.stages import memory_check
+    from mlx_zh.stages.data import file_digests, keep_report, prepare_stage
+    from mlx_zh.stages.run_key import learning_values
+    from mlx_zh.stages.sample_answers import Samples
+    from mlx_zh.stages.tuning import Session, adapter_spec, report, row_settings
     from mlx_zh.training.sft_objective import SftObjective
 
     fresh = arguments.fresh or recipe.resume == "never"
     if not recipe.data.sft.train:
         raise DataError(f"{arguments.recipe}: data.sft.train names no file to learn from.")
-    fitting.require(recipe, "sft", force=arguments.force, fresh=fresh)
-    loaded = stage.open_model(recipe, world)
+    memory_check.require(recipe, "sft", force=arguments.force, fresh=fresh)
+    loaded = command.open_model(recipe, world)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, "sft", renderer)
     settings = row_settings(recipe, recipe.sft, dropout=recipe.lora.dropout)
@@ -69,9 +69,9 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
             report(session, samples, ("base", "sft"))
         return 0
     examples = corpus.conversations("train")
-    fitting.require(recipe, "sft", force=arguments.force, config=loaded.config, corpus=examples)
+    memory_check.require(recipe, "sft", force=arguments.force, config=loaded.config, corpus=examples)
     if world.first:
-        stage.write_run_files(recipe, loaded, digests)
+        command.write_run_files(recipe, loaded, digests)
         keep_report(recipe, "sft", corpus)
         samples.ask("base", again=fresh)
     add_adapter(loaded.model, spec, seed=recipe.seed)

@@ -17,8 +17,9 @@ import mlx.core as mx
 import pytest
 from project import Project
 
-from mlx_zh import checkup, doctor, fitting
+from mlx_zh import doctor
 from mlx_zh.planning.machine import measure_machine
+from mlx_zh.stages import checkup, memory_check
 from mlx_zh.system import device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def test_a_recipe_is_looked_at_too(project: Project, run_stage: Any, capsys: pyt
 def test_what_cannot_fit_comes_with_the_way_out(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_zh.recipe import load_recipe
 
-    monkeypatch.setattr(fitting, "this_machine", lambda: fitting.Place("free memory", 1e5, cpu=True))
+    monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Place("free memory", 1e5, cpu=True))
     found = by_name(load_recipe("recipe.yaml"))
     assert (found["sft"].level, found["memory"].level) == ("warn", "fail")
     assert "No memory settings help" in found["sft"].remedy

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from project import Project
 
-from mlx_zh import candidates, eval
+from mlx_zh import eval
 from mlx_zh.cli import entry
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams.records import Records
 from mlx_zh.models.load import load_model
 from mlx_zh.models.lora import AdapterSpec, add_adapter, save_adapter, trainable
 from mlx_zh.recipe import load_recipe
+from mlx_zh.stages import run_models
 
 HEADER = "id,question,A,B,C,D,answer\n"
 SUBJECTS = {"maths": "数学", "law": "法学", "music": "音乐"}
@@ -296,7 +297,7 @@ def test_overrides_may_stand_anywhere(ask: Ask):
 def test_the_base_comes_back_after_every_adapter(project: Project):
     write_adapter(project, "sft", seed=1)
     write_adapter(project, "dpo", kind="full", seed=2)
-    found = candidates.Candidates(load_recipe("recipe.yaml"))
+    found = run_models.Candidates(load_recipe("recipe.yaml"))
     assert found.names == ["base", "sft", "dpo"]
 
     def says() -> mx.array:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from project import Project
 
-from mlx_zh import fitting, plan
+from mlx_zh import plan
 from mlx_zh.errors import PlanError
 from mlx_zh.planning.fullest import Examples, alike
 from mlx_zh.planning.memory import head_bytes, step_memory, trained_values, weight_bytes
@@ -27,6 +27,7 @@ from mlx_zh.planning.shapes import (
     pairs,
 )
 from mlx_zh.recipe import load_recipe
+from mlx_zh.stages import memory_check
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -159,14 +160,14 @@ def test_the_fullest_row_takes_the_longest_that_fit() -> None:
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_the_llama_recipes_fit_the_macs_they_are_named_after(size: int, stage: str) -> None:
     recipe = load_recipe(ROOT / f"recipes/llama31-8b-zh-{size}gb.yaml")
-    place = fitting.mac(size * GIB)
-    peak = fitting.training_step(recipe, stage, LLAMA, place).memory(fitting.settings_of(recipe)).peak
+    place = memory_check.mac(size * GIB)
+    peak = memory_check.training_step(recipe, stage, LLAMA, place).memory(memory_check.settings_of(recipe)).peak
     assert 5e9 < peak < 0.85 * place.budget  # with room for what a Mac does beside
 
 
 def test_a_mac_recommends_two_thirds_and_a_large_one_three_quarters() -> None:
     # What such machines report: 10,922 MB of 16 GB, 21,845 MB of 32 GB, 49,152 MB of 64 GB.
-    assert [round(fitting.mac(size * GIB).budget / 2**20) for size in (16, 32, 64)] == [10923, 21845, 49152]
+    assert [round(memory_check.mac(size * GIB).budget / 2**20) for size in (16, 32, 64)] == [10923, 21845, 49152]
 
 
 # The search
@@ -237,8 +238,8 @@ def test_a_machine_is_measured(
 
 
 def test_a_stage_refuses_what_cannot_fit(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = fitting.Place("free memory of this machine", 1e5, cpu=True)
-    monkeypatch.setattr(fitting, "this_machine", lambda: place)
+    place = memory_check.Place("free memory of this machine", 1e5, cpu=True)
+    monkeypatch.setattr(memory_check, "this_machine", lambda: place)
     refused = project.sft()
     assert refused.status == 2
     assert "sft needs about" in refused.err and "--force" in refused.err
@@ -253,19 +254,21 @@ def test_long_examples_are_refused_once_they_are_known(project: Project, monkeyp
     recipe = load_recipe("recipe.yaml", ["data.max_length=2048"])
     config = json.loads((project.model / "config.json").read_text())
     long = alike("sft", 2000, 4)
-    place = fitting.this_machine()
+    place = memory_check.this_machine()
     short = alike("sft", 64, 4)
     needs = [
-        fitting.training_step(recipe, "sft", config, place, examples).memory(fitting.settings_of(recipe)).peak
+        memory_check.training_step(recipe, "sft", config, place, examples)
+        .memory(memory_check.settings_of(recipe))
+        .peak
         for examples in (short, long)
     ]
     assert needs[1] > 10 * needs[0]
-    between = fitting.Place("free memory of this machine", 0.8 * needs[1], cpu=True)
-    monkeypatch.setattr(fitting, "this_machine", lambda: between)
-    fitting.require(recipe, "sft", force=False)
+    between = memory_check.Place("free memory of this machine", 0.8 * needs[1], cpu=True)
+    monkeypatch.setattr(memory_check, "this_machine", lambda: between)
+    memory_check.require(recipe, "sft", force=False)
     corpus: Any = type("Corpus", (), {"lengths": long.tokens, "scored": long.scored})
     with pytest.raises(PlanError, match=r"memory\.checkpoint_layers=true .*change no result"):
-        fitting.require(recipe, "sft", force=False, config=config, corpus=corpus)
+        memory_check.require(recipe, "sft", force=False, config=config, corpus=corpus)
 
 
 def test_the_parts_of_a_config_that_are_missing(config_only: Path) -> None:
@@ -274,7 +277,7 @@ def test_the_parts_of_a_config_that_are_missing(config_only: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "llama31-8b-zh-16gb.yaml")
     broken = {name: value for name, value in LLAMA.items() if name != "hidden_size"}
     with pytest.raises(ModelError, match="hidden_size"):
-        fitting.training_step(recipe, "sft", broken, fitting.mac(16 * GIB))
+        memory_check.training_step(recipe, "sft", broken, memory_check.mac(16 * GIB))
 
 
 def test_the_matrices_of_a_block_are_what_the_model_has(tiny_model: Any) -> None:

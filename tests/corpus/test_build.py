@@ -25,7 +25,7 @@ from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError
-from mlx_zh.snapshot import SnapshotTokenizer, save_snapshot, save_vocabulary
+from mlx_zh.stages.tokenizer_cache import SnapshotTokenizer, save_snapshot, save_vocabulary
 
 SFT = CorpusSettings(
     RenderSettings("sft", "assistant", 400, "truncate", None), ChoiceSettings(), Exams({}, {}), on_invalid="error"
@@ -405,7 +405,7 @@ def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: 
         "from mlx_zh.corpus.render import Renderer\n"
         "from mlx_zh.corpus.shards import RenderSettings\n"
         "from mlx_zh.corpus.sources import DataSource\n"
-        "from mlx_zh.snapshot import SnapshotTokenizer\n"
+        "from mlx_zh.stages.tokenizer_cache import SnapshotTokenizer\n"
         "file, folder = sys.argv[1], pathlib.Path(sys.argv[2])\n"
         "settings = CorpusSettings(RenderSettings('sft', 'assistant', 400, 'truncate', None), ChoiceSettings(), "
         "Exams({}, {}))\n"

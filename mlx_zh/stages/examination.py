@@ -8,24 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh import stage
-from mlx_zh.candidates import NAMES
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams import figures, statistics
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.records import Records
+from mlx_zh.stages import command
+from mlx_zh.stages.run_models import NAMES
 from mlx_zh.system import console
 
 if TYPE_CHECKING:
-    from mlx_zh.candidates import Candidates
     from mlx_zh.distributed.world import World
     from mlx_zh.exams.answers import Answer, Examinee
     from mlx_zh.exams.exam import Exam, Subject
     from mlx_zh.exams.protocols import Protocol
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe
+    from mlx_zh.stages.run_models import Candidates
 
 About = dict[str, Any]  # what a result was computed from: kept in its report
 
@@ -44,7 +44,7 @@ class Examination:
         world, first = self._world, self._world.first
         loaded = self._candidates.take(name)
         if first and not (self._recipe.run_folder() / "manifest.json").exists():
-            stage.write_run_files(self._recipe, loaded, {})
+            command.write_run_files(self._recipe, loaded, {})
         if name != "fused":
             self._base = loaded.fingerprint
         renderer = self._renderer(loaded)
@@ -56,7 +56,7 @@ class Examination:
                 "recipe, exam files and model files."
             )
         records = Records(self._folder, name, exam.key)
-        keys = {s.key: stage.fingerprint(about | {"asked": self._asked(exam, [s])}) for s in exam.subjects}
+        keys = {s.key: command.fingerprint(about | {"asked": self._asked(exam, [s])}) for s in exam.subjects}
         given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
         waiting = world.told(lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given])
         bar = console.CountBar(f"{name} {exam.title}", len(exam), "question")
@@ -150,7 +150,7 @@ class Examination:
         fingerprints = [subject.fingerprint() for subject in subjects]
         answer = settings.max_new_tokens if self._protocol.reply == "free" else None
         protocol = self._protocol.fingerprint()
-        return stage.fingerprint([asking.VERSION, exam.form, fingerprints, protocol, settings.max_length, answer])
+        return command.fingerprint([asking.VERSION, exam.form, fingerprints, protocol, settings.max_length, answer])
 
     def _renderer(self, loaded: LoadedModel) -> Renderer | None:
         if self._protocol.style != "chat":

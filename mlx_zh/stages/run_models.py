@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh import stage
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, load_adapter, remove_adapter
+from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -51,7 +51,7 @@ class Candidates:
         """The model as `name`; one that was taken before changes with it."""
         if self._loaded is None or "fused" in (name, self._state):
             self._loaded = None  # frees it before the next is loaded
-            self._loaded = stage.open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
+            self._loaded = command.open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
             self._state = "fused" if name == "fused" else "base"
         if name == self._state:
             return self._loaded
@@ -71,7 +71,7 @@ class Candidates:
         if name not in TUNED:
             return None
         folder = self.adapter(name)
-        return stage.fingerprint(list(stage.fingerprint_files([str(folder / f) for f in _ADAPTER]).values()))
+        return command.fingerprint(list(command.fingerprint_files([str(folder / f) for f in _ADAPTER]).values()))
 
     def _of_fused(self) -> Recipe:
         model = self._recipe.model.model_copy(update={"path": str(self.fused), "quantize": None})

@@ -81,7 +81,7 @@ def open_tokenizer(model: Model) -> SnapshotTokenizer:
 
 
 def _in_a_process(*arguments: str) -> None:
-    command = [sys.executable, "-m", "mlx_zh.snapshot", *arguments]
+    command = [sys.executable, "-m", "mlx_zh.stages.tokenizer_cache", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

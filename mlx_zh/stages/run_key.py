@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mlx_zh.recipe import Recipe
-from mlx_zh.stage import fingerprint
+from mlx_zh.stages.command import fingerprint
 
 Values = dict[str, Any]
 

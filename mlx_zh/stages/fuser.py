@@ -20,9 +20,9 @@ from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_a
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.load import resolve_model
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import device
 from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
-from mlx_zh.yardstick import Yardstick
 
 _CONFIGS = 40_000_000  # tokenizer and other small files, in bytes, generously
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_zh import stage
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
 from mlx_zh.errors import DataError, DownloadError, TemplateError
@@ -16,8 +15,9 @@ from mlx_zh.models.export import fidelity
 from mlx_zh.models.export.held_out import bundled_conversations
 from mlx_zh.models.load import load_model
 from mlx_zh.models.lora import load_adapter
-from mlx_zh.preparation import prepare_stage
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages import command
+from mlx_zh.stages.data import prepare_stage
 from mlx_zh.system import console
 
 HELD_OUT_TOKENS = 4096
@@ -49,7 +49,7 @@ class Yardstick:
 
 def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
     """Run base and base + adapter over the recipe's validation data, or over the bundled text."""
-    loaded = stage.open_model(recipe)
+    loaded = command.open_model(recipe)
     renderer = _renderer(recipe, loaded.tokenizer)
     bundled = _bundled(renderer)
     examples = [e for e in _validation(recipe, renderer) or bundled if e.trained[1:].any()]

@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_zh import stage
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
 from mlx_zh.recipe import Recipe
-from mlx_zh.session import adapter_spec
+from mlx_zh.stages import command
+from mlx_zh.stages.tuning import adapter_spec
 from mlx_zh.system import console
 
 
@@ -37,7 +37,7 @@ class Start:
         """Digests of the adapter's files."""
         if self.folder is None:
             return {}
-        files = stage.fingerprint_files([str(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)])
+        files = command.fingerprint_files([str(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)])
         return {Path(path).name: digest for path, digest in files.items()}
 
     def spec(self, loaded: LoadedModel) -> AdapterSpec:

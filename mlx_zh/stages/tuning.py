@@ -17,13 +17,13 @@ import mlx.nn as nn
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import RecipeError
-from mlx_zh.learning import Values, changes, learning_key
 from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
 from mlx_zh.recipe import Lora, Recipe, Training
-from mlx_zh.samples import Samples
+from mlx_zh.stages.run_key import Values, changes, learning_key
+from mlx_zh.stages.sample_answers import Samples
+from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.storage import write_json
-from mlx_zh.trackers import About, Trackers
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Shortened, Stepped
 from mlx_zh.training.objective import Objective, Settings

@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 
 import mlx.core as mx
 
-from mlx_zh import __version__, fitting
+from mlx_zh import __version__
 from mlx_zh.errors import MlxZhError
 from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.shapes import Packing, Target
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages import memory_check
 from mlx_zh.system import device
 
 # What the tests ran with; constraints.txt says the same.
@@ -105,7 +106,7 @@ def free_cores() -> int:
 def memory() -> Check:
     """Built in, and what may be used."""
     built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    place = fitting.this_machine()
+    place = memory_check.this_machine()
     text = f"{built_in / 2**30:.0f} GB built in; {place.budget / 1e9:.1f} GB are the {place.name}"
     if place.budget < 2e9:
         return Check("fail", "memory", text, "close other programs; the smallest run needs about 2 GB")
@@ -168,7 +169,7 @@ def _needed(recipe: Recipe) -> float:
         config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     except MlxZhError:
         return 1e10
-    step = fitting.training_step(recipe, "sft", config, fitting.mac(16 * 2**30))
+    step = memory_check.training_step(recipe, "sft", config, memory_check.mac(16 * 2**30))
     model = weight_bytes(step.model, step.target)
     whole = weight_bytes(step.model, Target(2, None, True)) if "hf" in recipe.export.formats else 0.0
     gguf = weight_bytes(step.model, Target(2, Packing(8, 32), True)) if "gguf" in recipe.export.formats else 0.0
@@ -226,17 +227,17 @@ def fits(recipe: Recipe) -> Iterator[Check]:
     except MlxZhError as error:
         yield Check("warn", "recipe", "its model's config is not here, so its memory is not known", str(error))
         return
-    place = fitting.this_machine()
+    place = memory_check.this_machine()
     for name, split in (("sft", recipe.data.sft), ("dpo", recipe.data.dpo)):
         if not split.train:
             continue
-        step, settings = fitting.training_step(recipe, name, config, place), fitting.settings_of(recipe)
+        step, settings = memory_check.training_step(recipe, name, config, place), memory_check.settings_of(recipe)
         estimate = step.memory(settings)
         text = f"needs up to {estimate.peak / 1e9:.1f} GB of {place.budget / 1e9:.1f}"
         if estimate.peak <= place.budget:
             yield Check("ok", name, text)
         else:
-            yield Check("warn", name, text, fitting.way_out(step, settings, place))
+            yield Check("warn", name, text, memory_check.way_out(step, settings, place))
 
 
 def measured() -> Iterator[Check]:

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import load_recipe
-from mlx_zh.trackers import TRACKERS, About, Trackers
+from mlx_zh.stages.trackers import TRACKERS, About, Trackers
 
 KEYS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC", "SWANLAB_MODE", "SWANLAB_API_KEY")
 
