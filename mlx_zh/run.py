@@ -50,7 +50,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str]) -> int:
+def _run(recipe: Recipe, asked: list[str], wanted: list[Step], forced: set[str]) -> int:
     from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
     from mlx_zh.system import console
@@ -58,7 +58,7 @@ def _run(recipe: Recipe, command: list[str], wanted: list[Step], forced: set[str
     folder = recipe.run_folder()
     with command.at_work(recipe, "run") as lock:
         state = State.of(folder)
-        status = Pipeline(recipe, command, wanted, state, lock, console.say).run(forced)
+        status = Pipeline(recipe, asked, wanted, state, lock, console.say).run(forced)
     if status == 0:
         console.say(f"\n{_times(state, wanted)}")
     else:
