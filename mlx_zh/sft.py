@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.errors import DataError
-    from mlx_zh.models.lora import adapted_layers, add_adapter
+    from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
     from mlx_zh.stages import memory_check
     from mlx_zh.stages.data import file_digests, keep_report, prepare_stage
     from mlx_zh.stages.run_key import learning_values

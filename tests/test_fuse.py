@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlx_zh import fuse
+from mlx_zh.models.adapters.layers import load_adapter, read_adapter, save_adapter
 from mlx_zh.models.load import load_model
-from mlx_zh.models.lora import load_adapter, read_adapter, save_adapter
 from mlx_zh.system import storage
 
 FUSED = Path("runs/tiny/fused")

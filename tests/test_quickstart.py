@@ -20,8 +20,8 @@ from project import TRAIN, VALIDATION, Project, losses
 
 from mlx_zh import chat, sft
 from mlx_zh.cli import entry
+from mlx_zh.models.adapters.layers import load_adapter
 from mlx_zh.models.load import load_model
-from mlx_zh.models.lora import load_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "请介绍一下你自己"

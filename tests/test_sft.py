@@ -14,8 +14,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as load_mlx_lm
 from project import TRAIN, VALIDATION, Project, contents, interrupt_after, losses, message, metrics
 
+from mlx_zh.models.adapters.layers import load_adapter, read_adapter
 from mlx_zh.models.load import load_model
-from mlx_zh.models.lora import load_adapter, read_adapter
 from mlx_zh.recipe import load_recipe
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

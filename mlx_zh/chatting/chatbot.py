@@ -71,7 +71,7 @@ class Chatbot:
     def _put_on(self, folder: Path) -> None:
         from mlx.utils import tree_flatten
 
-        from mlx_zh.models.lora import load_adapter
+        from mlx_zh.models.adapters.layers import load_adapter
 
         model = self.loaded.model
         weights = dict(tree_flatten(model.parameters()))  # references, not copies
@@ -82,7 +82,7 @@ class Chatbot:
         self.adapter = folder
 
     def _take_off(self) -> None:
-        from mlx_zh.models.lora import remove_adapter
+        from mlx_zh.models.adapters.layers import remove_adapter
 
         if self.adapter:
             remove_adapter(self.loaded.model)

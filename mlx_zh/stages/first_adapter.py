@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError
+from mlx_zh.models.adapters.layers import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
 from mlx_zh.models.load import LoadedModel
-from mlx_zh.models.lora import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import command
 from mlx_zh.stages.tuning import adapter_spec

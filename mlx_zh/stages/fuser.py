@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError
-from mlx_zh.models import peft_adapter
+from mlx_zh.models.adapters import peft
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
@@ -215,7 +215,7 @@ class Fuser:
 
     def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
         adapter, base = self.fusion.adapter, self.fusion.source
-        peft_adapter.write_peft(folder, adapter.spec, adapter.weights, base=base.name, matrices=base.outline.matrices)
+        peft.write_peft(folder, adapter.spec, adapter.weights, base=base.name, matrices=base.outline.matrices)
         write_tokenizer(folder, self.fusion.base)
         step()
         return Result("adapter", None, [], None)

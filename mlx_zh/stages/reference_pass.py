@@ -12,8 +12,8 @@ import numpy.typing as npt
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
+from mlx_zh.models.adapters.layers import AdapterSpec
 from mlx_zh.models.load import LoadedModel
-from mlx_zh.models.lora import AdapterSpec
 from mlx_zh.recipe import Recipe
 from mlx_zh.system import console, device
 from mlx_zh.training.optimizer import Arrays

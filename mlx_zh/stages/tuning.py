@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.lora import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
+from mlx_zh.models.adapters.layers import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.stages.run_key import Values, changes, learning_key
 from mlx_zh.stages.sample_answers import Samples

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
-from mlx_zh.models.lora import trainable
+from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
 from mlx_zh.training import checkpoints

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.core.packing import PackedBatch
-from mlx_zh.models.lora import dropout_keys
+from mlx_zh.models.adapters.layers import dropout_keys
 from mlx_zh.training.order import stream
 
 

@@ -13,12 +13,12 @@ import strategies
 import tiny_models as tiny
 from hypothesis import strategies as st
 
+from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, load_adapter, save_adapter, trainable
+from mlx_zh.models.adapters.peft import write_peft
 from mlx_zh.models.folder import folder_config, folder_weights
 from mlx_zh.models.gguf import read_gguf, read_tensor
 from mlx_zh.models.gguf_model import gguf_config, gguf_weights
 from mlx_zh.models.gguf_tokenizer import gguf_tokenizer
-from mlx_zh.models.lora import AdapterSpec, add_adapter, load_adapter, save_adapter, trainable
-from mlx_zh.models.peft_adapter import write_peft
 
 CONFIG = tiny.tiny_config("llama", vocab_size=len(tiny.TOKENS))
 KEYS = """

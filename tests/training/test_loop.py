@@ -12,7 +12,7 @@ import pytest
 from lab import EVERY, TRAIN, VALIDATION, Lab, Make, assert_same, bits, finish, lines, reason, until
 from oracles import own_loss
 
-from mlx_zh.models.lora import trainable
+from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Saved, Stepped
 from mlx_zh.training.schedule import learning_rate

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.models.adapters.layers import AdapterSpec, read_adapter
 from mlx_zh.models.build import Weights, dequantize
 from mlx_zh.models.export.source import Source
-from mlx_zh.models.lora import AdapterSpec, read_adapter
 
 # Two versions of one matrix, one of them in 4 bits, have a cosine of 0.99; matrices of two models have one near 0.
 _SAME_MODEL = 0.9

@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from oracles import distance, gradients, own_loss, random_tokens
 
 from mlx_zh.errors import AdapterError
-from mlx_zh.models.lora import (
+from mlx_zh.models.adapters.layers import (
     AdapterSpec,
     add_adapter,
     load_adapter,

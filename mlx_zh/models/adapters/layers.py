@@ -246,10 +246,10 @@ def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpe
 
 def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     """The settings and the arrays of an adapter folder; one of PEFT's is converted."""
-    from mlx_zh.models import peft_adapter
+    from mlx_zh.models.adapters import peft
 
-    if peft_adapter.is_peft(folder):
-        return peft_adapter.read_peft(folder)
+    if peft.is_peft(folder):
+        return peft.read_peft(folder)
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
