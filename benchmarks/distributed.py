@@ -30,7 +30,7 @@ import mlx_zh  # noqa: F401  (loads the fast BLAS before anything imports mlx)
 import mlx.core as mx
 import numpy as np
 
-from mlx_zh.models.adapters.layers import read_adapter
+from mlx_zh.models.adapters.files import read_adapter
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 

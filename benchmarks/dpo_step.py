@@ -33,7 +33,8 @@ from mlx_lm_lora.trainer import dpo_trainer
 
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.render import RenderedPair, Renderer
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective

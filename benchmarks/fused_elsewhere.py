@@ -29,7 +29,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Renderer
-from mlx_zh.models.adapters.layers import load_adapter
+from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import load_recipe
 

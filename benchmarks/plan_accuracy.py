@@ -26,7 +26,8 @@ import numpy as np
 from mlx_lm.models import llama
 
 from mlx_zh.corpus.render import Rendered, RenderedPair
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import Estimate, step_memory
 from mlx_zh.planning.shapes import LINEAR, MemorySettings, Target, Trained, conversations, model_shape, pairs
 from mlx_zh.recipe import Dpo

@@ -26,7 +26,8 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_zh.corpus.render import Rendered
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.training.objective import Settings
 from mlx_zh.training.optimizer import GroupedAdamW

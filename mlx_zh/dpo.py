@@ -100,7 +100,8 @@ def _train(
 ) -> Finished:
     """Put the adapter on, look up or compute the reference, and train."""
     from mlx_zh.core.logprobs import computes_in_float32
-    from mlx_zh.models.adapters.layers import add_adapter, load_adapter, trainable
+    from mlx_zh.models.adapters.files import load_adapter
+    from mlx_zh.models.adapters.layers import add_adapter, trainable
     from mlx_zh.stages.reference_pass import find_reference
     from mlx_zh.stages.tuning import row_settings
     from mlx_zh.system import console

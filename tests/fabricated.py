@@ -165,14 +165,14 @@ def write_exam(folder: Path, key: str, count: int, rates: Mapping[str, float], r
         again = rng.random(len(known))
         mixed = np.where(rng.random(len(known)) < 0.85, drawn, again)  # models agree on most questions
         answers[stage] = [_answer(s, q, bool(m < rate + skill[s])) for (s, q), m in zip(known, mixed, strict=True)]
-        figures = figures.figures(exam, answers[stage], samples=200, seed=0)
+        measured = figures.exam_figures(exam, answers[stage], samples=200, seed=0)
         about = {"asked": "ab" * 8, "protocol": {"name": "official", "version": 1}}
-        found[stage] = {"benchmark": exam.title, "split": exam.split, "stage": stage, "about": about, **figures}
-    for stage, figures in found.items():
+        found[stage] = {"benchmark": exam.title, "split": exam.split, "stage": stage, "about": about, **measured}
+    for stage, result in found.items():
         sides = {name: figures.by_subject(given) for name, given in answers.items() if name != stage}
         own = figures.by_subject(answers[stage])
-        figures["against"] = {n: asdict(statistics.compare(side, own, 200, 0)) for n, side in sides.items()}
-        Records(folder, stage, key).finish(answers[stage], figures, labelled=True)
+        result["against"] = {n: asdict(statistics.compare(side, own, 200, 0)) for n, side in sides.items()}
+        Records(folder, stage, key).finish(answers[stage], result, labelled=True)
 
 
 def invented_exam(key: str, count: int) -> Exam:

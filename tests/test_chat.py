@@ -28,7 +28,9 @@ from mlx_zh.chatting.transcript import ContextError, Transcript
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DataError, MlxZhError, StorageError
-from mlx_zh.models.adapters import layers
+from mlx_zh.models.adapters.files import save_adapter
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.generate import GenerationSession, Sampling, StreamDecoder, common_prefix
 from mlx_zh.models.load import LoadedModel, load_model
 
@@ -111,13 +113,13 @@ class Scripted:
 @pytest.fixture
 def adapter(loaded, tmp_path) -> Path:
     """An adapter folder that changes what the tiny model says."""
-    spec = layers.AdapterSpec(kind="lora", num_layers=2, rank=4, scale=20.0)
+    spec = AdapterSpec(kind="lora", num_layers=2, rank=4, scale=20.0)
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
-    layers.add_adapter(model, spec, seed=1)
+    add_adapter(model, spec, seed=1)
     mx.random.seed(5)
-    weights = {name: mx.random.normal(a.shape) for name, a in layers.trainable(model).items()}
+    weights = {name: mx.random.normal(a.shape) for name, a in trainable(model).items()}
     folder = tmp_path / "adapters"
-    layers.save_adapter(folder, weights, spec, {})
+    save_adapter(folder, weights, spec, {})
     return folder
 
 
@@ -547,9 +549,9 @@ def test_an_adapter_that_does_not_fit_leaves_the_old_one(repl, bot, adapter, tmp
 
 
 def test_a_fully_tuned_model_comes_off_too(repl, bot, loaded, tmp_path):
-    spec = layers.AdapterSpec(kind="full", num_layers=2)
+    spec = AdapterSpec(kind="full", num_layers=2)
     weights = {name: array + 0.3 for name, array in tree_flatten(loaded.model.parameters())}
-    layers.save_adapter(tmp_path / "full", weights, spec, {})
+    save_adapter(tmp_path / "full", weights, spec, {})
     base = repl.say("你好") and repl.transcript.turns[1].content
     repl.say(f"/adapter {tmp_path / 'full'}", "/retry")
     assert repl.transcript.turns[1].content != base

@@ -13,7 +13,7 @@ import pytest
 from project import Project, Result, interrupt_after, losses, message, metrics
 
 from mlx_zh import dpo
-from mlx_zh.models.adapters.layers import read_adapter
+from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.training import reference
 
 LN2 = math.log(2)

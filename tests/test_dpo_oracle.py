@@ -14,7 +14,8 @@ from oracles import distance
 
 from mlx_zh.core.losses import LOSSES
 from mlx_zh.corpus.render import RenderedPair
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective
 from mlx_zh.training.objective import Settings

@@ -16,7 +16,9 @@ from mlx_zh import eval
 from mlx_zh.cli import entry
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams.records import Records
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, save_adapter, trainable
+from mlx_zh.models.adapters.files import save_adapter
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import load_recipe
 from mlx_zh.stages import run_models

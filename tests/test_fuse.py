@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_zh import fuse
-from mlx_zh.models.adapters.layers import load_adapter, read_adapter, save_adapter
+from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter
 from mlx_zh.models.load import load_model
 from mlx_zh.system import storage
 

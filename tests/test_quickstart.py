@@ -20,7 +20,7 @@ from project import TRAIN, VALIDATION, Project, losses
 
 from mlx_zh import chat, sft
 from mlx_zh.cli import entry
-from mlx_zh.models.adapters.layers import load_adapter
+from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent

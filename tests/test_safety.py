@@ -20,7 +20,7 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DownloadError, ModelError, TemplateError
 from mlx_zh.exams import archives
 from mlx_zh.exams.catalog import benchmark
-from mlx_zh.models.adapters.layers import read_adapter
+from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.system import console, redaction
 from mlx_zh.system.hub import commit_of
 

@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as load_mlx_lm
 from project import TRAIN, VALIDATION, Project, contents, interrupt_after, losses, message, metrics
 
-from mlx_zh.models.adapters.layers import load_adapter, read_adapter
+from mlx_zh.models.adapters.files import load_adapter, read_adapter
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import load_recipe
 

@@ -71,7 +71,7 @@ class Chatbot:
     def _put_on(self, folder: Path) -> None:
         from mlx.utils import tree_flatten
 
-        from mlx_zh.models.adapters.layers import load_adapter
+        from mlx_zh.models.adapters.files import load_adapter
 
         model = self.loaded.model
         weights = dict(tree_flatten(model.parameters()))  # references, not copies

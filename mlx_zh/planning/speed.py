@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_zh.core.logprobs import hidden_states, token_logprobs
 from mlx_zh.core.packing import pack_conversations
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import trained_values
 from mlx_zh.planning.shapes import ModelShape, Target, Trained
 from mlx_zh.training.step import set_weights

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError
-from mlx_zh.models.adapters.layers import ADAPTER_FILE, CONFIG_FILE, AdapterSpec, adapted_layers, read_adapter
+from mlx_zh.models.adapters.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
+from mlx_zh.models.adapters.layers import adapted_layers
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import command

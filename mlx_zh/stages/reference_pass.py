@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
-from mlx_zh.models.adapters.layers import AdapterSpec
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Recipe
 from mlx_zh.system import console, device

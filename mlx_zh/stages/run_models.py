@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.adapters.layers import ADAPTER_FILE, CONFIG_FILE, load_adapter, remove_adapter
+from mlx_zh.models.adapters.files import ADAPTER_FILE, CONFIG_FILE, load_adapter
+from mlx_zh.models.adapters.layers import remove_adapter
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:

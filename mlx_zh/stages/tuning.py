@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.adapters.layers import CONFIG_FILE, AdapterSpec, read_adapter, save_adapter, vocabulary
+from mlx_zh.models.adapters.files import CONFIG_FILE, read_adapter, save_adapter, vocabulary
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Lora, Recipe, Training
 from mlx_zh.stages.run_key import Values, changes, learning_key
 from mlx_zh.stages.sample_answers import Samples

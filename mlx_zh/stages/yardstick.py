@@ -11,7 +11,7 @@ from typing import Any
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
 from mlx_zh.errors import DataError, DownloadError, TemplateError
-from mlx_zh.models.adapters.layers import load_adapter
+from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.export import fidelity
 from mlx_zh.models.export.held_out import bundled_conversations
 from mlx_zh.models.load import load_model

@@ -24,7 +24,7 @@ from mlx_zh.core.packing import plan_rows
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import ModelError
-from mlx_zh.models.adapters.layers import AdapterSpec
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system.storage import storage_errors, sync
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens

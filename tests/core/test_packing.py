@@ -13,7 +13,8 @@ from oracles import LLAMA3_ROPE, distance, following_logprobs, gradients, own_lo
 
 from mlx_zh.core.logprobs import batch_logprobs, hidden_states, sequence_logprobs, sum_by_owner
 from mlx_zh.core.packing import PackedBatch, RowBuilder, pack_choices, pack_conversations, pack_pairs, plan_rows
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.step import set_weights
 
 MODELS = {

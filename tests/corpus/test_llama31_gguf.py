@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_zh.models.adapters.layers import AdapterSpec, save_adapter
+from mlx_zh.models.adapters.files import save_adapter
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.export.gguf_file import plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, open_adapter
 from mlx_zh.models.export.source import open_source

@@ -24,7 +24,7 @@ from mlx_zh import eval, sft
 from mlx_zh.distributed import heartbeat
 from mlx_zh.distributed.heartbeat import Door, Heartbeat, knock
 from mlx_zh.distributed.world import World
-from mlx_zh.models.adapters.layers import read_adapter
+from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.system import device
 
 VARYING_HERE = VARYING | {"ranks", "communication_share", "waiting_share"}

@@ -17,7 +17,8 @@ from mlx_zh.exams.exam import load_exam
 from mlx_zh.exams.prompts import Prompt, Prompter
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.exams.scorer import common_prefix, letter_logprobs
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 
 LETTERS = ((17,), (23,), (29,), (31,))
 LONG = ((17,), (23, 5, 5), (23, 5, 9), (31, 2))  # as some tokenizers write " A"

@@ -13,8 +13,10 @@ import strategies
 import tiny_models as tiny
 from hypothesis import strategies as st
 
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, load_adapter, save_adapter, trainable
+from mlx_zh.models.adapters.files import load_adapter, save_adapter
+from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.peft import write_peft
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.folder import folder_config, folder_weights
 from mlx_zh.models.gguf import read_gguf, read_tensor
 from mlx_zh.models.gguf_model import gguf_config, gguf_weights

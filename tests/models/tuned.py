@@ -10,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 from tiny_models import LAYERS, logits, tiny_config, tiny_model, write_folder
 
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, save_adapter, trainable
+from mlx_zh.models.adapters.files import save_adapter
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.export.merge import Fusion, open_adapter
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.load import load_model

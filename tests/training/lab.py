@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 from objectives import conversations, sft
 
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Checkpoint, Training
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Event, Finished, Loop, Stepped

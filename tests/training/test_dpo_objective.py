@@ -16,7 +16,8 @@ from preferences import dpo, own_sums, pair, pairs, reference_of
 from mlx_zh.core.logprobs import sequence_logprobs
 from mlx_zh.core.losses import LOSSES, preference_loss
 from mlx_zh.core.packing import shared_beginning
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, remove_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training import dpo_objective
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
 from mlx_zh.training.step import evaluate, loss_and_gradients, set_weights

@@ -14,7 +14,8 @@ from oracles import distance, gradients, random_tokens
 
 from mlx_zh.core.logprobs import batch_logprobs, hidden_states
 from mlx_zh.core.packing import PackedBatch, RowBuilder, pack_conversations, pack_pairs
-from mlx_zh.models.adapters.layers import AdapterSpec, LoRALinear, add_adapter, trainable
+from mlx_zh.models.adapters.layers import LoRALinear, add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.noise import StepNoise, example_seeds
 from mlx_zh.training.objective import Settings
 from mlx_zh.training.step import set_weights

@@ -14,7 +14,8 @@ from preferences import own_sums, pair, pairs, reference_of
 
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.errors import ModelError, StorageError
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, remove_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system import device
 from mlx_zh.training import reference as module
 from mlx_zh.training.pairs import tree_tokens

@@ -12,7 +12,8 @@ import pytest
 from objectives import conversations, sft
 from oracles import distance, gradients, own_logprobs, own_loss
 
-from mlx_zh.models.adapters.layers import AdapterSpec, add_adapter, trainable
+from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.objective import Row
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.sft_objective import SftObjective

@@ -1,15 +1,12 @@
-"""LoRA, DoRA and full fine-tuning: which weights are trained, and adapters on disk in mlx-lm's format."""
+"""LoRA and DoRA layers, and which weights of a model are trained."""
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,36 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner import dora, lora
 
-from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.folder import read_table
-from mlx_zh.system.storage import write_arrays, write_json
+from mlx_zh.errors import AdapterError
+from mlx_zh.models.adapters.spec import AdapterSpec
 
-ADAPTER_FILE = "adapters.safetensors"
-CONFIG_FILE = "adapter_config.json"
-_LEAVES = ("lora_a", "lora_b", "m")
-_LARGEST_RANK = 1 << 20
 _DROPOUT_KEYS: ContextVar[mx.array | None] = ContextVar("dropout_keys", default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """What is trained. `kind` is lora, dora or full; `scale` multiplies the low-rank product.
-
-    `targets` are the last names of linear layers (`q_proj`), or None for every linear layer of a block;
-    `num_layers` counts blocks from the top.
-    """
-
-    kind: str
-    num_layers: int
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] | None = None
-
-    @staticmethod
-    def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:
-        """alpha / rank (LoRA, arXiv:2106.09685) or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
-        return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 @contextmanager
@@ -119,7 +90,7 @@ def _low_rank(layer: Any, x: mx.array) -> mx.array:
     return low @ layer.lora_b.astype(x.dtype)
 
 
-_LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
+LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _ADAPTED = (lora.LoRALinear, dora.DoRALinear)  # ours derive from mlx-lm's
 
@@ -139,7 +110,7 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
         _train_whole(model, max(len(model.layers) - spec.num_layers, 0))
         model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
     else:
-        model.update_modules(tree_unflatten(list(_wrapped(model, names, spec, seed).items())))
+        put_on(model, fresh_layers(model, names, spec, seed))
 
 
 def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -151,7 +122,7 @@ def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
             )
         return []
     first = max(len(model.layers) - spec.num_layers, 0)
-    linear = [name for name in _linear_layers(model) if _layer_of(name) >= first]
+    linear = [name for name in linear_layers(model) if block_of(name) >= first]
     if spec.targets is not None:
         names = {_last(n) for n in linear}
         if missing := sorted(set(spec.targets) - names):
@@ -163,7 +134,7 @@ def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
     return linear
 
 
-def _layer_of(name: str) -> int:
+def block_of(name: str) -> int:
     """The block that a module belongs to; -1 outside the blocks."""
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts[:-1] else -1
@@ -180,16 +151,23 @@ def _train_whole(model: nn.Module, first: int) -> None:
         layer.unfreeze()
 
 
-def _wrapped(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> dict[str, Any]:
+def fresh_layers(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> dict[str, Any]:
     """Fresh adapter layers over the named linear layers of a model, not yet in it."""
-    linear = _linear_layers(model)
-    return {name: _LAYERS[spec.kind](linear[name], spec, seed, name) for name in names}
+    linear = linear_layers(model)
+    return {name: LAYERS[spec.kind](linear[name], spec, seed, name) for name in names}
 
 
-def _linear_layers(model: nn.Module) -> dict[str, Any]:
+def linear_layers(model: nn.Module) -> dict[str, Any]:
     """The linear layers by name, whether or not an adapter lies over them."""
     found = {n: m.linear if isinstance(m, _ADAPTED) else m for n, m in model.named_modules()}
     return {name: module for name, module in found.items() if isinstance(module, _LINEAR)}
+
+
+def put_on(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Put adapter layers on a model in place of any it has, by the names of the layers that they wrap."""
+    remove_adapter(model)
+    model.freeze()
+    model.update_modules(tree_unflatten(list(layers.items())))
 
 
 def remove_adapter(model: nn.Module) -> None:
@@ -200,139 +178,3 @@ def remove_adapter(model: nn.Module) -> None:
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """The trained arrays by name."""
     return dict(tree_flatten(model.trainable_parameters()))
-
-
-def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, about: dict[str, Any]) -> None:
-    """Write an adapter folder that mlx-lm loads too; `about` (base model, run) is kept beside the settings."""
-    write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
-    keys = sorted({_key(name.rpartition(".")[0]) for name in weights})
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "fine_tune_type": spec.kind,
-            "num_layers": spec.num_layers,
-            "lora_parameters": {
-                "rank": spec.rank,
-                "scale": spec.scale,
-                "dropout": spec.dropout,
-                "keys": keys,
-            },
-            "mlx_zh": about,
-        },
-    )
-
-
-def _key(module: str) -> str:
-    """A module's name as mlx-lm's `keys` have it: inside its block, or inside the model where it is in no block."""
-    return module.split(".layers.", 1)[-1].split(".", 1)[-1] if _layer_of(module) >= 0 else module
-
-
-def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpec:
-    """Apply an adapter folder made here or by mlx-lm in place of any on the model; its weights become trainable.
-
-    Raises `AdapterError` naming every tensor that does not fit the model, with both shapes; the model is then
-    untouched.
-    """
-    spec, weights = read_adapter(folder)
-    _check_vocabulary(model, folder)
-    if spec.kind == "full":
-        _fits(dict(tree_flatten(model.parameters())), weights, folder)
-        add_adapter(model, spec, seed=seed)
-    else:
-        _wrap_as_named(model, spec, weights, folder, seed)
-    model.load_weights(list(weights.items()), strict=False)
-    return spec
-
-
-def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
-    """The settings and the arrays of an adapter folder; one of PEFT's is converted."""
-    from mlx_zh.models.adapters import peft
-
-    if peft.is_peft(folder):
-        return peft.read_peft(folder)
-    for name in (CONFIG_FILE, ADAPTER_FILE):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        parameters = config.get("lora_parameters") or {}
-        spec = AdapterSpec(
-            kind=config.get("fine_tune_type", "lora"),
-            num_layers=_all_if_not_positive(int(config.get("num_layers", 0))),
-            rank=int(parameters.get("rank", 0)),
-            scale=float(parameters.get("scale", 0)),
-            dropout=float(parameters.get("dropout", 0)),
-        )
-        read_table(folder / ADAPTER_FILE)
-        weights = mx.load(str(folder / ADAPTER_FILE))
-        mx.eval(weights)  # reads the data, so that what is missing of it shows here
-    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
-        raise AdapterError(f"{folder} is damaged: {error}") from error
-    if spec.kind not in (*_LAYERS, "full") or not isinstance(weights, dict) or not weights:
-        raise AdapterError(
-            f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter."
-        )
-    if spec.kind != "full" and not (0 < spec.rank <= _LARGEST_RANK and math.isfinite(spec.scale)):
-        raise AdapterError(f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} make no adapter.")
-    return spec, weights
-
-
-def vocabulary(model: nn.Module) -> int:
-    """Rows of a model's embedding."""
-    return int(model.model.embed_tokens.weight.shape[0])
-
-
-def _check_vocabulary(model: nn.Module, folder: Path) -> None:
-    """An adapter of the blocks alone fits models with other tokens, of which it knows nothing; ours say theirs."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    about = config.get("mlx_zh") if isinstance(config, dict) else None
-    trained = about.get("vocabulary") if isinstance(about, dict) else None
-    if isinstance(trained, int) and trained != vocabulary(model):
-        raise AdapterError(
-            f"{folder} was trained on a model with a vocabulary of {trained} tokens, and this one has "
-            f"{vocabulary(model)}. Load it with the base model that it was trained on."
-        )
-
-
-def _all_if_not_positive(layers: int) -> int:
-    return layers if layers > 0 else 10**6  # mlx-lm's 0 and -1 stand for every layer
-
-
-def _wrap_as_named(
-    model: nn.Module, spec: AdapterSpec, weights: dict[str, mx.array], folder: Path, seed: int
-) -> None:
-    """Wrap the layers that the adapter's tensors name, whatever its settings say of them."""
-    linear = _linear_layers(model)
-    owners = {name.rpartition(".")[0] for name in weights}
-    strange = [n for n in weights if n.rpartition(".")[2] not in _LEAVES]
-    strange += [f"{n} (no such linear layer)" for n in owners if n not in linear]
-    if strange:
-        raise AdapterError(
-            f"{folder} was made for another model; it has " + "; ".join(sorted(strange)[:8]) + ". "
-            "Load it with the base model that it was trained on."
-        )
-    wrapped = _wrapped(model, sorted(owners), spec, seed)
-    expected = {f"{name}.{leaf}": layer[leaf] for name, layer in wrapped.items() for leaf in _LEAVES if leaf in layer}
-    _fits(expected, weights, folder)
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise AdapterError(f"{folder} is incomplete: {', '.join(missing[:8])} is missing.")
-    remove_adapter(model)
-    model.freeze()
-    model.update_modules(tree_unflatten(list(wrapped.items())))
-
-
-def _fits(expected: dict[str, mx.array], weights: dict[str, mx.array], folder: Path) -> None:
-    wrong = [
-        f"{name} is {list(array.shape)}, the model needs {list(expected[name].shape) if name in expected else 'none'}"
-        for name, array in weights.items()
-        if name not in expected or expected[name].shape != array.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise AdapterError(
-            f"{folder} does not fit this model: " + "; ".join(sorted(wrong)[:8]) + more + ". "
-            "Load it with the base model that it was trained on."
-        )

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.adapters.layers import AdapterSpec
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.storage import write_arrays, write_json
 

@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.adapters.layers import AdapterSpec, read_adapter
+from mlx_zh.models.adapters.files import read_adapter
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.build import Weights, dequantize
 from mlx_zh.models.export.source import Source
 

@@ -19,15 +19,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from oracles import distance, gradients, own_loss, random_tokens
 
 from mlx_zh.errors import AdapterError
-from mlx_zh.models.adapters.layers import (
-    AdapterSpec,
-    add_adapter,
-    load_adapter,
-    read_adapter,
-    remove_adapter,
-    save_adapter,
-    trainable,
-)
+from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter
+from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.step import set_weights
 
 Make = Callable[..., Any]

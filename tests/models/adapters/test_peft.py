@@ -11,8 +11,9 @@ from tiny_models import TEXT_IDS, logits
 from tuned import make_tuned
 
 from mlx_zh.errors import AdapterError
-from mlx_zh.models.adapters.layers import AdapterSpec, load_adapter, read_adapter
+from mlx_zh.models.adapters.files import load_adapter, read_adapter
 from mlx_zh.models.adapters.peft import read_peft, write_peft
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import load_model
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -1,0 +1,156 @@
+"""Adapter folders: mlx-lm's format, read and written; PEFT's, read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.models.adapters import peft
+from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, fresh_layers, linear_layers, put_on
+from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.models.folder import read_table
+from mlx_zh.system.storage import write_arrays, write_json
+
+ADAPTER_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+_LEAVES = ("lora_a", "lora_b", "m")
+_LARGEST_RANK = 1 << 20
+
+
+def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, about: dict[str, Any]) -> None:
+    """Write an adapter folder that mlx-lm loads too; `about` (base model, run) is kept beside the settings."""
+    write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
+    keys = sorted({_key(name.rpartition(".")[0]) for name in weights})
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "fine_tune_type": spec.kind,
+            "num_layers": spec.num_layers,
+            "lora_parameters": {
+                "rank": spec.rank,
+                "scale": spec.scale,
+                "dropout": spec.dropout,
+                "keys": keys,
+            },
+            "mlx_zh": about,
+        },
+    )
+
+
+def _key(module: str) -> str:
+    """A module's name as mlx-lm's `keys` have it: inside its block, or inside the model where it is in no block."""
+    return module.split(".layers.", 1)[-1].split(".", 1)[-1] if block_of(module) >= 0 else module
+
+
+def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpec:
+    """Apply an adapter folder made here or by mlx-lm in place of any on the model; its weights become trainable.
+
+    Raises `AdapterError` naming every tensor that does not fit the model, with both shapes; the model is then
+    untouched.
+    """
+    spec, weights = read_adapter(folder)
+    _check_vocabulary(model, folder)
+    if spec.kind == "full":
+        _fits(dict(tree_flatten(model.parameters())), weights, folder)
+        add_adapter(model, spec, seed=seed)
+    else:
+        _wrap_as_named(model, spec, weights, folder, seed)
+    model.load_weights(list(weights.items()), strict=False)
+    return spec
+
+
+def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
+    """The settings and the arrays of an adapter folder; one of PEFT's is converted."""
+    if peft.is_peft(folder):
+        return peft.read_peft(folder)
+    for name in (CONFIG_FILE, ADAPTER_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        parameters = config.get("lora_parameters") or {}
+        spec = AdapterSpec(
+            kind=config.get("fine_tune_type", "lora"),
+            num_layers=_all_if_not_positive(int(config.get("num_layers", 0))),
+            rank=int(parameters.get("rank", 0)),
+            scale=float(parameters.get("scale", 0)),
+            dropout=float(parameters.get("dropout", 0)),
+        )
+        read_table(folder / ADAPTER_FILE)
+        weights = mx.load(str(folder / ADAPTER_FILE))
+        mx.eval(weights)  # reads the data, so that what is missing of it shows here
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
+        raise AdapterError(f"{folder} is damaged: {error}") from error
+    if spec.kind not in (*LAYERS, "full") or not isinstance(weights, dict) or not weights:
+        raise AdapterError(
+            f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter."
+        )
+    if spec.kind != "full" and not (0 < spec.rank <= _LARGEST_RANK and math.isfinite(spec.scale)):
+        raise AdapterError(f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} make no adapter.")
+    return spec, weights
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of a model's embedding."""
+    return int(model.model.embed_tokens.weight.shape[0])
+
+
+def _check_vocabulary(model: nn.Module, folder: Path) -> None:
+    """An adapter of the blocks alone fits models with other tokens, of which it knows nothing; ours say theirs."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    about = config.get("mlx_zh") if isinstance(config, dict) else None
+    trained = about.get("vocabulary") if isinstance(about, dict) else None
+    if isinstance(trained, int) and trained != vocabulary(model):
+        raise AdapterError(
+            f"{folder} was trained on a model with a vocabulary of {trained} tokens, and this one has "
+            f"{vocabulary(model)}. Load it with the base model that it was trained on."
+        )
+
+
+def _all_if_not_positive(layers: int) -> int:
+    return layers if layers > 0 else 10**6  # mlx-lm's 0 and -1 stand for every layer
+
+
+def _wrap_as_named(
+    model: nn.Module, spec: AdapterSpec, weights: dict[str, mx.array], folder: Path, seed: int
+) -> None:
+    """Wrap the layers that the adapter's tensors name, whatever its settings say of them."""
+    linear = linear_layers(model)
+    owners = {name.rpartition(".")[0] for name in weights}
+    strange = [n for n in weights if n.rpartition(".")[2] not in _LEAVES]
+    strange += [f"{n} (no such linear layer)" for n in owners if n not in linear]
+    if strange:
+        raise AdapterError(
+            f"{folder} was made for another model; it has " + "; ".join(sorted(strange)[:8]) + ". "
+            "Load it with the base model that it was trained on."
+        )
+    wrapped = fresh_layers(model, sorted(owners), spec, seed)
+    expected = {f"{name}.{leaf}": layer[leaf] for name, layer in wrapped.items() for leaf in _LEAVES if leaf in layer}
+    _fits(expected, weights, folder)
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise AdapterError(f"{folder} is incomplete: {', '.join(missing[:8])} is missing.")
+    put_on(model, wrapped)
+
+
+def _fits(expected: dict[str, mx.array], weights: dict[str, mx.array], folder: Path) -> None:
+    wrong = [
+        f"{name} is {list(array.shape)}, the model needs {list(expected[name].shape) if name in expected else 'none'}"
+        for name, array in weights.items()
+        if name not in expected or expected[name].shape != array.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise AdapterError(
+            f"{folder} does not fit this model: " + "; ".join(sorted(wrong)[:8]) + more + ". "
+            "Load it with the base model that it was trained on."
+        )
