@@ -246,10 +246,10 @@ def peer(folder: Path, tokenizer: Path, mask: str, rows: int) -> dict[str, float
 def speed(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import llama31_tokenizer
 
-    from mlx_zh.system import device
+    from mlx_zh.system import storage
 
     tokenizer = folder / "llama31"
-    llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(device.cache_folder() / "tests")).save_pretrained(tokenizer)
+    llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(storage.cache_folder() / "tests")).save_pretrained(tokenizer)
     found: dict[str, Any] = {}
     for label, rows in (("small", arguments.small), ("large", arguments.rows)):
         place = folder / label
@@ -342,9 +342,9 @@ def planted(folder: Path) -> None:
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.corpus.shards import RenderSettings
     from mlx_zh.corpus.sources import DataSource
-    from mlx_zh.system import device
+    from mlx_zh.system import storage
 
-    renderer = Renderer(llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(device.cache_folder() / "tests")))
+    renderer = Renderer(llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(storage.cache_folder() / "tests")))
     rng = random.Random(1)
     names = ("alpaca_zh_demo.json", "ruozhiba_qa2449_gpt4o.json", "oaast_sft_zh.json")
     real = [c for name in names for c in load_conversations(SAMPLES / "sft" / name, on_invalid="skip")[0]]

@@ -1,7 +1,7 @@
 """Fine-tune a 4-bit Llama into a Chinese assistant on a MacBook."""
 
-from mlx_zh.system import device as device
+from mlx_zh.system.blas import preload_blas
 
 __version__ = "0.1.0"
 
-device.preload_blas()  # must run before anything imports mlx.core
+preload_blas()  # must run before anything imports mlx.core

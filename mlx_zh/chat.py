@@ -62,17 +62,17 @@ def main(argv: list[str] | None = None) -> int:
         return answer_once(bot, transcript, None if quiet else screen)
 
     from mlx_zh.chatting.repl import COMMANDS, Repl
-    from mlx_zh.system import device
+    from mlx_zh.system import storage
 
     screen.note("/help 帮助 · Ctrl-C 中止回答 stops an answer · Ctrl-D 退出 leaves")
-    editor = LineEditor(device.cache_folder() / "chat-history", sorted(COMMANDS))
+    editor = LineEditor(storage.cache_folder() / "chat-history", sorted(COMMANDS))
     Repl(bot, screen, editor.read, transcript).run()
     return 0
 
 
 def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot, str | None]:
     """The model with its adapter, and the recipe's system prompt."""
-    from mlx_zh.system import device
+    from mlx_zh.system import blas
 
     recipe = _recipe(arguments.target, arguments.overrides)
     adapter = _adapter(arguments.adapter, recipe)
@@ -86,7 +86,7 @@ def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot
             screen.done()
     if screen:
         screen.note(f"model: {bot.loaded.source} · adapter: {adapter or 'none'} · context: {bot.context} tokens")
-        if warning := device.blas_warning():
+        if warning := blas.blas_warning():
             screen.note(warning)
     return bot, recipe.data.system if recipe else None
 

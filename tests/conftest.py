@@ -203,11 +203,11 @@ def project(
     """An empty folder to be in, with a recipe, data and a tiny model."""
     from project import Project
 
-    from mlx_zh.system import device
+    from mlx_zh.system import storage
 
     cache = tmp_path / "cache"  # what an earlier run prepared must not show
     cache.mkdir()
-    (cache / "blas").symlink_to(device.cache_folder() / "blas")
+    (cache / "blas").symlink_to(storage.cache_folder() / "blas")
     monkeypatch.setenv("MLX_ZH_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     return Project(model_folder(), capsys)

@@ -18,13 +18,13 @@ from mlx_zh import report
 from mlx_zh.errors import DataError
 from mlx_zh.exams import figures as exam_report
 from mlx_zh.reporting import plots, svg
+from mlx_zh.reporting.charts import smooth
 from mlx_zh.reporting.findings import Findings, gather
 from mlx_zh.reporting.markdown import markdown
 from mlx_zh.reporting.markup import Html, escape, tag
 from mlx_zh.reporting.messages import MESSAGES, translated
 from mlx_zh.reporting.page import page
-from mlx_zh.reporting.smoothing import smooth
-from mlx_zh.reporting.ticks import label, ticks
+from mlx_zh.reporting.svg import label, ticks
 from mlx_zh.system import redaction
 from mlx_zh.system.storage import write_json
 

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 from mlx_zh.errors import DataError, DownloadError, StorageError
 from mlx_zh.recipe import DataSet
-from mlx_zh.system import device
+from mlx_zh.system import storage
 from mlx_zh.system.storage import written_whole
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -159,7 +159,7 @@ def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
 def _url(name: str, entry: DataSet) -> list[Path]:
     """One file from an address, kept in the cache folder under the address's digest."""
     digest = hashlib.sha256(entry.id.encode()).hexdigest()[:16]
-    target = device.cache_folder() / "downloads" / digest / (Path(urlparse(entry.id).path).name or "data")
+    target = storage.cache_folder() / "downloads" / digest / (Path(urlparse(entry.id).path).name or "data")
     if not target.is_file():
         _download(name, entry, target)
     return [target]

@@ -14,8 +14,8 @@ from pathlib import Path
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.catalog import NAMES, Benchmark, benchmark
 from mlx_zh.exams.exam import Exam, load_benchmark, load_exam
-from mlx_zh.system import device
 from mlx_zh.system import hub as hubs
+from mlx_zh.system import storage
 from mlx_zh.system.storage import storage_errors, sync_folder
 
 # Only these are taken out of an archive, under names made here: nothing can land elsewhere.
@@ -41,7 +41,7 @@ def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface") -> Path:
     archive = folder / place["archive"]
     if not archive.is_file():
         raise DownloadError(f"{place['repository']} has no file {place['archive']} on {hub}.")
-    return unpack(benchmark, archive, device.cache_folder() / "benchmarks")
+    return unpack(benchmark, archive, storage.cache_folder() / "benchmarks")
 
 
 def unpack(benchmark: Benchmark, archive: Path, cache: Path) -> Path:

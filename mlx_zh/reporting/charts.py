@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_zh.reporting.findings import Findings, TrainingResult
 from mlx_zh.reporting.messages import Text, named, say
-from mlx_zh.reporting.smoothing import smooth
 
 Points = list[tuple[float, float]]
 
@@ -117,3 +118,17 @@ def _pair(training: TrainingResult, name: str, color: int) -> list[Series]:
 def _marks(training: TrainingResult, name: str, color: int) -> list[Series]:
     points = training.points(name)
     return [Series(named(name), points, "marks", color)] if points else []
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average of N values, begun at the first, whose weight grows with N.
+
+    As `smooth` in LLaMA-Factory's extras/ploting.py, which follows TensorBoard: s[i] = w s[i-1] + (1 - w) v[i] with
+    w = 1.8 (sigmoid(N / 20) - 1/2), so that short runs are hardly smoothed and long ones at most by w = 0.9.
+    """
+    weight = 1.8 * (1 / (1 + math.exp(-len(values) / 20)) - 0.5)
+    smoothed: list[float] = []
+    for value in values:
+        last = smoothed[-1] if smoothed else value
+        smoothed.append(weight * last + (1 - weight) * value)
+    return smoothed

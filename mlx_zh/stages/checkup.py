@@ -21,7 +21,8 @@ from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.shapes import Packing, Target
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
-from mlx_zh.system import device
+from mlx_zh.system import device, storage
+from mlx_zh.system.blas import blas_warning
 
 # What the tests ran with; constraints.txt says the same.
 TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
@@ -132,7 +133,7 @@ def wired() -> Check:
 
 def blas() -> Check:
     """The library of matrix products, and its threads."""
-    if warning := device.blas_warning():
+    if warning := blas_warning():
         return Check("warn", "BLAS", warning)
     if not device.is_cpu():
         return Check("ok", "BLAS", "not used: products run on the accelerator")
@@ -149,7 +150,7 @@ def blas() -> Check:
 
 def disk(recipe: Recipe | None) -> Check:
     """Room for the model, the run folder and the cache."""
-    place = device.cache_folder() if recipe is None else Path(recipe.runs)
+    place = storage.cache_folder() if recipe is None else Path(recipe.runs)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

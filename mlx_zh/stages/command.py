@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.recipe import Recipe, load_recipe
-from mlx_zh.system import console, device
+from mlx_zh.system import blas, console, device
 from mlx_zh.system.locks import Lock, locked
 from mlx_zh.system.redaction import hide_all, redact
 from mlx_zh.system.storage import write_json, write_text
@@ -75,7 +75,7 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
     from mlx_zh.models.load import load_model
 
     device.bound_cache()
-    if warning := device.blas_warning():
+    if warning := blas.blas_warning():
         console.warn(warning)
     source = recipe.model
     loaded = load_model(

@@ -17,7 +17,7 @@ from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
 from mlx_zh.recipe import DataSet, Recipe, Source
-from mlx_zh.system import console, device
+from mlx_zh.system import console, storage
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def prepare_stage(
     ]
     settings = _settings(recipe, stage)
     with _Bars() as bars:
-        corpus = prepare(sources, settings, renderer, device.cache_folder() / "corpus", bars.event, vocabulary)
+        corpus = prepare(sources, settings, renderer, storage.cache_folder() / "corpus", bars.event, vocabulary)
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
     for name, reason in settings.exams.missing.items():

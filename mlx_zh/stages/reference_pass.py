@@ -15,7 +15,7 @@ from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Recipe
-from mlx_zh.system import console, device
+from mlx_zh.system import console, device, storage
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.order import Order
 from mlx_zh.training.reference import Reference, ReferenceStore, forward_tokens, model_key
@@ -49,7 +49,7 @@ def find_reference(
     visited = order.visited(order.steps(section.epochs, section.max_steps))
     needed = [*(pairs[i] for i in visited), *validation]
     name = f"{model_key(loaded.fingerprint, loaded.model, adapter)}.txt"
-    store = ReferenceStore(device.cache_folder() / "reference" / name)
+    store = ReferenceStore(storage.cache_folder() / "reference" / name)
     reference = Reference(store, needed, world)
     missing = len(reference.missing)
     console.say(f"Reference log-probs: {reference.found} pairs found in {store.path}, {missing} to compute.")

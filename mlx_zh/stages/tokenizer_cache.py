@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
-from mlx_zh.system import device
+from mlx_zh.system import storage
 from mlx_zh.system.storage import write_json, write_text
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def open_tokenizer(model: Model) -> SnapshotTokenizer:
     from mlx_zh.models.load import resolve_model
 
     place = resolve_model(model.path, hub=model.hub, revision=model.revision)
-    folder = device.cache_folder() / "tokenizers" / _key(place)
+    folder = storage.cache_folder() / "tokenizers" / _key(place)
     if not (folder / "whole").exists():
         _in_a_process(str(folder), str(place))
         _in_a_process(str(folder))  # after the first has given its 500 MB back

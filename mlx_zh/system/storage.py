@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_zh.errors import StorageError
-from mlx_zh.system import device
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this program (`MLX_ZH_CACHE`, else the platform's own place)."""
+    if chosen := os.environ.get("MLX_ZH_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base and sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    return Path(base or Path.home() / ".cache").expanduser() / "mlx-zh"
 
 
 @contextmanager
@@ -76,9 +87,20 @@ def _alive(process: int) -> bool:
 def sync(descriptor: int) -> None:
     """Make what was written to a file survive a power cut."""
     with suppress(OSError):  # a file system that knows only fsync
-        if device.sync_to_disk(descriptor):
+        if sync_to_disk(descriptor):
             return
     os.fsync(descriptor)
+
+
+def sync_to_disk(descriptor: int) -> bool:
+    """On macOS, write a file through the drive's own cache, where fsync leaves it; False where fsync does that."""
+    if sys.platform != "darwin":
+        return False
+    fcntl.fcntl(descriptor, _F_FULLFSYNC)
+    return True
+
+
+_F_FULLFSYNC = 51  # <sys/fcntl.h>
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,6 +28,21 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass
+class Progress:
+    """What changes as a run goes on, beside weights and optimizer."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_at: int = -1
+    metrics_size: int = 0
+
+
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `folder/step-NNNNNN` and remove all but the newest `keep`, and what a killed run left half-written."""
     target = folder / f"step-{checkpoint.state['step']:06d}"

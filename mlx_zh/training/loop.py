@@ -20,13 +20,11 @@ from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
 from mlx_zh.training import checkpoints
-from mlx_zh.training.metrics import MetricsLog
-from mlx_zh.training.objective import Objective, Row
-from mlx_zh.training.optimizer import Arrays, GroupedAdamW
+from mlx_zh.training.checkpoints import Progress
+from mlx_zh.training.metrics import MetricsLog, Skipped
+from mlx_zh.training.objective import Objective, Row, shorten
+from mlx_zh.training.optimizer import Arrays, GroupedAdamW, learning_rate
 from mlx_zh.training.order import Order
-from mlx_zh.training.schedule import learning_rate
-from mlx_zh.training.shortening import shorten
-from mlx_zh.training.skipped import Skipped
 from mlx_zh.training.step import OutOfMemory, StepResult, evaluate, set_weights, train_step
 
 
@@ -79,21 +77,6 @@ class Finished:
 
 
 Event = Stepped | Shortened | Evaluating | Evaluated | Saved | Finished
-
-
-@dataclass
-class Progress:
-    """What changes as a run goes on, beside weights and optimizer."""
-
-    step: int = 0
-    elapsed_seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    evaluated_at: int = -1
-    metrics_size: int = 0
 
 
 @dataclass

@@ -1,13 +1,19 @@
-"""`metrics.jsonl`: a line a step, in the order of the run, without gaps or doubles."""
+"""`metrics.jsonl`, a line a step in the order of the run without gaps or doubles; and the steps that were skipped."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_zh.system.storage import storage_errors, sync
+from mlx_zh.errors import TrainingError
+from mlx_zh.system.storage import storage_errors, sync, write_text
+
+if TYPE_CHECKING:
+    from mlx_zh.training.checkpoints import Progress
+
+_SHOWN = 20  # examples named in a message; the file has them all
 
 
 class MetricsLog:
@@ -48,3 +54,43 @@ class MetricsLog:
         if not self._path.exists():
             return []
         return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+
+class Skipped:
+    """`skipped.jsonl`: a line for each skipped step of `log`, from which it is made, so that the two always agree."""
+
+    def __init__(self, path: Path, log: MetricsLog, most: int) -> None:
+        self._path, self._log, self._most = path, log, most
+
+    def write(self) -> None:
+        """Write the file, or remove it where no step of the log was skipped."""
+        lines = self._lines()
+        if not lines:
+            self._path.unlink(missing_ok=True)
+            return
+        kept = [
+            {"step": f["step"], "loss": f["loss"], "grad_norm": f["grad_norm"], "examples": f["skipped_examples"]}
+            for f in lines
+        ]
+        write_text(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+    def check(self, progress: Progress, total: int) -> None:
+        """Raises TrainingError after too many skipped steps in a row, or at the end of a run that took none."""
+        if progress.skipped_in_a_row >= self._most:
+            told = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, were skipped"
+        elif progress.step == total == progress.skipped_steps:
+            told = f"every step was skipped, {total} in all"
+        else:
+            return
+        examples = [e for f in self._lines()[-progress.skipped_in_a_row :] for e in f["skipped_examples"]]
+        more = f" and {len(examples) - _SHOWN} more" if len(examples) > _SHOWN else ""
+        named = ", ".join(map(str, examples[:_SHOWN])) + more
+        raise TrainingError(
+            f"{told}, because their loss or gradient was not a finite number. Their examples, as numbered from 0 in "
+            f"the prepared training data: {named}; {self._path} has them step by step. Usual causes: a learning_rate "
+            "that is too high, model.dtype: float16 (take bfloat16), damaged weights of the model or the adapter to "
+            "start from, or these examples. Nothing was saved since the last checkpoint."
+        )
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [line for line in self._log.read() if "skipped_examples" in line]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mlx_zh.core.packing import PackedBatch, plan_rows
 from mlx_zh.distributed.world import World
+from mlx_zh.errors import PlanError
 from mlx_zh.training.noise import StepNoise, example_seeds
 
 Sums = dict[str, mx.array]
@@ -73,3 +74,21 @@ class Objective(Protocol):
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The figures of a step from its rows' added sums."""
+
+
+def shorten(objective: Objective, rows: Sequence[Row], what: str) -> int:
+    """Halve the objective's `micro_tokens` so that rows like these become shorter; returns the new value.
+
+    Raises PlanError where each of them holds one example already, which nothing can cut.
+    """
+    longest = max(int(row.batch.tokens.size) for row in rows)
+    if all(len(row.examples) == 1 for row in rows):
+        raise PlanError(
+            f"{what} does not fit into memory, not even one example at a time (the longest has {longest} tokens). "
+            "Set memory.checkpoint_layers: true, or a smaller memory.logit_rows or data.max_length, or close other "
+            "programs; then run the same command again."
+        )
+    micro_tokens = min(objective.settings.micro_tokens, longest) // 2
+    objective.settings = replace(objective.settings, micro_tokens=micro_tokens)
+    mx.clear_cache()
+    return micro_tokens

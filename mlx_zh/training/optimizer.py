@@ -1,6 +1,8 @@
-"""AdamW over named arrays, and gradient clipping."""
+"""AdamW over named arrays, the norm that gradients are clipped by, and learning-rate schedules."""
 
 from __future__ import annotations
+
+import math
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -56,3 +58,19 @@ class GroupedAdamW:
 def global_norm(gradients: Arrays) -> mx.array:
     """The Euclidean norm of all gradients together, float32."""
     return mx.sqrt(mx.stack([mx.square(g.astype(mx.float32)).sum() for g in gradients.values()]).sum())
+
+
+def learning_rate(step: int, total: int, *, peak: float, kind: str, warmup: int) -> float:
+    """The learning rate of step `step` (from 0) of `total`.
+
+    Warm-up rises linearly and reaches `peak` at its last step, so that no step is spent at 0; then `cosine` and
+    `linear` fall towards 0 over what is left, as Transformers' schedules of these names do.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "constant":
+        return peak
+    progress = (step - warmup) / max(total - warmup, 1)
+    if kind == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from mlx_zh.system import device
+from mlx_zh.system import storage
 
 QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 TEXT = [
@@ -94,7 +94,7 @@ def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
 def llama31_ranks() -> dict[bytes, int]:
     """Llama 3.1's real vocabulary, from the wheel that carries it: token -> rank, which is its id."""
     try:
-        return llama31_tokenizer.ranks(device.cache_folder() / "tests")
+        return llama31_tokenizer.ranks(storage.cache_folder() / "tests")
     except OSError as error:
         if os.environ.get("CI") == "true":
             raise

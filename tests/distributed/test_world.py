@@ -25,7 +25,7 @@ from mlx_zh.distributed import heartbeat
 from mlx_zh.distributed.heartbeat import Door, Heartbeat, knock
 from mlx_zh.distributed.world import World
 from mlx_zh.models.adapters.files import read_adapter
-from mlx_zh.system import device
+from mlx_zh.system import storage
 
 VARYING_HERE = VARYING | {"ranks", "communication_share", "waiting_share"}
 # An epoch is 13 examples in steps of 4, so that its last step has one, and no share for most ranks.
@@ -75,7 +75,7 @@ def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
         (folder / "cache").mkdir()
-        (folder / "cache" / "blas").symlink_to(device.cache_folder() / "blas")
+        (folder / "cache" / "blas").symlink_to(storage.cache_folder() / "blas")
         return folder
 
     return write
