@@ -155,6 +155,6 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

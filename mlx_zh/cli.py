@@ -1,18 +1,11 @@
-"""`mlx-zh STAGE RECIPE [key=value ...]`, and the one place that turns errors into exit statuses."""
+"""`mlx-zh STAGE RECIPE [key=value ...]`."""
 
 from __future__ import annotations
 
 import importlib
-import io
-import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
 
-from mlx_zh.errors import MlxZhError
-from mlx_zh.system import device
-from mlx_zh.system.redaction import printable
+from mlx_zh.system.entry import entry
 
 STAGES = {
     "run": "do everything that a recipe asks for, and nothing twice",
@@ -26,55 +19,6 @@ STAGES = {
     "doctor": "look at this machine: what is there, what is missing, what a bug report needs",
     "report": "write what a run gained: a page, a text and pictures",
 }
-
-_LONGEST = 8000  # characters of an error that are shown
-
-
-def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a stage's `main` and exit: 0 when done, 2 for what the user can mend, 130 when interrupted.
-
-    `--debug` anywhere on the command line (or MLX_ZH_DEBUG=1) shows the traceback of an error too.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments or os.environ.get("MLX_ZH_DEBUG") == "1"
-    arguments = [a for a in arguments if a != "--debug"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal in GBK has no emoji
-    status: Any
-    try:
-        try:
-            status = main(arguments) or 0
-        except SystemExit as stop:  # argparse, or a stage within `mlx-zh`
-            status = stop.code
-        sys.stdout.flush()
-    except (MlxZhError, KeyboardInterrupt) as error:
-        if debug:
-            print(printable(traceback.format_exc()), end="", file=sys.stderr)
-        status = 130
-        if isinstance(error, MlxZhError):
-            print(f"error: {_paragraph(error)}", file=sys.stderr)
-            status = 2
-    except RuntimeError as error:
-        if debug or not device.is_out_of_memory(error):
-            raise
-        print(
-            f"error: memory ran out: {error} Close other programs, or set memory.micro_tokens or memory.logit_rows "
-            "lower, or memory.checkpoint_layers: true; then run the same command again.",
-            file=sys.stderr,
-        )
-        status = 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: say nothing
-        status = 0
-    sys.exit(status)
-
-
-def _paragraph(error: BaseException) -> str:
-    """An error's text without blank lines and without what must not be shown, whoever wrote the words in it."""
-    lines = [line.rstrip() for line in printable(str(error)).split("\n")]
-    text = "\n".join(line for line in lines if line)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -121,6 +121,6 @@ def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

@@ -128,6 +128,6 @@ def _remedy(fuser: Fuser, written: Written) -> str:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

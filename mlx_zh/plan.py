@@ -116,6 +116,6 @@ def _typical(recipe: Recipe, name: str, batch_size: int) -> tuple[float, float, 
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

@@ -136,6 +136,6 @@ def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

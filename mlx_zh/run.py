@@ -86,6 +86,6 @@ def _times(state: State, wanted: list[Step]) -> str:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

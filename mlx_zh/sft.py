@@ -86,6 +86,6 @@ def _tune(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

@@ -64,7 +64,8 @@ def run(count: int, *commands: list[str], folder: Path, status: int = 0, **varia
 
 
 def main(commands: list[list[Any]]) -> None:
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
+
     from mlx_zh.distributed import world
 
     world.MEASURED_SECONDS = 0.2

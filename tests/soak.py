@@ -39,7 +39,7 @@ def serve() -> None:
     """For every line of stdin, a JSON object: fork a stage and tell its process id; at the next line, its status."""
     import importlib
 
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     mains = {name: importlib.import_module(f"mlx_zh.{name}").main for name in ("prepare", "sft", "dpo", "eval")}
     for heavy in ("session", "fitting", "starting", "reference", "preparation", "examination", "candidates"):

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlx_zh.system.entry import entry
 from project import Project, contents, metrics
 
 from mlx_zh import chat
-from mlx_zh.cli import entry
 from mlx_zh.models import wheel
 
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlx_zh.system.entry import entry
 
 import mlx_zh
 from mlx_zh import cli
-from mlx_zh.cli import STAGES, entry
+from mlx_zh.cli import STAGES
 from mlx_zh.errors import DataError
 from mlx_zh.recipe import load_recipe
 

@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_zh.system.entry import entry
 from project import Project
 
 from mlx_zh import eval
-from mlx_zh.cli import entry
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams.records import Records
 from mlx_zh.models.adapters.files import save_adapter

@@ -25,7 +25,7 @@ from mlx_zh.system.locks import Lock
 EXAM = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "exam"
 ONLY_SFT = """
 from mlx_zh import run
-from mlx_zh.cli import entry
+from mlx_zh.system.entry import entry
 from mlx_zh.pipeline import steps
 
 steps.NAMES = ("sft",)

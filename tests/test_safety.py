@@ -11,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from mlx_zh.system.entry import entry
 from project import Project
 
 import mlx_zh
-from mlx_zh.cli import entry
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DownloadError, ModelError, TemplateError

@@ -31,7 +31,7 @@ from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
 from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.errors import DataError, MlxZhError
-from mlx_zh.system.digests import Fingerprints, digest
+from mlx_zh.system.digests import FileDigests, value_digest
 from mlx_zh.system.storage import storage_errors, sync_folder, write_json, written_whole
 
 VERSION = 2  # part of the key; raise it when the same input would give another corpus
@@ -91,12 +91,11 @@ def corpus_key(
     sources: Sequence[DataSource], settings: CorpusSettings, renderer: Renderer, cache: Path
 ) -> tuple[str, dict[str, Any]]:
     """A digest of everything that the corpus depends on, and the values it was made of."""
-    fingerprints = Fingerprints(cache / "fingerprints.json")
     exams = {name: sorted(map(str, Path(folder).rglob("*.csv"))) for name, folder in settings.exams.folders.items()}
     every = [path for source in sources for path in source.files] + [
         path for paths in exams.values() for path in paths
     ]
-    digests = fingerprints.digests(every)
+    digests = FileDigests(cache / "fingerprints.json").digests(every)
     values = {
         "version": VERSION,
         "rendering": renderer.fingerprint,
@@ -107,7 +106,7 @@ def corpus_key(
         "settings": asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={}))),
         "exams": {name: [digests[path] for path in paths] for name, paths in exams.items()},
     }
-    return digest(values), values
+    return value_digest(values)[:32], values
 
 
 def prepare(

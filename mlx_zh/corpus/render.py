@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
 from mlx_zh.errors import DataError, TemplateError
+from mlx_zh.system.digests import text_digest
 
 VERSION = 1  # part of the fingerprint; raise it when the same input would give other tokens
 TRAIN_ON = ("assistant", "last", "all")
@@ -105,7 +105,7 @@ class Renderer:
     def fingerprint(self) -> str:
         """Changes whenever the same messages could give other tokens."""
         state = (VERSION, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
-        return hashlib.sha256(repr(state).encode()).hexdigest()
+        return text_digest(repr(state))
 
     @cached_property
     def end_of_turn(self) -> str:

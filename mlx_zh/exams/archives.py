@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from mlx_zh.exams.catalog import NAMES, Benchmark, benchmark
 from mlx_zh.exams.exam import Exam, load_benchmark, load_exam
 from mlx_zh.system import hub as hubs
 from mlx_zh.system import storage
+from mlx_zh.system.digests import file_digest
 from mlx_zh.system.storage import storage_errors, sync_folder
 
 # Only these are taken out of an archive, under names made here: nothing can land elsewhere.
@@ -46,9 +46,7 @@ def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface") -> Path:
 
 def unpack(benchmark: Benchmark, archive: Path, cache: Path) -> Path:
     """The archive's CSV files as `SPLIT/NAME.csv` in a folder of `cache`; there whole or not at all."""
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    target = cache / f"{benchmark.key}-{digest}"
+    target = cache / f"{benchmark.key}-{file_digest(archive)[:16]}"
     if target.is_dir():
         return target
     with storage_errors(target):

@@ -7,7 +7,6 @@ and a `subjects.json` beside its splits where subjects shall have names and cate
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 from mlx_zh.errors import DataError
 from mlx_zh.exams.catalog import Benchmark, Entry, Row
 from mlx_zh.exams.csvfile import Question, read_questions
+from mlx_zh.system.digests import text_digest
 
 _SHOWN = 20  # problems listed in one error
 
@@ -37,7 +37,7 @@ class Subject:
 
     def fingerprint(self) -> str:
         """A digest of everything that is asked or shown."""
-        return hashlib.sha256(repr((self.entry.name, self.dev, self.questions)).encode()).hexdigest()[:16]
+        return text_digest(repr((self.entry.name, self.dev, self.questions)))[:16]
 
 
 @dataclass(frozen=True, slots=True)

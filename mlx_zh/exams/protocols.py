@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import yaml
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.exams.csvfile import LETTERS, Question
+from mlx_zh.system.digests import text_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Protocol:
     def fingerprint(self) -> str:
         """A digest of everything that can change an answer."""
         state = {name: value for name, value in asdict(self).items() if name != "source"}
-        return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+        return text_digest(repr(state))[:16]
 
     def text(self, form: str, subject: str, shots: Sequence[Question], question: Question) -> str:
         """The prompt of a protocol in text style."""

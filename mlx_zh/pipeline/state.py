@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from mlx_zh.pipeline.steps import PREPARED, Step
 from mlx_zh.recipe import Recipe
+from mlx_zh.system.digests import file_digest, text_digest
 from mlx_zh.system.storage import write_json
 
 _LARGE = 64 * 2**20  # bytes: beyond, size and time stand for the content, or a look would take minutes
@@ -145,12 +145,11 @@ def digest(path: Path) -> str:
     """A digest of a file's content, or of all files in a folder."""
     if path.is_dir():
         parts = [f"{file.relative_to(path).as_posix()} {digest(file)}" for file in _files(path)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return text_digest("\n".join(parts))[:16]
     about = path.stat()
     if about.st_size > _LARGE:
         return f"{about.st_size} bytes at {about.st_mtime_ns}"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_digest(path)[:16]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,18 +162,3 @@ def add_fresh(parser: argparse.ArgumentParser) -> None:
 def add_force(parser: argparse.ArgumentParser) -> None:
     """`--force`, which training stages understand."""
     parser.add_argument("--force", action="store_true", help="start even if memory will not be enough")
-
-
-def fingerprint(value: Any) -> str:
-    """A short digest of plain values."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def fingerprint_files(paths: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of each file's content."""
-    found = {}
-    for path in paths:
-        with open(path, "rb") as file:
-            found[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

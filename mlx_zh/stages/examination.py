@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx_zh.exams.records import Records
 from mlx_zh.stages import command
 from mlx_zh.stages.run_models import NAMES
 from mlx_zh.system import console
+from mlx_zh.system.digests import text_digest, value_digest
 
 if TYPE_CHECKING:
     from mlx_zh.distributed.world import World
@@ -56,7 +56,7 @@ class Examination:
                 "recipe, exam files and model files."
             )
         records = Records(self._folder, name, exam.key)
-        keys = {s.key: command.fingerprint(about | {"asked": self._asked(exam, [s])}) for s in exam.subjects}
+        keys = {s.key: value_digest(about | {"asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
         given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
         waiting = world.told(lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given])
         bar = console.CountBar(f"{name} {exam.title}", len(exam), "question")
@@ -141,7 +141,7 @@ class Examination:
             "adapter": self._candidates.adapter_digest(name),
             "dtype": model.dtype,
             "quantize": None if name == "fused" else model.quantization,
-            "rendering": renderer.fingerprint if renderer else hashlib.sha256(tokenizer.encode()).hexdigest(),
+            "rendering": renderer.fingerprint if renderer else text_digest(tokenizer),
         }
 
     def _asked(self, exam: Exam, subjects: Sequence[Subject]) -> str:
@@ -150,7 +150,8 @@ class Examination:
         fingerprints = [subject.fingerprint() for subject in subjects]
         answer = settings.max_new_tokens if self._protocol.reply == "free" else None
         protocol = self._protocol.fingerprint()
-        return command.fingerprint([asking.VERSION, exam.form, fingerprints, protocol, settings.max_length, answer])
+        made_of = [asking.VERSION, exam.form, fingerprints, protocol, settings.max_length, answer]
+        return value_digest(made_of)[:16]
 
     def _renderer(self, loaded: LoadedModel) -> Renderer | None:
         if self._protocol.style != "chat":

@@ -13,9 +13,9 @@ from mlx_zh.models.adapters.layers import adapted_layers
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Recipe
-from mlx_zh.stages import command
 from mlx_zh.stages.tuning import adapter_spec
 from mlx_zh.system import console
+from mlx_zh.system.digests import file_digest
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Start:
         """Digests of the adapter's files."""
         if self.folder is None:
             return {}
-        files = command.fingerprint_files([str(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)])
-        return {Path(path).name: digest for path, digest in files.items()}
+        return {name: file_digest(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)}
 
     def spec(self, loaded: LoadedModel) -> AdapterSpec:
         """What is trained: the recipe's `lora` section, or the adapter's own shape, which training keeps.

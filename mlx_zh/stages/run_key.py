@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mlx_zh.recipe import Recipe
-from mlx_zh.stages.command import fingerprint
+from mlx_zh.system.digests import value_digest
 
 Values = dict[str, Any]
 
@@ -24,7 +24,7 @@ def learning_values(recipe: Recipe, stage: str, digests: Values) -> Values:
 
 def learning_key(values: Values) -> str:
     """A digest of `learning_values`, less what only says where things lie: a folder may move."""
-    return fingerprint(_content(values))
+    return value_digest(_content(values))[:16]
 
 
 def _content(values: Values) -> Values:

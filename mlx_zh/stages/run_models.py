@@ -10,6 +10,7 @@ from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters.files import ADAPTER_FILE, CONFIG_FILE, load_adapter
 from mlx_zh.models.adapters.layers import remove_adapter
 from mlx_zh.stages import command
+from mlx_zh.system.digests import file_digest, value_digest
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -72,7 +73,7 @@ class Candidates:
         if name not in TUNED:
             return None
         folder = self.adapter(name)
-        return command.fingerprint(list(command.fingerprint_files([str(folder / f) for f in _ADAPTER]).values()))
+        return value_digest([file_digest(folder / name) for name in _ADAPTER])[:16]
 
     def _of_fused(self) -> Recipe:
         model = self._recipe.model.model_copy(update={"path": str(self.fused), "quantize": None})

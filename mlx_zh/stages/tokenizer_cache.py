@@ -6,7 +6,6 @@ text prepared with it has the very tokens, and the fingerprint, that the trainin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
 from mlx_zh.system import storage
+from mlx_zh.system.digests import text_digest
 from mlx_zh.system.storage import write_json, write_text
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _key(place: Path) -> str:
     files = [place] if place.is_file() else sorted({path for name in _FILES for path in place.glob(name)})
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     state = (2, str(place.resolve()), states, version("transformers"), version("tokenizers"))
-    return hashlib.sha256(repr(state).encode()).hexdigest()[:24]
+    return text_digest(repr(state))[:24]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,6 +109,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     entry(main)

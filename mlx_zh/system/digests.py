@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered: a large file is read again only when its size or time of change is another."""
+"""SHA-256 digests of files and of plain values; those of large files are remembered."""
 
 from __future__ import annotations
 
@@ -15,8 +15,24 @@ from mlx_zh.system.storage import write_json
 _FRESH = 2.0  # seconds; a file changed this recently may change again within its time stamp
 
 
-class Fingerprints:
-    """Digests of files, kept in a JSON file of the cache folder."""
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text in UTF-8, 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def value_digest(value: Any) -> str:
+    """SHA-256 of plain values as JSON with sorted keys, 64 hex digits."""
+    return text_digest(json.dumps(value, sort_keys=True, ensure_ascii=False))
+
+
+class FileDigests:
+    """Digests of files, remembered in a JSON file: a file is read again when its size, time or inode is another."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -35,8 +51,7 @@ class Fingerprints:
                 state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
                 known = self._known.get(str(place))
                 if known is None or known[:3] != state:
-                    with place.open("rb") as file:
-                        known = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
+                    known = [*state, file_digest(place)]
                     if time.time() - stat.st_mtime > _FRESH:
                         self._known[str(place)] = known
                         learned = True
@@ -50,9 +65,3 @@ class Fingerprints:
         if learned:
             write_json(self._path, self._known)
         return found
-
-
-def digest(value: Any) -> str:
-    """32 hex digits of plain values."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_zh.errors import DownloadError, ModelError, StorageError
 from mlx_zh.system import storage
-from mlx_zh.system.digests import Fingerprints
+from mlx_zh.system.digests import FileDigests
 
 _FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
@@ -63,7 +63,7 @@ def check_digests(folder: Path) -> None:
     The library checks sizes alone. Raises DownloadError for a damaged file, which is removed, to be fetched again.
     """
     blobs = [path for path in folder.rglob("*") if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
-    found = Fingerprints(storage.cache_folder() / "models.json").digests(str(path) for path in blobs)
+    found = FileDigests(storage.cache_folder() / "models.json").digests(str(path) for path in blobs)
     for path in blobs:
         if found[str(path)] != path.resolve().name:
             path.resolve().unlink()

@@ -12,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import StorageError
-from mlx_zh.system.storage import digest, storage_errors, sync_folder, write_arrays, write_json
+from mlx_zh.system.digests import file_digest
+from mlx_zh.system.storage import storage_errors, sync_folder, write_arrays, write_json
 from mlx_zh.training.optimizer import Arrays
 
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
@@ -53,7 +54,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             write_arrays(temporary / "weights.safetensors", checkpoint.weights)
             write_arrays(temporary / "optimizer.safetensors", checkpoint.optimizer)
             write_json(temporary / "state.json", checkpoint.state)
-            write_json(temporary / _DIGESTS, {name: digest(temporary / name) for name in _FILES})
+            write_json(temporary / _DIGESTS, {name: file_digest(temporary / name) for name in _FILES})
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
@@ -85,7 +86,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def _load(path: Path) -> Checkpoint:
     digests = json.loads((path / _DIGESTS).read_text(encoding="utf-8"))
     for name in _FILES:  # a flipped bit in an array would load without complaint
-        if digest(path / name) != digests[name]:
+        if file_digest(path / name) != digests[name]:
             raise ValueError(f"{name} is not what was written")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     arrays = [mx.load(str(path / f"{name}.safetensors")) for name in ("weights", "optimizer")]

@@ -203,7 +203,7 @@ def test_an_interruption_reaches_all_ranks_of_the_short_form(make: Make):
 
 @pytest.mark.parametrize("stage", [sft, eval])
 def test_hosts_that_are_not_there(stage, run_stage, make: Make, monkeypatch: pytest.MonkeyPatch, capsys):
-    from mlx_zh.cli import entry
+    from mlx_zh.system.entry import entry
 
     monkeypatch.chdir(make("nowhere"))
     assert run_stage(lambda argv: entry(stage.main, argv), "recipe.yaml", "--hosts", "none.json") == 2

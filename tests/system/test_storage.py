@@ -19,7 +19,8 @@ import pytest
 from disks import remount, small_disk
 
 from mlx_zh.errors import StorageError
-from mlx_zh.system.storage import digest, storage_errors, write_arrays, write_json, write_text, written_whole
+from mlx_zh.system.digests import file_digest
+from mlx_zh.system.storage import storage_errors, write_arrays, write_json, write_text, written_whole
 
 WRITERS = {
     "text": lambda path: write_text(path, "好" * 100_000),
@@ -159,7 +160,7 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 def test_digest(tmp_path: Path) -> None:
     """The SHA-256 of "abc" (FIPS 180-2, appendix B.1), and of a file larger than any buffer."""
     (tmp_path / "abc").write_bytes(b"abc")
-    assert digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     content = np.random.default_rng(0).bytes(3_000_000)
     (tmp_path / "large").write_bytes(content)
-    assert digest(tmp_path / "large") == hashlib.sha256(content).hexdigest()
+    assert file_digest(tmp_path / "large") == hashlib.sha256(content).hexdigest()
