@@ -134,8 +134,9 @@ def _adapter(chosen: str | None, recipe: Recipe | None) -> Path | None:
         return None if chosen == "none" else Path(chosen).expanduser()
     if recipe is None:
         return None
-    folders = [recipe.run_folder() / stage / "adapters" for stage in ("dpo", "sft")]
-    return next((folder for folder in folders if (folder / "adapters.safetensors").is_file()), None)
+    from mlx_zh.stages.run_folder import RunFolder
+
+    return RunFolder.of(recipe).newest_adapter()
 
 
 def _number(low: float, high: float) -> Callable[[str], float]:

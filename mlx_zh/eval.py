@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         return launching.launch("eval", arguments, argv)
 
     from mlx_zh.distributed.world import joined
+    from mlx_zh.stages.run_folder import RunFolder
 
-    with joined() as world, command.all_at_work(recipe, "eval", world):
+    with joined() as world, RunFolder.of(recipe).all_at_work("eval", world):
         return _ask(recipe, arguments, world)
 
 

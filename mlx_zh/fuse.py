@@ -21,7 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
-    with command.at_work(recipe, "fuse"):
+
+    from mlx_zh.stages.run_folder import RunFolder
+
+    with RunFolder.of(recipe).at_work("fuse"):
         _fuse(recipe, arguments)
     return 0
 
@@ -92,7 +95,7 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
             written.append(fuser.write(kind, yardstick, partial(bar.update, 1)))
         finally:
             bar.close()
-    write_json(fuser.folder / "summary.json", {w.kind: w.as_dict() for w in written})
+    write_json(fuser.run.fused_summary, {w.kind: w.as_dict() for w in written})
     return written
 
 

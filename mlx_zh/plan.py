@@ -73,10 +73,9 @@ def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
 
 def _tell_time(recipe: Recipe, name: str, step: Step) -> None:
     from mlx_zh.planning.speed import measure
-    from mlx_zh.stages import memory_check
     from mlx_zh.system import console
 
-    section = memory_check.section_of(recipe, name)
+    section = recipe.training(name)
     tokens, scored, count, known = _typical(recipe, name, section.batch_size)
     console.say("Measuring this machine, about ten seconds ...")
     speed = measure(step.model, step.trained, step.target, length=max(int(tokens / section.batch_size), 16))

@@ -38,12 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from mlx_zh.errors import DataError
+    from mlx_zh.stages.run_folder import RunFolder
 
     splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
     stages = [name for name, split in splits.items() if split.train]
     if not stages:
         raise DataError(f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names anything to prepare.")
-    with command.at_work(recipe, "prepare"):
+    with RunFolder.of(recipe).at_work("prepare"):
         _prepare(recipe, stages, arguments.show)
     return 0
 
@@ -81,6 +82,7 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
     """Say what the data is like, and draw its lengths."""
     from mlx_zh.corpus.statistics import sparkline, write_histogram
     from mlx_zh.stages.data import training_tokens
+    from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
     from mlx_zh.system.storage import written_whole
 
@@ -100,7 +102,7 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
         ("data", f"{corpus.folder} ({'found' if corpus.ready else 'made'} in {console.duration(seconds)})"),
     ]
     console.say(console.table(lines))
-    picture = recipe.run_folder() / "data" / f"{name}-lengths.png"
+    picture = RunFolder.of(recipe).histogram(name)
     if not (corpus.ready and picture.exists()):
         with written_whole(picture) as file:
             write_histogram(corpus.splits["train"].lengths, file, f"{recipe.name}: {name}")

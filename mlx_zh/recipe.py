@@ -195,6 +195,10 @@ class Data(Section):
     date_string: str = "26 Jul 2024"
     system: str | None = None
 
+    def split(self, stage: str) -> Split:
+        """The data of a training stage (sft or dpo)."""
+        return self.sft if stage == "sft" else self.dpo
+
 
 class Training(Section):
     """Optimizer, schedule and validation: the same for SFT and DPO."""
@@ -361,6 +365,10 @@ class Recipe(Section):
     resume: Literal["auto", "never"] = "auto"  # never: training always starts over, as with --fresh
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     runs: Annotated[str, Field(min_length=1)] = "runs"
+
+    def training(self, stage: str) -> Training:
+        """The section of a training stage (sft or dpo)."""
+        return self.sft if stage == "sft" else self.dpo
 
     def run_folder(self) -> Path:
         """Where everything this run makes lies."""

@@ -20,21 +20,22 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.reporting.markdown import markdown
     from mlx_zh.reporting.page import page
     from mlx_zh.reporting.plots import write_plots
+    from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_text
 
-    run = recipe.run_folder()
-    if not run.is_dir():
-        raise DataError(f"{run} is not there: nothing has been run yet that could be reported.")
+    run = RunFolder.of(recipe)
+    if not run.path.is_dir():
+        raise DataError(f"{run.path} is not there: nothing has been run yet that could be reported.")
     bootstrap = recipe.evaluate.bootstrap
     findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=bootstrap, seed=recipe.seed)
     made = time.strftime("%Y-%m-%d %H:%M")
-    plots = write_plots(findings, run / "plots")
-    write_text(run / "report.md", markdown(findings, made, [f"plots/{path.name}" for path in plots]))
-    write_text(run / "report.html", page(findings, made))
+    plots = write_plots(findings, run.plots)
+    write_text(run.text, markdown(findings, made, [run.pattern(path) for path in plots]))
+    write_text(run.page, page(findings, made))
     for alarm in findings.alarms:
         console.warn(f"{alarm.where.en}: {alarm.what.en}")
-    places = [("page", str(run / "report.html")), ("text", str(run / "report.md")), ("plots", f"{run / 'plots'}/")]
+    places = [("page", str(run.page)), ("text", str(run.text)), ("plots", f"{run.plots}/")]
     console.say(console.table(places))
     return 0
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_zh.pipeline.state import State
     from mlx_zh.pipeline.steps import Step
     from mlx_zh.recipe import Recipe
+    from mlx_zh.stages.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,19 +29,22 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.pipeline.runner import forced_from
     from mlx_zh.pipeline.state import State
     from mlx_zh.pipeline.steps import steps
+    from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
 
-    folder = recipe.run_folder()
-    wanted = steps(recipe)
+    run = RunFolder.of(recipe)
+    wanted = steps(recipe, run)
     forced = forced_from(arguments.start, wanted)
-    planned = plan(State.of(folder), recipe, wanted, forced)
+    planned = plan(State.of(run), recipe, wanted, forced)
     if arguments.dry_run or all(entry.why is None for entry in planned):
         console.say(_table(planned))
         if arguments.dry_run:
             return 0
-        console.say(f"\nNothing to do: {folder} is up to date. `--from STEP` runs a step, and those after it, again.")
+        console.say(
+            f"\nNothing to do: {run.path} is up to date. `--from STEP` runs a step, and those after it, again."
+        )
         return 0
-    return _run(recipe, [arguments.recipe, *arguments.overrides], wanted, forced)
+    return _run(recipe, run, [arguments.recipe, *arguments.overrides], wanted, forced)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -50,14 +54,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _run(recipe: Recipe, asked: list[str], wanted: list[Step], forced: set[str]) -> int:
+def _run(recipe: Recipe, run: RunFolder, asked: list[str], wanted: list[Step], forced: set[str]) -> int:
     from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
     from mlx_zh.system import console
 
-    folder = recipe.run_folder()
-    with command.at_work(recipe, "run") as lock:
-        state = State.of(folder)
+    with run.at_work("run") as lock:
+        state = State.of(run)
         status = Pipeline(recipe, asked, wanted, state, lock, console.say).run(forced)
     if status == 0:
         console.say(f"\n{_times(state, wanted)}")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_zh import chat
 from mlx_zh.chatting.chatbot import Chatbot, context_length
-from mlx_zh.chatting.repl import COMMANDS, Repl, stopping_on_interrupt
+from mlx_zh.chatting.repl import COMMANDS, Repl
 from mlx_zh.chatting.terminal import LineEditor, Screen, plain, side_by_side, text_width, unfinished, wrap
 from mlx_zh.chatting.transcript import ContextError, Transcript
 from mlx_zh.corpus.conversation import Message
@@ -33,6 +33,7 @@ from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.generate import GenerationSession, Sampling, StreamDecoder, common_prefix
 from mlx_zh.models.load import LoadedModel, load_model
+from mlx_zh.system.interrupts import stop_on_interrupt
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
@@ -586,7 +587,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(repl, bot):
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with pytest.raises(KeyboardInterrupt), stopping_on_interrupt() as stopped:
+    with pytest.raises(KeyboardInterrupt), stop_on_interrupt() as stopped:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped()
         os.kill(os.getpid(), signal.SIGINT)

@@ -25,6 +25,7 @@ from mlx_zh.reporting.markup import Html, escape, tag
 from mlx_zh.reporting.messages import MESSAGES, translated
 from mlx_zh.reporting.page import page
 from mlx_zh.reporting.svg import label, ticks
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import redaction
 from mlx_zh.system.storage import write_json
 
@@ -38,7 +39,7 @@ HOSTILE = (
 
 
 def gathered(folder: Path) -> Findings:
-    return gather(folder, yaml.safe_dump(fabricated.RECIPE), name="invented", bootstrap=200, seed=0)
+    return gather(RunFolder(folder), yaml.safe_dump(fabricated.RECIPE), name="invented", bootstrap=200, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_what_models_and_data_say_is_text_and_nothing_else(tmp_path):
     exams = {"exams": [], "missing": {HOSTILE: HOSTILE}}
     told = {HOSTILE: {"sources": [source], "exam_questions": exams}}
     (tmp_path / "data" / "report.json").write_text(json.dumps(told))
-    found = gather(tmp_path, HOSTILE, name=HOSTILE, bootstrap=50, seed=0)
+    found = gather(RunFolder(tmp_path), HOSTILE, name=HOSTILE, bootstrap=50, seed=0)
 
     source = page(found, HOSTILE)
     document = Document(source)
@@ -306,7 +307,7 @@ def test_secrets_in_values_are_hidden_and_other_values_are_not():
 def test_secrets_reach_neither_report(tmp_path):
     address = "https://alice:SECRETSECRET@host/model"
     fabricated.write_manifest(tmp_path, model={"source": address}, command=["x", "--token", "SECRETSECRET"])
-    found = gather(tmp_path, f"model:\n  path: {address}\n", name="r", bootstrap=9, seed=0)
+    found = gather(RunFolder(tmp_path), f"model:\n  path: {address}\n", name="r", bootstrap=9, seed=0)
     assert "SECRET" not in page(found, "now") + markdown(found, "now", [])
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from mlx_zh.reporting.findings import gather
 from mlx_zh.reporting.page import page
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system.storage import write_text
 
 FLAGS = (
@@ -128,7 +129,7 @@ def report(tmp_path_factory) -> str:
     samples = json.loads((folder / "samples.json").read_text())
     samples["answers"]["dpo"][0] = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
     (folder / "samples.json").write_text(json.dumps(samples))
-    found = gather(folder, yaml.safe_dump(fabricated.RECIPE), name="invented", bootstrap=100, seed=0)
+    found = gather(RunFolder(folder), yaml.safe_dump(fabricated.RECIPE), name="invented", bootstrap=100, seed=0)
     write_text(folder / "report.html", page(found, "2026-01-01 00:00"))
     return (folder / "report.html").as_uri()
 

@@ -24,6 +24,7 @@ from mlx_zh.pipeline import energy, process, runner
 from mlx_zh.pipeline import steps as table
 from mlx_zh.pipeline.process import run_stage
 from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system.locks import Lock, locked
 
 ALL = ["prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]
@@ -185,9 +186,11 @@ def test_steps_that_the_recipe_does_not_ask_for_are_left_out(stages):
 
 
 def test_dpo_may_start_from_the_base(stages):
-    steps = {s.name: s for s in table.steps(load_recipe("recipe.yaml"))}
+    recipe = load_recipe("recipe.yaml")
+    steps = {s.name: s for s in table.steps(recipe, RunFolder.of(recipe))}
     assert steps["dpo"].after == ("prepare", "sft")
-    steps = {s.name: s for s in table.steps(load_recipe("recipe.yaml", ["dpo.start=base"]))}
+    recipe = load_recipe("recipe.yaml", ["dpo.start=base"])
+    steps = {s.name: s for s in table.steps(recipe, RunFolder.of(recipe))}
     assert steps["dpo"].after == ("prepare",) and steps["dpo"].prepared == "dpo"
 
 

@@ -20,6 +20,7 @@ from mlx_zh import run
 from mlx_zh.pipeline import runner
 from mlx_zh.pipeline.steps import steps
 from mlx_zh.recipe import load_recipe
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system.locks import Lock
 
 EXAM = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "exam"
@@ -82,7 +83,8 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[st
 
 @pytest.mark.slow
 def test_one_command_from_recipe_to_report(whole, ran):
-    expected = [step.name for step in steps(load_recipe("recipe.yaml"))]
+    recipe = load_recipe("recipe.yaml")
+    expected = [step.name for step in steps(recipe, RunFolder.of(recipe))]
     assert run.main(["recipe.yaml"]) == 0
     assert ran() == expected
     assert {"eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"} <= set(expected)

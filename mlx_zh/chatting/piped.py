@@ -6,10 +6,11 @@ import os
 import sys
 
 from mlx_zh.chatting.chatbot import Chatbot
-from mlx_zh.chatting.repl import describe, stopping_on_interrupt
+from mlx_zh.chatting.repl import describe
 from mlx_zh.chatting.terminal import Screen, without_controls
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
+from mlx_zh.system.interrupts import stop_on_interrupt
 
 
 def read_prompt() -> str:
@@ -29,7 +30,7 @@ def answer_once(bot: Chatbot, transcript: Transcript, screen: Screen | None) -> 
     prompt, _ = bot.fit(transcript)
     last = ""
     try:
-        with stopping_on_interrupt() as stopped:
+        with stop_on_interrupt() as stopped:
             for last in bot.stream(prompt, stopped):
                 print(without_controls(last) if sys.stdout.isatty() else last, end="", flush=True)
         print("" if last.endswith("\n") else "\n", end="", flush=True)

@@ -6,18 +6,16 @@ import contextlib
 import difflib
 import math
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from mlx_zh.chatting.chatbot import Answer, Chatbot
 from mlx_zh.chatting.terminal import Screen, side_by_side, text_width, unechoed_keys, wrap
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
 from mlx_zh.models.generate import Statistics
+from mlx_zh.system.interrupts import stop_on_interrupt
 
 # Usage, Chinese, English, method of Repl. The only place that knows the commands.
 COMMANDS = {
@@ -86,7 +84,7 @@ class Repl:
     def _answer(self) -> None:
         prompt = self._prompt()
         pieces = []
-        with unechoed_keys(), stopping_on_interrupt() as stopped:
+        with unechoed_keys(), stop_on_interrupt() as stopped:
             for piece in self.bot.stream(prompt, stopped):
                 pieces.append(piece)
                 self.screen.write(piece)
@@ -176,7 +174,7 @@ class Repl:
             return
         prompt = self._prompt()
         try:
-            with unechoed_keys(), stopping_on_interrupt() as stopped:
+            with unechoed_keys(), stop_on_interrupt() as stopped:
                 base, tuned = self.bot.compare(
                     prompt, stopped, lambda name, done: self.screen.progress(f"{name}: {done} tokens …")
                 )
@@ -197,26 +195,6 @@ class Repl:
 
     def _leave(self, _: str) -> None:
         self._running = False
-
-
-@contextlib.contextmanager
-def stopping_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C sets a flag, so that no tensor is left half-written; a second Ctrl-C interrupts at once."""
-    pressed = threading.Event()
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def describe(statistics: Statistics, name: str = "") -> str:

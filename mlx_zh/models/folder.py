@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -95,8 +96,7 @@ def _flatten_rope(config: dict[str, Any]) -> None:
 
 
 def _adapter_hint(path: Path) -> str:
-    names = ("adapter_config.json", "adapters.safetensors", "adapter_model.safetensors")
-    if any((path / name).exists() for name in names):
+    if any((path / name).exists() for name in (CONFIG_FILE, ADAPTER_FILE, PEFT_FILE)):
         return "; this one holds an adapter, which goes on top of a model"
     return ""
 

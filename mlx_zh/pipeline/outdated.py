@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx_zh.pipeline.state import Record, State
-from mlx_zh.pipeline.steps import Step
+from mlx_zh.pipeline.steps import StageFiles, Step
 from mlx_zh.recipe import Recipe
 
 
@@ -51,18 +50,18 @@ def _earlier(state: State, recipe: Recipe, step: Step) -> Record | None:
     own = state.records.get(step.name)
     if own is not None and own.outputs:
         return own
-    others = sorted(state.folder.parent.glob("*/pipeline.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others:
-        record = State.of(path.parent).records.get(step.name)
+    folders = [other for path in state.run.path.parent.glob("*") if (other := state.run.at(path)).pipeline.exists()]
+    for other in sorted(folders, key=lambda run: run.pipeline.stat().st_mtime, reverse=True):
+        record = State.of(other).records.get(step.name)
         if record and record.outputs and record.inputs.get("model.path") == recipe.model.path:
             return record
     return None
 
 
-def peak_memory(folder: Path) -> float | None:
+def peak_memory(folder: StageFiles) -> float | None:
     """The highest `peak_memory_gb` of a training stage's metrics."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
         return max((_peak(json.loads(line)) for line in lines), default=None)
     except (OSError, ValueError, TypeError):
         return None

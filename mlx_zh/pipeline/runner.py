@@ -69,7 +69,7 @@ class Pipeline:
             record.joules = round(meter.joules + (drawn or 0.0), 1)
         if status == 0:
             record.outputs = self.state.outputs(step)
-            record.peak_memory_gb = peak_memory(self.state.folder / step.stage) if step.trains else None
+            record.peak_memory_gb = peak_memory(self.state.run.stage(step.stage)) if step.trains else None
         self.state.write()
         return status
 

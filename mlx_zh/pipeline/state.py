@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.pipeline.steps import PREPARED, Step
+from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import file_digest, text_digest
 from mlx_zh.system.storage import write_json
 
 _LARGE = 64 * 2**20  # bytes: beyond, size and time stand for the content, or a look would take minutes
-_OWN = "pipeline.json"
 
 Inputs = dict[str, Any]
 
@@ -34,21 +33,21 @@ class Record:
 class State:
     """The records of all steps of a run folder."""
 
-    folder: Path
+    run: RunFiles
     records: dict[str, Record] = field(default_factory=dict)
 
     @staticmethod
-    def of(folder: Path) -> State:
+    def of(run: RunFiles) -> State:
         """What the folder's pipeline.json holds; nothing where it is missing or damaged: then every step runs."""
         try:
-            kept = json.loads((folder / _OWN).read_text(encoding="utf-8"))["stages"]
-            return State(folder, {name: Record(**record) for name, record in kept.items()})
+            kept = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
+            return State(run, {name: Record(**record) for name, record in kept.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return State(folder)
+            return State(run)
 
     def write(self) -> None:
         """Keep the records."""
-        write_json(self.folder / _OWN, {"stages": {name: asdict(record) for name, record in self.records.items()}})
+        write_json(self.run.pipeline, {"stages": {name: asdict(record) for name, record in self.records.items()}})
 
     def inputs(self, step: Step, recipe: Recipe) -> Inputs:
         """Everything that `step` depends on, as it is now."""
@@ -62,22 +61,22 @@ class State:
                 values[f"after {name}"] = None if record is None else record.outputs
         if step.prepared is not None:
             values["data prepared"] = self._prepared(step.prepared)
-        for path, found in digests(self.folder, step.reads).items():
-            if path != _OWN:
+        for path, found in digests(self.run.path, step.reads).items():
+            if path != self.run.pattern(self.run.pipeline):
                 values[f"file {path}"] = found
         return values
 
     def outputs(self, step: Step) -> dict[str, str]:
         """What `step` has left, by path. Training adds to the report on the data: only its keys count."""
-        found = digests(self.folder, step.outputs)
-        if PREPARED in found:
-            found[PREPARED] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
+        found = digests(self.run.path, step.outputs)
+        if (prepared := self.run.pattern(self.run.prepared)) in found:
+            found[prepared] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
         return found
 
     def _prepared(self, stage: str) -> Any:
         """The fingerprint of the prepared data of one stage; that of the other changes nothing for it."""
         try:
-            return json.loads((self.folder / PREPARED).read_text(encoding="utf-8"))[stage]["key"]
+            return json.loads(self.run.prepared.read_text(encoding="utf-8"))[stage]["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

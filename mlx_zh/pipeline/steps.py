@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlx_zh.recipe import Recipe, Sources
 
-PREPARED = "data/report.json"  # what `prepare` tells of its work
 NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report")
 
 
@@ -44,17 +43,49 @@ def _under(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def steps(recipe: Recipe) -> list[Step]:
+class StageFiles(Protocol):
+    """What the pipeline looks at in the folder of a training stage."""
+
+    path: Path
+    metrics: Path
+    summary: Path
+    warnings: Path
+    adapter: Path
+
+
+class RunFiles(Protocol):
+    """What the pipeline looks at in a run folder."""
+
+    path: Path
+    pipeline: Path
+    prepared: Path
+    exams: Path
+    fused: Path
+    page: Path
+    text: Path
+    plots: Path
+
+    def at(self, path: Path) -> RunFiles:
+        """Another run's folder."""
+
+    def stage(self, name: str) -> StageFiles:
+        """The folder of a training stage."""
+
+    def pattern(self, path: Path, *more: str) -> str:
+        """A path inside the folder, as a pattern relative to it."""
+
+
+def steps(recipe: Recipe, run: RunFiles) -> list[Step]:
     """The steps that this recipe asks for, in order."""
     found: list[Step] = []
     for name in NAMES:
-        step = _MAKERS[name](recipe, {step.name for step in found})
+        step = _MAKERS[name](recipe, run, {step.name for step in found})
         if step is not None and find_spec(f"mlx_zh.{step.stage}") is not None:
             found.append(step)
     return found
 
 
-def _prepare(recipe: Recipe, _: set[str]) -> Step | None:
+def _prepare(recipe: Recipe, run: RunFiles, _: set[str]) -> Step | None:
     if not (recipe.data.sft.train or recipe.data.dpo.train):
         return None
     sources = (
@@ -65,10 +96,10 @@ def _prepare(recipe: Recipe, _: set[str]) -> Step | None:
     )
     exams = tuple(f"evaluate.{name}" for name in ("benchmarks", "folder", "hub"))  # kept out of the data
     keys = ("model.path", "model.hub", "model.revision", "data", *exams, "seed")
-    return Step("prepare", "prepare", keys=keys, files=_paths(sources), outputs=(PREPARED,))
+    return Step("prepare", "prepare", keys=keys, files=_paths(sources), outputs=(run.pattern(run.prepared),))
 
 
-def _train(stage: str, other: str, recipe: Recipe, before: set[str]) -> Step | None:
+def _train(stage: str, other: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
     split = getattr(recipe.data, stage)
     if not split.train:
         return None
@@ -84,13 +115,13 @@ def _train(stage: str, other: str, recipe: Recipe, before: set[str]) -> Step | N
         without=(f"data.{other}", f"{stage}.max_skipped_steps"),
         files=tuple(files),
         after=tuple(sorted(after & before)),
-        outputs=(f"{stage}/adapters/*",),
+        outputs=(run.pattern(run.stage(stage).adapter, "*"),),
         prepared=stage if "prepare" in before else None,
         trains=True,
     )
 
 
-def _eval(model: str, recipe: Recipe, before: set[str]) -> Step | None:
+def _eval(model: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
     settings = recipe.evaluate
     if not settings.benchmarks or (model != "base" and model not in before):
         return None
@@ -103,33 +134,36 @@ def _eval(model: str, recipe: Recipe, before: set[str]) -> Step | None:
         without=("evaluate.prompts", *(() if free else ("evaluate.max_new_tokens",))),
         files=(recipe.model.path, *settings.benchmarks, *settings.folder.values()),
         after=(model,) if model in before else (),
-        outputs=(f"eval/{model}-*.jsonl",),  # the answers; the figures beside them grow with every other model
+        # The answers; the figures beside them grow with every other model.
+        outputs=(run.pattern(run.exams, f"{model}-*.jsonl"),),
     )
 
 
-def _fuse(recipe: Recipe, before: set[str]) -> Step | None:
+def _fuse(recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
     tuned = next((stage for stage in ("dpo", "sft") if stage in before), None)
     if "export" not in recipe.model_fields_set or tuned is None:
         return None
     keys = ("model", "export", "data.sft.validation", "data.system", "data.date_string")
     files = (recipe.model.path, *_paths(recipe.data.sft.validation))
-    return Step("fuse", "fuse", keys=keys, files=files, after=(tuned,), outputs=("fused/**/*",))
+    return Step("fuse", "fuse", keys=keys, files=files, after=(tuned,), outputs=(run.pattern(run.fused, "**", "*"),))
 
 
-def _report(recipe: Recipe, before: set[str]) -> Step:
-    reads = ("*.json", "*/metrics.jsonl", "*/summary.json", "*/warnings.jsonl", "eval/*.json*", PREPARED)
+def _report(recipe: Recipe, run: RunFiles, before: set[str]) -> Step:
+    any_stage = run.stage("*")
+    files = (any_stage.metrics, any_stage.summary, any_stage.warnings, run.prepared)
+    reads = ("*.json", *map(run.pattern, files), run.pattern(run.exams, "*.json*"))
     sections = tuple(type(recipe).model_fields)
-    outputs = ("report.md", "report.html", "plots/*.png")
+    outputs = (run.pattern(run.text), run.pattern(run.page), run.pattern(run.plots, "*.png"))
     return Step("report", "report", keys=sections, after=tuple(sorted(before)), reads=reads, outputs=outputs)
 
 
-_MAKERS: dict[str, Callable[[Recipe, set[str]], Step | None]] = {
+_MAKERS: dict[str, Callable[[Recipe, RunFiles, set[str]], Step | None]] = {
     "prepare": _prepare,
-    "eval-base": lambda recipe, before: _eval("base", recipe, before),
-    "sft": lambda recipe, before: _train("sft", "dpo", recipe, before),
-    "eval-sft": lambda recipe, before: _eval("sft", recipe, before),
-    "dpo": lambda recipe, before: _train("dpo", "sft", recipe, before),
-    "eval-dpo": lambda recipe, before: _eval("dpo", recipe, before),
+    "eval-base": lambda recipe, run, before: _eval("base", recipe, run, before),
+    "sft": lambda recipe, run, before: _train("sft", "dpo", recipe, run, before),
+    "eval-sft": lambda recipe, run, before: _eval("sft", recipe, run, before),
+    "dpo": lambda recipe, run, before: _train("dpo", "sft", recipe, run, before),
+    "eval-dpo": lambda recipe, run, before: _eval("dpo", recipe, run, before),
     "fuse": _fuse,
     "report": _report,
 }

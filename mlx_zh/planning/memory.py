@@ -53,7 +53,7 @@ def step_memory(
     gradients = values * FLOAT
     still = {
         "weights": weight_bytes(model, target, trained),
-        "adapters": 0.0 if trained.kind == "full" else gradients,
+        "adapters (float32)": 0.0 if trained.kind == "full" else gradients,
         "optimizer": 2.0 * gradients,
         "gradients": gradients if rows > 1 else 0.0,  # the sum of the rows before
     }

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from mlx_zh.reporting import exam_results
 from mlx_zh.reporting.exam_results import ExamResult
@@ -83,25 +83,48 @@ class Findings:
     alarms: list[Alarm] = field(default_factory=list)
 
 
-def gather(folder: Path, recipe: str, *, name: str, bootstrap: int, seed: int) -> Findings:
-    """Everything in the run folder `folder`; `recipe` is its recipe as text."""
+class StageFiles(Protocol):
+    """What a report reads of a training stage."""
+
+    metrics: Path
+    summary: Path
+    warnings: Path
+
+
+class RunFiles(Protocol):
+    """What a report reads of a run folder."""
+
+    path: Path
+    manifest: Path
+    samples: Path
+    pipeline: Path
+    prepared: Path
+    exams: Path
+    fused_summary: Path
+
+    def stage(self, name: str) -> StageFiles:
+        """The folder of a training stage."""
+
+
+def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) -> Findings:
+    """Everything in a run folder; `recipe` is its recipe as text."""
     found = Findings(name, hide(recipe))
-    reading = _Reading(folder, found.alarms)
-    found.manifest = hide_all(reading.mapping("manifest.json"))
-    found.data = hide_all(reading.mapping("data/report.json"))
-    found.export = hide_all(reading.mapping("fused/summary.json"))
-    samples = reading.mapping("samples.json")
+    reading = _Reading(run.path, found.alarms)
+    found.manifest = hide_all(reading.mapping(run.manifest))
+    found.data = hide_all(reading.mapping(run.prepared))
+    found.export = hide_all(reading.mapping(run.fused_summary))
+    samples = reading.mapping(run.samples)
     found.prompts = [str(prompt) for prompt in samples.get("prompts", [])]
     answers = samples.get("answers", {})
     found.answers = {stage: [str(a) for a in answers[stage]] for stage in STAGES if stage in answers}
-    found.times = _times(reading.mapping("pipeline.json"))
+    found.times = _times(reading.mapping(run.pipeline))
     for stage in ("sft", "dpo"):
-        if training := _training(reading, stage):
+        if training := _training(reading, run.stage(stage), stage):
             found.training[stage] = training
             found.alarms += _training_alarms(training)
-            warned = dict.fromkeys(str(line.get("text")) for line in reading.objects(f"{stage}/warnings.jsonl"))
+            warned = dict.fromkeys(str(line.get("text")) for line in reading.objects(run.stage(stage).warnings))
             found.alarms += [Alarm(named(stage), translated(text)) for text in warned]
-    found.exams = exam_results.gather(folder / "eval", STAGES, bootstrap=bootstrap, seed=seed)
+    found.exams = exam_results.gather(run.exams, STAGES, bootstrap=bootstrap, seed=seed)
     for exam in found.exams:
         found.alarms += _exam_alarms(exam)
     for stage, told in found.data.items():
@@ -118,39 +141,40 @@ class _Reading:
     def __init__(self, folder: Path, alarms: list[Alarm]) -> None:
         self._folder, self._alarms = folder, alarms
 
-    def mapping(self, name: str) -> Figures:
+    def mapping(self, path: Path) -> Figures:
         """A JSON object; empty where it is missing or damaged."""
-        found = self._parsed(name, lambda text: json.loads(text), {})
+        found = self._parsed(path, lambda text: json.loads(text), {})
         if isinstance(found, dict):
             return found
-        self._damaged(name)
+        self._damaged(path)
         return {}
 
-    def objects(self, name: str) -> list[Figures]:
+    def objects(self, path: Path) -> list[Figures]:
         """The objects of a JSON lines file."""
-        found = self._parsed(name, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
+        found = self._parsed(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
         return [line for line in found if isinstance(line, dict)]
 
-    def _parsed(self, name: str, parse: Any, empty: Any) -> Any:
+    def _parsed(self, path: Path, parse: Any, empty: Any) -> Any:
         try:
-            return parse((self._folder / name).read_text(encoding="utf-8"))
+            return parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return empty
         except (OSError, ValueError):
-            self._damaged(name)
+            self._damaged(path)
             return empty
 
-    def _damaged(self, name: str) -> None:
+    def _damaged(self, path: Path) -> None:
+        name = path.relative_to(self._folder).as_posix()
         self._alarms.append(Alarm(Text.same(name), say("unreadable", file=name)))
 
 
-def _training(reading: _Reading, stage: str) -> TrainingResult | None:
-    lines = [line for line in reading.objects(f"{stage}/metrics.jsonl") if _finite(line.get("step"))]
+def _training(reading: _Reading, files: StageFiles, stage: str) -> TrainingResult | None:
+    lines = [line for line in reading.objects(files.metrics) if _finite(line.get("step"))]
     if not lines:
         return None
     validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
     steps = [line for line in lines if "loss" in line]
-    return TrainingResult(stage, steps, validations, reading.mapping(f"{stage}/summary.json"))
+    return TrainingResult(stage, steps, validations, reading.mapping(files.summary))
 
 
 def _training_alarms(training: TrainingResult) -> list[Alarm]:

@@ -17,6 +17,7 @@ from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
 from mlx_zh.recipe import DataSet, Recipe, Source
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, storage
 from mlx_zh.system.storage import write_json
 
@@ -42,7 +43,7 @@ def prepare_stage(
 
     Raises DataError, DownloadError.
     """
-    split = recipe.data.sft if stage == "sft" else recipe.data.dpo
+    split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [
         _resolve(source, registry, stage, recipe.seed, validation=held)
@@ -61,7 +62,7 @@ def prepare_stage(
 
 def keep_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
     """What the corpus is like, kept in the run folder: `data/report.json`, with a part for each stage."""
-    path = recipe.run_folder() / "data" / "report.json"
+    path = RunFolder.of(recipe).prepared
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -75,7 +76,7 @@ def keep_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
 
 def training_tokens(recipe: Recipe, stage: str, report: dict[str, Any]) -> dict[str, Any]:
     """Epochs of a stage, and about how many tokens they are."""
-    section = recipe.sft if stage == "sft" else recipe.dpo
+    section = recipe.training(stage)
     epochs = section.epochs
     if section.max_steps is not None:
         epochs = section.max_steps * section.batch_size / report["train"]["examples"]

@@ -13,7 +13,7 @@ from mlx_zh.exams import answers as asking
 from mlx_zh.exams import figures, statistics
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.records import Records
-from mlx_zh.stages import command
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_models import NAMES
 from mlx_zh.system import console
 from mlx_zh.system.digests import text_digest, value_digest
@@ -35,7 +35,7 @@ class Examination:
 
     def __init__(self, recipe: Recipe, protocol: Protocol, candidates: Candidates, world: World) -> None:
         self._recipe, self._protocol, self._candidates, self._world = recipe, protocol, candidates, world
-        self._folder = recipe.run_folder() / "eval"
+        self._run = RunFolder.of(recipe)
         self._known: dict[tuple[str, str], tuple[About, list[Answer]]] = {}  # by exam and stage
         self._base: str | None = None  # the base's fingerprint
 
@@ -43,8 +43,8 @@ class Examination:
         """Let the model called `name` answer `exam`; a finished subject is read from the run folder."""
         world, first = self._world, self._world.first
         loaded = self._candidates.take(name)
-        if first and not (self._recipe.run_folder() / "manifest.json").exists():
-            command.write_run_files(self._recipe, loaded, {})
+        if first and not self._run.manifest.exists():
+            self._run.write_manifest(self._recipe, loaded, {})
         if name != "fused":
             self._base = loaded.fingerprint
         renderer = self._renderer(loaded)
@@ -55,7 +55,7 @@ class Examination:
                 f"rank {world.rank} has other questions or another model than rank 0: every machine needs the same "
                 "recipe, exam files and model files."
             )
-        records = Records(self._folder, name, exam.key)
+        records = Records(self._run.exams, name, exam.key)
         keys = {s.key: value_digest(about | {"asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
         given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
         waiting = world.told(lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given])
@@ -107,7 +107,7 @@ class Examination:
             others = [other for other in stages if other != name] if exam.labelled else []
             found["against"] = {other: asdict(self.compare(exam, other, name)) for other in others}
             answers = self._known[exam.key, name][1]
-            paths += Records(self._folder, name, exam.key).finish(answers, found, labelled=exam.labelled)
+            paths += Records(self._run.exams, name, exam.key).finish(answers, found, labelled=exam.labelled)
         return paths
 
     def _figures(self, exam: Exam, name: str) -> figures.Figures:
@@ -118,7 +118,7 @@ class Examination:
 
     def _recall(self, exam: Exam, name: str) -> None:
         """Take a finished stage's answers if they are to the same questions, asked in the same way."""
-        kept = Records(self._folder, name, exam.key).finished()
+        kept = Records(self._run.exams, name, exam.key).finished()
         if kept is None:
             return
         about, answers = kept[0].get("about", {}), kept[1]

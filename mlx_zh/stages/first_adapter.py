@@ -1,4 +1,4 @@
-"""Where preference tuning starts: the run's own SFT adapter, another adapter, or the base model."""
+"""What training starts from: a fresh adapter on the base model, the run's own SFT adapter, or another adapter."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_zh.distributed.world import ALONE, World
-from mlx_zh.errors import AdapterError
-from mlx_zh.models.adapters.files import ADAPTER_FILE, CONFIG_FILE, read_adapter
-from mlx_zh.models.adapters.layers import adapted_layers
-from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.errors import AdapterError, RecipeError
+from mlx_zh.models.adapters.files import load_adapter, read_adapter
+from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, AdapterSpec
 from mlx_zh.models.load import LoadedModel
-from mlx_zh.recipe import Recipe
-from mlx_zh.stages.tuning import adapter_spec
+from mlx_zh.recipe import Lora, Recipe
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 from mlx_zh.system.digests import file_digest
 
@@ -68,6 +68,27 @@ class Start:
             console.warn(f"training keeps the shape of the adapter in {self.name}: {', '.join(differ)}.")
         return found
 
+    def put_on(self, loaded: LoadedModel, spec: AdapterSpec) -> None:
+        """Put what is trained on the base model: a fresh adapter of shape `spec`, or the one to train further."""
+        if self.folder is None:
+            add_adapter(loaded.model, spec, seed=self.recipe.seed)
+        else:
+            load_adapter(loaded.model, self.folder)
+
+
+def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
+    """The recipe's `lora` section for a model of `layers` blocks."""
+    if lora.num_layers != "all" and lora.num_layers > layers:
+        raise RecipeError(f"lora.num_layers is {lora.num_layers}, but the model has {layers} layers; write all.")
+    return AdapterSpec(
+        kind=lora.type,
+        num_layers=layers if lora.num_layers == "all" else lora.num_layers,
+        rank=lora.rank,
+        scale=AdapterSpec.scale_of(lora.alpha, lora.rank, rslora=lora.rslora),
+        dropout=lora.dropout,
+        targets=None if lora.targets == "all" else lora.targets,
+    )
+
 
 def choose_start(recipe: Recipe, world: World = ALONE) -> Start:
     """The recipe's `dpo.start`, the same on every rank. Raises AdapterError where the adapter is not there."""
@@ -81,12 +102,12 @@ def _adapter_folder(recipe: Recipe) -> str | None:
     start = recipe.dpo.start or ("sft" if recipe.data.sft.train else "base")
     if start == "base":
         return None
-    folder = recipe.run_folder() / "sft" / "adapters" if start == "sft" else Path(start)
+    folder = RunFolder.of(recipe).stage("sft").adapter if start == "sft" else Path(start)
     if not (folder / CONFIG_FILE).is_file():
         hint = (
             "run the SFT stage of this recipe first, or set dpo.start=base"
             if start == "sft"
-            else "give the folder that holds adapters.safetensors, or sft, or base"
+            else f"give the folder that holds {ADAPTER_FILE}, or sft, or base"
         )
         raise AdapterError(f"dpo.start is {start}, but there is no adapter in {folder}: {hint}.")
     return str(folder)

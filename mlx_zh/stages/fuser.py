@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.adapters import peft
+from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
@@ -20,6 +21,7 @@ from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_a
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.load import resolve_model
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import device
 from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
@@ -28,14 +30,13 @@ _CONFIGS = 40_000_000  # tokenizer and other small files, in bytes, generously
 
 
 def newest_adapter(recipe: Recipe) -> Path:
-    """DPO's adapter where there is one, else SFT's."""
-    folders = [recipe.run_folder() / stage / "adapters" for stage in ("dpo", "sft")]
-    for folder in folders:
-        if (folder / "adapters.safetensors").is_file():
-            return folder
-    raise AdapterError(
-        f"{recipe.run_folder()} has no adapter yet. Run `mlx-zh sft RECIPE` first, or give one with --adapter."
-    )
+    """DPO's adapter where there is one, else SFT's. Raises AdapterError."""
+    run = RunFolder.of(recipe)
+    if (adapter := run.newest_adapter()) is None:
+        raise AdapterError(
+            f"{run.path} has no adapter yet. Run `mlx-zh sft RECIPE` first, or give one with --adapter."
+        )
+    return adapter
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,14 @@ class Fuser:
         self.licence = licences.find_licence(base)
         self.wanted_name = self.export.name or recipe.name
         self.title = licences.display_name(self.licence, self.wanted_name)
-        self.folder = recipe.run_folder() / "fused"
+        self.run = RunFolder.of(recipe)
+        self.folder = self.run.fused
 
     @property
     def adapter_is_foreign(self) -> bool:
         """Whether the adapter says that it was trained on another model than the recipe's."""
         try:
-            config = json.loads((self.fusion.adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config = json.loads((self.fusion.adapter.folder / CONFIG_FILE).read_text(encoding="utf-8"))
             known = config["mlx_zh"]["base_fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -229,8 +231,7 @@ class Fuser:
     def story(self, missing: Sequence[str]) -> card.Story:
         """What the cards say of the run."""
         recipe, base, spec = self.recipe, self.fusion.base, self.fusion.adapter.spec
-        run = recipe.run_folder()
-        stages = [name for name in ("sft", "dpo") if (run / name / "adapters").is_dir()]
+        stages = [name for name in TUNED if self.run.stage(name).adapter.is_dir()]
         kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
         rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
         on_hub = not Path(base.name).expanduser().exists() and "/" in base.name
@@ -244,9 +245,9 @@ class Fuser:
             original=None if self.fusion.original is None else Path(self.fusion.original.name).name,
             licence=self.licence,
             method=f"{kind}{rank}" + (f" by {', then '.join(s.upper() for s in stages)}" if stages else ""),
-            data=_data_lines(run),
+            data=_data_lines(self.run),
             settings=settings,
-            scores=_scores(run),
+            scores=_scores(self.run),
             missing=missing,
         )
 
@@ -263,19 +264,19 @@ def _type_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _data_lines(run: Path) -> list[str]:
+def _data_lines(run: RunFolder) -> list[str]:
     """The data files of a run, without their folders: file name and the beginning of its SHA-256."""
     try:
-        known = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]
+        known = json.loads(run.manifest.read_text(encoding="utf-8"))["data"]
         return [f"`{Path(path).name}` (SHA-256 {str(digest)[:12]}…)" for path, digest in known.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
-def _scores(run: Path) -> list[tuple[str, str, str]]:
+def _scores(run: RunFolder) -> list[tuple[str, str, str]]:
     """Exam, model and accuracy of every finished evaluation."""
     found = []
-    for path in sorted((run / "eval").glob("*.json")):
+    for path in sorted(run.exams.glob("*.json")):
         model, _, exam = path.stem.partition("-")
         try:
             row = json.loads(path.read_text(encoding="utf-8"))["rows"][0]

@@ -12,7 +12,8 @@ from mlx_zh.planning.fullest import Examples, alike
 from mlx_zh.planning.memory import Estimate
 from mlx_zh.planning.search import Candidate, Step, cheapest, least
 from mlx_zh.planning.shapes import LINEAR, MemorySettings, Packing, Target, Trained, model_shape
-from mlx_zh.recipe import Recipe, Training
+from mlx_zh.recipe import Recipe
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
 
 if TYPE_CHECKING:
@@ -65,15 +66,10 @@ def training_step(
         dropout=lora.dropout > 0 and stage == "sft",
     )
     if examples is None:
-        batch = section_of(recipe, stage).batch_size
+        batch = recipe.training(stage).batch_size
         length = recipe.data.max_length
         examples = alike(stage, length if stage == "sft" else 3 * length // 2, batch)
     return Step(model, trained, target_of(recipe, config, place), examples)
-
-
-def section_of(recipe: Recipe, stage: str) -> Training:
-    """The recipe's section of a training stage."""
-    return recipe.sft if stage == "sft" else recipe.dpo
 
 
 def settings_of(recipe: Recipe) -> MemorySettings:
@@ -118,13 +114,13 @@ def require(
     Without `corpus`, before the model is there, examples are taken to be short, so that what is refused surely is
     too much; with it, its longest examples count. A run that is finished already is not asked, save with `fresh`.
     """
-    if corpus is None and not fresh and (recipe.run_folder() / stage / "summary.json").exists():
+    if corpus is None and not fresh and RunFolder.of(recipe).stage(stage).summary.exists():
         return
     if config is None:
         from mlx_zh.models.load import find_config
 
         config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
-    batch = section_of(recipe, stage).batch_size
+    batch = recipe.training(stage).batch_size
     if corpus is None:
         examples = alike(stage, min(_SHORT, recipe.data.max_length), batch)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,9 +12,11 @@ import numpy.typing as npt
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
+from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages.first_adapter import Start
 from mlx_zh.system import console, device, storage
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.order import Order
@@ -24,10 +26,40 @@ from mlx_zh.training.step import OutOfMemory
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLogprobs:
-    """(N, 4) of the training pairs, NaN for those that the run does not visit, and of the validation pairs."""
+    """(N, 4) of the training pairs, NaN for those that the run does not visit, and of the validation pairs.
+
+    `is_start` says that they are of the very weights that training starts from.
+    """
 
     training: npt.NDArray[np.float32] | None = None
     validation: npt.NDArray[np.float32] | None = None
+    is_start: bool = False
+
+
+def put_on_with_reference(
+    recipe: Recipe,
+    loaded: LoadedModel,
+    start: Start,
+    spec: AdapterSpec,
+    pairs: Sequence[RenderedPair],
+    validation: Sequence[RenderedPair],
+    world: World,
+) -> ReferenceLogprobs:
+    """Put the adapter on, and look up or compute the reference: of the base, or of where training starts.
+
+    It is settled before the weights of a checkpoint are taken up.
+    """
+    console.say(f"Starting from {start.described}.")
+    asked = recipe.dpo.reference
+    base_is_start = start.folder is None and spec.kind != "full"
+    is_start = asked == "start" or (asked == "base" and base_is_start)
+    if asked == "base" or base_is_start:
+        reference = find_reference(recipe, loaded, None, pairs, validation, world)
+        start.put_on(loaded, spec)
+    else:
+        start.put_on(loaded, spec)
+        reference = find_reference(recipe, loaded, (spec, trainable(loaded.model)), pairs, validation, world)
+    return replace(reference, is_start=is_start)
 
 
 def find_reference(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.adapters.files import ADAPTER_FILE, CONFIG_FILE, load_adapter
+from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.adapters.layers import remove_adapter
-from mlx_zh.stages import command
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
+from mlx_zh.stages.run_folder import TUNED, RunFolder
+from mlx_zh.system import blas, console, device
 from mlx_zh.system.digests import file_digest, value_digest
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe
 
-TUNED = ("sft", "dpo")
 NAMES = ("base", *TUNED, "fused")
 _ADAPTER = (CONFIG_FILE, ADAPTER_FILE)
 
@@ -25,35 +25,27 @@ class Candidates:
     """`names` are those that were asked for: one, or the base and every adapter in the run folder."""
 
     def __init__(self, recipe: Recipe, asked: str | None = None, world: World = ALONE) -> None:
-        self._recipe, self._run, self._world = recipe, recipe.run_folder(), world
+        self._recipe, self._run, self._world = recipe, RunFolder.of(recipe), world
         self._loaded: LoadedModel | None = None
         self._state = ""  # which candidate `_loaded` is now
         self.present = world.told(lambda: self._present(asked))
         self.names = ["base", *self.present] if asked is None else [asked]
-        if asked == "fused" and not self.fused.is_dir():
-            raise ModelError(f"there is no fused model at {self.fused}; run `mlx-zh fuse RECIPE` first.")
+        if asked == "fused" and not self._run.fused_model().is_dir():
+            raise ModelError(f"there is no fused model at {self._run.fused_model()}; run `mlx-zh fuse RECIPE` first.")
 
     def _present(self, asked: str | None) -> list[str]:
-        present = [name for name in TUNED if (self.adapter(name) / ADAPTER_FILE).is_file()]
+        present = [name for name in TUNED if self._run.stage(name).has_adapter]
         if asked in TUNED and asked not in present:
-            raise AdapterError(f"{self.adapter(asked)} holds no adapter yet; run `mlx-zh {asked} RECIPE` first.")
+            raise AdapterError(
+                f"{self._run.stage(asked).adapter} holds no adapter yet; run `mlx-zh {asked} RECIPE` first."
+            )
         return present
-
-    @property
-    def fused(self) -> Path:
-        """The fused model in `runs/NAME/fused`: MLX's, else another one that can be loaded."""
-        places = [self._run / "fused" / kind for kind in ("mlx", "hf", "gguf")]
-        return next((place for place in places if place.is_dir()), places[0])
-
-    def adapter(self, name: str) -> Path:
-        """`runs/NAME/STAGE/adapters`."""
-        return self._run / name / "adapters"
 
     def take(self, name: str) -> LoadedModel:
         """The model as `name`; one that was taken before changes with it."""
         if self._loaded is None or "fused" in (name, self._state):
             self._loaded = None  # frees it before the next is loaded
-            self._loaded = command.open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
+            self._loaded = open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
             self._state = "fused" if name == "fused" else "base"
         if name == self._state:
             return self._loaded
@@ -61,7 +53,7 @@ class Candidates:
             remove_adapter(self._loaded.model)
             self._state = "base"
         if name != "base":
-            spec = load_adapter(self._loaded.model, self._world.folder(self.adapter(name), _ADAPTER))
+            spec = load_adapter(self._loaded.model, self._world.folder(self._run.stage(name).adapter, _ADAPTER))
             # Full fine-tuning replaces weights: what was there is gone, and the base must be loaded anew next time.
             self._state = "fused" if spec.kind == "full" else name
         self._loaded.model.freeze()
@@ -72,9 +64,53 @@ class Candidates:
         """A digest of a stage's adapter; None where the stage has none of its own."""
         if name not in TUNED:
             return None
-        folder = self.adapter(name)
+        folder = self._run.stage(name).adapter
         return value_digest([file_digest(folder / name) for name in _ADAPTER])[:16]
 
     def _of_fused(self) -> Recipe:
-        model = self._recipe.model.model_copy(update={"path": str(self.fused), "quantize": None})
+        model = self._recipe.model.model_copy(update={"path": str(self._run.fused_model()), "quantize": None})
         return self._recipe.model_copy(update={"model": model})
+
+
+def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
+    """The recipe's base model, checked against its own forward; with `distributed.shares: measured`, timed too."""
+    from mlx_zh.core.logprobs import check_supported
+    from mlx_zh.models.load import load_model
+
+    device.bound_cache()
+    if warning := blas.blas_warning():
+        console.warn(warning)
+    source = recipe.model
+    loaded = load_model(
+        source.path,
+        hub=source.hub,
+        revision=source.revision,
+        dtype=source.dtype,
+        quantize=source.quantization,
+    )
+    check_supported(loaded.model, loaded.config)
+    if world and world.size > 1 and world.told(lambda: recipe.distributed.shares) == "measured":
+        _measure(loaded, recipe.memory.micro_tokens, world)
+    return loaded
+
+
+def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
+    """Deal out work by how fast each rank computes a row of text."""
+    import mlx.core as mx
+
+    from mlx_zh.core.logprobs import hidden_states
+    from mlx_zh.core.packing import pack_conversations
+
+    length = world.least(min(tokens, _MEASURED_TOKENS))
+    row = pack_conversations([(range(1, length + 1), [False] * length)])
+
+    def forward() -> float:
+        mx.eval(hidden_states(loaded.model, row))
+        return length
+
+    world.measure(forward)
+    shares = ", ".join(f"{speed / sum(world.speeds):.0%}" for speed in world.speeds)
+    console.say(f"Measured for 10 s: the ranks get {shares} of the work.")
+
+
+_MEASURED_TOKENS = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ class Samples:
 
     def __init__(self, recipe: Recipe, renderer: Renderer, loaded: LoadedModel) -> None:
         self._recipe, self._renderer, self._loaded = recipe, renderer, loaded
-        self._path = recipe.run_folder() / "samples.json"
+        self._path = RunFolder.of(recipe).samples
 
     def ask(self, name: str, *, again: bool = True) -> None:
         """Let the model as it is now answer as `name`; `again=False` keeps answers that are there."""

@@ -1,49 +1,102 @@
-"""What SFT and DPO share as stages: resume, the progress bar, interruption, and the adapter that comes out."""
+"""SFT and DPO as stages: one `tune` for both, with resume, the progress bar, interruption and the adapter."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlx_zh.distributed.world import ALONE, World
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.adapters.files import CONFIG_FILE, read_adapter, save_adapter, vocabulary
+from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.recipe import Lora, Recipe, Training
-from mlx_zh.stages.run_key import Values, changes, learning_key
+from mlx_zh.recipe import Recipe, Training
+from mlx_zh.stages import memory_check
+from mlx_zh.stages.data import file_digests, keep_report, prepare_stage
+from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
+from mlx_zh.stages.run_models import open_model
 from mlx_zh.stages.sample_answers import Samples
 from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
+from mlx_zh.system.interrupts import stop_on_interrupt
 from mlx_zh.system.storage import write_json
 from mlx_zh.training import checkpoints
-from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Shortened, Stepped
+from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Shortened, Stepped
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
 
+if TYPE_CHECKING:
+    from mlx_zh.corpus.build import Corpus
+    from mlx_zh.corpus.examples import Conversations, Pairs
+    from mlx_zh.models.load import LoadedModel
+    from mlx_zh.stages.first_adapter import Start
 
-def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
-    """The recipe's `lora` section for a model of `layers` blocks."""
-    if lora.num_layers != "all" and lora.num_layers > layers:
-        raise RecipeError(f"lora.num_layers is {lora.num_layers}, but the model has {layers} layers; write all.")
-    return AdapterSpec(
-        kind=lora.type,
-        num_layers=layers if lora.num_layers == "all" else lora.num_layers,
-        rank=lora.rank,
-        scale=AdapterSpec.scale_of(lora.alpha, lora.rank, rslora=lora.rslora),
-        dropout=lora.dropout,
-        targets=None if lora.targets == "all" else lora.targets,
-    )
+
+class Method(Protocol):
+    """What SFT and DPO do differently. `answers` names the models whose answers are shown at the end."""
+
+    stage: str
+    answers: tuple[str, ...]
+
+    def start(self, recipe: Recipe, world: World) -> Start:
+        """What training starts from."""
+
+    def examples(self, corpus: Corpus, split: str) -> Conversations | Pairs:
+        """The examples of a split (train or validation)."""
+
+    def objectives(self, session: Session, loaded: LoadedModel, start: Start, corpus: Corpus) -> Objectives:
+        """Put the adapter on, and say what is optimized."""
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What is optimized, what is validated, and who looks at the figures of each step."""
+
+    training: Objective
+    validation: Objective | None
+    watch: Watch | None = None
+
+
+def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bool) -> int:
+    """Train a stage of a run, or go on where it stopped; returns the exit status."""
+    stage = method.stage
+    start = method.start(recipe, world)
+    memory_check.require(recipe, stage, force=force, fresh=fresh)
+    loaded = open_model(recipe, world)
+    renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
+    corpus = prepare_stage(recipe, stage, renderer)
+    digests = file_digests(corpus)
+    content = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
+    if stage == "dpo":
+        content["start"] = start.fingerprint
+    values = learning_values(recipe, stage, content)
+    session = Session(recipe, stage, loaded, start.spec(loaded), values, world)
+    samples = Samples(recipe, renderer, loaded)
+    if session.begin(fresh=fresh):
+        examples = method.examples(corpus, "train")
+        memory_check.require(recipe, stage, force=force, config=loaded.config, corpus=examples)
+        if world.first:
+            session.run.write_manifest(recipe, loaded, digests)
+            keep_report(recipe, stage, corpus)
+            samples.ask("base", again=fresh and stage == "sft")  # DPO's base is the one that SFT asked
+        if session.train(method.objectives(session, loaded, start, corpus)).reason == "interrupted":
+            return 130
+        if world.first:
+            loaded.model.eval()
+            samples.ask(stage)
+    if world.first:
+        report(session, samples, method.answers)
+    return 0
 
 
 @dataclass
@@ -52,35 +105,31 @@ class Session:
 
     recipe: Recipe
     stage: str
-    section: Training
-    model: nn.Module
+    loaded: LoadedModel
     spec: AdapterSpec
-    about: dict[str, Any]  # kept in the adapter's settings: base model, run
     values: Values  # see `learning_values`
-    world: World = ALONE
+    world: World
 
     def __post_init__(self) -> None:
         self.key = learning_key(self.values)
-
-    @property
-    def folder(self) -> Path:
-        """`runs/NAME/STAGE`."""
-        return self.recipe.run_folder() / self.stage
+        self.section = self.recipe.training(self.stage)
+        self.run = RunFolder.of(self.recipe)
+        self.folder = self.run.stage(self.stage)
 
     def check(self) -> dict[str, Any] | None:
         """The summary of an earlier run of these settings that is finished; None where there is work to do.
 
         RecipeError where the folder holds a run with other settings. Writes nothing.
         """
-        if not any((self.folder / "checkpoints").glob("step-*")):
+        if not any(self.folder.checkpoints.glob("step-*")):
             return None
-        settings, summary = (_read_json(self.folder / f"{name}.json") for name in ("settings", "summary"))
+        settings, summary = _read_json(self.folder.settings), _read_json(self.folder.summary)
         if settings is not None and learning_key(settings) != self.key:
             raise RecipeError(
-                f"{self.folder} holds a run with other settings: {changes(settings, self.values)}. Give this recipe "
-                "another name, or start over with --fresh (the old folder is kept beside it)."
+                f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}. Give this "
+                "recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
-        whole = (self.folder / "adapters" / CONFIG_FILE).exists()
+        whole = self.folder.is_finished
         return summary if summary is not None and summary["key"] == self.key and whole else None
 
     def begin(self, *, fresh: bool) -> bool:
@@ -95,27 +144,27 @@ class Session:
         return self.world.told(lambda: self._begin(fresh))
 
     def _begin(self, fresh: bool) -> bool:
-        if fresh and (aside := set_aside(self.folder)):
+        if fresh and (aside := set_aside(self.folder.path)):
             console.say(f"The earlier run is kept in {aside}.")
         if self.check() is None:
             return True
-        console.say(f"{self.folder} is finished: nothing is left to train. To train again, add --fresh.")
+        console.say(f"{self.folder.path} is finished: nothing is left to train. To train again, add --fresh.")
         return False
 
-    def train(self, objective: Objective, validation: Objective | None, watch: Watch | None = None) -> Finished:
-        """Train, or go on where an earlier run of the same recipe stopped; leaves `adapters/` when done."""
+    def train(self, objectives: Objectives) -> Finished:
+        """Train, or go on where an earlier run of the same recipe stopped; leaves the adapter when done."""
         if wired := device.wire_memory():
             console.say(f"Keeping up to {wired / 1e9:.1f} GB in memory; the rest is left to the desktop.")
         first = self.world.first
-        kept = console.kept_warnings(self.folder / "warnings.jsonl") if first else nullcontext()
-        with kept, stop_on_interrupt() as stop:
+        kept = console.kept_warnings(self.folder.warnings) if first else nullcontext()
+        with kept, stop_on_interrupt((signal.SIGINT, signal.SIGTERM), _say_stopping) as stop:
             loop = Loop(
-                model=self.model,
-                objective=objective,
-                validation=validation,
+                model=self.loaded.model,
+                objective=objectives.training,
+                validation=objectives.validation,
                 section=self.section,
                 checkpoint=self.recipe.checkpoint,
-                folder=self.folder,
+                files=LoopFiles(self.folder.metrics, self.folder.skipped, self.folder.checkpoints),
                 seed=self.recipe.seed,
                 key=self.key,
                 loraplus_ratio=self.recipe.lora.loraplus_ratio,
@@ -125,44 +174,47 @@ class Session:
             )
             self.world.told(lambda: self._resume(loop))
             loop.align()
-            finished = self._follow(loop, watch)
+            finished = self._follow(loop, objectives.watch)
         if finished.reason == "interrupted":
             console.say(f"Stopped after step {finished.step}; run the same command to go on from there.")
         if finished.reason == "interrupted" or not first:
             return finished
         if self.section.load_best and loop.progress.best_step is not None:
-            _, best = read_adapter(self._best)
-            set_weights(self.model, best)
+            _, best = read_adapter(self.folder.best)
+            set_weights(self.loaded.model, best)
             console.say(f"Took back the best weights: step {loop.progress.best_step}.")
             loop.weights = best
-        self._save_adapter(self.folder / "adapters", loop.weights)
+        self._save_adapter(self.folder.adapter, loop.weights)
         self._summarize(loop, finished)
         return finished
 
-    @property
-    def _best(self) -> Path:
-        return self.folder / "checkpoints" / "best"
-
     def _save_best(self, weights: Arrays) -> None:
         if self.recipe.checkpoint.keep_best or self.section.load_best:
-            self._save_adapter(self._best, weights)
+            self._save_adapter(self.folder.best, weights)
 
     def _save_adapter(self, folder: Path, weights: Arrays) -> None:
-        save_adapter(folder, weights, self.spec, self.about | {"vocabulary": vocabulary(self.model)})
+        loaded = self.loaded
+        about: dict[str, Any] = {
+            "base": loaded.source,
+            "base_fingerprint": loaded.fingerprint,
+            "run": self.recipe.name,
+        }
+        about |= {"stage": self.stage, "vocabulary": vocabulary(loaded.model)}
+        save_adapter(folder, weights, self.spec, about)
 
     def _resume(self, loop: Loop) -> None:
-        found, remarks = checkpoints.load_newest(self.folder / "checkpoints")
+        found, remarks = checkpoints.load_newest(self.folder.checkpoints)
         for remark in remarks:
             console.warn(remark)
         if found is None:
             loop.log.cut(0)
-            (self.folder / "warnings.jsonl").unlink(missing_ok=True)
-            write_json(self.folder / "settings.json", self.values)
+            self.folder.warnings.unlink(missing_ok=True)
+            write_json(self.folder.settings, self.values)
             return
         if found.state["key"] != self.key:
             raise RecipeError(
-                f"{self.folder} holds a run with other settings, stopped after step {found.state['step']}. Give this "
-                "recipe another name, or start over with --fresh (the old folder is kept beside it)."
+                f"{self.folder.path} holds a run with other settings, stopped after step {found.state['step']}. Give "
+                "this recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
         loop.resume(found)
         console.say(f"Going on after step {found.state['step']} of {loop.total}.")
@@ -213,7 +265,7 @@ class Session:
 
     def _trackers(self, done: int) -> Trackers:
         recipe = self.recipe
-        about = About(recipe.name, self.stage, self.folder, recipe.model_dump(mode="json"), self.key, done)
+        about = About(recipe.name, self.stage, self.folder.path, recipe.model_dump(mode="json"), self.key, done)
         return Trackers(recipe.track if self.world.first else (), about, console.warn)
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
@@ -222,7 +274,7 @@ class Session:
             lines += [line for line in lines if line["step"] == loop.progress.best_step]
         first, last = (lines[0], lines[-1]) if lines else ({}, {})
         write_json(
-            self.folder / "summary.json",
+            self.folder.summary,
             {
                 "key": self.key,
                 "finished": finished.reason,
@@ -263,7 +315,7 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
 
 def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
     """Show what a stage did: the answers of the models `names`, validation before and after, where things lie."""
-    summary = json.loads((session.folder / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads(session.folder.summary.read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     console.say()
     if answers := samples.shown(*names):
@@ -275,12 +327,11 @@ def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
         if key in before:
             console.say(f"validation {label} {before[key]:z.2f} -> {after[key]:z.2f}")
     console.say(f"trained {summary['steps']} steps in {console.duration(summary['seconds'])}\n")
-    run = session.recipe.run_folder()
     places = [
-        ("adapter", f"{session.folder / 'adapters'}/"),
-        ("metrics", str(session.folder / "metrics.jsonl")),
-        *([("answers", str(run / "samples.json"))] if answers else []),
-        ("recipe as resolved", str(run / "recipe.yaml")),
+        ("adapter", f"{session.folder.adapter}/"),
+        ("metrics", str(session.folder.metrics)),
+        *([("answers", str(session.run.samples))] if answers else []),
+        ("recipe as resolved", str(session.run.recipe)),
     ]
     console.say(console.table(places))
 
@@ -320,22 +371,6 @@ def set_aside(folder: Path) -> Path | None:
     return aside
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM once: `stop()` becomes true and the step in hand is finished; twice: leave at once."""
-    asked = False
-
-    def note(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        with suppress(RuntimeError):  # it came in the middle of a print, which cannot be entered twice
-            console.say("Finishing this step and saving; press Ctrl-C again to leave at once.")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _say_stopping() -> None:
+    with suppress(RuntimeError):  # the signal came in the middle of a print, which cannot be entered twice
+        console.say("Finishing this step and saving; press Ctrl-C again to leave at once.")

@@ -16,8 +16,9 @@ from mlx_zh.models.export import fidelity
 from mlx_zh.models.export.held_out import bundled_conversations
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import Recipe
-from mlx_zh.stages import command
 from mlx_zh.stages.data import prepare_stage
+from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.stages.run_models import open_model
 from mlx_zh.system import console
 
 HELD_OUT_TOKENS = 4096
@@ -49,7 +50,7 @@ class Yardstick:
 
 def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
     """Run base and base + adapter over the recipe's validation data, or over the bundled text."""
-    loaded = command.open_model(recipe)
+    loaded = open_model(recipe)
     renderer = _renderer(recipe, loaded.tokenizer)
     bundled = _bundled(renderer)
     examples = [e for e in _validation(recipe, renderer) or bundled if e.trained[1:].any()]
@@ -75,7 +76,7 @@ def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:
 
 def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
     """What SFT was validated with, where SFT ran here, so that it is prepared already; else nothing."""
-    if not (recipe.run_folder() / "sft").is_dir() or not recipe.data.sft.train:
+    if not RunFolder.of(recipe).stage("sft").path.is_dir() or not recipe.data.sft.train:
         return []
     try:
         return list(prepare_stage(recipe, "sft", renderer).conversations("validation"))

@@ -11,6 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def name() -> str:
+    """What MLX computes on here, as MLX calls it."""
+    import mlx.core as mx
+
+    return str(mx.default_device())
+
+
 def is_cpu() -> bool:
     """Whether MLX computes on the CPU here (no Metal, no CUDA)."""
     import mlx.core as mx

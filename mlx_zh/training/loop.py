@@ -76,6 +76,15 @@ class Finished:
     step: int
 
 
+@dataclass(frozen=True, slots=True)
+class LoopFiles:
+    """Where a loop writes: a line a step, a line a skipped step, and what it goes on from."""
+
+    metrics: Path
+    skipped: Path
+    checkpoints: Path
+
+
 Event = Stepped | Shortened | Evaluating | Evaluated | Saved | Finished
 
 
@@ -92,7 +101,7 @@ class Loop:
     validation: Objective | None
     section: Training
     checkpoint: CheckpointSection
-    folder: Path
+    files: LoopFiles
     seed: int
     key: str
     loraplus_ratio: float = 1.0
@@ -114,8 +123,8 @@ class Loop:
             betas=(section.adam_beta1, section.adam_beta2),
             loraplus_ratio=self.loraplus_ratio,
         )
-        self.log = MetricsLog(self.folder / "metrics.jsonl", keep=self.world.first)
-        self.skipped = Skipped(self.folder / "skipped.jsonl", self.log, section.max_skipped_steps)
+        self.log = MetricsLog(self.files.metrics, keep=self.world.first)
+        self.skipped = Skipped(self.files.skipped, self.log, section.max_skipped_steps)
 
     def resume(self, found: checkpoints.Checkpoint) -> None:
         """Take up a checkpoint of this same run: weights, moments, position and metrics."""
@@ -276,4 +285,4 @@ class Loop:
         self.progress.metrics_size = self.log.size()
         state = {"step": self.progress.step, "key": self.key, "progress": self.progress.__dict__}
         found = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
-        return Saved(checkpoints.save(self.folder / "checkpoints", found, keep=self.checkpoint.keep))
+        return Saved(checkpoints.save(self.files.checkpoints, found, keep=self.checkpoint.keep))

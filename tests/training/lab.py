@@ -15,7 +15,7 @@ from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Checkpoint, Training
 from mlx_zh.training import checkpoints
-from mlx_zh.training.loop import Event, Finished, Loop, Stepped
+from mlx_zh.training.loop import Event, Finished, Loop, LoopFiles, Stepped
 from mlx_zh.training.sft_objective import SftObjective
 
 Make = Callable[..., Any]
@@ -55,7 +55,7 @@ class Lab:
             validation=sft(VALIDATION, objective, micro_tokens=16) if validate else None,
             section=Training(**(settings | changes)),
             checkpoint=Checkpoint(every_steps=every, every_minutes=minutes, keep=keep),
-            folder=self.folder / name,
+            files=files_in(self.folder / name),
             seed=11,
             key="k",
             loraplus_ratio=4.0,
@@ -66,10 +66,14 @@ class Lab:
 
     def resumed(self, name: str, **changes: Any) -> Loop:
         loop = self.loop(name, **changes)
-        found, remarks = checkpoints.load_newest(loop.folder / "checkpoints")
+        found, remarks = checkpoints.load_newest(loop.files.checkpoints)
         assert found is not None and remarks == []
         loop.resume(found)
         return loop
+
+
+def files_in(folder: Path) -> LoopFiles:
+    return LoopFiles(folder / "metrics.jsonl", folder / "skipped.jsonl", folder / "checkpoints")
 
 
 def bits(arrays: dict[str, mx.array]) -> dict[str, bytes]:
@@ -78,7 +82,7 @@ def bits(arrays: dict[str, mx.array]) -> dict[str, bytes]:
 
 def lines(loop: Loop) -> list[dict[str, Any]]:
     """The metrics file less what only the machine decides."""
-    text = (loop.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    text = (loop.files.metrics).read_text(encoding="utf-8")
     return [{k: v for k, v in json.loads(line).items() if k not in MACHINES_OWN} for line in text.splitlines()]
 
 

@@ -89,7 +89,7 @@ def test_killed_and_resumed_equals_uninterrupted(lab: Lab, killed_after: int) ->
     finish(whole)
     cut = lab.loop("cut")
     until(cut.run(), killed_after)
-    with (cut.folder / "metrics.jsonl").open("ab") as file:
+    with (cut.files.metrics).open("ab") as file:
         file.write(b'{"step": 99, "lo')
     again = lab.resumed("cut")
     assert again.progress.step == killed_after // EVERY * EVERY
@@ -119,7 +119,7 @@ def test_killed_twice_with_a_damaged_checkpoint(lab: Lab) -> None:
     content[-3] ^= 4
     path.write_bytes(content)
     again = lab.loop("cut")
-    found, remarks = checkpoints.load_newest(again.folder / "checkpoints")
+    found, remarks = checkpoints.load_newest(again.files.checkpoints)
     assert found is not None and found.state["step"] == 3
     assert len(remarks) == 1 and "step-000006" in remarks[0]
     again.resume(found)
@@ -134,10 +134,10 @@ def test_a_finished_run_does_nothing_more(lab: Lab) -> None:
     """Neither a step nor an evaluation nor a line; the weights are the last ones."""
     whole = lab.loop("run")
     finish(whole)
-    before = (whole.folder / "metrics.jsonl").read_bytes()
+    before = (whole.files.metrics).read_bytes()
     again = lab.resumed("run")
     assert finish(again) == [Finished("done", 9)]
-    assert (whole.folder / "metrics.jsonl").read_bytes() == before
+    assert (whole.files.metrics).read_bytes() == before
     assert bits(trainable(again.model)) == bits(whole.weights)
 
 

@@ -134,7 +134,7 @@ def test_other_errors_are_not_taken_for_it(lab: Lab) -> None:
 
 
 def skipped(loop: Loop) -> list[dict[str, Any]]:
-    path = loop.folder / "skipped.jsonl"
+    path = loop.files.skipped
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -175,10 +175,10 @@ def test_skipped_steps_are_the_same_after_a_kill(lab: Lab, killed_after: int) ->
 def test_a_run_without_skipped_steps_has_no_file_of_them(lab: Lab) -> None:
     """Also when an earlier run that left no checkpoint had one."""
     loop = lab.loop("run", max_steps=2)
-    loop.folder.mkdir()
-    (loop.folder / "skipped.jsonl").write_text("{}\n")
+    loop.files.skipped.parent.mkdir()
+    (loop.files.skipped).write_text("{}\n")
     finish(loop)
-    assert not (loop.folder / "skipped.jsonl").exists()
+    assert not (loop.files.skipped).exists()
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(lab: Lab) -> None:
@@ -188,8 +188,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(lab: Lab) -> None:
     assert steps(events) == [1, 2]
     assert error.startswith("2 steps in a row, up to step 2, were skipped")
     named = ", ".join(str(e) for n in (0, 1) for e in loop.order.step(n))
-    assert f"training data: {named}; {loop.folder / 'skipped.jsonl'} has them" in error
-    assert [path.name for path in (loop.folder / "checkpoints").glob("step-*")] == ["step-000001"]
+    assert f"training data: {named}; {loop.files.skipped} has them" in error
+    assert [path.name for path in (loop.files.checkpoints).glob("step-*")] == ["step-000001"]
 
 
 def test_the_count_in_a_row_survives_a_kill(lab: Lab) -> None:

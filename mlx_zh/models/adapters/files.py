@@ -14,12 +14,10 @@ from mlx.utils import tree_flatten
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, fresh_layers, linear_layers, put_on
-from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.storage import write_arrays, write_json
 
-ADAPTER_FILE = "adapters.safetensors"
-CONFIG_FILE = "adapter_config.json"
 _LEAVES = ("lora_a", "lora_b", "m")
 _LARGEST_RANK = 1 << 20
 

@@ -16,12 +16,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.storage import write_arrays, write_json
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -32,7 +29,7 @@ _KEY = re.compile(r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lor
 
 def is_peft(folder: Path) -> bool:
     """Whether a folder holds PEFT's files and not mlx-lm's."""
-    return (folder / WEIGHTS_FILE).is_file() and not (folder / "adapters.safetensors").is_file()
+    return (folder / PEFT_FILE).is_file() and not (folder / ADAPTER_FILE).is_file()
 
 
 def write_peft(
@@ -49,7 +46,7 @@ def write_peft(
         path, _, leaf = name.rpartition(".")
         turned = array.astype(mx.float32)
         arrays[f"{_PREFIX}{path}.{_LEAVES[leaf]}"] = mx.contiguous(turned if leaf == "m" else turned.T)
-    write_arrays(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
+    write_arrays(folder / PEFT_FILE, arrays, {"format": "pt"})
     write_json(folder / CONFIG_FILE, _config(spec, {n.rpartition(".")[0] for n in weights}, base, matrices))
 
 
@@ -93,10 +90,10 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     """Settings and arrays of a PEFT folder in mlx-lm's terms. AdapterError for what these cannot express."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        read_table(folder / WEIGHTS_FILE)
-        stored = mx.load(str(folder / WEIGHTS_FILE))
+        read_table(folder / PEFT_FILE)
+        stored = mx.load(str(folder / PEFT_FILE))
         if not isinstance(config, dict) or not isinstance(stored, dict):
-            raise ValueError("adapter_config.json is no mapping")
+            raise ValueError(f"{CONFIG_FILE} is no mapping")
         mx.eval(stored)
         _check(config, folder)
         rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))

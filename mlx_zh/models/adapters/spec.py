@@ -1,9 +1,13 @@
-"""What of a model is trained: LoRA, DoRA or whole blocks."""
+"""What of a model is trained: LoRA, DoRA or whole blocks; and the names of the files that keep it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+ADAPTER_FILE = "adapters.safetensors"  # mlx-lm's
+PEFT_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"  # of both
 
 
 @dataclass(frozen=True, slots=True)
