@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.distributed.world import joined
     from mlx_zh.stages.run_folder import RunFolder
+    from mlx_zh.system import console
 
-    with joined() as world, RunFolder.of(recipe).all_at_work("eval", world):
+    with joined(console.warn) as world, RunFolder.of(recipe).all_at_work("eval", world):
         return _ask(recipe, arguments, world)
 
 

@@ -17,9 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network sa
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiny matrices: on a busy machine threads mostly wait
 
-from mlx_zh.system.entry import entry
-
 import mlx_zh  # noqa: F401  (loads the fast BLAS before anything imports mlx)
+from mlx_zh.system.entry import entry
 
 # The same examples every time, and few: a build must not fail today for what passed yesterday. To look for more:
 # HYPOTHESIS_PROFILE=search.

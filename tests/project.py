@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from mlx_zh.system.entry import entry
 
 from mlx_zh import sft
+from mlx_zh.system.entry import entry
 
 Pair = tuple[str, str]
 TRAIN: tuple[Pair, ...] = tuple((f"第{n}个字？", "好的" * (1 + n % 3)) for n in range(12))

@@ -64,9 +64,8 @@ def run(count: int, *commands: list[str], folder: Path, status: int = 0, **varia
 
 
 def main(commands: list[list[Any]]) -> None:
-    from mlx_zh.system.entry import entry
-
     from mlx_zh.distributed import world
+    from mlx_zh.system.entry import entry
 
     world.MEASURED_SECONDS = 0.2
     rank, hosts = os.environ.get("MLX_RANK", "0"), os.environ.get("MLX_HOSTFILE")

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mlx_zh.system.entry import entry
 from project import Project, contents, metrics
 
 from mlx_zh import chat
 from mlx_zh.models import wheel
+from mlx_zh.system.entry import entry
 
 
 @pytest.fixture

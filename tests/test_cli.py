@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from mlx_zh.system.entry import entry
 
 import mlx_zh
 from mlx_zh import cli
 from mlx_zh.cli import STAGES
 from mlx_zh.errors import DataError
 from mlx_zh.recipe import load_recipe
+from mlx_zh.system.entry import entry
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"

@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_zh.system.entry import entry
 from project import Project
 
 from mlx_zh import eval
@@ -22,6 +21,7 @@ from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import load_recipe
 from mlx_zh.stages import run_models
+from mlx_zh.system.entry import entry
 
 HEADER = "id,question,A,B,C,D,answer\n"
 SUBJECTS = {"maths": "数学", "law": "法学", "music": "音乐"}

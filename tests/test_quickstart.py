@@ -16,12 +16,12 @@ import pytest
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as load_mlx_lm
 from mlx_lm.utils import save_config, save_model
-from mlx_zh.system.entry import entry
 from project import TRAIN, VALIDATION, Project, losses
 
 from mlx_zh import chat, sft
 from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.load import load_model
+from mlx_zh.system.entry import entry
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "请介绍一下你自己"

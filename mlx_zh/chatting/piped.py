@@ -32,8 +32,10 @@ def answer_once(bot: Chatbot, transcript: Transcript, screen: Screen | None) -> 
     try:
         with stop_on_interrupt() as stopped:
             for last in bot.stream(prompt, stopped):
-                print(without_controls(last) if sys.stdout.isatty() else last, end="", flush=True)
-        print("" if last.endswith("\n") else "\n", end="", flush=True)
+                sys.stdout.write(without_controls(last) if sys.stdout.isatty() else last)
+                sys.stdout.flush()
+        sys.stdout.write("" if last.endswith("\n") else "\n")
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader has what it wanted; Python would complain again on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -211,7 +211,8 @@ def main(argv: list[str]) -> int:
     task = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
 
     def tell(**values: Any) -> None:
-        print(json.dumps(values, ensure_ascii=True), flush=True)
+        sys.stdout.write(json.dumps(values, ensure_ascii=True) + "\n")
+        sys.stdout.flush()
 
     try:
         for source, folder in task["sources"]:

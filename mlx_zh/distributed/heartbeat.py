@@ -38,7 +38,7 @@ class Door:
         hosts = [host] if here else list(dict.fromkeys([host, *_addresses()]))
         self.key = " ".join([str(self._socket.getsockname()[1]), self._secret, *filter(None, hosts)])
 
-    def admit(self, count: int) -> Peers:
+    def accept(self, count: int) -> Peers:
         """The `count` ranks that have connected. Raises DistributedError."""
         found: Peers = {}
         self._socket.settimeout(PATIENCE)
@@ -56,7 +56,7 @@ class Door:
         return found
 
 
-def knock(key: str, rank: int) -> Peers:
+def connect(key: str, rank: int) -> Peers:
     """Connect to rank 0, at the first of its addresses that answers; nothing where none does."""
     port, secret, *hosts = key.split(" ")
     for host in hosts:
@@ -91,7 +91,8 @@ def leave_now(text: str) -> None:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         if text:
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {text}\n")
+            sys.stderr.flush()
     os._exit(2)
 
 

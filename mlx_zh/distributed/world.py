@@ -23,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.distributed import launching
-from mlx_zh.distributed.heartbeat import PATIENCE, Door, Heartbeat, knock
+from mlx_zh.distributed.heartbeat import PATIENCE, Door, Heartbeat, connect
 from mlx_zh.errors import DistributedError, MlxZhError
-from mlx_zh.system import console
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -61,7 +60,7 @@ class World:
         """Whether this rank is the one that writes files."""
         return self.rank == 0
 
-    def mine(self, costs: Sequence[float]) -> list[int]:
+    def share(self, costs: Sequence[float]) -> list[int]:
         """The pieces of work of this rank, in rising order, so that ranks finish together.
 
         The longest piece first, each to the rank that would have done it first: the same on every rank.
@@ -128,7 +127,7 @@ class World:
         merged = np.array(self._all_sum(mx.array(whole)))
         return [json.loads(part.tobytes()) for part in np.split(merged, ends[:-1])]
 
-    def told(self, make: Callable[[], T]) -> T:
+    def broadcast_result(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, a plain value; where it raises there, all ranks end."""
         if self.size == 1:
             return make()
@@ -152,7 +151,7 @@ class World:
         """Whether it is so on some rank."""
         return here if self.size == 1 else bool(self._gather(float(here)).any())
 
-    def least(self, value: int) -> int:
+    def min(self, value: int) -> int:
         """The smallest of all ranks' values."""
         return min(self.collect(value))
 
@@ -162,7 +161,7 @@ class World:
             return folder
         import mlx.core as mx
 
-        sizes = self.told(lambda: {name: (folder / name).stat().st_size for name in files})
+        sizes = self.broadcast_result(lambda: {name: (folder / name).stat().st_size for name in files})
         arrays = {name: mx.zeros(size, mx.uint8) for name, size in sizes.items()}
         if self.first:
             arrays = {name: mx.array(np.fromfile(folder / name, np.uint8)) for name in sizes}
@@ -236,8 +235,8 @@ def _buffers(arrays: Arrays) -> Iterator[list[str]]:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """The world that this process was started in. Only rank 0's output is shown.
+def joined(warn: Callable[[str], None]) -> Iterator[World]:
+    """The world that this process was started in. Only rank 0's output is shown; `warn` is called on rank 0.
 
     Raises DistributedError where the ranks do not find each other. A rank that is gone later ends the process.
     """
@@ -251,7 +250,7 @@ def joined() -> Iterator[World]:
         world = World(mx.distributed.init())
     except RuntimeError as error:
         raise DistributedError(f"the ranks did not find each other: {error}.") from error
-    heartbeat = _heartbeat(world)
+    heartbeat = _heartbeat(world, warn)
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if world.first else nowhere):
         try:
             yield world
@@ -265,15 +264,15 @@ def joined() -> Iterator[World]:
                 heartbeat.close()
 
 
-def _heartbeat(world: World) -> Heartbeat:
+def _heartbeat(world: World, warn: Callable[[str], None]) -> Heartbeat:
     door = Door(_address_of_rank_0()) if world.first else None
-    key = world.told(lambda: door.key if door else "")
-    peers = {} if door else knock(key, world.rank)
+    key = world.broadcast_result(lambda: door.key if door else "")
+    peers = {} if door else connect(key, world.rank)
     reached = world.collect(door is not None or bool(peers))
     if door:
-        peers = door.admit(sum(reached) - 1)
+        peers = door.accept(sum(reached) - 1)
         for rank in [rank for rank, here in enumerate(reached) if not here]:
-            console.warn(f"rank {rank} reaches rank 0 only through MLX; should it hang, the run waits for it.")
+            warn(f"rank {rank} reaches rank 0 only through MLX; should it hang, the run waits for it.")
     return Heartbeat(peers)
 
 

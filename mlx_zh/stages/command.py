@@ -50,7 +50,8 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     from mlx_zh.distributed.world import joined
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.tuning import tune
+    from mlx_zh.system import console
 
-    with joined() as world, RunFolder.of(recipe).all_at_work(method.stage, world):
+    with joined(console.warn) as world, RunFolder.of(recipe).all_at_work(method.stage, world):
         fresh = arguments.fresh or recipe.resume == "never"
         return tune(recipe, method, world, fresh=fresh, force=arguments.force)

@@ -49,7 +49,7 @@ class Examination:
             self._base = loaded.fingerprint
         renderer = self._renderer(loaded)
         examinee = self._examinee(loaded, renderer)
-        about = world.told(lambda: self._about(name, exam, loaded, renderer))
+        about = world.broadcast_result(lambda: self._about(name, exam, loaded, renderer))
         if (about["asked"], about["base"]) != (self._asked(exam, exam.subjects), loaded.fingerprint):
             raise DistributedError(
                 f"rank {world.rank} has other questions or another model than rank 0: every machine needs the same "
@@ -58,7 +58,9 @@ class Examination:
         records = Records(self._run.exams, name, exam.key)
         keys = {s.key: value_digest(about | {"asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
         given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
-        waiting = world.told(lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given])
+        waiting = world.broadcast_result(
+            lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given]
+        )
         bar = console.CountBar(f"{name} {exam.title}", len(exam), "question")
         try:
             bar.update(sum(map(len, given.values())))
@@ -79,7 +81,7 @@ class Examination:
     ) -> Iterator[tuple[Subject, list[Answer]]]:
         """Subjects dealt out to the ranks by their length; the answers of all. `report` hears of questions."""
         world = self._world
-        mine = world.mine([subject.characters for subject in subjects])
+        mine = world.share([subject.characters for subject in subjects])
         here = [(index, [a.as_dict() for a in examinee.answer(exam, subjects[index], report)]) for index in mine]
         for part in world.collect(here):
             for index, answers in part:

@@ -92,7 +92,7 @@ def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
 
 def choose_start(recipe: Recipe, world: World = ALONE) -> Start:
     """The recipe's `dpo.start`, the same on every rank. Raises AdapterError where the adapter is not there."""
-    name = world.told(lambda: _adapter_folder(recipe))
+    name = world.broadcast_result(lambda: _adapter_folder(recipe))
     if name is None:
         return Start(recipe, None)
     return Start(recipe, world.folder(Path(name), (ADAPTER_FILE, CONFIG_FILE)), name)

@@ -106,7 +106,7 @@ def _shorter(reference: Reference, row_tokens: int) -> int:
 
 def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel, world: World) -> None:
     memory = recipe.memory
-    row_tokens = world.least(forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes()))
+    row_tokens = world.min(forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes()))
     bar = console.CountBar("REFERENCE", reference.missing_tokens, "tok")
     try:
         while reference.missing:

@@ -118,7 +118,7 @@ class RunFolder:
             def begin() -> None:
                 stack.enter_context(self.at_work(what))
 
-            world.told(begin)
+            world.broadcast_result(begin)
             if not world.first:
                 stack.enter_context(device.awake())
             yield

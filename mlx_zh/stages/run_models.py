@@ -28,7 +28,7 @@ class Candidates:
         self._recipe, self._run, self._world = recipe, RunFolder.of(recipe), world
         self._loaded: LoadedModel | None = None
         self._state = ""  # which candidate `_loaded` is now
-        self.present = world.told(lambda: self._present(asked))
+        self.present = world.broadcast_result(lambda: self._present(asked))
         self.names = ["base", *self.present] if asked is None else [asked]
         if asked == "fused" and not self._run.fused_model().is_dir():
             raise ModelError(f"there is no fused model at {self._run.fused_model()}; run `mlx-zh fuse RECIPE` first.")
@@ -89,7 +89,7 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
         quantize=source.quantization,
     )
     check_supported(loaded.model, loaded.config)
-    if world and world.size > 1 and world.told(lambda: recipe.distributed.shares) == "measured":
+    if world and world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":
         _measure(loaded, recipe.memory.micro_tokens, world)
     return loaded
 
@@ -101,7 +101,7 @@ def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
     from mlx_zh.core.logprobs import hidden_states
     from mlx_zh.core.packing import pack_conversations
 
-    length = world.least(min(tokens, _MEASURED_TOKENS))
+    length = world.min(min(tokens, _MEASURED_TOKENS))
     row = pack_conversations([(range(1, length + 1), [False] * length)])
 
     def forward() -> float:

@@ -135,13 +135,13 @@ class Session:
     def begin(self, *, fresh: bool) -> bool:
         """Whether there is work to do: with `fresh` always, an earlier run being set aside. Raises as `check`, and
         where the ranks' data or models differ."""
-        theirs = self.world.told(lambda: self.values)
+        theirs = self.world.broadcast_result(lambda: self.values)
         if learning_key(theirs) != self.key:
             raise RecipeError(
                 f"rank {self.world.rank} is to do something else than rank 0: {changes(theirs, self.values)}. Every "
                 "machine needs the same recipe, model and data."
             )
-        return self.world.told(lambda: self._begin(fresh))
+        return self.world.broadcast_result(lambda: self._begin(fresh))
 
     def _begin(self, fresh: bool) -> bool:
         if fresh and (aside := set_aside(self.folder.path)):
@@ -172,7 +172,7 @@ class Session:
                 stop=stop,
                 world=self.world,
             )
-            self.world.told(lambda: self._resume(loop))
+            self.world.broadcast_result(lambda: self._resume(loop))
             loop.align()
             finished = self._follow(loop, objectives.watch)
         if finished.reason == "interrupted":

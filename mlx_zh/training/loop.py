@@ -141,7 +141,7 @@ class Loop:
         self.weights = self.world.broadcast(self.weights)
         set_weights(self.model, self.weights)
         self.optimizer.load(self.world.broadcast(self.optimizer.arrays()))
-        self.progress = Progress(**self.world.told(lambda: self.progress.__dict__))
+        self.progress = Progress(**self.world.broadcast_result(lambda: self.progress.__dict__))
 
     def run(self) -> Iterator[Event]:
         """Train until the end, an early stop or an interruption, yielding every event."""
@@ -155,7 +155,7 @@ class Loop:
         while reason == "done" and progress.step < self.total:
             yield from self._step(began)
             if progress.skipped_in_a_row:
-                self.world.told(lambda: self.skipped.check(progress, self.total))
+                self.world.broadcast_result(lambda: self.skipped.check(progress, self.total))
             last = progress.step == self.total
             stopping = self.world.any(self.stop())
             if last or (self.section.eval_steps and progress.step % self.section.eval_steps == 0):

@@ -51,7 +51,7 @@ class Row:
 
 def plan_share(world: World, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """The rows of this rank's share of a step's examples, as indices of them."""
-    mine = world.mine(lengths)
+    mine = world.share(lengths)
     return [[mine[m] for m in row] for row in plan_rows([lengths[m] for m in mine], max_tokens)]
 
 

@@ -147,7 +147,7 @@ class Reference:
             found = {m: np.zeros(4, dtype=np.float32) for m in members}
             failed: str | None = None
             try:
-                for index in self._world.mine(tokens):
+                for index in self._world.share(tokens):
                     values = _pair_values(model, [pairs[m] for m in rows[index]], chunk)
                     found |= zip(rows[index], values, strict=True)
             except OutOfMemory as error:

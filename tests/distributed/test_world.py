@@ -22,7 +22,7 @@ from project import VARYING, message
 
 from mlx_zh import eval, sft
 from mlx_zh.distributed import heartbeat
-from mlx_zh.distributed.heartbeat import Door, Heartbeat, knock
+from mlx_zh.distributed.heartbeat import Door, Heartbeat, connect
 from mlx_zh.distributed.world import World
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.system import storage
@@ -222,14 +222,14 @@ def world(rank: int, size: int, speeds: list[float] | None = None) -> World:
 @pytest.mark.parametrize("speeds", [[1.0, 1.0, 1.0], [3.0, 1.0, 2.0]])
 def test_every_piece_goes_to_one_rank_and_loads_follow_speeds(speeds: list[float]):
     costs = np.random.default_rng(0).integers(10, 500, size=100).tolist()
-    dealt = [world(rank, 3, speeds).mine(costs) for rank in range(3)]
+    dealt = [world(rank, 3, speeds).share(costs) for rank in range(3)]
     assert sorted(piece for each in dealt for piece in each) == list(range(100))
     ends = [sum(costs[piece] for piece in each) / speed for each, speed in zip(dealt, speeds, strict=True)]
     assert max(ends) - min(ends) <= max(costs)  # a rank gets a piece only while no other would end earlier with it
 
 
 def test_a_rank_may_have_nothing_to_do():
-    assert [world(rank, 3).mine([7, 9]) for rank in range(3)] == [[1], [0], []]
+    assert [world(rank, 3).share([7, 9]) for rank in range(3)] == [[1], [0], []]
 
 
 # Heartbeats
@@ -243,8 +243,8 @@ def connect(monkeypatch: pytest.MonkeyPatch):
 
     def join(count: int) -> list[heartbeat.Peers]:
         door = Door("127.0.0.1")
-        others = [knock(door.key, rank) for rank in range(1, count + 1)]
-        made.extend([door.admit(count), *others])
+        others = [connect(door.key, rank) for rank in range(1, count + 1)]
+        made.extend([door.accept(count), *others])
         return made
 
     yield join
