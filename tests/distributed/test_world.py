@@ -236,7 +236,7 @@ def test_a_rank_may_have_nothing_to_do():
 
 
 @pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch):
+def connected(monkeypatch: pytest.MonkeyPatch):
     """Makes rank 0's connections to `count` others, and each of theirs to rank 0."""
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
     made: list[heartbeat.Peers] = []
@@ -260,25 +260,25 @@ def until(heard: list[str]) -> str:
     return heard[0]
 
 
-def test_a_rank_whose_connection_closes_is_named(connect):
-    ours, theirs = connect(1)
+def test_a_rank_whose_connection_closes_is_named(connected):
+    ours, theirs = connected(1)
     heard: list[str] = []
     Heartbeat(ours, heard.append)
     theirs[0][1].close()
     assert f"rank 1 ({socket.gethostname()}) is gone: its process has ended." in until(heard)
 
 
-def test_a_rank_that_is_silent_is_named(connect, monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_that_is_silent_is_named(connected, monkeypatch: pytest.MonkeyPatch):
     """As where a cable is pulled or a machine sleeps: the connection stays open."""
-    ours, _ = connect(1)
+    ours, _ = connected(1)
     monkeypatch.setattr(heartbeat, "PATIENCE", 0.1)
     heard: list[str] = []
     Heartbeat(ours, heard.append)
     assert "is gone: nothing was heard of it for" in until(heard)
 
 
-def test_all_ranks_hear_of_one_that_is_gone(connect):
-    ours, first, second = connect(2)
+def test_all_ranks_hear_of_one_that_is_gone(connected):
+    ours, first, second = connected(2)
     told: list[str] = []
     here: list[str] = []
     Heartbeat(second, told.append)
@@ -288,8 +288,8 @@ def test_all_ranks_hear_of_one_that_is_gone(connect):
     assert until(told) == ""  # rank 0 has said it
 
 
-def test_a_rank_that_leaves_in_peace_is_not_missed(connect):
-    ours, theirs = connect(1)
+def test_a_rank_that_leaves_in_peace_is_not_missed(connected):
+    ours, theirs = connected(1)
     heard: list[str] = []
     here = Heartbeat(ours, heard.append)
     Heartbeat(theirs, heard.append).close()
@@ -297,9 +297,9 @@ def test_a_rank_that_leaves_in_peace_is_not_missed(connect):
     assert not heard
 
 
-def test_a_heartbeat_is_not_answered_at_once(connect, monkeypatch: pytest.MonkeyPatch):
+def test_a_heartbeat_is_not_answered_at_once(connected, monkeypatch: pytest.MonkeyPatch):
     """Two ranks that answered each other would do nothing else, on a core of each."""
-    ours, theirs = connect(1)
+    ours, theirs = connected(1)
     said: list[float] = []
     tell = Heartbeat._tell
 
