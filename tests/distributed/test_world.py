@@ -140,7 +140,9 @@ def test_the_share_of_communication_is_measured(whole: Callable[[int], Path]):
     lines = [json.loads(line) for line in (whole(2) / "runs/tiny/sft/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert all(line["ranks"] == 2 for line in steps)
-    assert all(0 < line["communication_share"] < 1 and 0 <= line["waiting_share"] < 1 for line in steps)
+    shares = [(line["communication_share"], line["waiting_share"]) for line in steps]
+    assert all(0 <= share < 1 for pair in shares for share in pair), shares
+    assert any(communication > 0 for communication, _ in shares), shares  # one on a busy machine may round to 0
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on_exactly(
