@@ -18,11 +18,10 @@ from mlx_zh import report
 from mlx_zh.errors import DataError
 from mlx_zh.exams import figures as exam_report
 from mlx_zh.reporting import plots, svg
-from mlx_zh.reporting.charts import smooth
+from mlx_zh.reporting.charts import Dots, Span, smooth
 from mlx_zh.reporting.findings import Findings, gather
 from mlx_zh.reporting.markdown import markdown
-from mlx_zh.reporting.markup import Html, escape, tag
-from mlx_zh.reporting.messages import MESSAGES, translated
+from mlx_zh.reporting.messages import MESSAGES, Text, translated
 from mlx_zh.reporting.page import page
 from mlx_zh.reporting.svg import label, ticks
 from mlx_zh.stages.run_folder import RunFolder
@@ -311,10 +310,24 @@ def test_secrets_reach_neither_report(tmp_path):
     assert "SECRET" not in page(found, "now") + markdown(found, "now", [])
 
 
-def test_markup_escapes_everything_but_itself():
-    assert escape('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#39;"
-    assert tag("p", "<", tag("b", ">"), class_='"') == '<p class="&quot;">&lt;<b>&gt;</b></p>'
-    assert escape(Html("<b>")) == "<b>" and escape("a\x00\u202eb\ud800") == "a\ufffd\ufffdb\ufffd"
+def test_the_page_escapes_everything_but_its_own_markup():
+    name = '<a href="x">&\'a\x00\u202eb\ud800'
+    source = page(Findings(name, answers={"base": []}, prompts=[name]), name)
+    document = Document(source)
+    clean = '<a href="x">&\'a\ufffd\ufffdb\ufffd'
+    (root,) = (found for element, found in document.elements if element == "html")
+    assert (root["data-zh"], root["data-en"]) == (f"{clean} 微调报告", f"{clean}: fine-tuning report")
+    assert f"{clean}\n" in document.text and f"made {clean}" in document.text
+    assert "&lt;a href=&#34;x&#34;&gt;&amp;&#39;a\ufffd\ufffdb\ufffd" in source
+    assert "&lt;span" not in source and "&amp;lt;" not in source  # markup is not escaped, and nothing is twice
+
+
+def test_charts_escape_what_they_draw():
+    name = "<b>&\"'"
+    chart = Dots("key", Text.same(name), [Text(name, "en")], [(Text.same(name), [Span(0.5, 0.4, 0.6)])], None)
+    shapes = str(svg.dots(chart).shapes)
+    assert Document(shapes).text.count(name) == 2  # the row's name, and the model's with its value
+    assert {element for element, _ in Document(shapes).elements} == {"line", "text", "g", "title", "circle"}
 
 
 # Drawing

@@ -53,6 +53,15 @@ class Dots:
     band: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """`counts[i]` values lie between `edges[i]` and `edges[i + 1]`."""
+
+    title: Text
+    edges: Sequence[float]
+    counts: Sequence[float]
+
+
 def training_charts(training: TrainingResult) -> list[Curves]:
     """The charts of one training stage; those without figures are left out."""
     return _sft(training) if training.stage == "sft" else _dpo(training)

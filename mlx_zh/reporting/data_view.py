@@ -3,51 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from mlx_zh.reporting import svg
-from mlx_zh.reporting.figures_view import facts, table
+from mlx_zh.reporting.charts import Histogram
 from mlx_zh.reporting.findings import Findings
-from mlx_zh.reporting.markup import Html, tag
 from mlx_zh.reporting.messages import Text, named, say
 
 
-def data(findings: Findings) -> list[Html]:
-    """The data of each training stage, as `prepare` tells it, and the digest of every file."""
-    parts: list[Html] = []
-    charts: list[Html] = []
+@dataclass(frozen=True, slots=True)
+class StageData:
+    """The data of a training stage, as `prepare` tells it; `sources` has a row a source under `source_columns`."""
+
+    title: Text
+    facts: list[tuple[Text, Text]]
+    sources: list[tuple[str, ...]]
+    lengths: Histogram | None
+
+
+def stages(findings: Findings) -> list[StageData]:
+    """The data of each training stage."""
+    shown = []
     for stage, told in findings.data.items():
         if isinstance(told, Mapping):
-            parts.append(tag("h3", named(f"data_{stage}")))
-            parts += _stage(told)
-            charts += _histogram(stage, told)
-    if charts:
-        parts.append(tag("div", *charts, class_="charts"))
-    digests = findings.manifest.get("data", {})
-    rows = [(path, str(found)[:16]) for path, found in digests.items()] if isinstance(digests, Mapping) else []
-    if rows:
-        parts.append(table([say("file"), say("digest")], rows))
-    return parts
+            title = named(f"data_{stage}")
+            shown.append(StageData(title, _facts(told), _source_rows(told), _lengths(title, told)))
+    return shown
 
 
-def _stage(told: Mapping[str, Any]) -> list[Html]:
-    parts = [facts(data_facts(told), "facts across")]
-    if rows := source_rows(told):
-        names = [say(key) for key in ("source", "rows", "for_training", "for_validation", "removed")]
-        parts.append(table(names, rows))
-    return parts
+def digests(findings: Findings) -> list[tuple[str, str]]:
+    """(file, the first 16 digits of its digest) of every data file."""
+    known = findings.manifest.get("data", {})
+    return [(path, str(digest)[:16]) for path, digest in known.items()] if isinstance(known, Mapping) else []
 
 
-def _histogram(stage: str, told: Mapping[str, Any]) -> list[Html]:
+def source_columns() -> list[Text]:
+    """The heads of the sources' table."""
+    return [say(key) for key in ("source", "rows", "for_training", "for_validation", "removed")]
+
+
+def _lengths(title: Text, told: Mapping[str, Any]) -> Histogram | None:
     histogram = _mapping(_mapping(told, "train"), "histogram")
     edges, counts = histogram.get("edges"), histogram.get("counts")
     if isinstance(edges, list) and isinstance(counts, list) and any(counts) and len(edges) == len(counts) + 1:
-        title = say("lengths_chart", name=named(f"data_{stage}"))
-        return [svg.bars(title, edges, counts)]
-    return []
+        return Histogram(say("lengths_chart", name=title), edges, counts)
+    return None
 
 
-def source_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _source_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row a source: name, rows read, kept for training and for validation, and why others were left out."""
     rows = []
     for source in _listed(told.get("sources")):
@@ -58,7 +61,7 @@ def source_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def data_facts(told: Mapping[str, Any]) -> list[tuple[Text, Text]]:
+def _facts(told: Mapping[str, Any]) -> list[tuple[Text, Text]]:
     """Sizes, lengths, and whether exam questions were looked for."""
     train, exams = _mapping(told, "train"), _mapping(told, "exam_questions")
     found = []

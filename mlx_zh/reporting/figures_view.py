@@ -1,12 +1,12 @@
-"""Export, machine and recipe in the page: facts, tables of whatever the files hold, and the recipe's text."""
+"""Export and machine: whatever the files hold as names and text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_zh.reporting.findings import Findings
-from mlx_zh.reporting.markup import Html, tag
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import duration, energy
 
@@ -14,18 +14,16 @@ _SHOWN = 400  # characters of one value
 _ALARMS = {"tripwires", "warnings", "alarms"}  # shown where alarms are
 
 
-def facts(pairs: list[tuple[Text, Text]], style: str = "facts") -> Html:
-    """Names and values."""
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_=style)
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Time and energy by stage: the heads of a table, and (stage, cells) for each row."""
+
+    columns: list[Text]
+    rows: list[tuple[Text, list[str]]]
 
 
-def export(findings: Findings) -> list[Html]:
-    """What was fused and what that cost in precision."""
-    return [_plain(findings.export)] if findings.export else []
-
-
-def machine(findings: Findings) -> list[Html]:
-    """Machine, versions, time and energy by stage, and the recipe."""
+def machine(findings: Findings) -> list[tuple[Text, Text]]:
+    """Model, machine and versions."""
     manifest = findings.manifest
     pairs: list[tuple[Text, Text]] = []
     model = manifest.get("model", {})
@@ -40,38 +38,21 @@ def machine(findings: Findings) -> list[Html]:
     versions = {name: value for name, value in manifest.get("versions", {}).items() if value}
     if versions:
         pairs.append((say("versions"), Text.same(", ".join(f"{name} {value}" for name, value in versions.items()))))
-    parts = [facts(pairs)] if pairs else []
-    if findings.times:
-        parts.append(_times(findings))
-    if findings.recipe:
-        parts.append(tag("details", tag("summary", say("recipe")), tag("pre", findings.recipe)))
-    return parts
+    return pairs
 
 
-def _times(findings: Findings) -> Html:
+def times(findings: Findings) -> Times | None:
+    """Time by stage and together, and energy where a stage's was measured; None where the pipeline timed nothing."""
+    if not findings.times:
+        return None
     metered = any(time.joules is not None for time in findings.times)
     rows = [(named(t.name), t.seconds, t.joules) for t in findings.times]
     joules = sum(t.joules or 0 for t in findings.times)
     rows.append((say("total"), sum(t.seconds for t in findings.times), joules if metered else None))
-    names = [say("stage"), say("time"), *([say("energy")] if metered else [])]
-    cells = []
-    for name, seconds, drawn in rows:
-        used = [tag("td", "–" if drawn is None else energy(drawn))] if metered else []
-        cells.append(tag("tr", tag("th", name, scope="row"), tag("td", duration(seconds)), *used))
-    head = tag("tr", *(tag("th", name, scope="col") for name in names))
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *cells), class_="times"), class_="wide")
-
-
-def table(names: list[Text], rows: Sequence[tuple[object, ...]]) -> Html:
-    """A table of text."""
-    head = tag("tr", *(tag("th", name, scope="col", class_="text") for name in names))
-    body = [tag("tr", *(tag("td", cell, class_="text") for cell in row)) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="wide")
-
-
-def _plain(values: Mapping[str, Any]) -> Html:
-    """Whatever a file holds, a row a value."""
-    return table([say("setting"), say("value")], list(flat(values)))
+    cells = [(name, [duration(seconds), "–" if drawn is None else energy(drawn)]) for name, seconds, drawn in rows]
+    if metered:
+        return Times([say("stage"), say("time"), say("energy")], cells)
+    return Times([say("stage"), say("time")], [(name, cell[:1]) for name, cell in cells])
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from mlx_zh.reporting import words
-from mlx_zh.reporting.data_view import data_facts, source_rows
+from mlx_zh.reporting import data_view, words
 from mlx_zh.reporting.exam_results import Cell, ExamResult
-from mlx_zh.reporting.exam_view import head_line
+from mlx_zh.reporting.exam_view import columns, head_line, interval, percent
 from mlx_zh.reporting.figures_view import flat
 from mlx_zh.reporting.findings import Findings
 from mlx_zh.reporting.messages import named, say
@@ -62,23 +61,22 @@ def _benchmarks(findings: Findings, plots: Sequence[str]) -> list[str]:
 
 
 def _exam(exam: ExamResult) -> str:
-    head = [say("category").both(), *(named(stage).both() for stage in exam.stages)]
-    if exam.compared:
-        before, after = (named(stage) for stage in exam.compared)
-        head += [say("change", before=before, after=after).both(), say("verdict").both()]
+    head = [name.both() for name in columns(exam)]
     rows = []
     for row in exam.rows:
         cells = [named(row.name).both(), *(_cell(row.cells.get(stage)) for stage in exam.stages)]
         if exam.compared and row.change:
             change = row.change
-            interval = f"[{words.points(change.low, 1)}, {words.points(change.high, 1)}]"
-            cells += [f"{words.points(change.difference)} {interval}", words.verdict(change)[0].both()]
+            moved = f"{words.points(change.difference)} {interval(change)}"
+            cells += [moved, words.verdict(change)[0].both()]
         rows.append(cells + ["–"] * (len(head) - len(cells)))
     return _table(head, rows, right=True)
 
 
 def _cell(cell: Cell | None) -> str:
-    return "–" if cell is None else f"{100 * cell.macro:.2f} [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+    if cell is None:
+        return "–"
+    return f"{percent(cell.macro, 2)} [{percent(cell.low, 1)}, {percent(cell.high, 1)}]"
 
 
 def _pictures(plots: Sequence[str], prefix: str) -> list[str]:
@@ -112,12 +110,11 @@ def _answers(findings: Findings) -> list[str]:
 
 def _data(findings: Findings) -> list[str]:
     parts: list[str] = []
-    for stage, told in findings.data.items():
-        if isinstance(told, Mapping):
-            facts = [[name.both(), value.both()] for name, value in data_facts(told)]
-            parts += [f"### {safe(named(f'data_{stage}').both())}", _table(["", ""], facts)]
-            names = [say(key).both() for key in ("source", "rows", "for_training", "for_validation", "removed")]
-            parts.append(_table(names, [list(row) for row in source_rows(told)]))
+    heads = [name.both() for name in data_view.source_columns()]
+    for stage in data_view.stages(findings):
+        facts = [[name.both(), value.both()] for name, value in stage.facts]
+        parts += [f"### {safe(stage.title.both())}", _table(["", ""], facts)]
+        parts.append(_table(heads, [list(row) for row in stage.sources]))
     if digests := findings.manifest.get("data"):
         parts.append(_table([say("file").both(), say("digest").both()], [list(row) for row in flat(digests)]))
     return [f"## {say('data').both()}", *parts] if parts else []

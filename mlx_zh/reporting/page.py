@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from mlx_zh.reporting import data_view, exam_view, figures_view, svg, words
 from mlx_zh.reporting.charts import exam_charts, training_charts
-from mlx_zh.reporting.findings import Findings, TrainingResult
-from mlx_zh.reporting.markup import Html, escape, join, spoken, tag
+from mlx_zh.reporting.findings import Findings
 from mlx_zh.reporting.messages import Text, named, say
+
+# C0 and C1 controls are no HTML; bidirectional controls could make text look like what it is not.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page below its summary; `key` is its anchor."""
+
+    key: str
+    title: Text
+    content: Markup
 
 
 def page(findings: Findings, made: str) -> str:
@@ -23,17 +42,20 @@ def page(findings: Findings, made: str) -> str:
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; base-uri 'none'; "
         "form-action 'none'"
     )
-    titles = {"zh": f"{findings.name} 微调报告", "en": f"{findings.name}: fine-tuning report"}
-    sections = [section for section in _sections(findings) if section is not None]
-    body = tag("div", _header(findings, made), _nav(sections), *(html for _, _, html in sections), class_="page")
-    return (
-        f'<!doctype html>\n<html lang="zh-Hans" data-zh="{escape(titles["zh"])}" data-en="{escape(titles["en"])}">\n'
-        f'<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(titles['zh'])}</title>\n<style>{style}</style>\n</head>\n<body>\n{body}\n"
-        f"<script>{script}</script>\n</body>\n</html>\n"
+    html = _render(
+        "page",
+        title=Text(f"{findings.name} 微调报告", f"{findings.name}: fine-tuning report"),
+        policy=policy,
+        style=Markup(style),
+        script=Markup(script),
+        name=findings.name,
+        model=findings.manifest.get("model", {}).get("source"),
+        made=made,
+        tiles=words.tiles(findings),
+        alarms=findings.alarms,
+        sections=list(_sections(findings)),
     )
+    return _CONTROLS.sub("\ufffd", html)
 
 
 def _source(text: str) -> str:
@@ -41,91 +63,63 @@ def _source(text: str) -> str:
     return f"'sha256-{digest}'"
 
 
-Section = tuple[str, Text, Html]
+def _sections(findings: Findings) -> Iterator[Section]:
+    """The sections of which the run folder holds something."""
+    if findings.exams:
+        charts = [svg.dots(chart) for chart in exam_charts(findings)]
+        yield Section("benchmarks", say("benchmarks"), _render("benchmarks", exams=findings.exams, charts=charts))
+    for stage, training in findings.training.items():
+        charts = [svg.curves(chart) for chart in training_charts(training)]
+        content = _render("training", facts=words.training_facts(training), charts=charts)
+        yield Section(stage, say(f"training_{stage}"), content)
+    if findings.answers:
+        content = _render("answers", prompts=findings.prompts, answers=findings.answers)
+        yield Section("answers", say("answers"), content)
+    stages, digests = data_view.stages(findings), data_view.digests(findings)
+    if stages or digests:
+        charts = [svg.bars(stage.lengths) for stage in stages if stage.lengths]
+        columns = data_view.source_columns()
+        content = _render("data", stages=stages, source_columns=columns, charts=charts, digests=digests)
+        yield Section("data", say("data"), content)
+    if findings.export:
+        yield Section("export", say("export"), _render("export", settings=figures_view.flat(findings.export)))
+    facts, times = figures_view.machine(findings), figures_view.times(findings)
+    if facts or times or findings.recipe:
+        yield Section("run", say("run"), _render("run", facts=facts, times=times, recipe=findings.recipe))
 
 
-def _sections(findings: Findings) -> list[Section | None]:
-    return [
-        _summary(findings),
-        _section("benchmarks", say("benchmarks"), _benchmarks(findings)),
-        *(
-            _section(stage, say(f"training_{stage}"), _training(training))
-            for stage, training in findings.training.items()
-        ),
-        _section("answers", say("answers"), _answers(findings)),
-        _section("data", say("data"), data_view.data(findings)),
-        _section("export", say("export"), figures_view.export(findings)),
-        _section("run", say("run"), figures_view.machine(findings)),
-    ]
+def _render(template: str, **values: Any) -> Markup:
+    return Markup(_environment().get_template(f"{template}.html").render(values))
 
 
-def _section(key: str, title: Text, content: list[Html]) -> Section | None:
-    return (key, title, tag("section", tag("h2", title), *content, id=key)) if content else None
-
-
-def _header(findings: Findings, made: str) -> Html:
-    switch = Html(
-        '<fieldset class="language" aria-label="语言 Language">'
-        '<input type="radio" name="language" id="lang-zh" checked><label for="lang-zh" lang="zh-Hans">中文</label>'
-        '<input type="radio" name="language" id="lang-en"><label for="lang-en" lang="en">English</label></fieldset>'
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mlx_zh.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_spoken,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    model = findings.manifest.get("model", {}).get("source")
-    about = [tag("p", part) for part in (model, say("made", time=made)) if part]
-    name = tag("h1", tag("small", say("report")), findings.name)
-    return tag("header", tag("div", name, *about), switch)
+    environment.globals |= {
+        "say": say,
+        "named": named,
+        "columns": exam_view.columns,
+        "head_line": exam_view.head_line,
+        "interval": exam_view.interval,
+        "percent": exam_view.percent,
+        "points": words.points,
+        "verdict": words.verdict,
+    }
+    return environment
 
 
-def _nav(sections: list[Section]) -> Html:
-    links = [tag("a", title, href=f"#{key}") for key, title, _ in sections]
-    return tag("nav", *links, aria_label="目录 Contents")
-
-
-def _summary(findings: Findings) -> Section:
-    tiles = [
-        tag("div", tag("dt", tile.name), tag("dd", tile.value, tag("small", tile.remark)), class_="tile")
-        for tile in words.tiles(findings)
-    ]
-    calm: list[Html] = []
-    if not findings.alarms:
-        calm = [tag("p", "✓ ", say("no_alarm"), class_="calm")]
-    html = tag("section", tag("h2", say("summary")), tag("dl", *tiles, class_="tiles"), *calm, id="summary")
-    return "summary", say("summary"), Html(html + _alarms(findings))
-
-
-def _alarms(findings: Findings) -> Html:
-    if not findings.alarms:
-        return Html("")
-    entries = [tag("li", tag("b", alarm.where), " — ", alarm.what) for alarm in findings.alarms]
-    return tag("section", tag("h2", say("alarms")), tag("ul", *entries), class_="alarms", id="alarms")
-
-
-def _benchmarks(findings: Findings) -> list[Html]:
-    parts: list[Html] = []
-    for exam in findings.exams:
-        parts.append(tag("h3", exam.title))
-        parts += exam_view.table(exam)
-    if parts:
-        parts.insert(0, tag("p", say("exam_note"), class_="note"))
-        parts.append(tag("div", *(svg.dots(chart) for chart in exam_charts(findings)), class_="charts"))
-    return parts
-
-
-def _training(training: TrainingResult) -> list[Html]:
-    facts = figures_view.facts(words.training_facts(training), "facts across")
-    charts = tag("div", *(svg.curves(chart) for chart in training_charts(training)), class_="charts")
-    return [facts, charts, tag("p", say("smoothing"), class_="note")]
-
-
-def _answers(findings: Findings) -> list[Html]:
-    if not findings.answers:
-        return []
-    parts = [tag("p", say("answers_note"), class_="note")]
-    for index, prompt in enumerate(findings.prompts):
-        replies = []
-        for stage, answers in findings.answers.items():
-            answer = answers[index] if index < len(answers) else ""
-            said = escape(answer) if answer else spoken(say("no_answer"))
-            replies.append(tag("div", tag("h4", named(stage)), tag("p", said), class_="reply"))
-        asked = tag("p", prompt, class_="prompt")
-        parts.append(tag("div", asked, tag("div", *replies, class_="replies"), class_="sample"))
-    return [parts[0], tag("div", join(parts[1:]))]
+def _spoken(value: object) -> object:
+    """What a template shows of a value: a `Text` in both languages, of which the page's style hides one."""
+    if not isinstance(value, Text):
+        return value
+    if value.zh == value.en:
+        return value.zh
+    both = Markup('<span class="zh" lang="zh-Hans">{}</span><span class="en" lang="en">{}</span>')
+    return both.format(value.zh, value.en)

@@ -1,13 +1,16 @@
-"""Charts as inline SVG: colours come from the page's style, values for the pointer lie in data attributes."""
+"""Charts as inline SVG: colours come from the page's style, values for the pointer lie in the legend."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import count, pairwise
 
-from mlx_zh.reporting.charts import Curves, Dots, Points, Span
-from mlx_zh.reporting.markup import Html, escape, join, spoken, tag
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+
+from mlx_zh.reporting.charts import Curves, Dots, Histogram, Points, Span
 from mlx_zh.reporting.messages import Text, say
 
 WIDTH, HEIGHT = 480.0, 250.0
@@ -15,27 +18,51 @@ LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 40.0
 _MOST_POINTS = 400  # per curve; beyond, a bucket's lowest and highest points stand for it
 
 
-def curves(chart: Curves) -> Html:
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A legend entry; for curves, the numbers that the page shows under the pointer, with spaces between them."""
+
+    name: Text
+    kind: str
+    color: int
+    steps: str = ""
+    values: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A picture, and what the page writes around it."""
+
+    kind: str
+    title: Text
+    height: float
+    shapes: Markup
+    legend: Sequence[Key] = ()
+    note: Text | None = None
+    width: float = WIDTH
+
+
+def curves(chart: Curves) -> Drawing:
     """A line chart of `chart` with its legend."""
     scale = 100.0 if chart.percent else 1.0
     drawn = [(s, [(x, y * scale) for x, y in thinned(s.points, _MOST_POINTS)]) for s in chart.series]
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     frame = _Frame(min(xs), max(xs), *_padded(min(ys), max(ys)))
-    parts = [_grid(frame), _axis_names(chart.axis)]
-    for series, points in drawn:
-        parts.append(_curve(frame, series.kind, series.color, points))
+    parts = _grid(frame)
     if frame.low < 0 < frame.high:
-        parts.insert(1, _line(LEFT, frame.y(0), WIDTH - RIGHT, frame.y(0), "zero"))
-    parts.append(_line(0, TOP, 0, HEIGHT - BOTTOM, "cursor"))
-    title = chart.title.both()
-    picture = tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=title, class_="curves")
-    legend = [_legend(s.name, s.kind, s.color, points) for s, points in drawn]
-    keys = tag("div", *legend, class_="legend")
-    return tag("figure", tag("figcaption", chart.title), keys, picture, class_="chart")
+        parts.append(_line("zero", LEFT, frame.y(0), WIDTH - RIGHT, frame.y(0)))
+    parts += _axis_names(chart.axis)
+    legend = []
+    for series, points in drawn:
+        parts += _curve(frame, series.kind, series.color, points)
+        steps, values = (" ".join(f"{x:g}" for x, _ in points), " ".join(f"{y:.5g}" for _, y in points))
+        legend.append(Key(series.name, series.kind, series.color, steps, values))
+    parts.append(_line("cursor", 0, TOP, 0, HEIGHT - BOTTOM))
+    return Drawing("curves", chart.title, HEIGHT, Markup().join(parts), legend)
 
 
-def dots(chart: Dots) -> Html:
+def dots(chart: Dots) -> Drawing:
     """A chart of intervals: a row a category, a dot and whisker a model."""
     lane, gap, left = 15.0, 14.0, 128.0
     height = TOP + sum(lane * len(spans) + gap for _, spans in chart.rows) + 26
@@ -43,47 +70,40 @@ def dots(chart: Dots) -> Html:
     low, high = _percent_range(known, chart.band)
     frame = _Frame(low, high, 0, 1, left)
     bottom = height - 26
-    parts: list[Html] = []
+    parts: list[Markup] = []
     if chart.band:
         x0, x1 = (frame.x(100 * value) for value in chart.band)
-        parts.append(_empty("rect", class_="band", x=x0, y=TOP, width=max(1.0, x1 - x0), height=bottom - TOP))
+        parts.append(_rectangle("band", x0, TOP, max(1.0, x1 - x0), bottom - TOP))
     marks = ticks(low, high, 6)
     for mark in marks:
-        parts.append(_line(frame.x(mark), TOP, frame.x(mark), bottom, "grid"))
-        parts.append(tag("text", label(mark, marks), x=_n(frame.x(mark)), y=_n(height - 8), class_="middle"))
+        parts.append(_line("grid", frame.x(mark), TOP, frame.x(mark), bottom))
+        parts.append(_text("middle", _at(frame.x(mark), height - 8), label(mark, marks)))
     y = TOP + gap / 2
     for name, spans in chart.rows:
-        middle = y + lane * len(spans) / 2
-        parts.append(_both_texts(name, left - 10, middle + 4, "end"))
+        parts += _both_texts("end", _at(left - 10, y + lane * len(spans) / 2 + 4), name)
         for model, span in enumerate(spans):
             if span:
                 parts.append(_span(frame, span, y + lane * (model + 0.5), model, chart.models[model]))
         y += lane * len(spans) + gap
-    legend = [_legend(name, "marks", number, []) for number, name in enumerate(chart.models)]
-    view, title = f"0 0 {WIDTH:g} {height:g}", f"{chart.title.both()} %"
-    picture = tag("svg", *parts, viewBox=view, role="img", aria_label=title, class_="dots")
-    caption = tag("figcaption", chart.title, " %")
-    note = [tag("p", say("guessing"), class_="note")] if chart.band else []
-    return tag("figure", caption, tag("div", *legend, class_="legend"), picture, *note, class_="chart")
+    title = Text(f"{chart.title.zh} %", f"{chart.title.en} %")
+    legend = [Key(name, "marks", number) for number, name in enumerate(chart.models)]
+    return Drawing("dots", title, height, Markup().join(parts), legend, say("guessing") if chart.band else None)
 
 
-def bars(title: Text, edges: Sequence[float], counts: Sequence[float]) -> Html:
-    """A histogram: `counts` between neighbouring `edges`."""
+def bars(chart: Histogram) -> Drawing:
+    """A histogram."""
     height = 130.0
-    bottom, most = height - 22, max(counts)
-    frame = _Frame(edges[0], edges[-1], 0, most, 8.0)
-    parts: list[Html] = []
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        x, top = frame.x(low), bottom - (bottom - TOP) * count / most
-        bar = {"x": x + 0.5, "y": top, "width": max(0.5, frame.x(high) - x - 1), "height": bottom - top}
-        said = {key: _n(value) for key, value in bar.items()}
-        parts.append(tag("rect", tag("title", f"{low:,.0f}–{high:,.0f}: {count:,}"), class_="bar", **said))
-    for mark in ticks(frame.first, frame.last, 6):
-        parts.append(tag("text", f"{mark:,.0f}", x=_n(frame.x(mark)), y=_n(height - 6), class_="middle"))
-    parts.append(_line(8.0, bottom, WIDTH - RIGHT, bottom, "axis"))
-    view = f"0 0 {WIDTH:g} {height:g}"
-    picture = tag("svg", *parts, viewBox=view, role="img", aria_label=title.both(), class_="bars")
-    return tag("figure", tag("figcaption", title), picture, class_="chart")
+    bottom, most = height - 22, max(chart.counts)
+    frame = _Frame(chart.edges[0], chart.edges[-1], 0, most, 8.0)
+    parts: list[Markup] = []
+    for (low, high), number in zip(pairwise(chart.edges), chart.counts, strict=True):
+        x, top = frame.x(low), bottom - (bottom - TOP) * number / most
+        words = f"{low:,.0f}–{high:,.0f}: {number:,}"
+        parts.append(_rectangle("bar", x + 0.5, top, max(0.5, frame.x(high) - x - 1), bottom - top, words))
+    for mark in ticks(frame.first, frame.last, 6, whole=True):
+        parts.append(_text("middle", _at(frame.x(mark), height - 6), f"{mark:,.0f}"))
+    parts.append(_line("axis", 8.0, bottom, WIDTH - RIGHT, bottom))
+    return Drawing("bars", chart.title, height, Markup().join(parts))
 
 
 def thinned(points: Points, most: int) -> Points:
@@ -124,101 +144,91 @@ def _percent_range(spans: Sequence[Span], band: tuple[float, float] | None) -> t
     return max(0.0, 100 * low - 2), min(100.0, 100 * high + 2)
 
 
-def _grid(frame: _Frame) -> Html:
+def _grid(frame: _Frame) -> list[Markup]:
     parts = []
     marks = ticks(frame.low, frame.high, 5)
     for mark in marks:
         y = frame.y(mark)
-        parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "grid"))
-        parts.append(tag("text", label(mark, marks), x=_n(LEFT - 7), y=_n(y + 4), class_="end"))
-    steps = [mark for mark in ticks(frame.first, frame.last, 6) if mark == round(mark)]
-    for mark in steps:
-        place = {"x": _n(frame.x(mark)), "y": _n(HEIGHT - BOTTOM + 17)}
-        parts.append(tag("text", f"{mark:,.0f}", class_="middle", **place))
-    parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
-    return join(parts)
+        parts.append(_line("grid", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(_text("end", _at(LEFT - 7, y + 4), label(mark, marks)))
+    for mark in ticks(frame.first, frame.last, 6, whole=True):
+        parts.append(_text("middle", _at(frame.x(mark), HEIGHT - BOTTOM + 17), f"{mark:,.0f}"))
+    return [*parts, _line("axis", LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM)]
 
 
-def _axis_names(axis: Text) -> Html:
-    place = {"transform": f"translate(11 {(HEIGHT - BOTTOM + TOP) / 2:g}) rotate(-90)"}
-    sides = [("zh", axis.zh), ("en", axis.en)]
-    vertical = [tag("text", text, class_=f"{side} middle name", **place) for side, text in sides]
-    return join([*vertical, _both_texts(say("step"), (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, "middle name")])
+def _axis_names(axis: Text) -> list[Markup]:
+    upwards = Markup('transform="translate(11 {:g}) rotate(-90)"').format((HEIGHT - BOTTOM + TOP) / 2)
+    along = _at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5)
+    return _both_texts("middle name", upwards, axis) + _both_texts("middle name", along, say("step"))
 
 
-def _both_texts(text: Text, x: float, y: float, class_: str) -> Html:
-    sides = [("zh", text.zh), ("en", text.en)]
-    if text.zh == text.en:
-        sides = [("", text.zh)]
-    return join(tag("text", words, x=_n(x), y=_n(y), class_=f"{side} {class_}".strip()) for side, words in sides)
-
-
-def _curve(frame: _Frame, kind: str, color: int, points: Points) -> Html:
+def _curve(frame: _Frame, kind: str, color: int, points: Points) -> list[Markup]:
     places = [(frame.x(x), frame.y(y)) for x, y in points]
-    line = _empty(
-        "polyline", class_=f"{kind} c{color}", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in places), fill="none"
-    )
-    if kind != "marks" and len(points) > 1:
-        return line
-    return join([line, *(_empty("circle", class_=f"dot c{color}", cx=x, cy=y, r=3.0) for x, y in places)])
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    line = Markup('<polyline class="{} c{}" points="{}" fill="none"/>\n').format(kind, color, path)
+    dotted = kind == "marks" or len(points) == 1
+    return [line, *(_dot(color, x, y, 3.0) for x, y in places if dotted)]
 
 
-def _span(frame: _Frame, span: Span, y: float, model: int, name: Text) -> Html:
+def _span(frame: _Frame, span: Span, y: float, model: int, name: Text) -> Markup:
     low, value, high = (frame.x(100 * v) for v in (span.low, span.value, span.high))
-    said = f"{100 * span.value:.2f} [{100 * span.low:.1f}, {100 * span.high:.1f}]"
-    return tag(
-        "g",
-        tag("title", f"{name.both()}: {said}"),
-        _line(low, y, high, y, f"whisker c{model}"),
-        _line(low, y - 3, low, y + 3, f"whisker c{model}"),
-        _line(high, y - 3, high, y + 3, f"whisker c{model}"),
-        _empty("circle", class_=f"dot c{model}", cx=value, cy=y, r=4.0),
-    )
+    words = f"{name.both()}: {100 * span.value:.2f} [{100 * span.low:.1f}, {100 * span.high:.1f}]"
+    style = f"whisker c{model}"
+    shapes = [_line(style, low, y, high, y), *(_line(style, x, y - 3, x, y + 3) for x in (low, high))]
+    return Markup("<g><title>{}</title>{}</g>\n").format(words, Markup().join([*shapes, _dot(model, value, y, 4.0)]))
 
 
-def _legend(name: Text, kind: str, color: int, points: Points) -> Html:
-    """A legend entry; for curves it carries the values that the page shows under the pointer."""
-    values = {}
-    if points:
-        values = {
-            "data_x": " ".join(f"{x:g}" for x, _ in points),
-            "data_y": " ".join(f"{y:.5g}" for _, y in points),
-        }
-    swatch = tag("i", class_=f"{kind} c{color}")
-    return tag("span", swatch, Html(spoken(name)), tag("b"), class_="key", **values)
+def _both_texts(style: str, place: Markup, text: Text) -> list[Markup]:
+    """Both languages at one place; the page's style hides one of them."""
+    if text.zh == text.en:
+        return [_text(style, place, text.zh)]
+    return [_text(f"{side} {style}", place, words) for side, words in (("zh", text.zh), ("en", text.en))]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Html:
-    return _empty("line", class_=class_, x1=x1, y1=y1, x2=x2, y2=y2)
+def _text(style: str, place: Markup, words: str) -> Markup:
+    return Markup('<text class="{}" {}>{}</text>\n').format(style, place, words)
 
 
-def _empty(name: str, **attributes: object) -> Html:
-    said = {key: _n(value) if isinstance(value, float) else value for key, value in attributes.items()}
-    return tag(name, **said)
+def _at(x: float, y: float) -> Markup:
+    return Markup('x="{}" y="{}"').format(_n(x), _n(y))
+
+
+def _line(style: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    ends = map(_n, (x1, y1, x2, y2))
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>\n').format(style, *ends)
+
+
+def _dot(color: int, x: float, y: float, radius: float) -> Markup:
+    return Markup('<circle class="dot c{}" cx="{}" cy="{}" r="{}"/>\n').format(color, *map(_n, (x, y, radius)))
+
+
+def _rectangle(style: str, x: float, y: float, width: float, height: float, words: str = "") -> Markup:
+    title = Markup("<title>{}</title>").format(words) if words else ""
+    rectangle = Markup('<rect class="{}" {} width="{}" height="{}">{}</rect>\n')
+    return rectangle.format(style, _at(x, y), _n(width), _n(height), title)
 
 
 def _n(value: float) -> str:
-    return str(escape(f"{value:.1f}".removesuffix(".0")))
+    return f"{value:.1f}".removesuffix(".0")
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most `most` + 1 multiples of 1, 2, 2.5 or 5 times a power of ten within [low, high]."""
+def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """At most `most` + 1 multiples of 1, 2, 2.5 or 5 times a power of ten within [low, high].
+
+    With `whole` only integers, where the range holds one.
+    """
     if not high > low:
         return [low]
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+    locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
+    rounding = 1e-9 * (high - low)
+    inner = 0.0 if whole else rounding  # 0.55 - 0.45 is more than 0.1 by an ulp, and is five times 0.02 all the same
+    marks = locator.tick_values(low + inner, high - inner)
+    return [float(mark) for mark in marks if low - rounding <= mark <= high + rounding]
 
 
 def label(value: float, marks: list[float]) -> str:
     """A mark's text, with as many decimals as the distance of the marks needs."""
     step = min((b - a for a, b in pairwise(marks)), default=abs(value) or 1.0)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if decimals and not math.isclose(step * 10**decimals, round(step * 10**decimals), abs_tol=1e-6):
-        decimals += 1  # 0.25 and its multiples
-    elif not decimals and not math.isclose(step, round(step), abs_tol=1e-9):
-        decimals = 1  # 2.5
+    decimals = next(digits for digits in count() if math.isclose(round(step, digits), step, rel_tol=1e-6))
     text = f"{value:,.{decimals}f}"
     return "0" if float(text.replace(",", "")) == 0 else text
