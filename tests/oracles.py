@@ -77,3 +77,12 @@ def distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
         scale = np.abs(b).max()
         worst = max(worst, float(np.abs(a - b).max() / scale) if scale else float(np.abs(a).max()))
     return worst
+
+
+def moved_apart(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The norm of two trained adapters' difference, relative to the norm of what B moved, which starts at 0."""
+    assert found.keys() == expected.keys()
+    a, b = ({n: np.array(array, dtype=np.float64) for n, array in arrays.items()} for arrays in (found, expected))
+    apart = sum(np.square(a[name] - b[name]).sum() for name in b)
+    moved = sum(np.square(array).sum() for name, array in b.items() if name.endswith("lora_b"))
+    return float(np.sqrt(apart / moved))

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from oracles import LLAMA3_ROPE, distance, following_logprobs, gradients, own_logprobs, random_tokens
+from tolerances import GRADIENT, HIDDEN, LOGPROBS, ONE_LOGPROB
 
 from mlx_zh.core.logprobs import batch_logprobs, hidden_states, sequence_logprobs, sum_by_owner
 from mlx_zh.core.packing import PackedBatch, RowBuilder, pack_choices, pack_conversations, pack_pairs, plan_rows
@@ -29,7 +30,6 @@ MODELS = {
     "qwen3": {"family": "qwen3"},
     "qwen3-4bit-tied": {"family": "qwen3", "tied": True, "quantized": 4},
 }
-TOLERANCE = 5e-5  # float32
 
 Tree = list[tuple[int, int | None]]  # (tokens, parent) of each segment
 TREES: dict[str, Tree] = {
@@ -78,7 +78,7 @@ def test_hidden_states_equal_the_models_own(tiny_model: Callable[..., Any], name
         packed = np.array(hidden_states(model, batch))
         for line in lines:
             own = np.array(model.model(mx.array(tokens[line])[None])[0])
-            np.testing.assert_allclose(packed[line], own, atol=TOLERANCE, rtol=0)
+            np.testing.assert_allclose(packed[line], own, atol=HIDDEN, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -92,7 +92,8 @@ def test_sequence_logprobs_equal_the_models_own(tiny_model: Callable[..., Any], 
             own_logprobs(model, tokens[line])[len(line) - length :].sum()
             for line, (length, _) in zip(lines, tree, strict=True)
         ]
-        np.testing.assert_allclose(np.array(sequence_logprobs(model, batch)), expected, rtol=2e-5, atol=TOLERANCE)
+        found = np.array(sequence_logprobs(model, batch))
+        np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
 
 
 def weighted(model: Any, batch: PackedBatch, factors: mx.array) -> mx.array:
@@ -131,8 +132,9 @@ def test_gradients_equal_the_models_own(tiny_model: Callable[..., Any], name: st
         sequences = [(tokens[line], length) for line, (length, _) in zip(lines, TREES[shape], strict=True)]
         value, found = gradients(model, partial(weighted, model, batch, factors))
         expected_value, expected = gradients(model, partial(weighted_own, model, sequences, factors))
-        assert value == pytest.approx(expected_value, rel=2e-5, abs=TOLERANCE)
-        assert distance(found, expected) < TOLERANCE
+        # A sum of log-probs whose factors are about 1, of either sign.
+        assert value == pytest.approx(expected_value, abs=ONE_LOGPROB * batch.targets.size**0.5)
+        assert distance(found, expected) < GRADIENT
 
 
 def test_a_branch_does_not_see_its_neighbours(tiny_model: Callable[..., Any]) -> None:
@@ -225,7 +227,7 @@ def test_pairs_score_like_one_response_at_a_time(tiny_model: Callable[..., Any])
         for start, chosen, rejected in pairs
         for response in (chosen, rejected)
     ]
-    np.testing.assert_allclose(np.array(sequence_logprobs(model, pack_pairs(pairs))), expected, rtol=2e-5)
+    np.testing.assert_allclose(np.array(sequence_logprobs(model, pack_pairs(pairs))), expected, rtol=LOGPROBS)
 
 
 def test_choices_by_hand() -> None:
@@ -253,7 +255,7 @@ def test_choices_score_like_one_question_at_a_time(tiny_model: Callable[..., Any
     questions = [random_tokens(n, 50 + n) for n in (4, 1, 9)]
     packed = np.array(sequence_logprobs(model, pack_choices(prefix, questions, choices)))
     expected = [own_logprobs(model, [*prefix, *question, c])[-1] for question in questions for c in choices]
-    np.testing.assert_allclose(packed, expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(packed, expected, atol=ONE_LOGPROB, rtol=0)
 
 
 def test_positions_and_ancestors_of_a_chain() -> None:

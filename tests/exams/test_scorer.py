@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from tolerances import HIDDEN, LOGPROBS, ONE_LOGPROB
 
 from mlx_zh.core.logprobs import hidden_states, prefill
 from mlx_zh.core.packing import RowBuilder
@@ -57,7 +58,7 @@ def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str):
     asked = prompts([9, 1, 14, 5, 30], shared=40)
     expected = np.array([alone(model, prompt) for prompt in asked])
     found = letter_logprobs(model, asked, micro_tokens=64)
-    assert np.abs(found - expected).max() < 1e-4
+    np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
@@ -70,7 +71,7 @@ def test_memory_settings_change_nothing(tiny_model: Callable[..., Any], micro_to
     expected = np.array([alone(model, prompt) for prompt in asked])
     heard: list[int] = []
     found = letter_logprobs(model, asked, micro_tokens=micro_tokens, report=heard.append)
-    assert np.abs(found - expected).max() < 1e-4
+    np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
     assert sum(heard) == len(asked)
 
 
@@ -83,14 +84,16 @@ def test_with_an_adapter_and_quantized_weights(tiny_model: Callable[..., Any]):
     )
     asked = prompts([6, 11, 4], shared=20)
     expected = np.array([alone(model, prompt) for prompt in asked])
-    assert np.abs(letter_logprobs(model, asked, micro_tokens=32) - expected).max() < 1e-4
+    found = letter_logprobs(model, asked, micro_tokens=32)
+    np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
 
 
 def test_one_question_and_no_common_beginning(tiny_model: Callable[..., Any]):
     model = tiny_model()
     for asked in (prompts([12], shared=0), prompts([5, 7], shared=0), prompts([1], shared=0)):
         expected = np.array([alone(model, prompt) for prompt in asked])
-        assert np.abs(letter_logprobs(model, asked, micro_tokens=8) - expected).max() < 1e-4
+        found = letter_logprobs(model, asked, micro_tokens=8)
+        np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
     assert letter_logprobs(model, [], micro_tokens=8).shape == (0, 4)
 
 
@@ -114,7 +117,7 @@ def test_every_root_continues_a_prefix_and_branches_their_parent(tiny_model: Cal
     for tokens, start in (([*prefix, *first], 0), ([*prefix, *second, *branch], 5)):
         own = model.model(mx.array([tokens]))[0][len(prefix) :]
         part = found[start : start + len(own)]
-        assert mx.abs(part - own).max().item() < 1e-4
+        np.testing.assert_allclose(np.array(part), np.array(own), atol=HIDDEN, rtol=0)
     with pytest.raises(ValueError, match="at least one token"):
         prefill(model, [], chunk=5)
 

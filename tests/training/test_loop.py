@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from lab import EVERY, TRAIN, VALIDATION, Lab, Make, assert_same, bits, finish, lines, reason, until
 from oracles import own_loss
+from tolerances import LOSS
 
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.training import checkpoints
@@ -36,8 +37,8 @@ def test_metrics_by_hand(lab: Lab) -> None:
     assert [f["step"] for f in steps] == list(range(1, 10))
     assert [f["step"] for f in evaluations] == [0, 4, 8, 9]
     assert [f["step"] for f in found] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 9]
-    assert evaluations[0]["eval_loss"] == pytest.approx(base, rel=1e-5)  # B is 0, so this is the base model
-    assert evaluations[-1]["eval_loss"] == pytest.approx(float(own_loss(loop.model, VALIDATION)), rel=1e-5)
+    assert evaluations[0]["eval_loss"] == pytest.approx(base, rel=LOSS)  # B is 0, so this is the base model
+    assert evaluations[-1]["eval_loss"] == pytest.approx(float(own_loss(loop.model, VALIDATION)), rel=LOSS)
     assert [f["epoch"] for f in steps] == [0.3333, 0.6667, 1.0, 1.3333, 1.6667, 2.0, 2.3333, 2.6667, 3.0]
     rates = [learning_rate(n, 9, peak=5e-3, kind="cosine", warmup=2) for n in range(9)]
     assert [f["learning_rate"] for f in steps] == rates

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from preferences import own_sums, pair, pairs, reference_of
+from tolerances import LOGPROBS
 
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.errors import ModelError, StorageError
@@ -64,7 +65,7 @@ def test_log_probs_are_the_models_own(tiny_model: Make, tmp_path: Path, row_toke
         [v.item() for limit in (None, min(len(one.chosen), len(one.rejected))) for v in own_sums(model, one, limit)]
         for one in found
     ]
-    np.testing.assert_allclose(reference_of(model, found, tmp_path, row_tokens), expected, rtol=1e-5)
+    np.testing.assert_allclose(reference_of(model, found, tmp_path, row_tokens), expected, rtol=LOGPROBS)
 
 
 def test_progress_counts_tokens(tiny_model: Make, store: ReferenceStore) -> None:
@@ -107,7 +108,8 @@ def test_killed_half_way_only_the_rest_is_computed(
     assert 0 < rest.found < len(found)
     list(rest.compute(model, row_tokens=40))
     assert sum(forwards) == 2 * (len(found) - rest.found) and len(forwards) < rows
-    np.testing.assert_allclose(rest.logprobs(found), reference_of(model, found, store.path.parent / "new"), rtol=1e-5)
+    expected = reference_of(model, found, store.path.parent / "new")
+    np.testing.assert_allclose(rest.logprobs(found), expected, rtol=LOGPROBS)
     assert Reference(store, found).missing == {}
 
 

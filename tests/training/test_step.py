@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from objectives import conversations, sft
 from oracles import distance, gradients, own_logprobs, own_loss
+from tolerances import GRADIENT, LOSS, MOVED
 
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -64,9 +65,9 @@ def test_loss_and_gradient_equal_the_models_own(tiny_model: Make, kind: str, mic
     loss, found = step_of(model, sft(examples, micro_tokens=micro_tokens), STEPS[0])
     chosen = [examples[i] for i in STEPS[0]]
     logprobs = np.concatenate([own_logprobs(model, tokens)[1:][scored[1:]] for tokens, scored in chosen])
-    assert loss == pytest.approx(-logprobs.mean(), rel=1e-5)
+    assert loss == pytest.approx(-logprobs.mean(), rel=LOSS)
     _, expected = gradients(model, partial(own_loss, model, chosen))
-    assert distance(found, expected) < 5e-5
+    assert distance(found, expected) < GRADIENT
 
 
 def test_a_mean_of_means_is_another_number(tiny_model: Make) -> None:
@@ -84,8 +85,8 @@ def test_the_four_bit_step_equals_the_models_own(tiny_model: Make) -> None:
     model, examples = prepared(tiny_model, quantized=4), conversations(LENGTHS)
     loss, found = step_of(model, sft(examples, micro_tokens=40, checkpoint=True, logit_rows=5), STEPS[0])
     value, expected = gradients(model, partial(own_loss, model, [examples[i] for i in STEPS[0]]))
-    assert loss == pytest.approx(value, rel=1e-5)
-    assert distance(found, expected) < 5e-5
+    assert loss == pytest.approx(value, rel=LOSS)
+    assert distance(found, expected) < GRADIENT
 
 
 def size_of(arrays: dict[str, np.ndarray]) -> float:
@@ -106,10 +107,10 @@ NOISE: list[dict[str, Any]] = [{}, {"dropout": 0.3, "neftune_alpha": 5.0}]
 @pytest.mark.parametrize("noise", NOISE, ids=["quiet", "noise"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_memory_settings_do_not_change_the_result(tiny_model: Make, kind: str, noise: dict[str, Any]) -> None:
-    """Loss and gradient of each step, and weights after three steps: relative 1e-5 of the plain setting's.
+    """Loss and gradient of each step, and weights after three steps, are those of the plain setting.
 
-    Weights hardly change in three steps, so what they moved is compared too, by its norm and less strictly: Adam
-    divides each entry's gradient by its own size, which near 0 is rounding.
+    Weights hardly change in three steps, so what they moved is compared, by its norm and less strictly: Adam divides
+    each entry's gradient by its own size, which near 0 is rounding.
     """
     if kind == "full":
         noise = {k: v for k, v in noise.items() if k != "dropout"}
@@ -125,17 +126,16 @@ def test_memory_settings_do_not_change_the_result(tiny_model: Make, kind: str, n
         objective = sft(examples, **({"micro_tokens": 10_000} | settings | noise))
         for number, ids in enumerate(STEPS):
             loss, found = step_of(model, objective, ids, number)
-            assert loss == pytest.approx(expected[number][0], rel=1e-5)
-            assert distance(found, expected[number][1]) < 1e-5, settings
+            assert loss == pytest.approx(expected[number][0], rel=LOSS)
+            assert distance(found, expected[number][1]) < GRADIENT, settings
         results = trained(model, objective, STEPS)
         for one, other in zip(results, expected_results, strict=True):
-            assert one.loss == pytest.approx(other.loss, rel=1e-5)
-            assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+            assert one.loss == pytest.approx(other.loss, rel=LOSS)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=GRADIENT)
             assert (one.scored_tokens, one.tokens) == (other.scored_tokens, other.tokens)
         after = {n: np.array(w, dtype=np.float64) for n, w in trainable(model).items()}
         apart = size_of({n: w - start[n] - moved[n] for n, w in after.items()})
-        assert apart / size_of(after) < 1e-5, settings
-        assert apart / size_of(moved) < 1e-2, settings
+        assert apart / size_of(moved) < MOVED, settings
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=["quiet", "noise"])
@@ -145,8 +145,8 @@ def test_the_order_of_examples_in_a_step_does_not_matter(tiny_model: Make, noise
     loss, expected = step_of(model, objective, [0, 3, 5, 1, 6])
     for order in ([6, 1, 5, 3, 0], [3, 0, 6, 5, 1]):
         again, found = step_of(model, objective, order)
-        assert again == pytest.approx(loss, rel=1e-5)
-        assert distance(found, expected) < 1e-5
+        assert again == pytest.approx(loss, rel=LOSS)
+        assert distance(found, expected) < GRADIENT
 
 
 def test_noise_is_there_in_training_and_not_in_validation(tiny_model: Make) -> None:
@@ -157,7 +157,7 @@ def test_noise_is_there_in_training_and_not_in_validation(tiny_model: Make) -> N
     first, second = (step_of(model, noisy, list(range(7)), step)[0] for step in (0, 1))
     assert len({round(value, 4) for value in (quiet, first, second)}) == 3
     validation = sum(share for share, _ in evaluate(model, noisy, noisy.rows(np.arange(7), None)))
-    assert validation == pytest.approx(quiet, rel=1e-5)
+    assert validation == pytest.approx(quiet, rel=LOSS)
 
 
 def test_the_first_step_by_hand(tiny_model: Make) -> None:
@@ -179,7 +179,7 @@ def test_the_first_step_by_hand(tiny_model: Make) -> None:
     )
     for name, array in trainable(model).items():
         gradient = np.array(found[name])
-        clear = np.abs(gradient) > 1e-5
+        clear = np.abs(gradient) > 1e-5  # of which Adam's epsilon of 1e-8 takes a thousandth
         assert clear.any()
         np.testing.assert_allclose(
             (np.array(array) - before[name])[clear], -1e-3 * np.sign(gradient[clear]), rtol=2e-3
@@ -202,7 +202,7 @@ def test_steps_lower_the_loss_and_leave_no_traced_arrays(tiny_model: Make) -> No
     objective = sft(examples, checkpoint=True, logit_rows=3)
     before = float(own_loss(model, examples))
     results = trained(model, objective, [list(range(7))] * 6, rate=3e-3)
-    assert results[0].loss == pytest.approx(before, rel=1e-5)
+    assert results[0].loss == pytest.approx(before, rel=LOSS)
     assert all(np.isfinite(np.array(w)).all() for w in trainable(model).values())
     assert float(own_loss(model, examples)) < results[-1].loss < 0.8 * before
     list(
@@ -284,8 +284,8 @@ def test_an_example_without_scored_tokens_adds_nothing(tiny_model: Make) -> None
     loss, expected = step_of(model, sft(examples), [0, 1])
     for micro_tokens in (1, 10_000):
         again, found = step_of(model, sft([*examples, silent], micro_tokens=micro_tokens), [0, 1, 7])
-        assert again == pytest.approx(loss, rel=1e-6)
-        assert distance(found, expected) < 1e-5
+        assert again == pytest.approx(loss, rel=LOSS)
+        assert distance(found, expected) < GRADIENT
 
 
 def test_rows_of_a_step_by_hand() -> None:
