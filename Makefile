@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test soak bench lint format oracle audit fuzz clean
+.PHONY: quickstart test test-cores soak bench lint format oracle audit fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
@@ -13,6 +13,10 @@ quickstart: $(INSTALLED)
 # Two processes with one BLAS thread each use two cores better than one process with two.
 test: $(INSTALLED)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The numeric tests with every matrix kernel of OpenBLAS that this processor can run, on one thread and on two.
+test-cores: $(INSTALLED)
+	$(BIN)/python tests/core_types.py
 
 # Every stage killed again and again, and the result compared with a run that nobody disturbed (docs/reliability.md).
 soak: $(INSTALLED)

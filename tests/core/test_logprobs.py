@@ -88,6 +88,7 @@ def expected_of(head: Any, hidden: mx.array, targets: mx.array, factors: np.ndar
     return logprobs[np.arange(len(wide)), np.array(targets)], gradient
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("chunk", [None, 7, 1, COUNT])
 @pytest.mark.parametrize("kind", FROZEN + TRAINED)
 def test_value_and_gradient_equal_log_softmax(kind: str, chunk: int | None) -> None:
@@ -109,6 +110,7 @@ def test_value_and_gradient_equal_log_softmax(kind: str, chunk: int | None) -> N
     np.testing.assert_allclose(np.array(silent), expected, rtol=0, atol=HEAD)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", TRAINED)
 def test_a_trained_head_gets_its_gradient(kind: str) -> None:
     """The head's own arrays, against MLX's automatic gradient of log-softmax over all rows at once."""
@@ -325,6 +327,7 @@ def test_output_head(tiny_model: Callable[..., Any], tied: bool) -> None:
     np.testing.assert_array_equal(np.array(logits), np.array(model(tokens)))
 
 
+@pytest.mark.numeric
 def test_sequence_logprobs_of_conversations(tiny_model: Callable[..., Any]) -> None:
     """Only the trained tokens of each conversation count, each once, for its own sequence."""
     model = tiny_model(tied=True)

@@ -18,6 +18,8 @@ from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.step import set_weights
 
+pytestmark = pytest.mark.numeric
+
 MODELS = {
     "llama": {"family": "llama"},
     "llama-tied": {"family": "llama", "tied": True},

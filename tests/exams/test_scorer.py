@@ -52,6 +52,7 @@ def alone(model: Any, prompt: Prompt) -> list[float]:
     return scores
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str):
     model = tiny_model(family)
@@ -62,6 +63,7 @@ def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str):
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("micro_tokens", [1, 7, 33, 4096])
 @pytest.mark.parametrize("letters", [LETTERS, LONG])
 def test_memory_settings_change_nothing(tiny_model: Callable[..., Any], micro_tokens: int, letters: Any):
@@ -75,6 +77,7 @@ def test_memory_settings_change_nothing(tiny_model: Callable[..., Any], micro_to
     assert sum(heard) == len(asked)
 
 
+@pytest.mark.numeric
 def test_with_an_adapter_and_quantized_weights(tiny_model: Callable[..., Any]):
     model = tiny_model("qwen2", tied=True, quantized=8)
     add_adapter(model, AdapterSpec("lora", num_layers=3, rank=4), seed=3)
@@ -88,6 +91,7 @@ def test_with_an_adapter_and_quantized_weights(tiny_model: Callable[..., Any]):
     np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
 
 
+@pytest.mark.numeric
 def test_one_question_and_no_common_beginning(tiny_model: Callable[..., Any]):
     model = tiny_model()
     for asked in (prompts([12], shared=0), prompts([5, 7], shared=0), prompts([1], shared=0)):
@@ -105,6 +109,7 @@ def test_a_common_prefix_leaves_a_token_of_every_prompt():
     assert common_prefix([rows[0], rows[0] + 1]) == 0
 
 
+@pytest.mark.numeric
 def test_every_root_continues_a_prefix_and_branches_their_parent(tiny_model: Callable[..., Any]):
     model = tiny_model(tied=True)
     rng = np.random.default_rng(2)

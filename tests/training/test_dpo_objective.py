@@ -23,6 +23,7 @@ from mlx_zh.training import dpo_objective
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
 from mlx_zh.training.step import evaluate, loss_and_gradients, set_weights
 
+pytestmark = pytest.mark.numeric
 Make = Callable[..., Any]
 FIGURES = {
     "rewards/chosen",

@@ -25,6 +25,7 @@ def lab(tiny_model: Make, tmp_path: Path) -> Lab:
     return Lab(tiny_model, tmp_path)
 
 
+@pytest.mark.numeric
 def test_metrics_by_hand(lab: Lab) -> None:
     """7 examples by 3: steps of 3, 3 and 1, three times; evaluated at 0, 4, 8 and the end, 9."""
     loop = lab.loop("run")

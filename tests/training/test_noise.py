@@ -154,6 +154,7 @@ def adapted(tiny_model: Make, kind: str, dropout: float) -> Any:
     return model
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_packing_does_not_change_a_models_dropout(tiny_model: Make, kind: str) -> None:
     """Hidden states of three examples packed and each alone, with dropout and NEFTune; without, they are others."""
@@ -176,6 +177,7 @@ def test_packing_does_not_change_a_models_dropout(tiny_model: Make, kind: str) -
     np.testing.assert_array_equal(np.array(hidden_states(model, batch)), quiet)  # nothing is left switched on
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_checkpointed_layers_draw_the_same_noise_twice(tiny_model: Make, kind: str) -> None:
     """The backward pass computes blocks again: other draws there would give other gradients.

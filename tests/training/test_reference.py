@@ -57,6 +57,7 @@ def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
 # What is computed
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("row_tokens", [1, 45, 512])
 def test_log_probs_are_the_models_own(tiny_model: Make, tmp_path: Path, row_tokens: int) -> None:
     """Of the whole responses, and of each up to the length of the shorter one, whatever fits a row."""
@@ -89,6 +90,7 @@ def test_what_is_found_is_not_computed(tiny_model: Make, store: ReferenceStore, 
     np.testing.assert_array_equal(again.logprobs(all_pairs), grown.logprobs(all_pairs))
 
 
+@pytest.mark.numeric
 def test_killed_half_way_only_the_rest_is_computed(
     tiny_model: Make, store: ReferenceStore, forwards: list[int]
 ) -> None:

@@ -20,6 +20,7 @@ from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.sft_objective import SftObjective
 from mlx_zh.training.step import StepResult, evaluate, loss_and_gradients, set_weights, train_step
 
+pytestmark = pytest.mark.numeric
 Make = Callable[..., Any]
 LENGTHS = [9, 33, 4, 21, 15, 2, 28]  # unequal, so that a mean of means is another number
 STEPS = [[0, 3, 5, 1], [6, 2, 4], [1, 0]]  # ragged, as the tail of an epoch is

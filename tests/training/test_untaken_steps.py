@@ -92,6 +92,7 @@ def same_run(one: Loop, other: Loop, *, relative: float) -> None:
     assert moved_apart(one.weights, other.weights) < MOVED
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("most", [29, 22])
 def test_a_step_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: Lab, most: int) -> None:
     """Rows of up to 30 tokens do not fit; those of half as many do, and so does the longest example, of 21."""
@@ -107,6 +108,7 @@ def test_a_step_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: Lab, most: 
     same_run(cut, whole, relative=later_loss(rate=0.02, weights=weights, steps=9))
 
 
+@pytest.mark.numeric
 def test_a_validation_pass_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: Lab) -> None:
     """8, 11 and 5 tokens in rows of up to 16: the fullest has 16, and half of that fits."""
     whole, cut = lab.loop("whole"), lab.loop("cut")

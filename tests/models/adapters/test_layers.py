@@ -46,6 +46,7 @@ def trained(model: Any, seed: int = 5) -> dict[str, mx.array]:
     return weights
 
 
+@pytest.mark.numeric
 @QUANTIZED
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_fresh_adapter_changes_nothing(tiny_model: Make, kind: str, quantized: int | None) -> None:
@@ -96,6 +97,7 @@ def test_scale_by_hand() -> None:
     assert AdapterSpec.scale_of(32, 16, rslora=True) == 8.0
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("scale", [2.0, 8.0])
 def test_lora_by_hand(tiny_model: Make, scale: float) -> None:
     """y = x W^T + b + scale (x A) B, in float64."""
@@ -110,6 +112,7 @@ def test_lora_by_hand(tiny_model: Make, scale: float) -> None:
     np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=product(64) * np.abs(expected).max())
 
 
+@pytest.mark.numeric
 @pytest.mark.oracle
 @pytest.mark.parametrize("bias", [True, False])
 def test_dora_equals_pytorch(tiny_model: Make, bias: bool) -> None:
@@ -141,6 +144,7 @@ def test_dora_equals_pytorch(tiny_model: Make, bias: bool) -> None:
     assert distance(found, expected_gradient) < 3**0.5 * product(64)  # three products in a row: x A B and back
 
 
+@pytest.mark.numeric
 @QUANTIZED
 @pytest.mark.parametrize(("kind", "theirs"), [("lora", TheirLoRALinear), ("dora", TheirDoRALinear)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -160,6 +164,7 @@ def test_layers_equal_mlx_lms(tiny_model: Make, family: str, kind: str, theirs: 
     assert distance(found, expected) < GRADIENT
 
 
+@pytest.mark.numeric
 def test_the_quantized_path_has_the_gradient_of_the_dequantized_model(tiny_model: Make) -> None:
     """QuantizedLinear and the same numbers unpacked into Linear: the same loss, the same adapter gradients."""
     packed, plain = tiny_model("llama", quantized=4), tiny_model("llama")

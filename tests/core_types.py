@@ -1,0 +1,86 @@
+"""Run the numeric tests with every matrix kernel of OpenBLAS that this processor can run (`make test-cores`).
+
+OpenBLAS reads its kernels' name from OPENBLAS_CORETYPE when it is loaded, so each set has a process of its own. Each
+runs on one thread and on two, which add numbers up in another order.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# What the kernels of each name need, as Linux calls it (/proc/cpuinfo). Older ones are for processors without AVX.
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+NEEDS: dict[str, set[str]] = {
+    "Sandybridge": {"avx"},
+    "Haswell": {"avx2", "fma"},
+    "Zen": {"avx2", "fma"},
+    "SkylakeX": _AVX512,
+    "Cooperlake": _AVX512 | {"avx512_bf16"},
+    "SapphireRapids": _AVX512 | {"avx512_bf16", "amx_tile"},
+}
+
+# Prints the name of the kernels that OpenBLAS chose. A name that a build leaves out stands for the next older one.
+_ASK = """
+import ctypes, pathlib, scipy_openblas32
+library = ctypes.CDLL(str(pathlib.Path(scipy_openblas32.__file__).parent / "lib" / "libscipy_openblas.so"))
+library.scipy_openblas_get_corename.restype = ctypes.c_char_p
+print(library.scipy_openblas_get_corename().decode())
+"""
+
+
+def processor_flags() -> set[str]:
+    """What an x86 processor can do; elsewhere nothing is known."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def core_types() -> list[str | None]:
+    """One name for each set of kernels; only None, for OpenBLAS's own choice, where the processor is not x86."""
+    names: dict[str, str] = {}
+    flags = processor_flags()
+    for name in (name for name, needed in NEEDS.items() if needed <= flags):
+        environment = os.environ | {"OPENBLAS_CORETYPE": name}
+        answer = subprocess.run([sys.executable, "-c", _ASK], env=environment, capture_output=True, text=True)
+        if answer.returncode == 0:
+            names.setdefault(answer.stdout.strip(), name)
+    return list(names.values()) or [None]
+
+
+def numeric_files() -> list[str]:
+    """The files with numeric tests: collecting all of the others would take longer than the tests."""
+    folder = Path(__file__).parent
+    files = sorted(folder.rglob("test_*.py"))
+    return [str(file) for file in files if "pytest.mark.numeric" in file.read_text(encoding="utf-8")]
+
+
+def runs() -> Iterator[tuple[str | None, int]]:
+    """(name of the kernels, threads). OpenBLAS is only on Linux; there is one run elsewhere."""
+    for name in core_types():
+        for threads in (1, 2) if sys.platform == "linux" else (1,):
+            yield name, threads
+
+
+def main(arguments: list[str]) -> int:
+    failed = []
+    for name, threads in runs():
+        label = f"{name or 'default'}, {threads} thread{'s' * (threads > 1)}"
+        print(f"{label}:", flush=True)
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
+        if name:
+            environment["OPENBLAS_CORETYPE"] = name
+        # Threads that wait for a core that another process uses are up to 100 times slower than one thread.
+        processes = ["-n", "2", "--dist", "worksteal"] if threads == 1 else []
+        command = [sys.executable, "-m", "pytest", "-m", "numeric", *processes, *arguments, *numeric_files()]
+        if subprocess.run(command, env=environment).returncode != 0:
+            failed.append(label)
+    print(f"failed: {'; '.join(failed)}" if failed else "every core type passes")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
