@@ -1,9 +1,9 @@
 """How far two float32 computations of one number may lie apart, derived and not fitted to a processor.
 
 Sums are rounded in an order that the BLAS kernels, their threads and the shapes of the matrices decide. The bounds
-here hold for all orders, and `make test-cores` tries those that this processor has. Largest share of a bound that was
-seen with the kernels of OpenBLAS for Prescott, Nehalem, Sandybridge, Haswell and SkylakeX, on one and two threads: a
-third. Real faults lie above: one scored token of 34 too many changes a loss by some percent.
+here hold for all orders, and `make test-cores` tries those that this processor has. The largest share of a bound that
+was seen is a quarter, with OpenBLAS's kernels for Prescott, Nehalem, Sandybridge, Haswell and SkylakeX, the latter
+three also on two threads. Real faults lie above: one scored token of 34 too many changes a loss by some percent.
 """
 
 from __future__ import annotations
