@@ -270,6 +270,28 @@ def test_a_character_that_is_cut_off_is_never_shown(tokenizer):
     assert decoder.finish() == ""
 
 
+def test_whole_characters_before_the_one_that_is_cut_off_are_shown_at_the_end():
+    """As in the vocabularies of GPT-4 and Qwen, a token may end within a character."""
+    inner = Tokenizer(models.BPE(vocab={"a": 0, "ä": 1, "aä": 2}, merges=[("a", "ä")]))
+    inner.decoder = decoders.ByteLevel()  # "ä" stands for the byte E4, the first of 你
+    decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=inner))
+    assert [decoder.push(token) for token in (0, 2)] == ["a", ""]
+    assert decoder.finish() == "a"
+
+
+def test_a_stray_byte_leaves_what_is_shown_and_what_follows():
+    """With byte fallback, 你 and a byte FF after it decode together as four U+FFFD."""
+    bytes_of = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    inner = Tokenizer(models.BPE(vocab={**bytes_of, "▁a": 256, "▁b": 257}, merges=[], byte_fallback=True))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=inner))
+    tokens = [256, *"你".encode(), 0xFF, 257, *"好".encode()]
+    assert [decoder.push(token) for token in tokens] == ["a", "", "", "你", "", "\ufffd b", "", "", "好"]
+    assert decoder.finish() == ""
+
+
 def test_notes_are_wrapped_on_a_terminal():
     out = io.StringIO()
     Screen(out, colour=True, live=True, fixed_width=8).note("你好世界再见")

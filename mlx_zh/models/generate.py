@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
+
 StopTest = Callable[[], bool]
 
 
@@ -34,40 +36,32 @@ class Statistics:
 
 
 class StreamDecoder:
-    """Token ids in, text out, never a part of a character.
-
-    A character of three bytes may be three tokens. Text is held back while its end decodes to U+FFFD, and every
-    window starts one piece early so that decoders which look at the previous token (leading spaces) see it.
-    """
+    """Token ids in, text out, never a part of a character: text is held back while its end decodes to U+FFFD."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # first token of the window
-        self._shown = 0  # tokens before this one are on the screen
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []  # tokens whose text is not out yet
 
     def push(self, token: int) -> str:
         """The text that `token` completes; often empty."""
-        self._ids.append(token)
-        return self._take(final=False)
+        self._held.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception:  # the library's error has no class of its own
+            # With byte fallback, a stray byte turns the characters before it into U+FFFD too, also those that are
+            # out: the stream begins anew with that byte.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            text = self._stream.step(self._tokenizer, self._held)
+        if text is None:
+            return ""
+        self._held = []
+        return str(text)
 
     def finish(self) -> str:
         """What is still held back when no more tokens come, without the part of a character that is cut off."""
-        return self._take(final=True)
-
-    def _take(self, *, final: bool) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
-        now = self._decode(self._ids[self._start :])
-        if final:
-            now = now.rstrip("\ufffd")
-        if len(now) <= len(before) or now.endswith("\ufffd"):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return now[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        text: str = self._tokenizer.decode(self._held, skip_special_tokens=True)
+        return text.rstrip("\ufffd")
 
 
 @dataclass
