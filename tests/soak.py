@@ -42,8 +42,9 @@ def serve() -> None:
     from mlx_zh.system.entry import entry
 
     mains = {name: importlib.import_module(f"mlx_zh.{name}").main for name in ("prepare", "sft", "dpo", "eval")}
-    for heavy in ("session", "fitting", "starting", "reference", "preparation", "examination", "candidates"):
-        importlib.import_module(f"mlx_zh.{heavy}")
+    heavy = ("tuning", "memory_check", "first_adapter", "reference_pass", "data", "examination", "run_models")
+    for name in heavy:
+        importlib.import_module(f"mlx_zh.stages.{name}")
     while line := sys.stdin.readline():
         wanted = json.loads(line)
         child = os.fork()
