@@ -21,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import measuring
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,25 +189,13 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 
 def tree_memory(root: int) -> float:
     """Resident memory of a process and its children, in MB."""
-    if not Path("/proc").is_dir():
-        listed = subprocess.run(["ps", "-axo", "pid=,ppid=,rss="], capture_output=True, text=True).stdout.splitlines()
-        processes = {int(pid): (int(parent), int(rss)) for pid, parent, rss in map(str.split, listed)}
-    else:
-        processes = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            processes[int(stat.parent.name)] = (int(fields[1]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE") // 1024)
-    family, grown = {root}, True
-    while grown:
-        grown = False
-        for pid, (parent, _) in processes.items():
-            if parent in family and pid not in family:
-                family.add(pid)
-                grown = True
-    return sum(processes[pid][1] for pid in family if pid in processes) / 1024
+    resident = 0
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(root)
+        for process in (first, *first.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                resident += process.memory_info().rss
+    return resident / 2**20
 
 
 def ours(folder: Path, recipe: Path) -> dict[str, float]:

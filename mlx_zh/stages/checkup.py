@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlx.core as mx
+import psutil
 
 from mlx_zh import __version__
 from mlx_zh.errors import MlxZhError
@@ -106,7 +107,7 @@ def free_cores() -> int:
 
 def memory() -> Check:
     """Built in, and what may be used."""
-    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    built_in = psutil.virtual_memory().total
     place = memory_check.this_machine()
     text = f"{built_in / 2**30:.0f} GB built in; {place.budget / 1e9:.1f} GB are the {place.name}"
     if place.budget < 2e9:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+
+import psutil
 
 
 def name() -> str:
@@ -35,23 +36,17 @@ def kernels_ahead() -> int:
 
 
 def free_bytes() -> int:
-    """Memory that arrays may still take, in bytes: of the processor on the CPU, else of the accelerator."""
+    """Memory that arrays may still take, in bytes.
+
+    On the CPU what the system could give without swapping, its file cache included; else of the accelerator.
+    """
     import mlx.core as mx
 
     if is_cpu():
-        return _available()
+        return int(psutil.virtual_memory().available)
     info = mx.device_info()
     most = info.get("max_recommended_working_set_size") or info.get("memory_size") or 8 * 2**30
     return max(int(most) - mx.get_active_memory(), 0)
-
-
-def _available() -> int:
-    """What Linux could give without swapping, its file cache included; elsewhere half of what is built in."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import platformdirs
+import psutil
+
 from mlx_zh.errors import StorageError
 
 if TYPE_CHECKING:
@@ -26,10 +29,9 @@ def cache_folder() -> Path:
     """The user's cache folder for this program (`MLX_ZH_CACHE`, else the platform's own place)."""
     if chosen := os.environ.get("MLX_ZH_CACHE"):
         return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    if not base and sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    return Path(base or Path.home() / ".cache").expanduser() / "mlx-zh"
+    if base := os.environ.get("XDG_CACHE_HOME"):  # platformdirs would pass over one that begins with ~
+        return Path(base).expanduser() / "mlx-zh"
+    return platformdirs.user_cache_path("mlx-zh")
 
 
 @contextmanager
@@ -69,18 +71,8 @@ def _sweep(path: Path) -> None:
     """Remove what killed processes left of `path`; another one that is writing it now goes on."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = left.name.split(".")[-2]
-        if process.isdigit() and not _alive(int(process)):
+        if process.isdigit() and not psutil.pid_exists(int(process)):
             left.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def sync(descriptor: int) -> None:

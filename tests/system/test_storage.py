@@ -17,10 +17,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from disks import remount, small_disk
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
 
 from mlx_zh.errors import StorageError
 from mlx_zh.system.digests import file_digest
-from mlx_zh.system.storage import storage_errors, write_arrays, write_json, write_text, written_whole
+from mlx_zh.system.storage import cache_folder, storage_errors, write_arrays, write_json, write_text, written_whole
 
 WRITERS = {
     "text": lambda path: write_text(path, "好" * 100_000),
@@ -40,6 +42,30 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("system", "variables", "folder"),
+    [
+        (Unix, {}, "~/.cache/mlx-zh"),
+        (MacOS, {}, "~/Library/Caches/mlx-zh"),
+        (Unix, {"XDG_CACHE_HOME": "/cache"}, "/cache/mlx-zh"),
+        (MacOS, {"XDG_CACHE_HOME": "/cache"}, "/cache/mlx-zh"),
+        (Unix, {"XDG_CACHE_HOME": "~/own"}, "~/own/mlx-zh"),  # as it stands in a file that no shell has read
+        (MacOS, {"XDG_CACHE_HOME": ""}, "~/Library/Caches/mlx-zh"),
+        (Unix, {"XDG_CACHE_HOME": "/cache", "MLX_ZH_CACHE": "~/chosen"}, "~/chosen"),
+    ],
+)
+def test_where_the_cache_is(
+    system: type[Unix | MacOS], variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models and prepared data of an older version are found where they were."""
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: system(name).user_cache_path)
+    for name in ("XDG_CACHE_HOME", "MLX_ZH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder).expanduser()
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
