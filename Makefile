@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOP := $(VENV)/.develop
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: quickstart test test-cores soak bench lint format oracle audit fuzz clean
 
@@ -11,7 +13,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
 
 # Two processes with one BLAS thread each use two cores better than one process with two.
-test: $(INSTALLED)
+test: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The numeric tests with every matrix kernel of OpenBLAS that this processor can run, on one thread and on two.
@@ -19,12 +21,12 @@ test-cores: $(INSTALLED)
 	$(BIN)/python tests/core_types.py
 
 # Every stage killed again and again, and the result compared with a run that nobody disturbed (docs/reliability.md).
-soak: $(INSTALLED)
+soak: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/soak.py
 
 # Against peers on the same samples, taking turns. OPTIONS="--device gpu" goes to each script that compares steps; CEVAL
 # is a folder with C-Eval's CSV files. Figures: benchmarks/results/*.json
-bench: $(INSTALLED)
+bench: $(DEVELOP)
 	$(BIN)/python -m pip install --quiet --no-deps mlx-lm-lora
 	$(BIN)/python benchmarks/plan_accuracy.py --json benchmarks/results/plan_accuracy.json
 	for name in sft_step dpo_step chat_turn growth limit; do \
@@ -38,19 +40,19 @@ bench: $(INSTALLED)
 		--json benchmarks/results/eval_speed.json
 	test ! -d ../shared/data || $(BIN)/python benchmarks/corpus.py speed --json benchmarks/results/corpus.json
 
-lint: $(INSTALLED)
+lint: $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)
+format: $(DEVELOP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # PyTorch and PEFT, which some tests compare with; without them they are skipped. Tests of GGUF files compare with
 # llama.cpp too where llama-cpp-python is there, which takes some minutes to build.
-oracle: $(INSTALLED)
+oracle: $(DEVELOP)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 peft==0.21.2
 
 # Known vulnerabilities in the pinned versions; pip-audit stays out of the virtual environment.
@@ -61,7 +63,7 @@ audit: $(INSTALLED)
 
 # Ten minutes of mutated files for everything that reads strangers' files; not part of the tests. What it finds is
 # kept in .fuzz as crash-….
-fuzz: $(INSTALLED)
+fuzz: $(DEVELOP)
 	test -d .fuzz/atheris || $(BIN)/python -m pip install --quiet --no-deps --target .fuzz atheris==3.0.0
 	for target in gguf recipe data template; do \
 		PYTHONPATH=.fuzz $(BIN)/python fuzz/parsers.py $$target -max_total_time=150 || exit 1; \
@@ -71,7 +73,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
+	@touch $@
+
+# What only those who change the program need: linter, type checker, test runner.
+$(DEVELOP): $(INSTALLED)
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 clean:
