@@ -11,16 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.system.splitmix import mix64
+
 Indices = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
-
-
-def mix64(values: Hashes) -> Hashes:
-    """SplitMix64's finalizer (Steele et al., 2014), element by element."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def pick(rows: Indices, hashes: Hashes, count: int | None, seed: int) -> Indices:

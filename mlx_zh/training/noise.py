@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.adapters.layers import dropout_keys
-from mlx_zh.training.order import stream
+from mlx_zh.system.splitmix import stream
 
 
 class StepNoise:

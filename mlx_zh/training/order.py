@@ -8,24 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finalizer (Steele et al., 2014), element by element: the same on every machine and version."""
-    with np.errstate(over="ignore"):
-        z = values + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-def stream(*words: int) -> np.uint64:
-    """One 64-bit number that stands for a sequence of integers."""
-    state = np.zeros(1, dtype=np.uint64)
-    for word in words:
-        state = mix(state ^ np.array([word & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
-    return state[0]
+from mlx_zh.system.splitmix import mix64, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +30,7 @@ class Order:
 
     def epoch(self, number: int) -> npt.NDArray[np.int64]:
         """The permutation (size,) of epoch `number`."""
-        keys = mix(np.arange(self.size, dtype=np.uint64) ^ stream(self.seed, number))
+        keys = mix64(np.arange(self.size, dtype=np.uint64) ^ stream(self.seed, number))
         return np.argsort(keys, kind="stable")
 
     def steps(self, epochs: float, max_steps: int | None) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_zh.training.order import Order, mix, stream
+from mlx_zh.system.splitmix import mix64, stream
+from mlx_zh.training.order import Order
 
 MASK = 2**64 - 1
 
@@ -34,7 +35,7 @@ def test_mix_is_splitmix64() -> None:
     """0xE220A8397B1DCDAF is the first output of the reference generator seeded with 0, 0x910A2DEC89025CC1 with 1."""
     assert [hex(splitmix64(v)) for v in (0, 1)] == ["0xe220a8397b1dcdaf", "0x910a2dec89025cc1"]
     values = [0, 1, 2, 2**32, 2**63, MASK]
-    assert mix(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(v) for v in values]
+    assert mix64(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(v) for v in values]
 
 
 def test_stream_tells_sequences_apart() -> None:
