@@ -51,3 +51,8 @@ class StorageError(MlxZhError):
 
 class DistributedError(MlxZhError):
     """Machines that do not find each other, or do not agree, or one that is gone."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says in its first line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

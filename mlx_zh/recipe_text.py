@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pydantic
 import yaml
 
-from mlx_zh.errors import RecipeError
+from mlx_zh.errors import RecipeError, first_line
 
 Key = tuple[str | int, ...]
 
@@ -102,7 +102,7 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError)
 
 
 def _reason(error: BaseException) -> str:
-    return getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "problem", None) or first_line(error)
 
 
 def _mark(node: Any, key: Key, marked: Marked, seen: set[int]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh.errors import ModelError
+from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def folder_tokenizer(path: Path) -> Any:
             str(path), trust_remote_code=False, local_files_only=True, use_fast=True
         )
     except Exception as error:  # transformers and tokenizers raise whatever they meet
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"The tokenizer in {path} cannot be read: {reason}. Download it again.") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(

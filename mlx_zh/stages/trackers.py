@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from mlx_zh.errors import first_line
 from mlx_zh.system.redaction import hide_all
 
 PROJECT = "mlx-zh"
@@ -89,8 +90,7 @@ class Trackers:
             self._warn(f"{name} is not installed (pip install 'mlx-zh[{name}]'); training goes on without it.")
         except (Exception, SystemExit) as error:  # whatever a tracker raises is its own affair
             self._open.pop(name, None)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self._warn(f"{name} failed and is left out from here on: {hide_all(reason)}")
+            self._warn(f"{name} failed and is left out from here on: {hide_all(first_line(error))}")
 
 
 class _TensorBoard:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.errors import UploadError
+from mlx_zh.errors import UploadError, first_line
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SECRET = re.compile(r"(hf_|ms-|Bearer )[\w-]+")
@@ -76,8 +76,7 @@ _HUBS: dict[str, Callable[[Path, str, bool], str]] = {"huggingface": _huggingfac
 
 
 def _reason(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return _SECRET.sub("***", first)
+    return _SECRET.sub("***", first_line(error).rstrip("."))
 
 
 def _remedy(status: int | None, hub: str) -> str:
