@@ -370,6 +370,11 @@ class Recipe(Section):
         """The section of a training stage (sft or dpo)."""
         return self.sft if stage == "sft" else self.dpo
 
+    @property
+    def dpo_start(self) -> str:
+        """What `dpo.start` comes to: sft, base, or an adapter folder."""
+        return self.dpo.start or ("sft" if self.data.sft.train else "base")
+
     def run_folder(self) -> Path:
         """Where everything this run makes lies."""
         return Path(self.runs) / self.name

@@ -104,9 +104,9 @@ def _train(stage: str, other: str, recipe: Recipe, run: RunFiles, before: set[st
     if not split.train:
         return None
     files = [recipe.model.path, *_paths((*split.train, *split.validation))]
-    start = getattr(recipe, "dpo", None) and stage == "dpo" and (recipe.dpo.start or "sft")
+    start = recipe.dpo_start if stage == "dpo" else "base"
     after = {"prepare"} | ({"sft"} if start == "sft" else set())
-    if start and start not in ("sft", "base"):
+    if start not in ("sft", "base"):
         files.append(start)
     return Step(
         stage,

@@ -99,7 +99,7 @@ def choose_start(recipe: Recipe, world: World = ALONE) -> Start:
 
 
 def _adapter_folder(recipe: Recipe) -> str | None:
-    start = recipe.dpo.start or ("sft" if recipe.data.sft.train else "base")
+    start = recipe.dpo_start
     if start == "base":
         return None
     folder = RunFolder.of(recipe).stage("sft").adapter if start == "sft" else Path(start)
