@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mlx_zh.pipeline.state import flat
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import value_digest
 
@@ -49,7 +50,7 @@ def _drop(section: Values | None, *names: str) -> None:
 
 def changes(old: Values, new: Values) -> str:
     """The keys whose values differ, old -> new; of digests, only that they do."""
-    before, now = _flat(_content(old)), _flat(_content(new))
+    before, now = flat(_content(old)), flat(_content(new))
     told = []
     for key in sorted(before.keys() | now.keys()):
         values = [json.dumps(side.get(key), ensure_ascii=False) for side in (before, now)]
@@ -74,12 +75,3 @@ _DIGESTS = {
     "rendering": "the tokenizer or its chat template",
     "start": "the adapter to start from",
 }
-
-
-def _flat(values: Values, prefix: str = "") -> Values:
-    """Nested mappings as one, with dotted keys; lists are values."""
-    found: Values = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
