@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zh.core.families import FAMILIES
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.errors import ModelError
 from mlx_zh.system import device
@@ -22,7 +23,7 @@ from mlx_zh.system import device
 # (measured on the CPU back end).
 CHUNK_BYTES = 32 * 2**20
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = tuple(FAMILIES)
 
 
 class TokenNoise(Protocol):

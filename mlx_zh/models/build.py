@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.core.families import FAMILIES
 from mlx_zh.errors import ModelError
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-# model_type -> module of mlx-lm; the only ones that are ever imported.
-_MODULES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 # Quantization formats whose scales are bytes: one pair of (bits, group size) each.
 _BYTE_SCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
@@ -128,7 +126,7 @@ def _empty(config: dict[str, Any], weights: Weights, source: str) -> Any:
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(weights):
         raise ModelError(f"{source}: its config announces {layers:,} layers, and there are {len(weights)} tensors.")
-    module = importlib.import_module(f"mlx_lm.models.{_MODULES[config['model_type']]}")
+    module = importlib.import_module(f"mlx_lm.models.{FAMILIES[config['model_type']].mlx_lm}")
     try:
         return module.Model(module.ModelArgs.from_dict(config))
     except Exception as error:  # mlx-lm does not check its arguments: TypeError, KeyError, ZeroDivisionError, ...

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.core.families import FAMILIES
 from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
 _INDEX = "model.safetensors.index.json"
@@ -38,9 +37,9 @@ def folder_config(path: Path) -> dict[str, Any]:
         )
     config = read_json(path / "config.json")
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
-            f"{path / 'config.json'}: model_type {kind!r} is not supported. Supported are {', '.join(MODEL_TYPES)}: "
+            f"{path / 'config.json'}: model_type {kind!r} is not supported. Supported are {', '.join(FAMILIES)}: "
             "the program computes attention itself and needs a model of Llama's shape."
         )
     _flatten_rope(config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core.families import FAMILIES
 from mlx_zh.errors import ModelError
 from mlx_zh.models.build import describe_packing
 from mlx_zh.models.gguf import BITS, GROUP_SIZE, GGUFFile, read_tensor
@@ -15,8 +16,8 @@ from mlx_zh.models.gguf import BITS, GROUP_SIZE, GGUFFile, read_tensor
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# GGUF's architecture -> config.json's model_type. Mistral calls itself llama in GGUF.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# GGUF's architectures, which are read as the model_type of the same name. Mistral calls itself llama in GGUF.
+ARCHITECTURES = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -49,7 +50,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     hidden, heads = key.integer("embedding_length"), key.integer("attention.head_count")
     config: dict[str, Any] = {
         "model_type": kind,
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "hidden_act": "silu",
         "hidden_size": hidden,
         "num_hidden_layers": key.integer("block_count"),
@@ -247,7 +248,7 @@ _PARTS = {theirs: ours for ours, theirs in _LAYER.items()}
 def permute(name: str, array: mx.array, config: dict[str, Any]) -> mx.array:
     """llama.cpp's order of rows: it rotates neighbours where Hugging Face rotates the halves of a head (q and k)."""
     part = name.rsplit(".", 2)[-2]
-    if part not in _HEADS or config["model_type"] not in ("llama", "mistral"):
+    if part not in _HEADS or FAMILIES[config["model_type"]].gguf != "llama":
         return array
     halves = array.reshape(config[_HEADS[part]], 2, -1, *array.shape[1:])  # (heads, 2, head_dim / 2, ...)
     return halves.swapaxes(1, 2).reshape(array.shape)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_zh.core.families import FAMILIES
+
 # The linear layers of a block, by what goes in and what comes out; see `ModelShape.width`.
 LINEAR = {
     "q_proj": ("hidden", "queries"),
@@ -60,7 +62,7 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     size = int(config.get("head_dim") or hidden // heads)
-    kind = config.get("model_type")
+    family = FAMILIES.get(str(config.get("model_type")), FAMILIES["llama"])
     tied = config.get("tie_word_embeddings")
     return ModelShape(
         hidden=hidden,
@@ -71,8 +73,8 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         keys=int(config.get("num_key_value_heads") or heads) * size,
         vocabulary=int(config["vocab_size"]),
         tied=bool(tied) if tied is not None else False,
-        qk_norm=kind == "qwen3",
-        attention_bias=kind == "qwen2" or bool(config.get("attention_bias")),
+        qk_norm=family.query_key_norms,
+        attention_bias=family.attention_bias or bool(config.get("attention_bias")),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_zh.core.families import FAMILIES
 from mlx_zh.models.build import describe_packing
 from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
 from mlx_zh.models.export.safetensors_file import Entry, write_shards
@@ -21,12 +22,6 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 DEFAULT_GROUP = 64
 
 Form = dict[str, Any]  # bits, group_size, mode
@@ -147,7 +142,7 @@ def write_configs(folder: Path, layout: Layout) -> None:
     """config.json, complete for transformers and mlx-lm, and generation_config.json."""
     source = layout.fusion.source
     config = {key: value for key, value in source.config.items() if value is not None and not key.startswith("_")}
-    config.setdefault("architectures", [_ARCHITECTURES[config["model_type"]]])
+    config.setdefault("architectures", [FAMILIES[config["model_type"]].architecture])
     config.pop("dtype", None)
     config["torch_dtype"] = str(layout.dtype).rpartition(".")[2]
     if layout.packing:

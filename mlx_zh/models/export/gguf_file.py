@@ -14,13 +14,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core.families import FAMILIES
 from mlx_zh.errors import ModelError
 from mlx_zh.models.export.gguf_vocabulary import vocabulary
 from mlx_zh.models.export.merge import Fusion, Survival, survival
 from mlx_zh.models.gguf_model import ROPE_FACTORS, gguf_name, llama3_divisors, permute
 from mlx_zh.system.storage import storage_errors
 
-TYPES = ("f16", "q8_0")
 _BLOCK = 32
 _FILE_TYPES = {"f16": 1, "q8_0": 7}  # llama.cpp's llama_ftype: MOSTLY_F16, MOSTLY_Q8_0
 
@@ -44,7 +44,7 @@ class GGUFPlan:
 def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
     """Raises ModelError where llama.cpp could not run the model or would read text otherwise."""
     config = fusion.source.config
-    architecture = "llama" if config["model_type"] == "mistral" else str(config["model_type"])
+    architecture = FAMILIES[config["model_type"]].gguf
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
     metadata: dict[str, Any] = {

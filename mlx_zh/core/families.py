@@ -1,0 +1,25 @@
+"""The model families that can be trained: decoders whose blocks have Llama's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What other programs call a family, and how its attention differs from Llama's."""
+
+    mlx_lm: str  # module of mlx_lm.models; no other is ever imported
+    architecture: str  # transformers' class
+    gguf: str  # general.architecture of a GGUF file
+    attention_bias: bool = False  # of queries, keys and values
+    query_key_norms: bool = False
+
+
+# By config.json's model_type.
+FAMILIES = {
+    "llama": Family("llama", "LlamaForCausalLM", "llama"),
+    "mistral": Family("llama", "MistralForCausalLM", "llama"),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", "qwen2", attention_bias=True),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", "qwen3", query_key_norms=True),
+}
