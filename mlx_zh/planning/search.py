@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_zh.core.logprobs import chunk_rows
 from mlx_zh.planning.fullest import Examples
 from mlx_zh.planning.memory import Estimate, step_memory
 from mlx_zh.planning.shapes import MemorySettings, ModelShape, Target, Trained
@@ -49,7 +50,7 @@ def relative_time(settings: MemorySettings, vocabulary_rows: int) -> float:
 
 def cheapest(step: Step, settings: MemorySettings, budget: float) -> Candidate | None:
     """The quickest settings whose peak is within `budget` bytes; those asked for where they fit; None if none do."""
-    default_rows = max(16, 2**25 // (4 * step.model.vocabulary))
+    default_rows = chunk_rows(step.model.vocabulary)
     asked = relative_time(settings, default_rows)
     micro = [settings.micro_tokens]
     while micro[-1] // 2 >= _SMALLEST_ROW:
@@ -72,6 +73,6 @@ def cheapest(step: Step, settings: MemorySettings, budget: float) -> Candidate |
 def least(step: Step, settings: MemorySettings) -> Candidate:
     """The settings with the smallest peak."""
     lowest = MemorySettings(min(_SMALLEST_ROW, settings.micro_tokens), True, 16)
-    rows = max(16, 2**25 // (4 * step.model.vocabulary))
+    rows = chunk_rows(step.model.vocabulary)
     cost = relative_time(lowest, rows) / relative_time(settings, rows) - 1
     return Candidate(lowest, step.memory(lowest), cost)
