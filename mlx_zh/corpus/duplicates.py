@@ -22,7 +22,7 @@ BANDS, ROWS = (
     8,
 )  # a pair of Jaccard similarity s meets in some band with 1 - (1 - s^8)^16: 0.95 at 0.8, 0.61 at 0.7
 HASHES = BANDS * ROWS
-SIGNATURE_BYTES, BAND_BYTES = HASHES * 2, BANDS * 4
+SIGNATURE_BYTES = HASHES * 2
 _SEED = 20240726
 _BLOCK = 2048  # pairs compared, or rows read, at once
 _MIX = np.uint32(0x9E3779B1)

@@ -12,15 +12,16 @@ A format is recognised by its columns. `columns` renames: our name → the file'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Unpack
 
 from mlx_zh.corpus.conversation import Conversation, Message
-from mlx_zh.corpus.preferences import iter_preferences as iter_preferences
-from mlx_zh.corpus.preferences import load_preferences as load_preferences
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import (
     Format,
+    LoadReport,
+    Reading,
     Row,
     check_turns,
     history_of,
@@ -30,36 +31,25 @@ from mlx_zh.corpus.rows import (
     system_of,
     text_of,
 )
-from mlx_zh.corpus.rows import LoadReport as LoadReport
 
 Messages = tuple[Message, ...]
 
 
-def load_conversations(
-    path: Path, *, format: str = "auto", on_invalid: str = "error", columns: Mapping[str, str] | None = None
-) -> tuple[list[Conversation], LoadReport]:
+def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Conversation], LoadReport]:
     """All conversations of a file and what became of its rows.
 
     Raises DataError for a file that cannot be read, and for rows that cannot be used: one error that lists them.
     on_invalid="skip" drops and counts such rows instead; only when no row is left is that an error.
     """
     report = LoadReport()
-    found = list(iter_conversations(path, format=format, on_invalid=on_invalid, columns=columns, report=report))
-    return found, report
+    return list(iter_conversations(path, report, **reading)), report
 
 
 def iter_conversations(
-    path: Path,
-    *,
-    format: str = "auto",
-    on_invalid: str = "error",
-    columns: Mapping[str, str] | None = None,
-    report: LoadReport | None = None,
+    path: Path, report: LoadReport | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Conversation]:
     """`load_conversations` one at a time; an error about rows is raised after the last one. Fills `report`."""
-    report = LoadReport() if report is None else report
-    rows = iter_rows(path, FORMATS, format=format, on_invalid=on_invalid, columns=columns, report=report)
-    for place, messages in rows:
+    for place, messages in iter_rows(path, FORMATS, report=report, **reading):
         yield Conversation(messages, place)
 
 

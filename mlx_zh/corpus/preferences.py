@@ -14,15 +14,16 @@ A format is recognised by its columns. `columns` renames: our name → the file'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import (
     Format,
     LoadReport,
+    Reading,
     Row,
     check_turns,
     history_of,
@@ -37,30 +38,20 @@ from mlx_zh.corpus.rows import (
 Pair = tuple[tuple[Message, ...], str, str]  # prompt, chosen, rejected
 
 
-def load_preferences(
-    path: Path, *, format: str = "auto", on_invalid: str = "error", columns: Mapping[str, str] | None = None
-) -> tuple[list[Preference], LoadReport]:
+def load_preferences(path: Path, **reading: Unpack[Reading]) -> tuple[list[Preference], LoadReport]:
     """All preference pairs of a file and what became of its rows; errors as in `load_conversations`.
 
     Empty responses, and pairs of responses that are the same but for surrounding white space, are invalid rows.
     """
     report = LoadReport()
-    found = list(iter_preferences(path, format=format, on_invalid=on_invalid, columns=columns, report=report))
-    return found, report
+    return list(iter_preferences(path, report, **reading)), report
 
 
 def iter_preferences(
-    path: Path,
-    *,
-    format: str = "auto",
-    on_invalid: str = "error",
-    columns: Mapping[str, str] | None = None,
-    report: LoadReport | None = None,
+    path: Path, report: LoadReport | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Preference]:
     """`load_preferences` one at a time; an error about rows is raised after the last one. Fills `report`."""
-    report = LoadReport() if report is None else report
-    rows = iter_rows(path, FORMATS, format=format, on_invalid=on_invalid, columns=columns, report=report)
-    for place, (prompt, chosen, rejected) in rows:
+    for place, (prompt, chosen, rejected) in iter_rows(path, FORMATS, report=report, **reading):
         yield Preference(prompt, chosen, rejected, place)
 
 

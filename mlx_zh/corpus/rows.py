@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
@@ -55,6 +55,14 @@ class LoadReport:
             places += other.examples[reason][: _EXAMPLES - len(places)]
 
 
+class Reading(TypedDict, total=False):
+    """How a file is read: in which format (auto: recognised), by which column names, and what of unusable rows."""
+
+    format: str
+    on_invalid: str  # error: one error that lists them; skip: drop and count them, an error only when no row is left
+    columns: Mapping[str, str] | None
+
+
 @dataclass(frozen=True)
 class Format(Generic[Parsed]):
     """A form of rows: its columns, how to recognise it, and how to read a row of it."""
@@ -69,12 +77,13 @@ def iter_rows(
     path: Path,
     formats: Mapping[str, Format[Parsed]],
     *,
-    format: str,
-    on_invalid: str,
-    columns: Mapping[str, str] | None,
-    report: LoadReport,
+    format: str = "auto",
+    on_invalid: str = "error",
+    columns: Mapping[str, str] | None = None,
+    report: LoadReport | None = None,
 ) -> Iterator[tuple[str, Parsed]]:
     """Each usable row's place and contents. Raises DataError, after the last row, for those that cannot be used."""
+    report = LoadReport() if report is None else report
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
     _check_names(formats, format, columns or {})

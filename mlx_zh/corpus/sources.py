@@ -13,7 +13,6 @@ from mlx_zh.corpus.conversation import Conversation, Preference
 from mlx_zh.corpus.rows import LoadReport
 
 Item = Conversation | Preference
-KINDS = ("sft", "dpo")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mlx_zh.corpus.conversation import Conversation, Message, with_system
-from mlx_zh.corpus.formats import LoadReport, iter_conversations, load_conversations
+from mlx_zh.corpus.formats import iter_conversations, load_conversations
+from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.errors import DataError
 
 Q, A = Message("user", "你好"), Message("assistant", "你好！")

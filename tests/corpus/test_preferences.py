@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_zh.corpus.conversation import Message, Preference
-from mlx_zh.corpus.formats import load_preferences
+from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.errors import DataError
 
