@@ -29,8 +29,8 @@ from mlx_zh.corpus.render import Rendered, RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import Estimate, step_memory
-from mlx_zh.planning.shapes import LINEAR, MemorySettings, Target, Trained, conversations, model_shape, pairs
-from mlx_zh.recipe import Dpo
+from mlx_zh.planning.shapes import Target, conversations, model_shape, pairs
+from mlx_zh.recipe import Dpo, Memory
 from mlx_zh.training.dpo_objective import DpoObjective
 from mlx_zh.training.objective import Settings
 from mlx_zh.training.optimizer import GroupedAdamW
@@ -80,6 +80,12 @@ class Case:
             "rms_norm_eps": 1e-5,
         }
 
+    @property
+    def adapter(self) -> AdapterSpec:
+        """What is trained."""
+        layers = self.trained_layers or self.layers
+        return AdapterSpec(self.kind, layers, self.rank, 2.0, self.dropout, self.targets)
+
 
 CASES = (
     Case("length 32", length=32, examples=32),
@@ -127,13 +133,6 @@ CASES = (
 
 def predict(case: Case) -> Estimate:
     """What the planner says."""
-    trained = Trained(
-        case.kind,
-        case.trained_layers or case.layers,
-        case.rank,
-        frozenset(case.targets or LINEAR),
-        case.dropout > 0,
-    )
     each = case.length if case.stage == "sft" else 3 * case.length
     together = min(case.examples, max(case.micro_tokens // each, 1))
     row = (
@@ -141,9 +140,9 @@ def predict(case: Case) -> Estimate:
         if case.stage == "sft"
         else pairs([(case.length,) * 3] * together)
     )
-    settings = MemorySettings(case.micro_tokens, case.checkpoint, case.logit_rows)
+    settings = Memory(micro_tokens=case.micro_tokens, checkpoint_layers=case.checkpoint, logit_rows=case.logit_rows)
     rows = -(-case.examples // together)
-    return step_memory(model_shape(case.config), trained, Target(4, None, False), row, settings, rows=rows)
+    return step_memory(model_shape(case.config), case.adapter, Target(4, None, False), row, settings, rows=rows)
 
 
 def measure(case: Case) -> float:
@@ -154,8 +153,7 @@ def measure(case: Case) -> float:
     model = llama.Model(llama.ModelArgs.from_dict(case.config))
     model.freeze()
     mx.eval(model.parameters())
-    layers = case.trained_layers or case.layers
-    add_adapter(model, AdapterSpec(case.kind, layers, case.rank, 2.0, case.dropout, case.targets), seed=0)
+    add_adapter(model, case.adapter, seed=0)
     objective = _objective(case)
     state = trainable(model)
     optimizer = GroupedAdamW(state, weight_decay=0.0, betas=(0.9, 0.999))

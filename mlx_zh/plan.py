@@ -53,7 +53,7 @@ def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
     from mlx_zh.stages import memory_check
     from mlx_zh.system import console
 
-    settings = memory_check.settings_of(recipe)
+    settings = recipe.memory
     estimate = step.memory(settings)
     row, rows = step.examples.fullest(settings.micro_tokens)
     console.say(

@@ -13,20 +13,19 @@ from project import Project
 
 from mlx_zh import plan
 from mlx_zh.errors import PlanError
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.fullest import Examples, alike
 from mlx_zh.planning.memory import head_bytes, step_memory, trained_values, weight_bytes
 from mlx_zh.planning.search import cheapest, least
 from mlx_zh.planning.shapes import (
     LINEAR,
-    MemorySettings,
     Packing,
     Target,
-    Trained,
     conversations,
     model_shape,
     pairs,
 )
-from mlx_zh.recipe import load_recipe
+from mlx_zh.recipe import Memory, load_recipe
 from mlx_zh.stages import memory_check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,12 +97,12 @@ def test_the_weights_of_llama_8b() -> None:
 def test_the_adapter_of_llama_8b() -> None:
     # q and o: 16 (4096 + 4096); k and v: 16 (4096 + 1024); gate, up and down: 16 (4096 + 14336); 32 layers.
     expected = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
-    assert trained_values(model_shape(LLAMA), Trained("lora", 32, 16)) == expected == 41_943_040
+    assert trained_values(model_shape(LLAMA), AdapterSpec("lora", 32, 16)) == expected == 41_943_040
 
 
 @pytest.mark.parametrize(("on_gpu", "most"), [(False, 4.5), (True, 12)])
 def test_the_head_holds_three_arrays_a_chunk_up_to_what_is_scheduled_ahead(on_gpu: bool, most: float) -> None:
-    shape, trained = model_shape(LLAMA | {"hidden_size": 64, "head_dim": 16}), Trained("lora", 1)
+    shape, trained = model_shape(LLAMA | {"hidden_size": 64, "head_dim": 16}), AdapterSpec("lora", 1)
     target = Target(4, None, on_gpu)
     chunk, states = 32 * 128256 * 4, 4 * 64 * 4
     assert head_bytes(shape, trained, target, 32, 32) == 3 * chunk + 32 * states
@@ -113,10 +112,10 @@ def test_the_head_holds_three_arrays_a_chunk_up_to_what_is_scheduled_ahead(on_gp
 
 
 def test_what_is_kept_grows_by_layer_and_token_and_what_is_not_trained_keeps_nothing() -> None:
-    shape, settings = model_shape(LLAMA), MemorySettings(1024, False)
+    shape, settings = model_shape(LLAMA), Memory(micro_tokens=1024)
 
     def kept(layers: int, tokens: int) -> float:
-        return step_memory(shape, Trained("lora", layers), METAL, conversations([tokens]), settings).parts[
+        return step_memory(shape, AdapterSpec("lora", layers), METAL, conversations([tokens]), settings).parts[
             "activations"
         ]
 
@@ -127,10 +126,10 @@ def test_what_is_kept_grows_by_layer_and_token_and_what_is_not_trained_keeps_not
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer() -> None:
-    shape, settings = model_shape(LLAMA), MemorySettings(1024, True)
+    shape, settings = model_shape(LLAMA), Memory(micro_tokens=1024, checkpoint_layers=True)
 
     def kept(layers: int) -> float:
-        return step_memory(shape, Trained("lora", layers), METAL, conversations([1024]), settings).parts[
+        return step_memory(shape, AdapterSpec("lora", layers), METAL, conversations([1024]), settings).parts[
             "activations"
         ]
 
@@ -161,7 +160,7 @@ def test_the_fullest_row_takes_the_longest_that_fit() -> None:
 def test_the_llama_recipes_fit_the_macs_they_are_named_after(size: int, stage: str) -> None:
     recipe = load_recipe(ROOT / f"recipes/llama31-8b-zh-{size}gb.yaml")
     place = memory_check.mac(size * GIB)
-    peak = memory_check.training_step(recipe, stage, LLAMA, place).memory(memory_check.settings_of(recipe)).peak
+    peak = memory_check.training_step(recipe, stage, LLAMA, place).memory(recipe.memory).peak
     assert 5e9 < peak < 0.85 * place.budget  # with room for what a Mac does beside
 
 
@@ -176,15 +175,19 @@ def test_a_mac_recommends_two_thirds_and_a_large_one_three_quarters() -> None:
 def test_the_cheapest_settings_that_fit() -> None:
     from mlx_zh.planning.search import Step
 
-    step = Step(model_shape(LLAMA), Trained("lora", 32), METAL, alike("sft", 1024, 16))
-    asked = MemorySettings(4096, False)
+    step = Step(model_shape(LLAMA), AdapterSpec("lora", 32), METAL, alike("sft", 1024, 16))
+    asked = Memory(micro_tokens=4096)
     assert step.memory(asked).peak > 24e9
     roomy = cheapest(step, asked, 40e9)
     assert roomy is not None and (roomy.settings, roomy.cost) == (asked, 0)
     fewer = cheapest(step, asked, 24e9)  # smaller rows cost less time than computing every layer again
-    assert fewer is not None and fewer.settings == MemorySettings(2048, False)
+    assert fewer is not None and fewer.settings == Memory(micro_tokens=2048)
     tight = cheapest(step, asked, 9e9)
-    assert tight is not None and tight.settings == MemorySettings(4096, True) and 0.3 < tight.cost < 0.4
+    assert (
+        tight is not None
+        and tight.settings == Memory(micro_tokens=4096, checkpoint_layers=True)
+        and 0.3 < tight.cost < 0.4
+    )
     assert cheapest(step, asked, 5e9) is None
     assert 5e9 < least(step, asked).estimate.peak < 6.1e9  # one example has its row, however long it is
     for found in (fewer, tight):
@@ -257,9 +260,7 @@ def test_long_examples_are_refused_once_they_are_known(project: Project, monkeyp
     place = memory_check.this_machine()
     short = alike("sft", 64, 4)
     needs = [
-        memory_check.training_step(recipe, "sft", config, place, examples)
-        .memory(memory_check.settings_of(recipe))
-        .peak
+        memory_check.training_step(recipe, "sft", config, place, examples).memory(recipe.memory).peak
         for examples in (short, long)
     ]
     assert needs[1] > 10 * needs[0]

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlx_zh.core.logprobs import chunk_rows
-from mlx_zh.planning.shapes import LINEAR, MemorySettings, ModelShape, Packing, Row, Target, Trained
+from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.shapes import LINEAR, ModelShape, Packing, Row, Target, adapted_matrices
+from mlx_zh.recipe import Memory
 
 FLOAT = 4
 
@@ -46,7 +48,7 @@ class Estimate:
 
 
 def step_memory(
-    model: ModelShape, trained: Trained, target: Target, row: Row, settings: MemorySettings, *, rows: int = 2
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory, *, rows: int = 2
 ) -> Estimate:
     """The peak of a training step whose largest of `rows` rows is `row`."""
     values = trained_values(model, trained)
@@ -78,7 +80,7 @@ def _added(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
     }
 
 
-def weight_bytes(model: ModelShape, target: Target, trained: Trained | None = None) -> float:
+def weight_bytes(model: ModelShape, target: Target, trained: AdapterSpec | None = None) -> float:
     """The base model's arrays. Blocks that are trained whole are float32."""
     matrices = {f"self_attn.{n}" if n[0] in "qkvo" else f"mlp.{n}": model.matrix(n) for n in LINEAR}
     block = sum(
@@ -93,7 +95,7 @@ def weight_bytes(model: ModelShape, target: Target, trained: Trained | None = No
     outer += model.hidden * target.value_bytes
     whole = 0
     if trained is not None and trained.kind == "full":
-        whole = trained.layers
+        whole = trained.num_layers
         if whole >= model.layers:
             outer = model.outer_values * FLOAT
     return (model.layers - whole) * block + whole * model.block_values * FLOAT + outer
@@ -116,21 +118,21 @@ def _matrix_weight(size: tuple[int, int], packing: tuple[int, int] | None, value
     return outputs * (inputs * bits / 8 + 2 * value_bytes * inputs / group)  # with a scale and a bias for each group
 
 
-def trained_values(model: ModelShape, trained: Trained) -> float:
+def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
     """How many numbers are trained."""
     if trained.kind == "full":
-        outer = model.outer_values if trained.layers >= model.layers else 0
-        return trained.layers * model.block_values + outer
-    sizes = [model.matrix(name) for name in trained.targets]
+        outer = model.outer_values if trained.num_layers >= model.layers else 0
+        return trained.num_layers * model.block_values + outer
+    sizes = [model.matrix(name) for name in adapted_matrices(trained)]
     values = sum(trained.rank * (inputs + outputs) for inputs, outputs in sizes)
     values += sum(outputs for _, outputs in sizes) if trained.kind == "dora" else 0
-    return trained.layers * values
+    return trained.num_layers * values
 
 
-def _kept(model: ModelShape, trained: Trained, target: Target, row: Row) -> dict[str, float]:
+def _kept(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
     """Bytes that one trained block leaves for its backward pass."""
     hidden, queries, keys, inner = model.hidden, model.queries, model.keys, model.intermediate
-    adapted = trained.targets if trained.kind != "full" else frozenset(LINEAR)
+    adapted = adapted_matrices(trained)
     inputs = {
         frozenset({"q_proj", "k_proj", "v_proj"}): hidden,
         frozenset({"o_proj"}): queries,
@@ -146,9 +148,9 @@ def _kept(model: ModelShape, trained: Trained, target: Target, row: Row) -> dict
     masks = 0.0
     for names, width in inputs.items():
         if found := names & adapted:
-            copies = len(found) if trained.dropout else 1  # every layer drops other values
+            copies = len(found) if trained.dropout > 0 else 1  # every layer drops other values
             values += copies * width
-            masks += copies * width if trained.dropout else 0
+            masks += copies * width if trained.dropout > 0 else 0
     if trained.kind != "full":
         values += 2 * trained.rank * len(adapted)
     if trained.kind == "dora":
@@ -163,7 +165,7 @@ def _kept(model: ModelShape, trained: Trained, target: Target, row: Row) -> dict
 
 
 def _ahead(
-    counts: dict[str, float], model: ModelShape, trained: Trained, target: Target, row: Row
+    counts: dict[str, float], model: ModelShape, trained: AdapterSpec, target: Target, row: Row
 ) -> dict[str, float]:
     """Bytes that MLX has allocated for kernels that are still to run."""
     size = target.value_bytes
@@ -177,36 +179,34 @@ def _ahead(
 
 
 def _backward(
-    model: ModelShape, trained: Trained, target: Target, row: Row, settings: MemorySettings, gradients: float
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory, gradients: float
 ) -> list[tuple[str, dict[str, float]]]:
     """At its beginning all that was kept is there, at its end all gradients."""
     kept = _kept(model, trained, target, row)
-    counts = _AHEAD_RECOMPUTED if settings.checkpoint else _AHEAD_BACKWARD
+    counts = _AHEAD_RECOMPUTED if settings.checkpoint_layers else _AHEAD_BACKWARD
     one = _added(kept, _ahead(counts, model, trained, target, row))
-    others = trained.layers - 1
-    if settings.checkpoint:
+    others = trained.num_layers - 1
+    if settings.checkpoint_layers:
         more = {"activations": float(others * row.tokens * model.hidden * target.value_bytes)}
     else:
         more = {name: others * value for name, value in kept.items()}
-    each = gradients / max(trained.layers, 1)
+    each = gradients / max(trained.num_layers, 1)
     return [
         ("backward pass, at its beginning", _added(one, more) | {"gradients": each}),
         ("backward pass, at its end", one | {"gradients": gradients}),
     ]
 
 
-def _scoring(
-    model: ModelShape, trained: Trained, target: Target, row: Row, settings: MemorySettings
-) -> dict[str, float]:
+def _scoring(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory) -> dict[str, float]:
     """While logits are computed, everything that the blocks left is there."""
-    if settings.checkpoint:
-        kept = {"activations": float(trained.layers * row.tokens * model.hidden * target.value_bytes)}
+    if settings.checkpoint_layers:
+        kept = {"activations": float(trained.num_layers * row.tokens * model.hidden * target.value_bytes)}
     else:
-        kept = {name: trained.layers * n for name, n in _kept(model, trained, target, row).items()}
+        kept = {name: trained.num_layers * n for name, n in _kept(model, trained, target, row).items()}
     return _added(kept, {"head": head_bytes(model, trained, target, row.scored, settings.logit_rows)})
 
 
-def head_bytes(model: ModelShape, trained: Trained, target: Target, scored: int, logit_rows: int | None) -> float:
+def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: int, logit_rows: int | None) -> float:
     """Logits and what becomes of them, for `scored` positions, with their hidden states and gradients."""
     if scored == 0:
         return 0.0
@@ -215,19 +215,19 @@ def head_bytes(model: ModelShape, trained: Trained, target: Target, scored: int,
     logits = rows * model.vocabulary * FLOAT
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
     total = min(each * chunks, _HEAD_MOST_ON_GPU if target.fused_attention else _HEAD_MOST) * logits
-    if trained.kind == "full" and trained.layers >= model.layers:
+    if trained.kind == "full" and trained.num_layers >= model.layers:
         total += min(chunks, _HEAD_GRADIENTS_MOST) * model.vocabulary * model.hidden * FLOAT
     return total + 4.0 * scored * model.hidden * target.value_bytes
 
 
-def _matrix_bytes(model: ModelShape, trained: Trained) -> float:
+def _matrix_bytes(model: ModelShape, trained: AdapterSpec) -> float:
     """The largest trained array of a block."""
-    sizes = [model.matrix(name) for name in (LINEAR if trained.kind == "full" else trained.targets)]
+    sizes = [model.matrix(name) for name in adapted_matrices(trained)]
     if trained.kind == "full":
         return max(inputs * outputs for inputs, outputs in sizes) * FLOAT
     return max(max(size) for size in sizes) * trained.rank * FLOAT
 
 
-def _outer_update(model: ModelShape, trained: Trained) -> float:
-    whole = trained.kind == "full" and trained.layers >= model.layers
+def _outer_update(model: ModelShape, trained: AdapterSpec) -> float:
+    whole = trained.kind == "full" and trained.num_layers >= model.layers
     return 2.0 * model.vocabulary * model.hidden * FLOAT if whole else 0.0

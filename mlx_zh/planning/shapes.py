@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_zh.core.families import FAMILIES
+from mlx_zh.models.adapters.spec import AdapterSpec
 
 # The linear layers of a block, by what goes in and what comes out; see `ModelShape.width`.
 LINEAR = {
@@ -96,15 +97,9 @@ class Target:
     fused_attention: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What is trained: `layers` blocks from the top; `targets` are names of `LINEAR`."""
-
-    kind: str
-    layers: int
-    rank: int = 16
-    targets: frozenset[str] = frozenset(LINEAR)
-    dropout: bool = False
+def adapted_matrices(trained: AdapterSpec) -> frozenset[str]:
+    """The names of `LINEAR` whose matrices are trained, or have an adapter."""
+    return frozenset(LINEAR if trained.kind == "full" or trained.targets is None else trained.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +136,3 @@ def pairs(sizes: Sequence[tuple[int, int, int]]) -> Row:
     for prompt, chosen, rejected in sizes:
         segments += [(prompt, prompt), (chosen, prompt + chosen), (rejected, prompt + rejected)]
     return Row(tuple(segments), sum(chosen + rejected for _, chosen, rejected in sizes))
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySettings:
-    """The recipe's `memory` section."""
-
-    micro_tokens: int
-    checkpoint: bool
-    logit_rows: int | None = None

@@ -20,7 +20,7 @@ from mlx_zh.core.packing import pack_conversations
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import trained_values
-from mlx_zh.planning.shapes import ModelShape, Target, Trained
+from mlx_zh.planning.shapes import ModelShape, Target
 from mlx_zh.training.step import set_weights
 
 _DTYPES = {2: mx.bfloat16, 4: mx.float32}
@@ -38,12 +38,12 @@ class Speed:
     update: float
 
     def step_seconds(
-        self, model: ModelShape, trained: Trained, *, tokens: float, scored: float, checkpoint: bool
+        self, model: ModelShape, trained: AdapterSpec, *, tokens: float, scored: float, checkpoint: bool
     ) -> float:
         """An optimizer step over so many tokens and scored positions."""
-        below = model.layers - trained.layers
+        below = model.layers - trained.num_layers
         block = self.step + (self.forward if checkpoint else 0.0)
-        blocks = tokens * (below * self.forward + trained.layers * block)
+        blocks = tokens * (below * self.forward + trained.num_layers * block)
         return blocks + scored * self.position + trained_values(model, trained) * self.update
 
     def forward_seconds(self, model: ModelShape, *, tokens: float, scored: float) -> float:
@@ -51,7 +51,7 @@ class Speed:
         return tokens * model.layers * self.forward + scored * self.position / 2
 
 
-def measure(model: ModelShape, trained: Trained, target: Target, *, length: int, seconds: float = 10.0) -> Speed:
+def measure(model: ModelShape, trained: AdapterSpec, target: Target, *, length: int, seconds: float = 10.0) -> Speed:
     """Time one block, a slice of the head and a piece of the optimizer, in about `seconds`, on rows of segments of
     `length` tokens."""
     block = _block(model, trained, target)
@@ -75,7 +75,7 @@ def timed(run: Callable[[], object], seconds: float) -> float:
     return statistics.median(taken)
 
 
-def _block(model: ModelShape, trained: Trained, target: Target) -> Any:
+def _block(model: ModelShape, trained: AdapterSpec, target: Target) -> Any:
     """An mlx-lm model of one block and a tiny vocabulary, in the target's precision, with its adapter."""
     from mlx_lm.models import llama
 
@@ -99,7 +99,7 @@ def _block(model: ModelShape, trained: Trained, target: Target) -> Any:
     made.freeze()
     mx.eval(made.parameters())
     kind = "lora" if trained.kind == "full" and packing is not None else trained.kind
-    add_adapter(made, AdapterSpec(kind, 1, trained.rank, targets=tuple(sorted(trained.targets)) or None), seed=0)
+    add_adapter(made, AdapterSpec(kind, 1, trained.rank, targets=trained.targets or None), seed=0)
     return made
 
 

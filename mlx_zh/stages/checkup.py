@@ -233,7 +233,7 @@ def fits(recipe: Recipe) -> Iterator[Check]:
     for name, split in (("sft", recipe.data.sft), ("dpo", recipe.data.dpo)):
         if not split.train:
             continue
-        step, settings = memory_check.training_step(recipe, name, config, place), memory_check.settings_of(recipe)
+        step, settings = memory_check.training_step(recipe, name, config, place), recipe.memory
         estimate = step.memory(settings)
         text = f"needs up to {estimate.peak / 1e9:.1f} GB of {place.budget / 1e9:.1f}"
         if estimate.peak <= place.budget:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_zh.errors import ModelError, PlanError
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.fullest import Examples, alike
 from mlx_zh.planning.memory import Estimate
 from mlx_zh.planning.search import Candidate, Step, cheapest, least
-from mlx_zh.planning.shapes import LINEAR, MemorySettings, Packing, Target, Trained, model_shape
-from mlx_zh.recipe import Recipe
+from mlx_zh.planning.shapes import LINEAR, Packing, Target, model_shape
+from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
 
@@ -58,24 +59,18 @@ def training_step(
             f"the config of {recipe.model.path} lacks a usable {error}. Download the model again."
         ) from error
     lora = recipe.lora
-    trained = Trained(
+    trained = AdapterSpec(
         kind=lora.type,
-        layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),
+        num_layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),
         rank=lora.rank,
-        targets=frozenset(LINEAR) if lora.targets == "all" else frozenset(lora.targets) & frozenset(LINEAR),
-        dropout=lora.dropout > 0 and stage == "sft",
+        dropout=lora.dropout if stage == "sft" else 0.0,
+        targets=None if lora.targets == "all" else tuple(name for name in lora.targets if name in LINEAR),
     )
     if examples is None:
         batch = recipe.training(stage).batch_size
         length = recipe.data.max_length
         examples = alike(stage, length if stage == "sft" else 3 * length // 2, batch)
     return Step(model, trained, target_of(recipe, config, place), examples)
-
-
-def settings_of(recipe: Recipe) -> MemorySettings:
-    """The recipe's `memory` section."""
-    memory = recipe.memory
-    return MemorySettings(memory.micro_tokens, memory.checkpoint_layers, memory.logit_rows)
 
 
 def target_of(recipe: Recipe, config: dict[str, Any], place: Place) -> Target:
@@ -128,7 +123,7 @@ def require(
     if not len(examples.tokens):
         return
     place = this_machine()
-    step, settings = training_step(recipe, stage, config, place, examples), settings_of(recipe)
+    step, settings = training_step(recipe, stage, config, place, examples), recipe.memory
     estimate = step.memory(settings)
     if estimate.peak <= place.budget:
         return
@@ -150,7 +145,7 @@ def too_much(stage: str, estimate: Estimate, place: Place) -> str:
     )
 
 
-def way_out(step: Step, settings: MemorySettings, place: Place) -> str:
+def way_out(step: Step, settings: Memory, place: Place) -> str:
     """The cheapest settings that fit, or that none do."""
     found = cheapest(step, settings, place.budget)
     if found is not None:
@@ -165,10 +160,10 @@ def way_out(step: Step, settings: MemorySettings, place: Place) -> str:
     )
 
 
-def overrides(found: MemorySettings, asked: MemorySettings) -> str:
+def overrides(found: Memory, asked: Memory) -> str:
     """Settings as they are written on a command line; only what differs."""
     changes = []
-    if found.checkpoint != asked.checkpoint:
+    if found.checkpoint_layers != asked.checkpoint_layers:
         changes.append("memory.checkpoint_layers=true")
     if found.micro_tokens != asked.micro_tokens:
         changes.append(f"memory.micro_tokens={found.micro_tokens}")
