@@ -92,7 +92,7 @@ def test_a_full_disk_fails(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is for Linux")
 def test_more_threads_than_idle_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "blas_warning", lambda: None)
+    monkeypatch.setattr(checkup, "blas_warning", lambda: None)
     monkeypatch.setattr(device, "is_cpu", lambda: True)
     monkeypatch.setattr(checkup, "free_cores", lambda: 8)
     monkeypatch.setattr("os.getloadavg", lambda: (5.2, 5.0, 5.0))
@@ -101,7 +101,7 @@ def test_more_threads_than_idle_cores_are_warned_of(monkeypatch: pytest.MonkeyPa
     assert "OPENBLAS_NUM_THREADS=3" in checkup.blas().remedy
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
     assert checkup.blas().level == "ok"
-    monkeypatch.setattr(device, "blas_warning", lambda: "MLX is using the reference BLAS: do this")
+    monkeypatch.setattr(checkup, "blas_warning", lambda: "MLX is using the reference BLAS: do this")
     assert checkup.blas().level == "warn"
 
 
