@@ -6,7 +6,6 @@ for together with their options, since "the capital is ____" alone is no questio
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.corpus.exam_table import read_table
 from mlx_zh.corpus.shingles import Hashes, Letters, Offsets, letters
 from mlx_zh.errors import DataError
 from mlx_zh.system.storage import written_whole
@@ -37,26 +37,26 @@ def read_questions(folder: Path, exam: str) -> list[Question]:
     """Every question of an exam's CSV files (question, A, B, C, D), whichever split they lie in."""
     found = []
     for path in sorted(folder.rglob("*.csv")):
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                for number, row in enumerate(csv.DictReader(file), start=1):
-                    found.append(_question(row, f"{exam} {path.parent.name}/{path.stem} {number}"))
-        except (UnicodeDecodeError, csv.Error, KeyError) as error:
-            raise DataError(
-                f"{path}: not an exam's CSV file in UTF-8 with the columns question, A, B, C, D ({error})"
-            ) from error
+        problems: list[str] = []
+        table = read_table(path, problems)
+        if table is not None and table.rows and "question" not in table.columns:
+            problems.append(f"{path}:1: column question is missing.")
+        if table is None or problems:
+            raise DataError(f"{problems[0]} An exam's CSV file is in UTF-8 and has the columns question, A, B, C, D.")
+        for number, (_, row) in enumerate(table.rows, start=1):
+            fields = {name: row[place] for name, place in table.columns.items() if place < len(row)}
+            found.append(_question(fields, f"{exam} {path.parent.name}/{path.stem} {number}"))
     if not found:
         raise DataError(f"{folder}: no CSV file with questions of {exam}; it must hold dev/ and val/ or test/")
     return found
 
 
-def _question(row: Mapping[str, str | None], place: str) -> Question:
-    lower = {(name or "").lower(): value or "" for name, value in row.items() if isinstance(value, str)}
-    stem = lower["question"]
+def _question(fields: Mapping[str, str], place: str) -> Question:
+    stem = fields.get("question", "")
     size = sum(map(str.isalnum, stem))
     if size >= _LONG:
         return Question(place, (stem,))
-    options = [lower.get(letter.lower(), "") for letter in _LETTERS]
+    options = [fields.get(letter.lower(), "") for letter in _LETTERS]
     marked = [f"{letter} {option}" for letter, option in zip(_LETTERS, options, strict=True)]
     alone = (stem,) if size >= _ALONE else ()
     return Question(place, (*alone, " ".join([stem, *options]), " ".join([stem, *marked])))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_zh.errors import DataError
+from mlx_zh.corpus.exam_table import read_table
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -29,12 +26,10 @@ def read_questions(path: Path, problems: list[str], *, need_answer: bool) -> tup
     Column names are compared without regard to case; the id is the column `id`, or the unnamed first one. Without
     `need_answer` the column answer may be missing as a whole.
     """
-    text = _text(path, problems)
-    if text is None:
+    table = read_table(path, problems)
+    if table is None:
         return ()
-    rows = _rows(path, text, problems)
-    header = [name.strip() for name in next(rows, (0, []))[1]]
-    columns = {name.casefold(): number for number, name in reversed(list(enumerate(header)))}
+    header, columns = table.header, table.columns
     identity = columns.get("id", columns.get(""))
     wanted = ["question", *(letter.casefold() for letter in LETTERS)]
     has_answer = "answer" in columns
@@ -48,7 +43,7 @@ def read_questions(path: Path, problems: list[str], *, need_answer: bool) -> tup
         return ()
     questions: list[Question] = []
     seen: dict[str, int] = {}
-    for line, row in rows:
+    for line, row in table.rows:
         if len(row) != len(header):
             problems.append(f"{path}:{line}: {len(row)} fields where the header has {len(header)}.")
             continue
@@ -75,44 +70,3 @@ def _wrong(question: str, options: tuple[str, ...], answer: str | None) -> list[
     if answer is not None and answer not in LETTERS:
         wrong.append(f"the answer must be A, B, C or D, found {answer!r}.")
     return wrong
-
-
-def _text(path: Path, problems: list[str]) -> str | None:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        other = _other_encoding(data)
-        remedy = f"it looks like {other}: convert it, `iconv -f {other} -t UTF-8`" if other else "save it as UTF-8"
-        problems.append(f"{path}:{line}: not UTF-8 text; {remedy}.")
-        return None
-
-
-def _other_encoding(data: bytes) -> str | None:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "UTF-16"
-    try:
-        data.decode("gb18030")
-    except UnicodeDecodeError:
-        return None
-    return "GBK"
-
-
-def _rows(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of every row that is not blank."""
-    reader = csv.reader(io.StringIO(text, newline=""))
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            problems.append(f"{path}:{line}: not readable as CSV: {error}; is a quotation mark left open?")
-            return
-        if any(field.strip() for field in row):
-            yield line, row

@@ -1,0 +1,77 @@
+"""An exam's CSV file as a table, for those who ask its questions and those who keep them out of the data."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_zh.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows that are not blank, each with its first line in the file."""
+
+    header: list[str]
+    rows: list[tuple[int, list[str]]]
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """Where each column is, by its name in lower case; the first of several that are called the same."""
+        return {name.casefold(): number for number, name in reversed(list(enumerate(self.header)))}
+
+
+def read_table(path: Path, problems: list[str]) -> Table | None:
+    """The table of a UTF-8 file, as far as it can be read; None where it is not UTF-8.
+
+    What is wrong is added to `problems` with file and line. Raises DataError for a file that cannot be opened.
+    """
+    text = _text(path, problems)
+    if text is None:
+        return None
+    rows = list(_rows(path, text, problems))
+    return Table([name.strip() for name in rows[0][1]] if rows else [], rows[1:])
+
+
+def _text(path: Path, problems: list[str]) -> str | None:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        other = _other_encoding(data)
+        remedy = f"it looks like {other}: convert it, `iconv -f {other} -t UTF-8`" if other else "save it as UTF-8"
+        problems.append(f"{path}:{line}: not UTF-8 text; {remedy}.")
+        return None
+
+
+def _other_encoding(data: bytes) -> str | None:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    try:
+        data.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    return "GBK"
+
+
+def _rows(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """(first line, fields) of every row that is not blank."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.append(f"{path}:{line}: not readable as CSV: {error}; is a quotation mark left open?")
+            return
+        if any(field.strip() for field in row):
+            yield line, row
