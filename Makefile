@@ -17,7 +17,7 @@ test: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The numeric tests with every matrix kernel of OpenBLAS that this processor can run, on one thread and on two.
-test-cores: $(INSTALLED)
+test-cores: $(DEVELOP)
 	$(BIN)/python tests/core_types.py
 
 # Every stage killed again and again, and the result compared with a run that nobody disturbed (docs/reliability.md).
