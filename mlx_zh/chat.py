@@ -98,6 +98,7 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.generate import Sampling
     from mlx_zh.models.load import load_model
+    from mlx_zh.system import console
 
     if recipe:
         source = recipe.model
@@ -107,10 +108,11 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
             revision=source.revision,
             dtype=source.dtype,
             quantize=(source.quantize.bits, source.quantize.group_size) if source.quantize else None,
+            progress=console.DownloadBar(),
         )
         renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     else:
-        loaded = load_model(arguments.target, hub=arguments.hub or "huggingface")
+        loaded = load_model(arguments.target, hub=arguments.hub or "huggingface", progress=console.DownloadBar())
         renderer = Renderer(loaded.tokenizer)
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)

@@ -81,6 +81,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _exams(recipe: Recipe, shots: int) -> list[Exam]:
     from mlx_zh.errors import RecipeError
     from mlx_zh.exams.archives import open_exam
+    from mlx_zh.system import console
 
     settings = recipe.evaluate
     if not settings.benchmarks:
@@ -93,6 +94,7 @@ def _exams(recipe: Recipe, shots: int) -> list[Exam]:
             split=settings.split,
             shots=shots,
             limit=settings.limit,
+            progress=console.DownloadBar(),
         )
         for name in dict.fromkeys(settings.benchmarks)
     ]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mlx_zh import prepare
-from mlx_zh.corpus import fetch
+from mlx_zh.corpus import data_files
 from mlx_zh.errors import DownloadError
 
 CHARACTERS = [chr(code) for code in range(0x4E00, 0x5600)]
@@ -195,10 +195,10 @@ def test_a_recipe_is_needed(run_stage, capsys):
 
 
 def test_the_hubs_error_reaches_the_user(folder: Path, monkeypatch):
-    def limited(name: str, entry: Any) -> list[Path]:
+    def limited(name: str, entry: Any, progress: Any) -> list[Path]:
         raise DownloadError("belle-1m: BelleGroup/train_1M_CN could not be downloaded: the server answers 429")
 
-    monkeypatch.setitem(fetch._HUBS, "huggingface", limited)
+    monkeypatch.setitem(data_files._PLACES, "huggingface", limited)
     with pytest.raises(DownloadError, match="answers 429"):
         prepare.main(["recipe.yaml", "data.sft.train=[belle-1m]"])
     assert not Path("runs").exists() and not list(Path("cache").rglob("manifest.json"))

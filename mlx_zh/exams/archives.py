@@ -16,6 +16,7 @@ from mlx_zh.exams.exam import Exam, load_benchmark, load_exam
 from mlx_zh.system import hub as hubs
 from mlx_zh.system import storage
 from mlx_zh.system.digests import file_digest
+from mlx_zh.system.downloads import Progress
 from mlx_zh.system.storage import storage_errors, sync_folder
 
 # Only these are taken out of an archive, under names made here: nothing can land elsewhere.
@@ -25,14 +26,16 @@ _LARGEST_ARCHIVE = 128 * 2**20
 _MOST_FILES = 1000  # C-Eval has 156
 
 
-def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface") -> Path:
+def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface", progress: Progress | None = None) -> Path:
     """The folder with the benchmark's CSV files, downloaded from `hub` where it is not in the cache.
 
     Raises DownloadError where the archive cannot be had, is damaged, or does not hold the benchmark's files.
     """
     place = benchmark.hubs[hub]
     try:
-        folder = hubs.download(place["repository"], hub, dataset_file=place["archive"])
+        folder = hubs.download(
+            place["repository"], hub, kind="dataset", patterns=(place["archive"],), progress=progress
+        )
     except DownloadError as error:
         raise DownloadError(
             f"{error} For a copy that you have, set evaluate.folder: {{{benchmark.key}: FOLDER}}, where FOLDER holds "
@@ -104,7 +107,14 @@ def _check(benchmark: Benchmark, archive: Path, folder: Path) -> None:
 
 
 def open_exam(
-    name: str, *, folders: Mapping[str, str], hub: str, split: str | None, shots: int, limit: int | None
+    name: str,
+    *,
+    folders: Mapping[str, str],
+    hub: str,
+    split: str | None,
+    shots: int,
+    limit: int | None,
+    progress: Progress | None = None,
 ) -> Exam:
     """The exam called `name`: ceval or cmmlu (from its folder in `folders`, else from `hub`), or a path to one's own.
 
@@ -120,7 +130,7 @@ def open_exam(
     published = benchmark(name)
     if given := folders.get(name):
         return load_benchmark(published, Path(given), split=split, shots=shots).limited(limit)
-    exam = load_benchmark(published, benchmark_folder(published, hub), split=split, shots=shots)
+    exam = load_benchmark(published, benchmark_folder(published, hub, progress), split=split, shots=shots)
     if len(exam) != exam.expected:
         raise DataError(
             f"{hub} delivered {len(exam)} questions of {exam.title} {exam.split}, which has {exam.expected}. Use "

@@ -11,6 +11,7 @@ from mlx_zh.errors import ModelError
 from mlx_zh.models import folder, gguf, gguf_model, gguf_tokenizer, wheel
 from mlx_zh.models.build import DTYPES, build_model
 from mlx_zh.system import device, hub
+from mlx_zh.system.downloads import Progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -37,11 +38,13 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]  # every id that ends a turn, the tokenizer's own first
 
 
-def resolve_model(path: str, *, hub: str = "huggingface", revision: str | None = None) -> Path:
+def resolve_model(
+    path: str, *, hub: str = "huggingface", revision: str | None = None, progress: Progress | None = None
+) -> Path:
     """The folder or .gguf file that `path` stands for, downloaded where needed.
 
-    `path` is a local folder or file, a hub id ("org/name"), or the built-in name. ModelError if it is none of them;
-    DownloadError if it cannot be obtained.
+    `path` is a local folder or file, a hub id ("org/name"), or the built-in name. `progress` is told of large files
+    as they arrive. ModelError if it is none of them; DownloadError if it cannot be obtained.
     """
     if path == BUILT_IN:
         return wheel.small_model()
@@ -66,11 +69,11 @@ def resolve_model(path: str, *, hub: str = "huggingface", revision: str | None =
             f"There is no model at {path!r}. Give a folder with config.json and *.safetensors, a .gguf file, a hub "
             f"id such as mlx-community/Meta-Llama-3.1-8B-Instruct-4bit, or {BUILT_IN}."
         )
-    return _download(path, hub, revision)
+    return _download(path, hub, revision, progress)
 
 
-def _download(name: str, kind: str, revision: str | None) -> Path:
-    return hub.download(name, kind, revision)
+def _download(name: str, kind: str, revision: str | None, progress: Progress | None) -> Path:
+    return hub.download(name, kind, revision, progress=progress)
 
 
 def _inside(path: Path) -> Path:
@@ -111,7 +114,7 @@ def _with_packing(place: Path) -> dict[str, Any]:
 
 
 def _download_config(name: str, kind: str, revision: str | None) -> Path:
-    return hub.download(name, kind, revision, only=("config.json",))
+    return hub.download(name, kind, revision, patterns=("config.json",))
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -128,6 +131,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     quantize: tuple[int, int] | None = None,
+    progress: Progress | None = None,
 ) -> LoadedModel:
     """Find, check and load a model and its tokenizer.
 
@@ -138,7 +142,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-    place = resolve_model(path, hub=hub, revision=revision)
+    place = resolve_model(path, hub=hub, revision=revision, progress=progress)
     try:
         return _load(place, path, dtype, quantize)
     except OSError as error:

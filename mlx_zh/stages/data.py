@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
-from mlx_zh.corpus.fetch import fetch, folder_files
+from mlx_zh.corpus.data_files import folder_files, registered_files
 from mlx_zh.corpus.registry import Registry, find, load_registry
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
@@ -119,7 +119,7 @@ def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, valid
         files, generate = [], (seed, source.max_samples or entry.rows or 10_000)
     else:
         assert entry is not None
-        files = fetch(source.label, entry)
+        files = registered_files(source.label, entry, console.DownloadBar())
     return DataSource(
         name=source.label,
         files=tuple(map(str, files)),
@@ -169,7 +169,7 @@ def _exams(recipe: Recipe) -> Exams:
             continue
         try:
             hub = recipe.evaluate.hub or recipe.model.hub
-            folders[name] = given.get(name) or str(benchmark_folder(benchmark(name), hub))
+            folders[name] = given.get(name) or str(benchmark_folder(benchmark(name), hub, console.DownloadBar()))
         except DownloadError as error:
             missing[name] = str(error)
     return Exams(folders, missing, asked.ngram, asked.overlap)

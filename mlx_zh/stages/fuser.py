@@ -23,7 +23,7 @@ from mlx_zh.models.load import resolve_model
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
-from mlx_zh.system import device
+from mlx_zh.system import console, device
 from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
 
 _CONFIGS = 40_000_000  # tokenizer and other small files, in bytes, generously
@@ -88,13 +88,14 @@ class Fuser:
     def __init__(self, recipe: Recipe, adapter: Path, original: str | None) -> None:
         self.recipe, self.export = recipe, recipe.export
         model = recipe.model
-        place = resolve_model(model.path, hub=model.hub, revision=model.revision)
+        bar = console.DownloadBar()
+        place = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=bar)
         base = open_source(place, model.path, quantize=model.quantization)
         # A model that is quantized on load has its full-precision original in the same place.
         original = original or (model.path if model.quantize else None)
         full = None
         if original is not None:
-            full = open_source(resolve_model(original, hub=model.hub), original)
+            full = open_source(resolve_model(original, hub=model.hub, progress=bar), original)
         self.fusion = Fusion(base, open_adapter(adapter, base), full)
         self.fusion.check_original()
         self.licence = licences.find_licence(base)

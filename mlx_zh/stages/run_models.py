@@ -87,6 +87,7 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
         revision=source.revision,
         dtype=source.dtype,
         quantize=source.quantization,
+        progress=console.DownloadBar(),
     )
     check_supported(loaded.model, loaded.config)
     if world and world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
-from mlx_zh.system import storage
+from mlx_zh.system import console, storage
 from mlx_zh.system.digests import text_digest
 from mlx_zh.system.storage import write_json, write_text
 
@@ -72,7 +72,7 @@ def open_tokenizer(model: Model) -> SnapshotTokenizer:
     """The tokenizer of a recipe's model. Raises ModelError, DownloadError."""
     from mlx_zh.models.load import resolve_model
 
-    place = resolve_model(model.path, hub=model.hub, revision=model.revision)
+    place = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=console.DownloadBar())
     folder = storage.cache_folder() / "tokenizers" / _key(place)
     if not (folder / "whole").exists():
         _in_a_process(str(folder), str(place))

@@ -147,6 +147,46 @@ class RowBar:
         self._bar.close()
 
 
+class DownloadBar:
+    """Bytes of a file as they arrive, with speed and time left; files follow one another.
+
+    It shows itself on the error stream, for answers and reports go to the output, and only where a file takes more
+    than a second.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._name = ""
+
+    def __call__(self, name: str, here: int, total: int | None) -> None:
+        """So many bytes of a file are here. A number below the last one: the file was begun again."""
+        if self._bar is None or name != self._name or here < self._bar.n:
+            self._begin(name, here, total)
+        self._bar.update(here - self._bar.n)
+        if here == total:
+            self._bar.close()
+            self._bar = None
+
+    def _begin(self, name: str, here: int, total: int | None) -> None:
+        from tqdm import tqdm
+
+        if self._bar is not None:
+            self._bar.close()
+        self._name = name
+        self._bar = tqdm(
+            total=total,
+            initial=here,
+            desc=printable(name),
+            unit="B",
+            unit_scale=True,
+            delay=1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 15,
+        )
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them."""
     if seconds < 90:

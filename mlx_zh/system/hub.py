@@ -1,18 +1,39 @@
-"""Download a model from Hugging Face or ModelScope: weights as safetensors, and small text files. No code."""
+"""Models, data sets and single files from Hugging Face or ModelScope: no code is fetched, and every SHA-256 checked.
+
+Each hub's own library keeps the cache. `huggingface_hub` throws away the part of a file that had arrived when it was
+killed, so large files are brought by `downloads`, which goes on where it stopped, into that cache.
+"""
 
 from __future__ import annotations
 
-import errno
+import functools
 import os
 import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlx_zh.errors import DownloadError, ModelError, StorageError
-from mlx_zh.system import storage
+from mlx_zh.system import downloads, storage
 from mlx_zh.system.digests import FileDigests
+from mlx_zh.system.downloads import STATUS, Progress, RemoteFile, chain, fetch_file, first_line, full_disk
 
-_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+_MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked of a hub. `called` is how messages speak of it, `way` what the user can do without it."""
+
+    name: str
+    revision: str | None
+    kind: Literal["model", "dataset"]
+    patterns: tuple[str, ...]  # none: every file
+    called: str
+    way: str
+    progress: Progress | None
 
 
 def download(
@@ -20,26 +41,27 @@ def download(
     hub: str = "huggingface",
     revision: str | None = None,
     *,
-    dataset_file: str | None = None,
-    only: tuple[str, ...] = (),
+    kind: Literal["model", "dataset"] = "model",
+    patterns: tuple[str, ...] = (),
+    called: str = "",
+    way: str = "",
+    progress: Progress | None = None,
 ) -> Path:
-    """The local folder of `name` ("org/model") at `revision` (branch, tag or commit), from the cache where possible.
+    """The local folder of `name` ("org/name") at `revision` (branch, tag or commit), from the cache where possible.
 
-    With `dataset_file`, `name` is a data set and only that file of it is brought; with `only`, a model's files of
-    these names.
+    Brought are the files that fit `patterns`; without any, all files of a data set, and of a model its weights as
+    safetensors and its small text files. `called` and `way` are for messages: what the user calls it, and what to do
+    where it cannot be had. `progress` is told of large files as they arrive.
 
-    Raises DownloadError with the way out for a missing, gated or unreachable model; StorageError on a full disk.
+    Raises DownloadError with the way out for what is missing, gated, unreachable or damaged; StorageError on a full
+    disk; ModelError for a hub that is not known.
     """
     if hub not in _HUBS:
         raise ModelError(f"hub {hub!r} is not known; choose {' or '.join(_HUBS)}.")
-    try:
-        return _HUBS[hub](name, revision, _what(dataset_file, only))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"The disk is full: {name} could not be stored. Make room and start again; what has arrived is kept."
-            ) from error
-        raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS[hub]}") from error
+    fitting = patterns or (_MODEL_FILES if kind == "model" else ())
+    wanted = _Wanted(name, revision, kind, fitting, called or name, way or _WAYS[hub], progress)
+    with full_disk(wanted.called):
+        return _HUBS[hub](wanted)
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -57,15 +79,15 @@ def commit_of(folder: Path) -> str | None:
     return noted[0] if noted else None
 
 
-def check_digests(folder: Path) -> None:
+def check_digests(folder: Path, kind: str = "model") -> None:
     """Read what Hugging Face's cache holds under a SHA-256, and compare; a file is read once, then remembered.
 
     The library checks sizes alone. Raises DownloadError for a damaged file, which is removed, to be fetched again.
     """
     blobs = [path for path in folder.rglob("*") if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
-    found = FileDigests(storage.cache_folder() / "models.json").digests(str(path) for path in blobs)
+    known = FileDigests(storage.cache_folder() / f"{kind}s.json").digests(str(path) for path in blobs)
     for path in blobs:
-        if found[str(path)] != path.resolve().name:
+        if known[str(path)] != path.resolve().name:
             path.resolve().unlink()
             path.unlink()
             raise DownloadError(
@@ -73,86 +95,231 @@ def check_digests(folder: Path) -> None:
             )
 
 
-def _huggingface(name: str, revision: str | None, what: dict[str, Any]) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
+# ---- Hugging Face
 
-    at = f" at revision {revision!r}" if revision else ""
+
+def _huggingface(wanted: _Wanted) -> Path:
+    limit_requests()
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **what))
-        check_digests(folder)
-        return folder
-    except DownloadError:
+        folder = _snapshot(wanted)
+    except (DownloadError, StorageError):
         raise
-    except errors.GatedRepoError as error:
-        raise DownloadError(
-            f"{name} is gated: its owner asks for your consent first. Accept the conditions on its page "
-            f"({_endpoint()}/{name}), make an access token there, and run `huggingface-cli login` (or set HF_TOKEN)."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise DownloadError(f"{name} has no revision {revision!r}; check it on {_endpoint()}/{name}.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise DownloadError(
-            f"{_endpoint()} has no model {name}, or it is private. Check the spelling; for a private model run "
-            "`huggingface-cli login`; if you meant a folder, it does not exist."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-        reason = "HF_HUB_OFFLINE is set, and it is not in the cache" if offline else _first_line(error)
-        raise DownloadError(f"{name}{at} could not be downloaded: {reason}.{_WAYS['huggingface']}") from error
-    except errors.HFValidationError as error:
-        raise DownloadError(f"{name!r} is not a hub id: {_first_line(error)}.") from error
-    except OSError:
-        raise
-    except Exception as error:  # the HTTP library's own errors: no route, no name, bad certificate, bad proxy
-        raise DownloadError(
-            f"{name}{at} could not be downloaded: {_first_line(error)}.{_WAYS['huggingface']}"
-        ) from error
-
-
-def _modelscope(name: str, revision: str | None, what: dict[str, Any]) -> Path:
-    try:
-        from modelscope import snapshot_download
-    except ImportError as error:
-        raise DownloadError(
-            f"`hub: modelscope` needs a package that is not installed, so {name} was not downloaded. Run "
-            "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
-        ) from error
-    try:
-        return Path(snapshot_download(name, revision=revision, **what))
-    except OSError as error:
-        if error.errno is not None:
+    except Exception as error:  # the library's own errors, the HTTP library's, and the operating system's
+        if downloads.is_full(error):
             raise
-        raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
-    except Exception as error:  # modelscope raises its own, requests' and plain exceptions
-        raise DownloadError(f"{name} could not be downloaded: {_first_line(error)}.{_WAYS['modelscope']}") from error
+        raise _explained(error, wanted, endpoint()) from error
+    check_digests(folder, wanted.kind)
+    return folder
 
 
-def _what(dataset_file: str | None, only: tuple[str, ...]) -> dict[str, Any]:
-    if dataset_file is None:
-        return {"allow_patterns": list(only) or _FILES}
-    return {"repo_type": "dataset", "allow_patterns": [dataset_file]}
+def _snapshot(wanted: _Wanted) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    revision = wanted.revision
+    what: dict[str, Any] = {"repo_type": wanted.kind, "allow_patterns": list(wanted.patterns) or None}
+    if not _offline():
+        # Where the hub does not answer, this is the commit that the cache knows.
+        revision = huggingface_hub.resolve_revision(wanted.name, repo_type=wanted.kind, revision=wanted.revision)
+        try:
+            huggingface_hub.snapshot_download(wanted.name, revision=revision, local_files_only=True, **what)
+        except LocalEntryNotFoundError:
+            _bring_large_files(wanted, revision.resolved)
+    return Path(huggingface_hub.snapshot_download(wanted.name, revision=revision, tqdm_class=_silent(), **what))
 
 
-_HUBS = {"huggingface": _huggingface, "modelscope": _modelscope}
+def _bring_large_files(wanted: _Wanted, commit: str) -> None:
+    """Put the files that the hub keeps by SHA-256 (LFS and Xet) where the library's cache has them."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # loaded on demand, which hides it from mypy
+        build_hf_headers,
+        filter_repo_objects,
+        hf_raise_for_status,
+    )
 
-_WAYS = {
-    "huggingface": (
-        " Check the network. Where Hugging Face cannot be reached, set HF_ENDPOINT to the address of a mirror "
-        "or use `hub: modelscope`; or give the path of a folder that you downloaded another way."
-    ),
-    "modelscope": (
-        " Check the network and the name on ModelScope (it can differ from Hugging Face's); or use "
-        "`hub: huggingface`, or give the path of a folder that you downloaded another way."
-    ),
-}
+    store = Path(constants.HF_HUB_CACHE) / f"{wanted.kind}s--{wanted.name.replace('/', '--')}" / "blobs"
+    tree = huggingface_hub.HfApi().list_repo_tree(wanted.name, recursive=True, revision=commit, repo_type=wanted.kind)
+    large = {
+        file.path: file.lfs.sha256
+        for file in tree
+        if isinstance(file, huggingface_hub.RepoFile) and file.lfs is not None
+    }
+    for path in filter_repo_objects(large, allow_patterns=list(wanted.patterns) or None):
+        digest = large[path]
+        if not _SHA256.fullmatch(digest):  # it becomes a file's name
+            raise DownloadError(f"{wanted.called}: {endpoint()} gives no SHA-256 for {path}. {wanted.way}")
+        fetch_file(
+            RemoteFile(
+                huggingface_hub.hf_hub_url(wanted.name, path, repo_type=wanted.kind, revision=commit),
+                f"{wanted.called}: {path}",
+                wanted.way,
+                digest,
+                build_hf_headers(),
+                huggingface_hub.get_session(),
+                hf_raise_for_status,
+            ),
+            store / digest,
+            wanted.progress,
+        )
 
 
-def _endpoint() -> str:
+@functools.cache
+def limit_requests() -> None:
+    """Give each question that huggingface_hub asks a server in this process the time limits of `downloads`.
+
+    The library asks some questions without any limit, and others six times. A host that was silent twice running is
+    therefore not waited for again within a minute.
+    """
+    import httpx2
+    import huggingface_hub
+
+    silent: dict[str, tuple[int, float, type[httpx2.TimeoutException]]] = {}
+
+    class Client(httpx2.Client):
+        def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            if request.method not in ("GET", "HEAD"):
+                return super().send(request, **options)  # what is uploaded may take its time
+            host = request.url.netloc.decode()
+            times, last, kind = silent.get(host, (0, 0.0, httpx2.ReadTimeout))
+            if times >= 2 and time.monotonic() - last < 60:
+                raise kind("not waited for again", request=request)
+            limits = httpx2.Timeout(downloads.LIMITS.silence, connect=downloads.LIMITS.connect)
+            request.extensions = {**request.extensions, "timeout": limits.as_dict()}
+            try:
+                answer = super().send(request, **options)
+            except httpx2.TimeoutException as error:
+                silent[host] = (silent.get(host, (0,))[0] + 1, time.monotonic(), type(error))
+                raise
+            silent.pop(host, None)
+            return answer
+
+    hooks = list(huggingface_hub.get_session().event_hooks["request"])
+    huggingface_hub.set_client_factory(
+        lambda: Client(event_hooks={"request": hooks}, follow_redirects=True, timeout=None)
+    )
+
+
+def endpoint() -> str:
+    """The address of Hugging Face, or of the mirror in HF_ENDPOINT."""
     from huggingface_hub.constants import ENDPOINT
 
     return os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _silent() -> type:
+    """The library's progress bars without a display: nothing below the stages prints."""
+    from tqdm import tqdm
+
+    class Silent(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    return Silent
+
+
+# ---- ModelScope
+
+# What the library reads when it is imported: the limits of `downloads`. Its limit of an hour for one file would end a
+# download of 5 GB at less than 1.4 MB a second, so it gets a day.
+_MODELSCOPE_SETTINGS = {
+    "MODELSCOPE_API_CONNECT_TIMEOUT": "{0.connect:.0f}",
+    "MODELSCOPE_API_TIMEOUT": "{0.silence:.0f}",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "{0.silence:.0f}",
+    "MODELSCOPE_API_MAX_RETRIES": "2",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
+    "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "86400",
+}
+
+
+def _modelscope(wanted: _Wanted) -> Path:
+    """The library itself goes on where it stopped, and compares each file with the SHA-256 of the hub's listing."""
+    for name, value in _MODELSCOPE_SETTINGS.items():
+        os.environ.setdefault(name, value.format(downloads.LIMITS))
+    try:
+        if wanted.kind == "model":
+            from modelscope import snapshot_download as snapshot
+        else:
+            from modelscope import dataset_snapshot_download as snapshot
+    except ImportError as error:
+        raise DownloadError(
+            f"`hub: modelscope` needs a package that is not installed, so {wanted.called} was not downloaded. Run "
+            "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
+        ) from error
+    try:
+        return Path(snapshot(wanted.name, revision=wanted.revision, allow_patterns=list(wanted.patterns) or None))
+    except Exception as error:  # modelscope raises its own, requests' and plain exceptions
+        if downloads.is_full(error):
+            raise
+        raise _explained(error, wanted, os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")) from error
+
+
+_HUBS: dict[str, Callable[[_Wanted], Path]] = {"huggingface": _huggingface, "modelscope": _modelscope}
+
+
+# ---- What went wrong, and what to do
+
+_WAYS = {
+    "huggingface": (
+        "Check the network. Where Hugging Face cannot be reached, set HF_ENDPOINT to the address of a mirror "
+        "or use `hub: modelscope`; or give the path of a folder that you downloaded another way."
+    ),
+    "modelscope": (
+        "Check the network and the name on ModelScope (it can differ from Hugging Face's); or use "
+        "`hub: huggingface`, or give the path of a folder that you downloaded another way."
+    ),
+}
+
+_LOGIN = "`hf auth login` (`huggingface-cli login` in older versions)"
+
+# By the class of the hub library's exception. {said} is the first line of its own message.
+_MEANINGS: dict[str, str | dict[str, str]] = {
+    "GatedRepoError": (
+        "{called} is gated: its owner asks for your consent first. Accept the conditions on its page ({page}), make "
+        f"an access token there, and run {_LOGIN}, or set HF_TOKEN."
+    ),
+    "RevisionNotFoundError": "{called} has no revision {revision!r}; check it on {page}.",
+    "RepositoryNotFoundError": {
+        "model": (
+            "{endpoint} has no model {name}, or it is private. Check the spelling; for a private model run "
+            f"{_LOGIN}; if you meant a folder, it does not exist."
+        ),
+        "dataset": "{called}: {endpoint} answers 404, there is no such data set, or it is private. {way}",
+    },
+    "DisabledRepoError": "{called} was disabled by {endpoint}. {way}",
+    "HFValidationError": "{name!r} is not a hub id: {said}.",
+    "OfflineModeIsEnabled": (
+        "{called} could not be downloaded: HF_HUB_OFFLINE is set, and it is not in the cache. {way}"
+    ),
+    "FileIntegrityError": "{called} arrived damaged: {said}. Start again to fetch it. {way}",
+}
+
+_HUB_STATUS = STATUS | {
+    401: "the server answers 401: it wants an access token, or does not accept the one it got; log in again",
+    403: "the server answers 403: your account, or its access token, may not have it",
+}
+
+
+def _explained(error: Exception, wanted: _Wanted, address: str) -> DownloadError:
+    """The one error map: a hub's refusal by `_MEANINGS`, any other failure by its HTTP status or cause."""
+    known = {
+        "called": wanted.called,
+        "name": wanted.name,
+        "revision": wanted.revision,
+        "endpoint": address,
+        "page": f"{address}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.name}",
+        "way": wanted.way,
+    }
+    for cause in chain(error):
+        for kind in type(cause).__mro__:
+            meaning = _MEANINGS.get(kind.__name__)
+            if meaning is not None:
+                text = meaning if isinstance(meaning, str) else meaning[wanted.kind]
+                return DownloadError(text.format(**known, said=first_line(cause)))
+    at = f" at revision {wanted.revision!r}" if wanted.revision else ""
+    reason = downloads.reason_of(error, address, _HUB_STATUS)
+    return DownloadError(f"{wanted.called}{at} could not be downloaded: {reason}. {wanted.way}")

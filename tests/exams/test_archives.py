@@ -117,8 +117,9 @@ def test_from_a_hub(archive: Callable[..., Path], tmp_path: Path, monkeypatch: p
     packed = archive(files)
     asked: list[object] = []
 
-    def download(name: str, hub: str, *, dataset_file: str) -> Path:
-        asked.append((name, hub, dataset_file))
+    def download(name: str, hub: str, *, kind: str, patterns: tuple[str, ...], progress: None) -> Path:
+        assert kind == "dataset"
+        asked.append((name, hub, *patterns))
         return packed.parent
 
     monkeypatch.setattr(archives.hubs, "download", download)

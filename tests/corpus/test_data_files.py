@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from mlx_zh.corpus import fetch as fetching
-from mlx_zh.corpus.fetch import fetch, folder_files
+from mlx_zh.corpus.data_files import folder_files, registered_files
 from mlx_zh.errors import DataError, DownloadError, StorageError
 from mlx_zh.recipe import DataSet
+from mlx_zh.system import downloads
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = b'{"instruction": "a", "output": "b"}\n'
@@ -123,7 +123,7 @@ def kept(cache: Path) -> list[str]:
 def test_a_file_from_an_address_is_fetched_once(server: Server, cache: Path):
     before = len(server.asked)
     for _ in range(2):
-        (path,) = fetch("mine", at(f"{server.url}/files/a.jsonl", sha256=hashlib.sha256(ROWS).hexdigest()))
+        (path,) = registered_files("mine", at(f"{server.url}/files/a.jsonl", sha256=hashlib.sha256(ROWS).hexdigest()))
     assert path.read_bytes() == ROWS and path.name == "a.jsonl"
     assert len(server.asked) == before + 1
 
@@ -138,30 +138,30 @@ def test_a_file_from_an_address_is_fetched_once(server: Server, cache: Path):
     ],
 )
 def test_what_an_address_may_answer(server: Server, cache: Path, monkeypatch, path: str, words: list[str]):
-    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     with pytest.raises(DownloadError) as error:
-        fetch("mine", at(server.url + path))
+        registered_files("mine", at(server.url + path))
     for word in words:
         assert word in str(error.value)
     assert kept(cache) == []
 
 
 def test_a_server_that_is_busy_is_asked_again(server: Server, cache: Path):
-    assert fetch("mine", at(f"{server.url}/files/busy.jsonl"))[0].read_bytes() == ROWS
+    assert registered_files("mine", at(f"{server.url}/files/busy.jsonl"))[0].read_bytes() == ROWS
 
 
 def test_nobody_at_the_address(cache: Path, monkeypatch):
-    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     with pytest.raises(DownloadError, match=r"mine: http://127\.0\.0\.1:9/x does not answer: .*refused"):
-        fetch("mine", at("http://127.0.0.1:9/x"))
+        registered_files("mine", at("http://127.0.0.1:9/x"))
     with pytest.raises(DownloadError, match="no address does not answer: unknown url type"):
-        fetch("mine", at("no address"))
+        registered_files("mine", at("no address"))
     assert kept(cache) == []
 
 
 def test_another_file_than_expected(server: Server, cache: Path):
     with pytest.raises(DownloadError, match="not the file that was expected: its SHA-256 is"):
-        fetch("mine", at(f"{server.url}/files/b.jsonl", sha256="ab" * 32))
+        registered_files("mine", at(f"{server.url}/files/b.jsonl", sha256="ab" * 32))
     assert kept(cache) == []
 
 
@@ -169,21 +169,21 @@ def test_a_full_disk(server: Server, cache: Path, monkeypatch):
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fetching, "_store", full)
+    monkeypatch.setattr(downloads, "_store", full)
     with pytest.raises(StorageError, match="disk is full: mine"):
-        fetch("mine", at(f"{server.url}/files/c.jsonl"))
+        registered_files("mine", at(f"{server.url}/files/c.jsonl"))
 
 
 # ---- a hub, asked in a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported
 
 SCRIPT = """
 import sys
-from mlx_zh.corpus.fetch import fetch
+from mlx_zh.corpus.data_files import registered_files
 from mlx_zh.errors import MlxZhError
 from mlx_zh.recipe import DataSet
 name, *files = sys.argv[1:]
 try:
-    for path in fetch("mine", DataSet(hub="huggingface", kind="sft", id=name, files=files)):
+    for path in registered_files("mine", DataSet(hub="huggingface", kind="sft", id=name, files=files)):
         print(path)
 except MlxZhError as error:
     sys.exit(f"{type(error).__name__}: {error}")
@@ -234,7 +234,7 @@ def test_modelscope(monkeypatch, tmp_path: Path):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "modelscope", None)
         with pytest.raises(DownloadError, match=r"pip install 'mlx-zh\[modelscope\]'"):
-            fetch("mine", DataSet(hub="modelscope", kind="sft", id="org/set"))
+            registered_files("mine", DataSet(hub="modelscope", kind="sft", id="org/set"))
     (tmp_path / "train.json").write_bytes(ROWS)
 
     def snapshot(name: str, revision: str | None, allow_patterns: list[str] | None) -> str:
@@ -243,9 +243,9 @@ def test_modelscope(monkeypatch, tmp_path: Path):
         return str(tmp_path)
 
     monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(dataset_snapshot_download=snapshot))
-    assert fetch("mine", DataSet(hub="modelscope", kind="sft", id="org/set")) == [tmp_path / "train.json"]
+    assert registered_files("mine", DataSet(hub="modelscope", kind="sft", id="org/set")) == [tmp_path / "train.json"]
     with pytest.raises(DownloadError, match="org/none could not be downloaded: 404: no such data set"):
-        fetch("mine", DataSet(hub="modelscope", kind="sft", id="org/none"))
+        registered_files("mine", DataSet(hub="modelscope", kind="sft", id="org/none"))
 
 
 # ---- folders and files
@@ -292,6 +292,6 @@ def test_a_link_out_of_the_folder_is_refused_by_name(tmp_path: Path):
 
 def test_a_set_that_is_fetched_by_hand(tmp_path: Path):
     with pytest.raises(DataError, match=r"must be fetched by hand \(a cloud folder\); then write \{name: mine, path"):
-        fetch("mine", DataSet(hub="file", kind="sft", id="a cloud folder"))
+        registered_files("mine", DataSet(hub="file", kind="sft", id="a cloud folder"))
     (tmp_path / "a.json").touch()
-    assert fetch("mine", DataSet(hub="file", kind="sft", id=str(tmp_path))) == [tmp_path / "a.json"]
+    assert registered_files("mine", DataSet(hub="file", kind="sft", id=str(tmp_path))) == [tmp_path / "a.json"]

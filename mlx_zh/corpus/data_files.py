@@ -1,0 +1,140 @@
+"""The files of a data set: those of a folder, and those of a registered set, which `system.hub` brings."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlparse
+
+from mlx_zh.errors import DataError, DownloadError
+from mlx_zh.recipe import DataSet
+from mlx_zh.system import hub, storage
+from mlx_zh.system.digests import FileDigests, text_digest
+from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
+_SPLITS = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?:[/_.-]|$)")
+
+_WAY = (
+    "Check the network and the name; set HF_ENDPOINT to a mirror where Hugging Face cannot be reached, or make an "
+    "entry of your own in data.registry with hub: modelscope; or fetch the files another way and write "
+    "{name: NAME, path: FILE-OR-FOLDER} in the recipe."
+)
+
+
+def registered_files(name: str, entry: DataSet, progress: Progress | None = None) -> list[Path]:
+    """The files of a registered data set, downloaded where they are not in the cache.
+
+    `name` is what the user calls it; `progress` is told of large files as they arrive.
+    Raises DownloadError, with the way out, for a hub that has it not, limits, or does not answer, and for a damaged
+    file; StorageError on a full disk; DataError for a set that the user must fetch himself.
+    """
+    return _PLACES[entry.hub](name, entry, progress)
+
+
+def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train") -> list[Path]:
+    """The data files of a folder, sorted: those that fit a pattern, else all of `split`.
+
+    Raises DataError for a link that leads out of the folder, and where there is no data file.
+    """
+    root = folder.resolve()
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts) or not _is_data(str(inside), patterns):
+            continue
+        if not path.resolve().is_relative_to(root):
+            target = os.readlink(path) if path.is_symlink() else path.resolve()
+            raise DataError(
+                f"{path} is a link out of the folder, to {target}. "
+                "Name that file itself in the recipe, or copy it into the folder"
+            )
+        if path.is_file():
+            found.append(path)
+    found = _of_split(found, folder, split)
+    if not found:
+        kinds = ", ".join(patterns or [f"*{suffix}" for suffix in DATA_SUFFIXES])
+        raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
+    return found
+
+
+def _is_data(path: str, patterns: Sequence[str]) -> bool:
+    name = path.rsplit("/", 1)[-1]
+    if not path.endswith(DATA_SUFFIXES) or _ABOUT.fullmatch(name):
+        return False
+    return not patterns or any(
+        fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(name, pattern) for pattern in patterns
+    )
+
+
+def _of_split(paths: list[Path], folder: Path, split: str) -> list[Path]:
+    """Without the files whose names say that they are another split."""
+
+    def says(path: Path) -> str:
+        found = _SPLITS.search(path.relative_to(folder).as_posix())
+        return found[1] if found else split
+
+    return [path for path in paths if says(path) == split]
+
+
+def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
+    where = f"{name}: {entry.id}"
+    patterns = entry.files
+    if not patterns and entry.hub == "huggingface":
+        patterns = tuple(f"*{suffix}" for suffix in DATA_SUFFIXES)
+    folder = hub.download(
+        entry.id,
+        entry.hub,
+        entry.revision,
+        kind="dataset",
+        patterns=patterns,
+        called=where,
+        way=_WAY,
+        progress=progress,
+    )
+    return _chosen(where, folder, entry)
+
+
+def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
+    """The data files of a hub's snapshot, whose files are links into the hub's cache."""
+    every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [path for path in every if _is_data(path.relative_to(folder).as_posix(), entry.files)]
+    found = _of_split(found, folder, entry.split)
+    if not found:
+        there = ", ".join(path.relative_to(folder).as_posix() for path in every[:8]) or "no such file at all"
+        raise DownloadError(
+            f"{where} holds no data file like {', '.join(entry.files) or ', '.join(DATA_SUFFIXES)} of split "
+            f"{entry.split} (it has: {there}). Give `files` patterns in a data.registry entry of your own."
+        )
+    return found
+
+
+def _from_address(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
+    """One file from an address, kept in the cache folder under the address's digest."""
+    folder = storage.cache_folder() / "downloads" / text_digest(entry.id)[:16]
+    target = folder / (Path(urlparse(entry.id).path).name or "data")
+    if target.is_file() and entry.sha256:
+        known = FileDigests(storage.cache_folder() / "downloads.json").digests([str(target)])
+        if known[str(target)] != entry.sha256.lower():
+            target.unlink()  # damaged on the disk, or of an entry that has changed
+    fetch_file(RemoteFile(entry.id, f"{name}: {entry.id}", _WAY, entry.sha256), target, progress)
+    return [target]
+
+
+def _from_disk(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
+    if entry.id and Path(entry.id).expanduser().exists():
+        path = Path(entry.id).expanduser()
+        return folder_files(path, entry.files, entry.split) if path.is_dir() else [path]
+    raise DataError(f"{name} must be fetched by hand ({entry.id}); then write {{name: {name}, path: FILE}}")
+
+
+_PLACES: dict[str, Callable[[str, DataSet, Progress | None], list[Path]]] = {
+    "huggingface": _from_hub,
+    "modelscope": _from_hub,
+    "url": _from_address,
+    "file": _from_disk,
+}
