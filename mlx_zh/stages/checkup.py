@@ -22,13 +22,11 @@ from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.shapes import Packing, Target
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
-from mlx_zh.system import device, storage
+from mlx_zh.system import device, downloads, storage
 from mlx_zh.system.blas import blas_warning
 
 # What the tests ran with; constraints.txt says the same.
 TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
-
-_SECONDS = 3.0  # a hub that needs longer to answer counts as not reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,7 @@ def unreachable(address: str) -> str | None:
     try:
         host = parts.netloc.rpartition("@")[2]  # urllib takes a name and password for a part of the host
         request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path}", method="HEAD")
-        with urllib.request.urlopen(request, timeout=_SECONDS):
+        with urllib.request.urlopen(request, timeout=downloads.LIMITS.glance):
             return None
     except urllib.error.HTTPError:
         return None

@@ -27,6 +27,7 @@ class Limits:
 
     connect: float = 10.0  # until it accepts the connection
     silence: float = 30.0  # without a byte
+    wait: float = 5.0  # that it asks for before the next try
     glance: float = 3.0  # for those who only want to know whether somebody is there
 
 
@@ -49,7 +50,6 @@ STATUS = {
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _TRIES = 3  # in a row that bring nothing new
-_LONGEST_WAIT = 5.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,4 +376,4 @@ def _wait(asked: str | None, failures: int) -> float | None:
     """Seconds until the next try; None where the server asks for longer than one waits at a prompt."""
     if asked is None or not asked.isdigit():
         return 0.5 * 2 ** (failures - 1)
-    return float(asked) if float(asked) <= _LONGEST_WAIT else None
+    return float(asked) if float(asked) <= LIMITS.wait else None

@@ -192,12 +192,22 @@ def limit_requests() -> None:
                 silent[host] = (silent.get(host, (0,))[0] + 1, time.monotonic(), type(error))
                 raise
             silent.pop(host, None)
+            if answer.status_code in (429, 503):
+                _shorten_wait(answer.headers)
             return answer
 
     hooks = list(huggingface_hub.get_session().event_hooks["request"])
     huggingface_hub.set_client_factory(
         lambda: Client(event_hooks={"request": hooks}, follow_redirects=True, timeout=None)
     )
+
+
+def _shorten_wait(headers: Any) -> None:
+    """The library waits as long as a server asks, without a word: let it not see what is longer than one waits."""
+    for name, seconds in (("Retry-After", r"\d+"), ("RateLimit", r"(?<=t=)\d+")):
+        asked = re.search(seconds, headers.get(name, ""))
+        if asked is not None and float(asked[0]) > downloads.LIMITS.wait:
+            del headers[name]
 
 
 def endpoint() -> str:
