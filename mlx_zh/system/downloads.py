@@ -104,7 +104,7 @@ def full_disk(called: str, place: Path | None = None) -> Iterator[None]:
                 f"The disk is full: {called} could not be stored. Make room and start again; "
                 "what has arrived is kept."
             ) from error
-        if place is None:
+        if place is None or error.errno is None:  # one without a number is a library's own, of the network
             raise
         raise StorageError(f"{place} cannot be written: {error.strerror or error}.") from error
 
@@ -264,7 +264,7 @@ def _fill(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | No
         resumed = part.size > 0
         try:
             digest = _store(wanted, session, part, progress)
-        except (httpx2.HTTPError, httpx2.InvalidURL, _BrokenOffError, _BusyError) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL, _BrokenOffError, _BusyError) as error:
             if not _resumable(wanted, part):
                 part.begin(None)
             failures = 1 if part.size > most else failures + 1

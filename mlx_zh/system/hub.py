@@ -123,7 +123,10 @@ def _snapshot(wanted: _Wanted) -> Path:
         revision = huggingface_hub.resolve_revision(wanted.name, repo_type=wanted.kind, revision=wanted.revision)
         try:
             huggingface_hub.snapshot_download(wanted.name, revision=revision, local_files_only=True, **what)
+            complete = True
         except LocalEntryNotFoundError:
+            complete = False
+        if not complete:
             _bring_large_files(wanted, revision.resolved)
     return Path(huggingface_hub.snapshot_download(wanted.name, revision=revision, tqdm_class=_silent(), **what))
 
