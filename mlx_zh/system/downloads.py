@@ -120,12 +120,17 @@ def host(address: str) -> str:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it was raised from, the outermost first."""
+    """An exception and those that it was raised from, the outermost first.
+
+    ModelScope's error for a download of many files holds one for each; the first of them goes on the chain.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        failed = getattr(error, "failed_files", None) or {}
+        cause = next(iter(failed.values()), None) or error.__cause__
+        error = cause or (None if error.__suppress_context__ else error.__context__)
 
 
 def status_of(error: BaseException) -> int | None:

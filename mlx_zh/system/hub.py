@@ -243,6 +243,8 @@ _MODELSCOPE_SETTINGS = {
     "MODELSCOPE_API_CONNECT_TIMEOUT": "{0.connect:.0f}",
     "MODELSCOPE_API_TIMEOUT": "{0.silence:.0f}",
     "MODELSCOPE_DOWNLOAD_TIMEOUT": "{0.silence:.0f}",
+    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "{0.silence:.0f}",
+    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2",
     "MODELSCOPE_API_MAX_RETRIES": "2",
     "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
     "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "86400",
@@ -313,6 +315,7 @@ _MEANINGS: dict[str, str | dict[str, str]] = {
 
 _HUB_STATUS = STATUS | {
     401: "the server answers 401: it wants an access token, or does not accept the one it got; log in again",
+    404: "the server answers 404: there is no such repository, revision or file",
     403: "the server answers 403: your account, or its access token, may not have it",
 }
 
