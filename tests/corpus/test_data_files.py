@@ -128,6 +128,16 @@ def test_a_file_from_an_address_is_fetched_once(server: Server, cache: Path):
     assert len(server.asked) == before + 1
 
 
+def test_a_kept_file_that_is_no_longer_the_expected_one_is_fetched_again(server: Server, cache: Path):
+    entry = at(f"{server.url}/files/kept.jsonl", sha256=hashlib.sha256(ROWS).hexdigest())
+    (path,) = registered_files("mine", entry)
+    path.write_bytes(ROWS[::-1])
+    assert registered_files("mine", entry) == [path] and path.read_bytes() == ROWS
+    with pytest.raises(DownloadError, match="not the file that was expected"):
+        registered_files("mine", at(entry.id, sha256="ab" * 32))
+    assert kept(cache) == []
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
