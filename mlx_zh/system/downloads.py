@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlx_zh.errors import DownloadError, StorageError
+from mlx_zh.errors import DownloadError, StorageError, first_line
 from mlx_zh.system.storage import sync, sync_folder, write_json
 
 
@@ -152,12 +152,7 @@ def reason_of(error: BaseException, address: str, statuses: Mapping[int, str] = 
         return f"{host(address)} did not accept a connection within {LIMITS.connect:g} s"
     if any(name in ("TimeoutException", "Timeout", "TimeoutError", "ReadTimeoutError") for name in names):
         return f"{host(address)} sent nothing for {LIMITS.silence:g} s"
-    return first_line(causes[-1] if str(causes[-1]).strip() else error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, without the full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(causes[-1] if str(causes[-1]).strip() else error).rstrip(".")
 
 
 class _BrokenOffError(Exception):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_zh.errors import DownloadError, ModelError, StorageError
+from mlx_zh.errors import DownloadError, ModelError, StorageError, first_line
 from mlx_zh.system import downloads, storage
 from mlx_zh.system.digests import FileDigests
-from mlx_zh.system.downloads import STATUS, Progress, RemoteFile, chain, fetch_file, first_line, full_disk
+from mlx_zh.system.downloads import STATUS, Progress, RemoteFile, chain, fetch_file, full_disk
 
 _MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
@@ -335,7 +335,7 @@ def _explained(error: Exception, wanted: _Wanted, address: str) -> DownloadError
             meaning = _MEANINGS.get(kind.__name__)
             if meaning is not None:
                 text = meaning if isinstance(meaning, str) else meaning[wanted.kind]
-                return DownloadError(text.format(**known, said=first_line(cause)))
+                return DownloadError(text.format(**known, said=first_line(cause).rstrip(".")))
     at = f" at revision {wanted.revision!r}" if wanted.revision else ""
     reason = downloads.reason_of(error, address, _HUB_STATUS)
     return DownloadError(f"{wanted.called}{at} could not be downloaded: {reason}. {wanted.way}")
