@@ -16,6 +16,7 @@ from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+TABLE_SUFFIXES = (".csv", ".tsv")  # taken where a pattern asks for them, or where a folder has nothing else
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?:[/_.-]|$)")
 
@@ -24,6 +25,10 @@ _WAY = (
     "entry of your own in data.registry with hub: modelscope; or fetch the files another way and write "
     "{name: NAME, path: FILE-OR-FOLDER} in the recipe."
 )
+
+
+class NoDataFiles(DownloadError):
+    """A set on a hub that has no file of a form and split that is asked for."""
 
 
 def registered_files(name: str, entry: DataSet, progress: Progress | None = None) -> list[Path]:
@@ -41,6 +46,16 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
 
     Raises DataError for a link that leads out of the folder, and where there is no data file.
     """
+    found = _data_files(folder, patterns, split)
+    if not found and not patterns:
+        found = _data_files(folder, [f"*{suffix}" for suffix in TABLE_SUFFIXES], split)
+    if not found:
+        kinds = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
+        raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
+    return found
+
+
+def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]:
     root = folder.resolve()
     found = []
     for path in sorted(folder.rglob("*")):
@@ -55,16 +70,18 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
             )
         if path.is_file():
             found.append(path)
-    found = _of_split(found, folder, split)
-    if not found:
-        kinds = ", ".join(patterns or [f"*{suffix}" for suffix in DATA_SUFFIXES])
-        raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
-    return found
+    return _of_split(found, folder, split)
+
+
+def fitting(names: Sequence[str], patterns: Sequence[str], split: str) -> list[str]:
+    """Of the names of a set's files, those of data that fit a pattern and are not of another split, sorted."""
+    return [name for name in sorted(names) if _is_data(name, patterns) and _split_of(name, split) == split]
 
 
 def _is_data(path: str, patterns: Sequence[str]) -> bool:
     name = path.rsplit("/", 1)[-1]
-    if not path.endswith(DATA_SUFFIXES) or _ABOUT.fullmatch(name):
+    suffixes = (*DATA_SUFFIXES, *TABLE_SUFFIXES) if patterns else DATA_SUFFIXES
+    if not path.endswith(suffixes) or _ABOUT.fullmatch(name):
         return False
     return not patterns or any(
         fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(name, pattern) for pattern in patterns
@@ -73,12 +90,13 @@ def _is_data(path: str, patterns: Sequence[str]) -> bool:
 
 def _of_split(paths: list[Path], folder: Path, split: str) -> list[Path]:
     """Without the files whose names say that they are another split."""
+    return [path for path in paths if _split_of(path.relative_to(folder).as_posix(), split) == split]
 
-    def says(path: Path) -> str:
-        found = _SPLITS.search(path.relative_to(folder).as_posix())
-        return found[1] if found else split
 
-    return [path for path in paths if says(path) == split]
+def _split_of(name: str, split: str) -> str:
+    """The split that a file's name says it is of; else `split`."""
+    said = _SPLITS.search(name)
+    return said[1] if said else split
 
 
 def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
@@ -106,7 +124,7 @@ def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
     found = _of_split(found, folder, entry.split)
     if not found:
         there = ", ".join(path.relative_to(folder).as_posix() for path in every[:8]) or "no such file at all"
-        raise DownloadError(
+        raise NoDataFiles(
             f"{where} holds no data file like {', '.join(entry.files) or ', '.join(DATA_SUFFIXES)} of split "
             f"{entry.split} (it has: {there}). Give `files` patterns in a data.registry entry of your own."
         )

@@ -37,7 +37,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text that is not UTF-8 (a byte-order mark is allowed).
     """
     try:
-        if _check_file(path) == _PARQUET:
+        if check_file(path) == _PARQUET:
             yield from _parquet_rows(path)
             return
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -54,7 +54,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             else:
                 raise DataError(f"{path}: the file holds no rows")
     except UnicodeDecodeError as error:
-        raise _wrong_encoding(path) from error
+        raise wrong_encoding(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -62,18 +62,18 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line of a text file that is not blank as {"text": line}, with its place; errors as in `read_rows`."""
     try:
-        _check_file(path)
+        check_file(path)
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(_lines(path, file), start=1):
+            for number, line in enumerate(text_lines(path, file), start=1):
                 if not line.isspace():
                     yield f"{path}:{number}", {"text": line.strip()}
     except UnicodeDecodeError as error:
-        raise _wrong_encoding(path) from error
+        raise wrong_encoding(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _check_file(path: Path) -> bytes:
+def check_file(path: Path) -> bytes:
     """The first four bytes of a file that may be read."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
@@ -97,8 +97,8 @@ def _first_character(file: IO[str]) -> str:
     return character
 
 
-def _lines(path: Path, file: IO[str]) -> Iterator[str]:
-    """Lines, none of which is read further than a row can be long."""
+def text_lines(path: Path, file: IO[str]) -> Iterator[str]:
+    """Lines, none of which is read further than a row can be long. Raises DataError for one that is longer."""
     number = 0
     while line := file.readline(_LONGEST):
         number += 1
@@ -134,7 +134,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(path, file), start=1):
+    for number, line in enumerate(text_lines(path, file), start=1):
         if line.isspace():
             continue
         place = f"{path}:{number}"
@@ -240,7 +240,7 @@ class _Window:
         self._text, self._position, self._ended = rest + chunk, 0, not chunk
 
 
-def _wrong_encoding(path: Path) -> DataError:
+def wrong_encoding(path: Path) -> DataError:
     """Name the first line that is not UTF-8, and what it seems to be instead."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, line = 1, b""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
+from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.errors import DataError
 
 Row = Mapping[str, Any]
@@ -25,6 +27,8 @@ _TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", 
 _EXAMPLES = 3  # places kept for each reason
 _SHOWN = 10  # errors shown of a file
 _LOOK_AHEAD = 100  # rows that may be broken before the format is told
+# Files whose name says how they are read; the content of all others does.
+_READERS = {".csv": read_csv, ".tsv": read_csv, ".arrow": read_arrow}
 
 
 @dataclass
@@ -87,7 +91,8 @@ def iter_rows(
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
     _check_names(formats, format, columns or {})
-    rows = read_lines(path) if format in formats and formats[format].lines else read_rows(path)
+    lines = format in formats and formats[format].lines
+    rows = read_lines(path) if lines else _READERS.get(path.suffix.lower(), read_rows)(path)
     if columns:
         rows = ((place, _rename(row, columns)) for place, row in rows)
     if format == "auto":
@@ -220,13 +225,26 @@ def message_of(value: Any, what: str) -> Message:
 
 
 def messages_of(value: Any, what: str) -> list[Message]:
-    """A list of messages. A blank system message counts as none."""
+    """A list of messages. A blank system message counts as none.
+
+    Columns of the type Sequence, as older data sets have them, hold one object of lists instead of a list of objects.
+    """
+    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
+        value = _objects(value, what)
     if not isinstance(value, list) or not value:
         raise InvalidRow("wrong type", f"{what} must be a list of messages, got {_kind_or_empty(value)}")
     messages = [message_of(item, f"{what}[{i}]") for i, item in enumerate(value)]
     if messages[0].role == "system" and not messages[0].content.strip():
         return messages[1:]
     return messages
+
+
+def _objects(lists: Mapping[str, list[Any]], what: str) -> list[dict[str, Any]]:
+    """An object of lists as a list of objects."""
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise InvalidRow("wrong type", f"{what} has lists of different lengths: {lengths}")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def history_of(row: Row) -> list[Message]:

@@ -1,0 +1,119 @@
+"""CSV and TSV files as Excel and others write them: text stays text, and every row has its line."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from mlx_zh.corpus.csv_rows import read_csv
+from mlx_zh.corpus.formats import load_conversations
+from mlx_zh.corpus.preferences import load_preferences
+from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.errors import DataError
+
+TEXT = "instruction,output\n中国的首都是哪里？,北京。\n一加一等于几？,2\n"
+ROWS = [
+    {"instruction": "中国的首都是哪里？", "output": "北京。"},
+    {"instruction": "一加一等于几？", "output": "2"},
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_encodings_and_line_ends(write, encoding: str, newline: str):
+    path = write(TEXT.replace("\n", newline).encode(encoding), "data.csv")
+    assert list(read_csv(path)) == [(f"{path}:2", ROWS[0]), (f"{path}:3", ROWS[1])]
+
+
+def test_tabs(write):
+    path = write(TEXT.replace(",", "\t"), "data.TSV")
+    assert [row for _, row in read_csv(path)] == ROWS
+
+
+def test_text_is_not_guessed_at(write):
+    """What pandas makes numbers, nothing or a truth value of."""
+    path = write("a,b\n007,NA\nnull,True\n1e3,\n", "data.csv")
+    assert [tuple(row.values()) for _, row in read_csv(path)] == [("007", "NA"), ("null", "True"), ("1e3", "")]
+
+
+def test_a_row_of_several_lines_is_named_by_its_first(write):
+    path = write('a,b\n"one\ntwo","x,y"\n\n,\n"he said ""no""",z\n', "data.csv")
+    assert list(read_csv(path)) == [
+        (f"{path}:2", {"a": "one\ntwo", "b": "x,y"}),
+        (f"{path}:6", {"a": 'he said "no"', "b": "z"}),  # a blank line and one of separators alone are no rows
+    ]
+
+
+def test_a_column_without_a_name_is_not_read(write):
+    assert [row for _, row in read_csv(write(",a\n0,x\n1,y\n", "data.csv"))] == [{"a": "x"}, {"a": "y"}]
+
+
+def test_a_comma_without_quotation_marks_moves_no_column(write):
+    path = write("instruction,output\n你好,a, b\nx\ny,z\n", "data.csv")
+    rows = [row for _, row in read_csv(path)]
+    assert [str(row)[:8] for row in rows[:2]] == ["3 fields", "1 fields"]
+    assert all(isinstance(row, InvalidRow) for row in rows[:2]) and rows[2] == {"instruction": "y", "output": "z"}
+    with pytest.raises(DataError, match=r"2 of 3 rows cannot be used.*\n.*data\.csv:2: 3 fields where the first row"):
+        load_conversations(path)
+    kept, report = load_conversations(path, on_invalid="skip")
+    assert [c.source for c in kept] == [f"{path}:4"] and report.dropped == {"wrong number of fields": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "data.csv: the file holds no rows"),
+        ("a,b\n", "data.csv: the file holds no rows below"),
+        ("a,b,a\n1,2,3\n", "data.csv:1: two columns are called 'a'"),
+        ("a;b\n1;2\n", "data.csv:1: only one column, 'a;b'. It seems to be separated by ';'"),
+        ('a,b\nx,y\nc,"d\ne,f\n', "data.csv:3: not readable as CSV: unexpected end of data. Is a quotation mark"),
+        ('a,b\nx,"y"z\n', "data.csv:2: not readable as CSV"),
+        ("a,b\nx,caf\xe9\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
+        ("a,b\nna\xefve,r\xe9sum\xe9s\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
+        ("a,b\n".encode("utf-16"), "data.csv: the text is UTF-16"),
+    ],
+)
+def test_what_is_no_csv(write, content: str | bytes, words: str):
+    path = write(content, "data.csv")
+    with pytest.raises(DataError) as error:
+        list(read_csv(path))
+    assert words in str(error.value)
+
+
+def test_utf8_among_gb18030_is_not_taken_for_chinese(write):
+    """Read as GB18030, Chinese in UTF-8 is nonsense of rare characters: two encodings in one file are refused."""
+    line = "今天天气很好我们一起去公园散步,好的\n"
+    path = write(line.encode() * 20 + line.encode("gb18030"), "data.csv")
+    with pytest.raises(DataError, match=r"data\.csv:21: the text is not UTF-8"):
+        list(read_csv(path))
+
+
+def test_missing(tmp_path: Path):
+    with pytest.raises(DataError, match="no such file"):
+        list(read_csv(tmp_path / "none.csv"))
+
+
+def test_a_long_field(write):
+    """Longer than the 131,072 characters that Python's csv takes by itself."""
+    path = write(f"a,b\nx,{'好' * 200_000}\n", "data.csv")
+    assert len(next(read_csv(path))[1]["b"]) == 200_000
+
+
+def test_columns_are_guessed_and_named_as_in_json(write):
+    path = write("问题,chosen,rejected\n你好,您好！,走开\n", "data.csv")
+    (pair,), report = load_preferences(path, columns={"question": "问题"})
+    assert (pair.prompt[0].content, pair.chosen, pair.rejected) == ("你好", "您好！", "走开")
+    assert report.format == "orca"
+    with pytest.raises(DataError, match="no known format has the columns 问题, chosen, rejected"):
+        load_preferences(path)
+
+
+def test_memory_does_not_grow_with_the_file(write):
+    path = write("instruction,output\n" + f"问题,{'答' * 300}\n" * 30_000, "data.csv")  # 27 MB
+    tracemalloc.start()
+    rows = sum(1 for _ in read_csv(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == 30_000 and peak < 8 << 20
