@@ -20,7 +20,7 @@ TABLE_SUFFIXES = (".csv", ".tsv")  # taken where a pattern asks for them, or whe
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?:[/_.-]|$)")
 
-_WAY = (
+WAY = (
     "Check the network and the name; set HF_ENDPOINT to a mirror where Hugging Face cannot be reached, or make an "
     "entry of your own in data.registry with hub: modelscope; or fetch the files another way and write "
     "{name: NAME, path: FILE-OR-FOLDER} in the recipe."
@@ -111,7 +111,7 @@ def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path
         kind="dataset",
         patterns=patterns,
         called=where,
-        way=_WAY,
+        way=WAY,
         progress=progress,
     )
     return _chosen(where, folder, entry)
@@ -139,7 +139,7 @@ def _from_address(name: str, entry: DataSet, progress: Progress | None) -> list[
         known = FileDigests(storage.cache_folder() / "downloads.json").digests([str(target)])
         if known[str(target)] != entry.sha256.lower():
             target.unlink()  # damaged on the disk, or of an entry that has changed
-    fetch_file(RemoteFile(entry.id, f"{name}: {entry.id}", _WAY, entry.sha256), target, progress)
+    fetch_file(RemoteFile(entry.id, f"{name}: {entry.id}", WAY, entry.sha256), target, progress)
     return [target]
 
 

@@ -13,7 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.errors import DataError, DownloadError
+from mlx_zh.corpus.data_files import WAY
+from mlx_zh.errors import DataError, DownloadError, first_line
+from mlx_zh.system.downloads import reason_of
+from mlx_zh.system.hub import endpoint
 
 CONVERTED = "refs/convert/parquet"  # the branch that holds the hub's own conversion of a set
 _BATCH = 256  # rows made Python objects at once
@@ -62,7 +65,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
         files = [Path(file["filename"]) for file in _datasets().load_from_disk(str(part)).cache_files]
     except Exception as error:  # datasets and PyArrow raise many kinds, IndexError for a set without rows among them
         raise DataError(
-            f"{part}: `datasets` cannot open this saved data set: {_first_line(error)}. It is empty or damaged; save "
+            f"{part}: `datasets` cannot open this saved data set: {first_line(error)}. It is empty or damaged; save "
             "it again with save_to_disk"
         ) from error
     return files
@@ -92,7 +95,7 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
                 index += 1
     except Exception as error:  # as above; errors of rows are raised by whoever reads them, not here
         raise DataError(
-            f"{path}[{index}]: the Arrow file is damaged or not of `datasets` ({_first_line(error)}); save it again "
+            f"{path}[{index}]: the Arrow file is damaged or not of `datasets` ({first_line(error)}); save it again "
             "with save_to_disk"
         ) from error
     if not index:
@@ -139,8 +142,4 @@ def _said(where: str, error: Exception) -> DataError | DownloadError:
         return DataError(f"{where}: name one of its subsets with `subset`: {text}")
     if isinstance(error, ValueError) and "Bad split" in text:
         return DataError(f"{where}: name one of its splits with `split`: {text}")
-    return DownloadError(f"{where} could not be read through `datasets`: {_first_line(error)}")
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return DownloadError(f"{where} could not be read through `datasets`: {reason_of(error, endpoint())}. {WAY}")

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
-from mlx_zh.corpus.data_files import folder_files, registered_files
+from mlx_zh.corpus.data_files import TABLE_SUFFIXES, NoDataFiles, folder_files, registered_files
+from mlx_zh.corpus.hub_rows import rows_file
 from mlx_zh.corpus.registry import Registry, find, load_registry
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
+from mlx_zh.corpus.tables import is_saved, saved_files
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
@@ -113,13 +115,13 @@ def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, valid
         raise DataError(f"{source.label} is a data set for {entry.kind}; it cannot stand in data.{stage}")
     generate = None
     if place is not None:
-        patterns = entry.files if entry is not None else ()
-        files = folder_files(place, patterns) if place.is_dir() else [place]
+        files = _files_at(place, source, entry)
     elif entry is not None and entry.hub == "generated":
+        _refuse(source, "is generated", "subset", "split", "revision", "streaming")
         files, generate = [], (seed, source.max_samples or entry.rows or 10_000)
     else:
         assert entry is not None
-        files = registered_files(source.label, entry, console.DownloadBar())
+        files = _files_of(source, entry)
     return DataSource(
         name=source.label,
         files=tuple(map(str, files)),
@@ -131,6 +133,55 @@ def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, valid
         validation=validation,
         generate=generate,
     )
+
+
+def _files_at(place: Path, source: Source, entry: DataSet | None) -> list[Path]:
+    """The files of a source that is on this disk: itself, or those of a folder."""
+    _refuse(source, f"is read from {place}", "subset", "revision", "streaming")
+    if not place.is_dir():
+        _refuse(source, f"is the file {place}", "split")
+        return [place]
+    if is_saved(place):
+        return saved_files(place, source.split)
+    return folder_files(place, () if entry is None else entry.files, source.split or "train")
+
+
+def _files_of(source: Source, entry: DataSet) -> list[Path]:
+    """The files of a registered data set, from where it lives; `hub_rows` says which are read row by row."""
+    if entry.hub != "huggingface":
+        _refuse(source, f"lives at {entry.hub}, not at huggingface", "subset", "streaming")
+    if entry.hub == "url":
+        _refuse(source, "is one file", "split", "revision")
+    own = source.model_dump(include={"subset", "split", "revision", "streaming"}, exclude_none=True)
+    entry = entry.model_copy(update=own)
+    if entry.subset or entry.streaming:
+        return [_rows_of(source, entry)]
+    try:
+        return registered_files(source.label, entry, console.DownloadBar())
+    except NoDataFiles:
+        if entry.files or entry.hub != "huggingface":
+            raise
+    try:
+        tables = entry.model_copy(update={"files": tuple(f"*{suffix}" for suffix in TABLE_SUFFIXES)})
+        return registered_files(source.label, tables, console.DownloadBar())
+    except NoDataFiles:
+        return [_rows_of(source, entry)]
+
+
+def _rows_of(source: Source, entry: DataSet) -> Path:
+    """The file of a set that is read row by row, with a bar where that takes long."""
+    bar = console.RowBar(source.label)
+    try:
+        return rows_file(source.label, entry, source.max_samples, bar.reach)
+    finally:
+        bar.close()
+
+
+def _refuse(source: Source, because: str, *keys: str) -> None:
+    """Raises DataError for keys that the source sets and that mean nothing for it."""
+    given = [key for key in keys if getattr(source, key)]
+    if given:
+        raise DataError(f"{source.label} {because}: `{given[0]}` says nothing there; leave it out")
 
 
 def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
