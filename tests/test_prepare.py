@@ -146,6 +146,35 @@ def test_a_folder_of_files_and_ones_own_entry(folder: Path, run_stage, capsys):
     assert "mine: 2 examples" in capsys.readouterr().out
 
 
+def test_a_table_and_what_datasets_saved(folder: Path, run_stage, capsys):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"instruction": f"第{n}个问题是什么？", "output": f"这是第{n}个问题的答案。"} for n in range(6)]
+    Path("excel.csv").write_bytes(
+        "".join(f"{a},{b}\r\n" for a, b in [("instruction", "output"), *[r.values() for r in rows]]).encode("gb18030")
+    )
+    saved = DatasetDict({"train": Dataset.from_list(rows[:2]), "test": Dataset.from_list(rows[2:])})
+    saved.save_to_disk("saved")
+    Path("tables").mkdir()
+    Path("tables/train.tsv").write_text(f"instruction\toutput\n{said()}\t{said()}\n", encoding="utf-8")
+    Path("tables/test.tsv").write_text("no\tdata\n", encoding="utf-8")
+    train = "data.sft.train=[excel.csv, tables, {path: saved, max_samples: 1}]"
+    held = "data.sft.validation=[{path: saved, split: test}]"
+    again = [train, held, "data.dpo.train=[]", "data.deduplicate.exact=false", "data.deduplicate.near=null"]
+    assert run_stage(prepare.main, "recipe.yaml", *again) == 0
+    out = capsys.readouterr().out
+    for line in ("excel.csv: 6 examples\n", "tables: 1 examples\n", "saved: 1 examples (1 beyond max_samples)\n"):
+        assert line in out
+    assert [(s["name"], s["train"], s["validation"]) for s in report()["sft"]["sources"]] == [
+        ("excel.csv", 6, 0),
+        ("tables", 1, 0),
+        ("saved", 1, 0),
+        ("saved", 0, 4),
+    ]
+    assert run_stage(prepare.main, "recipe.yaml", *again) == 0
+    assert "(found in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -157,6 +186,23 @@ def test_a_folder_of_files_and_ones_own_entry(folder: Path, run_stage, capsys):
         ),
         ("data.sft.train=[{max_samples: 3}]", ["a section with a name (of a registered data set) or a path"]),
         ("data.sft.train=[{name: belle-1m, wieght: 2}]", ["did you mean"]),
+        ("data.sft.train=[{name: belle-1m, subst: zh}]", ["data.sft.train[0].subst", "did you mean", "subset"]),
+        (
+            "data.sft.train=[{name: llama3-chinese, streaming: true}]",
+            ["llama3-chinese lives at modelscope, not at huggingface: `streaming` says nothing there"],
+        ),
+        (
+            "data.sft.train=[{name: arithmetic-synthetic, split: test}]",
+            ["arithmetic-synthetic is generated: `split` says nothing there; leave it out"],
+        ),
+        (
+            "data.sft.train=[{path: belle-1m.jsonl, subset: zh}]",
+            ["belle-1m.jsonl is read from belle-1m.jsonl: `subset` says nothing there"],
+        ),
+        (
+            "data.sft.train=[{path: belle-1m.jsonl, split: train}]",
+            ["belle-1m.jsonl is the file belle-1m.jsonl: `split` says nothing there"],
+        ),
     ],
 )
 def test_sources_that_cannot_be(folder: Path, override: str, words: list[str]):

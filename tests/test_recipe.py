@@ -94,6 +94,25 @@ def test_what_is_missing_is_named():
         ("data: {sft: {train: a.jsonl}}", "data.sft.train must be a list, found 'a.jsonl'."),
         ("data: {sft: {train: [3]}}", "data.sft.train[0] must be a section with keys of its own, found 3."),
         ("data: {sft: {train: ['']}}", "data.sft.train[0] must be text that is not empty, found ''."),
+        ("data: {sft: {train: [{name: a, subset: 3}]}}", "data.sft.train[0].subset must be text, found 3."),
+        (
+            "data: {sft: {train: [{name: a, split: ''}]}}",
+            "data.sft.train[0].split must be text that is not empty, found ''.",
+        ),
+        (
+            "data: {sft: {train: [{name: a, streaming: 9}]}}",
+            "data.sft.train[0].streaming must be true or false, found 9.",
+        ),
+        (
+            "data: {registry: {a: {hub: modelscope, kind: sft, subset: zh}}}",
+            "data.registry.a.subset must be left out where hub is modelscope: only sets of huggingface are read so, "
+            "found 'zh'.",
+        ),
+        (
+            "data: {registry: {a: {hub: url, kind: sft, streaming: true}}}",
+            "data.registry.a.streaming must be left out where hub is url: only sets of huggingface are read so, "
+            "found true.",
+        ),
         ("data: {system: 5}", "data.system must be text, found 5."),
         ("evaluate: {prompts: 你好}", "evaluate.prompts must be a list, found '你好'."),
         ("seed: 99999999999", "seed must be less than 2147483648, found 99999999999."),
@@ -272,6 +291,21 @@ def test_files_are_found_beside_the_recipe_and_else_taken_from_here(monkeypatch)
 
 
 # Writing it out again
+
+
+def test_keys_that_came_later_are_written_only_where_they_are_set():
+    """Else the digests of runs and checkpoints from before them would change."""
+    sources = "[{name: a}, {name: b, subset: zh, split: test, revision: v1, streaming: true}]"
+    entries = "{a: {hub: url, kind: sft}, b: {hub: huggingface, kind: sft, subset: zh, streaming: true}}"
+    recipe = read(BASE + f"data: {{sft: {{train: {sources}}}, registry: {entries}}}\n")
+    first, second = recipe.model_dump(mode="json")["data"]["sft"]["train"]
+    later = {"subset": "zh", "split": "test", "revision": "v1", "streaming": True}
+    before = {"path": None, "format": "auto", "columns": {}, "max_samples": None, "weight": 1.0}
+    assert first == {"name": "a"} | before and second == {"name": "b"} | before | later
+    own = recipe.model_dump(mode="json")["data"]["registry"]
+    assert own["b"].keys() - own["a"].keys() == {"subset", "streaming"}
+    Path("again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe("again.yaml") == recipe
 
 
 def test_to_yaml_reads_back_as_an_equal_recipe(tmp_path):
