@@ -158,9 +158,10 @@ def test_a_table_and_what_datasets_saved(folder: Path, run_stage, capsys):
     Path("tables").mkdir()
     Path("tables/train.tsv").write_text(f"instruction\toutput\n{said()}\t{said()}\n", encoding="utf-8")
     Path("tables/test.tsv").write_text("no\tdata\n", encoding="utf-8")
-    train = "data.sft.train=[excel.csv, tables, {path: saved, max_samples: 1}]"
-    held = "data.sft.validation=[{path: saved, split: test}]"
-    again = [train, held, "data.dpo.train=[]", "data.deduplicate.exact=false", "data.deduplicate.near=null"]
+    own = "data.registry={mine: {hub: file, id: saved, kind: sft, split: test}}"
+    train = "data.sft.train=[excel.csv, tables, {path: saved, max_samples: 1}, {name: mine}]"
+    held = "data.sft.validation=[{path: saved, split: train}]"
+    again = [own, train, held, "data.dpo.train=[]", "data.deduplicate.exact=false", "data.deduplicate.near=null"]
     assert run_stage(prepare.main, "recipe.yaml", *again) == 0
     out = capsys.readouterr().out
     for line in ("excel.csv: 6 examples\n", "tables: 1 examples\n", "saved: 1 examples (1 beyond max_samples)\n"):
@@ -169,7 +170,8 @@ def test_a_table_and_what_datasets_saved(folder: Path, run_stage, capsys):
         ("excel.csv", 6, 0),
         ("tables", 1, 0),
         ("saved", 1, 0),
-        ("saved", 0, 4),
+        ("mine", 4, 0),
+        ("saved", 0, 2),
     ]
     assert run_stage(prepare.main, "recipe.yaml", *again) == 0
     assert "(found in" in capsys.readouterr().out

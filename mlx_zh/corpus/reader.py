@@ -15,6 +15,7 @@ _LONGEST = 1 << 24  # characters of one line, or of one value of an array; longe
 _WORD = 16  # longer than any word or escape of JSON
 _BLANK = " \t\r\n"
 _PARQUET, _PARQUET_ROWS = b"PAR1", 1024
+_ZIP = b"PK\3\4"
 _DECODER = json.JSONDecoder()
 
 
@@ -86,6 +87,11 @@ def check_file(path: Path) -> bytes:
     # UTF-16 begins with its mark, or has a zero byte beside the first ASCII character.
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in head[:2]:
         raise DataError(f"{path}: the text is UTF-16; convert it: {_convert(path, 'UTF-16')}")
+    if head == _ZIP:
+        raise DataError(
+            f"{path}: an Excel workbook or a zip archive; save the sheet as “CSV UTF-8”, or unpack the archive, and "
+            "name that file"
+        )
     return head
 
 

@@ -59,7 +59,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
                 f"{folder}: a saved data set without the split {part.name!r}. It has {', '.join(splits)}; "
                 f"write {{path: {folder}, split: {splits[0]}}}"
             )
-    elif split is not None:
+    elif split not in (None, "train"):
         raise DataError(f"{folder}: a saved data set without splits; leave out `split: {split}`")
     try:
         files = [Path(file["filename"]) for file in _datasets().load_from_disk(str(part)).cache_files]

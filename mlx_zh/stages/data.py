@@ -152,6 +152,8 @@ def _files_of(source: Source, entry: DataSet) -> list[Path]:
         _refuse(source, f"lives at {entry.hub}, not at huggingface", "subset", "streaming")
     if entry.hub == "url":
         _refuse(source, "is one file", "split", "revision")
+    if entry.hub == "file" and is_saved(folder := Path(entry.id).expanduser()):
+        return saved_files(folder, source.split or entry.split)
     own = source.model_dump(include={"subset", "split", "revision", "streaming"}, exclude_none=True)
     entry = entry.model_copy(update=own)
     if entry.subset or entry.streaming:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import tempfile
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.formats import load_conversations
@@ -73,6 +77,7 @@ def test_a_comma_without_quotation_marks_moves_no_column(write):
         ("a,b\nx,caf\xe9\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
         ("a,b\nna\xefve,r\xe9sum\xe9s\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
         ("a,b\n".encode("utf-16"), "data.csv: the text is UTF-16"),
+        (b"PK\x03\x04rest", "data.csv: an Excel workbook or a zip archive; save the sheet as"),
     ],
 )
 def test_what_is_no_csv(write, content: str | bytes, words: str):
@@ -108,6 +113,21 @@ def test_columns_are_guessed_and_named_as_in_json(write):
     assert report.format == "orca"
     with pytest.raises(DataError, match="no known format has the columns 问题, chosen, rejected"):
         load_preferences(path)
+
+
+CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(st.lists(st.tuples(CELL, CELL), min_size=1), st.sampled_from(["csv", "tsv"]))
+def test_whatever_csv_writes_is_read_back(rows: list[tuple[str, str]], kind: str):
+    """But for rows that hold no text."""
+    rows.append(("last", "row"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"data.{kind}"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, "excel" if kind == "csv" else "excel-tab").writerows([("a", "b"), *rows])
+        found = [tuple(row.values()) for _, row in read_csv(path)]
+    assert found == [row for row in rows if any(cell.strip() for cell in row)]
 
 
 def test_memory_does_not_grow_with_the_file(write):

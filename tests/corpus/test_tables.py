@@ -48,6 +48,7 @@ def test_the_splits_of_a_saved_set(tmp_path: Path):
     with pytest.raises(DataError, match=r"without the split 'test'\. It has train, held; write .*split: train\}"):
         saved_files(tmp_path, "test")
     asked(1).save_to_disk(str(tmp_path / "one"))
+    assert responses(saved_files(tmp_path / "one", "train")) == ["第1答"]
     with pytest.raises(DataError, match="without splits; leave out `split: test`"):
         saved_files(tmp_path / "one", "test")
 
