@@ -20,6 +20,13 @@ from mlx_zh.system.hub import endpoint
 
 CONVERTED = "refs/convert/parquet"  # the branch that holds the hub's own conversion of a set
 _BATCH = 256  # rows made Python objects at once
+# With a hub that breaks off or refuses; the library's own 20 tries with up to a minute between them say no word.
+_PATIENCE = {
+    "STREAMING_OPEN_MAX_RETRIES": 3,
+    "STREAMING_READ_MAX_RETRIES": 3,
+    "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL": 5,  # seconds
+    "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL": 5,
+}
 
 
 class MadeByScript(DownloadError):
@@ -32,6 +39,8 @@ def _datasets() -> Any:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    for name, value in _PATIENCE.items():
+        setattr(datasets.config, name, value)
     return datasets
 
 
@@ -53,12 +62,13 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
     part = folder
     if (folder / "dataset_dict.json").is_file():
         splits = _splits(folder)
-        part = folder / (split or "train")
-        if part.name not in splits:
+        wanted = split or "train"
+        if wanted not in splits:
             raise DataError(
-                f"{folder}: a saved data set without the split {part.name!r}. It has {', '.join(splits)}; "
+                f"{folder}: a saved data set without the split {wanted!r}. It has {', '.join(splits)}; "
                 f"write {{path: {folder}, split: {splits[0]}}}"
             )
+        part = folder / wanted
     elif split not in (None, "train"):
         raise DataError(f"{folder}: a saved data set without splits; leave out `split: {split}`")
     try:
@@ -68,6 +78,9 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
             f"{part}: `datasets` cannot open this saved data set: {first_line(error)}. It is empty or damaged; save "
             "it again with save_to_disk"
         ) from error
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"{folder}: its state.json names {file}, which is not in the folder; copy it there")
     return files
 
 

@@ -97,6 +97,14 @@ def test_damaged_folders(tmp_path: Path):
         saved_files(tmp_path, None)
     with pytest.raises(DataError, match="no such file"):
         list(read_arrow(last))
+    (tmp_path / "sub").mkdir()
+    asked(1).save_to_disk(str(tmp_path / "sub"))
+    state = (tmp_path / "sub" / "state.json").read_text().replace("data-00000-of-00001", "../data-00000-of-00002")
+    (tmp_path / "sub" / "state.json").write_text(state)
+    with pytest.raises(
+        DataError, match=r"state\.json names .*data-00000-of-00002\.arrow, which is not in the folder"
+    ):
+        saved_files(tmp_path / "sub", None)
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(DataError, match="names no splits"):
         saved_files(tmp_path, None)
