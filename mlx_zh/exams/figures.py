@@ -13,6 +13,7 @@ from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.csvfile import LETTERS
 from mlx_zh.exams.exam import Exam
 from mlx_zh.exams.statistics import Booleans
+from mlx_zh.language.notice import Notice
 
 ONE_LETTER = 0.6  # more of one letter than this looks like a habit, not an answer
 MASS = 0.5  # less probability than this on the letters: the model does not mean to answer with one
@@ -48,11 +49,13 @@ def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: i
         found["letters"]["always"] = {letter: _always(answers, letter) for letter in LETTERS}
         found["chance"] = list(statistics.chance_interval(correct, samples, seed))
         found["calibration_error"] = _calibration(answers)
-    found["tripwires"] = tripwires(exam, found)
+    wires = tripwires(exam, found)
+    found["tripwires"] = wires  # JSON keeps the English sentences; the codes are for the other languages
+    found["tripwire_codes"] = [wire.as_dict() for wire in wires]
     return found
 
 
-def tripwires(exam: Exam, found: Figures) -> list[str]:
+def tripwires(exam: Exam, found: Figures) -> list[Notice]:
     """What looks wrong, one sentence each."""
     wires = []
     questions, predicted = found["questions"], found["letters"]["predicted"]
@@ -60,22 +63,27 @@ def tripwires(exam: Exam, found: Figures) -> list[str]:
         average = found["rows"][0]["macro"]
         low, high = found["chance"]
         if average <= high:
-            place = "what guessing gives" if average >= low else "less than guessing gives"
-            wires.append(f"accuracy {average:.1%} is {place} ({low:.1%} to {high:.1%}).")
+            chance = {"accuracy": average, "low": low, "high": high}
+            wires.append(Notice("exam-at-chance" if average >= low else "exam-below-chance", **chance))
     letter = max(LETTERS, key=lambda name: int(predicted[name]))
     if predicted[letter] > ONE_LETTER * questions:
-        wires.append(f"{predicted[letter] / questions:.0%} of the answers are {letter}.")
+        wires.append(Notice("exam-one-letter", share=predicted[letter] / questions, letter=letter))
     if found["mass"] is not None and found["mass"] < MASS:
-        wires.append(
-            f"the four letters have {found['mass']:.1%} of the probability on average: the prompt does not elicit "
-            "an answer."
-        )
+        wires.append(Notice("exam-letters-unlikely", mass=found["mass"]))
     if predicted["none"] > NO_LETTER * questions:
-        wires.append(f"{predicted['none']} of {questions} answers give no letter; they count as wrong.")
+        wires.append(Notice("exam-no-letter", count=predicted["none"], questions=questions))
     if found["truncated"]:
-        wires.append(f"{found['truncated']} of {questions} prompts were too long and were cut.")
+        wires.append(Notice("exam-prompts-cut", count=found["truncated"], questions=questions))
     if exam.expected is not None and questions < exam.expected:
-        wires.append(f"{questions} questions were asked; {exam.title} {exam.split} has {exam.expected}.")
+        wires.append(
+            Notice(
+                "exam-incomplete",
+                questions=questions,
+                exam=exam.title,
+                split=exam.split,
+                expected=exam.expected,
+            )
+        )
     return wires
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_zh.reporting.charts import Histogram
 from mlx_zh.reporting.findings import Findings
-from mlx_zh.reporting.messages import Text, named, say
+from mlx_zh.reporting.messages import Text, joined, named, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class StageData:
 
     title: Text
     facts: list[tuple[Text, Text]]
-    sources: list[tuple[str, ...]]
+    sources: list[tuple[Text, ...]]
     lengths: Histogram | None
 
 
@@ -50,14 +50,15 @@ def _lengths(title: Text, told: Mapping[str, Any]) -> Histogram | None:
     return None
 
 
-def _source_rows(told: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _source_rows(told: Mapping[str, Any]) -> list[tuple[Text, ...]]:
     """A row a source: name, rows read, kept for training and for validation, and why others were left out."""
-    rows = []
+    rows: list[tuple[Text, ...]] = []
     for source in _listed(told.get("sources")):
         if isinstance(source, Mapping):
-            dropped = [f"{count:,} {reason}" for reason, count in _mapping(source, "dropped").items()]
-            counts = [_number(source.get(key)) for key in ("rows", "train", "validation")]
-            rows.append((str(source.get("name")), *counts, ", ".join(dropped) or "–"))
+            reasons = _mapping(source, "dropped").items()
+            dropped = joined([say("dropped", count=count, reason=named(reason)) for reason, count in reasons])
+            known = (source.get("name"), *(_number(source.get(key)) for key in ("rows", "train", "validation")))
+            rows.append((*map(Text.same, known), dropped if reasons else Text.same("–")))
     return rows
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_zh.exams import statistics
+from mlx_zh.language.notice import notices_of
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}
@@ -110,7 +111,7 @@ class _Exam:
             rows=self._rows(compared),
             compared=compared,
             chance=tuple(first["chance"]) if first.get("chance") else None,
-            tripwires={stage: [str(w) for w in f.get("tripwires", [])] for stage, f in self._figures.items()},
+            tripwires={stage: _tripwires(figures) for stage, figures in self._figures.items()},
             unlike=unlike,
         )
 
@@ -151,6 +152,12 @@ class _Exam:
 
 def _members(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, row.get("members") or ()))
+
+
+def _tripwires(figures: dict[str, Any]) -> list[str]:
+    """Sentences of the result, notices where it has their codes."""
+    texts, codes = (figures.get(key) for key in ("tripwires", "tripwire_codes"))
+    return notices_of(texts if isinstance(texts, list) else [], codes if isinstance(codes, list) else [])
 
 
 def _answers(path: Path) -> Answers:

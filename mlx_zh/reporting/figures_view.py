@@ -11,7 +11,7 @@ from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import duration, energy
 
 _SHOWN = 400  # characters of one value
-_ALARMS = {"tripwires", "warnings", "alarms"}  # shown where alarms are
+_ALARMS = {"warnings", "warning_codes", "unmeasured", "unmeasured_code"}  # shown where alarms are
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
+from mlx_zh.language.notice import Notice, notices_of
 from mlx_zh.reporting import exam_results
 from mlx_zh.reporting.exam_results import ExamResult
-from mlx_zh.reporting.messages import Text, named, say, translated
+from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.system.redaction import hide, hide_all
 
 Figures = dict[str, Any]
@@ -122,16 +123,16 @@ def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) 
         if training := _training(reading, run.stage(stage), stage):
             found.training[stage] = training
             found.alarms += _training_alarms(training)
-            warned = dict.fromkeys(str(line.get("text")) for line in reading.objects(run.stage(stage).warnings))
-            found.alarms += [Alarm(named(stage), translated(text)) for text in warned]
+            lines = reading.objects(run.stage(stage).warnings)
+            warned = dict.fromkeys(notices_of([line.get("text") for line in lines], lines))
+            found.alarms += [Alarm(named(stage), Text.of(text)) for text in warned]
     found.exams = exam_results.gather(run.exams, STAGES, bootstrap=bootstrap, seed=seed)
     for exam in found.exams:
         found.alarms += _exam_alarms(exam)
     for stage, told in found.data.items():
         found.alarms += _data_alarms(named(f"data_{stage}"), told if isinstance(told, dict) else {})
     for kind, written in found.export.items():
-        for text in _listed(written.get("warnings")) if isinstance(written, Mapping) else ():
-            found.alarms.append(Alarm(say_join(str(kind), say("export")), translated(str(text))))
+        found.alarms += _export_alarms(str(kind), written if isinstance(written, Mapping) else {})
     return found
 
 
@@ -165,7 +166,7 @@ class _Reading:
 
     def _damaged(self, path: Path) -> None:
         name = path.relative_to(self._folder).as_posix()
-        self._alarms.append(Alarm(Text.same(name), say("unreadable", file=name)))
+        self._alarms.append(Alarm(Text.same(name), say("file-unreadable", file=name)))
 
 
 def _training(reading: _Reading, files: StageFiles, stage: str) -> TrainingResult | None:
@@ -181,23 +182,22 @@ def _training_alarms(training: TrainingResult) -> list[Alarm]:
     found = []
     summary = training.summary
     if not summary:
-        found.append(say("unfinished", stage=named(training.stage)))
+        found.append(say("training-unfinished", stage=named(training.stage)))
     if summary.get("skipped_steps"):
-        found.append(say("skipped_steps", count=summary["skipped_steps"]))
+        found.append(say("steps-skipped", count=summary["skipped_steps"]))
     broken = sum(_broken(line) for line in (*training.steps, *training.validations))
     if broken:
-        found.append(say("not_finite", count=broken))
+        found.append(say("metrics-not-finite", count=broken))
     before, after = (summary.get(f"eval_loss_{side}") for side in ("before", "after"))
     best = summary.get("best") or {}
     if _finite(before) and _finite(after):
         if after > before:
-            found.append(say("eval_rose", before=f"{before:.4f}", after=f"{after:.4f}"))
+            found.append(say("validation-loss-rose", before=before, after=after))
         elif _finite(best.get("eval_loss")) and best["eval_loss"] < after * 0.995:
-            figures = {"step": best.get("step"), "best": f"{best['eval_loss']:.4f}", "after": f"{after:.4f}"}
-            found.append(say("overfitted", **figures))
+            found.append(say("overfitted", step=best.get("step"), best=best["eval_loss"], after=after))
     accuracy = at_end(training, "rewards/accuracies")
     if accuracy is not None and accuracy <= 0.5:
-        found.append(say("accuracy_low", accuracy=f"{accuracy:.1%}"))
+        found.append(say("reward-accuracy-low", accuracy=accuracy))
     return [Alarm(named(training.stage), text) for text in found]
 
 
@@ -213,10 +213,11 @@ def at_end(training: TrainingResult, name: str) -> float | None:
 def _data_alarms(where: Text, told: Figures) -> list[Alarm]:
     exams = told.get("exam_questions")
     missing = exams.get("missing") if isinstance(exams, dict) else None
-    found = [say("unchecked", exam=k, reason=v) for k, v in missing.items()] if isinstance(missing, dict) else []
+    missing = missing if isinstance(missing, dict) else {}
+    found = [say("exam-questions-not-checked", exam=exam, reason=reason) for exam, reason in missing.items()]
     share = told.get("over_long_share")
     if _finite(share) and share >= MANY:
-        found.append(say("many_over_long", share=f"{share:.1%}"))
+        found.append(say("rows-over-long", share=share))
     return [Alarm(where, text) for text in found]
 
 
@@ -224,10 +225,20 @@ def _exam_alarms(exam: ExamResult) -> list[Alarm]:
     found = []
     for stage, wires in exam.tripwires.items():
         where = say_join(exam.title, named(stage))
-        found += [Alarm(where, translated(wire)) for wire in wires]
+        found += [Alarm(where, Text.of(wire)) for wire in wires]
     for before, after in exam.unlike:
-        found.append(Alarm(Text.same(exam.title), say("unlike", before=named(before), after=named(after))))
+        unlike = say("exam-not-comparable", before=named(before), after=named(after))
+        found.append(Alarm(Text.same(exam.title), unlike))
     return found
+
+
+def _export_alarms(kind: str, written: Mapping[str, Any]) -> list[Alarm]:
+    where = say_join(kind, say("export"))
+    found = notices_of(*(_listed(written.get(key)) for key in ("warnings", "warning_codes")))
+    if reason := written.get("unmeasured"):
+        (told,) = notices_of([reason], [written.get("unmeasured_code")])
+        found.append(Notice("fused-not-compared", format=kind, reason=told))
+    return [Alarm(where, Text.of(text)) for text in found]
 
 
 def say_join(title: str, text: Text) -> Text:

@@ -114,7 +114,7 @@ def _data(findings: Findings) -> list[str]:
     for stage in data_view.stages(findings):
         facts = [[name.both(), value.both()] for name, value in stage.facts]
         parts += [f"### {safe(stage.title.both())}", _table(["", ""], facts)]
-        parts.append(_table(heads, [list(row) for row in stage.sources]))
+        parts.append(_table(heads, [[cell.both() for cell in row] for row in stage.sources]))
     if digests := findings.manifest.get("data"):
         parts.append(_table([say("file").both(), say("digest").both()], [list(row) for row in flat(digests)]))
     return [f"## {say('data').both()}", *parts] if parts else []

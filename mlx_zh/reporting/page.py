@@ -44,7 +44,7 @@ def page(findings: Findings, made: str) -> str:
     )
     html = _render(
         "page",
-        title=Text(f"{findings.name} 微调报告", f"{findings.name}: fine-tuning report"),
+        title=say("page_title", name=findings.name),
         policy=policy,
         style=Markup(style),
         script=Markup(script),

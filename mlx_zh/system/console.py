@@ -11,7 +11,8 @@ from typing import Any
 
 from wcwidth import wcswidth
 
-from mlx_zh.system.redaction import printable, redact
+from mlx_zh.language.notice import Notice
+from mlx_zh.system.redaction import hide_all, printable, redact
 
 
 def say(text: str = "") -> None:
@@ -26,16 +27,18 @@ _kept: Path | None = None  # where warnings are also written
 
 
 def warn(text: str) -> None:
-    """A warning line."""
+    """A warning line. One that is to be kept for the report is best a `Notice`, which it shows in both languages."""
     say(f"warning: {text}")
     if _kept is not None:
+        coded = hide_all(text.as_dict(), redact) if isinstance(text, Notice) else {}
+        line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False)
         with suppress(OSError), _kept.open("a", encoding="utf-8") as file:  # a full disk is told by other writes
-            file.write(json.dumps({"text": redact(text)}, ensure_ascii=False) + "\n")
+            file.write(line + "\n")
 
 
 @contextmanager
 def kept_warnings(path: Path) -> Iterator[None]:
-    """Inside, every warning is also a line of `path`, for the report."""
+    """Inside, every warning is also a line of `path`: its English text, and a notice's code and values."""
     global _kept
     path.parent.mkdir(parents=True, exist_ok=True)
     before, _kept = _kept, path

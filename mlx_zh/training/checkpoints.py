@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import StorageError
+from mlx_zh.language.notice import Notice
 from mlx_zh.system.digests import file_digest
 from mlx_zh.system.storage import storage_errors, sync_folder, write_arrays, write_json
 from mlx_zh.training.optimizer import Arrays
@@ -66,9 +67,9 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return target
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
     """The newest whole checkpoint, or None; and a line about each damaged one, which is set aside."""
-    remarks: list[str] = []
+    remarks: list[Notice] = []
     for path in reversed(_folders(folder)):
         try:
             return _load(path), remarks
@@ -79,7 +80,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                 path.rename(aside)
             except OSError:
                 raise StorageError(f"{path} is damaged ({error}) and cannot be moved aside.") from error
-            remarks.append(f"checkpoint {path.name} is damaged ({error}); set aside as {aside.name}.")
+            remarks.append(Notice("checkpoint-damaged", name=path.name, reason=str(error), aside=aside.name))
     return None, remarks
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_zh.core.losses import LOSSES
 from mlx_zh.errors import TrainingError
+from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import Dpo
 
 # A log-prob of one token computed twice, in rows that were packed differently, differs by about this much on average.
@@ -37,7 +38,7 @@ class DpoWatch:
         self._steps.append(figures)
         self._remarks()
 
-    def step(self, figures: dict[str, Any]) -> list[str]:
+    def step(self, figures: dict[str, Any]) -> list[Notice]:
         """Warnings about the run up to this step. Raises TrainingError where the first step is impossible."""
         if figures["step"] == 1 and self._starts_at_reference:
             self._check_start(figures)
@@ -65,13 +66,13 @@ class DpoWatch:
                 "folder and run again."
             )
 
-    def _remarks(self) -> list[str]:
+    def _remarks(self) -> list[Notice]:
         found = {"degeneration": self._degeneration(), "saturation": self._saturation()}
         new = {name: text for name, text in found.items() if text and name not in self._told}
         self._told |= new.keys()
         return list(new.values())
 
-    def _degeneration(self) -> str | None:
+    def _degeneration(self) -> Notice | None:
         """The chosen reward below 0 and falling window by window while margins rise."""
         needed = _WINDOW * (_FALLS + 1)
         if not LOSSES[self._section.loss].reference or len(self._steps) < needed or len(self._steps) % _WINDOW:
@@ -86,22 +87,13 @@ class DpoWatch:
         lost = (chosen[0] - chosen[-1]) / self._section.beta
         if not (falling and rising and chosen[-1] < 0 and lost >= _NATS):
             return None
-        return (
-            f"the chosen responses have become less likely for {needed} steps (reward {chosen[0]:.2f} -> "
-            f"{chosen[-1]:.2f}) while the margin grew: the model unlearns the rejected responses and the chosen ones "
-            "with them. dpo.sft_weight (try 0.1 to 1) holds the chosen ones; a lower learning_rate or a higher beta "
-            "helps too."
-        )
+        return Notice("dpo-chosen-falls", steps=needed, first=chosen[0], last=chosen[-1])
 
-    def _saturation(self) -> str | None:
+    def _saturation(self) -> Notice | None:
         """Every pair ranked rightly before much could be learned."""
         first = self._steps[:_EARLY]
         if not LOSSES[self._section.loss].reference or len(first) < _EARLY or first[0]["step"] != 1:
             return None
         if sum(step["pairs"] for step in first) < 12 or any(step["rewards/accuracies"] < 1 for step in first):
             return None
-        return (
-            f"every pair of the first {_EARLY} steps was ranked rightly, before much could be learned. Either the "
-            f"reference (dpo.reference: {self._section.reference}) is not the model you mean, or one step learns "
-            "everything (lower the learning_rate), or something trivial, such as length, tells the responses apart."
-        )
+        return Notice("dpo-perfect-at-once", steps=_EARLY, reference=self._section.reference)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
@@ -232,7 +233,7 @@ class Loop:
                 return result
             except OutOfMemory:
                 pass  # left first, so that what the error holds on to is free again
-            yield self._shortened(self.objective, rows, f"step {self.progress.step + 1}")
+            yield self._shortened(self.objective, rows, Notice("during-step", step=self.progress.step + 1))
 
     def _shortened(self, objective: Objective, rows: list[Row], what: str) -> Shortened:
         """Let `what` be done again in shorter rows. Other ranks only wait, unless the loss needs them for it."""
@@ -258,7 +259,7 @@ class Loop:
                 break
             except OutOfMemory:
                 pass
-            yield self._shortened(self.validation, rows, "validation")
+            yield self._shortened(self.validation, rows, Notice("during-validation"))
         sums = self.world.add(sums)
         loss = sums.pop("loss")
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mlx_zh.core.logprobs import CHUNK_BYTES, hidden_states, output_head
 from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.export.merge import SurvivalSummary
 
 # Above these a fused model is no longer called equal to base + adapter.
@@ -116,7 +117,7 @@ class Fidelity:
     moved: float  # KL(base + adapter || base): how far tuning went, the yardstick for `kl`
 
 
-def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> list[str]:
+def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> list[Notice]:
     """What is above the limits, in words; nothing where the fused model can stand for base + adapter.
 
     What is left of the change counts only where predictions were not compared: they are what matters, and fine
@@ -124,14 +125,9 @@ def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> lis
     """
     found = []
     if fidelity is not None and fidelity.kl > KL_LIMIT:
-        found.append(
-            f"its predictions are {fidelity.kl:.3f} nats a token away from base + adapter (limit {KL_LIMIT})"
-        )
+        found.append(Notice("fused-far-from-tuned", kl=fidelity.kl, limit=KL_LIMIT))
     elif fidelity is not None and fidelity.kl > max(FREE_KL, LOST_LIMIT * fidelity.moved):
-        found.append(
-            f"rounding moved it by {fidelity.kl:.4f} nats a token, and tuning by {fidelity.moved:.4f} (limit: "
-            f"{LOST_LIMIT:.0%} of that)"
-        )
+        found.append(Notice("fused-rounding-large", kl=fidelity.kl, moved=fidelity.moved, limit=LOST_LIMIT))
     if fidelity is None and left is not None and abs(1 - left.kept_mean) > 1 - KEPT_LIMIT:
-        found.append(f"{left.kept_mean:.0%} of the adapter's change is left in it (limit {KEPT_LIMIT:.0%})")
+        found.append(Notice("fused-change-lost", kept=left.kept_mean, limit=KEPT_LIMIT))
     return found
