@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_zh.language.notice import Notice
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if fuser.title != fuser.wanted_name:
         console.say(f'The base\'s licence demands a name that begins with "Llama": {fuser.title}.')
     if fuser.adapter_is_foreign:
-        console.warn(f"{adapter} says that it was trained on another model than {recipe.model.path}.")
+        console.warn(Notice("adapter-of-another-model", adapter=str(adapter), model=recipe.model.path))
 
     written = _write_all(fuser, measured=not arguments.no_measure)
     _conclude(fuser, written)
@@ -117,7 +118,7 @@ def _conclude(fuser: Fuser, written: list[Written]) -> None:
         )
     for w in written:
         if w.found.unmeasured:
-            console.warn(f"{w.kind} was not compared with base + adapter: {w.found.unmeasured}.")
+            console.warn(Notice("fused-not-compared", format=w.kind, reason=w.found.unmeasured))
         for warning in w.found.warnings:
             console.warn(f"{w.kind}, {w.result.detail}: {warning}.{_remedy(fuser, w)}")
 

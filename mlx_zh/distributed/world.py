@@ -25,6 +25,7 @@ import numpy.typing as npt
 from mlx_zh.distributed import launching
 from mlx_zh.distributed.heartbeat import PATIENCE, Door, Heartbeat, connect
 from mlx_zh.errors import DistributedError, MlxZhError
+from mlx_zh.language.notice import Notice
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -272,7 +273,7 @@ def _heartbeat(world: World, warn: Callable[[str], None]) -> Heartbeat:
     if door:
         peers = door.accept(sum(reached) - 1)
         for rank in [rank for rank, here in enumerate(reached) if not here]:
-            warn(f"rank {rank} reaches rank 0 only through MLX; should it hang, the run waits for it.")
+            warn(Notice("rank-without-heartbeat", rank=rank))
     return Heartbeat(peers)
 
 

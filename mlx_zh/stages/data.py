@@ -18,6 +18,7 @@ from mlx_zh.corpus.tables import is_saved, saved_files
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
+from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import DataSet, Recipe, Source
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, storage
@@ -58,7 +59,7 @@ def prepare_stage(
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
     for name, reason in settings.exams.missing.items():
-        console.warn(f"{stage} data was NOT checked for questions of {name}: {reason}")
+        console.warn(Notice("stage-exam-questions-not-checked", stage=stage, exam=name, reason=reason))
     return corpus
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, RecipeError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter, read_adapter
 from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, AdapterSpec
@@ -60,12 +61,12 @@ class Start:
                 f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."
             )
         differ = [
-            f"{name} {getattr(found, name)} (the recipe's lora section: {getattr(wanted, name)})"
+            Notice("adapter-differs", setting=name, value=getattr(found, name), wanted=getattr(wanted, name))
             for name in ("kind", "rank", "scale", "num_layers")
             if getattr(found, name) != getattr(wanted, name)
         ]
         if differ:
-            console.warn(f"training keeps the shape of the adapter in {self.name}: {', '.join(differ)}.")
+            console.warn(Notice("adapter-keeps-shape", folder=self.name, differences=differ))
         return found
 
     def put_on(self, loaded: LoadedModel, spec: AdapterSpec) -> None:

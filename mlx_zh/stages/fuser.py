@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
@@ -56,8 +57,8 @@ class Assessment:
     size: int  # bytes
     left: SurvivalSummary | None
     fidelity: fidelity.Fidelity | None
-    unmeasured: str | None  # why there is no fidelity
-    warnings: list[str]
+    unmeasured: Notice | None  # why there is no fidelity
+    warnings: list[Notice]
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ class Written:
         return card.Delivery(self.kind, self.result.detail, file, found.left, found.fidelity, found.warnings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for summary.json."""
+        """Plain values for summary.json: notices as their English sentences, and beside them their codes."""
         about = {"detail": self.result.detail, "bits": self.result.bits, "folder": str(self.folder)}
-        return about | asdict(self.found)
+        reason = self.found.unmeasured
+        codes = {
+            "unmeasured_code": reason and reason.as_dict(),
+            "warning_codes": [warning.as_dict() for warning in self.found.warnings],
+        }
+        return about | asdict(self.found) | codes
 
 
 class Fuser:
@@ -153,12 +159,12 @@ class Fuser:
             )
         need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
 
-    def _too_large(self, size: int) -> str | None:
+    def _too_large(self, size: int) -> Notice | None:
         needed = self.fusion.source.parameters * 4 if device.is_cpu() else size
         mx.clear_cache()
         free = device.free_bytes()
         if needed > free:
-            return f"it takes {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+            return Notice("fused-too-large", needed=needed / 1e9, free=free / 1e9)
         return None
 
     # Writing --------------------------------------------------------------------------------------------------
@@ -185,7 +191,7 @@ class Fuser:
         """Measure what was written, where that was asked for and fits into memory."""
         left, size = summarize(result.survivals), sum(file.stat().st_size for file in folder.iterdir())
         measured, reason = None, None
-        warnings: list[str] = []
+        warnings: list[Notice] = []
         if result.model is not None and yardstick is not None:
             reason = self._too_large(size)
             if reason is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_zh.errors import ModelError, PlanError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.fullest import Examples, alike
 from mlx_zh.planning.memory import Estimate
@@ -28,7 +29,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Place:
     """A machine: what it recommends to take at most, in bytes, and how it computes."""
 
-    name: str
+    name: str  # of the budget; a notice, for Chinese too
     budget: float
     cpu: bool
 
@@ -39,13 +40,13 @@ def this_machine() -> Place:
 
     cpu = device.is_cpu()
     budget = device.free_bytes() + mx.get_active_memory()
-    return Place("free memory of this machine" if cpu else "this machine's recommended working set", budget, cpu)
+    return Place(Notice("memory-free" if cpu else "memory-recommended"), budget, cpu)
 
 
 def mac(memory: float) -> Place:
     """A Mac with `memory` bytes: macOS recommends two thirds of up to 32 GB, and three quarters of more."""
     share = 2 / 3 if memory <= 32.5 * 2**30 else 3 / 4
-    return Place(f"recommended working set of a Mac with {memory / 2**30:.0f} GB", memory * share, cpu=False)
+    return Place(Notice("memory-recommended-mac", gigabytes=memory / 2**30), memory * share, cpu=False)
 
 
 def training_step(
@@ -127,37 +128,29 @@ def require(
     estimate = step.memory(settings)
     if estimate.peak <= place.budget:
         return
-    text = f"{too_much(stage, estimate, place)} {way_out(step, settings, place)}"
+    warning = Notice("memory-short", need=too_much(stage, estimate, place), way=way_out(step, settings, place))
     if not force:
-        raise PlanError(f"{text} To start all the same, add --force.")
-    console.warn(text)
+        raise PlanError(f"{warning} To start all the same, add --force.")
+    console.warn(warning)
 
 
-def too_much(stage: str, estimate: Estimate, place: Place) -> str:
+def too_much(stage: str, estimate: Estimate, place: Place) -> Notice:
     """What is needed and what is there."""
+    peak, budget = estimate.peak / 1e9, place.budget / 1e9
     parts = sorted(((n, b) for n, b in estimate.parts.items() if b >= 0.05e9), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts)
-    return (
-        f"{stage} needs about {estimate.peak / 1e9:.1f} GB at its peak"
-        + (f" ({listed})" if listed else "")
-        + ", and "
-        f"{place.budget / 1e9:.1f} GB are the {place.name}."
-    )
+    if not parts:
+        return Notice("memory-need", stage=stage, peak=peak, budget=budget, place=place.name)
+    listed = [Notice("memory-part", name=Notice(f"memory-part-{name}"), size=size / 1e9) for name, size in parts]
+    return Notice("memory-need-by-part", stage=stage, peak=peak, parts=listed, budget=budget, place=place.name)
 
 
-def way_out(step: Step, settings: Memory, place: Place) -> str:
+def way_out(step: Step, settings: Memory, place: Place) -> Notice:
     """The cheapest settings that fit, or that none do."""
     found = cheapest(step, settings, place.budget)
-    if found is not None:
-        return (
-            f"{overrides(found.settings, settings)} would need {found.estimate.peak / 1e9:.1f} GB and change no "
-            f"result, for {told_cost(found)}."
-        )
-    smallest = least(step, settings)
-    return (
-        f"No memory settings help: the least is {smallest.estimate.peak / 1e9:.1f} GB. Close other programs, or "
-        "take a smaller or quantized model, fewer lora.num_layers or a smaller lora.rank."
-    )
+    if found is None:
+        return Notice("memory-no-way", least=least(step, settings).estimate.peak / 1e9)
+    changes, peak = overrides(found.settings, settings), found.estimate.peak / 1e9
+    return Notice("memory-way", settings=changes, peak=peak, cost=told_cost(found))
 
 
 def overrides(found: Memory, asked: Memory) -> str:
@@ -172,6 +165,6 @@ def overrides(found: Memory, asked: Memory) -> str:
     return " ".join(changes)
 
 
-def told_cost(found: Candidate) -> str:
+def told_cost(found: Candidate) -> Notice:
     """Its time, in words."""
-    return "no more time" if found.cost < 0.005 else f"about {found.cost:.0%} more time"
+    return Notice("no-more-time") if found.cost < 0.005 else Notice("more-time", share=found.cost)

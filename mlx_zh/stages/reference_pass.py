@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import PlanError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
@@ -100,7 +101,7 @@ def _shorter(reference: Reference, row_tokens: int) -> int:
             "command again: what was computed is kept."
         )
     mx.clear_cache()
-    console.warn(f"the reference pass ran out of memory and goes on in rows of {row_tokens // 2} tokens.")
+    console.warn(Notice("reference-rows-shortened", row_tokens=row_tokens // 2))
     return row_tokens // 2
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.system import console, device
 from mlx_zh.system.locks import Lock, locked
@@ -107,7 +108,7 @@ class RunFolder:
             if lock.left_by:
                 console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it kept.")
             if not lock.works:
-                console.warn(f"the file system of {self.path} has no locks: see that only one run works there.")
+                console.warn(Notice("no-locks", folder=str(self.path)))
             yield lock
 
     @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from mlx_zh.errors import first_line
+from mlx_zh.language.notice import Notice
 from mlx_zh.system.redaction import hide_all
 
 PROJECT = "mlx-zh"
@@ -87,10 +88,10 @@ class Trackers:
             action()
         except ImportError:
             self._open.pop(name, None)
-            self._warn(f"{name} is not installed (pip install 'mlx-zh[{name}]'); training goes on without it.")
+            self._warn(Notice("tracker-not-installed", tracker=name))
         except (Exception, SystemExit) as error:  # whatever a tracker raises is its own affair
             self._open.pop(name, None)
-            self._warn(f"{name} failed and is left out from here on: {hide_all(first_line(error))}")
+            self._warn(Notice("tracker-failed", tracker=name, reason=hide_all(first_line(error))))
 
 
 class _TensorBoard:

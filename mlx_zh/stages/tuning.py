@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
@@ -234,22 +235,13 @@ class Session:
                     bar.update(event.figures)
                     trackers.log(event.figures)
                     if not event.result.applied:
-                        console.warn(
-                            f"step {event.figures['step']} was skipped: loss {event.result.loss}, gradient norm "
-                            f"{event.result.grad_norm}; examples {list(event.examples)}"
-                        )
+                        console.warn(_skipped(event))
                     elif event.figures["step"] == 1 and _same(before, loop.weights):
-                        console.warn(
-                            "the first step changed no weight: look for a learning_rate too small for the weights' "
-                            f"precision, or a gradient of 0 (its norm was {event.result.grad_norm:.3g})."
-                        )
+                        console.warn(Notice("first-step-changed-nothing", grad_norm=event.result.grad_norm))
                     for remark in [] if watch is None else watch.step(event.figures):
                         console.warn(remark)
                 elif isinstance(event, Shortened):
-                    console.warn(
-                        f"{event.what} ran out of memory and is done again in rows of {event.micro_tokens} tokens; "
-                        "the result is the same. With memory.micro_tokens set to that it would have fitted at once."
-                    )
+                    console.warn(Notice("rows-shortened", what=event.what, micro_tokens=event.micro_tokens))
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
@@ -296,7 +288,7 @@ class Watch(Protocol):
     def recall(self, figures: dict[str, Any]) -> None:
         """A step of an earlier session of this run."""
 
-    def step(self, figures: dict[str, Any]) -> list[str]:
+    def step(self, figures: dict[str, Any]) -> Sequence[str]:
         """A step just taken: warnings to show, or an error that ends the run."""
 
 
@@ -346,6 +338,11 @@ _SHOWN = {
 def _evaluation(figures: dict[str, Any]) -> str:
     more = "".join(f", {label} {figures[key]:z.2f}" for key, label in _SHOWN.items() if key in figures)
     return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
+
+
+def _skipped(event: Stepped) -> Notice:
+    loss, norm = str(event.result.loss), str(event.result.grad_norm)  # NaN and infinity are not plain JSON
+    return Notice("step-skipped", step=event.figures["step"], loss=loss, grad_norm=norm, examples=event.examples)
 
 
 def _same(left: Arrays, right: Arrays) -> bool:

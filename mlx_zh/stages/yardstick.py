@@ -11,6 +11,7 @@ from typing import Any
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
 from mlx_zh.errors import DataError, DownloadError, TemplateError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.export import fidelity
 from mlx_zh.models.export.held_out import bundled_conversations
@@ -36,7 +37,7 @@ class Yardstick:
     moved: float  # KL(base + adapter || base)
     probes: tuple[tuple[int, ...], ...]  # the bundled text's tokens
 
-    def measure(self, path: Path) -> tuple[fidelity.Fidelity, list[str]]:
+    def measure(self, path: Path) -> tuple[fidelity.Fidelity, list[Notice]]:
         """Load a written model as a user would; its fidelity, and what its tokenizer does otherwise."""
         loaded = load_model(str(path), dtype=self.recipe.model.dtype)
         found = fidelity.distance(self.tuned, self.text.predictions(loaded.model), self.text.targets)
@@ -45,7 +46,8 @@ class Yardstick:
         )
         probes = [_tokens(r) for r in _bundled(_renderer(self.recipe, loaded.tokenizer))]
         other = sum(mine != theirs for mine, theirs in zip(self.probes, probes, strict=True))
-        return measured, [f"its tokenizer reads {other} of {len(probes)} texts otherwise"] if other else []
+        warning = Notice("fused-tokenizer-differs", count=other, texts=len(probes))
+        return measured, [warning] if other else []
 
 
 def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
@@ -81,7 +83,7 @@ def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
     try:
         return list(prepare_stage(recipe, "sft", renderer).conversations("validation"))
     except (DataError, DownloadError) as error:
-        console.warn(f"the validation data cannot be read, so the bundled text is used: {error}")
+        console.warn(Notice("validation-data-unreadable", reason=str(error)))
         return []
 
 
