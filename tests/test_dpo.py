@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import sentences
 from project import Project, Result, interrupt_after, losses, message, metrics
 
 from mlx_zh import dpo
@@ -161,6 +162,8 @@ def test_another_adapter_keeps_its_shape(tuned: Project) -> None:
         in result.out
     )
     assert "scale 2.0 (the recipe's lora section: 4.0)" in result.out
+    (warning,) = sentences.kept(Path("runs/again/dpo/warnings.jsonl"))
+    assert warning is not None and "rank 为 4（配方的 lora 部分为 8）" in warning.text("zh")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from project import Project
 from mlx_zh import eval
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams.records import Records
+from mlx_zh.language.notice import notice_of
 from mlx_zh.models.adapters.files import save_adapter
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -120,6 +121,7 @@ def test_the_base_alone(ask: Ask):
     assert found["rows"][0]["macro"] == pytest.approx(np.mean(right))
     assert found["about"]["protocol"] == {"name": "official", "version": 1}
     assert found["tripwires"] and all(f"warning: exam, base: {wire}" in out for wire in found["tripwires"])
+    assert list(map(notice_of, found["tripwire_codes"])) == found["tripwires"]
 
 
 def test_stages_side_by_side(ask: Ask, project: Project):

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import sentences
 from disks import remount, small_disk
 from project import Project, losses, metrics
 
@@ -252,6 +253,12 @@ def test_examples_of_skipped_steps_are_named(project: Project, monkeypatch: pyte
         assert len(line["skipped_examples"]) == 4
         told = f"warning: step {line['step']} was skipped: loss nan, gradient norm nan; examples "
         assert f"{told}{line['skipped_examples']}" in result.out
+    assert [
+        (notice.code, notice.values["step"]) for notice in sentences.kept(Path("runs/tiny/sft/warnings.jsonl"))
+    ] == [
+        ("step-skipped", 2),
+        ("step-skipped", 3),
+    ]
     assert json.loads(Path("runs/tiny/sft/summary.json").read_text())["skipped_steps"] == 2
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_zh import fuse
+from mlx_zh.language.notice import notice_of
 from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter
 from mlx_zh.models.load import load_model
 from mlx_zh.system import storage
@@ -129,6 +130,7 @@ def test_a_four_bit_base_is_warned_of_raised_or_merged_into_its_original(project
     lost = summary()["mlx"]
     assert lost["bits"] == 4 and lost["left"]["kept_mean"] < 0.9 and len(lost["warnings"]) == 1
     assert "warning: mlx, 4-bit: " in result.out
+    assert list(map(notice_of, lost["warning_codes"])) == lost["warnings"] and lost["unmeasured_code"] is None
     assert "Write it with export.bits=6, or merge into the full-precision original with --from MODEL" in result.out
 
     result = ran(run(*recipe))

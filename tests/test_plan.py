@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentences
 from project import Project
 
 from mlx_zh import plan
@@ -250,6 +251,8 @@ def test_a_stage_refuses_what_cannot_fit(project: Project, monkeypatch: pytest.M
     forced = project.sft("--force", "sft.max_steps=1")
     assert (forced.status, forced.err) == (0, "")
     assert "warning: sft needs about" in forced.out
+    warnings = sentences.kept(Path("runs/tiny/sft/warnings.jsonl"))
+    assert warnings and all(warning and "sft 的内存峰值约为 0.0 GB" in warning.text("zh") for warning in warnings)
     assert project.sft("sft.max_steps=1").status == 0  # finished: nothing is started, so nothing is refused
 
 

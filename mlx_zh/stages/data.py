@@ -59,7 +59,8 @@ def prepare_stage(
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
     for name, reason in settings.exams.missing.items():
-        console.warn(Notice("stage-exam-questions-not-checked", stage=stage, exam=name, reason=reason))
+        warning = Notice("stage-exam-questions-not-checked", stage=stage, exam=name, reason=reason)
+        console.warn(warning, keep=False)  # the corpus's report tells it
     return corpus
 
 

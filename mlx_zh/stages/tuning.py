@@ -211,12 +211,14 @@ class Session:
             loop.log.cut(0)
             self.folder.warnings.unlink(missing_ok=True)
             write_json(self.folder.settings, self.values)
+            console.keep_waiting()
             return
         if found.state["key"] != self.key:
             raise RecipeError(
                 f"{self.folder.path} holds a run with other settings, stopped after step {found.state['step']}. Give "
                 "this recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
+        console.keep_waiting()
         loop.resume(found)
         console.say(f"Going on after step {found.state['step']} of {loop.total}.")
 

@@ -24,16 +24,19 @@ def say(text: str = "") -> None:
 
 
 _kept: Path | None = None  # where warnings are also written
+_waiting: list[str] | None = None  # those of a command that came before there was such a place
 
 
-def warn(text: str) -> None:
-    """A warning line. One that is to be kept for the report is best a `Notice`, which it shows in both languages."""
+def warn(text: str, *, keep: bool = True) -> None:
+    """A warning line. The report shows a `Notice` in both languages, other text as it is.
+
+    `keep` is false for what the run folder tells elsewhere.
+    """
     say(f"warning: {text}")
-    if _kept is not None:
-        coded = hide_all(text.as_dict(), redact) if isinstance(text, Notice) else {}
-        line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False)
-        with suppress(OSError), _kept.open("a", encoding="utf-8") as file:  # a full disk is told by other writes
-            file.write(line + "\n")
+    if keep and _kept is not None:
+        _write(text, _kept)
+    elif keep and _waiting is not None:
+        _waiting.append(text)
 
 
 @contextmanager
@@ -46,6 +49,30 @@ def kept_warnings(path: Path) -> Iterator[None]:
         yield
     finally:
         _kept = before
+
+
+@contextmanager
+def waiting_warnings() -> Iterator[None]:
+    """Inside, warnings outside `kept_warnings` are remembered until `keep_waiting`; at the end they are forgotten."""
+    global _waiting
+    before, _waiting = _waiting, []
+    try:
+        yield
+    finally:
+        _waiting = before
+
+
+def keep_waiting() -> None:
+    """Write the remembered warnings where warnings are kept now."""
+    while _kept is not None and _waiting:
+        _write(_waiting.pop(0), _kept)
+
+
+def _write(text: str, path: Path) -> None:
+    coded = hide_all(text.as_dict(), redact) if isinstance(text, Notice) else {}
+    line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False)
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk is told by other writes
+        file.write(line + "\n")
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:

@@ -77,6 +77,16 @@ def test_every_code_in_the_program_is_known_and_gets_the_values_that_it_needs() 
         assert given is None or given == fields(catalogue()[code].en).keys(), f"{place}: {code}"
 
 
+def test_every_code_in_the_templates_is_known() -> None:
+    codes = [
+        (path.name, code)
+        for path in PACKAGE.rglob("*.html")
+        for code in re.findall(r"""\bsay\(["']([^"']+)""", path.read_text(encoding="utf-8"))
+    ]
+    assert len(codes) > 5
+    assert [(name, code) for name, code in codes if code not in catalogue()] == []
+
+
 def test_every_warning_is_given_somewhere() -> None:
     assert set(WARNINGS) - {code for _, code, _ in used()} == set()
 

@@ -91,6 +91,21 @@ def test_texts_without_codes_and_codes_without_texts() -> None:
     assert notices_of([], [CUT.as_dict()]) == []
 
 
+def test_warnings_from_before_there_was_a_place_are_kept_once_there_is_one(tmp_path: Path) -> None:
+    console.warn("nobody waits for this one")
+    with console.waiting_warnings():
+        console.warn(CUT)
+        console.warn("told elsewhere", keep=False)
+        with console.kept_warnings(tmp_path / "warnings.jsonl"):
+            console.keep_waiting()
+            console.warn("at once")
+            console.keep_waiting()  # nothing is written twice
+        console.warn("too late")
+    lines = (tmp_path / "warnings.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [CUT, "at once"]
+    assert json.loads(lines[0])["code"] == "exam-prompts-cut"
+
+
 def test_a_warning_is_kept_with_its_code_and_without_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
