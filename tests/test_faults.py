@@ -213,9 +213,7 @@ def spoil(project: Project, tmp_path: Path) -> Callable[[str, int], str]:
 def test_a_model_whose_weights_are_no_numbers_is_refused(project: Project, spoil: Callable[[str, int], str]) -> None:
     result = project.sft(spoil("model.layers.2.mlp.down_proj.weight", 0))
     assert result.status == 2 and not Path("runs").exists()
-    assert result.err.startswith(
-        "error: the model gives numbers that are not finite, before any training: its weights"
-    )
+    assert result.err.startswith("error: the model's logits contain NaN or infinity before any training: its weights")
 
 
 def test_a_run_that_only_skips_is_ended(

@@ -1,8 +1,8 @@
-"""The packed forward and the fused log-probs: what probability a model gives to tokens.
+"""The packed forward pass and the fused log-probs of a Llama-shaped mlx-lm model.
 
-`hidden_states` runs a Llama-shaped mlx-lm model over a packed row: linear layers, norms and MLPs once over all T
-tokens, attention segment by segment without any (T, T) mask. `token_logprobs` projects only the scored positions
-on the vocabulary, chunk by chunk, and never keeps a chunk's logits.
+`hidden_states` runs the model over a packed row. Linear layers, norms and MLPs run once over all T tokens; attention
+runs segment by segment, so no (T, T) mask is needed. `token_logprobs` projects only the scored positions on the
+vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.errors import ModelError
 from mlx_zh.system import device
 
-# A chunk of float32 logits, in bytes. Chunks wait for one another, and four arrays of this size are alive at a time
-# (measured on the CPU back end).
+# Bytes of a chunk of float32 logits. Each chunk waits for the one before it, so about four arrays of this size are
+# alive at a time (measured on the CPU back end).
 CHUNK_BYTES = 32 * 2**20
 
 SUPPORTED = tuple(FAMILIES)
 
 
 class TokenNoise(Protocol):
-    """Randomness of a training step as a function of the token, so that packing cannot change it."""
+    """The random noise of a training step. It depends only on the token, so packing cannot change it."""
 
     def embeddings(self, hidden: mx.array) -> mx.array:
-        """The (T, D) embeddings with their noise."""
+        """The embeddings `hidden` (T, D) with noise added."""
 
     def layer(self) -> Any:
-        """A context manager under which the layers of one block draw their dropout."""
+        """A context manager inside which the layers of one block draw their dropout."""
 
 
 KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
@@ -41,19 +41,19 @@ KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Tokens computed once and continued by the roots of any number of rows: what each layer remembers of them."""
+    """The keys and values of `length` tokens in every layer, computed once, for rows whose roots continue them."""
 
     length: int
     layers: tuple[KeysValues, ...]
 
 
 def decoder(model: nn.Module) -> Any:
-    """The part of an mlx-lm model that holds `embed_tokens`, `layers` and `norm`."""
+    """The part of an mlx-lm model with `embed_tokens`, `layers` and `norm`."""
     return model.model
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that projects hidden states on the vocabulary; tied models give their embedding."""
+    """The module that projects hidden states on the vocabulary; of a tied model, its embedding."""
     if "lm_head" in model:
         return model.lm_head
     return decoder(model).embed_tokens
@@ -70,32 +70,35 @@ def hidden_states(
     """Last hidden states (T, D) of a packed row, after the final norm.
 
     With `checkpoint`, blocks that hold trained weights keep only their input and are computed again in the
-    backward pass. `noise` switches dropout and embedding noise on; without it there is none. With `prefix`, every
-    root of the row continues it.
+    backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
+    prefix.
     """
     inner = decoder(model)
     hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
     if noise is not None:
         hidden = noise.embeddings(hidden)
     for index, layer in enumerate(inner.layers):
-        before = None if prefix is None else prefix.layers[index]
-        hidden = _run_block(layer, hidden, batch, checkpoint, noise, before)
+        past = None if prefix is None else prefix.layers[index]
+        hidden = _run_block(layer, hidden, batch, checkpoint, noise, past)
     return inner.norm(hidden)
 
 
 def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | None = None) -> Prefix:
-    """The prefix of `tokens`, or `prefix` continued by them, computed `chunk` tokens at a time. Forward only."""
+    """The keys and values of `tokens`, appended to those of `prefix` where there is one. Forward only.
+
+    `chunk` tokens are computed at a time. Raises ValueError without any token.
+    """
     for start in range(0, len(tokens), chunk):
         row = RowBuilder()
         row.add(tokens[start : start + chunk])
         batch = row.build(0)
         inner = decoder(model)
-        hidden = inner.embed_tokens(batch.tokens)
-        kept: list[KeysValues] = []
+        hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
+        cache: list[KeysValues] = []
         for index, layer in enumerate(inner.layers):
-            hidden = _block(layer, hidden, batch, None if prefix is None else prefix.layers[index], kept)
-        prefix = Prefix(len(batch.tokens) + (0 if prefix is None else prefix.length), tuple(kept))
-        mx.eval(prefix.layers)  # bounds memory: one piece at a time
+            hidden = _block(layer, hidden, batch, None if prefix is None else prefix.layers[index], cache)
+        prefix = Prefix(len(batch.tokens) + (0 if prefix is None else prefix.length), tuple(cache))
+        mx.eval(prefix.layers)  # only one chunk's activations are in memory
     if prefix is None:
         raise ValueError("a prefix needs at least one token")
     return prefix
@@ -107,30 +110,30 @@ def _run_block(
     batch: PackedBatch,
     checkpoint: bool,
     noise: TokenNoise | None,
-    before: KeysValues | None,
+    past: KeysValues | None,
 ) -> mx.array:
     def block(hidden: mx.array) -> mx.array:
         if noise is None:
-            return _block(layer, hidden, batch, before)
-        with noise.layer():  # entered here because checkpointing calls this again in the backward pass
-            return _block(layer, hidden, batch, before)
+            return _block(layer, hidden, batch, past)
+        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
+            return _block(layer, hidden, batch, past)
 
     trained = layer.trainable_parameters()
-    if not checkpoint or not _any_array(trained):
+    if not checkpoint or not _has_arrays(trained):
         return block(hidden)
 
-    def rebuilt(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
+    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
         layer.update(parameters)
         return block(hidden)
 
-    return mx.checkpoint(rebuilt)(trained, hidden)
+    return mx.checkpoint(block_of)(trained, hidden)
 
 
-def _any_array(tree: Any) -> bool:
+def _has_arrays(tree: Any) -> bool:
     if isinstance(tree, dict):
-        return any(_any_array(v) for v in tree.values())
+        return any(_has_arrays(v) for v in tree.values())
     if isinstance(tree, list):
-        return any(_any_array(v) for v in tree)
+        return any(_has_arrays(v) for v in tree)
     return True
 
 
@@ -138,57 +141,60 @@ def _block(
     layer: Any,
     hidden: mx.array,
     batch: PackedBatch,
-    before: KeysValues | None = None,
-    kept: list[KeysValues] | None = None,
+    past: KeysValues | None = None,
+    cache: list[KeysValues] | None = None,
 ) -> mx.array:
-    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), batch, before, kept)
+    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def _attention(
-    attention: Any, x: mx.array, batch: PackedBatch, before: KeysValues | None, kept: list[KeysValues] | None
+    attention: Any, x: mx.array, batch: PackedBatch, past: KeysValues | None, cache: list[KeysValues] | None
 ) -> mx.array:
-    """Attention of a row (T, D) whose roots continue `before`; the last segment's keys and values go to `kept`."""
-    shift = 0 if before is None else before[0].shape[2]
+    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
+
+    The keys and values that the last segment sees are appended to `cache`.
+    """
+    shift = 0 if past is None else past[0].shape[2]
     positions = batch.positions + shift if shift else batch.positions
 
-    def heads(projected: mx.array, count: int, norm: str | None, *, turned: bool) -> list[mx.array]:
-        """Of each segment, (1, H, n, d)."""
+    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
+        """One array (1, H, n, d) for each segment of n tokens."""
         split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
         if norm is not None and norm in attention:
             split = attention[norm](split)
-        if turned:  # every token is a batch of its own, for each has its own position
+        if rotate:  # each token has its own position, so each is passed as a batch of its own
             split = attention.rope(split, offset=positions)
         split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
-        # Not slices: their gradients would be as many arrays of the whole row, added up.
+        # Split, not sliced: the gradient of every slice would be an array of the whole row.
         return list(mx.split(split, batch.starts[1:], axis=2))
 
-    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm", turned=True)
-    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm", turned=True)
-    values = heads(attention.v_proj(x), attention.n_kv_heads, None, turned=False)
+    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm", rotate=True)
+    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm", rotate=True)
+    values = heads(attention.v_proj(x), attention.n_kv_heads, None, rotate=False)
 
-    shared = [] if before is None else [before]
+    prefix = [] if past is None else [past]
     outputs = []
     for index, segment in enumerate(batch.segments):
-        line = shared + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
-        key, value = (_joined(list(column)) for column in zip(*line, strict=True))
-        # "causal" is aligned to the last key, so ancestors are seen whole
+        visible = prefix + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
+        key, value = (_joined(list(column)) for column in zip(*visible, strict=True))
+        # MLX aligns "causal" to the last key, so every query sees all ancestors
         mask = "causal" if len(segment) > 1 else None
         outputs.append(
             mx.fast.scaled_dot_product_attention(queries[index], key, value, scale=attention.scale, mask=mask)
         )
-        if kept is not None and index == len(batch.segments) - 1:
-            kept.append((key, value))
+        if cache is not None and index == len(batch.segments) - 1:
+            cache.append((key, value))
     return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
 
 
 def _joined(parts: list[mx.array]) -> mx.array:
-    """Concatenate (1, H, *, d) along the tokens."""
+    """Concatenate arrays (1, H, *, d) along the tokens."""
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """How many rows of logits are in a chunk where nothing else is asked for."""
+    """Default number of rows of logits in a chunk."""
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
@@ -197,27 +203,27 @@ def token_logprobs(
 ) -> mx.array:
     """Log-probs (S,) float32 of `targets` (S,) given `hidden` (S, D) and the output `head`.
 
-    At most `chunk` rows of logits exist at a time (default: what fits `CHUNK_BYTES`). The gradient with respect to
-    `hidden` is computed in the forward pass, chunk by chunk, so the backward pass needs no logits; `grad=False`
-    skips that where no gradient will be asked for. A head that is itself trained, or wrapped in an adapter, is
-    differentiated by recomputing each chunk instead: the same numbers for more time.
+    A chunk has at most `chunk` rows of logits (default: as many as fit in `CHUNK_BYTES`). The gradient with respect
+    to `hidden` is computed in the forward pass, chunk by chunk, so the backward pass needs no logits. `grad=False`
+    skips it. A head that is trained, or wrapped in an adapter, recomputes each chunk in the backward pass instead:
+    the numbers are the same, but it takes longer.
     """
-    if targets.size == 0:  # a row without scored tokens; MLX refuses to reduce an empty array
+    if targets.size == 0:  # no scored tokens: MLX cannot reduce an empty array
         return mx.zeros(0)
     rows = chunk or chunk_rows(_vocabulary(head))
-    if _any_array(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
+    if _has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
-        return _chained(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
+        return _in_chunks(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, ...]:
-        return _chained(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
+        return _in_chunks(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
 
     @fused.vjp
     def fused_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
         gradient = outputs[1]  # (S, D)
-        return (cotangents[0][:, None] * gradient.astype(mx.float32)).astype(gradient.dtype)
+        return (cotangents[0][:, None] * gradient.astype(mx.float32)).astype(gradient.dtype)  # (S, D)
 
     outputs: Any = fused(hidden)
     return outputs[0]
@@ -243,11 +249,12 @@ def _logprobs(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Log-probs (C,) and d log-prob / d hidden = (onehot - softmax) @ W (C, D), with a single exponential."""
-    logits = _project(head, hidden)
+    """Log-probs (C,), and their gradient with respect to `hidden`: (onehot - softmax) @ W, (C, D)."""
+    logits = _project(head, hidden)  # (C, D) -> (C, V)
     column = targets[:, None]
     probabilities = mx.softmax(logits, axis=-1)  # (C, V)
-    # softmax is 1 / sum at its maximum, and that is never small: log-sum-exp without a second exponential.
+    # The largest probability is 1 / sum(exp(logits - max)). So log-sum-exp needs no second exponential, and the
+    # logarithm is accurate, since that probability is at least 1 / V.
     log_sum_exp = logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
     logprobs = mx.take_along_axis(logits, column, axis=-1)[:, 0] - log_sum_exp
     at_target = mx.take_along_axis(probabilities, column, axis=-1)
@@ -256,7 +263,7 @@ def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tu
 
 
 def _project_back(head: Any, rows: mx.array) -> mx.array:
-    """`rows` (C, V) times the head's weight (V, D)."""
+    """`rows` (C, V) times the head's weight (V, D), (C, D)."""
     if isinstance(head, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return mx.quantized_matmul(
             rows,
@@ -271,13 +278,17 @@ def _project_back(head: Any, rows: mx.array) -> mx.array:
     return rows @ head.weight
 
 
-def _chained(
+def _in_chunks(
     compute: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
     hidden: mx.array,
     targets: mx.array,
     rows: int,
 ) -> tuple[mx.array, ...]:
-    """`compute` over chunks of rows, each waiting for the one before it: else MLX runs them side by side."""
+    """`compute` over chunks of `rows` rows, one after another, concatenated.
+
+    Each chunk depends on the one before it. Without that, MLX schedules them together and their logits are all in
+    memory at once.
+    """
     parts: list[tuple[mx.array, ...]] = []
     for start in range(0, hidden.shape[0], rows):
         piece = hidden[start : start + rows]
@@ -290,8 +301,10 @@ def _chained(
 
 
 def _pause(after: mx.array) -> mx.array:
-    """A chain of one-number kernels as long as what MLX schedules ahead of the device: once it has come to the end,
-    what came before it is computed and its arrays are free again."""
+    """A chain of tiny kernels that starts after `after` and is as long as MLX's queue of scheduled kernels.
+
+    When the last of them is scheduled, everything before the chain has been computed and its arrays are freed.
+    """
     link = after[:1]
     for _ in range(device.kernels_ahead()):
         link = -link
@@ -308,7 +321,7 @@ def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows
 
         return (mx.checkpoint(recomputed)(parameters, hidden),)
 
-    return _chained(compute, hidden, targets, rows)[0]
+    return _in_chunks(compute, hidden, targets, rows)[0]
 
 
 def batch_logprobs(
@@ -326,21 +339,25 @@ def batch_logprobs(
 
 
 def sum_by_owner(values: mx.array, owner: mx.array, count: int) -> mx.array:
-    """Sum `values` (S,) over the scored tokens of each of `count` sequences; a fixed order of addition."""
+    """Sum `values` (S,) over the scored tokens of each of `count` sequences, (count,).
+
+    The order of addition is fixed, so the result is the same in every run.
+    """
     member = owner[None] == mx.arange(count)[:, None]  # (N, S)
     return (member * values[None]).sum(axis=1)
 
 
 def sequence_logprobs(model: nn.Module, batch: PackedBatch, *, chunk: int | None = None) -> mx.array:
-    """Summed log-probs (num_sequences,) float32 of each sequence's scored tokens; forward only."""
+    """Summed log-probs (num_sequences,) float32 of each sequence's scored tokens. Forward only."""
     logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
     return sum_by_owner(logprobs, batch.owner, batch.num_sequences)
 
 
 def check_supported(model: nn.Module, config: dict[str, Any]) -> None:
-    """Compare the packed forward with the model's own on a short text; refuse a family whose numbers differ.
+    """Compare the packed forward pass with the model's own on a short text.
 
-    Raises ModelError, also where the model's own numbers are none.
+    `config` is the model's `config.json`. Raises ModelError when the blocks are not Llama-shaped, when the logits
+    differ, and when the model's own logits contain NaN or infinity.
     """
     family = config.get("model_type", "?")
     refusal = (
@@ -361,16 +378,16 @@ def check_supported(model: nn.Module, config: dict[str, Any]) -> None:
         packed = _project(output_head(model), hidden_states(model, row.build(1)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(refusal) from error
-    own = model(mx.array([tokens]))[0].astype(mx.float32)
+    own = model(mx.array([tokens]))[0].astype(mx.float32)  # (12, V)
     if not mx.isfinite(own).all():
         raise ModelError(
-            "the model gives numbers that are not finite, before any training: its weights are damaged "
-            "(get them again), or too large for float16 (set model.dtype: bfloat16)."
+            "the model's logits contain NaN or infinity before any training: its weights are damaged "
+            "(download them again), or too large for float16 (set model.dtype: bfloat16)."
         )
-    # Logits less their mean, relative to their own size: a wide vocabulary makes every probability small.
+    # Centred logits are compared, not probabilities: with a large vocabulary every probability is small.
     difference = float(mx.linalg.norm(_centred(packed) - _centred(own)) / mx.linalg.norm(_centred(own)))
     if not difference < (1e-3 if computes_in_float32(model) else 0.1):
-        raise ModelError(f"{refusal} (Its packed logits differ from its own by {difference:.2g} of their size.)")
+        raise ModelError(f"{refusal} (The packed logits differ from its own by {difference:.2g} of their norm.)")
 
 
 def _centred(logits: mx.array) -> mx.array:
@@ -378,5 +395,5 @@ def _centred(logits: mx.array) -> mx.array:
 
 
 def computes_in_float32(model: nn.Module) -> bool:
-    """Whether hidden states are float32 (else half precision)."""
+    """Whether hidden states are float32; otherwise they are in half precision."""
     return decoder(model).norm.weight.dtype == mx.float32

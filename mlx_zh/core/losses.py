@@ -9,9 +9,10 @@ import mlx.core as mx
 
 
 def sft_loss(logprobs: mx.array, total_scored: int) -> mx.array:
-    """This micro-batch's share of a step's loss: minus the sum of its log-probs (S,) over the step's scored tokens.
+    """A micro-batch's share of a step's loss: minus the sum of its log-probs (S,), divided by `total_scored`.
 
-    Summed over the micro-batches of a step this is the mean cross-entropy of all its scored tokens.
+    `total_scored` counts the scored tokens of the whole step. The shares of all micro-batches of a step add up to the
+    mean cross-entropy of its scored tokens.
     """
     return -logprobs.sum() / total_scored
 
@@ -32,12 +33,13 @@ def preference_loss(
     simpo_gamma: float = 0.5,
     discopop_tau: float = 0.05,
 ) -> mx.array:
-    """Loss of each of P preference pairs, (P,) float32, from their summed log-probs (P,).
+    """Loss of each of P preference pairs, (P,) float32, from summed log-probs (P,).
 
-    `loss` is a name in `LOSSES`, whose entries say which arguments each one reads; formulas as in TRL's DPOTrainer
-    (1.16), `simpo` and `orpo` as in LLaMA-Factory. Lengths are in scored tokens. `f_divergence` (f-DPO,
-    arXiv:2309.16240) replaces the log-ratio log(pi / pi_ref) by f'(pi / pi_ref); `f_alpha` is alpha of "alpha".
-    Raises ValueError for a name that is not known and for an argument that the loss needs or cannot use.
+    `loss` is a name in `LOSSES`, whose entries say which arguments each loss reads. Formulas are those of TRL's
+    DPOTrainer (1.16); `simpo` and `orpo` are those of LLaMA-Factory. Lengths (P,) are in scored tokens.
+    `f_divergence` (f-DPO, arXiv:2309.16240) replaces the log-ratio log(pi / pi_ref) by f'(pi / pi_ref), and
+    `f_alpha` is the alpha of "alpha". Raises ValueError for an unknown name, for a missing argument that the loss
+    needs, and for an f_divergence that the loss does not use.
     """
     kind = LOSSES.get(loss)
     if kind is None:
@@ -71,9 +73,10 @@ def preference_loss(
 def rewards(
     policy: mx.array, reference: mx.array | None, *, loss: str, beta: float, lengths: mx.array | None = None
 ) -> mx.array:
-    """Implicit rewards (N,) of responses: beta * log(pi / pi_ref) (DPO, arXiv:2305.18290, section 4).
+    """Implicit rewards of responses: beta * log(pi / pi_ref) (DPO, arXiv:2305.18290, section 4).
 
-    The losses without a reference compare beta times the mean log-prob of a token instead, and need `lengths`.
+    `policy` and `reference` are summed log-probs; the result has their shape. Losses without a reference take beta
+    times the mean log-prob of a token instead, and need `lengths` in scored tokens.
     """
     if LOSSES[loss].reference:
         return beta * (_float32(policy) - _float32(reference))
@@ -81,32 +84,32 @@ def rewards(
 
 
 def chosen_cross_entropy(policy_chosen: mx.array, chosen_lengths: mx.array) -> mx.array:
-    """Mean cross-entropy of a token of each chosen response, (P,): what `sft_weight` adds to a pair's loss.
+    """Mean cross-entropy of the tokens of each chosen response, (P,); `sft_weight` multiplies it.
 
-    RPO's regularizer (arXiv:2404.19733; LLaMA-Factory's `pref_ftx`), the remedy where the chosen
-    responses lose probability together with the rejected ones.
+    This is RPO's regularizer (arXiv:2404.19733; `pref_ftx` in LLaMA-Factory). It helps where the chosen responses
+    lose probability together with the rejected ones.
     """
     return -_float32(policy_chosen) / _float32(chosen_lengths)
 
 
 def length_desensitized(total: mx.array, shared: mx.array, ld_alpha: float) -> mx.array:
-    """Summed log-probs whose tokens beyond the shorter response of the pair count `ld_alpha` times.
+    """Summed log-probs in which tokens beyond the length of the pair's shorter response are weighted by `ld_alpha`.
 
-    LD-DPO (arXiv:2409.06411). `total` sums all tokens of a response, `shared` its first
-    min(chosen length, rejected length).
+    LD-DPO (arXiv:2409.06411). `total` sums all tokens of a response; `shared` sums its first
+    min(chosen length, rejected length) tokens. Both have the same shape, and so has the result.
     """
     return shared + ld_alpha * (total - shared)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What a formula sees; of each two the first is of the chosen, the second of the rejected; (P,) each."""
+    """The input of a loss formula. Each tuple holds (chosen, rejected), each of shape (P,)."""
 
-    policy: tuple[mx.array, mx.array]
+    policy: tuple[mx.array, mx.array]  # summed log-probs
     reference: tuple[mx.array, mx.array]
     ratio: tuple[mx.array, mx.array]  # log(pi / pi_ref)
-    score: tuple[mx.array, mx.array]  # the same seen through the f-divergence
-    lengths: tuple[mx.array, mx.array]
+    score: tuple[mx.array, mx.array]  # f'(pi / pi_ref) of the f-divergence; for reverse_kl, the log-ratio
+    lengths: tuple[mx.array, mx.array]  # scored tokens
     beta: float
     label_smoothing: float
     simpo_gamma: float
@@ -114,12 +117,12 @@ class Pairs:
 
     @property
     def margin(self) -> mx.array:
-        """beta * (chosen score - rejected score): the difference of implicit rewards."""
+        """beta * (chosen score - rejected score), (P,): the difference of implicit rewards."""
         return self.beta * (self.score[0] - self.score[1])
 
     @property
     def means(self) -> tuple[mx.array, mx.array]:
-        """Mean log-prob of a token under the policy."""
+        """Mean log-prob of a token under the policy, (P,) each."""
         return self.policy[0] / self.lengths[0], self.policy[1] / self.lengths[1]
 
 
@@ -129,7 +132,7 @@ def _float32(array: mx.array | None) -> mx.array:
 
 
 def _log_sigmoid(x: mx.array) -> mx.array:
-    return -mx.logaddexp(-x, mx.zeros_like(x))  # neither overflows nor loses its gradient
+    return -mx.logaddexp(-x, mx.zeros_like(x))  # log(sigmoid(x)) would underflow for large negative x
 
 
 def _sigmoid(pairs: Pairs) -> mx.array:
@@ -152,16 +155,16 @@ def _hinge(pairs: Pairs) -> mx.array:
 
 
 def _ipo(pairs: Pairs) -> mx.array:
-    """(r_chosen / |chosen| - r_rejected / |rejected| - 1 / (2 beta))^2, beta being IPO's tau.
+    """(r_chosen / |chosen| - r_rejected / |rejected| - 1 / (2 beta))^2; beta is IPO's tau.
 
     IPO (arXiv:2310.12036, equation 17), averaged over tokens as its authors did.
     """
-    (chosen, rejected), (of_chosen, of_rejected) = pairs.score, pairs.lengths
-    return mx.square(chosen / of_chosen - rejected / of_rejected - 1 / (2 * pairs.beta))
+    (chosen, rejected), (chosen_length, rejected_length) = pairs.score, pairs.lengths
+    return mx.square(chosen / chosen_length - rejected / rejected_length - 1 / (2 * pairs.beta))
 
 
 def _robust(pairs: Pairs) -> mx.array:
-    """(-(1 - e) log s(m) + e log s(-m)) / (1 - 2 e): unbiased where a share e of the labels is flipped.
+    """(-(1 - e) log s(m) + e log s(-m)) / (1 - 2 e): unbiased when a share e of the labels is flipped.
 
     Robust DPO (arXiv:2403.00409); e < 0.5.
     """
@@ -172,7 +175,7 @@ def _robust(pairs: Pairs) -> mx.array:
 def _exo_pair(pairs: Pairs) -> mx.array:
     """s(m) (log s(m) - log(1 - e)) + s(-m) (log s(-m) - log e): the reverse KL to smoothed labels.
 
-    EXO (arXiv:2402.00856, equation 16). e must be above 0; for 0 the paper's 1e-3 is taken.
+    EXO (arXiv:2402.00856, equation 16). e must be above 0; a label smoothing of 0 means the paper's 1e-3.
     """
     smoothing = mx.array(pairs.label_smoothing or 1e-3)
     margin = pairs.margin
@@ -192,7 +195,7 @@ def _nca_pair(pairs: Pairs) -> mx.array:
 def _bco_pair(pairs: Pairs) -> mx.array:
     """-log s(c) - log s(-r) of the rewards c and r.
 
-    BCO (arXiv:2404.04656) with reward shift 0, as in TRL: the paper's shift is a running mean of all rewards.
+    BCO (arXiv:2404.04656) with reward shift 0, as in TRL. In the paper, the shift is a running mean of all rewards.
     """
     return -_log_sigmoid(pairs.beta * pairs.ratio[0]) - _log_sigmoid(-pairs.beta * pairs.ratio[1])
 
@@ -207,7 +210,7 @@ def _sppo_hard(pairs: Pairs) -> mx.array:
 
 
 def _apo_zero(pairs: Pairs) -> mx.array:
-    """1 - s(c) + s(r) of the rewards c and r: chosen up, rejected down.
+    """1 - s(c) + s(r) of the rewards c and r: raises the chosen reward and lowers the rejected one.
 
     APO-zero (arXiv:2408.06266, equation 7), for chosen responses better than the model's own.
     """
@@ -215,7 +218,7 @@ def _apo_zero(pairs: Pairs) -> mx.array:
 
 
 def _apo_down(pairs: Pairs) -> mx.array:
-    """s(c) + 1 - s(c - r) of the rewards c and r: both down, the rejected further.
+    """s(c) + 1 - s(c - r) of the rewards c and r: lowers both, and the rejected one more.
 
     APO-down (arXiv:2408.06266, equation 8), for chosen responses worse than the model's own.
     """
@@ -230,7 +233,7 @@ def _discopop(pairs: Pairs) -> mx.array:
     """
     margin = pairs.margin
     scaled = margin / pairs.discopop_tau
-    # One exponential: exp(-m) alone overflows where w is 0.
+    # w * exp(-m) as one exponential, because exp(-m) alone overflows where w is near 0.
     return -mx.sigmoid(-scaled) * _log_sigmoid(margin) + mx.exp(_log_sigmoid(scaled) - margin)
 
 
@@ -239,15 +242,15 @@ def _sigmoid_norm(pairs: Pairs) -> mx.array:
 
     Length-normalized DPO (Tulu 3, arXiv:2411.15124).
     """
-    (chosen, rejected), (of_chosen, of_rejected) = pairs.score, pairs.lengths
-    return -_log_sigmoid(pairs.beta * (chosen / of_chosen - rejected / of_rejected))
+    (chosen, rejected), (chosen_length, rejected_length) = pairs.score, pairs.lengths
+    return -_log_sigmoid(pairs.beta * (chosen / chosen_length - rejected / rejected_length))
 
 
 def _aot(pairs: Pairs) -> mx.array:
     """The sigmoid loss of beta (k-th smallest policy margin - k-th smallest reference margin).
 
-    AOT paired (arXiv:2406.05882). Entry k belongs to the k-th smallest margin, and every pair's
-    gradient depends on all pairs of the call.
+    AOT paired (arXiv:2406.05882). Entry k of the result belongs to the k-th smallest margin, and the gradient of
+    every pair depends on all pairs of the call.
     """
     policy = mx.sort(pairs.policy[0] - pairs.policy[1])
     reference = mx.sort(pairs.reference[0] - pairs.reference[1])
@@ -263,19 +266,19 @@ def _simpo(pairs: Pairs) -> mx.array:
 def _orpo(pairs: Pairs) -> mx.array:
     """-l_c - beta log s(log-odds of chosen - of rejected), l the mean log-prob of a token, odds p / (1 - p).
 
-    ORPO (arXiv:2403.07691), beta being its lambda.
+    ORPO (arXiv:2403.07691); beta is its lambda.
     """
     chosen, rejected = pairs.means
     return -chosen - pairs.beta * _log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(logprob: mx.array) -> mx.array:
-    certain = mx.minimum(logprob, -1e-6)  # at probability 1 the odds are infinite
-    return logprob - mx.log(-mx.expm1(certain))
+    below_one = mx.minimum(logprob, -1e-6)  # at probability 1 the odds are infinite
+    return logprob - mx.log(-mx.expm1(below_one))
 
 
 def _forward_kl(ratio: mx.array, _alpha: float) -> mx.array:
-    return 1 - mx.exp(mx.minimum(-ratio, _LARGEST))
+    return 1 - mx.exp(mx.minimum(-ratio, _MAX_EXPONENT))
 
 
 def _js(ratio: mx.array, _alpha: float) -> mx.array:
@@ -284,14 +287,14 @@ def _js(ratio: mx.array, _alpha: float) -> mx.array:
 
 def _alpha(ratio: mx.array, alpha: float) -> mx.array:
     if abs(alpha - 1) < 1e-6:
-        return ratio  # the limit
-    return mx.expm1(mx.minimum((alpha - 1) * ratio, _LARGEST)) / (alpha - 1)
+        return ratio  # the limit for alpha -> 1
+    return mx.expm1(mx.minimum((alpha - 1) * ratio, _MAX_EXPONENT)) / (alpha - 1)
 
 
 _LN2 = 0.6931471805599453
-_LARGEST = 40.0  # the square of its exponential is still a float32
+_MAX_EXPONENT = 40.0  # exp(40) squared is still finite in float32
 
-# f' of each divergence at pi / pi_ref, from its logarithm (f-DPO, arXiv:2309.16240).
+# f'(pi / pi_ref) of each divergence, as a function of log(pi / pi_ref) and alpha (f-DPO, arXiv:2309.16240).
 DIVERGENCES: dict[str, Callable[[mx.array, float], mx.array]] = {
     "reverse_kl": lambda ratio, _alpha: ratio,
     "forward_kl": _forward_kl,
@@ -302,7 +305,7 @@ DIVERGENCES: dict[str, Callable[[mx.array, float], mx.array]] = {
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """A formula and what it reads beside beta and the policy's log-probs."""
+    """A formula, and which inputs it reads besides beta and the policy's log-probs."""
 
     formula: Callable[[Pairs], mx.array]
     reference: bool = True  # reference log-probs

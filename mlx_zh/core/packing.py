@@ -1,8 +1,8 @@
-"""Packed batches: one row of tokens, cut into segments that form trees, and the planners that fill rows.
+"""Packed batches: a row of tokens cut into segments that form trees, and the planner that fills rows.
 
-A token attends to its own segment causally and to all of that segment's ancestors, and to nothing else; position
-ids continue from the parent. So a branch sees exactly what it would have seen alone, and what several sequences
-share (a prompt, a few-shot prefix) is computed once.
+A token attends causally to its own segment and to all of that segment's ancestors, and to nothing else. Position ids
+continue from the parent. So each branch gives the same result as it would alone, while tokens that several sequences
+share (a prompt, a few-shot prefix) are computed once.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One row of T tokens in segments, and the S positions of it that are scored.
+    """One row of T tokens in segments, of which S tokens are scored.
 
-    `scored[i]` is the row position whose hidden state predicts `targets[i]`: for the first token of a branch that
-    is the last position of its parent. `owner[i]` says which of the `num_sequences` sequences the score belongs to.
+    `scored[i]` is the row position whose hidden state predicts `targets[i]`; for the first token of a branch it is
+    the last position of its parent. `owner[i]` is the index of the sequence, of `num_sequences`, that the score
+    belongs to.
     """
 
     tokens: mx.array  # (T,) int32
@@ -51,7 +52,7 @@ class PackedBatch:
 
     @property
     def starts(self) -> list[int]:
-        """Row position of each segment's first token; segments follow one another without gaps."""
+        """Row position of each segment's first token. Segments have no gaps between them."""
         return [segment.start for segment in self.segments]
 
     @property
@@ -61,17 +62,17 @@ class PackedBatch:
         return _joined(ids)
 
     def ancestors(self, index: int) -> tuple[int, ...]:
-        """The segments that segment `index` continues, from the root down."""
-        line: list[int] = []
+        """Indices of the segments that segment `index` continues, from the root down."""
+        ancestors: list[int] = []
         parent = self.segments[index].parent
         while parent is not None:
-            line.append(parent)
+            ancestors.append(parent)
             parent = self.segments[parent].parent
-        return tuple(reversed(line))
+        return tuple(reversed(ancestors))
 
 
 class RowBuilder:
-    """Collects segments and scored tokens, and makes the `PackedBatch`."""
+    """Collects segments and scored tokens, and builds a `PackedBatch` from them."""
 
     def __init__(self) -> None:
         self._tokens: list[npt.NDArray[np.int32]] = []
@@ -82,14 +83,14 @@ class RowBuilder:
         self._length = 0
 
     def add(self, tokens: Tokens, parent: int | None = None) -> int:
-        """Append a segment of at least one token that continues `parent`; returns its index."""
+        """Append a segment that continues segment `parent`; returns its index. Raises ValueError without tokens."""
         row = np.asarray(tokens, dtype=np.int32)
         if row.size == 0:
             raise ValueError("a segment needs at least one token")
         position = 0
         if parent is not None:
-            above = self._segments[parent]
-            position = above.position + len(above)
+            parent_segment = self._segments[parent]
+            position = parent_segment.position + len(parent_segment)
         self._segments.append(Segment(self._length, self._length + row.size, parent, position))
         self._tokens.append(row)
         self._length += row.size
@@ -98,28 +99,28 @@ class RowBuilder:
     def score(self, segment: int, mask: Sequence[bool] | npt.NDArray[np.bool_], owner: int) -> None:
         """Score the tokens of `segment` where `mask` is true, for sequence `owner`.
 
-        The first token of a root has nothing before it and cannot be scored.
+        The first token of a root is never scored, because no token before it predicts it.
         """
         part = self._segments[segment]
         offsets = np.flatnonzero(np.asarray(mask, dtype=bool)).astype(np.int32)
-        before = part.start + offsets - 1
+        predictors = part.start + offsets - 1  # row positions whose hidden states predict the scored tokens
         if offsets.size and offsets[0] == 0:
             if part.parent is None:
-                offsets, before = offsets[1:], before[1:]
+                offsets, predictors = offsets[1:], predictors[1:]
             else:
-                before[0] = self._segments[part.parent].stop - 1
-        self._scored.append(before)
+                predictors[0] = self._segments[part.parent].stop - 1
+        self._scored.append(predictors)
         self._targets.append(self._tokens[segment][offsets])
         self._owner.append(np.full(offsets.size, owner, dtype=np.int32))
 
     def score_token(self, segment: int, target: int, owner: int) -> None:
-        """Score `target` as the token that would follow the last one of `segment`."""
+        """Score `target` as the token that would follow the last token of `segment`, for sequence `owner`."""
         self._scored.append(np.array([self._segments[segment].stop - 1], dtype=np.int32))
         self._targets.append(np.array([target], dtype=np.int32))
         self._owner.append(np.array([owner], dtype=np.int32))
 
     def build(self, num_sequences: int) -> PackedBatch:
-        """The finished row."""
+        """The finished row, whose owners are sequences 0 to `num_sequences` - 1."""
         return PackedBatch(
             tokens=_joined(self._tokens),
             segments=tuple(self._segments),
@@ -137,7 +138,10 @@ def _joined(parts: list[npt.NDArray[np.int32]]) -> mx.array:
 def pack_conversations(
     examples: Iterable[tuple[Tokens, Sequence[bool] | npt.NDArray[np.bool_]]],
 ) -> PackedBatch:
-    """Pack (tokens (T,), trained (T,)) examples, one root each; sequence i is example i."""
+    """Pack examples (tokens (n,), trained (n,)), each as a root of its own. Sequence i is example i.
+
+    The tokens where `trained` is true are scored.
+    """
     row = RowBuilder()
     count = 0
     for tokens, trained in examples:
@@ -147,36 +151,39 @@ def pack_conversations(
 
 
 def pack_pairs(pairs: Iterable[tuple[Tokens, Tokens, Tokens]]) -> PackedBatch:
-    """Pack (prompt, chosen, rejected) pairs, each a root with two branches; every response token is scored.
+    """Pack pairs (prompt, chosen, rejected), each as a root with two branches. Every response token is scored.
 
-    The root is the prompt and what both responses begin with (`shared_beginning`), which is scored for both.
-    Sequences are in the order chosen 0, rejected 0, chosen 1, ...; the scores of a sequence are in its own order.
+    The root holds the prompt and the common prefix of both responses, which is scored for both. Sequences are in the
+    order chosen 0, rejected 0, chosen 1, ...; the scores of a sequence are in the order of its tokens.
     """
     row = RowBuilder()
     count = 0
     for prompt, chosen, rejected in pairs:
-        shared = shared_beginning(chosen, rejected)
+        shared = common_prefix_length(chosen, rejected)
         root = row.add(np.concatenate([prompt, chosen[:shared]])) if shared else row.add(prompt)
-        both = np.arange(len(prompt) + shared) >= len(prompt)
+        in_response = np.arange(len(prompt) + shared) >= len(prompt)
         for response in (chosen, rejected):
             branch = row.add(response[shared:], parent=root)
-            row.score(root, both, owner=count)
+            row.score(root, in_response, owner=count)
             row.score(branch, np.ones(len(response) - shared, dtype=bool), owner=count)
             count += 1
     return row.build(count)
 
 
-def shared_beginning(chosen: Tokens, rejected: Tokens) -> int:
-    """How many tokens two responses begin with in common; less than either has, so that both keep a branch."""
-    most = min(len(chosen), len(rejected)) - 1
-    differ = np.flatnonzero(np.asarray(chosen[:most]) != np.asarray(rejected[:most]))
-    return int(differ[0]) if differ.size else max(most, 0)
+def common_prefix_length(chosen: Tokens, rejected: Tokens) -> int:
+    """Length in tokens of the longest common prefix of two responses.
+
+    It is less than the length of either response, so that each keeps a branch of at least one token.
+    """
+    limit = min(len(chosen), len(rejected)) - 1
+    differ = np.flatnonzero(np.asarray(chosen[:limit]) != np.asarray(rejected[:limit]))
+    return int(differ[0]) if differ.size else max(limit, 0)
 
 
 def pack_choices(prefix: Tokens, questions: Iterable[Tokens], choices: Sequence[int]) -> PackedBatch:
-    """Pack questions that share a prefix, each a branch, scored on every single-token choice after it.
+    """Pack questions as branches of one prefix. Each choice is one token, scored after every question.
 
-    Sequence `q * len(choices) + c` is choice c of question q; a prefix of no tokens makes each question a root.
+    Sequence `q * len(choices) + c` is choice c of question q. With an empty prefix, each question is a root.
     """
     row = RowBuilder()
     root = row.add(prefix) if len(prefix) else None
@@ -190,21 +197,21 @@ def pack_choices(prefix: Tokens, questions: Iterable[Tokens], choices: Sequence[
 
 
 def plan_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Distribute items over rows of at most `max_tokens` tokens: first-fit decreasing, deterministic.
+    """Distribute items over rows of at most `max_tokens` tokens by first-fit decreasing.
 
-    An item longer than `max_tokens` gets a row of its own. Within a row, items keep their order; rows are ordered
-    by their first item. Returns the indices of each row.
+    Returns the indices of the items of each row. An item longer than `max_tokens` gets a row of its own. Items keep
+    their order within a row, and rows are ordered by their first item. The result is deterministic.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens that each row still has room for
     for item in order:
-        for index, left in enumerate(room):
-            if lengths[item] <= left:
+        for index, room in enumerate(free):
+            if lengths[item] <= room:
                 rows[index].append(item)
-                room[index] -= lengths[item]
+                free[index] -= lengths[item]
                 break
         else:
             rows.append([item])
-            room.append(max_tokens - lengths[item])
+            free.append(max_tokens - lengths[item])
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])

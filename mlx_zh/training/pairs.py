@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zh.core.logprobs import sum_by_owner
-from mlx_zh.core.packing import PackedBatch, pack_pairs, shared_beginning
+from mlx_zh.core.packing import PackedBatch, common_prefix_length, pack_pairs
 from mlx_zh.corpus.render import RenderedPair
 
 
 def tree_tokens(pair: RenderedPair) -> int:
     """Tokens that a pair takes in a row: what both responses begin with counts once."""
-    shared = shared_beginning(pair.chosen, pair.rejected)
+    shared = common_prefix_length(pair.chosen, pair.rejected)
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - shared
 
 

@@ -16,7 +16,7 @@ from tolerances import GRADIENT, LOGPROBS
 
 from mlx_zh.core.logprobs import sequence_logprobs
 from mlx_zh.core.losses import LOSSES, preference_loss
-from mlx_zh.core.packing import shared_beginning
+from mlx_zh.core.packing import common_prefix_length
 from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training import dpo_objective
@@ -96,7 +96,7 @@ def test_a_tree_holds_what_both_responses_begin_with_once() -> None:
     [([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 0), ([1, 2], [1, 2, 3], 1), ([4, 2], [1, 2], 0), ([3, 3], [3, 3], 1)],
 )
 def test_both_branches_keep_a_token(chosen: list[int], rejected: list[int], shared: int) -> None:
-    assert shared_beginning(chosen, rejected) == shared
+    assert common_prefix_length(chosen, rejected) == shared
 
 
 def test_log_probs_equal_those_of_the_two_full_sequences(policy: Any) -> None:
