@@ -1,12 +1,12 @@
-"""Every error that a user can cause, as one small tree.
+"""The errors that a user can cause.
 
-Entry points catch `MlxZhError`, print it as one paragraph and exit with status 2; anything else is a bug and
-keeps its traceback.
+Entry points catch `MlxZhError`, print it as one paragraph and exit with status 2. Any other exception is a bug and is
+shown with its traceback.
 """
 
 
 class MlxZhError(Exception):
-    """Base class. The message says what is wrong, where, what was found and what to do."""
+    """Base class. The message says what is wrong, where, what was got and what to do."""
 
 
 class RecipeError(MlxZhError):
@@ -18,7 +18,7 @@ class DataError(MlxZhError):
 
 
 class TemplateError(MlxZhError):
-    """A chat template that does not render, or does not render consistently."""
+    """A chat template that fails to render, or renders parts of a conversation inconsistently."""
 
 
 class ModelError(MlxZhError):
@@ -34,25 +34,25 @@ class PlanError(MlxZhError):
 
 
 class TrainingError(MlxZhError):
-    """A run whose figures show that it cannot be right."""
+    """A training run whose numbers show that something is wrong."""
 
 
 class UploadError(MlxZhError):
-    """A model that could not be put on a hub."""
+    """A model that could not be uploaded to a hub."""
 
 
 class DownloadError(MlxZhError):
-    """A file that could not be obtained, or that is not the one that was expected."""
+    """A file that could not be downloaded, or whose content is not the expected one."""
 
 
 class StorageError(MlxZhError):
-    """A disk that is full, or a folder that cannot be written."""
+    """A full disk, or a file or folder that cannot be read or written."""
 
 
 class DistributedError(MlxZhError):
-    """Machines that do not find each other, or do not agree, or one that is gone."""
+    """Ranks that cannot connect or do not agree, or a rank that is gone."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says in its first line; its class where it says nothing."""
+    """The first line of a library error's message, or the name of its class when the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,8 @@
-"""Whether the other ranks of a run are alive: MLX's collectives wait for a rank that is gone, some of them for ever.
+"""A heartbeat between the ranks of a run. MLX's collectives may wait for ever for a rank that is gone.
 
-Every rank holds one TCP connection, with rank 0, and writes to it twice a second. A connection that closes, or is
-silent for `PATIENCE` seconds, ends the process with a line that names the rank; rank 0 tells the others.
+Every other rank holds one TCP connection to rank 0. Both ends send a message twice a second. When a connection
+closes, or is silent for `PATIENCE` seconds, the process ends with an error that names the rank, and rank 0 ends the
+others.
 """
 
 from __future__ import annotations
@@ -19,62 +20,67 @@ from contextlib import suppress
 from mlx_zh.errors import DistributedError
 
 INTERVAL, PATIENCE = 0.5, 30.0  # seconds
-Peers = dict[int, tuple[str, socket.socket]]  # name and connection by rank
-_KNOCK_SECONDS = 5.0
-_ALIVE, _LEAVING, _LOST, _END = b"alive", b"leaving", b"lost", b"end"  # messages, a line each
+Peers = dict[int, tuple[str, socket.socket]]  # host name and connection, by rank
+_CONNECT_SECONDS = 5.0
+_ALIVE, _LEAVING, _LOST, _END = b"alive", b"leaving", b"lost", b"end"  # messages, one a line
 
 
-class Door:
-    """Where rank 0 waits for the others to connect; they need `key`.
+class Listener:
+    """The socket on which rank 0 accepts the other ranks.
 
-    `host` is where the engine reaches rank 0, or empty. In a ring of cables only neighbours reach that address, so
-    that rank 0's others are offered too.
+    `key` is what they pass to `connect`: port, secret and addresses. `host` is the address at which MLX reaches
+    rank 0, or empty. In a ring of cables only the neighbours reach that address, so `key` has the other addresses of
+    this machine too.
     """
 
     def __init__(self, host: str) -> None:
-        here = host.startswith("127.")
-        self._socket = socket.create_server((host if here else "", 0))
+        loopback = host.startswith("127.")
+        self._socket = socket.create_server((host if loopback else "", 0))
         self._secret = secrets.token_hex(16)
-        hosts = [host] if here else list(dict.fromkeys([host, *_addresses()]))
+        hosts = [host] if loopback else list(dict.fromkeys([host, *_addresses()]))
         self.key = " ".join([str(self._socket.getsockname()[1]), self._secret, *filter(None, hosts)])
 
     def accept(self, count: int) -> Peers:
-        """The `count` ranks that have connected. Raises DistributedError."""
-        found: Peers = {}
+        """Accept `count` ranks. Raises DistributedError when they do not connect within `PATIENCE` seconds."""
+        peers: Peers = {}
         self._socket.settimeout(PATIENCE)
         try:
-            while len(found) < count:
+            while len(peers) < count:
                 connection, _ = self._socket.accept()
                 connection.settimeout(PATIENCE)
                 secret, rank, name = _line(connection).split(" ", 2)
                 if secrets.compare_digest(secret, self._secret):
-                    found[int(rank)] = name, connection
+                    peers[int(rank)] = name, connection
         except (OSError, ValueError) as error:
-            raise DistributedError(f"{count - len(found)} ranks did not report to rank 0 ({error}).") from error
+            missing = count - len(peers)
+            raise DistributedError(
+                f"{missing} of {count} ranks did not connect to rank 0 ({error}). Check the network between the "
+                "machines and start the run again."
+            ) from error
         finally:
             self._socket.close()
-        return found
+        return peers
 
 
 def connect(key: str, rank: int) -> Peers:
-    """Connect to rank 0, at the first of its addresses that answers; nothing where none does."""
+    """Connect to rank 0 at the first of its addresses that answers; returns no peer when none answers."""
     port, secret, *hosts = key.split(" ")
     for host in hosts:
         with suppress(OSError):
-            connection = socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS)
+            connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
             connection.sendall(f"{secret} {rank} {socket.gethostname()}\n".encode())
             return {0: (host, connection)}
     return {}
 
 
 def _addresses() -> list[str]:
-    """What other machines may reach this one by."""
+    """Addresses and names at which other machines may reach this one."""
     name = socket.gethostname()
-    found = []
+    addresses = []
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
-        outward.connect(("192.0.2.1", 9))  # sends nothing; tells which network leads outward
-        found.append(str(outward.getsockname()[0]))
-    return [*found, name, f"{name}.local"]
+        outward.connect(("192.0.2.1", 9))  # sends nothing, but selects the outward network interface
+        addresses.append(str(outward.getsockname()[0]))
+    return [*addresses, name, f"{name}.local"]
 
 
 def _line(connection: socket.socket) -> str:
@@ -86,8 +92,8 @@ def _line(connection: socket.socket) -> str:
     return data.decode(errors="replace").strip()
 
 
-def leave_now(text: str) -> None:
-    """Print `text`, if any, and end the process, whatever its other threads wait for."""
+def exit_now(text: str) -> None:
+    """Print `text`, if any, as an error and end the process, even while other threads wait in MLX."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         if text:
@@ -97,9 +103,12 @@ def leave_now(text: str) -> None:
 
 
 class Heartbeat:
-    """Watches `peers` (rank: name and connection) from a thread; `lost` is called with what to tell the user."""
+    """Watches the connections to `peers` in a thread of its own.
 
-    def __init__(self, peers: Peers, lost: Callable[[str], None] = leave_now) -> None:
+    `lost` is called with an error message when a rank is gone; the message is empty where rank 0 reports it.
+    """
+
+    def __init__(self, peers: Peers, lost: Callable[[str], None] = exit_now) -> None:
         self._lost = lost
         self._names = {peer: name for peer, (name, _) in peers.items()}
         self._connections = {peer: connection for peer, (_, connection) in peers.items()}
@@ -110,58 +119,58 @@ class Heartbeat:
         self._thread.start()
 
     def close(self) -> None:
-        """Leave in peace: the others hear that this rank has done its part."""
+        """Stop watching, and tell the other ranks that this one ends normally."""
         self._closing.set()
         self._thread.join()
-        self._tell(_LEAVING)
+        self._send(_LEAVING)
         for connection in self._connections.values():
             connection.close()
 
     def _watch(self) -> None:
         due = time.monotonic()
-        heard = dict.fromkeys(self._connections, due)
-        unread = dict.fromkeys(self._connections, b"")
+        last_heard = dict.fromkeys(self._connections, due)
+        unread = dict.fromkeys(self._connections, b"")  # the beginning of a line
         while not self._closing.is_set() and self._connections:
-            if time.monotonic() >= due:  # not whenever something was read: two ranks would answer each other for ever
-                self._tell(_ALIVE)
+            if time.monotonic() >= due:  # not after every read: two ranks would answer each other for ever
+                self._send(_ALIVE)
                 due = time.monotonic() + INTERVAL
-            left = max(0.0, due - time.monotonic())
-            ready, _, _ = select.select(list(self._connections.values()), [], [], left)
+            timeout = max(0.0, due - time.monotonic())
+            ready, _, _ = select.select(list(self._connections.values()), [], [], timeout)
             for peer, connection in list(self._connections.items()):
                 if connection in ready:
-                    heard[peer] = time.monotonic()
+                    last_heard[peer] = time.monotonic()
                     *lines, unread[peer] = (unread[peer] + _read(connection)).split(b"\n")
-                    self._take(peer, lines)
-                elif time.monotonic() - heard[peer] > PATIENCE:
-                    self._give_up(peer, f"nothing was heard of it for {PATIENCE:.0f} s")
+                    self._handle(peer, lines)
+                elif time.monotonic() - last_heard[peer] > PATIENCE:
+                    self._report_lost(peer, f"nothing was heard of it for {PATIENCE:.0f} s")
 
-    def _take(self, peer: int, lines: list[bytes]) -> None:
+    def _handle(self, peer: int, lines: list[bytes]) -> None:
         for line in lines:
             if line == _LEAVING:
                 return self._connections.pop(peer).close()
-            if line == _LOST:  # rank 0 has told the user
+            if line == _LOST:  # rank 0 has printed the error
                 self._connections.pop(peer).close()
                 return self._lost("")
             if line == _END:
-                return self._give_up(peer, "its process has ended")
+                return self._report_lost(peer, "its process has ended")
 
-    def _give_up(self, peer: int, why: str) -> None:
+    def _report_lost(self, peer: int, reason: str) -> None:
         self._connections.pop(peer).close()
-        self._tell(_LOST)
-        time.sleep(INTERVAL / 2)  # they read it before the connection breaks
+        self._send(_LOST)
+        time.sleep(INTERVAL / 2)  # the others read the message before this process ends
         self._lost(
-            f"rank {peer} ({self._names[peer]}) is gone: {why}. All ranks stop; what was saved is kept, and the same "
-            "command goes on from there."
+            f"rank {peer} ({self._names[peer]}) is gone: {reason}. All ranks stop. Checkpoints are kept; run the "
+            "same command again to resume from the last one."
         )
 
-    def _tell(self, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         for connection in self._connections.values():
-            with suppress(OSError):  # what is closed or full is found out by reading
+            with suppress(OSError):  # reading notices a closed connection
                 connection.send(message + b"\n")
 
 
 def _read(connection: socket.socket) -> bytes:
-    """What has come; `_END` in a line of its own at the end of the connection."""
+    """The bytes received so far; at the end of the connection, `_END` on a line of its own."""
     try:
         return connection.recv(4096) or b"\n" + _END + b"\n"
     except BlockingIOError:

@@ -1,7 +1,7 @@
-"""Several machines as one, on MLX's distributed engine: the one place that knows ranks and back ends.
+"""The ranks of a run, on top of `mlx.core.distributed`. No other module knows its back ends.
 
-Every rank runs the same program. A world of one is what every program runs in that was not started by `mlx.launch`;
-its methods give back what they are given, and MLX's engine is not touched.
+Every rank runs the same program. A program that `mlx.launch` did not start runs in a world of one rank: its methods
+return their arguments, and MLX's distributed back end is not used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.distributed import launching
-from mlx_zh.distributed.heartbeat import PATIENCE, Door, Heartbeat, connect
+from mlx_zh.distributed.heartbeat import PATIENCE, Heartbeat, Listener, connect
 from mlx_zh.errors import DistributedError, MlxZhError
 from mlx_zh.language.notice import Notice
 
@@ -37,14 +37,15 @@ Item = TypeVar("Item")
 
 MEASURED_SECONDS = 10.0
 _BUFFER_BYTES = 64 * 2**20  # arrays are summed in flat buffers of this size
-_ROUND = 4  # pieces of work a rank between two merges: what a killed pass loses
+_ROUND = 4  # pieces of work per rank between two merges; a run that is killed loses at most these
 
 
 class World:
-    """The ranks of a run, and this process among them.
+    """The ranks of a run, and the rank of this process.
 
-    `speeds` (size,) are in proportion to what each rank computes in a second. `transfer_seconds` were spent in
-    collectives when all ranks were there; `waiting_seconds`, on average over the ranks, until the last one was.
+    `speeds` (size,) are proportional to the work that each rank does in a second. `transfer_seconds` is the time
+    spent in collectives after all ranks had arrived; `waiting_seconds` is the time, as a mean over the ranks, spent
+    waiting for the last rank to arrive.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
@@ -52,46 +53,50 @@ class World:
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.speeds = [1.0] * self.size
-        self.ends = False  # whether all ranks know that the run ends here
+        self.orderly_end = False  # all ranks know that the run ends, so none reports the others as lost
         self.transfer_seconds = self.waiting_seconds = 0.0
-        self._free = time.monotonic()  # when the last collective ended
+        self._last_collective = time.monotonic()  # when it ended
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the one that writes files."""
+        """Whether this is rank 0, the only one that writes files."""
         return self.rank == 0
 
     def share(self, costs: Sequence[float]) -> list[int]:
-        """The pieces of work of this rank, in rising order, so that ranks finish together.
+        """Indices of this rank's share of the pieces of work with these `costs`, in ascending order.
 
-        The longest piece first, each to the rank that would have done it first: the same on every rank.
+        The pieces are dealt out from the most to the least expensive. Each goes to the rank that would finish it
+        first at its speed, so that all ranks finish at about the same time. Every rank computes the same shares.
         """
         if self.size == 1:
             return list(range(len(costs)))
         loads = [0.0] * self.size
-        mine = []
+        share = []
         for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             ends = [(load + costs[piece]) / speed for load, speed in zip(loads, self.speeds, strict=True)]
             rank = ends.index(min(ends))
             loads[rank] += costs[piece]
             if rank == self.rank:
-                mine.append(piece)
-        return sorted(mine)
+                share.append(piece)
+        return sorted(share)
 
     def rounds(self, pieces: Sequence[Item]) -> Iterator[Sequence[Item]]:
-        """Work in parts, after each of which results are merged."""
-        several = 1 if self.size == 1 else _ROUND * self.size
-        for start in range(0, len(pieces), several):
-            yield pieces[start : start + several]
+        """Cut `pieces` into rounds. The ranks merge their results after each round."""
+        count = 1 if self.size == 1 else _ROUND * self.size
+        for start in range(0, len(pieces), count):
+            yield pieces[start : start + count]
 
     def sum(self, arrays: Arrays) -> Arrays:
-        """Each array added up over all ranks, in few large buffers. Names and shapes are the same on every rank."""
+        """Each array summed over all ranks (all-reduce). Names, shapes and types must be the same on every rank.
+
+        The arrays are sent in a few large buffers, because many small messages are slow.
+        """
         if self.size == 1:
             return arrays
         import mlx.core as mx
 
         mx.eval(arrays)
-        self._meet()
+        self._barrier()
         began = time.monotonic()
         total: Arrays = {}
         for names in _buffers(arrays):
@@ -100,23 +105,23 @@ class World:
             for name, part in zip(names, mx.split(flat, ends[:-1]), strict=True):
                 total[name] = part.reshape(arrays[name].shape)
         mx.eval(total)
-        self._free = time.monotonic()
-        self.transfer_seconds += self._free - began
+        self._last_collective = time.monotonic()
+        self.transfer_seconds += self._last_collective - began
         return total
 
     def add(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Plain numbers, added up over all ranks."""
-        everywhere = self.collect(dict(values))
-        return {name: sum(each[name] for each in everywhere) for name in values}
+        """Plain numbers summed over all ranks, by name."""
+        by_rank = self.collect(dict(values))
+        return {name: sum(each[name] for each in by_rank) for name in values}
 
     def broadcast(self, arrays: Arrays) -> Arrays:
-        """Rank 0's arrays, on every rank."""
+        """Rank 0's arrays. The other ranks pass arrays of the same names, shapes and types."""
         import mlx.core as mx
 
         return self.sum(arrays if self.first else {name: mx.zeros_like(array) for name, array in arrays.items()})
 
     def collect(self, value: T) -> list[T]:
-        """Every rank's plain value (as in JSON), by rank."""
+        """The values of all ranks, in order of rank. `value` must be JSON-serializable."""
         if self.size == 1:
             return [value]
         import mlx.core as mx
@@ -129,35 +134,38 @@ class World:
         return [json.loads(part.tobytes()) for part in np.split(merged, ends[:-1])]
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, a plain value; where it raises there, all ranks end."""
+        """The JSON-serializable result of `make`, which is called on rank 0 only.
+
+        When it raises MlxZhError, rank 0 raises that error and the other ranks raise SystemExit.
+        """
         if self.size == 1:
             return make()
-        answer: Any = None
+        result: Any = None
         error: MlxZhError | None = None
         if self.first:
             try:
-                answer = make()
+                result = make()
             except MlxZhError as raised:
                 error = raised
-        failed, answer = self.collect((error is not None, answer))[0]
-        self.ends = failed
+        failed, result = self.collect((error is not None, result))[0]
+        self.orderly_end = failed
         if error is not None:
             raise error
         if failed:
-            raise SystemExit(2)  # rank 0 tells why
-        found: T = answer
-        return found
+            raise SystemExit(2)  # rank 0 prints the error
+        broadcast: T = result
+        return broadcast
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so on some rank."""
-        return here if self.size == 1 else bool(self._gather(float(here)).any())
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        return value if self.size == 1 else bool(self._gather(float(value)).any())
 
     def min(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """The smallest value of all ranks."""
         return min(self.collect(value))
 
     def folder(self, folder: Path, files: Sequence[str]) -> Path:
-        """A folder that holds rank 0's `files` of `folder`: that one on rank 0, a temporary copy on others."""
+        """A folder with the `files` of rank 0's `folder`: that folder on rank 0, a temporary copy on other ranks."""
         if self.size == 1:
             return folder
         import mlx.core as mx
@@ -176,23 +184,26 @@ class World:
         return copy
 
     def measure(self, work: Callable[[], float]) -> None:
-        """Set `speeds` from how much of `work` (which returns its amount) each rank does in some seconds."""
+        """Set `speeds` from the amount of `work` that each rank does in `MEASURED_SECONDS`.
+
+        Each call of `work` returns the amount of work that it has done, in any unit.
+        """
         if self.size == 1:
             return
-        work()  # warm-up: compilation, first use of the weights
+        work()  # warm-up: kernels are compiled and weights are read
         self._gather(0.0)
         began, done = time.monotonic(), 0.0
         while (elapsed := time.monotonic() - began) < MEASURED_SECONDS:
             done += work()
         self.speeds = self._gather(done / elapsed).tolist()
 
-    def _meet(self) -> None:
-        """Wait until all ranks are here, and note how long they did on average."""
-        busy = self._gather(time.monotonic() - self._free)
+    def _barrier(self) -> None:
+        """Wait for all ranks, and add the mean waiting time of the ranks to `waiting_seconds`."""
+        busy = self._gather(time.monotonic() - self._last_collective)
         self.waiting_seconds += float(busy.max() - busy.mean())
 
     def _gather(self, value: float, kind: type[np.number[Any]] = np.float32) -> npt.NDArray[Any]:
-        """A number of every rank, (size,)."""
+        """The values of all ranks, (size,)."""
         import mlx.core as mx
 
         row = np.zeros(self.size, dtype=kind)
@@ -200,8 +211,11 @@ class World:
         return np.array(self._all_sum(mx.array(row)))
 
     def _all_sum(self, array: mx.array) -> mx.array:
-        """Evaluated before and after, so that no kernel on an accelerator waits for another machine: Metal ends
-        those that take long."""
+        """`array` summed over all ranks.
+
+        It is evaluated before and after, so that no GPU kernel waits for another machine: Metal aborts kernels that
+        take too long. Raises DistributedError when the connection is lost.
+        """
         import mlx.core as mx
 
         mx.eval(array)
@@ -209,18 +223,20 @@ class World:
             total = mx.distributed.all_sum(array, group=self._group)
             mx.eval(total)
         except RuntimeError as error:
-            time.sleep(_GRACE)  # the heartbeat knows better, and ends the process
-            raise DistributedError(f"the connection to another rank is lost: {error}.") from error
-        self._free = time.monotonic()
+            time.sleep(_GRACE)  # the heartbeat usually ends the process first, with an error that names the rank
+            raise DistributedError(
+                f"the connection to another rank is lost: {error}. Run the same command again to resume."
+            ) from error
+        self._last_collective = time.monotonic()
         return total
 
 
-_GRACE = PATIENCE + 5  # seconds; a process that ends drops MLX's connections long before its last one
+_GRACE = PATIENCE + 5  # seconds; MLX may notice a lost rank long before the heartbeat does
 ALONE = World()
 
 
 def _buffers(arrays: Arrays) -> Iterator[list[str]]:
-    """Names, in order, of the arrays that are summed together: of one type, up to `_BUFFER_BYTES`."""
+    """Names of the arrays of each buffer, which have one type and up to `_BUFFER_BYTES` in all."""
     for kind in dict.fromkeys(array.dtype for array in arrays.values()):
         names: list[str] = []
         size = 0
@@ -237,9 +253,9 @@ def _buffers(arrays: Arrays) -> Iterator[list[str]]:
 
 @contextmanager
 def joined(warn: Callable[[str], None]) -> Iterator[World]:
-    """The world that this process was started in. Only rank 0's output is shown; `warn` is called on rank 0.
+    """The world of this process, as a context. Other ranks than rank 0 print nothing; `warn` is called on rank 0.
 
-    Raises DistributedError where the ranks do not find each other. A rank that is gone later ends the process.
+    Raises DistributedError when the ranks cannot connect. When a rank is lost later, the heartbeat ends the process.
     """
     if not _launched():
         yield World()
@@ -250,45 +266,48 @@ def joined(warn: Callable[[str], None]) -> Iterator[World]:
     try:
         world = World(mx.distributed.init())
     except RuntimeError as error:
-        raise DistributedError(f"the ranks did not find each other: {error}.") from error
+        raise DistributedError(
+            f"the ranks could not connect to each other: {error}. Check the hostfile and the network between the "
+            "machines (docs/distributed.md)."
+        ) from error
     heartbeat = _heartbeat(world, warn)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if world.first else nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(sys.stdout if world.first else null):
         try:
             yield world
-            world.ends = True
+            world.orderly_end = True
         except MlxZhError as error:
             if not world.first:
                 error.args = (f"rank {world.rank} ({socket.gethostname()}): {error}",)
             raise
         finally:
-            if world.ends:
+            if world.orderly_end:
                 heartbeat.close()
 
 
 def _heartbeat(world: World, warn: Callable[[str], None]) -> Heartbeat:
-    door = Door(_address_of_rank_0()) if world.first else None
-    key = world.broadcast_result(lambda: door.key if door else "")
-    peers = {} if door else connect(key, world.rank)
-    reached = world.collect(door is not None or bool(peers))
-    if door:
-        peers = door.accept(sum(reached) - 1)
-        for rank in [rank for rank, here in enumerate(reached) if not here]:
+    listener = Listener(_address_of_rank_0()) if world.first else None
+    key = world.broadcast_result(lambda: listener.key if listener else "")
+    peers = {} if listener else connect(key, world.rank)
+    reached = world.collect(listener is not None or bool(peers))
+    if listener:
+        peers = listener.accept(sum(reached) - 1)
+        for rank in [rank for rank, connected in enumerate(reached) if not connected]:
             warn(Notice("rank-without-heartbeat", rank=rank))
     return Heartbeat(peers)
 
 
 def _launched() -> bool:
-    """Whether this process is one of several: the variables that `mlx.launch` and MPI set."""
+    """Whether this process is one of several, by the environment variables that `mlx.launch` and MPI set."""
     ring = os.environ.get("MLX_HOSTFILE")
     if ring and not Path(ring).read_text(encoding="utf-8").strip():
-        return False  # a ring of one
+        return False  # `mlx.launch` writes an empty file for a single process
     return any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 def _address_of_rank_0() -> str:
-    """Where the other ranks reach rank 0, as the back end was told; empty where it was not (MPI)."""
+    """The address at which the back end reaches rank 0; empty where it is not known, as with MPI."""
     if ring := os.environ.get("MLX_HOSTFILE"):
-        place: str = json.loads(Path(ring).read_text(encoding="utf-8"))[0][0]
+        address: str = json.loads(Path(ring).read_text(encoding="utf-8"))[0][0]
     else:
-        place = os.environ.get("MLX_JACCL_COORDINATOR") or os.environ.get("NCCL_HOST_IP") or ""
-    return place.partition(":")[0]
+        address = os.environ.get("MLX_JACCL_COORDINATOR") or os.environ.get("NCCL_HOST_IP") or ""
+    return address.partition(":")[0]

@@ -24,7 +24,7 @@ from tolerances import MOVED, later_loss
 
 from mlx_zh import eval, sft
 from mlx_zh.distributed import heartbeat
-from mlx_zh.distributed.heartbeat import Door, Heartbeat, connect
+from mlx_zh.distributed.heartbeat import Heartbeat, Listener, connect
 from mlx_zh.distributed.world import World
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.system import storage
@@ -245,9 +245,9 @@ def connected(monkeypatch: pytest.MonkeyPatch):
     made: list[heartbeat.Peers] = []
 
     def join(count: int) -> list[heartbeat.Peers]:
-        door = Door("127.0.0.1")
-        others = [connect(door.key, rank) for rank in range(1, count + 1)]
-        made.extend([door.accept(count), *others])
+        listener = Listener("127.0.0.1")
+        others = [connect(listener.key, rank) for rank in range(1, count + 1)]
+        made.extend([listener.accept(count), *others])
         return made
 
     yield join
@@ -303,17 +303,17 @@ def test_a_rank_that_leaves_in_peace_is_not_missed(connected):
 def test_a_heartbeat_is_not_answered_at_once(connected, monkeypatch: pytest.MonkeyPatch):
     """Two ranks that answered each other would do nothing else, on a core of each."""
     ours, theirs = connected(1)
-    said: list[float] = []
-    tell = Heartbeat._tell
+    sent: list[float] = []
+    send = Heartbeat._send
 
     def counted(self: Heartbeat, message: bytes) -> None:
-        said.append(time.monotonic())
-        tell(self, message)
+        sent.append(time.monotonic())
+        send(self, message)
 
-    monkeypatch.setattr(Heartbeat, "_tell", counted)
+    monkeypatch.setattr(Heartbeat, "_send", counted)
     both = Heartbeat(ours, lambda _: None), Heartbeat(theirs, lambda _: None)
-    while len(said) < 20:
+    while len(sent) < 20:
         time.sleep(0.01)
-    assert said[19] - said[0] >= 8 * heartbeat.INTERVAL  # ten each; a late one delays the next
+    assert sent[19] - sent[0] >= 8 * heartbeat.INTERVAL  # ten each; a late one delays the next
     for each in both:
         each.close()
