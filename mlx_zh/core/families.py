@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What other programs call a family, and how its attention differs from Llama's."""
+    """The names of a family in other programs, and how its attention differs from Llama's."""
 
-    mlx_lm: str  # module of mlx_lm.models; no other is ever imported
-    architecture: str  # transformers' class
-    gguf: str  # general.architecture of a GGUF file
-    attention_bias: bool = False  # of queries, keys and values
-    query_key_norms: bool = False
+    mlx_lm: str  # module of mlx_lm.models; no other module is ever imported
+    architecture: str  # class of Transformers
+    gguf: str  # `general.architecture` of a GGUF file
+    attention_bias: bool = False  # queries, keys and values have a bias
+    query_key_norms: bool = False  # queries and keys are normalized
 
 
-# By config.json's model_type.
+# By `model_type` of config.json.
 FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", "llama"),
     "mistral": Family("llama", "MistralForCausalLM", "llama"),

@@ -243,7 +243,7 @@ class Session:
                     for remark in [] if watch is None else watch.step(event.figures):
                         console.warn(remark)
                 elif isinstance(event, Shortened):
-                    console.warn(Notice("rows-shortened", what=event.what, micro_tokens=event.micro_tokens))
+                    console.warn(Notice("rows-shortened", what=event.work, micro_tokens=event.micro_tokens))
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):

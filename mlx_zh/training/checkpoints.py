@@ -1,4 +1,7 @@
-"""Checkpoints: everything a run needs to go on exactly, in a folder that appears whole."""
+"""Checkpoints: everything that a run needs to resume exactly.
+
+A checkpoint is written to a temporary folder and then renamed, so a folder of its final name is complete.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _DIGESTS = "digests.json"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A run after `state["step"]` steps: trained weights, optimizer moments, and plain values."""
+    """A run after `state["step"]` steps: trained weights, optimizer state, and JSON values."""
 
     weights: Arrays
     optimizer: Arrays
@@ -32,7 +35,10 @@ class Checkpoint:
 
 @dataclass
 class Progress:
-    """What changes as a run goes on, beside weights and optimizer."""
+    """The state of a run besides weights and optimizer. It is stored in each checkpoint.
+
+    `evaluated_at` is the step of the last validation, -1 before the first; `metrics_size` is in bytes.
+    """
 
     step: int = 0
     elapsed_seconds: float = 0.0
@@ -46,7 +52,10 @@ class Progress:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder/step-NNNNNN` and remove all but the newest `keep`, and what a killed run left half-written."""
+    """Write `folder/step-NNNNNN`. Raises StorageError.
+
+    Then remove all but the newest `keep` checkpoints, and temporary folders that a killed run left.
+    """
     target = folder / f"step-{checkpoint.state['step']:06d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     try:
@@ -68,7 +77,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
-    """The newest whole checkpoint, or None; and a line about each damaged one, which is set aside."""
+    """The newest undamaged checkpoint, or None, and a notice about each damaged one, which is renamed.
+
+    Raises StorageError when a damaged checkpoint cannot be renamed.
+    """
     remarks: list[Notice] = []
     for path in reversed(_folders(folder)):
         try:
@@ -86,7 +98,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
 
 def _load(path: Path) -> Checkpoint:
     digests = json.loads((path / _DIGESTS).read_text(encoding="utf-8"))
-    for name in _FILES:  # a flipped bit in an array would load without complaint
+    for name in _FILES:  # an array with a flipped bit would load without an error
         if file_digest(path / name) != digests[name]:
             raise ValueError(f"{name} is not what was written")
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -99,6 +111,6 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The checkpoints, oldest first; past a million steps their names no longer sort like their numbers."""
+    """The checkpoints, oldest first. From step 1,000,000 on, names do not sort like numbers."""
     found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]))

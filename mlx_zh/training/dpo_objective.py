@@ -1,4 +1,4 @@
-"""DPO's objective: prefer the chosen response over the rejected one, relative to a reference."""
+"""The objective of DPO: prefer the chosen response to the rejected one, relative to a reference model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mlx_zh.training.pairs import pack, pair_sums, response_lengths, tree_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Slopes:
-    """What a coupled loss makes of a whole step, for one row: its share, and d loss / d log-prob (P, 2)."""
+class StepGradient:
+    """A row's part in the loss of a whole step, for a loss that couples the pairs of the step."""
 
-    share: mx.array
-    gradient: mx.array
+    share: mx.array  # a scalar: the row's share of the loss
+    by_logprob: mx.array  # (P, 2): the gradient of the loss with respect to the row's log-probs
     totals: mx.array  # (P, 2), as `pair_sums` gives them
-    shared: mx.array
+    shared: mx.array  # (P, 2), as `pair_sums` gives them
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,16 @@ class PairRow(Row):
     """A row of P pairs."""
 
     pairs: tuple[RenderedPair, ...]
-    lengths: mx.array  # (P, 2)
+    lengths: mx.array  # (P, 2): scored tokens of chosen and rejected
     reference: mx.array | None  # (P, 4), as `Reference.logprobs` gives them
-    places: tuple[int, ...]  # of its pairs among those of the step
-    slopes: Slopes | None = None
+    indices: tuple[int, ...]  # of its pairs among the pairs of the step
+    step_gradient: StepGradient | None = None
 
 
 class DpoObjective:
     """Mean preference loss over the pairs of a step.
 
-    `reference` (N, 4) are the reference log-probs of `pairs` as `Reference.logprobs` gives them, or None for the
+    `reference` (N, 4) holds the reference log-probs of `pairs`, as `Reference.logprobs` gives them. It is None for
     losses without a reference.
     """
 
@@ -70,7 +70,7 @@ class DpoObjective:
         self.settings = settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
-        """This rank's rows, of at most `micro_tokens` tokens."""
+        """This rank's rows, of at most `micro_tokens` tokens or one pair."""
         pairs = [self._pairs[int(i)] for i in examples]
         rows: list[Row] = []
         lengths = [tree_tokens(pair) for pair in pairs]
@@ -88,22 +88,25 @@ class DpoObjective:
                     pairs=row,
                     lengths=response_lengths(row),
                     reference=None if self._reference is None else mx.array(self._reference[list(ids)]),
-                    places=tuple(members),
+                    indices=tuple(members),
                 )
             )
         return rows
 
     def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
-        """Rows that can be taken one by one. A loss that couples the pairs of a step needs a forward pass over all
-        of them first: it gives the loss and its derivative by each log-prob, and the chain rule does the rest."""
+        """The rows, which `share` can then take one by one.
+
+        A loss that couples the pairs of a step first needs a forward pass over all of them. From it come the loss
+        and its gradient with respect to each log-prob, and `share` applies the chain rule.
+        """
         if not self.coupled:
             return rows
-        found = [row for row in rows if isinstance(row, PairRow)]
+        pair_rows = [row for row in rows if isinstance(row, PairRow)]
         sums = []
-        for row in found:
+        for row in pair_rows:
             sums.append(self._sums(model, row, training=False))
             mx.eval(sums[-1])
-        policy, reference, lengths = self._whole_step(found, sums)
+        policy, reference, lengths = self._whole_step(pair_rows, sums)
 
         def mean(policy: mx.array) -> mx.array:
             return self._losses(policy, reference, lengths).mean()
@@ -111,45 +114,47 @@ class DpoObjective:
         value_and_grad: Any = mx.value_and_grad(mean)
         loss, gradient = value_and_grad(policy)
         ready: list[Row] = []
-        for row, (totals, shared) in zip(found, sums, strict=True):
-            slopes = Slopes(loss * len(row.pairs) / row.count, gradient[mx.array(row.places)], totals, shared)
-            ready.append(replace(row, slopes=slopes))
+        for row, (totals, shared) in zip(pair_rows, sums, strict=True):
+            share = loss * len(row.pairs) / row.count
+            step_gradient = StepGradient(share, gradient[mx.array(row.indices)], totals, shared)
+            ready.append(replace(row, step_gradient=step_gradient))
         return ready
 
     def _whole_step(
         self, rows: Sequence[PairRow], sums: Sequence[tuple[mx.array, mx.array]]
     ) -> tuple[mx.array, mx.array | None, mx.array]:
-        """Policy and reference log-probs and lengths of all pairs of the step, (P, 2) each, from all ranks' rows."""
-        here: list[tuple[int, list[float]]] = []
+        """Policy log-probs, reference log-probs and lengths of all pairs of the step on all ranks, (P, 2) each."""
+        own: list[tuple[int, list[float]]] = []
         for row, pair in zip(rows, sums, strict=True):
-            policy, against = self._weighted(*pair), self._against(row)
-            known = [policy, row.lengths, row.lengths if against is None else against]
-            values: Any = mx.concatenate(known, axis=1).tolist()  # (P, 6)
-            here += zip(row.places, values, strict=True)
-        everywhere = sorted((place, value) for each in self._world.collect(here) for place, value in each)
-        table = mx.array([value for _, value in everywhere])
+            policy, reference = self._weighted(*pair), self._reference_logprobs(row)
+            columns = [policy, row.lengths, row.lengths if reference is None else reference]
+            values: Any = mx.concatenate(columns, axis=1).tolist()  # (P, 6)
+            own += zip(row.indices, values, strict=True)
+        pairs = sorted((index, values) for rank in self._world.collect(own) for index, values in rank)
+        table = mx.array([values for _, values in pairs])  # (P, 6)
         return table[:, :2], None if self._reference is None else table[:, 4:], table[:, 2:4]
 
     def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
-        """The row's summed pair losses over the step's pairs."""
+        """The sum of the row's pair losses divided by the pairs of the step, and sums for the metrics."""
         assert isinstance(row, PairRow)
-        if row.slopes is not None and not row.training:
-            totals, shared = row.slopes.totals, row.slopes.shared
+        if row.step_gradient is not None and not row.training:
+            totals, shared = row.step_gradient.totals, row.step_gradient.shared
         else:
             totals, shared = self._sums(model, row, training=row.training)
-        policy, reference = self._weighted(totals, shared), self._against(row)
-        if row.slopes is None:
+        policy, reference = self._weighted(totals, shared), self._reference_logprobs(row)
+        if row.step_gradient is None:
             share = self._losses(policy, reference, row.lengths).sum() / row.count
         else:
-            # The value is known; this adds 0 that has the gradient.
-            share = row.slopes.share + (row.slopes.gradient * (policy - mx.stop_gradient(policy))).sum()
+            # The second term is 0, but its gradient is that of the whole step's loss.
+            zero = policy - mx.stop_gradient(policy)
+            share = row.step_gradient.share + (row.step_gradient.by_logprob * zero).sum()
         if self._section.sft_weight:
             extra = chosen_cross_entropy(totals[:, 0], row.lengths[:, 0]).sum() / row.count
             share = share + self._section.sft_weight * extra
         return share, self._figures(policy, reference, row.lengths)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """TRL's figures, each the mean over the pairs."""
+        """TRL's metrics of the step, each a mean over the pairs, and the number of pairs."""
         return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"} | {
             "pairs": int(sums["pairs"])
         }
@@ -165,8 +170,8 @@ class DpoObjective:
         )
         return pair_sums(logprobs, row.batch, row.pairs)
 
-    def _against(self, row: PairRow) -> mx.array | None:
-        """The reference log-probs that the policy's are compared with, (P, 2)."""
+    def _reference_logprobs(self, row: PairRow) -> mx.array | None:
+        """The reference log-probs of chosen and rejected, (P, 2), weighted like those of the policy."""
         return None if row.reference is None else self._weighted(row.reference[:, :2], row.reference[:, 2:])
 
     def _weighted(self, totals: mx.array, shared: mx.array) -> mx.array:
@@ -192,10 +197,10 @@ class DpoObjective:
         )
 
     def _figures(self, policy: mx.array, reference: mx.array | None, lengths: mx.array) -> Sums:
-        """Sums over the row's pairs."""
-        gained = rewards(policy, reference, loss=self._section.loss, beta=self._section.beta, lengths=lengths)
-        gained, policy = mx.stop_gradient(gained), mx.stop_gradient(policy)
-        chosen, rejected = gained[:, 0], gained[:, 1]
+        """Sums over the row's pairs, for the metrics."""
+        implicit = rewards(policy, reference, loss=self._section.loss, beta=self._section.beta, lengths=lengths)
+        implicit, policy = mx.stop_gradient(implicit), mx.stop_gradient(policy)
+        chosen, rejected = implicit[:, 0], implicit[:, 1]
         return {
             "rewards/chosen": chosen.sum(),
             "rewards/rejected": rejected.sum(),

@@ -1,4 +1,4 @@
-"""The training loop, the same for SFT and DPO: yields what happened and prints nothing."""
+"""The training loop of SFT and DPO. It yields events and prints nothing."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Shortened:
-    """Memory ran out; from here on rows have at most `micro_tokens` tokens, and `what` is done again."""
+    """Memory ran out. `work` ("step 3" or "validation") is repeated; rows now have at most `micro_tokens` tokens."""
 
-    what: str
+    work: str
     micro_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluating:
-    """A row of the validation set was scored."""
+    """`done` of `total` rows of the validation set were scored."""
 
     done: int
     total: int
@@ -56,7 +56,7 @@ class Evaluating:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The validation set was scored; `best` when no earlier loss was lower."""
+    """The validation set was scored. `figures` is its line in `metrics.jsonl`; `best` is true for the lowest loss."""
 
     figures: dict[str, Any]
     best: bool
@@ -71,7 +71,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The loop ended: `reason` is done, early_stopping or interrupted."""
+    """The loop ended after `step` steps. `reason` is done, early_stopping or interrupted."""
 
     reason: str
     step: int
@@ -79,7 +79,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class LoopFiles:
-    """Where a loop writes: a line a step, a line a skipped step, and what it goes on from."""
+    """Where a loop writes: a file with a line per step, one with a line per skipped step, and a folder."""
 
     metrics: Path
     skipped: Path
@@ -91,10 +91,11 @@ Event = Stepped | Shortened | Evaluating | Evaluated | Saved | Finished
 
 @dataclass
 class Loop:
-    """A run of `total` steps of `objective` over a model whose trained weights are already marked.
+    """A training run of `total` steps. The trained weights of `model` are already unfrozen.
 
-    `save_best` is called with the weights when validation improves; `stop` is asked after every step. Of the ranks
-    of `world`, which take every step together, only the first writes.
+    `save_best` is called with the weights when the validation loss improves. `stop` is called after every step; the
+    loop ends when it returns true. `key` identifies the run's settings in its checkpoints. All ranks of `world` take
+    every step together, and only rank 0 writes files.
     """
 
     model: nn.Module
@@ -127,16 +128,16 @@ class Loop:
         self.log = MetricsLog(self.files.metrics, keep=self.world.first)
         self.skipped = Skipped(self.files.skipped, self.log, section.max_skipped_steps)
 
-    def resume(self, found: checkpoints.Checkpoint) -> None:
-        """Take up a checkpoint of this same run: weights, moments, position and metrics."""
-        self.weights = {name: found.weights[name] for name in self.weights}
+    def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Continue from a checkpoint of this run: restore weights, moments and progress, and shorten the metrics."""
+        self.weights = {name: checkpoint.weights[name] for name in self.weights}
         set_weights(self.model, self.weights)
-        self.optimizer.load(found.optimizer)
-        self.progress = Progress(**found.state["progress"])
+        self.optimizer.load(checkpoint.optimizer)
+        self.progress = Progress(**checkpoint.state["progress"])
         self.log.cut(self.progress.metrics_size)
 
     def align(self) -> None:
-        """Let every rank begin where the first one is."""
+        """Broadcast rank 0's weights, moments and progress to all ranks."""
         if self.world.size == 1:
             return
         self.weights = self.world.broadcast(self.weights)
@@ -145,7 +146,10 @@ class Loop:
         self.progress = Progress(**self.world.broadcast_result(lambda: self.progress.__dict__))
 
     def run(self) -> Iterator[Event]:
-        """Train until the end, an early stop or an interruption, yielding every event."""
+        """Train until the end, an early stop or an interruption, and yield every event.
+
+        Raises TrainingError when too many steps are skipped, and PlanError when one example does not fit into memory.
+        """
         progress = self.progress
         began = time.monotonic() - progress.elapsed_seconds
         saved_at = time.monotonic()
@@ -163,7 +167,7 @@ class Loop:
                 yield from self._evaluate()
             if not last:
                 reason = "early_stopping" if self._no_gain() else "interrupted" if stopping else "done"
-            due = self._due(saved_at)
+            due = self._checkpoint_due(saved_at)
             if self.world.first and (due or last or reason != "done"):
                 yield self._save()
                 saved_at = time.monotonic()
@@ -183,7 +187,7 @@ class Loop:
         mx.reset_peak_memory()
         world = self.world
         transfer, waiting = world.transfer_seconds, world.waiting_seconds
-        result = yield from self._taken(examples, rate)
+        result = yield from self._take_step(examples, rate)
         progress.step += 1
         progress.skipped_steps += not result.applied
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
@@ -215,8 +219,8 @@ class Loop:
             self.skipped.write()
         yield Stepped(figures, result, tuple(int(e) for e in examples))
 
-    def _taken(self, examples: npt.NDArray[np.int64], rate: float) -> Generator[Event, None, StepResult]:
-        """Take a step over `examples`; where memory runs out, the same step in shorter rows."""
+    def _take_step(self, examples: npt.NDArray[np.int64], rate: float) -> Generator[Event, None, StepResult]:
+        """Take a step over `examples`. When memory runs out, repeat it in shorter rows."""
         while True:
             rows = self.objective.rows(examples, self.progress.step)
             try:
@@ -232,17 +236,20 @@ class Loop:
                 )
                 return result
             except OutOfMemory:
-                pass  # left first, so that what the error holds on to is free again
+                pass  # the handler ends before the next try, so that arrays which the error refers to are freed
             yield self._shortened(self.objective, rows, Notice("during-step", step=self.progress.step + 1))
 
-    def _shortened(self, objective: Objective, rows: list[Row], what: str) -> Shortened:
-        """Let `what` be done again in shorter rows. Other ranks only wait, unless the loss needs them for it."""
+    def _shortened(self, objective: Objective, rows: list[Row], work: str) -> Shortened:
+        """Shorten the rows so that `work` can be repeated on this rank, while the other ranks wait.
+
+        Raises PlanError when one example does not fit, and when the loss needs the rows of all ranks at once.
+        """
         if self.world.size > 1 and objective.coupled:
             raise PlanError(
-                f"{what} ran out of memory, and this loss couples the pairs of all ranks, so that no rank can do its "
-                "share again alone. Set a smaller memory.micro_tokens and run the same command again."
+                f"{work} ran out of memory. This loss couples the pairs of all ranks, so a single rank cannot repeat "
+                "its share. Set a smaller memory.micro_tokens and run the same command again."
             )
-        return Shortened(what, shorten(objective, rows, what))
+        return Shortened(work, shorten(objective, rows, work))
 
     def _evaluate(self) -> Iterator[Event]:
         progress = self.progress
@@ -276,7 +283,7 @@ class Loop:
         self.log.append(line)
         yield Evaluated(line, best)
 
-    def _due(self, saved_at: float) -> bool:
+    def _checkpoint_due(self, saved_at: float) -> bool:
         every = self.checkpoint
         by_steps = every.every_steps is not None and self.progress.step % every.every_steps == 0
         minutes = (time.monotonic() - saved_at) / 60
@@ -285,5 +292,5 @@ class Loop:
     def _save(self) -> Saved:
         self.progress.metrics_size = self.log.size()
         state = {"step": self.progress.step, "key": self.key, "progress": self.progress.__dict__}
-        found = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
-        return Saved(checkpoints.save(self.files.checkpoints, found, keep=self.checkpoint.keep))
+        checkpoint = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
+        return Saved(checkpoints.save(self.files.checkpoints, checkpoint, keep=self.checkpoint.keep))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, a line a step in the order of the run without gaps or doubles; and the steps that were skipped."""
+"""`metrics.jsonl`, with one line for each step in order, and `skipped.jsonl`, with the skipped steps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SHOWN = 20  # examples named in a message; the file has them all
 
 
 class MetricsLog:
-    """Appends lines to a file; `cut` takes it back to an earlier length, for a run that resumes.
+    """Appends lines to a file. `cut` shortens it to an earlier length when a run resumes.
 
-    With `keep` false, for all ranks but the first, it writes nothing.
+    With `keep` false, as on all ranks but rank 0, `append` writes nothing.
     """
 
     def __init__(self, path: Path, *, keep: bool = True) -> None:
         self._path, self._keep = path, keep
 
     def append(self, figures: dict[str, Any]) -> None:
-        """Write one line."""
+        """Write one line. Raises StorageError."""
         if not self._keep:
             return
         line = json.dumps(figures, ensure_ascii=False, allow_nan=True) + "\n"
@@ -36,7 +36,7 @@ class MetricsLog:
                 file.write(line.encode())
 
     def size(self) -> int:
-        """Bytes written so far, safely on disk."""
+        """Size of the file in bytes, after flushing it to disk."""
         if not self._path.exists():
             return 0
         with self._path.open("rb") as file:
@@ -44,52 +44,55 @@ class MetricsLog:
             return file.seek(0, os.SEEK_END)
 
     def cut(self, size: int) -> None:
-        """Forget what was written beyond `size` bytes."""
+        """Remove everything after the first `size` bytes. Raises StorageError."""
         if self._path.exists():
             with storage_errors(self._path), self._path.open("rb+") as file:
-                file.truncate(min(size, file.seek(0, os.SEEK_END)))  # truncating must not pad a shorter file
+                file.truncate(min(size, file.seek(0, os.SEEK_END)))  # `truncate` would pad a shorter file with zeros
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines."""
+        """All lines, parsed."""
         if not self._path.exists():
             return []
         return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
 
 
 class Skipped:
-    """`skipped.jsonl`: a line for each skipped step of `log`, from which it is made, so that the two always agree."""
+    """`skipped.jsonl`, with a line for each skipped step. It is made from `log`, so that the two always agree.
 
-    def __init__(self, path: Path, log: MetricsLog, most: int) -> None:
-        self._path, self._log, self._most = path, log, most
+    `limit` is the number of skipped steps in a row at which `check` fails.
+    """
+
+    def __init__(self, path: Path, log: MetricsLog, limit: int) -> None:
+        self._path, self._log, self._limit = path, log, limit
 
     def write(self) -> None:
-        """Write the file, or remove it where no step of the log was skipped."""
+        """Write the file, or remove it when no step of the log was skipped."""
         lines = self._lines()
         if not lines:
             self._path.unlink(missing_ok=True)
             return
-        kept = [
+        entries = [
             {"step": f["step"], "loss": f["loss"], "grad_norm": f["grad_norm"], "examples": f["skipped_examples"]}
             for f in lines
         ]
-        write_text(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
 
     def check(self, progress: Progress, total: int) -> None:
-        """Raises TrainingError after too many skipped steps in a row, or at the end of a run that took none."""
-        if progress.skipped_in_a_row >= self._most:
-            told = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, were skipped"
+        """Raises TrainingError after too many skipped steps in a row, or when a whole run was skipped."""
+        if progress.skipped_in_a_row >= self._limit:
+            problem = f"{progress.skipped_in_a_row} steps in a row, up to step {progress.step}, were skipped"
         elif progress.step == total == progress.skipped_steps:
-            told = f"every step was skipped, {total} in all"
+            problem = f"every step was skipped, {total} in all"
         else:
             return
         examples = [e for f in self._lines()[-progress.skipped_in_a_row :] for e in f["skipped_examples"]]
         more = f" and {len(examples) - _SHOWN} more" if len(examples) > _SHOWN else ""
         named = ", ".join(map(str, examples[:_SHOWN])) + more
         raise TrainingError(
-            f"{told}, because their loss or gradient was not a finite number. Their examples, as numbered from 0 in "
-            f"the prepared training data: {named}; {self._path} has them step by step. Usual causes: a learning_rate "
-            "that is too high, model.dtype: float16 (take bfloat16), damaged weights of the model or the adapter to "
-            "start from, or these examples. Nothing was saved since the last checkpoint."
+            f"{problem}, because their loss or gradient was NaN or infinite. Their examples, as numbered from 0 in "
+            f"the prepared training data: {named}; {self._path} has them by step. Usual causes: a learning_rate "
+            "that is too high, model.dtype: float16 (use bfloat16), damaged weights of the model or "
+            "of the adapter to start from, or these examples. Nothing was saved since the last checkpoint."
         )
 
     def _lines(self) -> list[dict[str, Any]]:

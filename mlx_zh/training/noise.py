@@ -1,4 +1,4 @@
-"""Dropout and embedding noise as functions of the token: the same however examples are cut into rows."""
+"""Dropout and embedding noise that depend only on the token, not on how examples are cut into rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from mlx_zh.system.splitmix import stream
 
 
 class StepNoise:
-    """The randomness of one row in one training step.
+    """The noise of one row in one training step.
 
-    Each of the row's trees draws from a stream of `seeds` (one 64-bit number an example, see `example_seeds`), and
-    each token of it from its position, so neither neighbours nor row order can change a draw. NEFTune
-    (arXiv:2310.05914) adds uniform noise of size alpha / sqrt(L D), L being the example's tokens.
+    Each example (a tree of the row) has its own seed in `seeds`, see `example_seeds`, and each of its tokens a key
+    made of that seed and the token's offset in the example. So the noise of a token does not depend on the other
+    examples of the row. NEFTune (arXiv:2310.05914) adds uniform noise from [-1, 1] times alpha / sqrt(L D) to the
+    embeddings, where L is the number of the example's tokens. Raises ValueError when the number of seeds is wrong.
     """
 
     def __init__(
@@ -38,26 +39,26 @@ class StepNoise:
         self._lengths = mx.array(lengths[tree].astype(np.float32))[:, None]  # (T, 1)
 
     def embeddings(self, hidden: mx.array) -> mx.array:
-        """`hidden` (T, D) with NEFTune's noise, where it is asked for."""
+        """`hidden` (T, D) with NEFTune's noise, or unchanged without `neftune_alpha`."""
         if self._alpha is None:
             return hidden
         width = hidden.shape[-1]
-        keys = mx.bitwise_xor(self._keys, mx.array([0x4E454654, 0], dtype=mx.uint32))  # apart from dropout's draws
+        keys = mx.bitwise_xor(self._keys, mx.array([0x4E454654, 0], dtype=mx.uint32))  # other keys than dropout's
         noise = mx.vmap(lambda key: mx.random.uniform(-1, 1, (width,), key=key))(keys)
         return hidden + (noise * self._alpha / mx.sqrt(self._lengths * width)).astype(hidden.dtype)
 
     def layer(self) -> AbstractContextManager[None]:
-        """Under it the adapter layers draw their dropout."""
+        """A context in which adapter layers draw their dropout."""
         return dropout_keys(self._keys if self._dropout else None)
 
 
 def example_seeds(seed: int, step: int, examples: Sequence[int] | npt.NDArray[np.int64]) -> list[np.uint64]:
-    """A 64-bit stream for each example of a step."""
+    """A 64-bit seed for each example of a step."""
     return [stream(seed, step, int(example)) for example in examples]
 
 
 def _trees(batch: PackedBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each token the tree (root) that it belongs to (T,), and each tree's tokens; roots are in row order."""
+    """The index of each token's tree (T,), and the number of tokens of each tree, in row order."""
     lengths: list[int] = []
     for segment in batch.segments:
         if segment.parent is None:

@@ -1,4 +1,4 @@
-"""What a training step optimizes: how its examples become rows, and what each row adds to the loss."""
+"""The objective of a training step: how examples become rows, and what each row adds to the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ Sums = dict[str, mx.array]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How rows are computed. `seed` drives dropout and NEFTune; the other settings change no result."""
+    """How rows are computed. `micro_tokens`, `checkpoint` and `logit_rows` do not change the result.
+
+    `micro_tokens` is the largest number of tokens in a row, `logit_rows` that of rows in a chunk of logits. `seed` is
+    for dropout and NEFTune.
+    """
 
     seed: int
     micro_tokens: int
@@ -31,7 +35,7 @@ class Settings:
     neftune_alpha: float | None = None
 
     def noise(self, batch: PackedBatch, step: int | None, examples: Sequence[int]) -> StepNoise | None:
-        """A row's randomness in training step `step`; None where there is none, as in validation."""
+        """The noise of a row in training step `step`; None without noise, and in validation (`step` None)."""
         if step is None or (self.dropout == 0 and self.neftune_alpha is None):
             return None
         seeds = example_seeds(self.seed, step, examples)
@@ -40,7 +44,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A micro-batch: a packed row, the examples in it, and the count that the whole step's loss is divided by."""
+    """A micro-batch: a packed row and the indices of its examples.
+
+    `count` is what the loss of the whole step is divided by: its scored tokens (SFT) or pairs (DPO).
+    """
 
     batch: PackedBatch
     examples: tuple[int, ...]
@@ -50,41 +57,41 @@ class Row:
 
 
 def plan_share(world: World, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """The rows of this rank's share of a step's examples, as indices of them."""
-    mine = world.share(lengths)
-    return [[mine[m] for m in row] for row in plan_rows([lengths[m] for m in mine], max_tokens)]
+    """The rows of this rank's share of a step's examples, each as indices into `lengths`, which are in tokens."""
+    share = world.share(lengths)
+    return [[share[m] for m in row] for row in plan_rows([lengths[m] for m in share], max_tokens)]
 
 
 class Objective(Protocol):
-    """A loss over examples that may be cut into rows, and dealt to ranks, in any way."""
+    """A loss over `size` examples. It does not depend on how they are cut into rows and shared between ranks."""
 
     size: int
     settings: Settings
-    sums: tuple[str, ...]  # names of what `share` adds up
-    coupled: bool  # whether `prepared` needs the rows of all ranks
+    sums: tuple[str, ...]  # names of the sums that `share` returns
+    coupled: bool  # `prepared` needs the rows of all ranks
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
         """This rank's rows of a training step, or of a validation pass when `step` is None."""
 
     def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
-        """The rows of a step with whatever a row needs to know of the others, so that `share` can take any one."""
+        """The rows of a step, each with what it needs from the others, so that `share` can take it alone."""
 
     def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
-        """What a row adds to the step's loss, and to sums that `metrics` turns into figures."""
+        """What a row adds to the step's loss (a scalar), and to the sums that `metrics` reads."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """The figures of a step from its rows' added sums."""
+        """The metrics of a step, by name, from the sums over all its rows."""
 
 
-def shorten(objective: Objective, rows: Sequence[Row], what: str) -> int:
-    """Halve the objective's `micro_tokens` so that rows like these become shorter; returns the new value.
+def shorten(objective: Objective, rows: Sequence[Row], work: str) -> int:
+    """Halve the objective's `micro_tokens`, so that the longest of `rows` becomes shorter; returns the new value.
 
-    Raises PlanError where each of them holds one example already, which nothing can cut.
+    `work` names what ran out of memory. Raises PlanError when every row has only one example, which cannot be cut.
     """
     longest = max(int(row.batch.tokens.size) for row in rows)
     if all(len(row.examples) == 1 for row in rows):
         raise PlanError(
-            f"{what} does not fit into memory, not even one example at a time (the longest has {longest} tokens). "
+            f"{work} does not fit into memory, not even one example at a time (the longest has {longest} tokens). "
             "Set memory.checkpoint_layers: true, or a smaller memory.logit_rows or data.max_length, or close other "
             "programs; then run the same command again."
         )

@@ -1,4 +1,4 @@
-"""AdamW over named arrays, the norm that gradients are clipped by, and learning-rate schedules."""
+"""AdamW over named arrays, the global norm of gradients, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Arrays = dict[str, mx.array]
 
 
 class GroupedAdamW:
-    """MLX's AdamW (arXiv:1711.05101, with bias correction), decaying matrices only.
+    """MLX's AdamW (arXiv:1711.05101) with bias correction. Only matrices decay, not vectors.
 
-    `loraplus_ratio` multiplies the learning rate of LoRA's B matrices (LoRA+, arXiv:2402.12354). Everything that a
-    resumed run needs is in `arrays`.
+    `loraplus_ratio` multiplies the learning rate of LoRA's B matrices (LoRA+, arXiv:2402.12354). `arrays` returns the
+    whole state, which a resumed run needs.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class GroupedAdamW:
             self._groups.append((ratio, list(members), adamw))
 
     def update(self, weights: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
-        """The weights after one step."""
+        """The weights after one step. All names of `weights` must be in `gradients`."""
         updated: Arrays = {}
         for ratio, names, adamw in self._groups:
             adamw.learning_rate = learning_rate * ratio
@@ -40,15 +40,15 @@ class GroupedAdamW:
         return {name: updated[name] for name in weights}
 
     def arrays(self) -> Arrays:
-        """All state by name: the step count, and both moments of every weight."""
-        found: Arrays = {"step": self._groups[0][2].state["step"]}
+        """The state by name: the step count, and both moments of every weight."""
+        state: Arrays = {"step": self._groups[0][2].state["step"]}
         for _, names, adamw in self._groups:
             for name in names:
-                found |= {f"{moment}:{name}": array for moment, array in adamw.state[name].items()}
-        return found
+                state |= {f"{moment}:{name}": array for moment, array in adamw.state[name].items()}
+        return state
 
     def load(self, arrays: Arrays) -> None:
-        """Take back what `arrays` gave."""
+        """Restore the state that `arrays` returned."""
         for _, names, adamw in self._groups:
             adamw.state["step"] = arrays["step"]
             for name in names:
@@ -63,8 +63,8 @@ def global_norm(gradients: Arrays) -> mx.array:
 def learning_rate(step: int, total: int, *, peak: float, kind: str, warmup: int) -> float:
     """The learning rate of step `step` (from 0) of `total`.
 
-    Warm-up rises linearly and reaches `peak` at its last step, so that no step is spent at 0; then `cosine` and
-    `linear` fall towards 0 over what is left, as Transformers' schedules of these names do.
+    Over the `warmup` steps the rate rises linearly to `peak`; no step has rate 0. After that, `cosine` and `linear`
+    fall towards 0 over the remaining steps, like the schedules of the same names in Transformers.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

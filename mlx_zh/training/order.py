@@ -1,4 +1,4 @@
-"""Which examples make which step: a pure function of seed, epoch and index."""
+"""The examples of each step: a pure function of seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mlx_zh.system.splitmix import mix64, stream
 class Order:
     """The examples of every step of a run over `size` examples.
 
-    Every epoch visits every example once, in an order of its own; the last step of an epoch takes what is left,
-    so it may be smaller than `batch_size`.
+    Every epoch visits every example once, in its own order. The last step of an epoch takes the remaining examples,
+    so it may have fewer than `batch_size`.
     """
 
     size: int
@@ -25,7 +25,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that one pass over the data takes."""
+        """Steps in one pass over the data."""
         return math.ceil(self.size / self.batch_size)
 
     def epoch(self, number: int) -> npt.NDArray[np.int64]:
@@ -34,11 +34,11 @@ class Order:
         return np.argsort(keys, kind="stable")
 
     def steps(self, epochs: float, max_steps: int | None) -> int:
-        """Steps of a run of `epochs`, or of `max_steps` where that is given."""
+        """Steps of a run of `epochs` epochs; `max_steps`, where it is given, takes precedence."""
         return max_steps or math.ceil(epochs * self.steps_per_epoch - 1e-9)
 
     def visited(self, steps: int) -> npt.NDArray[np.int64]:
-        """The examples that the first `steps` steps see, in rising order."""
+        """The examples of the first `steps` steps, in ascending order."""
         if steps >= self.steps_per_epoch:
             return np.arange(self.size)
         return np.sort(self.epoch(0)[: steps * self.batch_size])

@@ -1,4 +1,4 @@
-"""Preference pairs as packed trees, and the sums that losses read."""
+"""Preference pairs as packed trees, and the summed log-probs of their responses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mlx_zh.corpus.render import RenderedPair
 
 
 def tree_tokens(pair: RenderedPair) -> int:
-    """Tokens that a pair takes in a row: what both responses begin with counts once."""
+    """Tokens that a pair takes in a row. The common prefix of both responses counts once."""
     shared = common_prefix_length(pair.chosen, pair.rejected)
     return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - shared
 
 
 def pack(pairs: Sequence[RenderedPair]) -> PackedBatch:
-    """A row of pairs."""
+    """Pack pairs into one row."""
     return pack_pairs((pair.prompt, pair.chosen, pair.rejected) for pair in pairs)
 
 
@@ -29,8 +29,11 @@ def response_lengths(pairs: Sequence[RenderedPair]) -> mx.array:
 
 
 def pair_sums(logprobs: mx.array, batch: PackedBatch, pairs: Sequence[RenderedPair]) -> tuple[mx.array, mx.array]:
-    """Log-probs (S,) of a row's scored tokens, summed by response: all of it, and what lies within the length of
-    the pair's shorter response; (P, 2) each, chosen and rejected."""
+    """Sums by response of the log-probs (S,) of a row's scored tokens: (totals, shared), each (P, 2).
+
+    `totals` sums all tokens of a response; `shared` sums those within the length of the pair's shorter response. The
+    columns are chosen and rejected.
+    """
     within = [
         np.arange(len(response)) < min(len(pair.chosen), len(pair.rejected))
         for pair in pairs

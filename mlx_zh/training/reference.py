@@ -1,8 +1,8 @@
-"""Reference log-probs: computed once, before training, and kept on disk for every later run that needs them.
+"""Reference log-probs: computed before training and cached on disk for later runs.
 
-One file holds what one model (base and adapter, in one precision) gave; an entry's name is a digest of the pair's
-tokens, so rendering and data are part of it. Another beta, loss or seed, a resumed run, and a data set that grew
-find what is there.
+There is one file for each reference model (base, adapter and precision). An entry is named by a digest of its pair's
+tokens, so it depends on data and rendering, but not on the loss or its settings. A run with another beta, loss or
+seed, a resumed run, and a run over a larger data set use the entries that are there.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
 from mlx_zh.training.step import OutOfMemory, out_of_memory
 
-Values = npt.NDArray[np.float32]  # (4,): chosen, rejected, and the same over the shorter response's length only
+Values = npt.NDArray[np.float32]  # (4,): sums of chosen and rejected, then both within the shorter response's length
 
 _VALUES = struct.Struct("<4f")
 _UNKNOWN = np.full(4, np.nan, dtype=np.float32)
-_FORMAT = 1  # part of every file's name; raise it when entries would mean something else
+_FORMAT = 1  # part of the digest in a file's name; increase it when the meaning of entries changes
 
-# Longer rows gain nothing, and a row is what a killed pass loses.
-_MOST_TOKENS = 4096
+# Longer rows are no faster, and a pass that is killed loses the rows that it was computing.
+_MAX_TOKENS = 4096
 
 
 def pair_digest(pair: RenderedPair) -> str:
-    """Names a pair by its tokens: 32 hex digits."""
+    """A digest of a pair's tokens, 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for tokens in (pair.prompt, pair.chosen, pair.rejected):
         digest.update(struct.pack("<q", len(tokens)))
@@ -50,7 +50,10 @@ def pair_digest(pair: RenderedPair) -> str:
 
 
 def model_key(base: str, model: nn.Module, adapter: tuple[AdapterSpec, Arrays] | None) -> str:
-    """Names a model by what it computes: its files' fingerprint, its precision, and the adapter's content."""
+    """A digest of everything that a model's log-probs depend on, 32 hex digits.
+
+    `base` is the fingerprint of the base model's files. The digest also covers the precision and the adapter.
+    """
     weight = _linear(decoder(model).layers[0].self_attn.q_proj)
     precision = (str(decoder(model).norm.weight.dtype), getattr(weight, "bits", 0), getattr(weight, "group_size", 0))
     digest = hashlib.blake2b(repr((_FORMAT, base, precision)).encode(), digest_size=16)
@@ -65,20 +68,20 @@ def model_key(base: str, model: nn.Module, adapter: tuple[AdapterSpec, Arrays] |
 
 
 def _linear(layer: Any) -> Any:
-    return layer.get("linear", layer)  # an adapter wraps the layer
+    return layer.get("linear", layer)  # an adapter wraps the linear layer
 
 
 class ReferenceStore:
-    """Entries appended to a text file, a line each with its checksum: whatever a kill leaves behind, the rest counts.
+    """A text file with an entry and its checksum on each line.
 
-    Several runs may append at once; a line that is cut short or damaged is skipped.
+    Several runs may append at once. A line that was cut short or damaged is skipped, so a kill loses only that line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, Values]:
-        """All whole entries, by digest."""
+        """All undamaged entries, by digest. Raises StorageError."""
         if not self.path.exists():
             return {}
         entries: dict[str, Values] = {}
@@ -95,7 +98,7 @@ class ReferenceStore:
         return entries
 
     def append(self, entries: dict[str, Values]) -> None:
-        """Add entries, safely on disk when this returns."""
+        """Append entries and flush them to disk. Raises StorageError."""
         lines = []
         for digest, values in entries.items():
             text = _VALUES.pack(*values.tolist()).hex()
@@ -103,62 +106,65 @@ class ReferenceStore:
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write(("\n" + "".join(lines)).encode())  # an earlier line may lack its end
+                file.write(("\n" + "".join(lines)).encode())  # the last line may lack its newline
                 file.flush()
                 sync(file.fileno())
 
 
 class Reference:
-    """The log-probs of `pairs` under a reference model: those that rank 0's `store` has, and those to be computed."""
+    """The log-probs of `pairs` under a reference model.
+
+    `cached` counts the pairs that were in rank 0's `store`; `missing` holds those to compute, by digest.
+    """
 
     def __init__(self, store: ReferenceStore, pairs: Sequence[RenderedPair], world: World = ALONE) -> None:
         self._store, self._world = store, world
-        named = {pair_digest(pair): pair for pair in pairs}
-        kept = store.read() if world.first else {}
-        known = np.array([kept.get(digest, _UNKNOWN) for digest in named], np.float32).reshape(-1, 4)
-        known = np.array(world.broadcast({"": mx.array(known)})[""])
-        found = zip(named, known, strict=True)
-        self._entries: dict[str, Values] = {digest: row for digest, row in found if np.isfinite(row).all()}
-        self.found = len(self._entries)
-        self.missing = {digest: pair for digest, pair in named.items() if digest not in self._entries}
+        by_digest = {pair_digest(pair): pair for pair in pairs}
+        stored = store.read() if world.first else {}
+        values = np.array([stored.get(digest, _UNKNOWN) for digest in by_digest], np.float32).reshape(-1, 4)
+        values = np.array(world.broadcast({"": mx.array(values)})[""])
+        rows = zip(by_digest, values, strict=True)
+        self._entries: dict[str, Values] = {digest: row for digest, row in rows if np.isfinite(row).all()}
+        self.cached = len(self._entries)
+        self.missing = {digest: pair for digest, pair in by_digest.items() if digest not in self._entries}
 
     @property
     def missing_tokens(self) -> int:
-        """What is to be computed."""
+        """Tokens of the pairs to compute."""
         return sum(tree_tokens(pair) for pair in self.missing.values())
 
     @property
     def longest_missing(self) -> int:
-        """Tokens of the longest pair that is to be computed: no row can be shorter."""
+        """Tokens of the longest pair to compute. No row can be shorter."""
         return max(tree_tokens(pair) for pair in self.missing.values())
 
     def compute(self, model: nn.Module, *, row_tokens: int, chunk: int | None = None) -> Iterator[int]:
-        """Compute what is missing with the model as it stands, forward only, in rows of up to `row_tokens` tokens.
+        """Compute the missing pairs, forward only, in rows of up to `row_tokens` tokens. Yields the tokens computed.
 
-        The ranks deal out the rows, a few at a time, which rank 0 keeps on disk before their tokens are yielded and
-        the next ones start. Raises ModelError where a log-prob is not finite; OutOfMemory, on all ranks, with what
-        was yielded done, so that the rest may be asked for in shorter rows.
+        The ranks share the rows in rounds. After each round, rank 0 writes its entries to disk before the tokens are
+        yielded. Raises ModelError when a log-prob is NaN or infinite. Raises OutOfMemory on all ranks; the entries of
+        earlier rounds are kept, so the rest can be computed in shorter rows.
         """
         digests, pairs = list(self.missing), list(self.missing.values())
         lengths = [tree_tokens(pair) for pair in pairs]
         for rows in self._world.rounds(plan_rows(lengths, row_tokens)):
             members = [m for row in rows for m in row]
             tokens = [sum(lengths[m] for m in row) for row in rows]
-            found = {m: np.zeros(4, dtype=np.float32) for m in members}
+            own = {m: np.zeros(4, dtype=np.float32) for m in members}  # pairs of other ranks stay 0
             failed: str | None = None
             try:
                 for index in self._world.share(tokens):
                     values = _pair_values(model, [pairs[m] for m in rows[index]], chunk)
-                    found |= zip(rows[index], values, strict=True)
+                    own |= zip(rows[index], values, strict=True)
             except OutOfMemory as error:
                 failed = str(error)
             if self._world.any(failed is not None):
                 raise OutOfMemory(failed or "another rank ran out of memory")
-            values = np.stack([found[m] for m in members])
+            values = np.stack([own[m] for m in members])
             values = np.array(self._world.sum({"": mx.array(values)})[""])  # (P, 4)
             if not np.isfinite(values).all():
                 raise ModelError(
-                    "the reference model gives log-probs that are not finite: use model.dtype: bfloat16."
+                    "the reference model's log-probs are not finite (NaN or infinity): set model.dtype: bfloat16."
                 )
             entries = {digests[m]: row for m, row in zip(members, values, strict=True)}
             if self._world.first:
@@ -169,25 +175,27 @@ class Reference:
             yield sum(tokens)
 
     def logprobs(self, pairs: Sequence[RenderedPair]) -> npt.NDArray[np.float32]:
-        """(N, 4): summed log-probs of chosen and rejected, and those over the shorter response's length; NaN where
-        a pair is not known."""
+        """Reference log-probs of `pairs`, (N, 4); NaN for a pair that has not been computed.
+
+        The columns are the sums of chosen and rejected, then the same within the shorter response's length.
+        """
         return np.stack([self._entries.get(pair_digest(pair), _UNKNOWN) for pair in pairs])
 
 
 def _pair_values(model: nn.Module, pairs: Sequence[RenderedPair], chunk: int | None) -> Values:
-    """(P, 4) of the pairs of a row."""
+    """Reference log-probs of the pairs of one row, (P, 4)."""
     batch = pack(pairs)
     with out_of_memory():
         logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
         return np.array(mx.concatenate(list(pair_sums(logprobs, batch, pairs)), axis=1))
 
 
-def forward_tokens(model: nn.Module, at_least: int, free_bytes: int) -> int:
-    """Tokens of a forward-only row that fits a quarter of `free_bytes`, and never less than a training row."""
+def forward_tokens(model: nn.Module, minimum: int, free_bytes: int) -> int:
+    """Tokens of a forward-only row that takes a quarter of `free_bytes`, but at least `minimum`."""
     width: int = _linear(decoder(model).layers[0].mlp.gate_proj).weight.shape[0]
     size: int = decoder(model).norm.weight.dtype.size
-    return max(at_least, min(_MOST_TOKENS, free_bytes // 4 // (_WIDTHS_ALIVE * width * size)))
+    return max(minimum, min(_MAX_TOKENS, free_bytes // 4 // (_WIDTHS_ALIVE * width * size)))
 
 
-# Arrays as wide as the MLP that are alive at a time in a forward pass, measured on the CPU.
+# Number of arrays (tokens, MLP width) that are alive at a time in a forward pass, measured on the CPU.
 _WIDTHS_ALIVE = 25

@@ -1,4 +1,4 @@
-"""SFT's objective: imitate the replies."""
+"""The objective of SFT: mean cross-entropy of the scored tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SftObjective:
         self.settings = settings
 
     def rows(self, examples: npt.NDArray[np.int64], step: int | None) -> list[Row]:
-        """This rank's rows, of at most `micro_tokens` tokens."""
+        """This rank's rows, of at most `micro_tokens` tokens or one conversation."""
         chosen = [self._examples[int(i)] for i in examples]
         count = sum(_scored(example) for example in chosen)
         rows = []
@@ -41,11 +41,11 @@ class SftObjective:
         return rows
 
     def prepared(self, model: nn.Module, rows: list[Row]) -> list[Row]:
-        """Rows need nothing of each other."""
+        """The rows unchanged, because they do not depend on each other."""
         return rows
 
     def share(self, model: nn.Module, row: Row) -> tuple[mx.array, Sums]:
-        """Minus the row's summed log-probs over the step's scored tokens."""
+        """Minus the sum of the row's log-probs, divided by the scored tokens of the step; no sums."""
         logprobs = batch_logprobs(
             model,
             row.batch,
@@ -57,7 +57,7 @@ class SftObjective:
         return sft_loss(logprobs, row.count), {}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """SFT has no figures beside its loss."""
+        """No metrics: SFT has only its loss."""
         return {}
 
 

@@ -1,4 +1,7 @@
-"""One optimizer step, exact however its examples are cut: sum over rows, count once, divide once."""
+"""One optimizer step. Its result does not depend on how the examples are cut into rows.
+
+Losses and gradients are summed over the rows and divided once by the count of the whole step.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step measured; `applied` is false when its loss or gradient was not finite and it was skipped."""
+    """The numbers of one step, over all ranks.
+
+    `applied` is false when the loss or the gradient was NaN or infinite; then the weights did not change. `sums` are
+    the objective's sums.
+    """
 
     loss: float
     grad_norm: float
@@ -31,12 +38,12 @@ class StepResult:
 
 
 class OutOfMemory(Exception):
-    """The accelerator has no room for a row. Weights and moments are what they were, so the rows may be cut anew."""
+    """The accelerator has no memory for a row. Weights and moments are unchanged, so the step can be repeated."""
 
 
 @contextmanager
 def out_of_memory() -> Iterator[None]:
-    """Turn MLX's own error into `OutOfMemory`."""
+    """Turn MLX's error about memory into `OutOfMemory`."""
     try:
         yield
     except RuntimeError as error:
@@ -53,7 +60,11 @@ def set_weights(model: nn.Module, weights: Arrays) -> None:
 def loss_and_gradients(
     model: nn.Module, objective: Objective, rows: list[Row], weights: Arrays
 ) -> tuple[mx.array, Sums, Arrays]:
-    """What `rows` add to the step's loss, sums and gradients, one by one so that one's activations are alive."""
+    """The summed loss, sums and gradients of `rows`.
+
+    The rows are computed one after another, so that the activations of only one row are in memory. The gradients are
+    those of `weights`, by name.
+    """
 
     def share(weights: Arrays, row: Row) -> tuple[mx.array, Sums]:
         set_weights(model, weights)
@@ -69,10 +80,10 @@ def loss_and_gradients(
             gradients = {name: total[2][name] + value for name, value in gradients.items()}
         total = (loss, sums, gradients)
         mx.eval(total)
-    set_weights(model, weights)  # the model held the traced arrays
-    if total is None:  # there is less to do than there are ranks
-        nothing = {name: mx.array(0.0) for name in objective.sums}
-        total = mx.array(0.0), nothing, {name: mx.zeros_like(array) for name, array in weights.items()}
+    set_weights(model, weights)  # until here the model holds the traced arrays
+    if total is None:  # this rank has no rows: there are fewer examples than ranks
+        zeros = {name: mx.array(0.0) for name in objective.sums}
+        total = mx.array(0.0), zeros, {name: mx.zeros_like(array) for name, array in weights.items()}
     return total
 
 
@@ -87,10 +98,10 @@ def train_step(
     max_grad_norm: float | None,
     world: World = ALONE,
 ) -> tuple[StepResult, Arrays]:
-    """Run one step over the rows of all ranks, which come to the same values; returns what it measured and the new
-    weights, which are also in the model.
+    """Run one step over the rows of all ranks; returns its numbers and the new weights.
 
-    Raises OutOfMemory before anything was changed.
+    `rows` are those of this rank. The new weights are the same on every rank, and are also set in the model. Raises
+    OutOfMemory before any weight or moment has changed.
     """
     with out_of_memory():
         loss, sums, gradients = loss_and_gradients(model, objective, rows, weights)
@@ -100,7 +111,7 @@ def train_step(
         "tokens": mx.array(float(sum(row.batch.tokens.size for row in rows))),
     }
     total = world.sum(figures | gradients)
-    gradients = {name: total.pop(name) for name in weights}  # the update may then use their memory again
+    gradients = {name: total.pop(name) for name in weights}  # popped, so that the update can reuse their memory
     measured = {name: float(total[name]) for name in figures}
     norm = global_norm(gradients)
     applied = math.isfinite(measured["loss"]) and math.isfinite(float(norm))
@@ -123,7 +134,7 @@ def train_step(
 
 
 def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> Iterator[tuple[float, dict[str, float]]]:
-    """Score validation rows of this rank, forward only: each row's share of the loss, and its sums.
+    """Score this rank's validation rows, forward only. Yields each row's share of the loss and its sums.
 
     Raises OutOfMemory.
     """

@@ -83,11 +83,11 @@ def test_what_is_found_is_not_computed(tiny_model: Make, store: ReferenceStore, 
     model, all_pairs = tiny_model(), pairs()
     list(Reference(store, all_pairs[:5]).compute(model, row_tokens=512))
     grown = Reference(store, [all_pairs[6], *all_pairs[::-1], all_pairs[2]])
-    assert (grown.found, len(grown.missing)) == (5, 2)
+    assert (grown.cached, len(grown.missing)) == (5, 2)
     list(grown.compute(model, row_tokens=512))
     assert forwards == [10, 4]
     again = Reference(store, all_pairs)
-    assert (again.found, again.missing) == (7, {})
+    assert (again.cached, again.missing) == (7, {})
     np.testing.assert_array_equal(again.logprobs(all_pairs), grown.logprobs(all_pairs))
 
 
@@ -108,9 +108,9 @@ def test_killed_half_way_only_the_rest_is_computed(
         file.write(b"0123456789abcdef0123456789abcdef 41")  # and a kill while writing
     del forwards[:]
     rest = Reference(store, found)
-    assert 0 < rest.found < len(found)
+    assert 0 < rest.cached < len(found)
     list(rest.compute(model, row_tokens=40))
-    assert sum(forwards) == 2 * (len(found) - rest.found) and len(forwards) < rows
+    assert sum(forwards) == 2 * (len(found) - rest.cached) and len(forwards) < rows
     expected = reference_of(model, found, store.path.parent / "new")
     np.testing.assert_allclose(rest.logprobs(found), expected, rtol=LOGPROBS)
     assert Reference(store, found).missing == {}

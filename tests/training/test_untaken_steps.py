@@ -1,4 +1,4 @@
-"""Steps that cannot be taken: no room in memory, and numbers that are none."""
+"""Steps that cannot be taken: out of memory, and losses or gradients that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_step_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: Lab, most: 
     events, error = run(cut)
     assert error == "" and steps(events) == list(range(1, 10))
     told = [event for event in events if isinstance(event, Shortened)]
-    assert [event.what.split()[0] for event in told] == ["step"]
+    assert [event.work.split()[0] for event in told] == ["step"]
     assert told[0].micro_tokens == cut.objective.settings.micro_tokens <= 15
     # Nine steps; B's learning rate is 4 times 5e-3.
     weights = sum(array.size for array in whole.weights.values())
