@@ -55,7 +55,7 @@ def _tell_memory(recipe: Recipe, name: str, step: Step, place: Place) -> bool:
 
     settings = recipe.memory
     estimate = step.memory(settings)
-    row, rows = step.examples.fullest(settings.micro_tokens)
+    row, rows = step.examples.largest_row(settings.micro_tokens)
     console.say(
         f"{name}: {rows} rows of up to {row.tokens} tokens a step, of examples as long as data.max_length allows; "
         f"peak in: {estimate.phase}"
@@ -102,16 +102,16 @@ def _tell_time(recipe: Recipe, name: str, step: Step) -> None:
 
 def _typical(recipe: Recipe, name: str, batch_size: int) -> tuple[float, float, int | None, str]:
     """Tokens and scored tokens of a usual step, the number of examples, and where these come from."""
-    from mlx_zh.planning.row_lengths import look
+    from mlx_zh.planning.row_lengths import estimate_row_lengths
 
     split = recipe.data.sft if name == "sft" else recipe.data.dpo
-    found = look([str(source.path or source.name) for source in split.train])
-    if found is None:
+    lengths = estimate_row_lengths([str(source.path or source.name) for source in split.train])
+    if lengths is None:
         length = recipe.data.max_length / 2
         return batch_size * length, batch_size * length / 2, None, "examples taken to be half of data.max_length"
-    tokens = min(found.tokens, float(recipe.data.max_length))
-    known = f"examples of {tokens:.0f} tokens, guessed from the letters of {found.looked} rows"
-    return batch_size * tokens, batch_size * tokens * (0.6 if name == "sft" else 0.8), found.rows, known
+    tokens = min(lengths.tokens, float(recipe.data.max_length))
+    known = f"examples of {tokens:.0f} tokens, guessed from the letters of {lengths.sampled} rows"
+    return batch_size * tokens, batch_size * tokens * (0.6 if name == "sft" else 0.8), lengths.rows, known
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_only_pairs_that_the_run_visits_are_computed(tuned: Project, forwards: l
 
 def test_a_killed_reference_pass_is_taken_up(tuned: Project, forwards: list[int], monkeypatch: Any) -> None:
     settings = ["memory.micro_tokens=60"]
-    monkeypatch.setattr(reference, "_MOST_TOKENS", 60)
+    monkeypatch.setattr(reference, "_MAX_TOKENS", 60)
     with monkeypatch.context() as patch:
         append = reference.ReferenceStore.append
 

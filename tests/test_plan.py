@@ -15,9 +15,9 @@ from project import Project
 from mlx_zh import plan
 from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.fullest import Examples, alike
+from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import head_bytes, step_memory, trained_values, weight_bytes
-from mlx_zh.planning.search import cheapest, least
+from mlx_zh.planning.search import cheapest, smallest_peak
 from mlx_zh.planning.shapes import (
     LINEAR,
     Packing,
@@ -146,10 +146,10 @@ def test_the_fullest_row_takes_the_longest_that_fit() -> None:
     import numpy as np
 
     lengths = np.array([100, 700, 30, 400, 300])
-    row, rows = Examples("sft", lengths, lengths - 1, batch_size=4).fullest(1000)
+    row, rows = Examples("sft", lengths, lengths - 1, batch_size=4).largest_row(1000)
     assert sorted(n for n, _ in row.segments) == [300, 700]
     assert rows == 2  # 700 + 400 + 300 + 100 in rows of 1000
-    alone, _ = Examples("sft", lengths, lengths - 1, batch_size=4).fullest(64)
+    alone, _ = Examples("sft", lengths, lengths - 1, batch_size=4).largest_row(64)
     assert alone.tokens == 700  # an example longer than micro_tokens has a row of its own
 
 
@@ -176,7 +176,7 @@ def test_a_mac_recommends_two_thirds_and_a_large_one_three_quarters() -> None:
 def test_the_cheapest_settings_that_fit() -> None:
     from mlx_zh.planning.search import Step
 
-    step = Step(model_shape(LLAMA), AdapterSpec("lora", 32), METAL, alike("sft", 1024, 16))
+    step = Step(model_shape(LLAMA), AdapterSpec("lora", 32), METAL, uniform_examples("sft", 1024, 16))
     asked = Memory(micro_tokens=4096)
     assert step.memory(asked).peak > 24e9
     roomy = cheapest(step, asked, 40e9)
@@ -190,7 +190,7 @@ def test_the_cheapest_settings_that_fit() -> None:
         and 0.3 < tight.cost < 0.4
     )
     assert cheapest(step, asked, 5e9) is None
-    assert 5e9 < least(step, asked).estimate.peak < 6.1e9  # one example has its row, however long it is
+    assert 5e9 < smallest_peak(step, asked).estimate.peak < 6.1e9  # one example has its row, however long it is
     for found in (fewer, tight):
         assert found.estimate.peak == step.memory(found.settings).peak
 
@@ -259,9 +259,9 @@ def test_a_stage_refuses_what_cannot_fit(project: Project, monkeypatch: pytest.M
 def test_long_examples_are_refused_once_they_are_known(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("recipe.yaml", ["data.max_length=2048"])
     config = json.loads((project.model / "config.json").read_text())
-    long = alike("sft", 2000, 4)
+    long = uniform_examples("sft", 2000, 4)
     place = memory_check.this_machine()
-    short = alike("sft", 64, 4)
+    short = uniform_examples("sft", 64, 4)
     needs = [
         memory_check.training_step(recipe, "sft", config, place, examples).memory(recipe.memory).peak
         for examples in (short, long)

@@ -1,4 +1,4 @@
-"""What this machine's memory and arithmetic give, measured in a few seconds."""
+"""The speed of this machine's arithmetic and memory, measured in a few seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_zh.planning.speed import timed
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Matrix products in GFLOP/s by kind of number, and bytes a second of plain copying."""
+    """GFLOP/s of matrix products by type of number, and memory bandwidth in bytes per second."""
 
     float32: float
     bfloat16: float
@@ -21,7 +21,11 @@ class Measured:
 
 
 def measure_machine(seconds: float = 10.0) -> Measured:
-    """Square matrix products in float32, bfloat16 and with 4-bit weights, and an addition over large arrays."""
+    """Measure this machine in about `seconds`.
+
+    The products are of square matrices in float32, in bfloat16 and with 4-bit weights; the bandwidth is that of an
+    addition over a large array.
+    """
     return Measured(
         float32=_products(mx.float32, seconds / 4),
         bfloat16=_products(mx.bfloat16, seconds / 4),
@@ -50,17 +54,20 @@ def _quantized_products(seconds: float) -> float:
 
 
 def _rate(at: Callable[[int], Callable[[], object]], seconds: float) -> float:
-    """GFLOP/s of the largest size whose product takes a fair part of `seconds`."""
+    """GFLOP/s of the largest product, up to size 4096, that takes less than about a quarter of `seconds`.
+
+    `at(size)` gives a function that computes one product.
+    """
     size = 128
-    taken = timed(at(size), seconds / 10)
-    while size < 4096 and 8 * taken < seconds / 4:
+    duration = timed(at(size), seconds / 10)
+    while size < 4096 and 8 * duration < seconds / 4:
         size *= 2
-        taken = timed(at(size), seconds / 10)
-    return 2 * size**3 / taken / 1e9
+        duration = timed(at(size), seconds / 10)
+    return 2 * size**3 / duration / 1e9
 
 
 def _bandwidth(seconds: float) -> float:
-    """Bytes a second read and written by an addition."""
+    """Bytes per second that an addition reads and writes."""
     size = 2**24
     values = mx.random.uniform(shape=(size,))
     mx.eval(values)

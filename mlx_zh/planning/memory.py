@@ -1,7 +1,7 @@
-"""How much memory a training step takes, part by part, from shapes alone; docs/memory.md derives the terms.
+"""The memory of a training step by part, computed from sizes alone; docs/memory.md derives the terms.
 
-What the backward pass needs is counted: every array that an operation of the forward pass leaves for it. What MLX
-allocates ahead of computing is measured (`_AHEAD_*`): its scheduler runs some forty kernels ahead of the device.
+The arrays that the forward pass saves for the backward pass are counted. The arrays that MLX allocates ahead of
+computing them are measured (`_AHEAD_*`): its scheduler runs about forty kernels ahead of the device.
 """
 
 from __future__ import annotations
@@ -15,62 +15,62 @@ from mlx_zh.recipe import Memory
 
 FLOAT = 4
 
-# Arrays (T, F), (T, D) and (T, A) that are allocated ahead of what is computed, in the backward pass of a block, and
-# where that block is computed again before.
+# Numbers of arrays (T, F), (T, D) and (T, A) that are allocated ahead in the backward pass of a block: without
+# checkpointing, and with it, where the block is recomputed first.
 _AHEAD_BACKWARD = {"intermediate": 3.5, "hidden": 10.0, "queries": 4.0}
 _AHEAD_RECOMPUTED = {"intermediate": 9.0, "hidden": 10.0, "queries": 4.0}
 _AHEAD_SCORES = 2  # score matrices of one layer
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
-_AHEAD_UPDATES = 6  # arrays of an optimizer step in the size of a block's matrix
+_AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
 
-# Chunks of logits: arrays (C, V) float32 for one chunk, and the most that are alive at a time.
-_HEAD_EACH, _HEAD_MOST = 3, 4.5
-_HEAD_MOST_ON_GPU = 12  # a GPU's chunks are not spaced (`device.kernels_ahead`)
-_HEAD_GRADIENTS_MOST = 9  # (V, D) gradients of a trained head, one a chunk, before they are added up
+# Chunks of logits: arrays (C, V) float32 per chunk, and the largest number that is alive at a time.
+_HEAD_EACH, _HEAD_MAX = 3, 4.5
+_HEAD_MAX_ON_GPU = 12  # on a GPU, chunks do not wait for each other (`device.kernels_ahead` is 0)
+_HEAD_GRADIENTS_MAX = 9  # (V, D) gradients of a trained head, one per chunk, before they are added up
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by part at the moment of the peak; `phase` says which moment that is."""
+    """Bytes by part at the peak of a step; `phase` is the moment of the step at which the peak occurs."""
 
     phase: str
     parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
-        """What MLX would report as its peak."""
+        """Bytes that MLX would report as its peak memory."""
         return sum(self.parts.values())
 
     @property
     def over_weights(self) -> float:
-        """The peak without the base model."""
+        """The peak in bytes without the base model."""
         return self.peak - self.parts["weights"]
 
 
 def step_memory(
     model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory, *, rows: int = 2
 ) -> Estimate:
-    """The peak of a training step whose largest of `rows` rows is `row`."""
+    """The peak memory of a training step of `rows` rows, of which `row` is the largest."""
     values = trained_values(model, trained)
     gradients = values * FLOAT
-    still = {
+    always = {
         "weights": weight_bytes(model, target, trained),
         "adapters (float32)": 0.0 if trained.kind == "full" else gradients,
         "optimizer": 2.0 * gradients,
-        "gradients": gradients if rows > 1 else 0.0,  # the sum of the rows before
+        "gradients": gradients if rows > 1 else 0.0,  # the sum over the earlier rows
     }
     phases = [
-        Estimate(name, _added(still, parts))
+        Estimate(name, _added(always, parts))
         for name, parts in (
             ("scoring", _scoring(model, trained, target, row, settings)),
             *_backward(model, trained, target, row, settings, gradients),
         )
     ]
     update = {
-        "gradients": gradients - still["gradients"],
+        "gradients": gradients - always["gradients"],
         "optimizer": gradients + _AHEAD_UPDATES * _matrix_bytes(model, trained) + _outer_update(model, trained),
     }
-    phases.append(Estimate("updating the weights", _added(still, update)))
+    phases.append(Estimate("updating the weights", _added(always, update)))
     return max(phases, key=lambda estimate: estimate.peak)
 
 
@@ -81,7 +81,7 @@ def _added(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
 
 
 def weight_bytes(model: ModelShape, target: Target, trained: AdapterSpec | None = None) -> float:
-    """The base model's arrays. Blocks that are trained whole are float32."""
+    """Bytes of the base model's arrays. Blocks that full fine-tuning trains are float32."""
     matrices = {f"self_attn.{n}" if n[0] in "qkvo" else f"mlp.{n}": model.matrix(n) for n in LINEAR}
     block = sum(
         _matrix_weight(size, _packing_of(target.packing, name), target.value_bytes) for name, size in matrices.items()
@@ -93,20 +93,20 @@ def weight_bytes(model: ModelShape, target: Target, trained: AdapterSpec | None 
     if not model.tied:
         outer += _matrix_weight(table, _packing_of(target.packing, "lm_head"), target.value_bytes)
     outer += model.hidden * target.value_bytes
-    whole = 0
+    full = 0  # blocks that are trained themselves
     if trained is not None and trained.kind == "full":
-        whole = trained.num_layers
-        if whole >= model.layers:
+        full = trained.num_layers
+        if full >= model.layers:
             outer = model.outer_values * FLOAT
-    return (model.layers - whole) * block + whole * model.block_values * FLOAT + outer
+    return (model.layers - full) * block + full * model.block_values * FLOAT + outer
 
 
 def _packing_of(packing: Packing | None, name: str) -> tuple[int, int] | None:
     if packing is None:
         return None
-    for module, form in packing.modules:
+    for module, bits_and_group in packing.modules:
         if module.endswith(name):
-            return form
+            return bits_and_group
     return packing.bits, packing.group
 
 
@@ -115,11 +115,11 @@ def _matrix_weight(size: tuple[int, int], packing: tuple[int, int] | None, value
     if packing is None or inputs % packing[1]:
         return inputs * outputs * value_bytes
     bits, group = packing
-    return outputs * (inputs * bits / 8 + 2 * value_bytes * inputs / group)  # with a scale and a bias for each group
+    return outputs * (inputs * bits / 8 + 2 * value_bytes * inputs / group)  # each group has a scale and a bias
 
 
 def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
-    """How many numbers are trained."""
+    """Number of trained values."""
     if trained.kind == "full":
         outer = model.outer_values if trained.num_layers >= model.layers else 0
         return trained.num_layers * model.block_values + outer
@@ -129,8 +129,8 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
     return trained.num_layers * values
 
 
-def _kept(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
-    """Bytes that one trained block leaves for its backward pass."""
+def _saved(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
+    """Bytes that one trained block saves for its backward pass."""
     hidden, queries, keys, inner = model.hidden, model.queries, model.keys, model.intermediate
     adapted = adapted_matrices(trained)
     inputs = {
@@ -139,22 +139,22 @@ def _kept(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> 
         frozenset({"gate_proj", "up_proj"}): hidden,
         frozenset({"down_proj"}): inner,
     }
-    values = 2.0 * hidden  # both norms' inputs
-    values += 4 * inner  # gate and up; sigmoid and SiLU, which MLX computes as soon as it can
+    values = 2.0 * hidden  # inputs of both norms
+    values += 4 * inner  # gate and up, and sigmoid and SiLU, which MLX computes early
     if trained.kind == "full":
-        values += 2 * hidden  # normalized, for the gradient of the norms' weights
+        values += 2 * hidden  # normalized values, for the gradient of the norms' weights
     if model.qk_norm:
         values += queries + keys
     masks = 0.0
     for names, width in inputs.items():
-        if found := names & adapted:
-            copies = len(found) if trained.dropout > 0 else 1  # every layer drops other values
+        if layers := names & adapted:
+            copies = len(layers) if trained.dropout > 0 else 1  # with dropout, each layer has its own input
             values += copies * width
             masks += copies * width if trained.dropout > 0 else 0
     if trained.kind != "full":
         values += 2 * trained.rank * len(adapted)
     if trained.kind == "dora":
-        values += sum(model.matrix(name)[1] for name in adapted)  # products before their magnitude
+        values += sum(model.matrix(name)[1] for name in adapted)  # products before scaling by the magnitude
     size = target.value_bytes
     attention = row.tokens * (queries + 2.0 * keys) * size + 2.0 * row.joined * keys * size
     if target.fused_attention:
@@ -167,7 +167,7 @@ def _kept(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> 
 def _ahead(
     counts: dict[str, float], model: ModelShape, trained: AdapterSpec, target: Target, row: Row
 ) -> dict[str, float]:
-    """Bytes that MLX has allocated for kernels that are still to run."""
+    """Bytes that MLX has allocated for kernels that have not run yet."""
     size = target.value_bytes
     parts = {"activations": row.tokens * size * sum(n * model.width(name) for name, n in counts.items())}
     if not target.fused_attention:
@@ -181,47 +181,50 @@ def _ahead(
 def _backward(
     model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory, gradients: float
 ) -> list[tuple[str, dict[str, float]]]:
-    """At its beginning all that was kept is there, at its end all gradients."""
-    kept = _kept(model, trained, target, row)
+    """Parts of two moments of the backward pass.
+
+    At its beginning, the saved arrays of all blocks are in memory; at its end, all gradients are.
+    """
+    saved = _saved(model, trained, target, row)
     counts = _AHEAD_RECOMPUTED if settings.checkpoint_layers else _AHEAD_BACKWARD
-    one = _added(kept, _ahead(counts, model, trained, target, row))
+    current_block = _added(saved, _ahead(counts, model, trained, target, row))
     others = trained.num_layers - 1
     if settings.checkpoint_layers:
-        more = {"activations": float(others * row.tokens * model.hidden * target.value_bytes)}
+        other_blocks = {"activations": float(others * row.tokens * model.hidden * target.value_bytes)}
     else:
-        more = {name: others * value for name, value in kept.items()}
-    each = gradients / max(trained.num_layers, 1)
+        other_blocks = {name: others * value for name, value in saved.items()}
+    block_gradients = gradients / max(trained.num_layers, 1)
     return [
-        ("backward pass, at its beginning", _added(one, more) | {"gradients": each}),
-        ("backward pass, at its end", one | {"gradients": gradients}),
+        ("backward pass, at its beginning", _added(current_block, other_blocks) | {"gradients": block_gradients}),
+        ("backward pass, at its end", current_block | {"gradients": gradients}),
     ]
 
 
 def _scoring(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory) -> dict[str, float]:
-    """While logits are computed, everything that the blocks left is there."""
+    """Parts while logits are computed: everything that the blocks saved, and the head."""
     if settings.checkpoint_layers:
-        kept = {"activations": float(trained.num_layers * row.tokens * model.hidden * target.value_bytes)}
+        saved = {"activations": float(trained.num_layers * row.tokens * model.hidden * target.value_bytes)}
     else:
-        kept = {name: trained.num_layers * n for name, n in _kept(model, trained, target, row).items()}
-    return _added(kept, {"head": head_bytes(model, trained, target, row.scored, settings.logit_rows)})
+        saved = {name: trained.num_layers * n for name, n in _saved(model, trained, target, row).items()}
+    return _added(saved, {"head": head_bytes(model, trained, target, row.scored, settings.logit_rows)})
 
 
 def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: int, logit_rows: int | None) -> float:
-    """Logits and what becomes of them, for `scored` positions, with their hidden states and gradients."""
+    """Bytes of logits, probabilities and gradients for `scored` positions, in chunks of `logit_rows`."""
     if scored == 0:
         return 0.0
     rows = min(logit_rows or chunk_rows(model.vocabulary), scored)
     chunks = -(-scored // rows)
     logits = rows * model.vocabulary * FLOAT
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
-    total = min(each * chunks, _HEAD_MOST_ON_GPU if target.fused_attention else _HEAD_MOST) * logits
+    total = min(each * chunks, _HEAD_MAX_ON_GPU if target.fused_attention else _HEAD_MAX) * logits
     if trained.kind == "full" and trained.num_layers >= model.layers:
-        total += min(chunks, _HEAD_GRADIENTS_MOST) * model.vocabulary * model.hidden * FLOAT
+        total += min(chunks, _HEAD_GRADIENTS_MAX) * model.vocabulary * model.hidden * FLOAT
     return total + 4.0 * scored * model.hidden * target.value_bytes
 
 
 def _matrix_bytes(model: ModelShape, trained: AdapterSpec) -> float:
-    """The largest trained array of a block."""
+    """Bytes of the largest trained array of a block."""
     sizes = [model.matrix(name) for name in adapted_matrices(trained)]
     if trained.kind == "full":
         return max(inputs * outputs for inputs, outputs in sizes) * FLOAT
@@ -229,5 +232,5 @@ def _matrix_bytes(model: ModelShape, trained: AdapterSpec) -> float:
 
 
 def _outer_update(model: ModelShape, trained: AdapterSpec) -> float:
-    whole = trained.kind == "full" and trained.num_layers >= model.layers
-    return 2.0 * model.vocabulary * model.hidden * FLOAT if whole else 0.0
+    trains_embedding = trained.kind == "full" and trained.num_layers >= model.layers
+    return 2.0 * model.vocabulary * model.hidden * FLOAT if trains_embedding else 0.0

@@ -1,4 +1,4 @@
-"""How long the examples of local data files are, roughly, without a tokenizer."""
+"""Estimated lengths of the examples in local data files, without a tokenizer."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_ROWS = 500  # looked at in each file
-_MARKS = 24.0  # tokens of a chat template's headers
-_WIDE, _NARROW = 0.75, 0.27  # tokens a Chinese character, and a letter of another script
+_SAMPLED_ROWS = 500  # of each file
+_TEMPLATE_TOKENS = 24.0  # of a chat template's headers, per row
+_WIDE, _NARROW = 0.75, 0.27  # tokens per Chinese character, and per character of other scripts
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Rows in all, rows looked at, and their mean length in tokens."""
+class RowLengths:
+    """Number of rows, number of sampled rows, and the estimated mean length of the samples in tokens."""
 
     rows: int
-    looked: int
+    sampled: int
     tokens: float
 
 
-def look(paths: Sequence[str]) -> Look | None:
-    """What a glance at JSON-lines files shows; None where one of them is something else or is not here."""
-    rows = looked = 0
+def estimate_row_lengths(paths: Sequence[str]) -> RowLengths | None:
+    """Estimate the length of the rows of JSON-lines files from the first rows of each.
+
+    None when a file is missing, cannot be read or has another format, and when there are no rows.
+    """
+    rows = sampled = 0
     tokens = 0.0
     for path in map(Path, paths):
         if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json"):
@@ -33,15 +36,16 @@ def look(paths: Sequence[str]) -> Look | None:
             with path.open(encoding="utf-8") as file:
                 for number, line in enumerate(line for line in file if line.strip()):
                     rows += 1
-                    if number < _ROWS:
-                        tokens += _MARKS + _tokens(json.loads(line))
-                        looked += 1
+                    if number < _SAMPLED_ROWS:
+                        tokens += _TEMPLATE_TOKENS + _tokens(json.loads(line))
+                        sampled += 1
         except (OSError, ValueError):
             return None
-    return Look(rows, looked, tokens / looked) if looked else None
+    return RowLengths(rows, sampled, tokens / sampled) if sampled else None
 
 
 def _tokens(value: Any) -> float:
+    """Estimated tokens of all text in a JSON value."""
     if isinstance(value, str):
         wide = sum(letter >= "⺀" for letter in value)
         return _WIDE * wide + _NARROW * (len(value) - wide)

@@ -1,4 +1,4 @@
-"""What memory and time depend on, as plain numbers: the model, what is trained, the rows, and where it runs."""
+"""The sizes that memory and time depend on: the model, the rows, and the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mlx_zh.core.families import FAMILIES
 from mlx_zh.models.adapters.spec import AdapterSpec
 
-# The linear layers of a block, by what goes in and what comes out; see `ModelShape.width`.
+# The linear layers of a block, with the names of their input and output widths; see `ModelShape.width`.
 LINEAR = {
     "q_proj": ("hidden", "queries"),
     "k_proj": ("hidden", "keys"),
@@ -23,7 +23,7 @@ LINEAR = {
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A Llama-shaped model; `queries` and `keys` are heads times head size."""
+    """The sizes of a Llama-shaped model. `queries` and `keys` are numbers of heads times the head size."""
 
     hidden: int
     layers: int
@@ -37,11 +37,11 @@ class ModelShape:
     attention_bias: bool = False
 
     def width(self, name: str) -> int:
-        """Of `hidden`, `queries`, `keys` or `intermediate`."""
+        """The width called `name`: `hidden`, `queries`, `keys` or `intermediate`."""
         return int(getattr(self, name))
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """Inputs and outputs of a linear layer of a block."""
+        """Input and output widths of the linear layer `name` of a block."""
         inputs, outputs = LINEAR[name]
         return self.width(inputs), self.width(outputs)
 
@@ -59,7 +59,7 @@ class ModelShape:
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:
-    """The shape that a `config.json` tells of."""
+    """The shape of the model with this `config.json`. A damaged one raises a built-in exception."""
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     size = int(config.get("head_dim") or hidden // heads)
@@ -81,7 +81,10 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Bits and group size of quantized matrices; `modules` are those that differ: (bits, group) or None for full."""
+    """Bits and group size of quantized matrices.
+
+    `modules` names the matrices that differ, with their (bits, group), or None for a matrix that is not quantized.
+    """
 
     bits: int
     group: int
@@ -90,7 +93,10 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where it runs: bytes of a hidden value, packed weights, and whether attention keeps no score matrix."""
+    """How the model runs: bytes per hidden value, quantization of the weights, and kind of attention.
+
+    Fused attention keeps no score matrix.
+    """
 
     value_bytes: int
     packing: Packing | None
@@ -98,40 +104,44 @@ class Target:
 
 
 def adapted_matrices(trained: AdapterSpec) -> frozenset[str]:
-    """The names of `LINEAR` whose matrices are trained, or have an adapter."""
+    """The names in `LINEAR` of the matrices that are trained or have an adapter."""
     return frozenset(LINEAR if trained.kind == "full" or trained.targets is None else trained.targets)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row to compute: for each segment its tokens, and the keys that these see (own and ancestors')."""
+    """The sizes of a packed row.
+
+    `segments` has, for each segment, its tokens and the number of keys that it attends to (its own and those of its
+    ancestors). `scored` is the number of scored tokens.
+    """
 
     segments: tuple[tuple[int, int], ...]
     scored: int
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Tokens in the row."""
         return sum(tokens for tokens, _ in self.segments)
 
     @property
     def scores(self) -> int:
-        """Entries of one head's score matrices."""
+        """Entries of the score matrices of one head."""
         return sum(tokens * keys for tokens, keys in self.segments)
 
     @property
     def joined(self) -> int:
-        """Keys that are copied because a branch sees its parent's too."""
+        """Keys that are copied, because a branch's keys are concatenated with those of its parent."""
         return sum(keys for tokens, keys in self.segments if keys > tokens)
 
 
 def conversations(lengths: Sequence[int], scored: int | None = None) -> Row:
-    """A row of conversations; all but their first tokens scored where it is not said."""
+    """A row of conversations. By default, all tokens but the first of each are scored."""
     return Row(tuple((n, n) for n in lengths), sum(lengths) - len(lengths) if scored is None else scored)
 
 
 def pairs(sizes: Sequence[tuple[int, int, int]]) -> Row:
-    """A row of (prompt, chosen, rejected) tokens; prompts include what both responses begin with."""
+    """A row of pairs, from tokens of (prompt, chosen, rejected). A prompt includes the responses' common prefix."""
     segments: list[tuple[int, int]] = []
     for prompt, chosen, rejected in sizes:
         segments += [(prompt, prompt), (chosen, prompt + chosen), (rejected, prompt + rejected)]

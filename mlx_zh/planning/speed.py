@@ -1,7 +1,7 @@
-"""How long a step takes: one block of the model, run as training runs it, on this machine, in about ten seconds.
+"""The time of a step, estimated from one block of the model that runs on this machine for about ten seconds.
 
-Weights are random and only one block and a slice of the head exist, so nothing but the config is needed. Everything
-else is proportion: blocks times layers, positions times the head's width, rows times what is left over.
+Only one block and a slice of the head are built, with random weights, so only the config is needed. The time of a
+whole step is in proportion to the number of blocks, the size of the head and the number of trained values.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ from mlx_zh.planning.shapes import ModelShape, Target
 from mlx_zh.training.step import set_weights
 
 _DTYPES = {2: mx.bfloat16, 4: mx.float32}
-_HEAD_ROWS = 8192  # of the vocabulary; the rest is proportion
-_TOKENS = 512  # at most, in the row that is timed
+_HEAD_ROWS = 8192  # size of the slice of the vocabulary that is timed
+_MAX_TOKENS = 512  # in the row that is timed
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds a token of one block (forward; forward and backward), a scored position, and a trained number."""
+    """Measured times in seconds."""
 
-    forward: float
-    step: float
-    position: float
-    update: float
+    forward: float  # per token and block, forward pass
+    step: float  # per token and block, forward and backward pass
+    position: float  # per scored position, with its gradient
+    update: float  # per trained value, optimizer
 
     def step_seconds(
         self, model: ModelShape, trained: AdapterSpec, *, tokens: float, scored: float, checkpoint: bool
     ) -> float:
-        """An optimizer step over so many tokens and scored positions."""
+        """Seconds of an optimizer step over `tokens` tokens with `scored` scored positions."""
         below = model.layers - trained.num_layers
         block = self.step + (self.forward if checkpoint else 0.0)
         blocks = tokens * (below * self.forward + trained.num_layers * block)
         return blocks + scored * self.position + trained_values(model, trained) * self.update
 
     def forward_seconds(self, model: ModelShape, *, tokens: float, scored: float) -> float:
-        """Scoring without learning, as the reference pass and validation do."""
+        """Seconds of a forward pass with scoring, as in the reference pass and in validation."""
         return tokens * model.layers * self.forward + scored * self.position / 2
 
 
 def measure(model: ModelShape, trained: AdapterSpec, target: Target, *, length: int, seconds: float = 10.0) -> Speed:
-    """Time one block, a slice of the head and a piece of the optimizer, in about `seconds`, on rows of segments of
-    `length` tokens."""
+    """Time one block, a slice of the head and the optimizer's arithmetic, in about `seconds` in all.
+
+    The timed row consists of segments of `length` tokens.
+    """
     block = _block(model, trained, target)
     weights = trainable(block)
     mx.eval(weights)
@@ -65,18 +67,18 @@ def measure(model: ModelShape, trained: AdapterSpec, target: Target, *, length: 
 
 
 def timed(run: Callable[[], object], seconds: float) -> float:
-    """Median seconds of a call, the first one left out, over as many calls as fit in `seconds` (at least two)."""
+    """Median seconds of a call of `run`, over as many calls as fit in `seconds` (2 to 50), after a first one."""
     run()
-    taken: list[float] = []
-    while len(taken) < 2 or (sum(taken) < seconds and len(taken) < 50):
+    durations: list[float] = []
+    while len(durations) < 2 or (sum(durations) < seconds and len(durations) < 50):
         start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
 
 
 def _block(model: ModelShape, trained: AdapterSpec, target: Target) -> Any:
-    """An mlx-lm model of one block and a tiny vocabulary, in the target's precision, with its adapter."""
+    """An mlx-lm model of one block and a vocabulary of 64, in the target's precision, with the adapter."""
     from mlx_lm.models import llama
 
     arguments = llama.ModelArgs(
@@ -91,16 +93,16 @@ def _block(model: ModelShape, trained: AdapterSpec, target: Target) -> Any:
         vocab_size=64,
         tie_word_embeddings=True,
     )
-    made: Any = llama.Model(arguments)
-    made.set_dtype(_DTYPES[target.value_bytes])
+    block: Any = llama.Model(arguments)
+    block.set_dtype(_DTYPES[target.value_bytes])
     packing = target.packing
     if packing is not None and model.hidden % packing.group == 0:
-        nn.quantize(made, group_size=packing.group, bits=packing.bits)
-    made.freeze()
-    mx.eval(made.parameters())
+        nn.quantize(block, group_size=packing.group, bits=packing.bits)
+    block.freeze()
+    mx.eval(block.parameters())
     kind = "lora" if trained.kind == "full" and packing is not None else trained.kind
-    add_adapter(made, AdapterSpec(kind, 1, trained.rank, targets=trained.targets or None), seed=0)
-    return made
+    add_adapter(block, AdapterSpec(kind, 1, trained.rank, targets=trained.targets or None), seed=0)
+    return block
 
 
 def _row(length: int, tokens: int) -> Any:
@@ -121,16 +123,16 @@ def _gradients(block: Any, weights: dict[str, mx.array], length: int, tokens: in
         hidden = hidden_states(block, row, noise=_Shift(embedded, shift))
         return hidden.astype(mx.float32).sum()
 
-    # The gradient goes on to what is below the block, as in every block but the lowest.
+    # The gradient with respect to the block's input is computed too, as in every block above the lowest.
     value_and_grad: Any = mx.value_and_grad(loss, argnums=(0, 1))
-    found = value_and_grad(weights, mx.zeros_like(embedded))
+    loss_and_gradients = value_and_grad(weights, mx.zeros_like(embedded))
     set_weights(block, weights)
-    return found
+    return loss_and_gradients
 
 
 @dataclass(frozen=True)
 class _Shift:
-    """Takes the place of training noise, to have a gradient by the block's input."""
+    """Stands in for training noise, to get the gradient with respect to the block's input."""
 
     embedded: mx.array
     shift: mx.array
@@ -145,17 +147,17 @@ class _Shift:
 
 
 def _fitting_tokens(block: Any, weights: dict[str, mx.array], length: int, seconds: float) -> int:
-    """Tokens whose step takes no longer than about `seconds`."""
-    few = 32
-    mx.eval(_gradients(block, weights, min(length, few), few))
+    """The number of tokens, 32 to `_MAX_TOKENS`, whose step takes about `seconds`."""
+    tokens = 32
+    mx.eval(_gradients(block, weights, min(length, tokens), tokens))
     start = time.perf_counter()
-    mx.eval(_gradients(block, weights, min(length, few), few))
-    each = (time.perf_counter() - start) / few
-    return max(few, min(_TOKENS, int(seconds / each)))
+    mx.eval(_gradients(block, weights, min(length, tokens), tokens))
+    per_token = (time.perf_counter() - start) / tokens
+    return max(tokens, min(_MAX_TOKENS, int(seconds / per_token)))
 
 
 def _head_seconds(model: ModelShape, target: Target, seconds: float) -> float:
-    """Seconds a scored position, with its gradient."""
+    """Seconds per scored position, with its gradient."""
     rows = min(model.vocabulary, _HEAD_ROWS)
     head: Any = nn.Linear(model.hidden, rows, bias=False)
     head.set_dtype(_DTYPES[target.value_bytes])
@@ -165,18 +167,18 @@ def _head_seconds(model: ModelShape, target: Target, seconds: float) -> float:
     head.freeze()
     positions = 64
     hidden = mx.random.normal((positions, model.hidden)).astype(_DTYPES[target.value_bytes])
-    wanted = mx.zeros(positions, dtype=mx.int32)
+    targets = mx.zeros(positions, dtype=mx.int32)
 
     def loss(hidden: mx.array) -> mx.array:
-        return token_logprobs(hidden, head, wanted).sum()
+        return token_logprobs(hidden, head, targets).sum()
 
     value_and_grad: Any = mx.value_and_grad(loss)
-    mx.eval(head.parameters(), hidden, wanted)
+    mx.eval(head.parameters(), hidden, targets)
     return timed(lambda: mx.eval(value_and_grad(hidden)), seconds) / positions * model.vocabulary / rows
 
 
 def _update_seconds(seconds: float) -> float:
-    """Seconds a trained number, for AdamW's arithmetic."""
+    """Seconds per trained value of AdamW's arithmetic."""
     size = 2**20
     weight, gradient, mean, square = (mx.random.uniform(0.1, 1.0, (size,)) for _ in range(4))
     mx.eval(weight, gradient, mean, square)

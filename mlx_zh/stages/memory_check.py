@@ -10,9 +10,9 @@ import numpy as np
 from mlx_zh.errors import ModelError, PlanError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.fullest import Examples, alike
+from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate
-from mlx_zh.planning.search import Candidate, Step, cheapest, least
+from mlx_zh.planning.search import Candidate, Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import LINEAR, Packing, Target, model_shape
 from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
@@ -70,7 +70,7 @@ def training_step(
     if examples is None:
         batch = recipe.training(stage).batch_size
         length = recipe.data.max_length
-        examples = alike(stage, length if stage == "sft" else 3 * length // 2, batch)
+        examples = uniform_examples(stage, length if stage == "sft" else 3 * length // 2, batch)
     return Step(model, trained, target_of(recipe, config, place), examples)
 
 
@@ -118,7 +118,7 @@ def require(
         config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     batch = recipe.training(stage).batch_size
     if corpus is None:
-        examples = alike(stage, min(_SHORT, recipe.data.max_length), batch)
+        examples = uniform_examples(stage, min(_SHORT, recipe.data.max_length), batch)
     else:
         examples = Examples(stage, np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
     if not len(examples.tokens):
@@ -148,7 +148,7 @@ def way_out(step: Step, settings: Memory, place: Place) -> Notice:
     """The cheapest settings that fit, or that none do."""
     found = cheapest(step, settings, place.budget)
     if found is None:
-        return Notice("memory-no-way", least=least(step, settings).estimate.peak / 1e9)
+        return Notice("memory-no-way", least=smallest_peak(step, settings).estimate.peak / 1e9)
     changes, peak = overrides(found.settings, settings), found.estimate.peak / 1e9
     return Notice("memory-way", settings=changes, peak=peak, cost=told_cost(found))
 

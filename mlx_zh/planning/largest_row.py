@@ -1,4 +1,4 @@
-"""The row of a training step that takes the most memory."""
+"""The row of a training step that needs the most memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokens (N,) and scored tokens (N,) of the examples of a stage; of a pair, its prompt counts once."""
+    """Tokens (N,) and scored tokens (N,) of a stage's examples. The prompt of a pair counts once."""
 
     stage: str
     tokens: Ints
     scored: Ints
     batch_size: int
 
-    def fullest(self, micro_tokens: int) -> tuple[Row, int]:
-        """The longest examples that share a row, and how many rows the longest step has at most."""
+    def largest_row(self, micro_tokens: int) -> tuple[Row, int]:
+        """The largest row that can occur, and the number of rows of the largest step.
+
+        The row holds the longest examples that fit into `micro_tokens` together, and at least one.
+        """
         order = np.argsort(-self.tokens, kind="stable")[: 64 * self.batch_size]
         chosen: list[int] = []
         room = micro_tokens
@@ -41,7 +44,10 @@ class Examples:
         return pairs(halves), rows
 
 
-def alike(stage: str, length: int, batch_size: int) -> Examples:
-    """Examples of `length` tokens, for want of knowing better. A pair of that length has a prompt of a third."""
+def uniform_examples(stage: str, length: int, batch_size: int) -> Examples:
+    """One step's examples of `length` tokens each, where the real lengths are not known.
+
+    A pair is taken to have a prompt of a third of its length.
+    """
     scored = length - 1 if stage == "sft" else length - length // 3
     return Examples(stage, np.full(batch_size, length), np.full(batch_size, scored), batch_size)
