@@ -1,1 +1,1 @@
-"""From a recipe to its report: which stages a run has, which are out of date, and running them."""
+"""The pipeline of a run: the steps that a recipe has, which of them are out of date, and running them."""

@@ -1,4 +1,4 @@
-"""Which steps of a run are out of date, why, and how long they may take."""
+"""The steps of a run that are out of date, with the reason and the expected time and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_zh.recipe import Recipe
 
 @dataclass(frozen=True)
 class Planned:
-    """A step and why it runs; `why` is None where it is up to date. Estimates come from earlier runs."""
+    """A step and why it must run (None: it is up to date), with time and memory of an earlier run."""
 
     step: Step
     why: str | None
@@ -23,30 +23,33 @@ class Planned:
 
 
 def plan(state: State, recipe: Recipe, steps: list[Step], forced: Collection[str]) -> list[Planned]:
-    """What a run would do now. A step after one that runs is taken to run too, though it may not need to."""
-    found: list[Planned] = []
+    """What a run would do now.
+
+    A step that depends on one that runs is listed as running, although it may turn out to be up to date.
+    """
+    planned: list[Planned] = []
     running: set[str] = set()
     for step in steps:
         why = reason(state, recipe, step, forced)
         if why is None and (before := [name for name in step.after if name in running]):
             why = f"if {' or '.join(before)} {'gives' if len(before) == 1 else 'give'} another result"
         if why is None:
-            found.append(Planned(step, None))
+            planned.append(Planned(step, None))
             continue
         running.add(step.name)
         earlier = _earlier(state, recipe, step)
-        known = (earlier.seconds, earlier.peak_memory_gb) if earlier else (None, None)
-        found.append(Planned(step, why, *known))
-    return found
+        estimates = (earlier.seconds, earlier.peak_memory_gb) if earlier else (None, None)
+        planned.append(Planned(step, why, *estimates))
+    return planned
 
 
 def reason(state: State, recipe: Recipe, step: Step, forced: Collection[str]) -> str | None:
-    """Why a step must run now; None where it is up to date."""
-    return "asked for" if step.name in forced else state.outdated(step, state.inputs(step, recipe))
+    """Why a step must run now; None when it is up to date."""
+    return "requested by --from" if step.name in forced else state.outdated(step, state.inputs(step, recipe))
 
 
 def _earlier(state: State, recipe: Recipe, step: Step) -> Record | None:
-    """The record of the same step in this run, or in the newest other run of the same model."""
+    """The record of the same step in this run, or else in the newest other run of the same model."""
     own = state.records.get(step.name)
     if own is not None and own.outputs:
         return own
@@ -59,7 +62,7 @@ def _earlier(state: State, recipe: Recipe, step: Step) -> Record | None:
 
 
 def peak_memory(folder: StageFiles) -> float | None:
-    """The highest `peak_memory_gb` of a training stage's metrics."""
+    """The highest `peak_memory_gb` in a training stage's metrics, or None without readable metrics."""
     try:
         lines = folder.metrics.read_text(encoding="utf-8").splitlines()
         return max((_peak(json.loads(line)) for line in lines), default=None)

@@ -1,4 +1,4 @@
-"""A stage in a process of its own: its memory goes back to the system when it ends, and signals reach it."""
+"""Runs a stage in a process of its own, so that its memory is freed when it ends, and passes signals on to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_zh.system.locks import Lock
 def run_stage(stage: str, arguments: Sequence[str], lock: Lock) -> int:
     """Run `python -m mlx_zh.STAGE ARGUMENTS` and return its exit status, 128 + N when signal N ended it.
 
-    The stage inherits the lock: one that outlives its pipeline still holds the folder.
+    The stage inherits the lock of the run folder, so a stage that outlives its pipeline still holds the lock.
     """
     command = [sys.executable, "-m", f"mlx_zh.{stage}", *arguments]
     environment = os.environ | lock.environment
@@ -30,23 +30,24 @@ def run_stage(stage: str, arguments: Sequence[str], lock: Lock) -> int:
 
 
 class _Forwarding:
-    """Passes SIGINT and SIGTERM on to a child, which ends in its own way.
+    """Passes SIGINT and SIGTERM on to a child process.
 
-    A terminal sends Ctrl-C to the child itself; told twice, it would not save its work.
+    A terminal sends Ctrl-C to the child as well. That SIGINT is not passed on, because a second one would stop the
+    child before it has saved its work.
     """
 
     def __enter__(self) -> _Forwarding:
         self._child: subprocess.Popen[bytes] | None = None
-        self._early: list[int] = []  # came before the child was there
-        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._early: list[int] = []  # signals received before the child existed
+        self._handlers = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def follow(self, child: subprocess.Popen[bytes]) -> None:
-        """Send it what came, and what will come."""
+        """Send `child` the signals received so far, and those that follow."""
         self._child = child
         for number in self._early:
             child.send_signal(number)
@@ -61,7 +62,7 @@ class _Forwarding:
 
 
 def in_foreground() -> bool:
-    """Whether this process is the one that its terminal's keys go to."""
+    """Whether this process is in the foreground group of its terminal, which Ctrl-C goes to."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""Running a plan: each step that is out of date, one after another, remembered as it ends."""
+"""Runs the steps that are out of date, one after another, and records the result of each."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ from mlx_zh.pipeline.steps import NAMES, Step
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.locks import Lock
 
-Tell = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 @dataclass
 class Pipeline:
-    """The steps of a recipe. `command` is the recipe's path and overrides, which every stage gets."""
+    """The steps of a recipe. `command` is the recipe's path and overrides, which are passed to every stage.
+
+    `say` shows a line of progress.
+    """
 
     recipe: Recipe
     command: Sequence[str]
     steps: list[Step]
     state: State
     lock: Lock
-    tell: Tell
+    say: Say
 
     def run(self, forced: set[str]) -> int:
-        """Run what is out of date; returns 0, or the exit status of the stage that did not end well."""
+        """Run the steps that are out of date or `forced`; returns 0, or the exit status of a stage that failed."""
         if forced:
-            # Forgotten now: when this run is stopped, the next one still knows what was asked for.
+            # Their records are removed first, so that the steps still run next time if this run is stopped.
             self.state.records = {name: r for name, r in self.state.records.items() if name not in forced}
             self.state.write()
         for number, step in enumerate(self.steps, start=1):
-            # Looked at again: the steps before may have left what they had left before.
+            # Checked again for each step: the outputs of earlier steps may be the same as before.
             why = reason(self.state, self.recipe, step, forced)
             title = f"[{number}/{len(self.steps)}] {step.name}"
             if why is None:
-                self.tell(f"{title}: up to date")
+                self.say(f"{title}: up to date")
                 continue
-            self.tell(f"{title}: {why}")
+            self.say(f"{title}: {why}")
             status = self._run(step, fresh=step.name in forced)
             if status != 0:
                 return status
@@ -52,21 +55,21 @@ class Pipeline:
         inputs = self.state.inputs(step, self.recipe)
         earlier = self.state.records.get(step.name)
         resumed = earlier is not None and earlier.inputs == inputs and not fresh
-        # A folder that is trained with other settings is kept beside the new one; one that this pipeline has not
-        # begun is left to the stage, which takes it as finished, goes on, or says what differs.
+        # With --fresh, a stage renames a folder that was trained with other settings and starts anew. A folder that
+        # this pipeline did not begin is left to the stage: it may be finished, be resumed or be refused.
         fresh = step.trains and (fresh or (earlier is not None and not resumed))
-        before = earlier.seconds if earlier and resumed and earlier.outputs is None else 0.0
-        drawn = earlier.joules if earlier and resumed and earlier.outputs is None else None
-        record = self.state.records[step.name] = Record(inputs, None, before, drawn)
+        seconds_before = earlier.seconds if earlier and resumed and earlier.outputs is None else 0.0
+        joules_before = earlier.joules if earlier and resumed and earlier.outputs is None else None
+        record = self.state.records[step.name] = Record(inputs, None, seconds_before, joules_before)
         self.state.write()
         start = time.monotonic()
         with Meter() as meter:
             status = run_stage(
                 step.stage, [*self.command, *step.arguments, *(["--fresh"] if fresh else [])], self.lock
             )
-        record.seconds = round(before + time.monotonic() - start, 1)
+        record.seconds = round(seconds_before + time.monotonic() - start, 1)
         if meter.joules is not None:
-            record.joules = round(meter.joules + (drawn or 0.0), 1)
+            record.joules = round(meter.joules + (joules_before or 0.0), 1)
         if status == 0:
             record.outputs = self.state.outputs(step)
             record.peak_memory_gb = peak_memory(self.state.run.stage(step.stage)) if step.trains else None
@@ -75,7 +78,7 @@ class Pipeline:
 
 
 def forced_from(name: str | None, steps: list[Step]) -> set[str]:
-    """The steps from `name` on. Raises RecipeError where the recipe has no such step."""
+    """Names of the steps from `name` on; none without `name`. Raises RecipeError when the recipe has no such step."""
     if name is None:
         return set()
     present = [step.name for step in steps]

@@ -1,4 +1,4 @@
-"""What a run folder knows of its own steps: `pipeline.json`, and the fingerprints that it compares."""
+"""The state of a run's steps, in `pipeline.json`, and the comparison of their inputs and outputs with it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import file_digest, text_digest
 from mlx_zh.system.storage import write_json
 
-_LARGE = 64 * 2**20  # bytes: beyond, size and time stand for the content, or a look would take minutes
+_LARGE = 64 * 2**20  # bytes; larger files are compared by size and time, because reading them takes minutes
 
 Inputs = dict[str, Any]
 
 
 @dataclass
 class Record:
-    """The last time that a step was begun. `outputs` is None until it has ended well."""
+    """The last time that a step was begun. `outputs`, digests by path, is None until it has succeeded."""
 
     inputs: Inputs
     outputs: dict[str, str] | None = None
@@ -38,50 +38,53 @@ class State:
 
     @staticmethod
     def of(run: RunFiles) -> State:
-        """What the folder's pipeline.json holds; nothing where it is missing or damaged: then every step runs."""
+        """The records in the folder's `pipeline.json`; none when it is missing or damaged, so that every step runs."""
         try:
-            kept = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
-            return State(run, {name: Record(**record) for name, record in kept.items()})
+            records = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
+            return State(run, {name: Record(**record) for name, record in records.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return State(run)
 
     def write(self) -> None:
-        """Keep the records."""
+        """Write `pipeline.json`."""
         write_json(self.run.pipeline, {"stages": {name: asdict(record) for name, record in self.records.items()}})
 
     def inputs(self, step: Step, recipe: Recipe) -> Inputs:
-        """Everything that `step` depends on, as it is now."""
+        """Everything that `step` depends on, by name, as it is now: recipe keys, and digests of files and outputs."""
         values: Inputs = step.inputs(flat(recipe.model_dump(mode="json")))
         for path in step.files:
-            if (place := Path(path).expanduser()).exists():
-                values[f"file {path}"] = digest(place)
+            if (local := Path(path).expanduser()).exists():
+                values[f"file {path}"] = digest(local)
         for name in step.after:
             record = self.records.get(name)
             if name != "prepare":
                 values[f"after {name}"] = None if record is None else record.outputs
         if step.prepared is not None:
             values["data prepared"] = self._prepared(step.prepared)
-        for path, found in digests(self.run.path, step.reads).items():
+        for path, content in digests(self.run.path, step.reads).items():
             if path != self.run.pattern(self.run.pipeline):
-                values[f"file {path}"] = found
+                values[f"file {path}"] = content
         return values
 
     def outputs(self, step: Step) -> dict[str, str]:
-        """What `step` has left, by path. Training adds to the report on the data: only its keys count."""
-        found = digests(self.run.path, step.outputs)
-        if (prepared := self.run.pattern(self.run.prepared)) in found:
-            found[prepared] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
-        return found
+        """Digests of the files that `step` has written, by path.
+
+        Training stages add to the report on the prepared data, so of that file only the data's keys are compared.
+        """
+        contents = digests(self.run.path, step.outputs)
+        if (prepared := self.run.pattern(self.run.prepared)) in contents:
+            contents[prepared] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
+        return contents
 
     def _prepared(self, stage: str) -> Any:
-        """The fingerprint of the prepared data of one stage; that of the other changes nothing for it."""
+        """The key of the prepared data of one stage; the data of the other stage does not matter for it."""
         try:
             return json.loads(self.run.prepared.read_text(encoding="utf-8"))[stage]["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def outdated(self, step: Step, inputs: Inputs) -> str | None:
-        """Why `step` must run; None where it is up to date."""
+        """Why `step` must run; None when it is up to date."""
         record = self.records.get(step.name)
         if record is None:
             return "not done yet"
@@ -90,10 +93,10 @@ class State:
         if record.outputs is None:
             return "not finished"
         if not record.outputs:
-            return "it left nothing"
+            return "it wrote no files"
         now = self.outputs(step)
-        wrong = [path for path in record.outputs if now.get(path) != record.outputs[path]]
-        return f"{_some(wrong)} {'is' if len(wrong) == 1 else 'are'} not as it was left" if wrong else None
+        changed = [path for path in record.outputs if now.get(path) != record.outputs[path]]
+        return f"{_listed(changed)} {'was' if len(changed) == 1 else 'were'} changed or removed" if changed else None
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Inputs:
@@ -106,48 +109,51 @@ def flat(values: dict[str, Any], prefix: str = "") -> Inputs:
 
 
 def changes(old: Inputs, new: Inputs) -> str:
-    """The inputs that differ, as a person says it."""
-    said = []
+    """A phrase that names the inputs which differ, at most three of them."""
+    phrases = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
         if before == now:
             continue
         kind, _, name = key.partition(" ")
         if kind == "file" and name:
-            said.append(f"{name} {'changed' if before and now else 'is new' if now else 'is gone'}")
+            phrases.append(f"{name} {'changed' if before and now else 'is new' if now else 'is gone'}")
         elif kind == "after" and name:
-            said.append(f"{name} gave another result")
+            phrases.append(f"{name} gave another result")
         elif kind == "data" and name:
-            said.append("the prepared data changed")
+            phrases.append("the prepared data changed")
         else:
-            said.append(f"{key} {_value(before)} -> {_value(now)}")
-    return _some(said)
+            phrases.append(f"{key} {_shown(before)} -> {_shown(now)}")
+    return _listed(phrases)
 
 
-def _value(value: Any) -> str:
+def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _some(items: Sequence[str], most: int = 3) -> str:
+def _listed(items: Sequence[str], most: int = 3) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
 
 def digests(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """The digest of every file in `folder` that a pattern names, by its path in there."""
+    """The digest of every file in `folder` that matches a pattern, by path relative to `folder`.
+
+    Files whose names begin with a dot are left out.
+    """
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(paths) if path.name[0] != "."}
 
 
 def digest(path: Path) -> str:
-    """A digest of a file's content, or of all files in a folder."""
+    """A digest of a file's content, or of all files in a folder. For a large file, its size and time."""
     if path.is_dir():
         parts = [f"{file.relative_to(path).as_posix()} {digest(file)}" for file in _files(path)]
         return text_digest("\n".join(parts))[:16]
-    about = path.stat()
-    if about.st_size > _LARGE:
-        return f"{about.st_size} bytes at {about.st_mtime_ns}"
+    status = path.stat()
+    if status.st_size > _LARGE:
+        return f"{status.st_size} bytes at {status.st_mtime_ns}"
     return file_digest(path)[:16]
 
 

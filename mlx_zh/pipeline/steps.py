@@ -1,4 +1,4 @@
-"""The steps of a run as a table: what each reads, what it leaves, and which keys of the recipe it depends on."""
+"""The table of a run's steps: the files that each reads and writes, and the recipe keys that it depends on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "
 class Step:
     """A stage as the pipeline runs it: `python -m mlx_zh.STAGE RECIPE ARGUMENTS`.
 
-    It is up to date while its `keys` of the recipe, its `files` and the outputs of the steps in `after` are what they
-    were; `reads` are further files of the run folder. Keys are dotted; a section's name stands for all in it, and
-    `without` takes some out again. Outputs are patterns in the run folder.
+    The step is up to date while nothing that it depends on has changed: the recipe's `keys`, the `files`, the outputs
+    of the steps in `after`, and the files of the run folder that match `reads`. Keys are dotted. A section's name
+    stands for all of its keys, and `without` excludes some of them. `outputs` are patterns in the run folder.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Step:
     after: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-    prepared: str | None = None  # whose part of the prepared data it learns from
-    trains: bool = False  # it has checkpoints, resumes, and understands --fresh
+    prepared: str | None = None  # the stage (sft or dpo) whose prepared data it reads
+    trains: bool = False  # it writes checkpoints, can resume, and has the option --fresh
 
     def inputs(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The part of a recipe (flat, dotted keys) that matters to this step."""
+        """The keys of a recipe that this step depends on. `values` has dotted keys."""
         return {k: v for k, v in values.items() if _under(k, self.keys) and not _under(k, self.without)}
 
 
@@ -44,7 +44,7 @@ def _under(key: str, sections: tuple[str, ...]) -> bool:
 
 
 class StageFiles(Protocol):
-    """What the pipeline looks at in the folder of a training stage."""
+    """The paths in a training stage's folder that the pipeline needs."""
 
     path: Path
     metrics: Path
@@ -54,7 +54,7 @@ class StageFiles(Protocol):
 
 
 class RunFiles(Protocol):
-    """What the pipeline looks at in a run folder."""
+    """The paths in a run folder that the pipeline needs."""
 
     path: Path
     pipeline: Path
@@ -66,7 +66,7 @@ class RunFiles(Protocol):
     plots: Path
 
     def at(self, path: Path) -> RunFiles:
-        """Another run's folder."""
+        """The run folder at `path`."""
 
     def stage(self, name: str) -> StageFiles:
         """The folder of a training stage."""
@@ -76,13 +76,13 @@ class RunFiles(Protocol):
 
 
 def steps(recipe: Recipe, run: RunFiles) -> list[Step]:
-    """The steps that this recipe asks for, in order."""
-    found: list[Step] = []
+    """The steps of this recipe, in order."""
+    chosen: list[Step] = []
     for name in NAMES:
-        step = _MAKERS[name](recipe, run, {step.name for step in found})
+        step = _MAKERS[name](recipe, run, {step.name for step in chosen})
         if step is not None and find_spec(f"mlx_zh.{step.stage}") is not None:
-            found.append(step)
-    return found
+            chosen.append(step)
+    return chosen
 
 
 def _prepare(recipe: Recipe, run: RunFiles, _: set[str]) -> Step | None:
@@ -94,12 +94,12 @@ def _prepare(recipe: Recipe, run: RunFiles, _: set[str]) -> Step | None:
         *recipe.data.dpo.train,
         *recipe.data.dpo.validation,
     )
-    exams = tuple(f"evaluate.{name}" for name in ("benchmarks", "folder", "hub"))  # kept out of the data
+    exams = tuple(f"evaluate.{name}" for name in ("benchmarks", "folder", "hub"))  # decontamination reads the exams
     keys = ("model.path", "model.hub", "model.revision", "data", *exams, "seed")
     return Step("prepare", "prepare", keys=keys, files=_paths(sources), outputs=(run.pattern(run.prepared),))
 
 
-def _train(stage: str, other: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
+def _train(stage: str, other_stage: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
     split = getattr(recipe.data, stage)
     if not split.train:
         return None
@@ -112,7 +112,7 @@ def _train(stage: str, other: str, recipe: Recipe, run: RunFiles, before: set[st
         stage,
         stage,
         keys=("model", "lora", "data", "seed", stage),
-        without=(f"data.{other}", f"{stage}.max_skipped_steps"),
+        without=(f"data.{other_stage}", f"{stage}.max_skipped_steps"),
         files=tuple(files),
         after=tuple(sorted(after & before)),
         outputs=(run.pattern(run.stage(stage).adapter, "*"),),
@@ -125,16 +125,16 @@ def _eval(model: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step |
     settings = recipe.evaluate
     if not settings.benchmarks or (model != "base" and model not in before):
         return None
-    free = settings.protocol == "generate"
+    generates = settings.protocol == "generate"
     return Step(
         f"eval-{model}",
         "eval",
         arguments=("--stage", model),
         keys=("model", "evaluate", "data.date_string", "seed"),
-        without=("evaluate.prompts", *(() if free else ("evaluate.max_new_tokens",))),
+        without=("evaluate.prompts", *(() if generates else ("evaluate.max_new_tokens",))),
         files=(recipe.model.path, *settings.benchmarks, *settings.folder.values()),
         after=(model,) if model in before else (),
-        # The answers; the figures beside them grow with every other model.
+        # Only the answers: the file of results changes whenever another model is evaluated.
         outputs=(run.pattern(run.exams, f"{model}-*.jsonl"),),
     )
 
@@ -170,5 +170,5 @@ _MAKERS: dict[str, Callable[[Recipe, RunFiles, set[str]], Step | None]] = {
 
 
 def _paths(sources: Sources) -> tuple[str, ...]:
-    """The files and folders of data sources; a source that is only a name has none."""
+    """The local files and folders of data sources. A registered name has none."""
     return tuple(source.path for source in sources if source.path and Path(source.path).expanduser().exists())
