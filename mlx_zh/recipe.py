@@ -1,7 +1,7 @@
-"""The recipe: one YAML file, typed and checked, that describes a whole run.
+"""The recipe: a YAML file that describes a whole run. Every value is checked against a type.
 
-Key names are those of LLaMA-Factory, TRL and mlx-lm where these agree. Unknown keys are errors; any key can be
-overridden on the command line as `section.key=value`.
+Key names are those of LLaMA-Factory, TRL and mlx-lm where these agree. Unknown keys are errors. Any key can be
+overridden on the command line with `section.key=value`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,29 @@ from pydantic import (
 )
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe_text import Marked, dump, explain, parse, parse_value
+from mlx_zh.recipe_text import Document, dump, explain, parse, parse_value
 
 BENCHMARKS = ("ceval", "cmmlu")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-def _located(value: str, info: ValidationInfo) -> str:
-    """A path that exists beside the recipe, seen from the current folder; any other text as it stands."""
+def _resolved_path(value: str, info: ValidationInfo) -> str:
+    """A path relative to the recipe's folder, if it exists there, made relative to the current folder.
+
+    Any other text is returned unchanged, except that `~` is expanded.
+    """
     folder: Path | None = (info.context or {}).get("beside")
     try:
         if folder is None or not value or Path(value).expanduser().is_absolute():
             return str(Path(value).expanduser()) if value.startswith("~") else value
         beside = folder / value
         return os.path.normpath(beside) if beside.exists() else value
-    except (OSError, RuntimeError) as error:  # a name too long for any disk, a home folder of nobody
-        raise ValueError("the name of a file or folder that can exist") from error
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home folder of an unknown user
+        raise ValueError("a valid name of a file or folder") from error
 
 
-Located = Annotated[str, Field(min_length=1), AfterValidator(_located)]
+Located = Annotated[str, Field(min_length=1), AfterValidator(_resolved_path)]
 
 
 def _folder_name(value: str) -> str:
@@ -59,13 +62,13 @@ _SWITCHES = (bool, bool | None)
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: immutable, and closed to unknown keys."""
+    """Base class of every part of a recipe. Instances are immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in _SWITCHES:
             raise ValueError("something other than true or false")
         if isinstance(value, str) and "\0" in value:
@@ -74,14 +77,14 @@ class Section(BaseModel):
 
 
 class Quantize(Section):
-    """How to quantize a full-precision model when it is loaded."""
+    """How a full-precision model is quantized when it is loaded."""
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
     group_size: Literal[32, 64, 128] = 64
 
 
 class Model(Section):
-    """Where the base model comes from, and what it computes in."""
+    """Where the base model comes from, and its precision."""
 
     path: Located
     hub: Literal["huggingface", "modelscope"] = "huggingface"
@@ -91,12 +94,12 @@ class Model(Section):
 
     @property
     def quantization(self) -> tuple[int, int] | None:
-        """Bits and group size, where the model is to be quantized on load."""
+        """Bits and group size, or None when the model is not quantized on loading."""
         return None if self.quantize is None else (self.quantize.bits, self.quantize.group_size)
 
 
 class Lora(Section):
-    """Which weights are trained. `type: full` trains the blocks themselves."""
+    """Which weights are trained: those of adapters, or with `type: full` the blocks themselves."""
 
     type: Literal["lora", "dora", "full"] = "lora"
     rank: PositiveInt = 16
@@ -186,7 +189,10 @@ class Split(Section):
 
 
 class Deduplicate(Section):
-    """Which rows count as the same. `near` is a Jaccard similarity of character n-grams; null: only equal ones."""
+    """Which rows are duplicates.
+
+    `near` is the Jaccard similarity of character n-grams from which two rows are; null turns this comparison off.
+    """
 
     exact: bool = True
     near: Annotated[float, Field(ge=0.5, le=1)] | None = 0.75
@@ -194,7 +200,10 @@ class Deduplicate(Section):
 
 
 class Decontaminate(Section):
-    """Rows that hold this share of an exam question's character n-grams are dropped."""
+    """Which rows are dropped because they contain exam questions.
+
+    `overlap` is the share of a question's character n-grams that a row must contain.
+    """
 
     benchmarks: tuple[Literal["ceval", "cmmlu"], ...] | None = None  # null: those of `evaluate.benchmarks`
     ngram: Annotated[int, Field(ge=4)] = 10
@@ -202,7 +211,7 @@ class Decontaminate(Section):
 
 
 class Data(Section):
-    """What is learned from, and how it is rendered."""
+    """The training data, how it is cleaned and mixed, and how it is rendered."""
 
     sft: Split = Split()
     dpo: Split = Split()
@@ -222,12 +231,12 @@ class Data(Section):
     system: str | None = None
 
     def split(self, stage: str) -> Split:
-        """The data of a training stage (sft or dpo)."""
+        """The data of training stage `stage` (sft or dpo)."""
         return self.sft if stage == "sft" else self.dpo
 
 
 class Training(Section):
-    """Optimizer, schedule and validation: the same for SFT and DPO."""
+    """Optimizer, schedule and validation, for SFT and DPO."""
 
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None
@@ -251,7 +260,7 @@ class Sft(Training):
     """Supervised fine-tuning."""
 
 
-# What each loss reads; `losses.py` says the same of its formulas, and a test compares the two.
+# The losses that use label_smoothing, f_divergence and no reference. A test compares them with `core.losses.LOSSES`.
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot")
 _DIVERGENT = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
 _WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -276,8 +285,11 @@ PreferenceLossName = Literal[
 
 
 class Dpo(Training):
-    """Preference tuning. `start` is sft (the run's own SFT adapter), base, or an adapter folder; left out, it is sft
-    where the recipe has SFT data, else base. `reference` is start, base, or none (losses without a reference)."""
+    """Preference tuning.
+
+    `start` is sft (the SFT adapter of this run), base, or an adapter folder. Its default is sft when the recipe has
+    SFT data, otherwise base. `reference` is start, base, or none (for losses without a reference).
+    """
 
     learning_rate: PositiveFloat = 5e-6
     loss: PreferenceLossName = "sigmoid"
@@ -294,31 +306,31 @@ class Dpo(Training):
 
     @field_validator("reference", mode="before")
     @classmethod
-    def _none_where_nothing_is_compared(cls, value: Any, info: ValidationInfo) -> Any:
+    def _fits_loss(cls, value: Any, info: ValidationInfo) -> Any:
         without = info.data.get("loss") in _WITHOUT_REFERENCE
         if without and value == cls.model_fields["reference"].default:
             return "none"
         if "loss" in info.data and without != (value == "none"):
             raise ValueError(
-                f"none, for dpo.loss {info.data['loss']} has no reference"
+                f"none, because dpo.loss {info.data['loss']} has no reference"
                 if without
-                else f"start or base, which dpo.loss {info.data['loss']} compares with"
+                else f"start or base, because dpo.loss {info.data['loss']} needs a reference"
             )
         return value
 
     @field_validator("label_smoothing", "f_divergence")
     @classmethod
-    def _has_an_effect(cls, value: Any, info: ValidationInfo) -> Any:
+    def _used_by_loss(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
         losses = _SMOOTHED if name == "label_smoothing" else _DIVERGENT
         default = cls.model_fields[name].default
         if value != default and info.data.get("loss", losses[0]) not in losses:
-            raise ValueError(f"{default}, for it has no effect on dpo.loss {info.data['loss']}")
+            raise ValueError(f"{default}, because it has no effect on dpo.loss {info.data['loss']}")
         return value
 
 
 class Memory(Section):
-    """What fits. None of these changes a result, only memory and speed."""
+    """Settings that change memory and speed, but never the result."""
 
     micro_tokens: PositiveInt = 2048
     checkpoint_layers: bool = False
@@ -326,13 +338,13 @@ class Memory(Section):
 
 
 class Distributed(Section):
-    """Work on several machines: in equal shares, or in proportion to a speed measured for ten seconds."""
+    """How several machines share the work: equally, or in proportion to their speed, which is measured for 10 s."""
 
     shares: Literal["equal", "measured"] = "equal"
 
 
 class Checkpoint(Section):
-    """How often a run can be picked up again."""
+    """When checkpoints are written, and how many are kept."""
 
     every_steps: PositiveInt | None = 100
     every_minutes: PositiveFloat | None = 15.0
@@ -341,12 +353,12 @@ class Checkpoint(Section):
 
 
 def _exam(value: str, info: ValidationInfo) -> str:
-    """A benchmark's name, or the path of an exam of one's own."""
-    return value if value in BENCHMARKS else _located(value, info)
+    """The name of a benchmark, or the path of the user's own exam."""
+    return value if value in BENCHMARKS else _resolved_path(value, info)
 
 
 class Evaluate(Section):
-    """What is asked of the model before and after."""
+    """The prompts and benchmarks that the model answers before and after training."""
 
     prompts: tuple[str, ...] = ()
     max_new_tokens: PositiveInt = 64
@@ -362,7 +374,7 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """What the run hands over at its end."""
+    """The files that `mlx-zh fuse` writes from the trained model."""
 
     formats: Annotated[tuple[Literal["mlx", "hf", "gguf", "peft"], ...], Field(min_length=1)] = ("mlx",)
     bits: Literal["auto", 4, 6, 8, 16] = "auto"
@@ -374,7 +386,7 @@ class Export(Section):
 
 
 class Recipe(Section):
-    """A whole run."""
+    """The recipe of a whole run."""
 
     name: Annotated[str, AfterValidator(_folder_name)]
     model: Model
@@ -388,63 +400,64 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     track: tuple[Literal["tensorboard", "swanlab", "wandb"], ...] = ()
-    resume: Literal["auto", "never"] = "auto"  # never: training always starts over, as with --fresh
+    resume: Literal["auto", "never"] = "auto"  # never: training starts anew each time, as with --fresh
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     runs: Annotated[str, Field(min_length=1)] = "runs"
 
     def training(self, stage: str) -> Training:
-        """The section of a training stage (sft or dpo)."""
+        """The section of training stage `stage` (sft or dpo)."""
         return self.sft if stage == "sft" else self.dpo
 
     @property
     def dpo_start(self) -> str:
-        """What `dpo.start` comes to: sft, base, or an adapter folder."""
+        """The value of `dpo.start`, or its default: sft, base, or an adapter folder."""
         return self.dpo.start or ("sft" if self.data.sft.train else "base")
 
     def run_folder(self) -> Path:
-        """Where everything this run makes lies."""
+        """The folder of all results of this run."""
         return Path(self.runs) / self.name
 
     def to_yaml(self) -> str:
-        """The recipe as resolved: every key with its value."""
+        """The recipe as YAML, with every key and its value."""
         return dump(self.model_dump(mode="json", by_alias=True))
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `section.key=value` overrides.
+    """Read a recipe and apply overrides of the form `section.key=value`.
 
-    Data files and local models are looked for beside the recipe first, then from the current folder. Raises
-    `RecipeError` with every problem: file, line, key, what was found and what was expected.
+    Paths of data files and local models are relative to the recipe's folder if they exist there, otherwise to the
+    current folder. Raises RecipeError with every problem: file, line, key, what was got and what was expected.
     """
     path = Path(path)
-    marked = parse(path)
+    document = parse(path)
     for override in overrides:
-        _apply(marked, override)
-    problems = marked.problems
+        _apply(document, override)
+    problems = document.problems
     try:
-        recipe = Recipe.model_validate(marked.value, context={"beside": path.parent})
+        recipe = Recipe.model_validate(document.value, context={"beside": path.parent})
     except pydantic.ValidationError as error:
-        problems = problems + explain(error, marked, Recipe)
+        problems = problems + explain(error, document, Recipe)
     if problems:
         raise RecipeError("\n".join(text for _, text in sorted(problems)))
     return recipe
 
 
-def _apply(marked: Marked, override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not key.strip():
+def _apply(document: Document, override: str) -> None:
+    """Set the value of one override. Raises RecipeError when its key or value is not valid."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
         raise RecipeError(f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4.")
     parts = key.strip().split(".")
     if not all(parts):
-        raise RecipeError(f"{override!r}: {key.strip()!r} is no key; write it as in sft.learning_rate=2e-4.")
-    target = marked.value
+        raise RecipeError(f"{override!r}: {key.strip()!r} is not a key; write it as in sft.learning_rate=2e-4.")
+    target = document.value
     for depth, part in enumerate(parts[:-1], start=1):
         below = target.get(part)
         if below is None:
-            marked.overridden[tuple(parts[:depth])] = override
+            document.overridden[tuple(parts[:depth])] = override
         elif not isinstance(below, dict):
-            kind = "a list: give it whole" if isinstance(below, list) else "a value, not a section"
+            kind = "a list: override the whole list" if isinstance(below, list) else "a value, not a section"
             raise RecipeError(f"{override!r}: {'.'.join(parts[:depth])} is {kind}.")
-        target[part] = target = dict(below or {})  # a copy: with YAML's aliases, two sections may be one object
+        target[part] = target = dict(below or {})  # a copy, because a YAML alias makes two sections one object
     target[parts[-1]] = parse_value(text, override)
-    marked.overridden[tuple(parts)] = override
+    document.overridden[tuple(parts)] = override

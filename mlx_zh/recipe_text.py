@@ -1,4 +1,4 @@
-"""YAML with line numbers, and validation errors as a person would write them."""
+"""Reading YAML with line numbers, and turning validation errors into plain sentences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number, as `1e-5`, and what YAML 1.1 would."""
+    """Quotes text that `_Loader` or YAML 1.1 would read as a number or boolean, such as `1e-5`."""
 
 
 _PLAIN = (
@@ -40,16 +40,16 @@ for _tag, _pattern, _first in _PLAIN:
 
 
 def dump(value: Any) -> str:
-    """Plain values as YAML that `parse` reads back the same."""
+    """Plain values as YAML. `parse` reads the same values from it."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
-Problem = tuple[int, str]  # line, and a sentence that begins with the place
+Problem = tuple[int, str]  # line, and a sentence that begins with file and line
 
 
 @dataclass
-class Marked:
-    """A parsed file: its value, the line of every key, the keys that an override set, and what is wrong so far."""
+class Document:
+    """A parsed file: its value, the line of every key, the override that set a key, and the problems so far."""
 
     path: Path
     value: dict[str, Any]
@@ -58,19 +58,22 @@ class Marked:
     problems: list[Problem] = field(default_factory=list)
 
     def where(self, key: Key) -> tuple[int, str]:
-        """The line of `key` or of what holds it (after all lines for an override), and the same as text."""
-        holders = [key[:size] for size in range(len(key), 0, -1)]
-        for holder in holders:
-            if holder in self.overridden:
-                return sys.maxsize, f"{self.overridden[holder]!r}"
-        for holder in holders:
-            if holder in self.lines:
-                return self.lines[holder], f"{self.path}:{self.lines[holder]}"
+        """The line of `key` or of the nearest key above it, and file and line as text.
+
+        For an override it is a number beyond all lines, and the override as text.
+        """
+        paths = [key[:size] for size in range(len(key), 0, -1)]
+        for path in paths:
+            if path in self.overridden:
+                return sys.maxsize, f"{self.overridden[path]!r}"
+        for path in paths:
+            if path in self.lines:
+                return self.lines[path], f"{self.path}:{self.lines[path]}"
         return 0, str(self.path)
 
 
-def parse(path: Path) -> Marked:
-    """Read a YAML mapping from `path`."""
+def parse(path: Path) -> Document:
+    """Read a YAML mapping from `path`. Raises RecipeError when the file cannot be read or is not a YAML mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -84,20 +87,20 @@ def parse(path: Path) -> Marked:
         value = yaml.load(text, Loader=_Loader)
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{place}: not valid YAML: {_reason(error)}.") from None
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{where}: not valid YAML: {_reason(error)}.") from None
     except RecursionError:
-        raise RecipeError(f"{path}: not valid YAML: nested too deep.") from None
+        raise RecipeError(f"{path}: not valid YAML: nested too deeply.") from None
     if not isinstance(value, dict):
         raise RecipeError(
-            f"{path}: a recipe is a mapping of sections (name, model, data, ...), found {_kind(value)}."
+            f"{path}: a recipe is a mapping of sections (name, model, data, ...), found {_described(value)}."
         )
-    marked = Marked(path, value)
-    _mark(node, (), marked, set())
-    return marked
+    document = Document(path, value)
+    _note_lines(node, (), document, set())
+    return document
 
 
-# PyYAML's constructors let KeyError and AttributeError through for some values with a tag of their own.
+# PyYAML's constructors raise KeyError and AttributeError for some values with explicit tags.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError)
 
 
@@ -105,30 +108,30 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "problem", None) or first_line(error)
 
 
-def _mark(node: Any, key: Key, marked: Marked, seen: set[int]) -> None:
-    """Note the line of every key, and what YAML allows but a recipe does not."""
-    if id(node) in seen:  # an alias, perhaps of a node that it stands in
+def _note_lines(node: Any, key: Key, document: Document, seen: set[int]) -> None:
+    """Note the line of every key, and the problems that YAML allows but a recipe does not."""
+    if id(node) in seen:  # an alias, which may refer to a node that contains it
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for name, below in node.value:
             inner, line = (*key, str(name.value)), name.start_mark.line + 1
             if not name.tag.endswith((":str", ":merge")):
-                marked.problems.append((line, f"{marked.path}:{line}: keys are text, found {name.value}."))
-            if inner in marked.lines:
-                twice = f"{_dotted(inner)} is given twice (first on line {marked.lines[inner]})"
-                marked.problems.append((line, f"{marked.path}:{line}: {twice}."))
+                document.problems.append((line, f"{document.path}:{line}: keys are text, found {name.value}."))
+            if inner in document.lines:
+                twice = f"{_dotted(inner)} is given twice (first on line {document.lines[inner]})"
+                document.problems.append((line, f"{document.path}:{line}: {twice}."))
                 continue
-            marked.lines[inner] = line
-            _mark(below, inner, marked, seen)
+            document.lines[inner] = line
+            _note_lines(below, inner, document, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, below in enumerate(node.value):
-            marked.lines[(*key, index)] = below.start_mark.line + 1
-            _mark(below, (*key, index), marked, seen)
+            document.lines[(*key, index)] = below.start_mark.line + 1
+            _note_lines(below, (*key, index), document, seen)
 
 
 def parse_value(text: str, context: str) -> Any:
-    """The value of an override, read as YAML."""
+    """The value of an override, read as YAML. Raises RecipeError, which names the override `context`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (*_YAML_ERRORS, RecursionError) as error:
@@ -136,23 +139,24 @@ def parse_value(text: str, context: str) -> Any:
         raise RecipeError(f"{context!r}: {reason}. Put text in quotes.") from None
 
 
-def explain(error: pydantic.ValidationError, marked: Marked, schema: type[pydantic.BaseModel]) -> list[Problem]:
-    """Every problem once: where, which key, what was expected and what was found."""
-    found: dict[Key, list[Any]] = {}
+def explain(error: pydantic.ValidationError, document: Document, schema: type[pydantic.BaseModel]) -> list[Problem]:
+    """One sentence for each key with a problem: file and line, key, what was expected and what was got."""
+    by_key: dict[Key, list[Any]] = {}
     for problem in error.errors():
-        if problem["type"] != "invalid_key":  # `parse` has said it
-            found.setdefault(_visible(problem["loc"], marked.value), []).append(problem)
-    # Where either of two kinds will do, pydantic reports both; the one that got further says more.
-    further = {key[:size] for key in found for size in range(len(key))}
-    lines = []
-    for key in found.keys() - further:
-        line, place = marked.where(key)
-        lines.append((line, f"{place}: {_sentence(found[key], key, schema)}"))
-    return lines
+        if problem["type"] != "invalid_key":  # `parse` has reported it
+            by_key.setdefault(_written_key(problem["loc"], document.value), []).append(problem)
+    # When a value may have one of two types, pydantic reports a problem for each. The one with the longer key says
+    # more, so problems with keys above it are left out.
+    parents = {key[:size] for key in by_key for size in range(len(key))}
+    problems = []
+    for key in by_key.keys() - parents:
+        line, where = document.where(key)
+        problems.append((line, f"{where}: {_sentence(by_key[key], key, schema)}"))
+    return problems
 
 
-def _visible(location: tuple[str | int, ...], value: Any) -> Key:
-    """The part of pydantic's location that the user wrote; it adds names of union members."""
+def _written_key(location: tuple[str | int, ...], value: Any) -> Key:
+    """The part of pydantic's location that the user wrote. Pydantic adds the names of union members."""
     key: list[str | int] = []
     for index, part in enumerate(location):
         last = index == len(location) - 1
@@ -188,7 +192,7 @@ _EXPECTED = {
 
 
 def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel]) -> str:
-    """What is wrong with a key; several problems are several kinds of which any would do."""
+    """What is wrong with a key. Several problems mean that one of several types was expected."""
     kinds = {problem["type"] for problem in problems}
     if "extra_forbidden" in kinds:
         return _unknown(key, schema)
@@ -198,11 +202,11 @@ def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel]) -
         _EXPECTED.get(p["type"]) or p["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         for p in problems
     )
-    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_kind(problems[0]['input'])}."
+    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_described(problems[0]['input'])}."
 
 
 def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
-    """An unknown key, with the nearest valid one wherever in the recipe it stands."""
+    """The sentence about an unknown key, with the most similar valid key of its section or of the whole recipe."""
     keys = dict(_keys(schema))
     section = _dotted(tuple(k for k in key[:-1] if isinstance(k, str)))
     here = [k for k, parent in keys.items() if parent == section]
@@ -221,15 +225,15 @@ def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
 
 
 def _keys(schema: type[pydantic.BaseModel], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted key, dotted section) of every key of a schema; keys in lists stand without an index."""
-    found: list[tuple[str, str]] = []
+    """(dotted key, dotted section) of every key of a schema. Keys in lists have no index."""
+    keys: list[tuple[str, str]] = []
     for name, info in schema.model_fields.items():
         name = info.alias or name
         dotted = f"{prefix}.{name}" if prefix else name
-        found.append((dotted, prefix))
+        keys.append((dotted, prefix))
         for inner in _models(info.annotation):
-            found.extend(_keys(inner, dotted))
-    return found
+            keys.extend(_keys(inner, dotted))
+    return keys
 
 
 def _models(annotation: Any) -> list[type[pydantic.BaseModel]]:
@@ -249,7 +253,7 @@ def _dotted(key: Key) -> str:
     return text
 
 
-def _kind(value: Any) -> str:
+def _described(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, dict):

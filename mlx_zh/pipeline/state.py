@@ -38,7 +38,7 @@ class State:
 
     @staticmethod
     def of(run: RunFiles) -> State:
-        """The records in the folder's `pipeline.json`; none when it is missing or damaged, so that every step runs."""
+        """The records in the folder's `pipeline.json`; none when it is missing or damaged, so every step runs."""
         try:
             records = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
             return State(run, {name: Record(**record) for name, record in records.items()})
