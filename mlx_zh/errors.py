@@ -22,7 +22,7 @@ class TemplateError(MlxZhError):
 
 
 class ModelError(MlxZhError):
-    """A model that cannot be found, read or run."""
+    """A model that is missing, or that cannot be read or run."""
 
 
 class AdapterError(MlxZhError):

@@ -142,7 +142,7 @@ def test_a_branch_sees_its_parent_too() -> None:
     assert (row.tokens, row.scored, row.scores, row.joined) == (20, 10, 100 + 4 * 14 + 6 * 16, 14 + 16)
 
 
-def test_the_fullest_row_takes_the_longest_that_fit() -> None:
+def test_the_largest_row_takes_the_longest_that_fit() -> None:
     import numpy as np
 
     lengths = np.array([100, 700, 30, 400, 300])

@@ -100,12 +100,12 @@ class State:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Inputs:
-    """Nested mappings as one, with dotted keys; lists are values."""
-    found: Inputs = {}
+    """Nested mappings as one mapping with dotted keys. Lists and empty mappings are values."""
+    flattened: Inputs = {}
     for key, value in values.items():
         inner = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
+        flattened |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flattened
 
 
 def changes(old: Inputs, new: Inputs) -> str:

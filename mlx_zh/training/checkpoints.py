@@ -112,5 +112,5 @@ def _load(path: Path) -> Checkpoint:
 
 def _folders(folder: Path) -> list[Path]:
     """The checkpoints, oldest first. From step 1,000,000 on, names do not sort like numbers."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    folders = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(folders, key=lambda p: int(p.name[5:]))

@@ -1,4 +1,4 @@
-"""What goes wrong in preference tuning without an error, told from the figures of the steps."""
+"""Detects failures of preference tuning that raise no error, from the metrics of the steps."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from mlx_zh.errors import TrainingError
 from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import Dpo
 
-# A log-prob of one token computed twice, in rows that were packed differently, differs by about this much on average.
+# The mean difference between two log-probs of the same token that were computed in differently packed rows.
 _TOKEN_ERROR = {True: 1e-4, False: 3e-2}  # by whether the model computes in float32
 
-_WINDOW = 5  # steps averaged
-_FALLS = 3  # windows in a row in which the chosen reward fell
-_NATS = 1.0  # that the chosen responses must have lost over them
-_EARLY = 3  # steps within which perfect accuracy is no learning
+_WINDOW = 5  # steps that are averaged
+_FALLS = 3  # consecutive windows in which the chosen reward must have fallen
+_NATS = 1.0  # log-prob that the chosen responses must have lost in these windows
+_EARLY = 3  # first steps, in which perfect accuracy cannot come from learning
 
 
 class DpoWatch:
-    """Checks the first step and looks for known failures in the steps after it.
+    """Checks the first step, and looks for known failures in the steps after it.
 
-    `starts_at_reference`: policy and reference are the same at the first step, and no noise is added to the policy.
+    `starts_at_reference` says that policy and reference are the same at the first step, and that the policy has no
+    noise. `float32` says whether the model computes in float32.
     """
 
     def __init__(self, section: Dpo, *, starts_at_reference: bool, float32: bool) -> None:
@@ -31,22 +32,25 @@ class DpoWatch:
         self._starts_at_reference = starts_at_reference
         self._token_error = _TOKEN_ERROR[float32]
         self._steps: list[dict[str, Any]] = []
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def recall(self, figures: dict[str, Any]) -> None:
-        """Take note of a step of an earlier session of this run."""
+        """Add a step of an earlier session of this run. Its warnings are not returned again."""
         self._steps.append(figures)
         self._remarks()
 
     def step(self, figures: dict[str, Any]) -> list[Notice]:
-        """Warnings about the run up to this step. Raises TrainingError where the first step is impossible."""
+        """New warnings after a step with these metrics. Raises TrainingError when the first step cannot be right."""
         if figures["step"] == 1 and self._starts_at_reference:
             self._check_start(figures)
         self._steps.append(figures)
         return self._remarks()
 
     def _check_start(self, figures: dict[str, Any]) -> None:
-        """Policy = reference, so every reward is 0 and the sigmoid loss is -log sigmoid(0) = ln 2."""
+        """Raises TrainingError unless every reward is 0 and the sigmoid loss is -log sigmoid(0) = ln 2.
+
+        These values follow from policy = reference.
+        """
         section = self._section
         responses = 2 * figures["pairs"]
         allowed = section.beta * self._token_error * figures["scored_tokens"] / responses + 1e-6
@@ -67,13 +71,13 @@ class DpoWatch:
             )
 
     def _remarks(self) -> list[Notice]:
-        found = {"degeneration": self._degeneration(), "saturation": self._saturation()}
-        new = {name: text for name, text in found.items() if text and name not in self._told}
-        self._told |= new.keys()
+        remarks = {"degeneration": self._degeneration(), "saturation": self._saturation()}
+        new = {name: text for name, text in remarks.items() if text and name not in self._reported}
+        self._reported |= new.keys()
         return list(new.values())
 
     def _degeneration(self) -> Notice | None:
-        """The chosen reward below 0 and falling window by window while margins rise."""
+        """A warning when the chosen reward is below 0 and falls from window to window while margins rise."""
         needed = _WINDOW * (_FALLS + 1)
         if not LOSSES[self._section.loss].reference or len(self._steps) < needed or len(self._steps) % _WINDOW:
             return None
@@ -90,7 +94,7 @@ class DpoWatch:
         return Notice("dpo-chosen-falls", steps=needed, first=chosen[0], last=chosen[-1])
 
     def _saturation(self) -> Notice | None:
-        """Every pair ranked rightly before much could be learned."""
+        """A warning when every pair of the first steps was ranked correctly."""
         first = self._steps[:_EARLY]
         if not LOSSES[self._section.loss].reference or len(first) < _EARLY or first[0]["step"] != 1:
             return None

@@ -110,7 +110,7 @@ def test_a_step_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: Lab, most: 
 
 @pytest.mark.numeric
 def test_a_validation_pass_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: Lab) -> None:
-    """8, 11 and 5 tokens in rows of up to 16: the fullest has 16, and half of that fits."""
+    """8, 11 and 5 tokens in rows of up to 16: the largest row has 16, and half of that fits."""
     whole, cut = lab.loop("whole"), lab.loop("cut")
     cut.validation = conversations_of(tight(12))
     finish(whole)
