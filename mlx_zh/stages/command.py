@@ -42,8 +42,6 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     recipe = read_recipe(arguments)
     if recipe is None:
         return 0
-    if not recipe.data.split(method.stage).train:
-        raise DataError(f"{arguments.recipe}: data.{method.stage}.train names no file to learn from.")
     if arguments.hosts or arguments.processes:
         return launching.launch(method.stage, arguments, argv)
 
@@ -53,5 +51,7 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     from mlx_zh.system import console
 
     with joined(console.warn) as world, RunFolder.of(recipe).all_at_work(method.stage, world):
+        if not recipe.data.split(method.stage).train:
+            raise DataError(f"{arguments.recipe}: data.{method.stage}.train names no file to learn from.")
         fresh = arguments.fresh or recipe.resume == "never"
         return tune(recipe, method, world, fresh=fresh, force=arguments.force)
