@@ -2,6 +2,6 @@
 
 from mlx_zh.system.blas import preload_blas
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 preload_blas()  # must run before anything imports mlx.core
