@@ -12,20 +12,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
 
-# Two processes with one BLAS thread each use two cores better than one process with two.
+# Two test processes with one BLAS thread each use two cores better than one process with two threads.
 test: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The numeric tests with every matrix kernel of OpenBLAS that this processor can run, on one thread and on two.
+# The numeric tests with every matrix kernel of OpenBLAS that this processor can run, with one thread and with two.
 test-cores: $(DEVELOP)
 	$(BIN)/python tests/core_types.py
 
-# Every stage killed again and again, and the result compared with a run that nobody disturbed (docs/reliability.md).
+# Kills every stage again and again, and compares the result with an undisturbed run (docs/reliability.md).
 soak: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/soak.py
 
-# Against peers on the same samples, taking turns. OPTIONS="--device gpu" goes to each script that compares steps; CEVAL
-# is a folder with C-Eval's CSV files. Figures: benchmarks/results/*.json
+# Compares with other programs on the same samples, in turns (docs/performance.md). OPTIONS="--device gpu" goes to each
+# script that compares steps. CEVAL is a folder with C-Eval's CSV files. Figures: benchmarks/results/*.json
 bench: $(DEVELOP)
 	$(BIN)/python -m pip install --quiet --no-deps mlx-lm-lora
 	$(BIN)/python benchmarks/plan_accuracy.py --json benchmarks/results/plan_accuracy.json
@@ -50,19 +50,19 @@ format: $(DEVELOP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# PyTorch and PEFT, which some tests compare with; without them they are skipped. Tests of GGUF files compare with
-# llama.cpp too where llama-cpp-python is there, which takes some minutes to build.
+# Installs PyTorch and PEFT, which some tests compare with; without them, these tests are skipped. Tests of GGUF files
+# also compare with llama.cpp if llama-cpp-python is installed, which takes some minutes to build.
 oracle: $(DEVELOP)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 peft==0.21.2
 
-# Known vulnerabilities in the pinned versions; pip-audit stays out of the virtual environment.
+# Looks for known vulnerabilities in the pinned versions. pip-audit stays out of the virtual environment.
 audit: $(INSTALLED)
 	@test -d .audit/pip_audit || $(BIN)/python -m pip install --quiet --target .audit pip-audit==2.10.1 || \
 		echo "pip-audit could not be installed"
 	@PYTHONPATH=.audit $(BIN)/python .ci/audit.py
 
-# Ten minutes of mutated files for everything that reads strangers' files; not part of the tests. What it finds is
-# kept in .fuzz as crash-….
+# Ten minutes of mutated input for everything that reads files from others; not part of the tests. An input that fails
+# is kept in .fuzz as crash-….
 fuzz: $(DEVELOP)
 	test -d .fuzz/atheris || $(BIN)/python -m pip install --quiet --no-deps --target .fuzz atheris==3.0.0
 	for target in gguf recipe data template; do \
@@ -76,7 +76,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) -e .
 	@touch $@
 
-# What only those who change the program need: linter, type checker, test runner.
+# Tools for those who change the program: linter, type checker, test runner.
 $(DEVELOP): $(INSTALLED)
 	$(PIP) -e '.[dev]'
 	@touch $@

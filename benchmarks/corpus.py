@@ -3,10 +3,11 @@
     python benchmarks/corpus.py speed [--rows 300000] [--small 100000] [--peer-rows 300000] [--json FILE]
     python benchmarks/corpus.py planted
 
-The rows are of the mission's mix, made from the real samples beside the checkout (../shared/data) by recombining
-their sentences, so that they are as many, as long and as Chinese as the real ones, and hardly two are alike. Both
-programs tokenize with Llama 3.1's real tokenizer, each in a process of its own; memory is that of a process and all
-its children together, looked at every 50 ms. mlx-lm gets the rows as it wants them: converted, clean, one file.
+The rows are mixed like a real run's (`SHARES`). They are made from real samples beside the checkout (../shared/data)
+by recombining their sentences, so they are as many, as long and as Chinese as the real ones, and hardly two are
+alike. Both programs tokenize with Llama 3.1's real tokenizer, each in a process of its own. Memory is that of a
+process and all its children together, read every 50 ms. mlx-lm gets the rows in its own form: converted, clean, one
+file.
 """
 
 from __future__ import annotations
