@@ -1,4 +1,4 @@
-"""Arithmetic in MathGLM's manner (arXiv:2309.03241): an expression, every step of its reduction, an exact answer."""
+"""Arithmetic problems in MathGLM's form (arXiv:2309.03241): an expression, each step of its reduction, the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_DECIMALS = 6  # no value has more; a division that would is never set
+_DECIMALS = 6  # decimals that a value may have; an expression with a longer value is drawn again
 _LARGEST = 10**12
 
 
@@ -29,7 +29,7 @@ _Tree = _Number | _Operation
 
 
 def problem(seed: int, index: int) -> str:
-    """Problem number `index` as MathGLM writes one: `expression=step=…=answer`. A pure function of its arguments."""
+    """Problem number `index`, written as `expression=step=…=answer`. The same arguments give the same problem."""
     rng = random.Random(f"arithmetic {seed} {index}")
     while True:
         tree = _grow(rng, rng.randint(1, 6))
@@ -39,12 +39,12 @@ def problem(seed: int, index: int) -> str:
 
 
 def problems(seed: int, count: int) -> Iterator[str]:
-    """The first `count` problems; a larger count begins with the same ones."""
+    """Problems 0 to `count - 1`; a larger count begins with the same problems."""
     return (problem(seed, index) for index in range(count))
 
 
 def _grow(rng: random.Random, operations: int) -> _Tree:
-    """A random expression of so many operations."""
+    """A random expression with this number of operations."""
     if operations == 0:
         return _number(rng)
     operator = rng.choice("++--**/")
@@ -55,7 +55,7 @@ def _grow(rng: random.Random, operations: int) -> _Tree:
 
 
 def _division(rng: random.Random, operations: int) -> _Tree:
-    """A division that comes out even, or one by a number that leaves a few decimals."""
+    """A division without remainder, or a division by a number that leaves only a few decimals."""
     if operations == 0 and rng.random() < 0.7:
         divisor = rng.randint(2, 999)
         return _Operation("/", _leaf(Fraction(divisor * rng.randint(1, 999))), _leaf(Fraction(divisor)))
@@ -68,43 +68,44 @@ def _number(rng: random.Random) -> _Number:
     if kind < 0.15:
         value += Fraction(rng.randint(0, 99), 100)
     elif kind < 0.2:
-        return _Number(f"{_written(value)}%", value / 100)
+        return _Number(f"{_decimal(value)}%", value / 100)
     elif kind < 0.25 and value:
         value = -value
     return _leaf(value)
 
 
 def _leaf(value: Fraction) -> _Number:
-    return _Number(_written(value), value)
+    return _Number(_decimal(value), value)
 
 
 def _steps(tree: _Tree) -> list[str] | None:
-    """The expression after each reduction, the answer last; None where a value is not exact in a few decimals."""
-    steps = [_shown(tree)]
+    """The expression after each reduction, the answer last; None if a value needs too many digits."""
+    steps = [_expression(tree)]
     while isinstance(tree, _Operation):
         reduced = _reduce(tree)
         if reduced is None:
             return None
         tree = reduced
-        steps.append(_shown(tree))
+        steps.append(_expression(tree))
     return steps
 
 
 def _reduce(tree: _Operation) -> _Tree | None:
-    """The tree with its first operation on two numbers carried out, in the order of evaluation."""
+    """The tree with its first operation on two numbers carried out, or None if its value needs too many digits."""
     for side in ("left", "right"):
         inner = getattr(tree, side)
         if isinstance(inner, _Operation):
-            below = _reduce(inner)
-            if below is None:
+            reduced = _reduce(inner)
+            if reduced is None:
                 return None
-            return _Operation(tree.operator, *((below, tree.right) if side == "left" else (tree.left, below)))
+            return _Operation(tree.operator, *((reduced, tree.right) if side == "left" else (tree.left, reduced)))
     assert isinstance(tree.left, _Number) and isinstance(tree.right, _Number)
-    value = _value(tree.operator, tree.left.value, tree.right.value)
+    value = _compute(tree.operator, tree.left.value, tree.right.value)
     return None if value is None else _leaf(value)
 
 
-def _value(operator: str, a: Fraction, b: Fraction) -> Fraction | None:
+def _compute(operator: str, a: Fraction, b: Fraction) -> Fraction | None:
+    """The operation's exact value, or None if it is undefined, too large, or has too many decimals."""
     if operator == "/":
         if b == 0:
             return None
@@ -115,21 +116,22 @@ def _value(operator: str, a: Fraction, b: Fraction) -> Fraction | None:
     return value if exact and abs(value) < _LARGEST else None
 
 
-def _shown(tree: _Tree) -> str:
+def _expression(tree: _Tree) -> str:
+    """The tree written out, with no more brackets than needed."""
     if isinstance(tree, _Number):
         return tree.text
-    left, right = _shown(tree.left), _shown(tree.right)
+    left, right = _expression(tree.left), _expression(tree.right)
     level = _PRECEDENCE[tree.operator]
     if isinstance(tree.left, _Operation) and _PRECEDENCE[tree.left.operator] < level:
         left = f"({left})"
-    # To the right even an operation of the same rank needs brackets: a*(b/c) is evaluated in that order.
+    # On the right an operation of equal precedence needs brackets too: a*b/c would be evaluated as (a*b)/c.
     if right.startswith("-") or (isinstance(tree.right, _Operation) and _PRECEDENCE[tree.right.operator] <= level):
         right = f"({right})"
     return f"{left}{tree.operator}{right}"
 
 
-def _written(value: Fraction) -> str:
-    """A terminating decimal, written out."""
+def _decimal(value: Fraction) -> str:
+    """The number in decimal notation; `value` must have at most _DECIMALS decimals."""
     scaled = value * 10**_DECIMALS
     assert scaled.denominator == 1
     sign, digits = ("-" if scaled < 0 else ""), str(abs(scaled.numerator)).rjust(_DECIMALS + 1, "0")

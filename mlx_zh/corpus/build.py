@@ -1,7 +1,8 @@
-"""From sources to examples on disk: scan, choose, render, once for each content and settings.
+"""From sources to examples on disk: scan the rows, choose among them, render the chosen ones.
 
-A prepared corpus is a folder of Arrow files (`datasets.load_from_disk` opens it too) that appears whole or not at
-all under a digest of everything that it depends on. Beside it, `KEY.work` holds what an interrupted run finished.
+A prepared corpus is a folder of Arrow files, which `datasets.load_from_disk` opens too. The folder is named by a
+digest of everything that the corpus depends on, and it appears only when it is complete. The folder `KEY.work` beside
+it holds the finished parts of an interrupted run, so the next run continues from there.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from mlx_zh.system.digests import FileDigests, value_digest
 from mlx_zh.system.storage import storage_errors, sync_folder, write_json, written_whole
 
 VERSION = 2  # part of the key; raise it when the same input would give another corpus
-_LARGE = 32 << 20  # bytes of data files from which on sources are scanned in processes of their own
-_MANY = 20_000  # rows from which on the faster encoder is worth its preparation
+_LARGE = 32 << 20  # data files of this many bytes or more are scanned by one process a source
+_MANY = 20_000  # with more rows than this, the faster encoder saves more time than its setup costs
 
-Event = Callable[[str, str, int], None]  # what is done ("scan", "render"), a source's name, rows so far
+Event = Callable[[str, str, int], None]  # called with the pass ("scan" or "render"), a source's name, rows so far
 
 
 @dataclass(frozen=True)
 class Exams:
-    """The exams that training data must not hold: where their questions lie, and which could not be had."""
+    """The exams whose questions are removed from the training data."""
 
-    folders: dict[str, str]
-    missing: dict[str, str]  # name -> why
-    ngram: int = 10
-    overlap: float = 0.4
+    folders: dict[str, str]  # exam -> folder with its CSV files
+    missing: dict[str, str]  # exam whose questions are not available -> the reason
+    ngram: int = 10  # letters and digits of an n-gram
+    overlap: float = 0.4  # a row is dropped if it contains at least this share of a question's n-grams
 
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """Everything but the sources that a corpus depends on."""
+    """Everything that a corpus depends on, apart from its sources and the tokenizer."""
 
     render: RenderSettings
     choice: choosing.ChoiceSettings
@@ -66,31 +67,31 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus."""
+    """A prepared corpus; its rows stay on disk."""
 
     folder: Path
     key: str
     manifest: dict[str, Any]  # settings, file digests, and the report
     splits: dict[str, Conversations | Pairs]  # train and validation
-    ready: bool  # it was there already
+    ready: bool  # whether it came from the cache
 
     def conversations(self, split: str) -> Conversations:
-        """The examples of a split, "train" or "validation", of a corpus for SFT."""
-        found = self.splits[split]
-        assert isinstance(found, Conversations)
-        return found
+        """The examples of a split ("train" or "validation") of a corpus for SFT."""
+        examples = self.splits[split]
+        assert isinstance(examples, Conversations)
+        return examples
 
     def pairs(self, split: str) -> Pairs:
-        """The pairs of a split of a corpus for DPO."""
-        found = self.splits[split]
-        assert isinstance(found, Pairs)
-        return found
+        """The pairs of a split ("train" or "validation") of a corpus for DPO."""
+        pairs = self.splits[split]
+        assert isinstance(pairs, Pairs)
+        return pairs
 
 
 def corpus_key(
     sources: Sequence[DataSource], settings: CorpusSettings, renderer: Renderer, cache: Path
 ) -> tuple[str, dict[str, Any]]:
-    """A digest of everything that the corpus depends on, and the values it was made of."""
+    """A digest of everything that the corpus depends on, and the values that went into the digest."""
     exams = {name: sorted(map(str, Path(folder).rglob("*.csv"))) for name, folder in settings.exams.folders.items()}
     every = [path for source in sources for path in source.files] + [
         path for paths in exams.values() for path in paths
@@ -117,11 +118,13 @@ def prepare(
     event: Event,
     vocabulary: Callable[[], Vocabulary | None] | None = None,
 ) -> Corpus:
-    """The corpus of these sources, from the cache folder where it is there.
+    """The corpus of these sources, taken from the cache folder or built there.
 
-    `vocabulary` gives the tokenizer's for the faster encoder where it is known; else it is made from the renderer's.
+    `vocabulary` returns the tokenizer's Vocabulary for the faster encoder, or None if there is none; by default it is
+    derived from the renderer's tokenizer. Two processes that prepare the same corpus wait for each other.
 
-    Raises DataError for data that cannot be used, named by file and row; nothing unfinished is ever served.
+    Raises DataError for rows that cannot be used (with file and row), TemplateError for conversations that the chat
+    template refuses, StorageError if the cache folder cannot be written.
     """
     key, values = corpus_key(sources, settings, renderer, cache)
     folder = cache / key
@@ -131,8 +134,8 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{key}.lock"):
         if not (folder / "manifest.json").exists():
-            known = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
-            _build(sources, settings, renderer, folder, values, event, known)
+            get_vocabulary = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
+            _build(sources, settings, renderer, folder, values, event, get_vocabulary)
             return open_corpus(folder, settings.render.kind, ready=False)
     return open_corpus(folder, settings.render.kind, ready=True)
 
@@ -153,7 +156,7 @@ def _build(
     folder: Path,
     values: dict[str, Any],
     event: Event,
-    vocabulary: Callable[[], Vocabulary | None],
+    get_vocabulary: Callable[[], Vocabulary | None],
 ) -> None:
     work = folder.with_name(f"{folder.name}.work")
     try:
@@ -163,8 +166,8 @@ def _build(
         scans = _scan_all(sources, settings, bool(exam_places), work, event)
         choice = choosing.choose(sources, scans, settings.choice, exam_places)
         rows = choice.rendered()
-        if len(rows) > _MANY and (known := vocabulary()) is not None:
-            renderer.encode_with(JoinedEncoder(known))
+        if len(rows) > _MANY and (vocabulary := get_vocabulary()) is not None:
+            renderer.encode_with(JoinedEncoder(vocabulary))
         source_of = np.searchsorted(choice.starts, rows, side="right") - 1
         chosen = Chosen(source_of, rows - choice.starts[source_of])
         paths = write_shards(
@@ -172,14 +175,15 @@ def _build(
         )
         _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, folder)
     except MlxZhError:
-        # The data or the settings must change, and then the key does. An interrupted run's work stays.
+        # After an error the user changes the data or the settings, so the key changes and this folder is of no use.
+        # A run that was interrupted raises no MlxZhError: its folder stays.
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _index_exams(exams: Exams, work: Path) -> tuple[list[str], dict[str, Any]]:
-    """Write the index of all questions; their places, and what is said of them in the report."""
+    """Write the index of all questions; returns the place of each question and their part of the report."""
     questions = [q for name, folder in exams.folders.items() for q in read_questions(Path(folder), name)]
     report: dict[str, Any] = {"exams": list(exams.folders), "missing": exams.missing, "questions": len(questions)}
     if questions:
@@ -192,8 +196,8 @@ def _index_exams(exams: Exams, work: Path) -> tuple[list[str], dict[str, Any]]:
 def _scan_all(
     sources: Sequence[DataSource], settings: CorpusSettings, exams: bool, work: Path, event: Event
 ) -> list[Scan]:
-    """Scan every source, large ones in processes of their own."""
-    asked = ScanSettings(
+    """Scan every source. Large data is scanned by one process a source."""
+    scan_settings = ScanSettings(
         settings.render.kind,
         settings.on_invalid,
         settings.normalize,
@@ -205,10 +209,10 @@ def _scan_all(
     size = sum(os.path.getsize(path) for source in sources for path in source.files)
     if size < _LARGE or len(sources) < 2:
         for source, folder in zip(sources, folders, strict=True):
-            scan(source, asked, folder, lambda name, rows: event("scan", name, rows))
+            scan(source, scan_settings, folder, lambda name, rows: event("scan", name, rows))
     else:
-        _scan_in_processes(sources, asked, folders, event)
-    near = asked.near_ngram is not None
+        _scan_in_processes(sources, scan_settings, folders, event)
+    near = scan_settings.near_ngram is not None
     return [open_scan(f, near and s.near_duplicates) for s, f in zip(sources, folders, strict=True)]
 
 
@@ -225,12 +229,15 @@ def _scan_in_processes(
             running.append(process)
             assert process.stdout is not None
             for line in process.stdout:
-                said = json.loads(line)
-                if "error" in said:
-                    raise getattr(errors, said["error"])(said["message"])
-                event("scan", said["name"], said["rows"])
+                message = json.loads(line)
+                if "error" in message:
+                    raise getattr(errors, message["error"])(message["message"])
+                event("scan", message["name"], message["rows"])
         if process.returncode:
-            raise DataError(f"{sources[index].name}: the reading process ended with status {process.returncode}")
+            raise DataError(
+                f"{sources[index].name}: the process that reads this source ended with status {process.returncode} "
+                "(a negative status is a signal; -9 often means that memory ran out); its messages are above"
+            )
 
     def size(i: int) -> int:
         return sum(os.path.getsize(path) for path in sources[i].files)
@@ -238,9 +245,9 @@ def _scan_in_processes(
     largest_first = sorted(range(len(sources)), key=size, reverse=True)
     with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, len(sources)))) as threads:
         try:
-            waiting = [threads.submit(run, index) for index in largest_first]
-            for done in as_completed(waiting):
-                done.result()
+            futures = [threads.submit(run, index) for index in largest_first]
+            for future in as_completed(futures):
+                future.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             for process in running:
@@ -259,23 +266,23 @@ def _finish(
     exam_report: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Say which rows of the files make the splits, write the report, and give the folder its name."""
+    """Write which rows of the files belong to each split, write the report, and give the folder its final name."""
     shards = Shards(paths)
-    rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")  # rows that fitted, in order
-    splits = {"train": _places(choice.train, rendered), "validation": _places(choice.validation, rendered)}
+    rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")  # numbers of the rows in the files
+    splits = {"train": _positions(choice.train, rendered), "validation": _positions(choice.validation, rendered)}
     if not len(splits["train"]):
         raise DataError(_nothing_left(sources, scans, choice, paths))
     work = paths[0].parent
-    for split, places in splits.items():
+    for split, positions in splits.items():
         with written_whole(work / f"{split}.npy") as file:
-            np.save(file, places)
+            np.save(file, positions)
     rendering: dict[int, Counter[str]] = {}
     for counts in counts_of(paths):
         for source, reasons in counts.items():
             rendering.setdefault(source, Counter()).update(reasons)
     kind = settings.render.kind
     open_as = Conversations if kind == "sft" else Pairs
-    opened = {split: open_as(shards, places) for split, places in splits.items()}
+    opened = {split: open_as(shards, positions) for split, positions in splits.items()}
     report = statistics.describe(sources, scans, choice, rendering, opened["train"], opened["validation"])
     report["exam_questions"] = exam_report
     report["tokens_per_chinese_character"] = statistics.tokens_per_character(scans, choice, renderer)
@@ -283,19 +290,22 @@ def _finish(
     for path, name in zip(paths, names, strict=True):
         path.rename(work / name)
         path.with_suffix(".json").unlink()
-    _write_about(work, folder.name, kind, names)
+    _write_datasets_files(work, folder.name, kind, names)
     write_json(work / "manifest.json", {"files": names, "made_of": values, "report": report})
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)
 
 
-def _places(rows: choosing.Indices, rendered: choosing.Indices) -> choosing.Indices:
-    """Where chosen rows lie in the files; those that did not fit are left out."""
+def _positions(rows: choosing.Indices, rendered: choosing.Indices) -> choosing.Indices:
+    """The position of each chosen row in the files; rows that were dropped while rendering are left out.
+
+    `rendered` (R,) holds the row number at each position, in rising order.
+    """
     at = np.searchsorted(rendered, rows)
     at[at == len(rendered)] = 0
-    found: choosing.Indices = at[rendered[at] == rows] if len(rendered) else at[:0]
-    return found
+    positions: choosing.Indices = at[rendered[at] == rows] if len(rendered) else at[:0]
+    return positions
 
 
 def _nothing_left(
@@ -308,13 +318,16 @@ def _nothing_left(
     for counts in counts_of(paths):
         for counted in counts.values():
             reasons.update(counted)
-    said = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    counted_reasons = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     names = ", ".join(source.name for source in sources if not source.validation)
-    return f"nothing is left to learn from in {names} ({said or 'no row was read'})."
+    return (
+        f"nothing is left to learn from in {names} ({counted_reasons or 'no row was read'}). Change the setting that "
+        "drops the rows, or add data."
+    )
 
 
-def _write_about(folder: Path, key: str, kind: str, names: Sequence[str]) -> None:
-    """What `datasets.load_from_disk` looks for."""
+def _write_datasets_files(folder: Path, key: str, kind: str, names: Sequence[str]) -> None:
+    """Write the two JSON files that `datasets.load_from_disk` reads."""
     features: dict[str, Any] = {}
     for field in SCHEMAS[kind]:
         value = {"dtype": "int32", "_type": "Value"}

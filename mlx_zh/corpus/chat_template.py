@@ -1,4 +1,4 @@
-"""A chat template as a pure function from messages to text, whatever day it is."""
+"""A chat template as a pure function from messages to text: the date that it prints is fixed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ NO_TEMPLATE = (
     "tokenizer.json"
 )
 
-_LARGEST = 1_000_000  # characters or items that a product may have
+_LARGEST = 1_000_000  # characters, items or number that a product may reach
 
 
 class ChatTemplate:
-    """A template compiled once, with the settings that transformers compiles its chat templates with.
+    """A template compiled once, with the settings that transformers uses for chat templates.
 
-    Unlike there, `strftime_now` and `date_string` give the pinned date. Chat templates come with models from
-    strangers, so they run in Jinja's immutable sandbox.
+    Unlike in transformers, `strftime_now` and `date_string` give a fixed date. Chat templates come with downloaded
+    models and are not trusted, so they run in Jinja's immutable sandbox.
+
+    Raises TemplateError if the source is not valid Jinja.
     """
 
     def __init__(self, source: str, *, date_string: str, variables: dict[str, Any]):
@@ -38,33 +40,42 @@ class ChatTemplate:
         environment.globals.update(
             raise_exception=_raise_exception,
             strftime_now=lambda form: _pinned_date(date_string, form),
-            dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the class itself would hand out its attributes
+            dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the class itself would expose its attributes
             namespace=_Namespace,
         )
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # a stranger's program: RecursionError, SyntaxError, OverflowError, …
+        except Exception as error:  # untrusted code: RecursionError, SyntaxError, OverflowError, …
             raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
-        """The text of a conversation. Raises TemplateError, with `source` in front, where the template refuses it."""
+        """The text of a conversation.
+
+        Raises TemplateError if the template refuses it; the message begins with `source` ("file:line").
+        """
         rows = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a stranger's program may raise anything
+        except Exception as error:  # untrusted code may raise anything
             where = f"{source}: " if source else ""
             roles = ", ".join(message.role for message in messages)
             raise TemplateError(f"{where}the chat template refuses the roles {roles}: {_reason(error)}") from error
 
 
 def template_source(tokenizer: Any, chosen: str | None = None) -> str:
-    """The template's text: the chosen one, else the tokenizer's (its `default` where it has several)."""
+    """The template's text: `chosen` if given, else the tokenizer's own (the one named `default` if it has several).
+
+    Raises TemplateError if there is no template.
+    """
     source = chosen if chosen is not None else getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):
         if "default" not in source:
             names = ", ".join(sorted(source)) or "none"
-            raise TemplateError(f"the tokenizer names no default chat template (it has: {names}); set one of them")
+            raise TemplateError(
+                f"the tokenizer has several chat templates and none is named default (it has: {names}); save the one "
+                "to use as chat_template.jinja in the model's folder"
+            )
         source = source["default"]
     if not isinstance(source, str) or not source.strip():
         raise TemplateError(NO_TEMPLATE)
@@ -72,20 +83,20 @@ def template_source(tokenizer: Any, chosen: str | None = None) -> str:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, which keeps a template from everything but its own values, with bounds on size.
+    """Jinja's immutable sandbox with a limit on the size of values, so that a template cannot exhaust memory.
 
-    `range` is bounded by the sandbox itself; products and powers are here, also where Jinja would compute them while
-    it compiles.
+    Jinja's sandbox already limits `range`. Here products and powers are limited too, including those that Jinja
+    computes while it compiles.
     """
 
     intercepted_binops = frozenset(("*", "**"))
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        del self.globals["lipsum"]  # writes as much nonsense as it is asked for
+        del self.globals["lipsum"]  # writes filler text of any length
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """A product or a power that stays small."""
+        """The product or power. Raises SecurityError if it would be too large."""
         if operator == "**" or isinstance(left, Sized) or isinstance(right, Sized):
             sizes = [len(side) if isinstance(side, Sized) else abs(side) for side in (left, right)]
             large = sizes[0] * sizes[1] > _LARGEST if operator == "*" else sizes[0] > _LARGEST or sizes[1] > 64
@@ -95,7 +106,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %} … {% endgeneration %}` marks a reply for other programs' masks; here it is transparent."""
+    """`{% generation %} … {% endgeneration %}` marks a reply for transformers' loss mask; here it does nothing."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
@@ -105,7 +116,7 @@ class _GenerationBlock(Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscore names, which lead out of the sandbox."""
+    """Jinja's namespace without names that begin with an underscore, because they lead out of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` must stay free as a name in the template
         namespace, *rest = args
@@ -138,12 +149,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML characters.
+    # Jinja's own filter would escape HTML characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _pinned_date(date_string: str, form: str) -> str:
-    """The pinned date in the form a template asks for; as it is where it is not written like 26 Jul 2024."""
+    """The fixed date in the format `form` (strftime's), or unchanged if it is not written like 26 Jul 2024."""
     try:
         return datetime.strptime(date_string, "%d %b %Y").strftime(form)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Between the passes: which rows of all sources are dropped, which train, and which validate."""
+"""Between the two passes: which rows of all sources are dropped, which are for training, which for validation."""
 
 from __future__ import annotations
 
@@ -17,59 +17,63 @@ from mlx_zh.corpus.sources import DataSource
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate"
-VALIDATES = "also in the validation set"
+IN_VALIDATION = "also in the validation set"
 EXAM = "exam question"
 NOT_PICKED = "beyond max_samples"
 
 Indices = npt.NDArray[np.int64]
-_LISTED = 3  # duplicates named for each source and reason
+_LISTED = 3  # duplicates listed for each source and reason
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
-    """What counts as the same, and how sources are mixed."""
+    """What counts as a duplicate, and how sources are mixed."""
 
-    exact: bool = True
-    near: float | None = 0.75
-    mixing: str = "concat"
+    exact: bool = True  # drop rows that repeat an earlier row
+    near: float | None = 0.75  # drop rows with at least this Jaccard similarity to an earlier row; None: keep them
+    mixing: str = "concat"  # concat or interleave
     validation_fraction: float = 0.0
     seed: int = 42
 
 
 @dataclass
 class Choice:
-    """Rows are numbered over all sources: those of the first source, of the second, and so on."""
+    """The chosen rows. Row numbers count through all sources: first the rows of the first source, and so on."""
 
-    train: Indices  # in the order of training; a row of a source with weight 2 stands twice
+    train: Indices  # in training order; a row of a source with weight 2 occurs twice
     validation: Indices
     starts: Indices  # (S + 1,) the number of each source's first row
     dropped: list[Counter[str]]  # for each source: reason -> rows
-    examples: list[dict[str, list[str]]] = field(default_factory=list)  # places, and what they repeat
-    exam_rows: list[dict[str, Any]] = field(default_factory=list)  # every row dropped for an exam question
+    examples: list[dict[str, list[str]]] = field(default_factory=list)  # for each source: reason -> "A repeats B"
+    exam_rows: list[dict[str, Any]] = field(default_factory=list)  # the rows dropped for an exam question
 
     def rendered(self) -> Indices:
-        """Every chosen row once, in order."""
+        """The numbers of all chosen rows, each once, in rising order."""
         return np.unique(np.concatenate([self.train, self.validation]))
 
 
 def choose(
     sources: Sequence[DataSource], scans: Sequence[Scan], settings: ChoiceSettings, exam_places: Sequence[str]
 ) -> Choice:
-    """Choose among all rows of all sources; the first of equal rows is kept, validation sources first."""
+    """Choose among all rows of all sources.
+
+    Of equal rows the first is kept. Rows of validation sources count as earlier than all others, so a training row
+    that repeats a validation row is dropped. `exam_places` names the questions that `Scan.exam` refers to.
+    """
     starts = np.concatenate([[0], np.cumsum([len(scan.prompts) for scan in scans])])
     choice = Choice(np.empty(0, np.int64), np.empty(0, np.int64), starts, [Counter() for _ in sources])
     choice.examples = [{} for _ in sources]
     exam = np.concatenate([scan.exam for scan in scans])
-    _note_exams(choice, scans, exam, exam_places)
+    _record_exam_rows(choice, scans, exam, exam_places)
     order = sorted(range(len(sources)), key=lambda i: not sources[i].validation)
     kept, repeats = _without_repeats(order, scans, settings, exam < 0)
     for reason, rows, before in repeats:
-        _note_repeats(choice, sources, scans, reason, rows, before)
+        _record_repeats(choice, sources, scans, reason, rows, before)
     _split(choice, sources, scans, settings, kept)
     return choice
 
 
-def _note_exams(
+def _record_exam_rows(
     choice: Choice, scans: Sequence[Scan], exam: npt.NDArray[np.int32], exam_places: Sequence[str]
 ) -> None:
     for row in np.flatnonzero(exam >= 0).tolist():
@@ -83,28 +87,31 @@ def _note_exams(
 def _without_repeats(
     order: Sequence[int], scans: Sequence[Scan], settings: ChoiceSettings, wanted: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], list[tuple[str, Indices, Indices]]]:
-    """Which of the wanted rows are left, and (reason, rows, the rows that they repeat), numbered as sources stand."""
+    """Which of the `wanted` rows (N,) are kept, and for each reason (reason, dropped rows, the rows they repeat).
+
+    Sources are searched in `order`, because the first of equal rows is kept. Results use the sources' own order.
+    """
     sizes = np.array([len(scan.prompts) for scan in scans])
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    # Looked at in another order: `number` says where each row looked at stands in the order of the sources.
+    # The row number, in the sources' own order, of each row in search order.
     number = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in order])
     rows = [scans[i].rows for i in order]
     kept = wanted[number]
     repeats = []
-    for reason, looked_for in ((DUPLICATE, settings.exact), (NEAR_DUPLICATE, settings.near is not None)):
-        if not looked_for:
+    for reason, enabled in ((DUPLICATE, settings.exact), (NEAR_DUPLICATE, settings.near is not None)):
+        if not enabled:
             continue
         near = settings.near or 1.0
-        found = find_exact(rows, kept) if reason == DUPLICATE else find_near(rows, kept, near)
-        again = np.flatnonzero(found >= 0)
-        kept[again] = False
-        repeats.append((reason, number[again], number[found[again]]))
-    left = np.zeros(len(number), dtype=bool)
-    left[number] = kept
-    return left, repeats
+        earlier = find_exact(rows, kept) if reason == DUPLICATE else find_near(rows, kept, near)
+        repeated = np.flatnonzero(earlier >= 0)
+        kept[repeated] = False
+        repeats.append((reason, number[repeated], number[earlier[repeated]]))
+    kept_by_number = np.zeros(len(number), dtype=bool)
+    kept_by_number[number] = kept
+    return kept_by_number, repeats
 
 
-def _note_repeats(
+def _record_repeats(
     choice: Choice,
     sources: Sequence[DataSource],
     scans: Sequence[Scan],
@@ -118,9 +125,9 @@ def _note_repeats(
         rows.tolist(), source_of.tolist(), before.tolist(), first_of.tolist(), strict=True
     ):
         leak = sources[of].validation and not sources[source].validation
-        said = VALIDATES if leak else reason
-        choice.dropped[source][said] += 1
-        listed = choice.examples[source].setdefault(said, [])
+        recorded = IN_VALIDATION if leak else reason
+        choice.dropped[source][recorded] += 1
+        listed = choice.examples[source].setdefault(recorded, [])
         if len(listed) < _LISTED:
             here = _place(scans[source], row - int(choice.starts[source]))
             listed.append(f"{here} repeats {_place(scans[of], first - int(choice.starts[of]))}")
@@ -133,7 +140,7 @@ def _split(
     settings: ChoiceSettings,
     kept: npt.NDArray[np.bool_],
 ) -> None:
-    """Apply `max_samples`, split off validation rows, and mix the others."""
+    """Apply `max_samples`, split off the validation rows, and mix the training rows."""
     hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])
     prompts = np.concatenate([scan.prompts for scan in scans])
     train, weights, validation = [], [], []
@@ -145,13 +152,14 @@ def _split(
         if source.validation:
             validation.append(picked)
             continue
-        held = mixing.validates(prompts[picked], settings.validation_fraction)
-        validation.append(picked[held])
-        train.append(picked[~held])
+        held_out = mixing.is_validation(prompts[picked], settings.validation_fraction)
+        validation.append(picked[held_out])
+        train.append(picked[~held_out])
         weights.append(source.weight)
     choice.train = mixing.mix(train, weights, settings.mixing, hashes, settings.seed)
     choice.validation = np.concatenate([*validation, np.empty(0, dtype=np.int64)])
 
 
 def _place(scan: Scan, number: int) -> str:
+    """Where a source's row number `number` stands: "file:line"."""
     return scan.items(number // PART)[number % PART].source

@@ -1,7 +1,7 @@
-"""Which training rows hold an exam's question: C-Eval and CMMLU must be answered by models that never saw them.
+"""Which training rows contain a question of C-Eval or CMMLU. A model that saw the questions cannot be graded by them.
 
-A question is a set of character n-grams; the share of them that a row holds is the overlap. Short stems are looked
-for together with their options, since "the capital is ____" alone is no question yet.
+A question is a set of character n-grams. The overlap of a row is the share of these n-grams that the row contains.
+A short stem is searched together with its options, because "the capital is ____" alone occurs in many texts.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from mlx_zh.errors import DataError
 from mlx_zh.system.storage import written_whole
 
 _LETTERS = "ABCD"
-_ALONE, _LONG = 12, 20  # letters from which on a stem is looked for by itself, and from which on only so
-_BOILERPLATE = 4  # an n-gram of more questions than this is the exams' own phrase, and proves nothing
-_FEWEST = 4  # n-grams that a question must have left to be looked for
+_ALONE, _LONG = 12, 20  # a stem of _ALONE letters is also searched without its options; one of _LONG only without
+_BOILERPLATE = 4  # an n-gram that occurs in more questions than this is a stock phrase and is ignored
+_FEWEST = 4  # a question with fewer n-grams than this is not searched for
 _FILTER_BITS = 24
 
 
 @dataclass(frozen=True)
 class Question:
-    """An exam's question: its place, and the ways in which it may be written."""
+    """An exam's question: where it is, as "exam split/subject number", and the variants of its text to search for."""
 
     place: str
     texts: tuple[str, ...]
 
 
 def read_questions(folder: Path, exam: str) -> list[Question]:
-    """Every question of an exam's CSV files (question, A, B, C, D), whichever split they lie in."""
-    found = []
+    """The questions of all CSV files under `folder`, with the columns question, A, B, C, D, from every split.
+
+    Raises DataError if a file cannot be read or there is no question.
+    """
+    questions = []
     for path in sorted(folder.rglob("*.csv")):
         problems: list[str] = []
         table = read_table(path, problems)
@@ -44,11 +47,13 @@ def read_questions(folder: Path, exam: str) -> list[Question]:
         if table is None or problems:
             raise DataError(f"{problems[0]} An exam's CSV file is in UTF-8 and has the columns question, A, B, C, D.")
         for number, (_, row) in enumerate(table.rows, start=1):
-            fields = {name: row[place] for name, place in table.columns.items() if place < len(row)}
-            found.append(_question(fields, f"{exam} {path.parent.name}/{path.stem} {number}"))
-    if not found:
-        raise DataError(f"{folder}: no CSV file with questions of {exam}; it must hold dev/ and val/ or test/")
-    return found
+            fields = {name: row[column] for name, column in table.columns.items() if column < len(row)}
+            questions.append(_question(fields, f"{exam} {path.parent.name}/{path.stem} {number}"))
+    if not questions:
+        raise DataError(
+            f"{folder}: no CSV file with questions of {exam}; the folder must contain dev/ and val/ or test/"
+        )
+    return questions
 
 
 def _question(fields: Mapping[str, str], place: str) -> Question:
@@ -64,30 +69,30 @@ def _question(fields: Mapping[str, str], place: str) -> Question:
 
 @dataclass(frozen=True)
 class ExamIndex:
-    """The n-grams of all questions, sorted, each with the questions that it is from."""
+    """The n-grams of Q questions in V variants, sorted, each with the variant that it is from."""
 
     ngram: int
-    overlap: float  # of a question's n-grams, from which on a row counts as holding it
+    overlap: float  # a row that contains at least this share of a question's n-grams contains the question
     places: npt.NDArray[np.str_]  # (Q,)
-    question_of: npt.NDArray[np.int32]  # (V,) for each way of writing one
-    sizes: npt.NDArray[np.int32]  # (V,) n-grams of each way of writing
+    question_of: npt.NDArray[np.int32]  # (V,) the question that each variant writes
+    sizes: npt.NDArray[np.int32]  # (V,) n-grams of each variant
     grams: Hashes  # (G,) sorted
-    variants: npt.NDArray[np.int32]  # (G,) the way of writing that each n-gram is from
+    variants: npt.NDArray[np.int32]  # (G,) the variant that each n-gram is from
 
     @classmethod
     def build(cls, questions: Iterable[Question], *, ngram: int, overlap: float) -> ExamIndex:
-        """Index questions; those of fewer than four telling n-grams are left out (`checked` counts the others)."""
+        """Index the questions that have at least four n-grams of their own; `checked` counts these."""
         questions = list(questions)
         texts = [text for question in questions for text in question.texts]
         owner = np.repeat(np.arange(len(questions)), [len(question.texts) for question in questions])
         grams, offsets = letters(texts).ngrams(ngram)
         variant = np.repeat(np.arange(len(texts)), np.diff(offsets))
         grams, variant = _distinct(grams, variant)
-        # Questions that share a phrase: counted once a question, however many ways it is written.
-        asked, _ = _distinct(grams, owner[variant])
-        phrases, counts = np.unique(asked, return_counts=True)
-        telling = counts[np.searchsorted(phrases, grams)] <= _BOILERPLATE
-        grams, variant = grams[telling], variant[telling].astype(np.int32)
+        # In how many questions each n-gram occurs; the variants of one question count once.
+        once_a_question, _ = _distinct(grams, owner[variant])
+        unique, counts = np.unique(once_a_question, return_counts=True)
+        specific = counts[np.searchsorted(unique, grams)] <= _BOILERPLATE
+        grams, variant = grams[specific], variant[specific].astype(np.int32)
         sizes = np.bincount(variant, minlength=len(texts))
         enough = sizes[variant] >= _FEWEST
         return cls(
@@ -102,11 +107,11 @@ class ExamIndex:
 
     @property
     def checked(self) -> int:
-        """How many questions can be found."""
+        """How many questions are searched for."""
         return len(np.unique(self.question_of[self.sizes > 0]))
 
     def save(self, path: Path) -> None:
-        """Write the index, whole."""
+        """Write the index; the file appears only when it is complete."""
         with written_whole(path) as file:
             np.savez(
                 file,
@@ -121,23 +126,26 @@ class ExamIndex:
     @classmethod
     def load(cls, path: Path) -> ExamIndex:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as found:
-            ngram, overlap = found["settings"]
+        with np.load(path, allow_pickle=False) as arrays:
+            ngram, overlap = arrays["settings"]
             names = ("places", "question_of", "sizes", "grams", "variants")
-            return cls(int(ngram), float(overlap), *(found[name] for name in names))
+            return cls(int(ngram), float(overlap), *(arrays[name] for name in names))
 
 
 class ExamFilter:
-    """Looks rows up in an index. A bit table first: nearly all n-grams of nearly all rows are in no question."""
+    """Searches rows for the questions of an index.
+
+    Nearly all n-grams of a row are in no question. A table of bits rules them out before the binary search.
+    """
 
     def __init__(self, index: ExamIndex) -> None:
         self._index = index
         self._bits = np.zeros(1 << (_FILTER_BITS - 3), dtype=np.uint8)
-        places = index.grams >> np.uint64(64 - _FILTER_BITS)
-        np.bitwise_or.at(self._bits, places >> np.uint64(3), _bit(places))
+        slots = index.grams >> np.uint64(64 - _FILTER_BITS)
+        np.bitwise_or.at(self._bits, slots >> np.uint64(3), _bit(slots))
 
     def find(self, texts: Letters) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """For each text (N,) the question that it holds most of (-1: none), and how much of it (0 to 1)."""
+        """For each text (N,) the question with the largest overlap, or -1 if that is below the limit; the overlap."""
         grams, offsets = texts.ngrams(self._index.ngram)
         count = len(offsets) - 1
         question = np.full(count, -1, dtype=np.int32)
@@ -145,25 +153,25 @@ class ExamFilter:
         texts_of, variants = self._matches(grams, offsets)
         if not len(variants):
             return question, share
-        keys, held = np.unique(texts_of * len(self._index.sizes) + variants, return_counts=True)
+        keys, matched = np.unique(texts_of * len(self._index.sizes) + variants, return_counts=True)
         text, variant = np.divmod(keys, len(self._index.sizes))
-        shares = held / self._index.sizes[variant]
-        order = np.argsort(shares, kind="stable")  # the best of each text is written last
+        shares = matched / self._index.sizes[variant]
+        order = np.argsort(shares, kind="stable")  # rising, so the largest share of each text is written last
         text, variant, shares = text[order], variant[order], shares[order]
         share[text] = shares
         question[text] = np.where(shares >= self._index.overlap, self._index.question_of[variant], -1)
         return question, share
 
     def _matches(self, grams: Hashes, offsets: Offsets) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(text, way of writing) for each distinct n-gram of a text that is in a question."""
-        places = grams >> np.uint64(64 - _FILTER_BITS)
-        maybe = np.flatnonzero(self._bits[places >> np.uint64(3)] & _bit(places))
-        known = self._index.grams
-        first = np.searchsorted(known, grams[maybe], "left")
-        last = np.searchsorted(known, grams[maybe], "right")
+        """The pairs (text, variant) for each distinct n-gram of a text that is in that variant of a question."""
+        slots = grams >> np.uint64(64 - _FILTER_BITS)
+        maybe = np.flatnonzero(self._bits[slots >> np.uint64(3)] & _bit(slots))
+        indexed = self._index.grams
+        first = np.searchsorted(indexed, grams[maybe], "left")
+        last = np.searchsorted(indexed, grams[maybe], "right")
         text = np.searchsorted(offsets, maybe, "right") - 1
-        # An n-gram that a text repeats counts once.
-        _, once = np.unique(text * (len(known) + 1) + first, return_index=True)
+        # An n-gram that occurs several times in a text counts once.
+        _, once = np.unique(text * (len(indexed) + 1) + first, return_index=True)
         text, first, last = text[once], first[once], last[once]
         counts = last - first
         expanded = np.repeat(first - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
@@ -171,7 +179,7 @@ class ExamFilter:
 
 
 def _distinct(grams: Hashes, owners: npt.NDArray[np.int64]) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """Sorted pairs of n-gram and owner, each once."""
+    """The pairs (n-gram, owner), sorted, each once."""
     order = np.lexsort((owners, grams))
     grams, owners = grams[order], owners[order]
     new = np.ones(len(grams), dtype=bool)
@@ -179,5 +187,6 @@ def _distinct(grams: Hashes, owners: npt.NDArray[np.int64]) -> tuple[Hashes, npt
     return grams[new], owners[new]
 
 
-def _bit(places: Hashes) -> npt.NDArray[np.uint8]:
-    return np.left_shift(np.uint8(1), (places & np.uint64(7)).astype(np.uint8))
+def _bit(slots: Hashes) -> npt.NDArray[np.uint8]:
+    """The bit of each slot inside its byte of the table."""
+    return np.left_shift(np.uint8(1), (slots & np.uint64(7)).astype(np.uint8))

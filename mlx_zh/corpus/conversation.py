@@ -1,4 +1,4 @@
-"""What a data set's row becomes: a conversation to imitate, or two answers of which one is preferred."""
+"""What a row of a data set becomes: a conversation for SFT, or a pair of answers for DPO."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user or assistant; `content` is kept as it was written, whitespace included."""
+    """One turn. `role` is system, user or assistant; `content` is the text as written, white space included."""
 
     role: str
     content: str
@@ -15,7 +15,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that end with the assistant. `source` is "file:line" (JSON lines) or "file[index]" (JSON array)."""
+    """Messages, the last one the assistant's. `source` is "file:line" (JSON lines) or "file[index]" (JSON array)."""
 
     messages: tuple[Message, ...]
     source: str
@@ -23,7 +23,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt that ends with the user, an answer that was preferred and one that was not."""
+    """A prompt whose last message is the user's, the preferred answer, and the other one. `source`: "file:line"."""
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -32,14 +32,14 @@ class Preference:
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """The conversation with `system` as its system message, unless it has one of its own."""
+    """The conversation with `system` as its system message, unless it already has one."""
     if not system or conversation.messages[0].role == "system":
         return conversation
     return replace(conversation, messages=(Message("system", system), *conversation.messages))
 
 
 def prompt_with_system(pair: Preference, system: str | None) -> Preference:
-    """The pair with `system` as its prompt's system message, unless it has one of its own."""
+    """The pair with `system` as the system message of its prompt, unless it already has one."""
     if not system or pair.prompt[0].role == "system":
         return pair
     return replace(pair, prompt=(Message("system", system), *pair.prompt))

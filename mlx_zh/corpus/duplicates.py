@@ -1,7 +1,8 @@
-"""Exact and near duplicates among all rows of all sources, in memory that hardly grows with them.
+"""Exact and near duplicates among all rows of all sources.
 
 Near duplicates are found by MinHash (Broder, 1997) and banded locality-sensitive hashing: rows that agree in all
-hashes of a band are compared by their whole signatures. Signatures stay on disk; one band at a time is sorted.
+hashes of a band are compared by their whole signatures. Signatures stay on disk and one band is sorted at a time, so
+memory grows by only a few bytes a row.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ from rensa import RMinHash
 
 from mlx_zh.corpus.shingles import Letters
 
-BANDS, ROWS = (
-    16,
-    8,
-)  # a pair of Jaccard similarity s meets in some band with 1 - (1 - s^8)^16: 0.95 at 0.8, 0.61 at 0.7
+# The probability that two rows of Jaccard similarity s agree in a band is 1 - (1 - s^8)^16: 0.95 at 0.8, 0.61 at 0.7.
+BANDS, ROWS = 16, 8
 HASHES = BANDS * ROWS
 SIGNATURE_BYTES = HASHES * 2
 _SEED = 20240726
@@ -31,7 +30,7 @@ Kept = npt.NDArray[np.bool_]
 
 
 def sketch(texts: Letters, ngram: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
-    """MinHash signatures (N, HASHES), their low 16 bits each, and what each band hashes to (N, BANDS)."""
+    """MinHash signatures (N, HASHES), the low 16 bits of each hash, and the hash of each band (N, BANDS)."""
     grams, offsets = texts.ngrams(ngram)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams, offsets.astype(np.uint64), HASHES, _SEED)
     full = np.array(matrix.to_rows(), dtype=np.uint32).reshape(len(offsets) - 1, HASHES)
@@ -44,29 +43,35 @@ def sketch(texts: Letters, ngram: int) -> tuple[npt.NDArray[np.uint16], npt.NDAr
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the rows of one source. N rows, in the order of the source."""
+    """The hashes of the N rows of one source, in the order of the source."""
 
     exact: npt.NDArray[np.uint64]  # (N, 2) 128-bit hash of the text
-    numbers: npt.NDArray[np.uint64]  # (N,) hash of the numbers in the prompt: other numbers, another exercise
-    signatures: Path | None  # N x HASHES uint16; None where near duplicates are not looked for
+    numbers: npt.NDArray[np.uint64]  # (N,) hash of the numbers in the prompt; exercises with other numbers differ
+    signatures: Path | None  # N x HASHES uint16; None if near duplicates are not searched for
     bands: Path | None  # N x BANDS uint32
 
 
 def find_exact(sources: Sequence[Rows], kept: Kept) -> npt.NDArray[np.int64]:
-    """For each row (all sources in a row) the earlier row that it repeats, or -1. Only `kept` rows are looked at."""
+    """For each row (N,), numbered through all sources, the first row that it repeats, or -1.
+
+    Only the rows where `kept` (N,) is true are compared.
+    """
     members = np.flatnonzero(kept)
     hashes = np.concatenate([rows.exact for rows in sources])[members]
     order = np.lexsort((members, hashes[:, 1], hashes[:, 0]))
     same = np.zeros(len(order), dtype=bool)
     same[1:] = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
     firsts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
-    found = np.full(len(kept), -1, dtype=np.int64)
-    found[members[order]] = np.where(same, members[order[firsts]], -1)
-    return found
+    earlier = np.full(len(kept), -1, dtype=np.int64)
+    earlier[members[order]] = np.where(same, members[order[firsts]], -1)
+    return earlier
 
 
 def find_near(sources: Sequence[Rows], kept: Kept, threshold: float) -> npt.NDArray[np.int64]:
-    """For each row an earlier kept row whose estimated Jaccard similarity is at least `threshold`, or -1."""
+    """For each row (N,) an earlier row with an estimated Jaccard similarity of at least `threshold`, or -1.
+
+    Only the rows where `kept` (N,) is true are compared, and the earlier row is never a near duplicate itself.
+    """
     starts = np.concatenate([[0], np.cumsum([len(rows.exact) for rows in sources])])
     numbers = np.concatenate([rows.numbers for rows in sources])
     members = np.concatenate(
@@ -78,9 +83,9 @@ def find_near(sources: Sequence[Rows], kept: Kept, threshold: float) -> npt.NDAr
         or [np.empty(0, dtype=np.int64)]
     )
     similar: set[tuple[int, int]] = set()
-    with _Files([rows.signatures for rows in sources], starts, SIGNATURE_BYTES) as signatures:
+    with _SignatureFiles([rows.signatures for rows in sources], starts, SIGNATURE_BYTES) as signatures:
         for band in range(BANDS):
-            for later, earlier in _meetings(_band(sources, starts, members, band), members):
+            for later, earlier in _bucket_pairs(_band(sources, starts, members, band), members):
                 alike = numbers[later] == numbers[earlier]
                 pairs = np.stack([later[alike], earlier[alike]], axis=1)
                 for first in range(0, len(pairs), _BLOCK):
@@ -88,21 +93,21 @@ def find_near(sources: Sequence[Rows], kept: Kept, threshold: float) -> npt.NDAr
                     equal = signatures.read(block[:, 0]) == signatures.read(block[:, 1])
                     close = equal.mean(axis=1) >= threshold
                     similar.update(map(tuple, block[close].tolist()))
-    found = np.full(len(kept), -1, dtype=np.int64)
+    repeats = np.full(len(kept), -1, dtype=np.int64)
     for row, before in sorted(similar):
-        if found[before] < 0 and found[row] < 0:
-            found[row] = before
-    return found
+        if repeats[before] < 0 and repeats[row] < 0:
+            repeats[row] = before
+    return repeats
 
 
-def _meetings(
+def _bucket_pairs(
     keys: npt.NDArray[np.uint32], members: npt.NDArray[np.int64]
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Pairs (later rows, earlier rows) that fall into the same bucket: each with the first there and its neighbour.
+    """Pairs (later rows, earlier rows) with the same key: each row with the one before it and with the first.
 
-    All pairs of a bucket would be its size squared; a duplicate is nearly always like the first as well.
+    A bucket of n rows has n² pairs, too many to compare; a duplicate nearly always resembles the first row too.
     """
-    order = np.argsort(keys, kind="stable")  # rows stay in order inside a bucket
+    order = np.argsort(keys, kind="stable")  # stable: rows stay in order inside a bucket
     same = np.zeros(len(order), dtype=bool)
     same[1:] = keys[order[1:]] == keys[order[:-1]]
     firsts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
@@ -115,27 +120,27 @@ def _meetings(
 def _band(
     sources: Sequence[Rows], starts: npt.NDArray[np.int64], members: npt.NDArray[np.int64], band: int
 ) -> npt.NDArray[np.uint32]:
-    """One band's column for the given rows, read in blocks."""
+    """The hashes of one band for the given rows (M,), read in blocks."""
     column = np.zeros(starts[-1], dtype=np.uint32)
     for rows, start in zip(sources, starts, strict=False):
         if rows.bands is None:
             continue
         with rows.bands.open("rb") as file:
             while len(block := np.fromfile(file, dtype=np.uint32, count=_BLOCK * BANDS)):
-                found = block.reshape(-1, BANDS)[:, band]
-                column[start : start + len(found)] = found
-                start += len(found)
+                hashes = block.reshape(-1, BANDS)[:, band]
+                column[start : start + len(hashes)] = hashes
+                start += len(hashes)
     return column[members]
 
 
-class _Files:
-    """Rows of signatures by number, read from disk as they are asked for."""
+class _SignatureFiles:
+    """The signature files of all sources, read by row number."""
 
     def __init__(self, paths: Sequence[Path | None], starts: npt.NDArray[np.int64], size: int) -> None:
         self._paths, self._starts, self._size = paths, starts, size
         self._open: dict[int, BinaryIO] = {}
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> _SignatureFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +149,7 @@ class _Files:
 
     def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
         """Signatures (R, HASHES) of the given rows."""
-        found = np.empty((len(rows), self._size // 2), dtype=np.uint16)
+        signatures = np.empty((len(rows), self._size // 2), dtype=np.uint16)
         source_of = np.searchsorted(self._starts, rows, side="right") - 1
         for i, (row, source) in enumerate(zip(rows.tolist(), source_of.tolist(), strict=True)):
             file = self._open.get(source)
@@ -153,5 +158,5 @@ class _Files:
                 assert path is not None
                 file = self._open[source] = path.open("rb")
             file.seek((row - int(self._starts[source])) * self._size)
-            found[i] = np.frombuffer(file.read(self._size), dtype=np.uint16)
-        return found
+            signatures[i] = np.frombuffer(file.read(self._size), dtype=np.uint16)
+        return signatures

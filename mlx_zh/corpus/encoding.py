@@ -1,4 +1,4 @@
-"""From cut text to tokens: a cut is always a boundary between tokens, and content never becomes a control token."""
+"""From text in pieces to tokens: no token crosses the edge of a piece, and content never becomes a control token."""
 
 from __future__ import annotations
 
@@ -15,61 +15,69 @@ from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.errors import DataError, ModelError, TemplateError
 
 Tokens = list[int] | npt.NDArray[np.int32]
-Part = tuple[str, bool]  # text, and whether it is content (True) or the template's own (False)
+Part = tuple[str, bool]  # text, and whether it is a message's content (True) or the template's own (False)
 
 
 class PieceEncoder:
-    """Encodes texts that are cut where a reply begins and ends.
+    """Encodes texts that are cut into pieces where a reply begins and ends.
 
-    A model that answers sees the prompt's tokens as they are alone and continues from there. Each piece is
-    therefore encoded by itself where the tokenizer allows (every byte-level BPE: Llama 3, Qwen, SmolLM2, GPT-2).
-    Where it does not, because it treats the start of a text differently (SentencePiece's leading space: Llama 2,
-    Mistral), the whole text is encoded once and cut by character offsets; a token across a cut is then an error.
+    When a model generates, it sees only the prompt's tokens and continues from there, so in training too the prompt
+    must be encoded without the reply. With most tokenizers each piece is encoded by itself (every byte-level BPE:
+    Llama 3, Qwen, SmolLM2, GPT-2). Some tokenizers treat the start of a text differently (SentencePiece's leading
+    space: Llama 2, Mistral). With these the whole text is encoded once and cut by character offsets, and a token
+    that crosses a cut is an error.
+
+    Raises ModelError if the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not hasattr(backend, "encode_batch"):
             raise ModelError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer; the model's folder needs a tokenizer.json"
+                f"{type(tokenizer).__name__} is not a fast tokenizer; put a tokenizer.json into the model's folder"
             )
         self._backend = backend
         tokens = backend.get_added_tokens_decoder()
         self._ends = [getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")]
         self._added_ids: dict[str, int] = {token.content: index for index, token in tokens.items()}
         controls = {token.content for token in tokens.values() if token.special or token.content in self._ends}
-        # Tokens that structure a chat. Others that were added (<think>, <tool_call>) may be written in a message.
+        # Control tokens structure a chat. Other added tokens (<think>, <tool_call>) may occur in a message.
         self._control_ids = frozenset(self._added_ids[content] for content in controls)
         self.added = _any_of(self._added_ids)
         self.control = _any_of(controls)
-        self.joined: JoinedEncoder | None = None  # a faster way to the same tokens
-        self._lock = Lock()  # the tokenizer's settings are its own state
+        self.joined: JoinedEncoder | None = None  # faster, gives the same tokens
+        self._lock = Lock()  # the settings that `_encode_literally` changes are shared by all threads
         self.cuts_anywhere = self._probe()
 
     def encode(self, texts: Sequence[Sequence[str]]) -> list[list[Tokens]]:
-        """Tokens of each piece of each text; control tokens are recognised wherever they stand."""
+        """Tokens of each piece of each text; control tokens are recognised everywhere, in messages too.
+
+        Raises TemplateError if a token crosses the edge of a piece.
+        """
         if self.cuts_anywhere:
             every = [piece for pieces in texts for piece in pieces]
             encoded: Sequence[Tokens] | None = None if self.joined is None else self.joined.encode(every)
             if encoded is None:
                 with self._lock:
-                    self._be_plain()
+                    self._disable_padding_and_truncation()
                     encoded = self._encode_all(every)
-            found = iter(encoded)
-            return [[next(found) for _ in pieces] for pieces in texts]
-        self._be_plain()
+            tokens = iter(encoded)
+            return [[next(tokens) for _ in pieces] for pieces in texts]
+        self._disable_padding_and_truncation()
         whole = self._backend.encode_batch(["".join(pieces) for pieces in texts], add_special_tokens=False)
         return [self._cut(encoding, pieces) for encoding, pieces in zip(whole, texts, strict=True)]
 
     def encode_guarded(self, pieces: Sequence[Sequence[Part]], *, source: str) -> list[Tokens]:
-        """Tokens of one text whose contents spell control tokens: there they are encoded as ordinary characters.
+        """Tokens of a text with control tokens spelled out in its messages; there they become ordinary characters.
 
-        The text is split at the template's own control tokens, as the tokenizer does natively, and what lies
-        between them is encoded with the recognition of special tokens switched off.
+        The text is split at the template's own control tokens, as the tokenizer itself does. The text between them is
+        encoded with the recognition of special tokens switched off.
+
+        Raises DataError, with `source` in front, if the tokenizer cannot encode a control token as ordinary text.
         """
         if not self.cuts_anywhere:
             raise _control_text(source, "this tokenizer cannot encode it as ordinary text")
-        self._be_plain()
+        self._disable_padding_and_truncation()
         result: list[Tokens] = []
         for parts in pieces:
             tokens: list[int] = []
@@ -80,7 +88,7 @@ class PieceEncoder:
         return result
 
     def _between_controls(self, parts: Sequence[Part]) -> Iterable[tuple[str, int | None]]:
-        """Runs of text, each with the control token that the template writes after it (None at the end)."""
+        """Runs of text, each with the id of the template's control token after it (None at the end)."""
         run = ""
         for text, is_content in parts:
             if is_content:
@@ -118,36 +126,36 @@ class PieceEncoder:
         for piece in pieces:
             position += len(piece)
             end = bisect.bisect_left(starts, position, begin)
-            # An added token may swallow the blanks after it; that makes it no part of a reply.
+            # An added token may include the blanks after it and so cross the cut; it still belongs to no reply.
             if end > begin and offsets[end - 1][1] > position and ids[end - 1] not in self._added_ids.values():
                 joint = "".join(pieces)[max(0, position - 12) : position + 12]
                 raise TemplateError(
-                    f"a token stands across the start of a reply near {joint!r}; this tokenizer and chat template "
-                    "do not fit together"
+                    f"a token stands across the start of a reply near {joint!r}, so prompt and reply cannot be told "
+                    "apart; use the chat template that belongs to this tokenizer, or another model"
                 )
             result.append(ids[begin:end])
             begin = end
         return result
 
-    def _be_plain(self) -> None:
-        """Undo the padding and truncation that a tokenizer.json may ask for."""
+    def _disable_padding_and_truncation(self) -> None:
+        """Switch off the padding and truncation that a tokenizer.json may ask for."""
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
             self._backend.no_padding()
 
     def _probe(self) -> bool:
-        """Whether a text encoded in two parts gives the tokens of the whole, at joints as templates have them."""
-        self._be_plain()
+        """Whether a text encoded in two parts gives the same tokens as the whole, for joints that templates have."""
+        self._disable_padding_and_truncation()
         lefts = [token for token in self._ends if token in self._added_ids]
         joints = [(left, right) for left in (*lefts, "\n") for right in ("Hello", "你好", "1")]
         texts = [text for left, right in joints for text in (left + right, left, right)]
-        found = self._encode_all(texts)
-        return all(found[i] == found[i + 1] + found[i + 2] for i in range(0, len(found), 3))
+        tokens = self._encode_all(texts)
+        return all(tokens[i] == tokens[i + 1] + tokens[i + 2] for i in range(0, len(tokens), 3))
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, longest first, as tokenizers do."""
+    """A pattern that matches any of the tokens, longest first, as tokenizers do."""
     longest_first = sorted((token for token in tokens if token), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 

@@ -1,4 +1,4 @@
-"""Rendered examples as they lie on disk: Arrow files, memory-mapped, read as NumPy views one example at a time."""
+"""Rendered examples on disk: memory-mapped Arrow files, read as NumPy views, one example at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LIST = pa.list_(pa.int32())
 SFT_SCHEMA = pa.schema(
     {
         "tokens": _LIST,
-        "trained": _LIST,  # spans of tokens whose loss is scored: start, end, start, end …
-        "scored": pa.int32(),  # how many these are, the first token aside, which nothing predicts
+        "trained": _LIST,  # spans of trained tokens: start, end, start, end …
+        "scored": pa.int32(),  # number of trained tokens without the first token, which nothing predicts
         "truncated": pa.bool_(),
         "source": pa.int32(),
-        "row": pa.int32(),  # its number among the usable rows of the source
+        "row": pa.int32(),  # number of the row among the usable rows of the source
     }
 )
 DPO_SCHEMA = pa.schema({"prompt": _LIST, "chosen": _LIST, "rejected": _LIST, "source": pa.int32(), "row": pa.int32()})
@@ -34,10 +34,10 @@ SCHEMAS = {"sft": SFT_SCHEMA, "dpo": DPO_SCHEMA}
 
 @dataclass(frozen=True)
 class _Lists:
-    """A column of lists over all files: views of the values, and where each list ends."""
+    """A column of lists in F record batches, as views."""
 
-    values: tuple[Ints, ...]
-    offsets: tuple[Ints, ...]
+    values: tuple[Ints, ...]  # for each batch: all values
+    offsets: tuple[Ints, ...]  # for each batch: where each list begins, and the end of the last
 
     def row(self, file: int, index: int) -> Ints:
         offsets = self.offsets[file]
@@ -48,7 +48,7 @@ class _Lists:
 
 
 class Shards:
-    """The Arrow files of a cache, memory-mapped; opening reads no rows."""
+    """The Arrow files of a prepared corpus, memory-mapped. Opening them reads no rows."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         tables = []
@@ -62,7 +62,7 @@ class Shards:
         return int(self.starts[-1])
 
     def lists(self, name: str) -> _Lists:
-        """A column of lists."""
+        """The column `name`, whose values are lists."""
         columns = [batch.column(name) for batch in self._batches]
         return _Lists(
             tuple(_view(column.values) for column in columns),
@@ -70,13 +70,13 @@ class Shards:
         )
 
     def numbers(self, name: str) -> Ints:
-        """A column of numbers or truth values, for all rows."""
+        """The column `name` of numbers or booleans, for all rows (N,), as int32."""
         columns = [_view(batch.column(name)) for batch in self._batches]
         return np.concatenate([*columns, np.empty(0, dtype=np.int32)])
 
 
 def _view(column: pa.Array) -> Ints:
-    """An Arrow column as an array. Arrow's own way imports Pandas, which takes a second."""
+    """An Arrow column as an array (N,). Arrow's own conversion would import Pandas, which takes a second."""
     data = column.buffers()[-1]
     if data is None:
         return np.empty(0, dtype=np.int32)
@@ -88,14 +88,14 @@ def _view(column: pa.Array) -> Ints:
 
 
 class Examples(Sequence[Example], Generic[Example]):
-    """Examples of a split, in the order in which they were mixed: `rows` (N,) says where each lies in the files."""
+    """The examples of a split, in the order in which they were mixed. `rows` (N,): the row of each in the files."""
 
     def __init__(self, shards: Shards, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> None:
         self._rows = rows
         self._file = np.searchsorted(shards.starts, rows, side="right").astype(np.int32) - 1
         self._index = (rows - shards.starts[self._file]).astype(np.int32)
         self._columns = [shards.lists(name) for name in columns]
-        self.sources = shards.numbers("source")[rows]  # (N,) which source each is from
+        self.sources = shards.numbers("source")[rows]  # (N,) index of the source of each example
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -116,7 +116,7 @@ class Examples(Sequence[Example], Generic[Example]):
         return (self.example(i) for i in range(len(self)))
 
     def example(self, index: int) -> Example:
-        """One example; its token arrays are views of the files."""
+        """The example number `index`; its token arrays are views of the files."""
         raise NotImplementedError
 
     def _lists(self, index: int) -> list[Ints]:
@@ -133,7 +133,7 @@ class Conversations(Examples[Rendered]):
         self._truncated = shards.numbers("truncated")[rows]
 
     def example(self, index: int) -> Rendered:
-        """One conversation."""
+        """The conversation number `index`."""
         tokens, spans = self._lists(index)
         trained = np.zeros(len(tokens), dtype=bool)
         for start, end in spans.reshape(-1, 2):
@@ -147,9 +147,9 @@ class Pairs(Examples[RenderedPair]):
     def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
         super().__init__(shards, rows, ("prompt", "chosen", "rejected"))
         prompt, chosen, rejected = (column.lengths()[rows] for column in self._columns)
-        self.lengths: Ints = prompt + chosen + rejected  # (N,) tokens; the prompt is computed once
+        self.lengths: Ints = prompt + chosen + rejected  # (N,) tokens; both responses share one prompt
         self.scored: Ints = chosen + rejected  # (N,) tokens whose log-probs are summed
 
     def example(self, index: int) -> RenderedPair:
-        """One pair."""
+        """The pair number `index`."""
         return RenderedPair(*self._lists(index))

@@ -1,13 +1,13 @@
-"""Local files to conversations: the forms that Chinese instruction data is published in.
+"""Local files to conversations: the formats in which Chinese instruction data is published.
 
     alpaca           instruction, input?, output, system?, history? = [[question, answer], …]
     sharegpt         conversations = [{from: human|gpt|system, value}, …], system?
     messages         messages = [{role, content}, …]                     (OpenAI)
-    belle-seed       instruction, instances = [{input, output}, …]       one conversation an instance
+    belle-seed       instruction, instances = [{input, output}, …]       one conversation for each instance
     prompt-response  prompt, response (or completion), system?
-    mathglm          lines of text, expression=step=…=answer          (never recognised, only named)
+    mathglm          lines of text, expression=step=…=answer             only when named, never recognised
 
-A format is recognised by its columns. `columns` renames: our name → the file's.
+A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Messages = tuple[Message, ...]
 
 
 def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Conversation], LoadReport]:
-    """All conversations of a file and what became of its rows.
+    """All conversations of a file, and a report on its rows.
 
-    Raises DataError for a file that cannot be read, and for rows that cannot be used: one error that lists them.
-    on_invalid="skip" drops and counts such rows instead; only when no row is left is that an error.
+    Raises DataError if the file cannot be read, or once for all rows that cannot be used. With on_invalid="skip" such
+    rows are dropped and counted instead, and it is an error only if no row is left.
     """
     report = LoadReport()
     return list(iter_conversations(path, report, **reading)), report
@@ -48,7 +48,7 @@ def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Con
 def iter_conversations(
     path: Path, report: LoadReport | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Conversation]:
-    """`load_conversations` one at a time; an error about rows is raised after the last one. Fills `report`."""
+    """Like `load_conversations`, one at a time. Fills `report`; an error about rows is raised after the last row."""
     for place, messages in iter_rows(path, FORMATS, report=report, **reading):
         yield Conversation(messages, place)
 
@@ -83,7 +83,10 @@ def _prompt_response(row: Row) -> Iterator[Messages]:
 
 
 def arithmetic(line: str) -> Messages:
-    """A line of MathGLM's, split at its first "=": the expression is asked for, the steps and the answer are said."""
+    """A line of MathGLM data as messages: the user asks for the expression, the assistant writes the whole line.
+
+    Raises InvalidRow if the line is not of the form expression=…=answer.
+    """
     expression, equals, rest = line.partition("=")
     if not equals or not expression.strip() or not rest.strip(" ="):
         raise InvalidRow("not expression=answer", f"{line[:40]!r} is not of the form expression=steps…=answer")
@@ -96,7 +99,7 @@ def _mathglm(row: Row) -> Iterator[Messages]:
     yield arithmetic(text_of(row, "text"))
 
 
-# In the order of recognition: the first that fits a row is taken.
+# In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Messages]] = {
     "messages": Format(("messages",), lambda row: "messages" in row, _messages),
     "sharegpt": Format(("conversations", "system"), lambda row: "conversations" in row, _sharegpt),

@@ -1,9 +1,9 @@
-"""Where the replies stand in a rendered conversation: found once per sequence of roles, checked on every text.
+"""Where the replies stand in a rendered conversation.
 
-A template is rendered with a stand-in character for each content. What lies between the stand-ins are its
-literals; a real conversation is then the literals joined by the (perhaps stripped) contents. The join is compared
-with the real rendering every time, so a template that treats some content differently is noticed, and goes
-through `find_replies`, which locates each reply by rendering it with a mark at its end.
+For each sequence of roles the template is rendered once with a placeholder character as each message's content. The
+text between the placeholders are the template's literals. A real conversation is then the literals joined by the
+contents, which the template may have stripped. Every time this join is compared with the real rendering. Where they
+differ, the template rewrites contents; then `find_replies` locates each reply by rendering it with a mark at its end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import TemplateError
 
-_STAND_IN = 0xF0000  # a private-use plane: one character per message
+_PLACEHOLDER = 0xF0000  # the first code point of a private-use plane: one character per message
 _SPACE = "\t\v\t"  # white space that no template writes itself
 _STRIPS: dict[tuple[bool, bool], Callable[[str], str]] = {
     (False, False): str,
@@ -28,7 +28,7 @@ _STRIPS: dict[tuple[bool, bool], Callable[[str], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply in a layout: the slot of its content, and offsets into the literals before and after that slot."""
+    """A reply in a layout: the gap of its content, and offsets into the literals before and after that gap."""
 
     slot: int
     opens: int  # where the generation prompt ends, in literals[slot]
@@ -37,26 +37,26 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A template's rendering of one sequence of roles: literals, with a content in each of the gaps."""
+    """How a template renders one sequence of roles: G + 1 literals with a content in each of the G gaps."""
 
-    literals: tuple[str, ...]  # one more than there are contents
-    order: tuple[int, ...]  # which message's content fills each gap
-    strips: tuple[tuple[bool, bool], ...]  # whether white space is stripped on the left and on the right
+    literals: tuple[str, ...]  # G + 1
+    order: tuple[int, ...]  # G: index of the message whose content fills the gap
+    strips: tuple[tuple[bool, bool], ...]  # G: whether white space is stripped on the left and on the right
     replies: tuple[Reply, ...]  # in the order of the messages
 
     def fill(self, messages: Sequence[Message]) -> list[str]:
-        """The contents as this template shows them, in the order of the gaps."""
+        """The contents, stripped as this template does, in the order of the gaps."""
         return [_STRIPS[strip](messages[i].content) for i, strip in zip(self.order, self.strips, strict=True)]
 
     def join(self, contents: Sequence[str]) -> str:
-        """The whole text."""
+        """The rendered text with these contents in the gaps."""
         parts = [self.literals[0]]
         for content, literal in zip(contents, self.literals[1:], strict=True):
             parts += (content, literal)
         return "".join(parts)
 
     def spans(self, contents: Sequence[str]) -> list[tuple[int, int]]:
-        """Where each reply begins and ends in the text, end-of-turn token included."""
+        """The start and end of each reply in the text, in characters; the end-of-turn token is included."""
         ends = [0]  # where the content of each gap ends
         for literal, content in zip(self.literals, contents, strict=False):
             ends.append(ends[-1] + len(literal) + len(content))
@@ -66,12 +66,12 @@ class Layout:
 def find_layout(
     template: ChatTemplate, roles: Sequence[str], added: re.Pattern[str], *, add_generation_prompt: bool
 ) -> Layout | None:
-    """The layout of these roles, or None where contents do not simply stand one after the other.
+    """The layout of these roles, or None if the template does more than write the contents one after the other.
 
-    Raises TemplateError where the template leaves a reply out or closes it with no token from `added`.
+    Raises TemplateError if the template leaves out a message or ends a reply without a token that `added` matches.
     """
-    stand_ins = [chr(_STAND_IN + i) for i in range(len(roles))]
-    messages = [Message(role, mark) for role, mark in zip(roles, stand_ins, strict=True)]
+    placeholders = [chr(_PLACEHOLDER + i) for i in range(len(roles))]
+    messages = [Message(role, mark) for role, mark in zip(roles, placeholders, strict=True)]
     text = template.render(messages, add_generation_prompt=add_generation_prompt)
     for message in messages:
         if message.content not in text:
@@ -79,14 +79,14 @@ def find_layout(
                 f"the chat template leaves out the {message.role} message (roles: {', '.join(roles)}); set a "
                 "template that shows it, or put its text into another message"
             )
-    if any(text.count(mark) != 1 for mark in stand_ins):
+    if any(text.count(mark) != 1 for mark in placeholders):
         return None
-    order = tuple(sorted(range(len(roles)), key=lambda i: text.index(stand_ins[i])))
-    literals = tuple(re.split(f"[{stand_ins[0]}-{stand_ins[-1]}]", text))
+    order = tuple(sorted(range(len(roles)), key=lambda i: text.index(placeholders[i])))
+    literals = tuple(re.split(f"[{placeholders[0]}-{placeholders[-1]}]", text))
     spaced = template.render(
         [Message(m.role, _SPACE + m.content + _SPACE) for m in messages], add_generation_prompt=add_generation_prompt
     )
-    strips = _find_strips(literals, [stand_ins[i] for i in order], spaced)
+    strips = _find_strips(literals, [placeholders[i] for i in order], spaced)
     if strips is None:
         return None
     replies = []
@@ -100,12 +100,15 @@ def find_layout(
 
 
 def _find_strips(literals: Sequence[str], marks: Sequence[str], spaced: str) -> tuple[tuple[bool, bool], ...] | None:
-    """From a rendering of contents with white space around them: which sides lost it."""
+    """For each gap, whether white space is stripped on the left and on the right; None if this cannot be told.
+
+    `spaced` is a rendering of contents with white space on both sides.
+    """
     gaps = re.split("|".join(marks), spaced)
     last = len(gaps) - 1
     if last != len(marks):
         return None
-    lost_left, lost_right = [False] * last, [False] * last
+    strips_left, strips_right = [False] * last, [False] * last
     for i, (gap, literal) in enumerate(zip(gaps, literals, strict=True)):
         before = {_SPACE: False, "": True} if i > 0 else {"": True}
         after = {_SPACE: False, "": True} if i < last else {"": True}
@@ -113,10 +116,10 @@ def _find_strips(literals: Sequence[str], marks: Sequence[str], spaced: str) -> 
         if len(fits) != 1:
             return None
         if i > 0:
-            lost_right[i - 1] = before[fits[0][0]]
+            strips_right[i - 1] = before[fits[0][0]]
         if i < last:
-            lost_left[i] = after[fits[0][1]]
-    return tuple(zip(lost_left, lost_right, strict=True))
+            strips_left[i] = after[fits[0][1]]
+    return tuple(zip(strips_left, strips_right, strict=True))
 
 
 def _find_reply(
@@ -127,30 +130,33 @@ def _find_reply(
     order: Sequence[int],
     added: re.Pattern[str],
 ) -> Reply | None:
-    """Where message `k` begins after its generation prompt and ends with its end-of-turn token."""
+    """The reply `k`, from the end of its generation prompt to its end-of-turn token; None if this cannot be told.
+
+    Raises TemplateError if no end-of-turn token follows the reply.
+    """
     slot = order.index(k)
     if k == 0 or slot == 0:
         return None
     before, mark = messages[order[slot - 1]].content, messages[k].content
-    asked = template.render(messages[:k], add_generation_prompt=True)
-    _, found, header = asked.rpartition(before)
-    if not found or _has_stand_in(header, messages) or not literals[slot].startswith(header):
+    prompt = template.render(messages[:k], add_generation_prompt=True)
+    _, separator, header = prompt.rpartition(before)
+    if not separator or _has_placeholder(header, messages) or not literals[slot].startswith(header):
         return None
     answered = template.render(messages[: k + 1])
     tail = answered.rpartition(mark)[2]
     end = added.search(tail)
     if end is None:
         raise TemplateError(
-            f"the chat template writes {tail!r} after a reply, which holds no end-of-turn token of this tokenizer; "
+            f"the chat template writes {tail!r} after a reply, and this has no end-of-turn token of this tokenizer; "
             "a model trained on it would never stop. Add the token to the tokenizer, or set a template that ends "
-            "replies with its eos_token"
+            "replies with the tokenizer's eos_token"
         )
     if not literals[slot + 1].startswith(tail[: end.end()]):
         return None
     return Reply(slot, len(header), end.end())
 
 
-def _has_stand_in(text: str, messages: Sequence[Message]) -> bool:
+def _has_placeholder(text: str, messages: Sequence[Message]) -> bool:
     return any(message.content in text for message in messages)
 
 
@@ -164,10 +170,10 @@ def find_replies(
     *,
     source: str,
 ) -> list[tuple[int, int]]:
-    """Spans of the replies in `text` for templates that rewrite contents (e.g. drop earlier reasoning).
+    """Spans of the replies in `text`, in characters, for templates that rewrite contents (e.g. drop old reasoning).
 
-    `render` is how `text` was made from `messages`. Raises TemplateError where a reply's place is not certain:
-    nothing is guessed.
+    `render` is the function that made `text` from `messages`. Raises TemplateError, with `source` in front, if the
+    position of a reply is not certain.
     """
     spans, cursor = [], 0
     for k, message in enumerate(messages):
@@ -179,8 +185,8 @@ def find_replies(
         if start is None or end is None or end.group() != end_of_turn:
             where = f"{source}: " if source else ""
             raise TemplateError(
-                f"{where}cannot tell where the chat template puts message {k + 1} (assistant): it rewrites what was "
-                "said before. Train on this data with a template that keeps messages as they are"
+                f"{where}cannot tell where the chat template puts message {k + 1} (assistant), because the template "
+                "rewrites earlier messages. Train on this data with a template that keeps messages as they are"
             )
         cursor = end.end()
         spans.append((start, cursor))
@@ -190,11 +196,11 @@ def find_replies(
 def _content_end(
     render: Callable[[Sequence[Message]], str], messages: Sequence[Message], k: int, text: str
 ) -> int | None:
-    """Where message `k` ends in `text`: the one place where a mark put at its end appears."""
+    """Where message `k` ends in `text`: where a mark that is put at its end appears. None if this is not unique."""
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     content = messages[k].content
-    for kept in dict.fromkeys((content, content.rstrip("\n"), content.rstrip())):
-        marked = [*messages[:k], Message(messages[k].role, kept + mark), *messages[k + 1 :]]
+    for ending in dict.fromkeys((content, content.rstrip("\n"), content.rstrip())):
+        marked = [*messages[:k], Message(messages[k].role, ending + mark), *messages[k + 1 :]]
         parts = render(marked).split(mark)
         if len(parts) == 2 and "".join(parts) == text:
             return len(parts[0])
@@ -204,12 +210,11 @@ def _content_end(
 def _reply_start(
     template: ChatTemplate, prompt: Sequence[Message], text: str, cursor: int, content_end: int
 ) -> int | None:
-    """Where the generation prompt of a reply ends in `text`."""
-    asked = template.render(prompt, add_generation_prompt=True)
-    if text.startswith(asked):
-        return len(asked)
-    said = template.render(prompt)
-    header = asked.removeprefix(said)
-    if not header or header == asked or text.count(header, cursor, content_end) != 1:
+    """Where the generation prompt of a reply ends in `text`; None if this is not certain."""
+    with_header = template.render(prompt, add_generation_prompt=True)
+    if text.startswith(with_header):
+        return len(with_header)
+    header = with_header.removeprefix(template.render(prompt))
+    if not header or header == with_header or text.count(header, cursor, content_end) != 1:
         return None
     return text.index(header, cursor, content_end) + len(header)

@@ -1,7 +1,8 @@
-"""Which rows of which sources are learned from, and which validate: pure functions of the rows' contents and a seed.
+"""Which rows of each source are used, and which belong to the validation set: functions of contents and seed alone.
 
-Rows are picked by the smallest of seeded hashes of their text, so a larger `max_samples` keeps the rows of a smaller
-one; a row validates if the hash of its prompt says so, so growing a set moves no row from one side to the other.
+The rows with the smallest seeded hashes of their texts are picked, so a larger `max_samples` keeps the rows of a
+smaller one. The hash of its prompt decides whether a row is for validation, so a growing data set moves no row from
+one split to the other.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def pick(rows: Indices, hashes: Hashes, count: int | None, seed: int) -> Indices:
-    """`count` of `rows` at random, in their own order; `hashes` (N,) are of all rows' texts."""
+    """`count` random rows out of `rows`, in their own order. `hashes` (N,) are those of all rows' texts."""
     if count is None or count >= len(rows):
         return rows
     keys = mix64(hashes[rows] ^ mix64(np.array([seed], dtype=np.uint64)))
     return np.sort(rows[np.argsort(keys, kind="stable")[:count]])
 
 
-def validates(prompts: Hashes, fraction: float) -> npt.NDArray[np.bool_]:
-    """Whether each row (N,) belongs to the validation set, by the hash of its prompt."""
+def is_validation(prompts: Hashes, fraction: float) -> npt.NDArray[np.bool_]:
+    """Whether each row belongs to the validation set (N,). `prompts` (N,) are the hashes of the rows' prompts."""
     return mix64(prompts) < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
 
 
 def mix(sources: Sequence[Indices], weights: Sequence[float], mixing: str, hashes: Hashes, seed: int) -> Indices:
-    """The rows of all sources as they are trained on, weights applied.
+    """The training rows of all sources in training order, with weights applied.
 
-    "concat": a source of weight w gives w times its rows, one source after the other. "interleave": weights are
-    shares of the whole, which is as large as it can be without a row twice; sources alternate by their shares.
+    "concat": one source follows the other, and a source of weight w gives w times its rows. "interleave": sources
+    alternate and the weights are their shares; the total is as large as it can be without a repeated row.
     """
     if mixing == "concat":
         wanted = [round(weight * len(rows)) for rows, weight in zip(sources, weights, strict=True)]
@@ -45,12 +46,12 @@ def mix(sources: Sequence[Indices], weights: Sequence[float], mixing: str, hashe
     joined = np.concatenate([*taken, np.empty(0, dtype=np.int64)])
     if mixing == "concat":
         return joined
-    places = np.concatenate([(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in taken] or [np.empty(0)])
-    return joined[np.argsort(places, kind="stable")]
+    positions = np.concatenate([(np.arange(len(rows)) + 0.5) / max(len(rows), 1) for rows in taken] or [np.empty(0)])
+    return joined[np.argsort(positions, kind="stable")]
 
 
 def _times(rows: Indices, count: int, hashes: Hashes, seed: int) -> Indices:
-    """`count` rows: whole copies, and a random part for the rest."""
+    """`count` rows: as many whole copies of `rows` as fit, and random rows for the rest."""
     if not len(rows):
         return rows
     copies, rest = divmod(count, len(rows))

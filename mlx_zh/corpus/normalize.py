@@ -1,4 +1,4 @@
-"""Text as one writes it on purpose: no stray control characters, one way to write each character."""
+"""Text normalization: no invisible control characters, and one code point for each character."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from dataclasses import replace
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.errors import DataError
 
-# NFKC is safe for these alone. Elsewhere it changes what is said or how Chinese is set: it turns the full-width
-# comma into an ASCII one, m² into m2, ½ into 1⁄2, ① into 1, … into three dots.
-_SAME = [
+# NFKC is applied to these characters only. Others would change their meaning or Chinese typography: NFKC turns the
+# full-width comma into an ASCII one, m² into m2, ½ into 1⁄2, ① into 1, … into three dots.
+_COMPATIBLE = [
     *range(0xFF10, 0xFF1A),  # full-width digits
-    *range(0xFF21, 0xFF3B),  # and letters
-    *range(0xFF41, 0xFF5B),
-    *range(0x2E80, 0x2FD6),  # radicals that look like the characters
+    *range(0xFF21, 0xFF3B),  # full-width capital letters
+    *range(0xFF41, 0xFF5B),  # full-width small letters
+    *range(0x2E80, 0x2FD6),  # radicals that look like ordinary characters
     *range(0xFB00, 0xFB07),  # Latin ligatures
 ]
-_GONE = [
-    *(code for code in range(0x20) if code not in (0x09, 0x0A, 0x0D)),
+_REMOVED = [
+    *(code for code in range(0x20) if code not in (0x09, 0x0A, 0x0D)),  # C0 controls except tab and line ends
     *range(0x7F, 0xA0),  # C1 controls
     0x00AD,  # soft hyphen
     0x200B,  # zero-width space
-    0x200E,
-    0x200F,  # direction marks
-    *range(0x202A, 0x202F),
-    *range(0x2060, 0x2065),
-    *range(0x2066, 0x206A),
+    0x200E,  # left-to-right mark
+    0x200F,  # right-to-left mark
+    *range(0x202A, 0x202F),  # directional embeddings and overrides
+    *range(0x2060, 0x2065),  # word joiner and invisible operators
+    *range(0x2066, 0x206A),  # directional isolates
     0xFEFF,  # byte-order mark
 ]
 _TABLE: dict[int, str | None] = {
-    **{code: unicodedata.normalize("NFKC", chr(code)) for code in _SAME},
-    **dict.fromkeys(_GONE),
-    0x0085: "\n",
-    0x00A0: " ",
-    0x2028: "\n",
-    0x2029: "\n",
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in _COMPATIBLE},
+    **dict.fromkeys(_REMOVED),
+    0x0085: "\n",  # next line
+    0x00A0: " ",  # no-break space
+    0x2028: "\n",  # line separator
+    0x2029: "\n",  # paragraph separator
 }
 _SUSPECT = re.compile("[\r" + "".join(map(re.escape, map(chr, sorted(_TABLE)))) + "]")
 
 
 def normalize(text: str) -> str:
-    """NFC, full-width letters and digits made ordinary, control and invisible characters removed, lines ended by \\n.
+    """The text in NFC, with ASCII letters and digits for full-width ones, no invisible characters, and \\n line ends.
 
-    Punctuation, superscripts and everything else that a compatibility form would change stay as they are.
+    Punctuation, superscripts and everything else that NFKC would change stay as they are.
     """
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
@@ -55,7 +55,10 @@ def normalize(text: str) -> str:
 
 
 def simplifier() -> Callable[[str], str]:
-    """Traditional to simplified characters, by OpenCC's phrase tables."""
+    """A function from traditional to simplified characters, by OpenCC's phrase tables.
+
+    Raises DataError if OpenCC is not installed.
+    """
     try:
         from opencc import OpenCC
     except ImportError as error:
@@ -67,8 +70,8 @@ def simplifier() -> Callable[[str], str]:
     return convert
 
 
-def changed(item: Conversation | Preference, change: Callable[[str], str]) -> Conversation | Preference:
-    """The item with every text changed."""
+def map_texts(item: Conversation | Preference, change: Callable[[str], str]) -> Conversation | Preference:
+    """The item with `change` applied to every text."""
     if isinstance(item, Conversation):
         return replace(item, messages=_messages(item.messages, change))
     return replace(

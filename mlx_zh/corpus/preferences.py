@@ -1,4 +1,4 @@
-"""Local files to preferences: a prompt, the answer that was preferred and the one that was not.
+"""Local files to preferences: a prompt, the preferred (chosen) answer and the other (rejected) one.
 
     openai    input = {messages}, preferred_output = [{role, content}], non_preferred_output
     sharegpt  conversations, chosen = {from, value}, rejected, system?
@@ -9,7 +9,7 @@
     zh-en     question, and the same answer in two languages: answer_zh is chosen, answer_en rejected
     implicit  chosen, rejected: whole conversations that differ only in the last reply (TRL)
 
-A format is recognised by its columns. `columns` renames: our name → the file's.
+A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ Pair = tuple[tuple[Message, ...], str, str]  # prompt, chosen, rejected
 
 
 def load_preferences(path: Path, **reading: Unpack[Reading]) -> tuple[list[Preference], LoadReport]:
-    """All preference pairs of a file and what became of its rows; errors as in `load_conversations`.
+    """All preference pairs of a file, and a report on its rows. Raises the errors of `load_conversations`.
 
-    Empty responses, and pairs of responses that are the same but for surrounding white space, are invalid rows.
+    A row is invalid if a response is empty, or if both responses are the same apart from surrounding white space.
     """
     report = LoadReport()
     return list(iter_preferences(path, report, **reading)), report
@@ -50,7 +50,7 @@ def load_preferences(path: Path, **reading: Unpack[Reading]) -> tuple[list[Prefe
 def iter_preferences(
     path: Path, report: LoadReport | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Preference]:
-    """`load_preferences` one at a time; an error about rows is raised after the last one. Fills `report`."""
+    """Like `load_preferences`, one at a time. Fills `report`; an error about rows is raised after the last row."""
     for place, (prompt, chosen, rejected) in iter_rows(path, FORMATS, report=report, **reading):
         yield Preference(prompt, chosen, rejected, place)
 
@@ -66,7 +66,7 @@ def _check_pair(prompt: Sequence[Message], chosen: str, rejected: str) -> Pair:
 
 
 def _response(row: Row, name: str) -> str:
-    """A response written as text, as one message, or as a list of one message; always the assistant's."""
+    """The assistant's response in column `name`: a text, a message, or a list of one message."""
     value: Any = row.get(name)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -79,8 +79,8 @@ def _response(row: Row, name: str) -> str:
 
 
 def _openai(row: Row) -> Iterator[Pair]:
-    given = row.get("input")
-    messages = messages_of(given.get("messages") if isinstance(given, dict) else given, "'input'.messages")
+    prompt = row.get("input")
+    messages = messages_of(prompt.get("messages") if isinstance(prompt, dict) else prompt, "'input'.messages")
     yield _check_pair(messages, _response(row, "preferred_output"), _response(row, "non_preferred_output"))
 
 
@@ -116,30 +116,30 @@ def _orca(row: Row) -> Iterator[Pair]:
 
 def _prompt(row: Row) -> Iterator[Pair]:
     if _is_conversation(row.get("chosen")):
-        # Some sets repeat the prompt as text beside whole conversations; the conversations hold all of it.
+        # Some data sets repeat the prompt as text; the conversations in chosen and rejected already contain it.
         return _implicit(row)
-    given = row.get("prompt")
+    prompt = row.get("prompt")
     messages = (
-        messages_of(given, "'prompt'") if isinstance(given, list) else [Message("user", text_of(row, "prompt"))]
+        messages_of(prompt, "'prompt'") if isinstance(prompt, list) else [Message("user", text_of(row, "prompt"))]
     )
     pair = _check_pair([*system_of(row), *messages], _response(row, "chosen"), _response(row, "rejected"))
     return iter([pair])
 
 
 def _languages(row: Row) -> tuple[str, str, str] | None:
-    """The columns of a question, of its Chinese and of its English answer, by whatever names: X_zh and X_en."""
+    """The names of the columns with the question, its Chinese answer (X_zh) and its English answer (X_en), if any."""
     question = next((name for name in ("question", "prompt", "instruction", "query") if name in row), None)
     names = [name for name in row if name.endswith("_zh") and f"{name[:-3]}_en" in row and name[:-3] != question]
     return (question, names[0], f"{names[0][:-3]}_en") if question and len(names) == 1 else None
 
 
 def _zh_en(row: Row) -> Iterator[Pair]:
-    found = _languages(row)
-    if found is None:
+    columns = _languages(row)
+    if columns is None:
         raise InvalidRow(
             "missing field", f"no columns like question, answer_zh and answer_en (columns: {', '.join(row)})"
         )
-    question, chinese, english = found
+    question, chinese, english = columns
     prompt = [*system_of(row), Message("user", text_of(row, question))]
     yield _check_pair(prompt, _response(row, chinese), _response(row, english))
 
@@ -163,7 +163,7 @@ def _has(*names: str) -> Any:
 
 
 _BOTH = ("chosen", "rejected")
-# In the order of recognition: the first that fits a row is taken.
+# In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Pair]] = {
     "openai": Format(
         ("input", "preferred_output", "non_preferred_output"), _has("input", "preferred_output"), _openai

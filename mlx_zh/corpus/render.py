@@ -1,4 +1,4 @@
-"""The one function from messages to tokens, for training, evaluation and chat."""
+"""From messages to tokens: the only way there, for training, evaluation and chat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSION = 1  # part of the fingerprint; raise it when the same input would give 
 TRAIN_ON = ("assistant", "last", "all")
 ON_OVERFLOW = ("truncate", "drop")
 
-# Reasons that `dropped` counts.
+# The reasons for dropping an example, as counted in `dropped`.
 OVERFLOW = "longer than max_length"
 FIRST_EXCHANGE_OVERFLOW = "first exchange longer than max_length"
 NO_REPLY = "no assistant message"
@@ -31,16 +31,16 @@ PROMPT_OVERFLOW = "prompt longer than max_length"
 CHOSEN_OVERFLOW = "chosen response does not fit into max_length"
 REJECTED_OVERFLOW = "rejected response does not fit into max_length"
 
-_BATCH = 512  # texts handed to the tokenizer at once; bounds the memory of its encodings
+_BATCH = 512  # texts given to the tokenizer at once; this limits the memory of its encodings
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation's tokens up to the last reply's end-of-turn token."""
+    """A conversation's tokens up to the end-of-turn token of the last reply."""
 
     tokens: np.ndarray  # (T,) int32
-    trained: np.ndarray  # (T,) bool: the token itself is a target, its loss is scored
-    truncated: bool  # turns were cut from the end
+    trained: np.ndarray  # (T,) bool: the token is a target, so its loss is scored
+    truncated: bool  # whether turns were cut from the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class RenderedPair:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A rendered text cut at the replies: every second piece is a reply."""
+    """A rendered text, cut where replies begin and end: every second piece is a reply."""
 
     pieces: list[str]
-    guarded: list[list[Part]] | None  # the same pieces with contents told apart, where they spell control tokens
+    guarded: list[list[Part]] | None  # the pieces with contents marked, if a message spells a control token
     source: str
 
     def last(self) -> _Cut:
@@ -68,10 +68,12 @@ class _Cut:
 class Renderer:
     """Messages to text and tokens through the tokenizer's own chat template.
 
-    A pure function of its input: the template gets `date_string` as today's date (Llama 3.1 and 3.2 print it),
-    and only the template writes BOS. A reply runs from the end of the generation prompt to its end-of-turn
-    token; both ends are boundaries between tokens, so the tokens before a reply are exactly those that the model
-    is asked with in `prompt`. Control tokens spelled inside a message are encoded as ordinary text.
+    The same messages always give the same tokens: the template gets `date_string` as today's date (Llama 3.1 and 3.2
+    print it). Only the template writes BOS. A reply goes from the end of the generation prompt to its end-of-turn
+    token, and no token crosses either end, so the tokens before a reply are exactly those of `prompt`. Control tokens
+    that are spelled inside a message are encoded as ordinary text.
+
+    Raises TemplateError if there is no valid chat template, ModelError if the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, *, date_string: str = "26 Jul 2024", chat_template: str | None = None):
@@ -84,47 +86,48 @@ class Renderer:
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[Layout, int] | None] = {}
 
     def encode_with(self, joined: JoinedEncoder | None) -> None:
-        """Encode by a faster way to the same tokens."""
+        """Encode by `joined`, which gives the same tokens faster; None switches it off."""
         self._encoder.joined = joined
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as a tokenizer.json."""
+        """The text of the tokenizer's tokenizer.json."""
         text: str = self._backend.to_str()
         return text
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text alone."""
+        """The number of tokens of each text, without the template."""
         return [sum(map(len, pieces)) for pieces in self._encoder.encode([[text] for text in texts])]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, control tokens written out."""
+        """The text of these tokens, control tokens included."""
         text: str = self._backend.decode([int(token) for token in tokens], skip_special_tokens=False)
         return text
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes whenever the same messages could give other tokens."""
+        """A digest that changes whenever the same messages could give other tokens."""
         state = (VERSION, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
         return text_digest(repr(state))
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError where there is none."""
-        found = self._layout(("user", "assistant"), False)
-        if found is None:
+        """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError if there is none."""
+        layout_and_controls = self._layout(("user", "assistant"), False)
+        if layout_and_controls is None:
             raise TemplateError(
-                "the chat template does not show a user's and an assistant's message one after the other"
+                "the chat template does not write a user's and an assistant's message one after the other; set a "
+                "template that does"
             )
-        layout = found[0]
+        layout = layout_and_controls[0]
         tail = layout.literals[-1][: layout.replies[0].closes]
         return self._encoder.added.findall(tail)[-1]
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The template's text, with the header of the assistant's next turn on request."""
+        """The rendered text, with the header of the assistant's next turn if asked for. Raises TemplateError."""
         return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens to generate a reply from. Raises TemplateError or DataError."""
+        """The tokens from which a reply is generated. Raises TemplateError or DataError."""
         cut = self._cut(messages, "", add_generation_prompt=True)
         return [int(token) for piece in self._encode([cut])[0] for token in piece]
 
@@ -137,15 +140,17 @@ class Renderer:
         on_overflow: str = "truncate",
         dropped: Counter[str] | None = None,
     ) -> Rendered | None:
-        """Tokens and the mask of trained tokens, or None where nothing is left to train on.
+        """The tokens and the mask of trained tokens, or None if nothing is left to train on.
 
-        `train_on`: "assistant", every reply with its end-of-turn token; "last", only the last reply; "all", every
+        `train_on`: "assistant" is every reply with its end-of-turn token, "last" only the last reply, "all" every
         token but the first, which nothing predicts.
 
-        A conversation longer than `max_length` tokens is dropped by on_overflow="drop". By "truncate" whole turns
-        are cut from its end, so that it ends with the last reply that fits completely, and it is rendered as if it
-        had ended there. No reply ever loses its end: where the first exchange does not fit, or where train_on="last"
-        would lose the one reply it trains on, the conversation is dropped. `dropped` counts the reasons.
+        A conversation longer than `max_length` tokens is dropped with on_overflow="drop". With "truncate" it is
+        rendered up to the last reply that fits completely; the turns after it are cut. It is dropped if the first
+        exchange does not fit, or with train_on="last", because the reply to train on would be cut. `dropped` counts
+        the reasons.
+
+        Raises TemplateError or DataError for messages that cannot be rendered.
         """
         options = {"train_on": train_on, "max_length": max_length, "on_overflow": on_overflow}
         return self.conversations([messages], **options, dropped=dropped)[0]  # type: ignore[arg-type]
@@ -159,7 +164,7 @@ class Renderer:
         on_overflow: str = "truncate",
         dropped: Counter[str] | None = None,
     ) -> list[Rendered | None]:
-        """`conversation` for many at once, which is what the tokenizer is fast at."""
+        """Like `conversation`, for many at once, which is much faster."""
         if train_on not in TRAIN_ON:
             raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}")
         if on_overflow not in ON_OVERFLOW:
@@ -187,17 +192,18 @@ class Renderer:
     def preference(
         self, pair: Preference, *, max_length: int | None = None, dropped: Counter[str] | None = None
     ) -> RenderedPair | None:
-        """Prompt and responses, or None where one does not fit; responses are never cut. `dropped` counts why.
+        """The tokens of prompt and responses, or None if one does not fit into `max_length` tokens.
 
-        Prompt + response is token for token what `conversation` gives for the whole. Raises TemplateError where
-        the template writes the prompt differently before the two responses.
+        Responses are never cut; `dropped` counts the reasons. Prompt + response has the same tokens as `conversation`
+        gives for the whole. Raises TemplateError if the template writes the prompt differently before the two
+        responses.
         """
         return self.preferences([pair], max_length=max_length, dropped=dropped)[0]
 
     def preferences(
         self, batch: Sequence[Preference], *, max_length: int | None = None, dropped: Counter[str] | None = None
     ) -> list[RenderedPair | None]:
-        """`preference` for many at once."""
+        """Like `preference`, for many at once, which is much faster."""
         dropped = Counter() if dropped is None else dropped
         results: list[RenderedPair | None] = []
         for first in range(0, len(batch), _BATCH // 2):
@@ -213,11 +219,11 @@ class Renderer:
                         f"{pair.source}: the chat template writes the prompt differently before the chosen and the "
                         "rejected response, so the two cannot be compared"
                     )
-                # The prompt is encoded once where the tokenizer allows a piece by itself.
+                # If the tokenizer can encode a piece by itself, the prompt is encoded once.
                 cuts += [chosen, rejected.last() if self._encoder.cuts_anywhere else rejected]
             encoded = iter(self._encode(cuts))
-            for pair, one, other in zip(part, encoded, encoded, strict=True):
-                results.append(_pair(pair.source, one, other, max_length, dropped))
+            for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
+                results.append(_pair(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
         return results
 
     def _truncated(
@@ -229,7 +235,7 @@ class Renderer:
         max_length: int,
         dropped: Counter[str],
     ) -> Rendered | None:
-        """The longest beginning of a conversation that ends with a reply and fits."""
+        """The conversation up to the last reply with which it still fits, or None if even the first does not fit."""
         ends = [k + 1 for k, message in enumerate(messages) if message.role == "assistant"]
         length = 0
         fits = 0
@@ -237,22 +243,22 @@ class Renderer:
             length += len(prompt) + len(reply)
             fits += length <= max_length
         for end in reversed(ends[:fits]):
-            # Rendered anew: a template may write the same turns differently when they are the last.
-            kept = self._encode([self._cut(messages[:end], source)])[0]
-            if sum(map(len, kept)) <= max_length:
-                return _assemble(kept, train_on, truncated=True)
+            # Rendered again, because a template may write a turn differently when it is the last one.
+            shorter = self._encode([self._cut(messages[:end], source)])[0]
+            if sum(map(len, shorter)) <= max_length:
+                return _assemble(shorter, train_on, truncated=True)
         dropped[FIRST_EXCHANGE_OVERFLOW] += 1
         return None
 
     def _cut(self, messages: Sequence[Message], source: str, *, add_generation_prompt: bool = False) -> _Cut:
-        """Render and cut: prompt, reply, prompt, reply … up to the last reply, or with a prompt at the end."""
+        """Render and cut into prompt, reply, prompt, reply …; the last piece is a reply, or a prompt if asked for."""
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt, source=source)
         roles = tuple(message.role for message in messages)
         if "assistant" not in roles and not add_generation_prompt:
             return _Cut([], None, source)
-        found = self._layout(roles, add_generation_prompt)
-        if found is not None:
-            layout, controls = found
+        layout_and_controls = self._layout(roles, add_generation_prompt)
+        if layout_and_controls is not None:
+            layout, controls = layout_and_controls
             contents = layout.fill(messages)
             if layout.join(contents) == text:
                 spans = layout.spans(contents)
@@ -263,7 +269,7 @@ class Renderer:
             where = f"{source}: " if source else ""
             raise DataError(
                 f"{where}a message spells one of the model's control tokens, and the chat template rewrites "
-                "messages, so it cannot be told from the template's own; take it out of the text"
+                "messages, so it cannot be told from the template's own tokens; take it out of the text"
             )
         render = partial(self._template.render, add_generation_prompt=add_generation_prompt)
         spans = find_replies(
@@ -272,7 +278,7 @@ class Renderer:
         return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
 
     def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[Layout, int] | None:
-        """The layout of these roles and the number of control tokens in its literals; found once, then kept."""
+        """The layout of these roles and the number of control tokens in its literals; computed once and cached."""
         key = (roles, add_generation_prompt)
         if key not in self._layouts:
             layout = find_layout(
@@ -297,7 +303,7 @@ def _messages_and_source(item: Conversation | Sequence[Message]) -> tuple[Sequen
 
 
 def _edges(text: str, spans: Sequence[tuple[int, int]], to_end: bool) -> list[int]:
-    """Where pieces end: at the start and end of each reply, and at the end of the text for a prompt."""
+    """Where pieces end: at the start and end of each reply, and with `to_end` at the end of the text."""
     edges = [edge for span in spans for edge in span]
     return [*edges, len(text)] if to_end else edges
 
@@ -307,7 +313,7 @@ def _pieces(text: str, edges: Sequence[int]) -> list[str]:
 
 
 def _parts(layout: Layout, contents: Sequence[str], edges: Sequence[int]) -> list[list[Part]]:
-    """The pieces of the text, with contents told apart from what the template wrote."""
+    """The pieces of the text, each as parts that are either content or the template's own text."""
     parts: list[Part] = [(layout.literals[0], False)]
     for content, literal in zip(contents, layout.literals[1:], strict=True):
         parts += [(content, True), (literal, False)]
@@ -330,7 +336,7 @@ def _parts(layout: Layout, contents: Sequence[str], edges: Sequence[int]) -> lis
 
 
 def _assemble(pieces: Sequence[Tokens], train_on: str, *, truncated: bool) -> Rendered:
-    """Every second piece is a reply."""
+    """Join the pieces, of which every second is a reply, and mark the trained tokens."""
     tokens = _joined(pieces)
     trained = np.zeros(len(tokens), dtype=bool)
     if train_on == "all":
@@ -351,10 +357,13 @@ def _pair(
     max_length: int | None,
     dropped: Counter[str],
 ) -> RenderedPair | None:
-    """From the pieces of prompt + chosen, and of prompt + rejected or of rejected alone."""
+    """The pair from the pieces of prompt + chosen, and from those of prompt + rejected or of rejected alone."""
     prompt = _joined(chosen[:-1])
     if len(rejected) > 1 and not np.array_equal(prompt, _joined(rejected[:-1])):
-        raise TemplateError(f"{source}: the prompt's tokens depend on the response that follows")
+        raise TemplateError(
+            f"{source}: the prompt's tokens depend on the response that follows, so the two responses cannot be "
+            "compared; use another chat template or model"
+        )
     if max_length is not None:
         room = max_length - len(prompt)
         for too_long, reason in (

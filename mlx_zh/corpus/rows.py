@@ -1,4 +1,4 @@
-"""What the conversation and preference formats share: fields, roles and turns of a row, and how a file is loaded."""
+"""What conversation and preference formats share: the fields, roles and turns of a row, and the loading of a file."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ ROLES = {
     "system": "system",
 }
 _TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", "ipython")
-_EXAMPLES = 3  # places kept for each reason
-_SHOWN = 10  # errors shown of a file
-_LOOK_AHEAD = 100  # rows that may be broken before the format is told
-# Files whose name says how they are read; the content of all others does.
+_EXAMPLES = 3  # places listed for each reason
+_SHOWN = 10  # errors listed for a file
+_LOOK_AHEAD = 100  # the format is recognised from the first row that fits one, among this many
+# Readers chosen by the ending of a file's name; the kind of every other file is told from its content.
 _READERS = {".csv": read_csv, ".tsv": read_csv, ".arrow": read_arrow}
 
 
 @dataclass
 class LoadReport:
-    """What became of a file's rows. Only under on_invalid="skip" is anything dropped."""
+    """How many rows of a file were used, and how many were dropped for which reason."""
 
     rows: int = 0
     kept: int = 0
     format: str = ""
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
-    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few places
+    examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few places, as "file:line"
 
     def drop(self, reason: str, place: str) -> None:
         """Count a row that cannot be used."""
@@ -49,7 +49,7 @@ class LoadReport:
             places.append(place)
 
     def add(self, other: LoadReport) -> None:
-        """Count another file's rows too."""
+        """Add the counts of another file."""
         self.rows += other.rows
         self.kept += other.kept
         self.format = self.format or other.format
@@ -60,21 +60,21 @@ class LoadReport:
 
 
 class Reading(TypedDict, total=False):
-    """How a file is read: in which format (auto: recognised), by which column names, and what of unusable rows."""
+    """How a file is read."""
 
-    format: str
-    on_invalid: str  # error: one error that lists them; skip: drop and count them, an error only when no row is left
-    columns: Mapping[str, str] | None
+    format: str  # a format's name, or auto: it is recognised
+    on_invalid: str  # what to do with unusable rows: error lists them in one error, skip drops and counts them
+    columns: Mapping[str, str] | None  # our column names -> the file's
 
 
 @dataclass(frozen=True)
 class Format(Generic[Parsed]):
-    """A form of rows: its columns, how to recognise it, and how to read a row of it."""
+    """A format of rows: its columns, how to recognise it, and how to read a row."""
 
     columns: tuple[str, ...]
-    fits: Callable[[Row], bool]
-    parse: Callable[[Row], Iterable[Parsed]]
-    lines: bool = False  # rows are lines of text, read as {"text": line}
+    fits: Callable[[Row], bool]  # whether a row has this format
+    parse: Callable[[Row], Iterable[Parsed]]  # the items of a row; raises InvalidRow
+    lines: bool = False  # whether rows are lines of text, read as {"text": line}
 
 
 def iter_rows(
@@ -86,7 +86,11 @@ def iter_rows(
     columns: Mapping[str, str] | None = None,
     report: LoadReport | None = None,
 ) -> Iterator[tuple[str, Parsed]]:
-    """Each usable row's place and contents. Raises DataError, after the last row, for those that cannot be used."""
+    """The items of each usable row, each with the row's place ("file:line"). Fills `report`.
+
+    Raises DataError if the file cannot be read, has no known format, or, after the last row, has rows that cannot be
+    used.
+    """
     report = LoadReport() if report is None else report
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
@@ -120,7 +124,7 @@ def iter_rows(
 def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_invalid: str) -> DataError:
     count = report.rows - report.kept
     more = [f"… and {count - len(errors)} more"] if count > len(errors) else []
-    remedy = "no row is left" if on_invalid == "skip" else "mend them, or drop them with data.on_invalid=skip"
+    remedy = "no row is left" if on_invalid == "skip" else "correct them, or drop them with data.on_invalid=skip"
     lines = "\n  ".join([*errors, *more])
     return DataError(f"{path}: {count} of {report.rows} rows cannot be used ({remedy}):\n  {lines}")
 
@@ -128,14 +132,15 @@ def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_inva
 def _check_names(formats: Mapping[str, Format[Parsed]], format: str, columns: Mapping[str, str]) -> None:
     if format != "auto" and format not in formats:
         raise DataError(
-            f"unknown data format {format!r}{_nearest(format, formats)}; there are auto, {', '.join(formats)}"
+            f"unknown data format {format!r}{_nearest(format, formats)}; choose auto or one of {', '.join(formats)}"
         )
-    known = {name for form in formats.values() for name in form.columns}
+    our_names = {name for form in formats.values() for name in form.columns}
     for name in columns:
-        if name not in known:
+        if name not in our_names:
             raise DataError(
-                f"data.columns: no format has a column {name!r}{_nearest(name, known)}; give our name first, then "
-                f"the file's, e.g. instruction: question. Ours are {', '.join(sorted(known))}"
+                f"data.columns: no format has a column {name!r}{_nearest(name, our_names)}; write the name in this "
+                "program first, then the name in the file, e.g. instruction: question. The names in this program are "
+                f"{', '.join(sorted(our_names))}"
             )
 
 
@@ -157,7 +162,7 @@ def _rename(row: Any, columns: Mapping[str, str]) -> Any:
 def _detect(
     path: Path, rows: Iterator[tuple[str, Any]], formats: Mapping[str, Format[Parsed]]
 ) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """The format of the first row that has one. The rows read so far are put back."""
+    """The format of the first row that fits one, and all rows, also those that were read to recognise it."""
     seen: list[tuple[str, Any]] = []
     for place, row in rows:
         seen.append((place, row))
@@ -169,12 +174,13 @@ def _detect(
             break
     first = next((row for _, row in seen if isinstance(row, dict)), None)
     if first is None:
-        found = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {_kind(seen[0][1])}"
-        raise DataError(f"{seen[0][0]}: a row must be an object with named columns, found: {found}")
+        got = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {_kind(seen[0][1])}"
+        raise DataError(f"{seen[0][0]}: a row must be an object with named columns, got {got}")
     expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
     raise DataError(
-        f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known are: {expected}. Rename with "
-        "data.columns, our name first, e.g. {instruction: question, output: answer}"
+        f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known formats and their columns: "
+        f"{expected}. Rename columns with data.columns, the name in this program first, e.g. "
+        "{instruction: question, output: answer}"
     )
 
 
@@ -187,68 +193,68 @@ def _as_row(row: Any) -> Row:
 
 
 def text_of(row: Row, name: str, *, optional: bool = False) -> str:
-    """A column's text; an optional one may be missing or null."""
+    """The text in column `name`; "" if the column is optional and missing or null. Raises InvalidRow."""
     value = row.get(name)
     if value is None:
         if optional:
             return ""
-        what = "is null" if name in row else f"is missing (columns: {', '.join(row) or 'none'})"
-        raise InvalidRow("missing field", f"'{name}' {what}")
+        problem = "is null" if name in row else f"is missing (columns: {', '.join(row) or 'none'})"
+        raise InvalidRow("missing field", f"'{name}' {problem}")
     return _as_text(value, f"'{name}'")
 
 
-def _as_text(value: Any, what: str) -> str:
+def _as_text(value: Any, label: str) -> str:
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(_as_text(part.get("text"), what) for part in value)  # OpenAI's content parts
+        value = "".join(_as_text(part.get("text"), label) for part in value)  # OpenAI's content parts
     if not isinstance(value, str):
-        raise InvalidRow("wrong type", f"{what} must be text, got a {_kind(value)}")
+        raise InvalidRow("wrong type", f"{label} must be text, got a {_kind(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidRow("broken Unicode", f"{what} holds half of a surrogate pair") from None
+        raise InvalidRow("broken Unicode", f"{label} holds half of a surrogate pair") from None
     return value
 
 
-def message_of(value: Any, what: str) -> Message:
-    """A message written as {role, content} or as {from, value}."""
+def message_of(value: Any, label: str) -> Message:
+    """A message written as {role, content} or as {from, value}. Raises InvalidRow, which names `label`."""
     if not isinstance(value, dict):
-        raise InvalidRow("wrong type", f"{what} must be an object with role and content, got a {_kind(value)}")
+        raise InvalidRow("wrong type", f"{label} must be an object with role and content, got a {_kind(value)}")
     keys = ("from", "value") if "from" in value else ("role", "content")
     role = value.get(keys[0])
     if not isinstance(role, str) or role.lower() not in ROLES:
         if role in _TOOL_ROLES:
-            raise InvalidRow("tool message", f"{what}: messages of tools are not supported (role {role!r})")
-        raise InvalidRow("unknown role", f"{what}: unknown role {role!r}; user, assistant or system is expected")
+            raise InvalidRow("tool message", f"{label}: messages of tools are not supported (role {role!r})")
+        raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
     if value.get(keys[1]) is None:
-        raise InvalidRow("missing field", f"{what}: '{keys[1]}' is missing or null")
-    return Message(ROLES[role.lower()], _as_text(value[keys[1]], f"{what}: '{keys[1]}'"))
+        raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
+    return Message(ROLES[role.lower()], _as_text(value[keys[1]], f"{label}: '{keys[1]}'"))
 
 
-def messages_of(value: Any, what: str) -> list[Message]:
-    """A list of messages. A blank system message counts as none.
+def messages_of(value: Any, label: str) -> list[Message]:
+    """The messages of a list, without a blank system message. Raises InvalidRow, which names `label`.
 
-    Columns of the type Sequence, as older data sets have them, hold one object of lists instead of a list of objects.
+    In older data sets a column has the type Sequence: one object of lists instead of a list of objects.
     """
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
-        value = _objects(value, what)
+        value = _objects(value, label)
     if not isinstance(value, list) or not value:
-        raise InvalidRow("wrong type", f"{what} must be a list of messages, got {_kind_or_empty(value)}")
-    messages = [message_of(item, f"{what}[{i}]") for i, item in enumerate(value)]
+        raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
+    messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
     if messages[0].role == "system" and not messages[0].content.strip():
         return messages[1:]
     return messages
 
 
-def _objects(lists: Mapping[str, list[Any]], what: str) -> list[dict[str, Any]]:
-    """An object of lists as a list of objects."""
+def _objects(lists: Mapping[str, list[Any]], label: str) -> list[dict[str, Any]]:
+    """A list of objects from an object of lists. Raises InvalidRow if the lists have different lengths."""
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        raise InvalidRow("wrong type", f"{what} has lists of different lengths: {lengths}")
+        raise InvalidRow("wrong type", f"{label} has lists of different lengths: {lengths}")
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def history_of(row: Row) -> list[Message]:
-    """Alpaca's `history`: earlier turns as pairs of question and answer."""
+    """The messages of Alpaca's `history`: earlier turns as pairs of question and answer."""
     history = row.get("history") or []
     if not isinstance(history, list):
         raise InvalidRow("wrong type", f"'history' must be a list of pairs, got a {_kind(history)}")
@@ -262,28 +268,32 @@ def history_of(row: Row) -> list[Message]:
 
 
 def system_of(row: Row) -> list[Message]:
-    """An optional system column."""
+    """The system message of the row's optional `system` column, as a list of none or one."""
     system = text_of(row, "system", optional=True)
     return [Message("system", system)] if system.strip() else []
 
 
 def instruction_of(row: Row) -> Message:
-    """Alpaca's instruction and input, one below the other."""
-    instruction, given = text_of(row, "instruction"), text_of(row, "input", optional=True)
-    return Message("user", "\n".join(text for text in (instruction, given) if text))
+    """The user's message of an Alpaca row: the instruction, and below it the input if there is one."""
+    instruction, input_text = text_of(row, "instruction"), text_of(row, "input", optional=True)
+    return Message("user", "\n".join(text for text in (instruction, input_text) if text))
 
 
 def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...]:
-    """System only first, then user and assistant in turn, `last` at the end, none of them empty."""
+    """The messages as a tuple, after checks.
+
+    Raises InvalidRow unless a system message stands only at the start, user and assistant alternate after it, the
+    role `last` is at the end, and no message is empty.
+    """
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     for i, message in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
         if message.role != expected:
-            place = i + 1 + len(messages) - len(turns)
-            raise InvalidRow("roles out of order", f"message {place} must be of {expected}, got {message.role}")
+            number = i + 1 + len(messages) - len(turns)
+            raise InvalidRow("roles out of order", f"message {number} must be of {expected}, got {message.role}")
         if not message.content.strip():
-            what = "empty reply" if expected == "assistant" else "empty user message"
-            raise InvalidRow(what, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
+            reason = "empty reply" if expected == "assistant" else "empty user message"
+            raise InvalidRow(reason, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
     if not turns or turns[-1].role != last:
         got = turns[-1].role if turns else "no turn"
         raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")

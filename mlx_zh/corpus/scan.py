@@ -1,8 +1,8 @@
-"""The first pass over a source: read, normalise, validate, and note what is needed to choose among all rows.
+"""The first pass over a source: read, validate and normalize its rows, and hash them for the choice among all rows.
 
-What is read is spooled to disk, so the second pass (rendering) reads no JSON again. Run as a program, it scans the
-sources named in a task file: `python -m mlx_zh.corpus.scan TASK.json`. Memory does not depend on the file's size
-but for some 50 bytes a row.
+The rows are written to disk in parts, so that the second pass (rendering) need not read the data files again. As a
+program, this scans the sources of a task file: `python -m mlx_zh.corpus.scan TASK.json`. Memory grows by about 50
+bytes a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from mlx_zh.corpus.contamination import ExamFilter, ExamIndex
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.duplicates import Rows, sketch
-from mlx_zh.corpus.normalize import changed, normalize, simplifier
+from mlx_zh.corpus.normalize import map_texts, normalize, simplifier
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import letters
 from mlx_zh.corpus.sources import DataSource, Item
@@ -31,11 +31,11 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.system.storage import storage_errors, write_json, written_whole
 
 PART = 4096  # rows of one spool file
-_BATCH = 512  # rows whose n-grams are made at once
+_BATCH = 512  # rows whose n-grams are computed at once
 _DIGITS = re.compile(r"\d+")
 _REPORTED = 2000  # rows between two reports of progress
 
-Progress = Callable[[str, int], None]  # a source's name, and how many of its rows were read
+Progress = Callable[[str, int], None]  # called with a source's name and the number of rows read so far
 
 
 @dataclass(frozen=True)
@@ -46,59 +46,59 @@ class ScanSettings:
     on_invalid: str = "error"
     normalize: bool = True
     simplify: bool = False
-    near_ngram: int | None = 3  # None: near duplicates are not looked for
-    exam_index: str | None = None  # a file of ExamIndex
+    near_ngram: int | None = 3  # letters of an n-gram; None: near duplicates are not searched for
+    exam_index: str | None = None  # path of a file that ExamIndex.save wrote
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What the first pass found. N rows are usable; `report` counts the others."""
+    """The result of the first pass for a source with N usable rows; `report` counts the others too."""
 
     folder: Path
     report: LoadReport
     rows: Rows
     prompts: npt.NDArray[np.uint64]  # (N,) hash of the first question
-    exam: npt.NDArray[np.int32]  # (N,) the exam question that a row holds, or -1
-    overlap: npt.NDArray[np.float32]  # (N,) and how much of it
+    exam: npt.NDArray[np.int32]  # (N,) index of the exam question that the row contains, or -1
+    overlap: npt.NDArray[np.float32]  # (N,) largest share of a question's n-grams that the row contains
 
     def items(self, part: int) -> list[Item]:
-        """The rows of one spool file: PART * part and the next."""
+        """The rows of spool file number `part`: those from number PART * part on."""
         text = (self.folder / f"part-{part:05d}.spool").read_text(encoding="utf-8")
         return [_item(row) for row in json.loads(text)]
 
 
 def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Progress) -> None:
-    """Scan a source into `folder`, unless an earlier run has. Raises DataError."""
+    """Scan a source into `folder`, unless an earlier run has finished it. Raises DataError, StorageError."""
     if (folder / "scan.json").exists():
         return
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     report = LoadReport()
     with storage_errors(folder), ExitStack() as stack:
-        notes = _Notes(folder, source, settings, stack)
-        for number, item in enumerate(_clean(source, settings, report), start=1):
-            notes.add(item)
+        writer = _ScanWriter(folder, source, settings, stack)
+        for number, item in enumerate(_normalized_items(source, settings, report), start=1):
+            writer.add(item)
             if number % _REPORTED == 0:
                 progress(source.name, report.rows)
-        notes.flush()
+        writer.flush()
     with written_whole(folder / "scan.npz") as file:
-        columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in notes.columns.items()}
+        columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in writer.columns.items()}
         np.savez(file, **columns)
     progress(source.name, report.rows)
     write_json(folder / "scan.json", asdict(report))
 
 
 def open_scan(folder: Path, near: bool) -> Scan:
-    """A finished scan."""
+    """The finished scan in `folder`; `near` says whether it has signatures for near duplicates."""
     report = LoadReport(**json.loads((folder / "scan.json").read_text(encoding="utf-8")))
-    with np.load(folder / "scan.npz") as found:
-        columns = {name: found[name] for name in found.files}
+    with np.load(folder / "scan.npz") as arrays:
+        columns = {name: arrays[name] for name in arrays.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"
     rows = Rows(columns["exact"], columns["numbers"], signatures if near else None, bands if near else None)
     return Scan(folder, report, rows, columns["prompts"], columns["exam"], columns["overlap"])
 
 
-def _clean(source: DataSource, settings: ScanSettings, report: LoadReport) -> Iterator[Item]:
+def _normalized_items(source: DataSource, settings: ScanSettings, report: LoadReport) -> Iterator[Item]:
     simplify = simplifier() if settings.simplify else None
 
     def change(text: str) -> str:
@@ -107,11 +107,11 @@ def _clean(source: DataSource, settings: ScanSettings, report: LoadReport) -> It
 
     plain = not settings.normalize and simplify is None
     for item in source.items(settings.kind, settings.on_invalid, report):
-        yield item if plain else changed(item, change)
+        yield item if plain else map_texts(item, change)
 
 
-class _Notes:
-    """Collects rows; writes spool, signatures and bands as it goes."""
+class _ScanWriter:
+    """Hashes rows in batches, and writes the spool, signature and band files on the way."""
 
     def __init__(self, folder: Path, source: DataSource, settings: ScanSettings, stack: ExitStack) -> None:
         self.columns: dict[str, list[npt.NDArray[Any]]] = {
@@ -132,36 +132,36 @@ class _Notes:
                 self._files.append(stack.enter_context((folder / name).open("wb")))
 
     def add(self, item: Item) -> None:
-        """Note one row."""
+        """Add one row."""
         self._batch.append(item)
         self._spool.append(_row(item))
         if len(self._batch) == _BATCH:
-            self._note()
+            self._hash_batch()
         if len(self._spool) == PART:
-            self._write()
+            self._write_spool()
 
     def flush(self) -> None:
-        """Note and write what is left."""
+        """Hash and write the rows that are still in memory."""
         if self._batch:
-            self._note()
+            self._hash_batch()
         if self._spool:
-            self._write()
+            self._write_spool()
 
-    def _note(self) -> None:
+    def _hash_batch(self) -> None:
         texts = [_texts(item) for item in self._batch]
         digests = [hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest() for parts in texts]
-        asked = [[m.content for m in _prompt(item) if m.role == "user"] for item in self._batch]
+        questions = [[m.content for m in _prompt(item) if m.role == "user"] for item in self._batch]
         self.columns["exact"].append(np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2))
-        self.columns["prompts"].append(_hashes(["".join(questions[0].split()) for questions in asked]))
-        self.columns["numbers"].append(_hashes([",".join(_DIGITS.findall(" ".join(q))) for q in asked]))
+        self.columns["prompts"].append(_hashes(["".join(asked[0].split()) for asked in questions]))
+        self.columns["numbers"].append(_hashes([",".join(_DIGITS.findall(" ".join(asked))) for asked in questions]))
         if self._ngram is not None or self._exams is not None:
-            found = letters(["".join(parts) for parts in texts])
+            batch_letters = letters(["".join(parts) for parts in texts])
             if self._ngram is not None:
-                signatures, bands = sketch(found, self._ngram)
+                signatures, bands = sketch(batch_letters, self._ngram)
                 self._files[0].write(signatures.tobytes())
                 self._files[1].write(bands.tobytes())
             if self._exams is not None:
-                exam, overlap = self._exams.find(found)
+                exam, overlap = self._exams.find(batch_letters)
                 self.columns["exam"].append(exam)
                 self.columns["overlap"].append(overlap)
         if self._exams is None:
@@ -169,7 +169,7 @@ class _Notes:
             self.columns["overlap"].append(np.zeros(len(texts), np.float32))
         self._batch = []
 
-    def _write(self) -> None:
+    def _write_spool(self) -> None:
         path = self._folder / f"part-{self._parts:05d}.spool"
         with storage_errors(path):
             path.write_text(json.dumps(self._spool, ensure_ascii=False), encoding="utf-8")
@@ -188,13 +188,13 @@ def _prompt(item: Item) -> tuple[Message, ...]:
 
 
 def _texts(item: Item) -> list[str]:
-    """What is said in a row; a system message makes no other row of it."""
-    said = [message.content.strip() for message in _prompt(item) if message.role != "system"]
-    return said if isinstance(item, Conversation) else [*said, item.chosen.strip(), item.rejected.strip()]
+    """The texts of a row without the system message: rows that differ only in that are duplicates."""
+    texts = [message.content.strip() for message in _prompt(item) if message.role != "system"]
+    return texts if isinstance(item, Conversation) else [*texts, item.chosen.strip(), item.rejected.strip()]
 
 
 def _row(item: Item) -> tuple[Any, ...]:
-    """Plain values, as JSON has them."""
+    """The item as values that JSON can hold; `_item` is the inverse."""
     turns = tuple((message.role, message.content) for message in _prompt(item))
     if isinstance(item, Conversation):
         return item.source, turns
@@ -207,10 +207,10 @@ def _item(row: tuple[Any, ...]) -> Item:
 
 
 def main(argv: list[str]) -> int:
-    """Scan the sources of a task file; progress and errors go to standard output as lines of JSON."""
+    """Scan the sources of a task file; write progress and errors to standard output, one JSON object a line."""
     task = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
 
-    def tell(**values: Any) -> None:
+    def report(**values: Any) -> None:
         sys.stdout.write(json.dumps(values, ensure_ascii=True) + "\n")
         sys.stdout.flush()
 
@@ -220,10 +220,10 @@ def main(argv: list[str]) -> int:
                 DataSource(**source),
                 ScanSettings(**task["settings"]),
                 Path(folder),
-                lambda name, rows: tell(name=name, rows=rows),
+                lambda name, rows: report(name=name, rows=rows),
             )
     except MlxZhError as error:
-        tell(error=type(error).__name__, message=str(error))
+        report(error=type(error).__name__, message=str(error))
         return 2
     return 0
 

@@ -1,6 +1,7 @@
 """The second pass: chosen rows are rendered, tokenized and written as Arrow files, several batches at a time.
 
-A file appears whole or not at all, with its counts beside it; those of an interrupted run are taken as they are.
+A file appears only when it is complete, with a JSON file of counts beside it. Files of an interrupted run are used
+again.
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ from mlx_zh.corpus.scan import PART, Scan
 from mlx_zh.corpus.sources import Item
 from mlx_zh.system.storage import write_json, written_whole
 
-ROWS = 16384  # chosen rows of a file
+ROWS = 16384  # chosen rows for each file
 _BATCH = 512  # rows rendered by one thread at a time
 _THREADS = 4
 
 Indices = npt.NDArray[np.int64]
-Progress = Callable[[str, int], None]
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Progress = Callable[[str, int], None]  # called with a source's name, here always "", and the rows rendered so far
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How rows become tokens."""
+    """How rows become tokens; the fields have the meanings of `Renderer.conversation`'s arguments."""
 
-    kind: str
+    kind: str  # sft or dpo
     train_on: str
     max_length: int | None
     on_overflow: str
-    system: str | None
+    system: str | None  # the system message of rows that have none
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows to render, in the order of sources and rows: (K,) each."""
+    """The K rows to render, sorted by source and row."""
 
-    sources: Indices
-    rows: Indices
+    sources: Indices  # (K,) index of the source
+    rows: Indices  # (K,) number of the row in its source
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,7 +68,7 @@ def write_shards(
     folder: Path,
     progress: Progress,
 ) -> list[Path]:
-    """Render the chosen rows into Arrow files of `folder`. Raises TemplateError, DataError, StorageError."""
+    """Render the chosen rows into Arrow files in `folder`. Raises TemplateError, DataError or StorageError."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with ThreadPoolExecutor(max(1, min(_THREADS, os.cpu_count() or 1))) as threads:
@@ -76,22 +77,22 @@ def write_shards(
             stop = min(start + ROWS, len(chosen))
             if not path.with_suffix(".json").exists():
                 part = Chosen(chosen.sources[start:stop], chosen.rows[start:stop])
-                _write(scans, part, renderer, settings, path, threads, partial(_beyond, progress, start))
+                _write(scans, part, renderer, settings, path, threads, partial(_report_from, progress, start))
             paths.append(path)
             progress("", stop)
     return paths
 
 
 def counts_of(paths: Sequence[Path]) -> list[dict[int, Counter[str]]]:
-    """What became of the rows of each file: by source, how many were dropped for what and how many cut short."""
-    found = []
+    """For each file, by source: how many rows were dropped for each reason, and how many were cut short."""
+    counts_by_file = []
     for path in paths:
         counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        found.append({int(source): Counter(reasons) for source, reasons in counts.items()})
-    return found
+        counts_by_file.append({int(source): Counter(reasons) for source, reasons in counts.items()})
+    return counts_by_file
 
 
-def _beyond(progress: Progress, start: int, done: int) -> None:
+def _report_from(progress: Progress, start: int, done: int) -> None:
     progress("", start + done)
 
 
@@ -116,7 +117,7 @@ def _write(
         for (source, rows, items), (rendered, dropped) in _ahead(render, batches, threads):
             counted = counts.setdefault(source, Counter())
             counted.update(dropped)
-            counted[CUT_SHORT] += sum(isinstance(one, Rendered) and one.truncated for one in rendered)
+            counted[CUT_SHORT] += sum(isinstance(item, Rendered) and item.truncated for item in rendered)
             writer.write_batch(_record_batch(rendered, source, rows, schema))
             done += len(items)
             progress(done)
@@ -127,7 +128,7 @@ _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
 
 
 def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
-    """The chosen rows, read from their spools, at most so many of one source at a time."""
+    """The chosen rows, read from the spool files, in batches of one source with at most _BATCH rows."""
     for source in np.unique(chosen.sources).tolist():
         rows = chosen.rows[chosen.sources == source]
         for part in np.unique(rows // PART).tolist():
@@ -157,42 +158,42 @@ def _render(
 
 
 def _ahead(
-    work: Callable[[Given], Made], given: Iterator[Given], threads: ThreadPoolExecutor
-) -> Iterator[tuple[Given, Made]]:
-    """`work` on each in turn, a few begun ahead of the one that is waited for."""
-    waiting: deque[tuple[Given, Future[Made]]] = deque()
+    work: Callable[[Task], Result], tasks: Iterator[Task], threads: ThreadPoolExecutor
+) -> Iterator[tuple[Task, Result]]:
+    """Each task with its result, in order; a few tasks run ahead of the one that is waited for."""
+    waiting: deque[tuple[Task, Future[Result]]] = deque()
     try:
         while True:
-            for one in islice(given, threads._max_workers + 1 - len(waiting)):
-                waiting.append((one, threads.submit(work, one)))
+            for task in islice(tasks, threads._max_workers + 1 - len(waiting)):
+                waiting.append((task, threads.submit(work, task)))
             if not waiting:
                 return
-            first, made = waiting.popleft()
-            yield first, made.result()
+            first, future = waiting.popleft()
+            yield first, future.result()
     finally:
-        for _, made in waiting:
-            made.cancel()
+        for _, future in waiting:
+            future.cancel()
 
 
 def _record_batch(
     rendered: Sequence[Rendered | RenderedPair | None], source: int, rows: Sequence[int], schema: pa.Schema
 ) -> pa.RecordBatch:
-    kept = [(row, one) for row, one in zip(rows, rendered, strict=True) if one is not None]
+    kept = [(row, item) for row, item in zip(rows, rendered, strict=True) if item is not None]
     columns: dict[str, Any] = {
         "source": pa.array(np.full(len(kept), source, dtype=np.int32)),
         "row": pa.array(np.array([row for row, _ in kept], dtype=np.int32)),
     }
     if "tokens" in schema.names:
-        conversations = [one for _, one in kept if isinstance(one, Rendered)]
-        columns["tokens"] = _lists([one.tokens for one in conversations])
-        columns["trained"] = _lists([_spans(one.trained) for one in conversations])
+        conversations = [item for _, item in kept if isinstance(item, Rendered)]
+        columns["tokens"] = _lists([item.tokens for item in conversations])
+        columns["trained"] = _lists([_spans(item.trained) for item in conversations])
         columns["scored"] = pa.array(
-            np.array([np.count_nonzero(one.trained[1:]) for one in conversations], dtype=np.int32)
+            np.array([np.count_nonzero(item.trained[1:]) for item in conversations], dtype=np.int32)
         )
-        columns["truncated"] = pa.array([one.truncated for one in conversations], type=pa.bool_())
+        columns["truncated"] = pa.array([item.truncated for item in conversations], type=pa.bool_())
     else:
         for name in ("prompt", "chosen", "rejected"):
-            columns[name] = _lists([getattr(one, name) for _, one in kept])
+            columns[name] = _lists([getattr(item, name) for _, item in kept])
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
@@ -203,6 +204,6 @@ def _lists(arrays: Sequence[npt.NDArray[np.int32]]) -> pa.ListArray:
 
 
 def _spans(trained: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """Where runs of true begin and end: start, end, start, end …"""
+    """Where runs of true begin and end in `trained` (T,): start, end, start, end …"""
     edges = np.diff(trained.astype(np.int8), prepend=0, append=0)
     return np.flatnonzero(edges).astype(np.int32)

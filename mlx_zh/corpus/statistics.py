@@ -1,4 +1,4 @@
-"""What a prepared corpus is like: rows by source and reason, token lengths, tokens per Chinese character."""
+"""Statistics of a prepared corpus: rows by source and reason, token lengths, tokens per Chinese character."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlx_zh.corpus.shards import CUT_SHORT
 from mlx_zh.corpus.sources import DataSource, Item
 
 BINS = 24  # of the histogram of lengths
-_SAMPLED = 512  # rows that tokens per Chinese character are measured on
+_SAMPLED = 512  # rows on which tokens per Chinese character are measured
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]{2,}")
 _TOO_LONG = (
     OVERFLOW,
@@ -46,12 +46,15 @@ def describe(
     train: Conversations | Pairs,
     validation: Conversations | Pairs,
 ) -> dict[str, Any]:
-    """The report of a corpus, as plain values."""
-    listed = []
+    """The report of a corpus, as values that JSON can hold.
+
+    `rendering` counts, for each source, the rows that were dropped or cut short while rendering, by reason.
+    """
+    source_reports = []
     for i, (source, scan) in enumerate(zip(sources, scans, strict=True)):
         reasons = Counter(scan.report.dropped) + choice.dropped[i] + rendering.get(i, Counter())
         cut = reasons.pop(CUT_SHORT, 0)
-        listed.append(
+        source_reports.append(
             {
                 "name": source.name,
                 "files": list(source.files),
@@ -66,7 +69,7 @@ def describe(
         )
     over_long = sum(count for reasons in rendering.values() for name, count in reasons.items() if name in _TOO_LONG)
     return {
-        "sources": listed,
+        "sources": source_reports,
         "exam_rows": choice.exam_rows,
         "train": _lengths(train),
         "validation": _lengths(validation) if len(validation) else None,
@@ -92,13 +95,16 @@ def _lengths(examples: Conversations | Pairs) -> dict[str, Any]:
 
 
 def sparkline(counts: Sequence[int]) -> str:
-    """A histogram in one line of text; only empty bins are blank."""
+    """A histogram in one line of text; a blank is an empty bin."""
     top = max([*counts, 1])
     return "".join(_BARS[min(int(count / top * len(_BARS)), len(_BARS) - 1)] if count else " " for count in counts)
 
 
 def tokens_per_character(scans: Sequence[Scan], choice: Choice, renderer: Renderer) -> float | None:
-    """Tokens that this tokenizer makes of a Chinese character, over runs of them in a few hundred rows."""
+    """Mean tokens per Chinese character with this tokenizer, over a sample of rows; None if they have no Chinese.
+
+    Only runs of two or more Chinese characters count.
+    """
     rows = choice.rendered()
     sample = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)] if len(rows) else rows
     runs: list[str] = []
@@ -123,8 +129,8 @@ def _texts(item: Item) -> list[str]:
 
 
 def write_histogram(lengths: npt.NDArray[np.int32], path: Any, title: str) -> None:
-    """A PNG of the distribution of token lengths. Needs matplotlib; raises ImportError without it."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    """Write a PNG of the distribution of token lengths (N,). Raises ImportError if matplotlib is not installed."""
+    from matplotlib.figure import Figure  # not pyplot, which needs a window system and has global state
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_zh.corpus.mixing import mix, pick, validates
+from mlx_zh.corpus.mixing import is_validation, mix, pick
 
 HASHES = np.random.default_rng(0).integers(0, 2**63, 1000).astype(np.uint64)
 ROWS = np.arange(1000)
@@ -20,11 +20,11 @@ def test_a_larger_pick_keeps_the_smaller_one():
 
 
 def test_rows_stay_on_their_side_when_a_set_grows():
-    few, many = validates(HASHES[:400], 0.1), validates(HASHES, 0.1)
+    few, many = is_validation(HASHES[:400], 0.1), is_validation(HASHES, 0.1)
     np.testing.assert_array_equal(few, many[:400])
     assert 60 <= many.sum() <= 140  # 100 expected, a standard deviation of 9.5
-    assert (validates(HASHES, 0.2) | ~many).all()  # a larger share keeps the smaller one
-    assert not validates(HASHES, 0.0).any()
+    assert (is_validation(HASHES, 0.2) | ~many).all()  # a larger share keeps the smaller one
+    assert not is_validation(HASHES, 0.0).any()
 
 
 def test_concat_takes_weights_as_factors():
