@@ -2,5 +2,5 @@
 
 import os
 
-# transformers regrets at import that PyTorch is missing, which is as it should be here.
+# At import transformers warns that PyTorch is missing, which is intended here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""From a config and a table of arrays to an mlx-lm model in memory."""
+"""Build an mlx-lm model in memory from its config and its arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# Quantization formats whose scales are bytes: one pair of (bits, group size) each.
+# Quantization formats whose scales are bytes, recognised by (bits, group size).
 _BYTE_SCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 Weights = dict[str, "mx.array"]
@@ -34,15 +34,19 @@ def build_model(
     keep_quantized: bool,
     quantize: tuple[int, int] | None,
 ) -> nn.Module:
-    """A frozen mlx-lm model with `weights` (emptied here, so that each array is freed as soon as it is used).
+    """A frozen mlx-lm model with `weights`, in evaluation mode. Messages name the model as `source`.
 
-    `dtype` is what floating-point parameters are cast to (None: as stored). Without `keep_quantized` every
-    quantized tensor becomes `dtype`. `config` is completed: "quantization" says what is quantized in memory.
+    `weights` is emptied, so that each array is freed as soon as it is used. Floating-point parameters are cast to
+    `dtype` (None: as stored). Without `keep_quantized`, quantized tensors are dequantized to `dtype`. `quantize` is
+    (bits, group size) for a full-precision model. `config` is changed: "quantization" says what is quantized in
+    memory.
+
+    Raises ModelError if config and weights do not fit together.
     """
     import mlx.core as mx
 
-    _settle(config, weights, source)
-    model = _empty(config, weights, source)
+    _resolve_config(config, weights, source)
+    model = _lazy_model(config, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -63,7 +67,7 @@ def build_model(
     weights.clear()
     model.freeze()
     model.eval()
-    for layer in model.layers:  # layer by layer, so that no second copy of all weights is alive at once
+    for layer in model.layers:  # one layer at a time, so that memory never holds two copies of all weights
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
     mx.clear_cache()
@@ -72,11 +76,11 @@ def build_model(
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a model consists of, known without reading a weight."""
+    """The tensors and modules of a model, known without reading the weights."""
 
-    shapes: dict[str, tuple[int, ...]]  # of every tensor at full precision, in the model's order
+    shapes: dict[str, tuple[int, ...]]  # shape of every tensor at full precision, in the model's order
     matrices: tuple[str, ...]  # modules that can be quantized
-    packing: dict[str, dict[str, Any]]  # modules that are: bits, group_size, mode
+    packing: dict[str, dict[str, Any]]  # modules that are quantized -> bits, group_size, mode
 
 
 def outline(
@@ -84,13 +88,14 @@ def outline(
 ) -> Outline:
     """Check lazy `weights` against `config` as `build_model` does, and leave them lazy.
 
-    Tensors that the model does not use are removed; with `quantize`, matrices become packed ones.
+    Tensors that the model does not use are removed from `weights`. With `quantize`, matrices are replaced by
+    quantized ones. Raises ModelError if config and weights do not fit together.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    _settle(config, weights, source)
-    model = _empty(config, weights, source)
+    _resolve_config(config, weights, source)
+    model = _lazy_model(config, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -104,8 +109,11 @@ def outline(
     return Outline(shapes, tuple(_matrices(modules)), packing)
 
 
-def _settle(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Resolve what mlx-lm would guess: tied embeddings (its default is not Hugging Face's), foreign quantization."""
+def _resolve_config(config: dict[str, Any], weights: Weights, source: str) -> None:
+    """Set tied embeddings, where mlx-lm's default differs from Hugging Face's, and remove tensors that are not used.
+
+    Raises ModelError if the model is quantized in a format that cannot be read.
+    """
     tied = config.get("tie_word_embeddings")
     if tied is None:
         tied = config["tie_word_embeddings"] = "lm_head.weight" not in weights
@@ -116,16 +124,19 @@ def _settle(config: dict[str, Any], weights: Weights, source: str) -> None:
     if "quantization" not in config and isinstance(foreign, dict):
         method = foreign.get("quant_method", "unknown")
         raise ModelError(
-            f"{source} is quantized by {method!r}; formats of MLX and GGUF can be read. Take the full-precision "
-            "model and set `quantize`, or a version quantized by mlx-lm."
+            f"{source} is quantized by {method!r}; only the formats of MLX and GGUF can be read. Take the "
+            "full-precision model and set `quantize`, or a version quantized by mlx-lm."
         )
 
 
-def _empty(config: dict[str, Any], weights: Weights, source: str) -> Any:
-    """The model with lazy random parameters, which take no memory until they are evaluated."""
+def _lazy_model(config: dict[str, Any], weights: Weights, source: str) -> Any:
+    """The model with lazy random parameters, which take no memory before they are evaluated."""
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(weights):
-        raise ModelError(f"{source}: its config announces {layers:,} layers, and there are {len(weights)} tensors.")
+        raise ModelError(
+            f"{source}: its config.json says {layers:,} layers, but there are only {len(weights)} tensors. Download "
+            "the model again."
+        )
     module = importlib.import_module(f"mlx_lm.models.{FAMILIES[config['model_type']].mlx_lm}")
     try:
         return module.Model(module.ModelArgs.from_dict(config))
@@ -137,7 +148,7 @@ def _empty(config: dict[str, Any], weights: Weights, source: str) -> Any:
 
 
 def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int, int], source: str) -> None:
-    """Replace each matrix that can be quantized by its packed form, as `mlx_lm.convert` does."""
+    """Replace each matrix that can be quantized by its quantized form, as `mlx_lm.convert` does."""
     import mlx.core as mx
 
     bits, group_size = quantize
@@ -151,15 +162,15 @@ def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int,
             f"{source} is quantized already, and quantizing it a second time would lose quality. Remove `quantize`, "
             "or give the full-precision model."
         )
-    done = 0
+    quantized = 0
     for path, module in modules.items():
         array = weights.get(f"{path}.weight")
         if array is None or not hasattr(module, "to_quantized") or array.shape[-1] % group_size:
             continue
         packed, scales, biases = mx.quantize(array, group_size=group_size, bits=bits)
         weights |= {f"{path}.weight": packed, f"{path}.scales": scales, f"{path}.biases": biases}
-        done += 1
-    if not done:
+        quantized += 1
+    if not quantized:
         raise ModelError(
             f"quantize: no matrix of {source} has rows that divide into groups of {group_size}; choose a smaller "
             "group_size."
@@ -169,7 +180,7 @@ def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int,
 def _packing(
     config: dict[str, Any], weights: Weights, modules: Mapping[str, Any], source: str
 ) -> dict[str, dict[str, Any]]:
-    """Path of a quantized module -> its bits, group_size and mode, found from the shapes of its arrays."""
+    """Path of each quantized module -> its bits, group_size and mode, derived from the shapes of its arrays."""
     import mlx.core as mx
 
     packing: dict[str, dict[str, Any]] = {}
@@ -180,7 +191,7 @@ def _packing(
             continue
         module, packed, scales = modules.get(path), weights.get(f"{path}.weight"), weights[name]
         if packed is None or module is None or not hasattr(module, "to_quantized"):
-            continue  # named by the comparison that follows
+            continue  # `_compare` reports it
         width = module.weight.shape[-1]
         bits, group_size = packed.shape[-1] * 32 // width, width // max(scales.shape[-1], 1)
         mode = _BYTE_SCALED.get((bits, group_size)) if scales.dtype == mx.uint8 else "affine"
@@ -201,7 +212,10 @@ def _matrices(modules: Mapping[str, Any]) -> list[str]:
 
 
 def describe_packing(packing: Mapping[str, dict[str, Any]], matrices: Iterable[str]) -> dict[str, Any]:
-    """config.json's "quantization" in mlx-lm's form: the commonest format, then the modules that differ from it."""
+    """config.json's "quantization" as mlx-lm writes it: the most common format, then the modules that differ from it.
+
+    A module that is not quantized has the value False.
+    """
     counts = Counter((p["group_size"], p["bits"], p["mode"]) for p in packing.values())
     common = dict(zip(("group_size", "bits", "mode"), counts.most_common(1)[0][0], strict=True))
     described: dict[str, Any] = dict(common)
@@ -223,9 +237,9 @@ def _make_quantized(model: nn.Module, packing: Mapping[str, dict[str, Any]]) -> 
 
 
 def dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: mx.Dtype) -> None:
-    """Replace packed matrices by full ones, lazily.
+    """Replace quantized matrices by full ones of `dtype`, lazily.
 
-    Scales are widened first: in half precision `scale * code + bias` would round once more.
+    Scales and biases are converted to float32 first: in half precision `scale * code + bias` would be rounded again.
     """
     import mlx.core as mx
 
@@ -240,7 +254,7 @@ def dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: m
 
 
 def _compare(model: nn.Module, weights: Weights, source: str) -> None:
-    """Every tensor that is missing, unknown or of another shape, in one ModelError."""
+    """Raise one ModelError that lists every tensor that is missing, unexpected or of another shape."""
     from mlx.utils import tree_flatten
 
     expected = dict(tree_flatten(model.parameters()))
@@ -252,14 +266,14 @@ def _compare(model: nn.Module, weights: Weights, source: str) -> None:
         if name in weights and weights[name].shape != array.shape
     ]
     problems = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (("missing", missing), ("unexpected", unknown), ("of the wrong shape", shapes))
+        f"{len(names)} {problem}: {_some(names)}"
+        for problem, names in (("missing", missing), ("unexpected", unknown), ("of the wrong shape", shapes))
         if names
     ]
     if problems:
         raise ModelError(
             f"The tensors of {source} do not fit its config. {'; '.join(problems)}. Download the model again; if it "
-            "is complete, it is of another family than its model_type says."
+            "is complete, its model_type in config.json is wrong."
         )
 
 

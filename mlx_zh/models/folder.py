@@ -1,6 +1,6 @@
 """Read a model folder in Hugging Face's or mlx-lm's layout: config.json, *.safetensors, tokenizer.
 
-Nothing here unpickles and nothing runs code that a folder brings.
+Pickles are never loaded, and code in a folder is never run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
 def folder_config(path: Path) -> dict[str, Any]:
-    """config.json, completed from generation_config.json and put into the form that mlx-lm 0.32 understands.
+    """config.json, with the end-of-turn ids of generation_config.json added, in the form that mlx-lm 0.32 reads.
 
-    ModelError if there is none, if it cannot be parsed, or if the model is of a family that is not supported.
+    Raises ModelError if there is none, if it cannot be parsed, or if the model's family is not supported.
     """
     if not (path / "config.json").is_file():
         raise ModelError(
-            f"{path} has no config.json, so it is not a model folder. Give the folder that holds config.json and the "
+            f"{path} has no config.json, so it is not a model folder. Give the folder with config.json and the "
             f"*.safetensors files{_adapter_hint(path)}."
         )
     config = read_json(path / "config.json")
@@ -40,7 +40,7 @@ def folder_config(path: Path) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelError(
             f"{path / 'config.json'}: model_type {kind!r} is not supported. Supported are {', '.join(FAMILIES)}: "
-            "the program computes attention itself and needs a model of Llama's shape."
+            "this program computes attention itself and needs a model of Llama's architecture."
         )
     _flatten_rope(config)
     listed = config.get("layer_types") or []
@@ -60,30 +60,34 @@ def folder_config(path: Path) -> dict[str, Any]:
 
 
 def as_ids(value: Any, where: Path) -> list[int]:
-    """A token id, a list of them, or nothing, as a list. Raises ModelError for anything else."""
+    """A list of token ids from an id, a list of ids, or None. Raises ModelError for anything else."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if wrong := [item for item in ids if isinstance(item, bool) or not isinstance(item, int)]:
-        found = str(wrong[0])[:40]
-        raise ModelError(f"{where}: eos_token_id must be a whole number or a list of them, found {found!r}.")
+        shown = str(wrong[0])[:40]
+        raise ModelError(
+            f"{where}: eos_token_id must be a whole number or a list of them, got {shown!r}. Download the model "
+            "again."
+        )
     return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError if the file does not contain one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 text ({error.reason}). Download it again.") from error
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Download it again.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+    except (ValueError, RecursionError) as error:  # e.g. a number with thousands of digits, or a thousand brackets
         raise ModelError(f"{path}: not usable as JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: a JSON object is needed, found a {type(content).__name__}. Download it again.")
+        raise ModelError(f"{path}: a JSON object is needed, got a {type(content).__name__}. Download it again.")
     return content
 
 
 def _flatten_rope(config: dict[str, Any]) -> None:
-    """transformers 5 nests rope_theta under rope_parameters, where mlx-lm's Llama overlooks it and takes 10000."""
+    """Copy rope_theta out of rope_parameters, where transformers 5 puts it; mlx-lm's Llama would use 10000."""
     nested = config.get("rope_parameters")
     if not isinstance(nested, dict):
         return
@@ -96,20 +100,20 @@ def _flatten_rope(config: dict[str, Any]) -> None:
 
 def _adapter_hint(path: Path) -> str:
     if any((path / name).exists() for name in (CONFIG_FILE, ADAPTER_FILE, PEFT_FILE)):
-        return "; this one holds an adapter, which goes on top of a model"
+        return "; this one holds an adapter, which is loaded on top of a model"
     return ""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One *.safetensors file and its checked table: name -> (dtype, shape, first byte, last byte)."""
+    """One *.safetensors file and its checked table: name -> (dtype, shape, first byte, byte after the last)."""
 
     path: Path
     tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
 def folder_weights(path: Path) -> tuple[dict[str, mx.array], str]:
-    """All tensors (lazy) and a fingerprint of their content; ModelError if a file is missing or damaged."""
+    """All tensors (lazy) and a fingerprint of their content. Raises ModelError if a file is missing or damaged."""
     import mlx.core as mx
 
     files = [read_table(file) for file in _weight_files(path)]
@@ -138,17 +142,17 @@ def _weight_files(path: Path) -> list[Path]:
                 f"{', '.join(missing[:8])}. The download is not complete; start it again."
             )
         return [path / name for name in names]
-    # consolidated*.safetensors is a second copy of the weights in Mistral's own naming.
+    # consolidated*.safetensors is a second copy of the weights with Mistral's own names.
     others = (
         p for p in path.glob("*.safetensors") if not p.name.startswith(("adapter", "consolidated", "checkpoint"))
     )
-    if found := sorted(path.glob("model*.safetensors")) or sorted(others):
-        return found
+    if files := sorted(path.glob("model*.safetensors")) or sorted(others):
+        return files
     if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
         raise ModelError(
             f"{path} has its weights only as {', '.join(pickles[:3])}. Such files are Python pickles, which can run "
-            "any program when they are opened, so they are not read. Take the *.safetensors files of the same model, "
-            "or convert them (`transformers`: model.save_pretrained(..., safe_serialization=True))."
+            "any code when they are opened, so they are not read. Take the *.safetensors files of the same model, "
+            "or convert the pickles (`transformers`: model.save_pretrained(..., safe_serialization=True))."
         )
     raise ModelError(
         f"{path} has config.json but no weights (*.safetensors){_adapter_hint(path)}. Download the model again, or "
@@ -157,7 +161,10 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def read_table(path: Path) -> TensorFile:
-    """The table of a *.safetensors file, checked against its size: MLX trusts it. Raises ModelError."""
+    """The table of a *.safetensors file, checked against the file's size, because MLX does not check it.
+
+    Raises ModelError if the file is damaged or has tensors of a type that cannot be read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -168,8 +175,8 @@ def read_table(path: Path) -> TensorFile:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise ModelError(
-                f"{path} is truncated or is not a safetensors file: it announces a header of {length:,} bytes and "
-                f"has {size:,} bytes in all. Download it again."
+                f"{path} is truncated or is not a safetensors file: its header should have {length:,} bytes, and the "
+                f"whole file has {size:,}. Download it again."
             )
         raw = file.read(length)
     try:
@@ -180,8 +187,7 @@ def read_table(path: Path) -> TensorFile:
     end = max((entry[3] for entry in tensors.values()), default=0)
     if end > size - 8 - length:
         raise ModelError(
-            f"{path} is truncated: its tensors need {8 + length + end:,} bytes and it has {size:,}. Download it "
-            "again."
+            f"{path} is truncated: it should have {8 + length + end:,} bytes and has {size:,}. Download it again."
         )
     _check_types(path, tensors)
     shifted = {n: (t, s, 8 + length + first, 8 + length + last) for n, (t, s, first, last) in tensors.items()}
@@ -199,7 +205,7 @@ _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1, "I64": 8, "I32": 4, 
 def _check_types(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int, int]]) -> None:
     if unread := sorted({kind for kind, *_ in tensors.values() if kind not in _BYTES}):
         raise ModelError(
-            f"{path} holds tensors of type {', '.join(unread)}, which are not read. Take the BF16 version of the "
+            f"{path} holds tensors of type {', '.join(unread)}, which cannot be read. Take the BF16 version of the "
             "model, or one that was quantized by mlx-lm."
         )
     wrong = [
@@ -215,7 +221,7 @@ def _check_types(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int,
 
 
 def _fingerprint(path: Path, files: list[TensorFile]) -> str:
-    """config.json, the tables, and three samples of every tensor: any training changes all of a tensor."""
+    """A digest of config.json, the tables, and three samples of every tensor; training changes all of a tensor."""
     digest = hashlib.sha256(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
     for entry in files:
         with entry.path.open("rb") as file:
@@ -228,11 +234,14 @@ def _fingerprint(path: Path, files: list[TensorFile]) -> str:
 
 
 def folder_tokenizer(path: Path) -> Any:
-    """The folder's fast tokenizer, with its chat template where it has one; code in the folder is never run."""
+    """The folder's fast tokenizer, with its chat template if it has one.
+
+    Raises ModelError if there is no tokenizer, or none that is fast.
+    """
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
-            f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Download the model again, with all of "
-            "its small files."
+            f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Download the model again with all of "
+            "its files."
         )
     from transformers import AutoTokenizer
 
@@ -240,12 +249,12 @@ def folder_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=False, local_files_only=True, use_fast=True
         )
-    except Exception as error:  # transformers and tokenizers raise whatever they meet
+    except Exception as error:  # transformers and tokenizers raise errors of many types
         reason = first_line(error)
         raise ModelError(f"The tokenizer in {path} cannot be read: {reason}. Download it again.") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"The tokenizer in {path} has no tokenizer.json, so it cannot say which letters a token stands for. Take "
-            "a version of the model that brings tokenizer.json."
+            f"The tokenizer in {path} has no tokenizer.json, so it cannot tell which characters belong to a token. "
+            "Take a version of the model that has a tokenizer.json."
         )
     return tokenizer

@@ -1,8 +1,8 @@
 """Read GGUF files: metadata, tensor table and tensors, each checked against the size of the file.
 
-The table is read here and not with the `gguf` package, which makes a NumPy view of every string (nine seconds
-for a vocabulary of 128k). The tensors are read here and not with `mx.load`, which turns BF16 into F16, so that
-large weights become infinite, and which trusts the offsets of a damaged file.
+The `gguf` package is not used, because it makes a NumPy view of every string (nine seconds for a vocabulary of 128k).
+`mx.load` is not used, because it turns BF16 into F16, so that large weights become infinite, and because it does not
+check the offsets of a damaged file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-_MOST = 1 << 22  # entries of a table or an array; the largest vocabularies have a sixteenth of it
+_MOST = 1 << 22  # entries that a table or an array may have; the largest vocabularies have a sixteenth of it
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-# Names of the tensor types, so that one which is not read can be refused by name.
+# Names of all tensor types, so that an error can name a type that is not supported.
 _TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
     11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
@@ -38,7 +38,7 @@ _TYPE_NAMES = {
     27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
-# Weights per block and bytes per block of the types that are read.
+# Weights per block and bytes per block of the supported types.
 _BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
 GROUP_SIZE = 32
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -46,12 +46,12 @@ BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One row of the tensor table; `shape` is in row-major order (rows first), `offset` from the file's start."""
+    """One row of the tensor table."""
 
     name: str
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
+    kind: str  # e.g. Q4_0
+    shape: tuple[int, ...]  # in row-major order: (rows, columns)
+    offset: int  # bytes from the start of the file
     size: int  # bytes
 
 
@@ -66,17 +66,20 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
+        """GGUF's name of the model's architecture, e.g. llama; "" if the file has none."""
         return str(self.metadata.get("general.architecture", ""))
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Parse and check the header of `path`; ModelError if it is not GGUF, is damaged, or holds types not read "
-    "here."""
+    """Parse and check the header of a file.
+
+    Raises ModelError if it is not GGUF, is damaged, or holds tensors of a type that cannot be read.
+    """
     with path.open("rb") as file:
         if path.stat().st_size < 24 or file.read(4) != _MAGIC:
             raise ModelError(
-                f"{path} is not a GGUF file: it does not start with the letters GGUF. If it was downloaded, the page "
-                "of an error may have been saved in its place; download it again."
+                f"{path} is not a GGUF file: it does not start with the letters GGUF. If it was downloaded, an error "
+                "page may have been saved in its place; download it again."
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(path, data)
@@ -87,13 +90,13 @@ def read_gguf(path: Path) -> GGUFFile:
 
 
 class _Cursor:
-    """A position in the file that never reads past its end."""
+    """A position in the file's header. Its methods read a value and advance; ModelError past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.offset, self.size = path, data, 4, len(data)
 
     def take(self, count: int) -> int:
-        """Advance by `count` bytes and return where they start."""
+        """Advance by `count` bytes; returns the offset where they start."""
         start, stop = self.offset, self.offset + count
         if stop > self.size:
             raise ModelError(
@@ -104,15 +107,18 @@ class _Cursor:
         return start
 
     def scalar(self, code: str) -> Any:
+        """A number or boolean of `struct`'s format `code`."""
         layout = struct.Struct("<" + code)
         return layout.unpack_from(self.data, self.take(layout.size))[0]
 
     def string(self) -> str:
+        """A string; invalid UTF-8 is replaced."""
         length = self.scalar("Q")
         start = self.take(length)
         return self.data[start : start + length].decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
+        """A metadata value of GGUF's type number `kind`."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
@@ -125,14 +131,14 @@ class _Cursor:
         return self.scalar(_SCALARS[kind])
 
     def array(self) -> list[Any]:
+        """An array of numbers or strings."""
         kind, length = self.scalar("I"), self.scalar("Q")
         if kind in _SCALARS and length <= _MOST:
             layout = np.dtype(_SCALARS[kind]).newbyteorder("<")
             start = self.take(length * layout.itemsize)
             return list(np.frombuffer(self.data, layout, length, start).tolist())
-        if (
-            kind != _STRING or length > _MOST or length * 8 > self.size
-        ):  # a string takes at least the eight bytes of its length
+        # A string takes at least the eight bytes of its length.
+        if kind != _STRING or length > _MOST or length * 8 > self.size:
             raise ModelError(
                 f"{self.path} is damaged: an array of {length:,} values of type {kind} near byte {self.offset:,}. "
                 "Download it again."
@@ -141,7 +147,7 @@ class _Cursor:
 
 
 def _header(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    """The metadata, and how many tensors the table lists."""
+    """The metadata, and the number of rows of the tensor table."""
     version = cursor.scalar("I")
     if version not in _VERSIONS:
         raise ModelError(
@@ -151,8 +157,8 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], int]:
     rows, entries = cursor.scalar("Q"), cursor.scalar("Q")
     if max(rows, entries) > _MOST:
         raise ModelError(
-            f"{cursor.path} is damaged: it announces {entries:,} entries of metadata and {rows:,} tensors. Download "
-            "it again."
+            f"{cursor.path} is damaged: its header says {entries:,} entries of metadata and {rows:,} tensors. "
+            "Download it again."
         )
     metadata: dict[str, Any] = {}
     for _ in range(entries):
@@ -167,8 +173,8 @@ def _table(cursor: _Cursor, metadata: dict[str, Any], rows: int) -> dict[str, Te
     unread = sorted({kind for _, kind, _, _ in entries if kind not in _BLOCKS})
     if unread:
         raise ModelError(
-            f"{path} holds tensors of type {', '.join(unread)}; {', '.join(_BLOCKS)} can be read. Take the Q4_0, "
-            "Q4_1, Q8_0 or BF16 file of the same model."
+            f"{path} holds tensors of type {', '.join(unread)}; only {', '.join(_BLOCKS)} can be read. Take the "
+            "Q4_0, Q4_1, Q8_0 or BF16 file of the same model."
         )
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0:
@@ -205,7 +211,7 @@ def _row(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
 
 
 def _fingerprint(data: mmap.mmap, header: int, tensors: dict[str, TensorInfo]) -> str:
-    """Header (config, tokenizer, table) and three samples of every tensor: any training changes all of a tensor."""
+    """A digest of the header and three samples of every tensor; training changes all of a tensor."""
     digest = hashlib.sha256(data[:header])
     for tensor in tensors.values():
         for at in (0, tensor.size // 2, max(0, tensor.size - 128)):
@@ -219,10 +225,10 @@ def _some(names: list[str]) -> str:
 
 
 def read_tensor(file: GGUFFile, name: str) -> dict[str, mx.array]:
-    """The tensor in MLX's form: {"weight"} or, where it is quantized, {"weight", "scales", "biases"}, groups of 32.
+    """The tensor as MLX arrays: {"weight"}, or {"weight", "scales", "biases"} in groups of 32 if it is quantized.
 
-    Exact: F16, BF16 and F32 keep their type; quantized weights keep their codes, so that
-    `scale * code + bias` in float32 is what llama.cpp dequantizes to.
+    Nothing is rounded. F16, BF16 and F32 keep their type. Quantized weights keep their codes, and
+    `scale * code + bias` in float32 equals the weight that llama.cpp computes.
     """
     import mlx.core as mx
 
@@ -240,21 +246,25 @@ def read_tensor(file: GGUFFile, name: str) -> dict[str, mx.array]:
 
 
 def _half(blocks: mx.array, at: int) -> mx.array:
-    """(rows, groups, bytes) -> (rows, groups): the float16 at byte `at` of every block."""
+    """The float16 at byte `at` of every block: (rows, groups, bytes) -> (rows, groups)."""
     import mlx.core as mx
 
     return mx.contiguous(blocks[..., at : at + 2]).view(mx.float16).squeeze(-1)
 
 
 def _words(codes: mx.array) -> mx.array:
-    """(rows, groups, bytes) -> (rows, words): codes in order, packed into the 32-bit words that MLX expects."""
+    """Codes in order, as the 32-bit words that MLX expects: (rows, groups, bytes) -> (rows, words)."""
     import mlx.core as mx
 
     return mx.contiguous(codes.flatten(-2)).view(mx.uint32)
 
 
 def _nibbles(codes: mx.array) -> mx.array:
-    """GGUF keeps weights 0-15 of a block in low nibbles and 16-31 in high ones; MLX keeps neighbours together."""
+    """4-bit codes in MLX's order: (rows, groups, 16 bytes) -> (rows, words).
+
+    GGUF stores weights 0-15 of a block in the low halves of its bytes and 16-31 in the high halves; MLX stores
+    neighbours in one byte.
+    """
     import mlx.core as mx
 
     low, high = codes & 15, codes >> 4

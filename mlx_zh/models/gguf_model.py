@@ -1,4 +1,4 @@
-"""GGUF in the terms of mlx-lm: a `config.json`, parameter names, and rows in Hugging Face's order."""
+"""From GGUF to mlx-lm: a `config.json`, mlx-lm's tensor names, and rows in Hugging Face's order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_zh.models.gguf import BITS, GROUP_SIZE, GGUFFile, read_tensor
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# GGUF's architectures, which are read as the model_type of the same name. Mistral calls itself llama in GGUF.
+# GGUF's architectures, each also the model_type that it is read as. Mistral is stored as llama in GGUF.
 ARCHITECTURES = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -38,12 +38,12 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def gguf_config(file: GGUFFile) -> dict[str, Any]:
-    """What config.json would say of this file; ModelError where mlx-lm's Llama-shaped classes cannot run it."""
+    """The config.json that belongs to this file. Raises ModelError if mlx-lm's Llama-like classes cannot run it."""
     kind = file.architecture
     if kind not in ARCHITECTURES or file.metadata.get("general.type", "model") != "model":
-        what = f"a {file.metadata.get('general.type', 'model')} of architecture {kind or 'unknown'!r}"
         raise ModelError(
-            f"{file.path} is {what}; a model of architecture {', '.join(ARCHITECTURES)} is needed (Mistral is stored "
+            f"{file.path} is a {file.metadata.get('general.type', 'model')} of architecture "
+            f"{kind or 'unknown'!r}; a model of architecture {', '.join(ARCHITECTURES)} is needed (Mistral is stored "
             "as llama). Choose a model of one of these families."
         )
     key = _Keys(file)
@@ -80,7 +80,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
 
 
 def token_id(file: GGUFFile, name: str) -> int | None:
-    """The number of a special token: bos, eos, padding … ModelError where the file has something else there."""
+    """The id of a special token (bos, eos, padding …), or None. Raises ModelError if the file has no number there."""
     value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise ModelError(
@@ -91,7 +91,7 @@ def token_id(file: GGUFFile, name: str) -> int | None:
 
 
 class _Keys:
-    """The architecture's own metadata, by the name after the dot."""
+    """The metadata of the file's architecture: ARCHITECTURE.NAME by its NAME."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -99,7 +99,7 @@ class _Keys:
     def get(self, name: str) -> Any:
         value = self.file.metadata.get(f"{self.file.architecture}.{name}")
         if isinstance(value, list) and value and all(item == value[0] for item in value):
-            return value[0]  # one number a layer, all alike
+            return value[0]  # one number for each layer, all equal
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -110,7 +110,7 @@ class _Keys:
                 f"{self.file.path}: metadata {self.file.architecture}.{name} is {value!r}, a number is needed. "
                 "Convert the model again with a current llama.cpp."
             )
-        # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
+        # The file stores float32, where 1e-5 is 9.999999747378752e-06; the shortest decimal restores 1e-5.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -126,12 +126,13 @@ def _check_shape(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> None:
     elif rotary != config["head_dim"]:
         problem = f"it rotates {rotary} of {config['head_dim']} dimensions of a head"
     elif config["num_hidden_layers"] > len(file.tensors):
-        problem = f"it announces {config['num_hidden_layers']:,} layers and has {len(file.tensors)} tensors"
+        problem = f"its metadata says {config['num_hidden_layers']:,} layers, and it has {len(file.tensors)} tensors"
     elif config["num_attention_heads"] < 1 or config["num_key_value_heads"] < 1:
         problem = "it has layers without attention heads"
     if problem:
         raise ModelError(
-            f"{file.path} is not Llama-shaped: {problem}. Choose a dense Llama, Mistral, Qwen2 or Qwen3 model."
+            f"{file.path} does not have Llama's architecture: {problem}. Choose a dense Llama, Mistral, Qwen2 or "
+            "Qwen3 model."
         )
 
 
@@ -148,16 +149,16 @@ def _rope_scaling(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> dict[st
         original = key.integer("rope.scaling.original_context_length")
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     raise ModelError(
-        f"{file.path} scales its positions by {kind!r}; linear, yarn and Llama 3's way can be read. Take the model's "
+        f"{file.path} uses the RoPE scaling {kind!r}; only linear, yarn and Llama 3's can be read. Take the model's "
         "safetensors instead."
     )
 
 
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3.1 stores what each frequency is divided by; the `factor` behind it is the largest of them.
+    """config.json's "rope_scaling" of Llama 3.1, derived from the frequency divisors that GGUF stores.
 
-    The other three numbers are the same in Llama 3.1, 3.2 and 3.3. They are put to the test: recomputed divisors
-    must equal those stored.
+    `factor` is the largest divisor. The other three numbers are the same in Llama 3.1, 3.2 and 3.3. To check them,
+    the divisors are recomputed and compared with the stored ones. Raises ModelError if they differ.
     """
     stored = np.array(read_tensor(file, ROPE_FACTORS)["weight"], dtype=np.float64)
     scaling = {
@@ -171,14 +172,13 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     expected = llama3_divisors(scaling, config["head_dim"], config["rope_theta"]) if fits else np.empty(0)
     if not fits or not np.allclose(stored, expected, rtol=1e-3):
         raise ModelError(
-            f"{file.path}: {ROPE_FACTORS} scales positions in a way that is not Llama 3's. Take the model's "
-            "safetensors instead."
+            f"{file.path}: the RoPE scaling in {ROPE_FACTORS} is not Llama 3's. Take the model's safetensors instead."
         )
     return scaling
 
 
 def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> npt.NDArray[np.float64]:
-    """What Llama 3.1 divides each of the head_dim / 2 rotation frequencies by."""
+    """The number by which Llama 3.1 divides each rotation frequency: (head_dim / 2,)."""
     low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
     half = head_dim // 2
     wavelength = 2 * np.pi * theta ** (np.arange(half) / half)
@@ -188,13 +188,16 @@ def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> npt
 
 
 def gguf_weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, mx.array]:
-    """Every tensor under its mlx-lm name, `.scales` and `.biases` included, q and k rows in Hugging Face's order."""
+    """Every tensor by its mlx-lm name, with `.scales` and `.biases`, q and k rows in Hugging Face's order.
+
+    Raises ModelError if the file has tensors that its architecture does not have.
+    """
     unknown = sorted(name for name in file.tensors if name != ROPE_FACTORS and _rename(name) is None)
     if unknown:
         shown = ", ".join(unknown[:8]) + (" …" if len(unknown) > 8 else "")
         raise ModelError(
-            f"{file.path} has {len(unknown)} tensors that a {file.architecture} model does not have: {shown}. It is "
-            "of another family under a known name; choose another model."
+            f"{file.path} has {len(unknown)} tensors that a {file.architecture} model does not have: {shown}. Its "
+            "architecture is a variant that is not supported; choose another model."
         )
     weights: dict[str, mx.array] = {}
     for name in file.tensors:
@@ -210,7 +213,7 @@ def gguf_weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, mx.array]:
 
 
 def gguf_packing(file: GGUFFile) -> dict[str, Any] | None:
-    """config.json's "quantization" for the matrices as they are stored; None where all are full."""
+    """config.json's "quantization" for the matrices as stored; None if none is quantized."""
     matrices = {name: info for name, info in file.tensors.items() if len(info.shape) == 2 and _rename(name)}
     modules = {name: str(_rename(name)).removesuffix(".weight") for name in matrices}
     packing = {
@@ -225,6 +228,7 @@ _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def _rename(name: str) -> str | None:
+    """mlx-lm's name of one of GGUF's tensors; None if there is none."""
     if match := _BLOCK.fullmatch(name):
         layer, part, suffix = match.groups()
         return f"model.layers.{layer}.{_LAYER[part]}.{suffix}" if part in _LAYER else None
@@ -235,18 +239,21 @@ def _rename(name: str) -> str | None:
 def gguf_name(name: str) -> str:
     """GGUF's name of one of mlx-lm's tensors."""
     path, _, suffix = name.rpartition(".")
-    for ours, theirs in _TOP.items():
-        if path == theirs:
-            return f"{ours}.{suffix}"
+    for gguf_part, mlx_path in _TOP.items():
+        if path == mlx_path:
+            return f"{gguf_part}.{suffix}"
     _, _, layer, part = path.split(".", 3)
     return f"blk.{layer}.{_PARTS[part]}.{suffix}"
 
 
-_PARTS = {theirs: ours for ours, theirs in _LAYER.items()}
+_PARTS = {mlx_part: gguf_part for gguf_part, mlx_part in _LAYER.items()}
 
 
 def permute(name: str, array: mx.array, config: dict[str, Any]) -> mx.array:
-    """llama.cpp's order of rows: it rotates neighbours where Hugging Face rotates the halves of a head (q and k)."""
+    """The tensor `name` with rows in llama.cpp's order; only q and k of Llama and Mistral change.
+
+    llama.cpp rotates neighbouring dimensions of a head, Hugging Face its first half with its second.
+    """
     part = name.rsplit(".", 2)[-2]
     if part not in _HEADS or FAMILIES[config["model_type"]].gguf != "llama":
         return array
@@ -255,11 +262,11 @@ def permute(name: str, array: mx.array, config: dict[str, Any]) -> mx.array:
 
 
 def _unpermute(array: mx.array, heads: int) -> mx.array:
-    """Undo llama.cpp's order of q and k rows, which interleaves the two halves of a head for its rotation.
+    """Rows in Hugging Face's order from llama.cpp's, which interleaves the two halves of each q and k head.
 
-    Works on weights, biases, and each part of a quantized weight alike, since rows are never split.
+    This works for weights, biases, and each part of a quantized weight, because rows are never split.
     """
     if array.shape[0] % (2 * heads):
-        return array  # the comparison of shapes that follows names it
+        return array  # the later comparison of shapes reports it
     rows = array.reshape(heads, -1, 2, *array.shape[1:])  # (heads, head_dim / 2, 2, ...)
     return rows.swapaxes(1, 2).reshape(array.shape)

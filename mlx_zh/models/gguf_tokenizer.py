@@ -15,7 +15,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# How text is cut before merging: patterns applied one after another, as in llama.cpp's llm_tokenizer_bpe.
+# How text is split before merging: patterns applied one after another, as in llama.cpp's llm_tokenizer_bpe.
 _CUTS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
@@ -31,18 +31,21 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def gguf_tokenizer(file: GGUFFile) -> Any:
-    """A PreTrainedTokenizerFast with the file's vocabulary, special tokens and chat template."""
+    """A PreTrainedTokenizerFast with the file's vocabulary, special tokens and chat template.
+
+    Raises ModelError if the file's kind of tokenizer is not supported or its metadata are damaged.
+    """
     metadata = file.metadata
     model, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2":
         raise ModelError(
-            f"{file.path} has a tokenizer of kind {model!r}; byte-level BPE ('gpt2') can be read. Take the model's "
-            "safetensors folder, which brings its own tokenizer."
+            f"{file.path} has a tokenizer of kind {model!r}; only byte-level BPE ('gpt2') can be read. Take the "
+            "model's safetensors folder, which has a tokenizer of its own."
         )
     if not isinstance(cut, str) or cut not in _CUTS:
         raise ModelError(
-            f"{file.path} cuts text by the rule {cut!r} (tokenizer.ggml.pre); known are {', '.join(_CUTS)}. Convert "
-            "it again with a current llama.cpp, or take the model's safetensors folder."
+            f"{file.path} splits text by the rule {cut!r} (tokenizer.ggml.pre); known rules are {', '.join(_CUTS)}. "
+            "Convert it again with a current llama.cpp, or take the model's safetensors folder."
         )
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     kinds = metadata.get("tokenizer.ggml.token_type") or []
@@ -52,7 +55,7 @@ def gguf_tokenizer(file: GGUFFile) -> Any:
         return _wrap(file, _byte_level(file, cut, tokens, merges, kinds), tokens)
     except (TypeError, ValueError, OverflowError) as error:  # what the libraries raise for strange tokens
         raise ModelError(
-            f"{file.path}: no tokenizer can be made of its metadata ({error}). Download it again."
+            f"{file.path}: no tokenizer can be built from its metadata ({error}). Download it again."
         ) from error
 
 
@@ -71,7 +74,7 @@ def _byte_level(file: GGUFFile, cut: str, tokens: list[str], merges: list[str], 
         bpe = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=cut in _LLAMA3_NAMES)
     except Exception as error:  # the library raises plain Exception
         raise ModelError(
-            f"{file.path}: its vocabulary and merges do not fit ({error}). Download it again."
+            f"{file.path}: its vocabulary and merges do not fit together ({error}). Download it again."
         ) from error
     tokenizer = Tokenizer(bpe)
     if "qwen" in cut:
@@ -96,14 +99,15 @@ def _cutter(cut: str) -> Any:
     )
 
 
-# Text on which every two of the rules above differ.
+# A text that every rule above splits differently.
 _PROBE = "Hello 你好，世界! 12345 it's IT'S  'll  x=1+2; a\n\n  b\t\r\n c² ½ end.\n $9<=8^7 — “quoted” 3三\u3000  "
 
 
 def cutting_rule(tokenizer: Any) -> str | None:
-    """The name (tokenizer.ggml.pre) of the rule by which a fast tokenizer cuts text; None where it has no name here.
+    """The name (tokenizer.ggml.pre) of the rule by which a fast tokenizer splits text; None if it is not known here.
 
-    Found by trial: llama.cpp knows rules by name only, and a wrong name gives other tokens without any warning.
+    The rule is recognised by how it splits a test text. llama.cpp knows rules by name only, and a wrong name would
+    give other tokens without a warning.
     """
     own = tokenizer.backend_tokenizer.pre_tokenizer
     if own is None:
@@ -118,18 +122,18 @@ def _wrap(file: GGUFFile, tokenizer: Any, tokens: list[str]) -> Any:
 
     metadata = file.metadata
     names: dict[str, str] = {}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = token_id(file, theirs)
+    for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = token_id(file, gguf_name)
         if index is None:
             continue
         if not 0 <= index < len(tokens):
             raise ModelError(
-                f"{file.path}: tokenizer.ggml.{theirs}_token_id is {index}, and the vocabulary has {len(tokens)} "
+                f"{file.path}: tokenizer.ggml.{gguf_name}_token_id is {index}, and the vocabulary has {len(tokens)} "
                 "tokens. Convert the model again with a current llama.cpp."
             )
-        names[f"{ours}_token"] = tokens[index]
-    starts = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.pre"] in _LLAMA3_NAMES)
-    if starts and (bos := names.get("bos_token")):
+        names[f"{name}_token"] = tokens[index]
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.pre"] in _LLAMA3_NAMES)
+    if adds_bos and (bos := names.get("bos_token")):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )

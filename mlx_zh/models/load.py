@@ -1,4 +1,4 @@
-"""Load a model: a folder, a .gguf file, a hub id, or the small one that needs no hub."""
+"""Load a model: a folder, a .gguf file, a model on a hub, or the small built-in model, which needs no hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUILT_IN = wheel.NAME
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
-# Marks that end a turn. Some configs name only the end of a document, so one that the chat template uses counts.
+# Tokens that end a turn. Some configs name only the end-of-document token; then the one in the chat template counts.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
 
 
@@ -31,20 +31,21 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
-    config: dict[str, Any]  # config.json; "quantization" only where the weights in memory are quantized
-    path: Path
-    source: str
-    fingerprint: str  # of the content on disk: 16 hex digits
+    config: dict[str, Any]  # config.json; "quantization" only if the weights in memory are quantized
+    path: Path  # the folder or .gguf file
+    source: str  # as the user wrote it
+    fingerprint: str  # 16 hex digits that identify the content on disk
     eos_token_ids: tuple[int, ...]  # every id that ends a turn, the tokenizer's own first
 
 
 def resolve_model(
     path: str, *, hub: str = "huggingface", revision: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """The folder or .gguf file that `path` stands for, downloaded where needed.
+    """The folder or .gguf file that `path` stands for, downloaded if needed.
 
-    `path` is a local folder or file, a hub id ("org/name"), or the built-in name. `progress` is told of large files
-    as they arrive. ModelError if it is none of them; DownloadError if it cannot be obtained.
+    `path` is a local folder or file, a hub id ("org/name"), or the name of the built-in model. `progress` is called
+    while large files are downloaded. Raises ModelError if `path` is none of them, DownloadError if the download
+    fails.
     """
     if path == BUILT_IN:
         return wheel.small_model()
@@ -54,14 +55,14 @@ def resolve_model(
     except FileNotFoundError:
         pass
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"The model {path[:200]!r} cannot be looked for: {error}.") from error
+        raise ModelError(f"The path of the model {path[:200]!r} cannot be used: {error}. Correct it.") from error
     if path.strip() and local.is_dir():
         return _inside(local)
     if local.is_file():
         if local.suffix.lower() != ".gguf":
             raise ModelError(
-                f"{local} is neither a folder nor a .gguf file. Give the folder that holds config.json and the "
-                "*.safetensors files."
+                f"{local} is neither a folder nor a .gguf file. Give the folder with config.json and the "
+                "*.safetensors files, or a .gguf file."
             )
         return local
     if not _HUB_ID.fullmatch(path) or path.lower().endswith((".gguf", ".safetensors")):
@@ -77,7 +78,7 @@ def _download(name: str, kind: str, revision: str | None, progress: Progress | N
 
 
 def _inside(path: Path) -> Path:
-    """A folder without config.json that holds one .gguf file stands for that file."""
+    """The only .gguf file of a folder without config.json, else the folder itself."""
     if (path / "config.json").exists():
         return path
     files = sorted(path.glob("*.gguf"))
@@ -90,26 +91,29 @@ def _inside(path: Path) -> Path:
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """The config of a resolved model, without its weights (GGUF: derived from the metadata)."""
+    """The config of a resolved model (for GGUF, derived from the metadata). Raises ModelError."""
     return gguf_model.gguf_config(gguf.read_gguf(path)) if path.is_file() else folder.folder_config(path)
 
 
 def find_config(path: str, *, hub: str = "huggingface", revision: str | None = None) -> dict[str, Any]:
-    """The config of a model that need not be here yet: of one on a hub, only its config is downloaded."""
+    """The config of a model that may not be on this disk: from a hub, only its config is downloaded.
+
+    For a GGUF file "quantization" says how its matrices are stored. Raises ModelError, DownloadError.
+    """
     local = Path(path).expanduser()
     if path == BUILT_IN:
-        known = wheel.location()
-        return _with_packing(known if known.is_file() else resolve_model(path))
+        cached = wheel.location()
+        return _with_packing(cached if cached.is_file() else resolve_model(path))
     if local.exists() or not _HUB_ID.fullmatch(path):
         return _with_packing(resolve_model(path))
     return folder.folder_config(_download_config(path, hub, revision))
 
 
-def _with_packing(place: Path) -> dict[str, Any]:
-    """A local model's config; "quantization" says of a GGUF file, too, how its matrices are stored."""
-    config = load_config(place)
-    if place.is_file():
-        config["quantization"] = gguf_model.gguf_packing(gguf.read_gguf(place))
+def _with_packing(path: Path) -> dict[str, Any]:
+    """A local model's config, with "quantization" for a GGUF file too."""
+    config = load_config(path)
+    if path.is_file():
+        config["quantization"] = gguf_model.gguf_packing(gguf.read_gguf(path))
     return config
 
 
@@ -118,7 +122,7 @@ def _download_config(name: str, kind: str, revision: str | None) -> Path:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a resolved model, without its weights."""
+    """The fast tokenizer of a resolved model. Raises ModelError."""
     if path.is_file():
         return gguf_tokenizer.gguf_tokenizer(gguf.read_gguf(path))
     return folder.folder_tokenizer(path)
@@ -135,39 +139,39 @@ def load_model(
 ) -> LoadedModel:
     """Find, check and load a model and its tokenizer.
 
-    `dtype`: "auto" takes the weights as stored on Metal and CUDA, quantized ones included (those of a GGUF file get
-    bfloat16 scales, for float16 overflows in training), and makes everything float32 on the CPU, where MLX is slow at
-    anything else. A named dtype casts floating-point parameters and leaves quantized weights quantized everywhere.
-    `quantize`: (bits, group_size) for a full-precision model. Raises ModelError, DownloadError.
+    With the `dtype` "auto" on Metal and CUDA, weights stay as stored, also quantized ones; those of a GGUF file get
+    bfloat16 scales, because float16 overflows in training. On the CPU, where MLX is slow with every other type,
+    "auto" makes all weights float32. A named dtype casts floating-point parameters and leaves quantized weights
+    quantized. `quantize` is (bits, group size) for a full-precision model. Raises ModelError, DownloadError.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-    place = resolve_model(path, hub=hub, revision=revision, progress=progress)
+    resolved = resolve_model(path, hub=hub, revision=revision, progress=progress)
     try:
-        return _load(place, path, dtype, quantize)
+        return _load(resolved, path, dtype, quantize)
     except OSError as error:
-        raise ModelError(f"{place} cannot be read: {error}. Check the file and its permissions.") from error
+        raise ModelError(f"{resolved} cannot be read: {error}. Check the file and its permissions.") from error
 
 
-def _load(place: Path, source: str, dtype: str, quantize: tuple[int, int] | None) -> LoadedModel:
-    if place.is_file():
-        file = gguf.read_gguf(place)
+def _load(path: Path, source: str, dtype: str, quantize: tuple[int, int] | None) -> LoadedModel:
+    if path.is_file():
+        file = gguf.read_gguf(path)
         config = gguf_model.gguf_config(file)
         tokenizer = gguf_tokenizer.gguf_tokenizer(file)
         weights, fingerprint = gguf_model.gguf_weights(file, config), file.fingerprint
     else:
-        config = folder.folder_config(place)
-        tokenizer = folder.folder_tokenizer(place)
-        weights, fingerprint = folder.folder_weights(place)
-    target, keep = _precision(dtype, weights, place.is_file())
-    model = build_model(config, weights, str(place), dtype=target, keep_quantized=keep, quantize=quantize)
-    _check_vocabulary(tokenizer, model, place)
-    ends = end_of_turn_ids(tokenizer, config, place)
-    return LoadedModel(model, tokenizer, config, place, source, fingerprint, ends)
+        config = folder.folder_config(path)
+        tokenizer = folder.folder_tokenizer(path)
+        weights, fingerprint = folder.folder_weights(path)
+    target, keep_quantized = _precision(dtype, weights, path.is_file())
+    model = build_model(config, weights, str(path), dtype=target, keep_quantized=keep_quantized, quantize=quantize)
+    _check_vocabulary(tokenizer, model, path)
+    ends = end_of_turn_ids(tokenizer, config, path)
+    return LoadedModel(model, tokenizer, config, path, source, fingerprint, ends)
 
 
 def _precision(dtype: str, weights: dict[str, mx.array], from_gguf: bool) -> tuple[mx.Dtype | None, bool]:
-    """The dtype to cast to (None: as stored), and whether quantized weights stay so."""
+    """The dtype to cast to (None: as stored), and whether quantized weights stay quantized."""
     import mlx.core as mx
 
     if dtype != "auto":
@@ -176,26 +180,29 @@ def _precision(dtype: str, weights: dict[str, mx.array], from_gguf: bool) -> tup
         return mx.float32, False
     if not from_gguf:
         return None, True
-    # GGUF keeps norms in float32 whatever the matrices are, which would make every activation float32.
+    # GGUF stores norms in float32 whatever the matrices are; uncast, they would make every activation float32.
     stored = weights["model.embed_tokens.weight"].dtype
     return (stored if mx.issubdtype(stored, mx.floating) else mx.bfloat16), True
 
 
-def _check_vocabulary(tokenizer: Any, model: Any, place: Path) -> None:
+def _check_vocabulary(tokenizer: Any, model: Any, path: Path) -> None:
     rows = model.model.embed_tokens.weight.shape[0]
     vocabulary = tokenizer.get_vocab()
     beyond = sorted(index for index in vocabulary.values() if index >= rows)
     if beyond:
         names = [token for token, index in vocabulary.items() if index == beyond[-1]]
         raise ModelError(
-            f"{place}: the tokenizer and the model do not belong together: {len(beyond)} token ids (up to "
+            f"{path}: the tokenizer and the model do not belong together: {len(beyond)} token ids (up to "
             f"{beyond[-1]}, {names[0]!r}) lie beyond the {rows} rows of the embedding. Take both from the same model."
         )
 
 
-def end_of_turn_ids(tokenizer: Any, config: dict[str, Any], place: Path) -> tuple[int, ...]:
-    """Every token id that ends a turn: the tokenizer's, the config's, and the mark that the chat template uses."""
-    ids = [*folder.as_ids(tokenizer.eos_token_id, place), *folder.as_ids(config.get("eos_token_id"), place)]
+def end_of_turn_ids(tokenizer: Any, config: dict[str, Any], path: Path) -> tuple[int, ...]:
+    """Every token id that ends a turn: the tokenizer's, the config's, and the one that the chat template writes.
+
+    Raises ModelError, naming `path`, if an id is not a whole number.
+    """
+    ids = [*folder.as_ids(tokenizer.eos_token_id, path), *folder.as_ids(config.get("eos_token_id"), path)]
     template, vocabulary = str(tokenizer.chat_template or ""), tokenizer.get_vocab()
     ids += [vocabulary[mark] for mark in _TURN_ENDS if mark in vocabulary and mark in template]
     return tuple(dict.fromkeys(ids))

@@ -71,11 +71,11 @@ class Written:
     found: Assessment
 
     @property
-    def delivery(self) -> card.Delivery:
+    def delivery(self) -> card.FormatFacts:
         """The same for the model card."""
         file = self.result.model.name if self.result.model else ""
         found = self.found
-        return card.Delivery(self.kind, self.result.detail, file, found.left, found.fidelity, found.warnings)
+        return card.FormatFacts(self.kind, self.result.detail, file, found.left, found.fidelity, found.warnings)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for summary.json: notices as their English sentences, and beside them their codes."""
@@ -127,7 +127,7 @@ class Fuser:
         """Layouts of `mlx` to try one after another, with their bits; one unless `bits` is auto."""
         chosen, group = self.export.bits, self.export.group_size
         if chosen == "auto":
-            return bits.candidates(self.fusion, group)
+            return bits.candidate_layouts(self.fusion, group)
         if chosen == 16:
             return [(full_layout(self.fusion, self.fusion.source.dtype), 16)]
         return [(packed_layout(self.fusion, chosen, group), chosen)]
@@ -235,7 +235,7 @@ class Fuser:
 
     # Telling --------------------------------------------------------------------------------------------------
 
-    def story(self, missing: Sequence[str]) -> card.Story:
+    def story(self, missing: Sequence[str]) -> card.RunFacts:
         """What the cards say of the run."""
         recipe, base, spec = self.recipe, self.fusion.base, self.fusion.adapter.spec
         stages = [name for name in TUNED if self.run.stage(name).adapter.is_dir()]
@@ -245,7 +245,7 @@ class Fuser:
         settings = [("lora.type", spec.kind), ("lora.rank", str(spec.rank)), ("scale", f"{spec.scale:g}")]
         settings += [(f"{s}.learning_rate", f"{getattr(recipe, s).learning_rate:g}") for s in stages]
         settings += [(f"{s}.batch_size", str(getattr(recipe, s).batch_size)) for s in stages]
-        return card.Story(
+        return card.RunFacts(
             title=self.title,
             base=base.name if on_hub else Path(base.name).name,
             base_hub_id=base.name if on_hub else None,

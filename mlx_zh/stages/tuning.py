@@ -17,7 +17,7 @@ from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.notice import Notice
-from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary
+from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
 from mlx_zh.stages import memory_check
@@ -200,7 +200,7 @@ class Session:
             "base_fingerprint": loaded.fingerprint,
             "run": self.recipe.name,
         }
-        about |= {"stage": self.stage, "vocabulary": vocabulary(loaded.model)}
+        about |= {"stage": self.stage, "vocabulary": vocabulary_size(loaded.model)}
         save_adapter(folder, weights, self.spec, about)
 
     def _resume(self, loop: Loop) -> None:

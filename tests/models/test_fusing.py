@@ -169,15 +169,15 @@ def test_peer_bug_a_small_change_is_lost_in_a_four_bit_base():
 
 def test_automatic_bits_leave_out_those_that_lose_the_change(tmp_path):
     base = make_tuned(tmp_path / "small", size=0.05, quantize=(4, 64), hidden_size=64)
-    chosen = bits.candidates(base.fusion(quantize=(4, 64)), None)
+    chosen = bits.candidate_layouts(base.fusion(quantize=(4, 64)), None)
     assert [number for _, number in chosen] == [6, 8]
     with_original = base.fusion(original=base.base, quantize=(4, 64))
     with_original.check_original()
-    assert [number for _, number in bits.candidates(with_original, None)] == [4, 6, 8]
-    layout, _ = bits.candidates(with_original, None)[0]
-    assert bits.sample(with_original, layout).kept_mean == pytest.approx(1, abs=0.1)
+    assert [number for _, number in bits.candidate_layouts(with_original, None)] == [4, 6, 8]
+    layout, _ = bits.candidate_layouts(with_original, None)[0]
+    assert bits.sample_survival(with_original, layout).kept_mean == pytest.approx(1, abs=0.1)
     full_precision = make_tuned(tmp_path / "full")
-    assert [number for _, number in bits.candidates(full_precision.fusion(), None)] == [16]
+    assert [number for _, number in bits.candidate_layouts(full_precision.fusion(), None)] == [16]
 
 
 def test_an_original_of_another_model_is_refused(tmp_path):

@@ -129,14 +129,14 @@ def test_llamas_name_and_notice(source, tmp_path):
         (out / "NOTICE").read_text(encoding="utf-8")
     )
     assert missing == ["a copy of the Llama 3.1 Community License (LICENSE) must go with the model"]
-    (source.place / "LICENSE.txt").write_text("the text")
+    (source.path / "LICENSE.txt").write_text("the text")
     assert licences.write_licence_files(out, licence, source) == []
     assert (out / "LICENSE.txt").read_text() == "the text"
 
 
 def test_a_card(source):
     licence = licences.find_licence(renamed(source, "meta-llama/Llama-3.1-8B"))
-    story = card.Story(
+    story = card.RunFacts(
         title="Llama-zh",
         base="meta-llama/Llama-3.1-8B",
         base_hub_id="meta-llama/Llama-3.1-8B",
@@ -149,7 +149,9 @@ def test_a_card(source):
         missing=["a copy of the licence must go with the model"],
     )
     left = SurvivalSummary(224, 0.998, 0.97, 0.4, 0.6)
-    delivery = card.Delivery("mlx", "6-bit", "mlx", left, Fidelity(1000, 0.01, 0.98, 5.0, 5.1, 0.3), ["it is slow"])
+    delivery = card.FormatFacts(
+        "mlx", "6-bit", "mlx", left, Fidelity(1000, 0.01, 0.98, 5.0, 5.1, 0.3), ["it is slow"]
+    )
     text = card.model_card(story, delivery)
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head) == {
@@ -165,7 +167,7 @@ def test_a_card(source):
         "by SFT, then DPO. Format: mlx, 6-bit.",
         "| ceval | dpo | 50.0% (49.0% to 51.0%) |",
         "mean KL 0.0100 nats a token (tuning itself moved the model by 0.3000)",
-        "change to 224 matrices 99.8% is left (the least: 97.0%)",
+        "change to 224 matrices, 99.8% is left on average (minimum: 97.0%)",
         "**Note:** it is slow.",
         "**Before you share it:** a copy of the licence must go with the model.",
     ):

@@ -1,4 +1,4 @@
-"""Adapter folders: mlx-lm's format, read and written; PEFT's, read."""
+"""Adapter folders: mlx-lm's format is read and written, PEFT's is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters import peft
-from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, fresh_layers, linear_layers, put_on
+from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install, linear_layers, new_layers
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.storage import write_arrays, write_json
@@ -23,7 +23,7 @@ _LARGEST_RANK = 1 << 20
 
 
 def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, about: dict[str, Any]) -> None:
-    """Write an adapter folder that mlx-lm loads too; `about` (base model, run) is kept beside the settings."""
+    """Write an adapter folder that mlx-lm can load. `about` (base model, run) is stored beside the settings."""
     write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
     keys = sorted({_key(name.rpartition(".")[0]) for name in weights})
     write_json(
@@ -43,34 +43,37 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, 
 
 
 def _key(module: str) -> str:
-    """A module's name as mlx-lm's `keys` have it: inside its block, or inside the model where it is in no block."""
+    """A module's name as in mlx-lm's `keys`: relative to its block, or the full name if it is in no block."""
     return module.split(".layers.", 1)[-1].split(".", 1)[-1] if block_of(module) >= 0 else module
 
 
 def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpec:
-    """Apply an adapter folder made here or by mlx-lm in place of any on the model; its weights become trainable.
+    """Load an adapter folder (ours, mlx-lm's or PEFT's) into a model, in place of the adapter that it has.
 
-    Raises `AdapterError` naming every tensor that does not fit the model, with both shapes; the model is then
-    untouched.
+    The adapter's weights become trainable. Raises AdapterError if the folder cannot be read or does not fit; the
+    message lists the tensors that do not fit, with both shapes, and the model is not changed.
     """
     spec, weights = read_adapter(folder)
     _check_vocabulary(model, folder)
     if spec.kind == "full":
-        _fits(dict(tree_flatten(model.parameters())), weights, folder)
+        _check_shapes(dict(tree_flatten(model.parameters())), weights, folder)
         add_adapter(model, spec, seed=seed)
     else:
-        _wrap_as_named(model, spec, weights, folder, seed)
+        _install_named_layers(model, spec, weights, folder, seed)
     model.load_weights(list(weights.items()), strict=False)
     return spec
 
 
 def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
-    """The settings and the arrays of an adapter folder; one of PEFT's is converted."""
+    """The settings and the arrays of an adapter folder, in mlx-lm's terms also for PEFT's. Raises AdapterError."""
     if peft.is_peft(folder):
         return peft.read_peft(folder)
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is not an adapter folder: it has no {name}.")
+            raise AdapterError(
+                f"{folder} is not an adapter folder: it has no {name}. Give the folder with {CONFIG_FILE} and "
+                f"{ADAPTER_FILE}."
+            )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         parameters = config.get("lora_parameters") or {}
@@ -83,64 +86,71 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         )
         read_table(folder / ADAPTER_FILE)
         weights = mx.load(str(folder / ADAPTER_FILE))
-        mx.eval(weights)  # reads the data, so that what is missing of it shows here
+        mx.eval(weights)  # read the data now, so that an error is raised here
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
-        raise AdapterError(f"{folder} is damaged: {error}") from error
+        raise AdapterError(f"{folder} is damaged: {error}. Copy or download it again.") from error
     if spec.kind not in (*LAYERS, "full") or not isinstance(weights, dict) or not weights:
         raise AdapterError(
-            f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter."
+            f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter. Types that "
+            f"can be read: {', '.join((*LAYERS, 'full'))}."
         )
     if spec.kind != "full" and not (0 < spec.rank <= _LARGEST_RANK and math.isfinite(spec.scale)):
-        raise AdapterError(f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} make no adapter.")
+        raise AdapterError(
+            f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} in {CONFIG_FILE} are not usable. Copy or "
+            "download it again."
+        )
     return spec, weights
 
 
-def vocabulary(model: nn.Module) -> int:
-    """Rows of a model's embedding."""
+def vocabulary_size(model: nn.Module) -> int:
+    """The number of rows of a model's embedding."""
     return int(model.model.embed_tokens.weight.shape[0])
 
 
 def _check_vocabulary(model: nn.Module, folder: Path) -> None:
-    """An adapter of the blocks alone fits models with other tokens, of which it knows nothing; ours say theirs."""
+    """Raise AdapterError if the adapter was trained with another vocabulary.
+
+    Its shapes cannot show this, because most adapters do not touch the embedding; ours record the vocabulary's size.
+    """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
     about = config.get("mlx_zh") if isinstance(config, dict) else None
     trained = about.get("vocabulary") if isinstance(about, dict) else None
-    if isinstance(trained, int) and trained != vocabulary(model):
+    if isinstance(trained, int) and trained != vocabulary_size(model):
         raise AdapterError(
             f"{folder} was trained on a model with a vocabulary of {trained} tokens, and this one has "
-            f"{vocabulary(model)}. Load it with the base model that it was trained on."
+            f"{vocabulary_size(model)}. Load it with the base model that it was trained on."
         )
 
 
 def _all_if_not_positive(layers: int) -> int:
-    return layers if layers > 0 else 10**6  # mlx-lm's 0 and -1 stand for every layer
+    return layers if layers > 0 else 10**6  # in mlx-lm, 0 and -1 mean every layer
 
 
-def _wrap_as_named(
+def _install_named_layers(
     model: nn.Module, spec: AdapterSpec, weights: dict[str, mx.array], folder: Path, seed: int
 ) -> None:
-    """Wrap the layers that the adapter's tensors name, whatever its settings say of them."""
+    """Put adapter layers over the linear layers that the adapter's tensors name, even if its settings differ."""
     linear = linear_layers(model)
     owners = {name.rpartition(".")[0] for name in weights}
-    strange = [n for n in weights if n.rpartition(".")[2] not in _LEAVES]
-    strange += [f"{n} (no such linear layer)" for n in owners if n not in linear]
-    if strange:
+    unexpected = [n for n in weights if n.rpartition(".")[2] not in _LEAVES]
+    unexpected += [f"{n} (no such linear layer)" for n in owners if n not in linear]
+    if unexpected:
         raise AdapterError(
-            f"{folder} was made for another model; it has " + "; ".join(sorted(strange)[:8]) + ". "
+            f"{folder} was made for another model; it has " + "; ".join(sorted(unexpected)[:8]) + ". "
             "Load it with the base model that it was trained on."
         )
-    wrapped = fresh_layers(model, sorted(owners), spec, seed)
-    expected = {f"{name}.{leaf}": layer[leaf] for name, layer in wrapped.items() for leaf in _LEAVES if leaf in layer}
-    _fits(expected, weights, folder)
+    layers = new_layers(model, sorted(owners), spec, seed)
+    expected = {f"{name}.{leaf}": layer[leaf] for name, layer in layers.items() for leaf in _LEAVES if leaf in layer}
+    _check_shapes(expected, weights, folder)
     if missing := sorted(expected.keys() - weights.keys()):
-        raise AdapterError(f"{folder} is incomplete: {', '.join(missing[:8])} is missing.")
-    put_on(model, wrapped)
+        raise AdapterError(f"{folder} is incomplete: {', '.join(missing[:8])} is missing. Copy or download it again.")
+    install(model, layers)
 
 
-def _fits(expected: dict[str, mx.array], weights: dict[str, mx.array], folder: Path) -> None:
+def _check_shapes(expected: dict[str, mx.array], weights: dict[str, mx.array], folder: Path) -> None:
     wrong = [
         f"{name} is {list(array.shape)}, the model needs {list(expected[name].shape) if name in expected else 'none'}"
         for name, array in weights.items()

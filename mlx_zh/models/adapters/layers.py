@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers, and which weights of a model are trained."""
+"""LoRA and DoRA layers, and the choice of the weights that are trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DROPOUT_KEYS: ContextVar[mx.array | None] = ContextVar("dropout_keys", default=
 
 @contextmanager
 def dropout_keys(keys: mx.array | None) -> Iterator[None]:
-    """Within it, adapter layers drop inputs, drawing from one random key a token ((T, 2) uint32), or None."""
+    """Let adapter layers apply dropout in this context, with one random key a token: (T, 2) uint32; None: none."""
     token = _DROPOUT_KEYS.set(keys)
     try:
         yield
@@ -31,7 +31,10 @@ def dropout_keys(keys: mx.array | None) -> Iterator[None]:
 
 
 def _dropped(x: mx.array, rate: float, salt: int) -> mx.array:
-    """Inverted dropout on (T, D), a function of token key and layer alone: the same however rows are packed."""
+    """Inverted dropout on x (T, D).
+
+    It depends only on the token's key and the layer's `salt`, so it is the same however sequences are packed.
+    """
     keys = _DROPOUT_KEYS.get()
     if rate == 0 or keys is None:
         return x
@@ -41,7 +44,7 @@ def _dropped(x: mx.array, rate: float, salt: int) -> mx.array:
 
 
 class LoRALinear(lora.LoRALinear):
-    """mlx-lm's LoRA layer, computed in the input's type and with dropout that packing cannot change."""
+    """mlx-lm's LoRA layer (arXiv:2106.09685), computed in the input's dtype, with dropout independent of packing."""
 
     def __init__(self, linear: nn.Module, spec: AdapterSpec, seed: int, name: str) -> None:
         nn.Module.__init__(self)
@@ -53,7 +56,7 @@ class LoRALinear(lora.LoRALinear):
 
 
 class DoRALinear(dora.DoRALinear):
-    """mlx-lm's DoRA layer (arXiv:2402.09353) over the layer's own product, quantized or not."""
+    """mlx-lm's DoRA layer (arXiv:2402.09353), which uses the wrapped layer's own product, quantized or not."""
 
     def __init__(self, linear: nn.Module, spec: AdapterSpec, seed: int, name: str) -> None:
         nn.Module.__init__(self)
@@ -64,7 +67,7 @@ class DoRALinear(dora.DoRALinear):
         bias = self.linear.bias if "bias" in self.linear else None
         out = self.linear(x) + _low_rank(self, x)
         if bias is not None:
-            out = out - bias  # the magnitude scales the product only
+            out = out - bias  # the magnitude must not scale the bias
         adapted = self._dequantized_weight() + (self.scale * self.lora_b.T) @ self.lora_a.T
         norm = mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
         out = (self.m / norm).astype(x.dtype) * out
@@ -85,6 +88,7 @@ def _set_up(layer: Any, linear: nn.Module, spec: AdapterSpec, seed: int, name: s
 
 
 def _low_rank(layer: Any, x: mx.array) -> mx.array:
+    """scale · dropout(x) A B: (T, D) -> (T, outputs)."""
     dropped = _dropped(x, layer.dropout_rate, layer.salt)
     low = layer.scale * (dropped @ layer.lora_a.astype(x.dtype))  # (T, D) -> (T, r)
     return low @ layer.lora_b.astype(x.dtype)
@@ -92,29 +96,29 @@ def _low_rank(layer: Any, x: mx.array) -> mx.array:
 
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
-_ADAPTED = (lora.LoRALinear, dora.DoRALinear)  # ours derive from mlx-lm's
+_ADAPTED = (lora.LoRALinear, dora.DoRALinear)  # mlx-lm's classes, and ours, which derive from them
 
 
 def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
-    """Put fresh adapter layers into a model, in place of any it has, and make exactly what `spec` trains trainable.
+    """Put new adapter layers into a model, in place of those it has; only the weights of `spec` become trainable.
 
-    A starts uniform in +-1/sqrt(inputs) and B at 0 (so the model's function is unchanged), drawn from `seed` and
-    the layer's name. With `full`, all weights of the last `num_layers` blocks are trained, and the embedding,
-    final norm and head too when that is every block; they become float32, because bfloat16 would round most of
-    their updates away.
+    A starts uniform in ±1/sqrt(inputs), drawn from `seed` and the layer's name. B starts at 0, so the model's outputs
+    do not change. With kind "full", all weights of the last `num_layers` blocks are trained, and if these are all
+    blocks, the embedding, final norm and head too. Trained weights become float32, because bfloat16 would round most
+    of their updates away. Raises AdapterError if `spec` does not fit the model.
     """
     remove_adapter(model)
     names = adapted_layers(model, spec)
     model.freeze()
     if spec.kind == "full":
-        _train_whole(model, max(len(model.layers) - spec.num_layers, 0))
+        _unfreeze_blocks(model, max(len(model.layers) - spec.num_layers, 0))
         model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
     else:
-        put_on(model, fresh_layers(model, names, spec, seed))
+        install(model, new_layers(model, names, spec, seed))
 
 
 def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    """The linear layers that `spec` adapts; none with `full`. AdapterError where it does not fit the model."""
+    """The names of the linear layers that `spec` adapts; none with kind "full". AdapterError if it does not fit."""
     if spec.kind == "full":
         if any(isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding) for m in model.modules()):
             raise AdapterError(
@@ -128,14 +132,14 @@ def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
         if missing := sorted(set(spec.targets) - names):
             raise AdapterError(
                 f"lora.targets names {', '.join(missing)}, which this model does not have; "
-                f"choose from {', '.join(sorted(names))}, or write all."
+                f"choose from {', '.join(sorted(names))}, or write `all`."
             )
         linear = [n for n in linear if _last(n) in spec.targets]
     return linear
 
 
 def block_of(name: str) -> int:
-    """The block that a module belongs to; -1 outside the blocks."""
+    """The number of the block that a module belongs to; -1 if it is in none."""
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts[:-1] else -1
 
@@ -144,37 +148,38 @@ def _last(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _train_whole(model: nn.Module, first: int) -> None:
+def _unfreeze_blocks(model: nn.Module, first: int) -> None:
+    """Make all weights of the blocks from number `first` on trainable; from 0 on, the whole model."""
     if first == 0:
         model.unfreeze()
     for layer in model.layers[first:]:
         layer.unfreeze()
 
 
-def fresh_layers(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> dict[str, Any]:
-    """Fresh adapter layers over the named linear layers of a model, not yet in it."""
+def new_layers(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> dict[str, Any]:
+    """New adapter layers over the named linear layers of a model, by name; the model is not changed."""
     linear = linear_layers(model)
     return {name: LAYERS[spec.kind](linear[name], spec, seed, name) for name in names}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
-    """The linear layers by name, whether or not an adapter lies over them."""
-    found = {n: m.linear if isinstance(m, _ADAPTED) else m for n, m in model.named_modules()}
-    return {name: module for name, module in found.items() if isinstance(module, _LINEAR)}
+    """A model's linear layers by name, without the adapter layers that may be over them."""
+    unwrapped = {n: m.linear if isinstance(m, _ADAPTED) else m for n, m in model.named_modules()}
+    return {name: module for name, module in unwrapped.items() if isinstance(module, _LINEAR)}
 
 
-def put_on(model: nn.Module, layers: dict[str, Any]) -> None:
-    """Put adapter layers on a model in place of any it has, by the names of the layers that they wrap."""
+def install(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Put adapter layers into a model, in place of those it has; `layers` are by the name of the wrapped layer."""
     remove_adapter(model)
     model.freeze()
     model.update_modules(tree_unflatten(list(layers.items())))
 
 
 def remove_adapter(model: nn.Module) -> None:
-    """Take adapter layers off again; the layers they wrapped come back unchanged."""
+    """Replace a model's adapter layers by the layers that they wrap, which are unchanged."""
     model.update_modules(tree_unflatten([(n, m.linear) for n, m in model.named_modules() if isinstance(m, _ADAPTED)]))
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
-    """The trained arrays by name."""
+    """A model's trainable arrays by name."""
     return dict(tree_flatten(model.trainable_parameters()))

@@ -1,1 +1,1 @@
-"""From base and adapter to files that other programs load."""
+"""Export: files for other programs, from a base model and an adapter."""

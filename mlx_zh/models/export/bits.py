@@ -1,4 +1,4 @@
-"""How many bits a fused model needs so that the adapter's change survives."""
+"""Choose how many bits a fused model needs to keep the adapter's change."""
 
 from __future__ import annotations
 
@@ -10,44 +10,46 @@ CHOICES = (4, 6, 8)
 
 
 def base_bits(fusion: Fusion) -> int:
-    """The base's own bits: the most common of its quantized modules, 16 where it has none."""
+    """The most common number of bits of the base's quantized modules; 16 if none is quantized."""
     bits = [form["bits"] for form in fusion.base.outline.packing.values()]
     return max(set(bits), key=bits.count) if bits else 16
 
 
-def candidates(fusion: Fusion, group_size: int | None) -> list[tuple[Layout, int]]:
-    """Layouts to try, fewest bits first: from the base's own number on, without those known to lose the change.
+def candidate_layouts(fusion: Fusion, group_size: int | None) -> list[tuple[Layout, int]]:
+    """The layouts to try and their bits, fewest bits first, from the base's own number of bits on.
 
-    A full-precision base stays so. What loses the change is found from a sample: at the base's own bits most weights
-    fall back on its grid. Layouts that keep it can still be too coarse, which only a measurement shows.
+    A full-precision base is not quantized. Layouts that lose the change in a sample of matrices are left out: with
+    the base's own bits most weights are rounded back to the base's values. A layout that keeps the change may still
+    be too coarse; only a measurement of the model shows this.
     """
-    least = base_bits(fusion)
-    if least > max(CHOICES):
+    min_bits = base_bits(fusion)
+    if min_bits > max(CHOICES):
         return [(full_layout(fusion, fusion.source.dtype), 16)]
-    layouts = [(packed_layout(fusion, n, group_size, at_least=True), n) for n in CHOICES if n >= least]
+    layouts = [(packed_layout(fusion, n, group_size, at_least=True), n) for n in CHOICES if n >= min_bits]
     while len(layouts) > 1:
-        left = sample(fusion, layouts[0][0])
-        if left is None or abs(1 - left.kept_mean) <= 1 - KEPT_LIMIT:
+        summary = sample_survival(fusion, layouts[0][0])
+        if summary is None or abs(1 - summary.kept_mean) <= 1 - KEPT_LIMIT:
             break
         del layouts[0]
     return layouts
 
 
-def sample(fusion: Fusion, layout: Layout) -> SurvivalSummary | None:
-    """Survival in the first, middle and last changed block."""
+def sample_survival(fusion: Fusion, layout: Layout) -> SurvivalSummary | None:
+    """What a layout keeps of the change in the first, middle and last changed block; None if nothing is changed."""
     shapes, changed = fusion.source.outline.shapes, fusion.adapter.tensors
     names = [name for name in shapes if name in changed and name.rpartition(".")[0] in layout.packing]
     blocks = sorted({_block(name) for name in names})
     chosen = {blocks[0], blocks[len(blocks) // 2], blocks[-1]} if blocks else set()
-    found: list[Survival] = []
+    survivals: list[Survival] = []
     for tensor in fusion.tensors([name for name in names if _block(name) in chosen]):
         form = layout.packing[tensor.name.rpartition(".")[0]]
         written = unpack(pack(tensor.value, form, layout.dtype), form)
-        if tensor.before is not None and (one := survival(tensor.before, tensor.value, written)):
-            found.append(one)
-    return summarize(found)
+        if tensor.before is not None and (tensor_survival := survival(tensor.before, tensor.value, written)):
+            survivals.append(tensor_survival)
+    return summarize(survivals)
 
 
 def _block(name: str) -> int:
+    """The number of the block that a tensor belongs to; -1 if it is in none."""
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1

@@ -1,4 +1,4 @@
-"""The model card (README.md) of what a run hands over."""
+"""The model card (README.md) of an exported model."""
 
 from __future__ import annotations
 
@@ -33,72 +33,72 @@ _USE = {
 
 
 @dataclass(frozen=True)
-class Story:
-    """What a card tells about a run, whatever the format."""
+class RunFacts:
+    """What a card says about a run, for every format."""
 
     title: str
     base: str  # as the recipe names it
-    base_hub_id: str | None  # where that is an id on a hub
-    original: str | None  # the full-precision model merged into, where that is another
+    base_hub_id: str | None  # the same if it is an id on a hub
+    original: str | None  # the full-precision model that the adapter was merged into, if not the base
     licence: Licence
     method: str  # for example "LoRA (rank 16) by SFT, then DPO"
-    data: Sequence[str]
+    data: Sequence[str]  # one line for each data set
     settings: Sequence[tuple[str, str]]  # key and value of the recipe
     scores: Sequence[tuple[str, str, str]] = ()  # exam, model, accuracy
-    missing: Sequence[str] = ()  # what the licence asks for and is not there
+    missing: Sequence[str] = ()  # sentences on what the licence demands and the folder does not have
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """One format."""
+class FormatFacts:
+    """What a card says about one exported format."""
 
-    kind: str
+    kind: str  # mlx, hf, gguf or peft
     detail: str  # for example "4-bit" or "Q8_0"
-    file: str = ""
-    left: SurvivalSummary | None = None
+    file: str = ""  # name of the GGUF file
+    left: SurvivalSummary | None = None  # what is left of the adapter's change
     fidelity: Fidelity | None = None
     warnings: Sequence[str] = field(default_factory=list)
 
 
-def model_card(story: Story, delivery: Delivery) -> str:
-    """README.md with the hub's metadata at its head."""
-    parts = [_metadata(story, delivery), f"# {story.title}"]
-    if story.licence.version is not None:
+def model_card(run: RunFacts, exported: FormatFacts) -> str:
+    """The text of README.md, with the hub's metadata at its head."""
+    parts = [_metadata(run, exported), f"# {run.title}"]
+    if run.licence.version is not None:
         parts.append("**Built with Llama**")
-    origin = f"`{story.base}`"
-    made = f"{origin}, tuned with mlx-zh: {story.method}. Format: {delivery.kind}, {delivery.detail}."
-    if story.original:
-        made += f" The adapter was merged into `{story.original}`, the base in full precision."
-    parts += [made, "## Use", _use(story, delivery)]
-    parts += ["## Training", _table(("key", "value"), story.settings)]
-    if story.data:
-        parts.append("Data:\n\n" + "\n".join(f"- {line}" for line in story.data))
-    if story.scores:
-        parts += ["## Scores", _table(("exam", "model", "accuracy"), story.scores)]
-    if text := fidelity_text(delivery):
+    origin = f"`{run.base}`"
+    description = f"{origin}, tuned with mlx-zh: {run.method}. Format: {exported.kind}, {exported.detail}."
+    if run.original:
+        description += f" The adapter was merged into `{run.original}`, the base in full precision."
+    parts += [description, "## Use", _use(run, exported)]
+    parts += ["## Training", _table(("key", "value"), run.settings)]
+    if run.data:
+        parts.append("Data:\n\n" + "\n".join(f"- {line}" for line in run.data))
+    if run.scores:
+        parts += ["## Scores", _table(("exam", "model", "accuracy"), run.scores)]
+    if text := fidelity_text(exported):
         parts += ["## Fidelity", text]
-    parts += ["## Licence", _licence(story)]
+    parts += ["## Licence", _licence(run)]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(story: Story, delivery: Delivery) -> str:
+def _metadata(run: RunFacts, exported: FormatFacts) -> str:
     data: dict[str, Any] = {
-        "license": story.licence.tag,
+        "license": run.licence.tag,
         "language": ["zh", "en"],
-        "library_name": _LIBRARIES[delivery.kind],
+        "library_name": _LIBRARIES[exported.kind],
         "pipeline_tag": "text-generation",
-        "tags": ["mlx-zh", "chat", *(["llama"] if story.licence.version else [])],
+        "tags": ["mlx-zh", "chat", *(["llama"] if run.licence.version else [])],
     }
-    if story.licence.tag == "other":
+    if run.licence.tag == "other":
         data["license_name"] = "see-base-model"
-    if story.base_hub_id:
-        data["base_model"] = story.base_hub_id
+    if run.base_hub_id:
+        data["base_model"] = run.base_hub_id
     return f"---\n{yaml.safe_dump(data, allow_unicode=True, sort_keys=False)}---"
 
 
-def _use(story: Story, delivery: Delivery) -> str:
-    place = "." if not story.title else story.title
-    return _USE[delivery.kind].format(place=place, file=delivery.file, name=story.title.lower(), base=story.base)
+def _use(run: RunFacts, exported: FormatFacts) -> str:
+    place = "." if not run.title else run.title
+    return _USE[exported.kind].format(place=place, file=exported.file, name=run.title.lower(), base=run.base)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -106,30 +106,30 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def fidelity_text(delivery: Delivery) -> str:
-    """What was measured of a fused model, in sentences; empty where nothing was."""
+def fidelity_text(exported: FormatFacts) -> str:
+    """The measurements of a fused model in sentences; "" if there are none."""
     sentences = []
-    if f := delivery.fidelity:
+    if f := exported.fidelity:
         sentences.append(
             f"Against base + adapter on {f.tokens} tokens of held-out text: mean KL {f.kl:.4f} nats a token (tuning "
-            f"itself moved the model by {f.moved:.4f}), the same likeliest token {f.top1:.1%} of the time, "
+            f"itself moved the model by {f.moved:.4f}), the same most likely token {f.top1:.1%} of the time, "
             f"perplexity {f.fused_perplexity:.3f} where base + adapter has {f.perplexity:.3f}."
         )
-    if left := delivery.left:
+    if left := exported.left:
         sentences.append(
-            f"Of the adapter's change to {left.matrices} matrices {left.kept_mean:.1%} is left (the least: "
-            f"{left.kept_least:.1%}); rounding is {left.error_mean:.2f} times the size of the change (the most: "
-            f"{left.error_largest:.2f})."
+            f"Of the adapter's change to {left.matrices} matrices, {left.kept_mean:.1%} is left on average (minimum: "
+            f"{left.kept_least:.1%}); the rounding error is {left.error_mean:.2f} times the size of the change "
+            f"(maximum: {left.error_largest:.2f})."
         )
-    sentences += [f"**Note:** {warning}." for warning in delivery.warnings]
+    sentences += [f"**Note:** {warning}." for warning in exported.warnings]
     return " ".join(sentences)
 
 
-def _licence(story: Story) -> str:
-    text = f"This model is made from {story.base} and is under {story.licence.title}."
-    if story.licence.notice:
-        text += f" {story.licence.notice.strip()}"
-    if story.licence.tag == "other":
-        text = f"This model is made from {story.base}; that model's licence holds for this one too."
-    text += " The training data may have terms of their own."
-    return text + "".join(f"\n\n**Before you share it:** {line}." for line in story.missing)
+def _licence(run: RunFacts) -> str:
+    text = f"This model is made from {run.base} and is under {run.licence.title}."
+    if run.licence.notice:
+        text += f" {run.licence.notice.strip()}"
+    if run.licence.tag == "other":
+        text = f"This model is made from {run.base}; that model's licence holds for this one too."
+    text += " The training data may have licences of their own."
+    return text + "".join(f"\n\n**Before you share it:** {line}." for line in run.missing)

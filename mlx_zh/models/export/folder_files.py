@@ -1,4 +1,4 @@
-"""A model folder as mlx-lm and transformers read it: weights, config.json, generation_config.json, tokenizer."""
+"""Write a model folder for mlx-lm and transformers: weights, config.json, generation_config.json, tokenizer."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Form = dict[str, Any]  # bits, group_size, mode
 
 @dataclass(frozen=True)
 class Layout:
-    """How each tensor of a fused folder is stored: the quantized modules, and the type of everything else."""
+    """How each tensor of a fused folder is stored."""
 
     fusion: Fusion
-    dtype: mx.Dtype
-    packing: dict[str, Form] = field(default_factory=dict)
-    kept: frozenset[str] = frozenset()  # modules whose codes are the source's own
+    dtype: mx.Dtype  # of every tensor that is not quantized, and of scales and biases
+    packing: dict[str, Form] = field(default_factory=dict)  # quantized module -> its format
+    kept: frozenset[str] = frozenset()  # quantized modules whose codes are copied from the source
 
     def entries(self) -> list[Entry]:
-        """Every tensor to be written, in order."""
+        """The tensors to be written, in order."""
         entries = []
         for name, shape in self.fusion.source.outline.shapes.items():
             path, _, leaf = name.rpartition(".")
@@ -54,9 +54,10 @@ class Layout:
         return entries
 
     def arrays(self, watch: Callable[[Tensor, mx.array], None], step: Callable[[], None]) -> Iterator[mx.array]:
-        """The tensors of `entries`; `watch` sees every merged tensor beside what is written of it, in float32.
+        """The arrays of `entries`, in their order.
 
-        `step` is called once a tensor of the model.
+        `watch` is called with every merged tensor and the float32 value that its written form stands for. `step` is
+        called once for each tensor of the model.
         """
         weights = self.fusion.stored(packed=bool(self.kept))
         changed = self.fusion.adapter.tensors
@@ -89,20 +90,21 @@ def pack(weight: mx.array, form: Form, dtype: mx.Dtype) -> list[mx.array]:
 
 
 def unpack(packed: list[mx.array], form: Form) -> mx.array:
-    """The float32 weight that `packed` stands for."""
+    """The float32 weight that the quantized arrays `packed` stand for."""
     wide = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in packed]
     return mx.dequantize(wide[0], wide[1], wide[2] if len(wide) > 2 else None, **form)
 
 
 def full_layout(fusion: Fusion, dtype: mx.Dtype) -> Layout:
-    """Every tensor in half precision."""
+    """A layout with every tensor in `dtype`."""
     return Layout(fusion, dtype)
 
 
 def packed_layout(fusion: Fusion, bits: int, group_size: int | None, *, at_least: bool = False) -> Layout:
-    """Every matrix in `bits`; those that are quantized and that the adapter leaves alone keep their codes.
+    """A layout with every matrix in `bits`. Quantized matrices that the adapter does not change keep their codes.
 
-    `group_size` None: as in the base, else 64. `at_least`: matrices with more bits in the base keep that number.
+    `group_size` None takes the base's, or 64 if it has none. With `at_least`, matrices with more bits in the base
+    keep that number.
     """
     outline, base = fusion.source.outline, fusion.base.outline.packing
     kept = fusion.untouched
@@ -113,8 +115,8 @@ def packed_layout(fusion: Fusion, bits: int, group_size: int | None, *, at_least
         group = group_size or base.get(path, {}).get("group_size", DEFAULT_GROUP)
         if group not in (32, 64, 128) or outline.shapes[f"{path}.weight"][-1] % group:
             continue
-        wanted = max(bits, base.get(path, {}).get("bits", 0)) if at_least else bits
-        packing[path] = {"group_size": group, "bits": wanted, "mode": "affine"}
+        matrix_bits = max(bits, base.get(path, {}).get("bits", 0)) if at_least else bits
+        packing[path] = {"group_size": group, "bits": matrix_bits, "mode": "affine"}
     ordered = {path: packing[path] for path in outline.matrices if path in packing}
     return Layout(fusion, fusion.source.dtype, ordered, frozenset(kept))
 
@@ -122,36 +124,37 @@ def packed_layout(fusion: Fusion, bits: int, group_size: int | None, *, at_least
 def write_folder(
     folder: Path, layout: Layout, *, max_bytes: int, kind: str, step: Callable[[], None] = lambda: None
 ) -> list[Survival]:
-    """Write weights, configs and tokenizer into `folder`; returns what is left of each changed matrix.
+    """Write weights, configs and tokenizer into `folder`; returns what is left of the change to each changed matrix.
 
-    `kind`: "mlx" or "pt", who the files are for. `step` is called once a tensor of the model.
+    `kind` is the "format" in the files' metadata: "mlx", or "pt" for transformers. A file has at most `max_bytes`.
+    `step` is called once for each tensor of the model. Raises StorageError if the files cannot be written.
     """
-    found: list[Survival] = []
+    survivals: list[Survival] = []
 
     def watch(tensor: Tensor, written: mx.array) -> None:
-        if tensor.before is not None and (one := survival(tensor.before, tensor.value, written)):
-            found.append(one)
+        if tensor.before is not None and (tensor_survival := survival(tensor.before, tensor.value, written)):
+            survivals.append(tensor_survival)
 
     write_shards(folder, layout.entries(), layout.arrays(watch, step), max_bytes, kind)
     write_configs(folder, layout)
     write_tokenizer(folder, layout.fusion.base)
-    return found
+    return survivals
 
 
 def write_configs(folder: Path, layout: Layout) -> None:
-    """config.json, complete for transformers and mlx-lm, and generation_config.json."""
+    """Write config.json, complete for transformers and mlx-lm, and generation_config.json."""
     source = layout.fusion.source
     config = {key: value for key, value in source.config.items() if value is not None and not key.startswith("_")}
     config.setdefault("architectures", [FAMILIES[config["model_type"]].architecture])
     config.pop("dtype", None)
     config["torch_dtype"] = str(layout.dtype).rpartition(".")[2]
     if layout.packing:
-        # Under both names, as mlx-lm writes it.
+        # mlx-lm writes it under both names too.
         described = describe_packing(layout.packing, source.outline.matrices)
         config["quantization"] = config["quantization_config"] = described
     write_json(folder / "config.json", dict(sorted(config.items())))
-    own = source.place / "generation_config.json"
-    generation = read_json(own) if source.place.is_dir() and own.is_file() else {}
+    own = source.path / "generation_config.json"
+    generation = read_json(own) if source.path.is_dir() and own.is_file() else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation[name] = config[name]
@@ -159,10 +162,10 @@ def write_configs(folder: Path, layout: Layout) -> None:
 
 
 def write_tokenizer(folder: Path, base: Source) -> None:
-    """The base's tokenizer: its own files where it has them, else (from GGUF) as transformers saves it."""
-    if base.place.is_dir():
+    """Write the base's tokenizer: a copy of its files, or for GGUF the files that transformers saves."""
+    if base.path.is_dir():
         for name in _TOKENIZER_FILES:
-            if (base.place / name).is_file():
-                shutil.copyfile(base.place / name, folder / name)
+            if (base.path / name).is_file():
+                shutil.copyfile(base.path / name, folder / name)
         return
     base.tokenizer.save_pretrained(str(folder))

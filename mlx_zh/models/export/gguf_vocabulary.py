@@ -67,7 +67,7 @@ def _special_ids(source: Source) -> dict[str, int]:
         "unknown": tokenizer.unk_token_id,
     }
     names = tokenizer.get_vocab()
-    ends = as_ids(source.config.get("eos_token_id"), source.place)
+    ends = as_ids(source.config.get("eos_token_id"), source.path)
     turn = [names[mark] for mark in ("<|eot_id|>", "<|im_end|>") if names.get(mark) in ends]
     if turn and turn[0] != ids["eos"]:
         ids["eot"] = turn[0]

@@ -1,4 +1,4 @@
-"""What the base's licence asks of a model made from it, as far as it can be told from the files."""
+"""What the base's licence demands of a model made from it, as far as its name and files show."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from mlx_zh.errors import UploadError
 from mlx_zh.models.export.source import Source
 
-_LLAMA3_VOCABULARY = 128256  # of every model with Llama 3's tokenizer, distilled ones included
+_LLAMA3_VOCABULARY = 128256  # the same for every model with Llama 3's tokenizer, also for distilled ones
 _FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*")
 
-# Names that models are known by, for those whose files do not say.
+# Patterns of model names, because the files of these models do not name the licence.
 _BY_NAME = (
     (r"smollm", "apache-2.0", "Apache 2.0"),
     (r"qwen2(\.5)?-?math", "apache-2.0", "Apache 2.0"),
@@ -25,15 +25,15 @@ _BY_NAME = (
 
 @dataclass(frozen=True)
 class Licence:
-    """`tag` is the hub's name of it; `version` is Llama's, and None where the base is no Llama."""
+    """A licence."""
 
-    tag: str
+    tag: str  # its name on the hub
     title: str
-    version: str | None = None
+    version: str | None = None  # Llama's version, e.g. 3.1; None for other models
 
     @property
     def notice(self) -> str | None:
-        """The text file that must go with every copy, or None."""
+        """The text of the NOTICE file that must be in every copy, or None."""
         if self.version is None:
             return None
         return (
@@ -43,7 +43,7 @@ class Licence:
 
 
 def find_licence(source: Source) -> Licence:
-    """The base's licence by its name and its shape; "other" where neither says."""
+    """The base's licence, from its name and the size of its vocabulary; "other" if these do not show it."""
     name = source.name.lower()
     vocabulary = source.outline.shapes["model.embed_tokens.weight"][0]
     if re.search(r"(meta-)?llama[-_ ]?3", name) or (
@@ -58,14 +58,14 @@ def find_licence(source: Source) -> Licence:
 
 
 def _llama_version(name: str, source: Source) -> str:
-    if found := re.search(r"llama[-_ ]?3[._-]([123])(?![0-9])", name):
-        return f"3.{found[1]}"
+    if match := re.search(r"llama[-_ ]?3[._-]([123])(?![0-9])", name):
+        return f"3.{match[1]}"
     scaling = source.config.get("rope_scaling") or {}
     return "3.2" if scaling.get("factor") == 32.0 else "3.1" if scaling else "3"
 
 
 def display_name(licence: Licence, wanted: str) -> str:
-    """`wanted`, with "Llama" at its beginning where the licence demands that."""
+    """The name `wanted`, with "Llama" at its start if the licence demands it."""
     if licence.version is None or wanted.startswith("Llama"):
         return wanted
     if wanted.lower().startswith("llama"):
@@ -74,22 +74,22 @@ def display_name(licence: Licence, wanted: str) -> str:
 
 
 def check_repository(licence: Licence, repository: str) -> None:
-    """Refuse a repository whose name breaks the licence. Raises UploadError."""
+    """Raise UploadError if the licence does not allow the repository's name ("OWNER/NAME")."""
     owner, _, name = repository.rpartition("/")
     if display_name(licence, name) != name:
         better = "/".join(filter(None, (owner, display_name(licence, name))))
         raise UploadError(
             f"{repository}: the Llama {licence.version} Community License demands that the name of a model made from "
-            f'it begins with "Llama". Choose for example {better}.'
+            f'Llama begins with "Llama". Choose for example {better}.'
         )
 
 
 def write_licence_files(folder: Path, licence: Licence, base: Source) -> list[str]:
-    """Copy the base's licence files and write the notice; returns what is still missing, in words."""
+    """Copy the base's licence files and write NOTICE; returns sentences on what is still missing."""
     copied = []
-    if base.place.is_dir():
+    if base.path.is_dir():
         for pattern in _FILES:
-            for file in sorted(base.place.glob(pattern)):
+            for file in sorted(base.path.glob(pattern)):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
                     copied.append(file.name)

@@ -1,4 +1,4 @@
-"""Merging: base plus adapter in float32, tensor by tensor, and what a number format leaves of the change."""
+"""Merge an adapter into its base in float32, tensor by tensor; measure what a number format keeps of the change."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.build import Weights, dequantize
 from mlx_zh.models.export.source import Source
 
-# Two versions of one matrix, one of them in 4 bits, have a cosine of 0.99; matrices of two models have one near 0.
+# Minimum cosine of two versions of one matrix. With one version in 4 bits it is 0.99; in two models it is near 0.
 _SAME_MODEL = 0.9
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was trained: low-rank pairs (and DoRA's magnitudes), or whole tensors where it was a full fine-tuning."""
+    """An adapter: low-rank pairs (with magnitudes for DoRA), or whole tensors for a full fine-tuning."""
 
     folder: Path
     spec: AdapterSpec
@@ -29,18 +29,18 @@ class Adapter:
 
     @property
     def tensors(self) -> set[str]:
-        """Names of the model's tensors that it changes."""
+        """The names of the model's tensors that the adapter changes."""
         if self.spec.kind == "full":
             return set(self.weights)
         return {f"{name.rpartition('.')[0]}.weight" for name in self.weights}
 
     def merged(self, name: str, weight: mx.array) -> mx.array:
-        """`weight` (out, in) float32 with the adapter merged into it, lazy."""
+        """The weight (out, in), float32, with the adapter merged into it; lazy."""
         if self.spec.kind == "full":
             return self.weights[name].astype(mx.float32)
         path = name.removesuffix(".weight")
         a, b = (self.weights[f"{path}.{leaf}"].astype(mx.float32) for leaf in ("lora_a", "lora_b"))
-        adapted = weight + (self.spec.scale * b.T) @ a.T  # (out, r) @ (r, in)
+        adapted = weight + (self.spec.scale * b.T) @ a.T  # (out, r) @ (r, in) -> (out, in)
         if self.spec.kind == "dora":
             magnitude = self.weights[f"{path}.m"].astype(mx.float32)
             adapted = adapted * (magnitude / mx.linalg.norm(adapted, axis=1))[:, None]
@@ -48,7 +48,10 @@ class Adapter:
 
 
 def open_adapter(folder: Path, source: Source) -> Adapter:
-    """Read an adapter folder (mlx-lm's or PEFT's), checked against the model. AdapterError names what is wrong."""
+    """Read an adapter folder (mlx-lm's or PEFT's) and check it against the model.
+
+    Raises AdapterError with the tensors that do not fit and both shapes.
+    """
     spec, weights = read_adapter(folder)
     adapter = Adapter(folder, spec, weights)
     shapes, matrices = source.outline.shapes, set(source.outline.matrices)
@@ -66,9 +69,9 @@ def open_adapter(folder: Path, source: Source) -> Adapter:
             if spec.kind == "dora":
                 expected[f"{path}.m"] = (rows,)
         for part, shape in expected.items():
-            found = weights[part].shape if part in weights else None
-            if found != shape:
-                wrong.append(f"{part} is {found or 'missing'}, the model needs {shape}")
+            actual = weights[part].shape if part in weights else None
+            if actual != shape:
+                wrong.append(f"{part} is {actual or 'missing'}, the model needs {shape}")
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise AdapterError(
@@ -84,12 +87,12 @@ class Tensor:
 
     name: str
     value: mx.array  # float32
-    before: mx.array | None = None  # without the adapter, where the adapter changes it
+    before: mx.array | None = None  # float32, without the adapter; None if the adapter does not change it
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A model and the adapter to be merged into it; `original` is the full-precision form of the same model."""
+    """A model and the adapter to be merged into it; `original` is the same model in full precision."""
 
     base: Source
     adapter: Adapter
@@ -97,17 +100,17 @@ class Fusion:
 
     @property
     def source(self) -> Source:
-        """The model that is merged into."""
+        """The model into which the adapter is merged: the original if there is one, else the base."""
         return self.original or self.base
 
     @property
     def untouched(self) -> dict[str, dict[str, Any]]:
-        """Modules that are quantized in the source and that the adapter leaves alone: their codes can be kept."""
+        """The quantized modules of the source that the adapter does not change; their codes can be copied."""
         changed = self.adapter.tensors
         return {path: form for path, form in self.source.outline.packing.items() if f"{path}.weight" not in changed}
 
     def stored(self, packed: bool = False) -> Weights:
-        """The source's tensors, lazy: full matrices, except `untouched` ones where `packed` asks for their codes."""
+        """The source's tensors, lazy and dequantized; with `packed`, `untouched` modules stay quantized."""
         weights = self.source.stored()
         forms = self.source.outline.packing
         kept = self.untouched if packed else {}
@@ -115,14 +118,14 @@ class Fusion:
         return weights
 
     def tensors(self, names: Sequence[str] | None = None) -> Iterator[Tensor]:
-        """Merged tensors in the model's order, each freed when the next one comes."""
+        """The merged tensors, all or those of `names`, one in memory at a time."""
         weights = self.stored()
         changed = self.adapter.tensors
         for name in self.source.outline.shapes if names is None else names:
             yield self.merge(name, weights.pop(name), changed)
 
     def merge(self, name: str, weight: mx.array, changed: set[str]) -> Tensor:
-        """One tensor, merged and evaluated."""
+        """One tensor, merged and evaluated; `changed` are the names of the tensors that the adapter changes."""
         weight = weight.astype(mx.float32)
         if name not in changed:
             mx.eval(weight)
@@ -132,22 +135,23 @@ class Fusion:
         return Tensor(name, merged, weight)
 
     def check_original(self) -> None:
-        """Refuse an original that is not the model which the base was quantized from. Raises ModelError."""
+        """Raise ModelError if the original is not the model from which the base was quantized."""
         if self.original is None:
             return
-        mine, theirs = self.base.outline.shapes, self.original.outline.shapes
-        if mine != theirs:
-            strange = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        base_shapes, original_shapes = self.base.outline.shapes, self.original.outline.shapes
+        if base_shapes != original_shapes:
+            names = base_shapes.keys() | original_shapes.keys()
+            different = sorted(n for n in names if base_shapes.get(n) != original_shapes.get(n))
             raise ModelError(
-                f"{self.original.name} is not the original of {self.base.name}: {len(strange)} tensors differ in "
-                f"shape, first {strange[0]}. Give the full-precision model that the base was quantized from."
+                f"{self.original.name} is not the original of {self.base.name}: {len(different)} tensors differ in "
+                f"shape, first {different[0]}. Give the full-precision model that the base was quantized from."
             )
-        sample = sorted(n for n in self.adapter.tensors if len(mine[n]) == 2)[:2]
-        ours = self.base.stored()
-        dequantize(ours, self.base.outline.packing, mx.float32)
-        others = self.stored()
+        sample = sorted(n for n in self.adapter.tensors if len(base_shapes[n]) == 2)[:2]
+        base_weights = self.base.stored()
+        dequantize(base_weights, self.base.outline.packing, mx.float32)
+        original_weights = self.stored()
         for name in sample:
-            a, b = ours[name].astype(mx.float32), others[name].astype(mx.float32)
+            a, b = base_weights[name].astype(mx.float32), original_weights[name].astype(mx.float32)
             cosine = float((a * b).sum() / (mx.linalg.norm(a) * mx.linalg.norm(b)))
             if cosine < _SAME_MODEL:
                 raise ModelError(
@@ -158,11 +162,11 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Survival:
-    """What a number format leaves of the adapter's change to one matrix.
+    """What a number format keeps of the adapter's change to one matrix.
 
-    `kept` is the part of the change that is still there: the written change projected on the intended one, 1 where
-    rounding is fair and near 0 where every weight fell back on the base's own grid. `error` is the size of the
-    rounding relative to the change: at few bits it is above 1, and as long as `kept` is 1 it is ordinary noise.
+    `kept` is the written change projected on the intended one. It is 1 if rounding errors cancel out, and near 0 if
+    every weight is rounded back to the base's value. `error` is the norm of the rounding error divided by the norm of
+    the change. With few bits it is above 1; as long as `kept` is about 1 this is only noise.
     """
 
     kept: float
@@ -170,19 +174,19 @@ class Survival:
 
 
 def survival(before: mx.array, merged: mx.array, written: mx.array) -> Survival | None:
-    """Compare the written change with the intended one; None where nothing was changed."""
-    intended, found = merged - before, written - before
+    """Compare the written change of a matrix (out, in) with the intended one; None if nothing was changed."""
+    intended, actual = merged - before, written - before
     size = (intended * intended).sum()
     if float(size) == 0:
         return None
-    kept = (found * intended).sum() / size
-    error = mx.linalg.norm(found - intended) / mx.sqrt(size)
+    kept = (actual * intended).sum() / size
+    error = mx.linalg.norm(actual - intended) / mx.sqrt(size)
     return Survival(float(kept), float(error))
 
 
 @dataclass(frozen=True)
 class SurvivalSummary:
-    """Survival over all changed matrices."""
+    """`Survival` over all changed matrices: means and worst values."""
 
     matrices: int
     kept_mean: float
@@ -191,9 +195,9 @@ class SurvivalSummary:
     error_largest: float
 
 
-def summarize(found: Sequence[Survival]) -> SurvivalSummary | None:
-    """Mean and worst; None where the adapter changes nothing."""
-    if not found:
+def summarize(survivals: Sequence[Survival]) -> SurvivalSummary | None:
+    """Means and worst values; None if there is no changed matrix."""
+    if not survivals:
         return None
-    kept, error = [s.kept for s in found], [s.error for s in found]
-    return SurvivalSummary(len(found), sum(kept) / len(kept), min(kept), sum(error) / len(error), max(error))
+    kept, error = [s.kept for s in survivals], [s.error for s in survivals]
+    return SurvivalSummary(len(survivals), sum(kept) / len(kept), min(kept), sum(error) / len(error), max(error))

@@ -1,4 +1,4 @@
-"""Sharded safetensors, written tensor by tensor: no shard is ever whole in memory.
+"""Write sharded safetensors tensor by tensor, so that memory never holds a whole shard.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -30,7 +30,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to come."""
+    """The name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: mx.Dtype
@@ -38,45 +38,46 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The tensor's size in bytes."""
         return math.prod(self.shape) * _TYPES[self.dtype][1]
 
 
 def write_shards(
     folder: Path, entries: Sequence[Entry], arrays: Iterable[mx.array], max_bytes: int, kind: str
 ) -> None:
-    """Write files model*.safetensors of at most `max_bytes`, with an index where there are several.
+    """Write files model*.safetensors of at most `max_bytes` each, with an index if there are several.
 
-    `arrays` come in the order of `entries`, of their types and shapes; each is written before the next is asked for.
-    `kind` is the format that the files say they are for: "mlx" or "pt".
+    `arrays` are in the order of `entries`, with their dtypes and shapes; each is written before the next is taken.
+    `kind` is the "format" in the files' metadata: "mlx" or "pt". Raises StorageError if a file cannot be written,
+    ValueError if an array does not match its entry.
     """
     shards = _split(entries, max_bytes)
     count = len(shards)
     names = (
         [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)] if count > 1 else ["model.safetensors"]
     )
-    coming = iter(arrays)
+    remaining = iter(arrays)
     for file_name, shard in zip(names, shards, strict=True):
         with written_whole(folder / file_name) as file:
             file.write(_header(shard, kind))
             for entry in shard:
-                _write(file, entry, next(coming))
+                _write(file, entry, next(remaining))
     if count > 1:
-        where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        file_of = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.size for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
 
 
 def _write(file: BinaryIO, entry: Entry, array: mx.array) -> None:
     if (array.dtype, array.shape) != (entry.dtype, entry.shape):
-        raise ValueError(f"{array.dtype} {array.shape} came where {entry} was announced")
+        raise ValueError(f"expected {entry}, got an array of {array.dtype} {array.shape}")
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)  # NumPy has no bfloat16
     file.write(np.ascontiguousarray(np.array(array)).data)
 
 
 def _split(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Consecutive entries of at most `max_bytes` together; a tensor larger than that gets a file of its own."""
+    """Groups of consecutive entries of at most `max_bytes`; a larger tensor is a group of its own."""
     shards: list[list[Entry]] = []
     room = 0
     for entry in entries:

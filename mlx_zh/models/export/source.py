@@ -1,4 +1,4 @@
-"""A model on disk as tensors that are read one at a time: nothing is in memory before its turn."""
+"""A model on disk whose tensors are read one at a time."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _HALF = (mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved model, outlined; `stored` reads its tensors."""
+    """A model on disk, described without reading its weights; `stored` reads them."""
 
-    place: Path
+    path: Path  # a folder or a .gguf file
     name: str  # as the user wrote it
     config: dict[str, Any]  # without "quantization"
     tokenizer: Any
     outline: Outline
     fingerprint: str
-    dtype: mx.Dtype  # the half precision of its weights; bfloat16 where they have none
-    quantize: tuple[int, int] | None = None
+    dtype: mx.Dtype  # the half-precision type of its weights; bfloat16 if they have none or several
+    quantize: tuple[int, int] | None = None  # (bits, group size) with which it is quantized when read
 
     @property
     def parameters(self) -> int:
-        """How many weights the model has."""
+        """The number of weights."""
         total = 0
         for shape in self.outline.shapes.values():
             size = 1
@@ -40,31 +40,36 @@ class Source:
         return total
 
     def stored(self) -> Weights:
-        """Every tensor as stored (packed ones too), lazy where the file is safetensors; a new table each time."""
-        weights, _ = _read(self.place, self.config)
-        outline(dict(self.config), weights, str(self.place), quantize=self.quantize)
+        """Every tensor as stored, quantized or not, in a new table; lazy if the file is safetensors."""
+        weights, _ = _read(self.path, self.config)
+        outline(dict(self.config), weights, str(self.path), quantize=self.quantize)
         return weights
 
 
-def open_source(place: Path, name: str, *, quantize: tuple[int, int] | None = None) -> Source:
-    """Outline the model at `place`; with `quantize`, as it is when it is quantized on load. Raises ModelError."""
+def open_source(path: Path, name: str, *, quantize: tuple[int, int] | None = None) -> Source:
+    """Describe the model at `path`, a folder or .gguf file, without reading its weights.
+
+    `quantize` is (bits, group size) for a full-precision model that is to be quantized when it is read. Raises
+    ModelError.
+    """
     from mlx_zh.models.load import load_config
 
-    config = load_config(place)
-    tokenizer = load_tokenizer(place)
-    weights, fingerprint = _read(place, config)
+    config = load_config(path)
+    tokenizer = load_tokenizer(path)
+    weights, fingerprint = _read(path, config)
     halves = {array.dtype for array in weights.values()} & set(_HALF)
-    # GGUF's scales are float16 whatever the model was trained in, and some models overflow in it.
-    dtype = halves.pop() if len(halves) == 1 and place.is_dir() else mx.bfloat16
-    found = outline(config, weights, str(place), quantize=quantize)
-    ends = list(end_of_turn_ids(tokenizer, config, place))
+    # GGUF's scales are float16 even if the model was trained in bfloat16, and some models overflow in float16.
+    dtype = halves.pop() if len(halves) == 1 and path.is_dir() else mx.bfloat16
+    model_outline = outline(config, weights, str(path), quantize=quantize)
+    ends = list(end_of_turn_ids(tokenizer, config, path))
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    return Source(place, name, config, tokenizer, found, fingerprint, dtype, quantize)
+    return Source(path, name, config, tokenizer, model_outline, fingerprint, dtype, quantize)
 
 
-def _read(place: Path, config: dict[str, Any]) -> tuple[Weights, str]:
-    if place.is_file():
-        file = gguf.read_gguf(place)
+def _read(path: Path, config: dict[str, Any]) -> tuple[Weights, str]:
+    """The tensors and the fingerprint of the model."""
+    if path.is_file():
+        file = gguf.read_gguf(path)
         return gguf_model.gguf_weights(file, config), file.fingerprint
-    return folder.folder_weights(place)
+    return folder.folder_weights(path)

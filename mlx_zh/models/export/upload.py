@@ -1,4 +1,4 @@
-"""Put a finished folder on Hugging Face or ModelScope. Tokens are found by those libraries and never shown."""
+"""Upload a finished folder to Hugging Face or ModelScope. Their libraries find the token; it is never shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECRET = re.compile(r"(hf_|ms-|Bearer )[\w-]+")
 
 
 def check(repository: str, hub: str) -> None:
-    """Find out early what would fail late: the name, the library, the login. Raises UploadError."""
+    """Check the repository's name, the library and the login before the export. Raises UploadError."""
     if not _REPOSITORY.fullmatch(repository):
         raise UploadError(f"{repository!r} is not a repository's name; write it as OWNER/NAME.")
     if hub == "huggingface":
@@ -23,23 +23,23 @@ def check(repository: str, hub: str) -> None:
 
         if not get_token():
             raise UploadError(
-                "no access token for Hugging Face was found. Make one with write permission in your account's "
-                "settings there and run `hf auth login` (or set HF_TOKEN)."
+                "no access token for Hugging Face was found. Create one with write permission in your account's "
+                "settings there, and run `hf auth login` (or set HF_TOKEN)."
             )
     else:
         _modelscope_api()
 
 
 def push(folder: Path, repository: str, hub: str, *, public: bool) -> str:
-    """Upload everything in `folder`, making the repository where there is none; returns its address.
+    """Upload everything in `folder` and return the repository's address; the repository is created if needed.
 
-    A new repository is private unless `public`. Raises UploadError in plain words.
+    A new repository is private unless `public`. Raises UploadError.
     """
     try:
         return _HUBS[hub](folder, repository, public)
     except UploadError:
         raise
-    except Exception as error:  # each library has its own errors, and those of its HTTP library
+    except Exception as error:  # each library raises its own errors and those of its HTTP library
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise UploadError(f"{repository} could not be uploaded: {_reason(error)}.{_remedy(status, hub)}") from error
 
@@ -54,7 +54,7 @@ def _huggingface(folder: Path, repository: str, public: bool) -> str:
 
 
 def _modelscope(folder: Path, repository: str, public: bool) -> str:
-    api, visibility = _modelscope_api(), 5 if public else 1  # its numbers for public and private
+    api, visibility = _modelscope_api(), 5 if public else 1  # ModelScope's numbers for public and private
     if not api.repo_exists(repository):
         api.create_model(repository, visibility=visibility)
     api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload from mlx-zh")
@@ -82,8 +82,8 @@ def _reason(error: BaseException) -> str:
 def _remedy(status: int | None, hub: str) -> str:
     if status in (401, 403):
         login = "`hf auth login`" if hub == "huggingface" else "`modelscope login`"
-        return f" The token is not valid or may not write there: run {login} with a token that can write."
+        return f" The token is not valid or has no write permission there: run {login} with a token that can write."
     if status is not None:
         return " The model itself is whole on this disk; try again later."
-    mirror = " Mirrors reached by HF_ENDPOINT mostly take no uploads." if os.environ.get("HF_ENDPOINT") else ""
+    mirror = " Most mirrors that HF_ENDPOINT can name do not accept uploads." if os.environ.get("HF_ENDPOINT") else ""
     return f" Check the network; the model itself is whole on this disk.{mirror}"
