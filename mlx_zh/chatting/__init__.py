@@ -1,1 +1,1 @@
-"""The chat stage's parts: the conversation, the model that answers, the screen and the commands."""
+"""The parts of the chat: the conversation, the model that answers, the screen and the commands."""

@@ -1,4 +1,4 @@
-"""The model that answers: prompt, cache, adapter, and the same question put to base and tuned."""
+"""The model that answers: its prompt, cache and adapter, and the comparison of base and tuned model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 
 class PromptRenderer(Protocol):
-    """The one rendering that training, evaluation and chat share."""
+    """What the chat needs of `corpus.render.Renderer`, which training and evaluation use too."""
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]: ...
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens from which a reply is generated."""
+        ...
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One side of a comparison."""
+    """An answer of one of the two models of a comparison."""
 
     text: str
     statistics: Statistics
@@ -33,42 +35,48 @@ class Answer:
 
 @dataclass
 class Chatbot:
-    """A loaded model with at most one adapter on it. `context` counts prompt and answer tokens."""
+    """A loaded model with at most one adapter."""
 
     loaded: LoadedModel
     renderer: PromptRenderer
-    context: int
+    context: int  # tokens that prompt and answer may have together
     sampling: Sampling = field(default_factory=Sampling)
-    adapter: Path | None = None
+    adapter: Path | None = None  # the folder of the loaded adapter
     session: GenerationSession = field(init=False)
-    _replaced: dict[str, Any] = field(default_factory=dict)
+    _replaced: dict[str, Any] = field(default_factory=dict)  # the base's weights under a fully tuned model
 
     def __post_init__(self) -> None:
         self.session = self._new_session()
 
     def fit(self, transcript: Transcript) -> tuple[list[int], int]:
-        """The prompt for the waiting question and the exchanges that had to be dropped for it."""
+        """The prompt's tokens for the last question, and the number of old exchanges dropped to make room.
+
+        Raises ContextError if the question alone does not fit.
+        """
         reserve = min(self.sampling.max_tokens, self.context // 4)
         return transcript.fit(self._render, self.context, reserve)
 
     def stream(self, prompt: Sequence[int], stop: StopTest = lambda: False) -> Iterator[str]:
-        """The answer, piece by piece; `session.statistics` describes it."""
+        """The answer, piece by piece, until `stop` returns true; afterwards `session.statistics` describes it."""
         yield from self.session.stream(prompt, self._sampling_for(prompt), stop)
 
     def swap(self, folder: Path | None) -> None:
-        """Put another adapter on the model, or none. One that does not fit leaves the old one in place."""
+        """Load another adapter, or with None only remove the loaded one.
+
+        Raises AdapterError if the new one does not fit; the old one is then loaded again.
+        """
         previous = self.adapter
         self.session.reset()  # its keys and values come from the old weights
-        self._take_off()
+        self._remove_adapter()
         try:
             if folder:
-                self._put_on(folder)
+                self._load_adapter(folder)
         except AdapterError:
             if previous:
-                self._put_on(previous)
+                self._load_adapter(previous)
             raise
 
-    def _put_on(self, folder: Path) -> None:
+    def _load_adapter(self, folder: Path) -> None:
         from mlx.utils import tree_flatten
 
         from mlx_zh.models.adapters.files import load_adapter
@@ -77,11 +85,11 @@ class Chatbot:
         weights = dict(tree_flatten(model.parameters()))  # references, not copies
         spec = load_adapter(model, folder)
         model.eval()
-        # A fully tuned model has no layers to take off: its weights replace the base's, which are kept.
+        # A full fine-tuning has no adapter layers: its weights replace the base's, which are kept to go back to.
         self._replaced = weights if spec.kind == "full" else {}
         self.adapter = folder
 
-    def _take_off(self) -> None:
+    def _remove_adapter(self) -> None:
         from mlx_zh.models.adapters.layers import remove_adapter
 
         if self.adapter:
@@ -92,8 +100,12 @@ class Chatbot:
     def compare(
         self, prompt: Sequence[int], stop: StopTest, progress: Callable[[str, int], None]
     ) -> tuple[Answer, Answer]:
-        """The answers of the untouched and of the tuned model. The chat's own cache survives."""
-        with self._untouched():
+        """The answers of the base and of the tuned model; the chat's cache stays valid.
+
+        `progress` is called with the model's name ("base" or "tuned") and the tokens generated so far. Raises
+        AdapterError if no adapter is loaded.
+        """
+        with self._base_model():
             base = self._collect("base", self._new_session(), prompt, stop, progress)
         return base, self._collect("tuned", self.session, prompt, stop, progress)
 
@@ -113,19 +125,19 @@ class Chatbot:
         return Answer("".join(pieces), session.statistics)
 
     @contextlib.contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """The base model for a while. The adapter's cache stays: the same weights come back."""
+    def _base_model(self) -> Iterator[None]:
+        """Remove the adapter in this context. The cache is kept, because the same weights are loaded again."""
         if self.adapter is None:
             raise AdapterError("there is nothing to compare with: no adapter is loaded (/adapter DIR loads one)")
         folder = self.adapter
-        self._take_off()
+        self._remove_adapter()
         try:
             yield
         finally:
             try:
-                self._put_on(folder)
+                self._load_adapter(folder)
             except AdapterError:
-                self.session.reset()  # the folder went away meanwhile; what is left is the base model
+                self.session.reset()  # the folder was deleted meanwhile, so the model is now the base model
                 raise
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
@@ -140,9 +152,9 @@ class Chatbot:
 
 
 def context_length(config: dict[str, Any], chosen: int | None) -> int:
-    """The context to keep to: what the user chose, but never more than the model was made for."""
-    known = config.get("max_position_embeddings")
-    limit = known if isinstance(known, int) and known > 0 else None
+    """The context in tokens: `chosen`, but at most what the model was trained for. Without both, 4096."""
+    trained = config.get("max_position_embeddings")
+    limit = trained if isinstance(trained, int) and trained > 0 else None
     if chosen is None:
         return limit or 4096
     return min(chosen, limit) if limit else chosen

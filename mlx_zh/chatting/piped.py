@@ -1,4 +1,4 @@
-"""Piped input: all of it is one prompt, and standard output gets the answer and nothing else."""
+"""Piped input: all of it is one question, and standard output gets only the answer."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from mlx_zh.system.interrupts import stop_on_interrupt
 
 
 def read_prompt() -> str:
-    """All of standard input."""
+    """All of standard input, stripped. Raises MlxZhError if it is empty or not UTF-8."""
     stdin = getattr(sys.stdin, "buffer", None)
     try:
         text = stdin.read().decode("utf-8-sig") if stdin else sys.stdin.read()
     except UnicodeDecodeError as problem:
-        raise MlxZhError(f"standard input is not UTF-8 text (byte {problem.start})") from problem
+        raise MlxZhError(
+            f"standard input is not UTF-8 text (byte {problem.start}); convert it first, e.g. with iconv"
+        ) from problem
     if not text.strip():
         raise MlxZhError("standard input is empty: pipe a question in, or run at a terminal to chat")
     return text.strip()
 
 
 def answer_once(bot: Chatbot, transcript: Transcript, screen: Screen | None) -> int:
-    """The answer on stdout, and nothing else there."""
+    """Write the answer to standard output and its statistics to `screen`; returns the exit status."""
     prompt, _ = bot.fit(transcript)
     last = ""
     try:
@@ -36,7 +38,7 @@ def answer_once(bot: Chatbot, transcript: Transcript, screen: Screen | None) -> 
                 sys.stdout.flush()
         sys.stdout.write("" if last.endswith("\n") else "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has what it wanted; Python would complain again on exit
+    except BrokenPipeError:  # the reader has closed the pipe; without this, Python would print an error on exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     statistics = bot.session.statistics

@@ -1,4 +1,4 @@
-"""The conversation at the terminal: read, answer, and the slash commands."""
+"""The chat at the terminal: reading messages, answering, and the slash commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.models.generate import Statistics
 from mlx_zh.system.interrupts import stop_on_interrupt
 
-# Usage, Chinese, English, method of Repl. The only place that knows the commands.
+# Command -> usage, Chinese and English description, method of Repl.
 COMMANDS = {
     "/help": ("/help", "显示帮助", "show this help", "help"),
     "/system": ("/system [TEXT|none]", "查看或设置系统提示", "show or set the system prompt", "system"),
@@ -27,8 +27,8 @@ COMMANDS = {
     "/temp": ("/temp [NUMBER]", "温度，0 为不随机", "show or set temperature; 0 is greedy", "temp"),
     "/save": ("/save FILE", "把对话存为 JSON", "save the conversation as JSON", "save"),
     "/load": ("/load FILE", "载入存下的对话", "load a saved conversation", "load"),
-    "/adapter": ("/adapter [DIR|none]", "更换或卸下适配器", "show, change or take off the adapter", "adapter"),
-    "/compare": ("/compare", "微调前后并排回答", "last question, base and tuned", "compare"),
+    "/adapter": ("/adapter [DIR|none]", "更换或卸下适配器", "show, change or remove the adapter", "adapter"),
+    "/compare": ("/compare", "微调前后并排回答", "base and tuned answers side by side", "compare"),
     "/exit": ("/exit", "退出", "leave (or Ctrl-D)", "leave"),
 }
 KEYS = (
@@ -45,16 +45,16 @@ _COMMAND = re.compile(r"(/[A-Za-z]+)(?:[ \t]+(.*))?", re.DOTALL)
 
 @dataclass
 class Repl:
-    """One session: `read` gives the next message and raises EOFError at the end."""
+    """One chat."""
 
     bot: Chatbot
     screen: Screen
-    read: Callable[[], str]
+    read: Callable[[], str]  # returns the next message; raises EOFError at the end
     transcript: Transcript = field(default_factory=Transcript)
     _running: bool = True
 
     def run(self) -> None:
-        """Until /exit or Ctrl-D. An error of the user's making is a line on the screen, never the end."""
+        """Read and answer until /exit or Ctrl-D. An error that the user causes is shown, and the chat goes on."""
         while self._running:
             try:
                 text = self.read()
@@ -68,7 +68,7 @@ class Repl:
                 self.screen.error(str(problem))
 
     def handle(self, text: str) -> None:
-        """One message: a command, or something for the model."""
+        """Run a command, or ask the model. Raises MlxZhError."""
         command = _COMMAND.fullmatch(text)
         if command is None:
             self.transcript.ask(text)
@@ -198,7 +198,7 @@ class Repl:
 
 
 def describe(statistics: Statistics, name: str = "") -> str:
-    """The line under an answer."""
+    """The line below an answer: tokens, speed, and how it ended."""
     parts = [
         f"{statistics.generated} tokens",
         f"{statistics.tokens_per_second:.1f} tokens/s",
@@ -213,7 +213,7 @@ def describe(statistics: Statistics, name: str = "") -> str:
 
 
 def temperature(text: str) -> float:
-    """A temperature from text; raises MlxZhError."""
+    """A temperature, 0 to 10, from text. Raises MlxZhError."""
     with contextlib.suppress(ValueError):
         value = float(text)
         if 0 <= value <= 10:

@@ -1,4 +1,4 @@
-"""What the user sees and types: streamed text, dim notes, columns of Chinese text, a line editor."""
+"""The chat's terminal: streamed text, notes, columns of Chinese text, and a line editor."""
 
 from __future__ import annotations
 
@@ -18,65 +18,68 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
-# A model may emit anything; escape sequences would let it repaint the terminal.
+# A model may write any character; with escape sequences it could control the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# These may not begin a line (a shortened list of JIS X 4051 / CLREQ).
+# Characters that must not begin a line (a part of the lists in JIS X 4051 and CLREQ).
 _CLOSING = frozenset("，。、；：！？）》」』】〕…—·”’,.;:!?)]}")
 NARROWEST_COLUMN = 30
 
 
 def without_controls(text: str) -> str:
-    """What a terminal shows and does not obey."""
+    """The text without the control characters that a terminal would obey."""
     return _CONTROL.sub("", text)
 
 
 @dataclass
 class Screen:
-    """Output to a terminal, or to anything that is written to."""
+    """Output to a terminal or to a file."""
 
     stream: TextIO
     colour: bool = False
-    live: bool = False  # a terminal, where a line can be rewritten
-    fixed_width: int | None = None
+    live: bool = False  # whether a line can be rewritten, as in a terminal
+    fixed_width: int | None = None  # columns; None: those of the terminal
 
     @classmethod
     def on(cls, stream: TextIO) -> Screen:
-        """The screen behind `stream`, with colours unless NO_COLOR or a dumb terminal forbids them."""
+        """A screen that writes to `stream`, in colour if it is a terminal and NO_COLOR is not set."""
         live = stream.isatty() and os.environ.get("TERM") != "dumb"
         return cls(stream, colour=live and not os.environ.get("NO_COLOR"), live=live)
 
     @property
     def width(self) -> int:
-        """Columns of the terminal."""
+        """The width in columns."""
         return self.fixed_width or shutil.get_terminal_size().columns
 
     def write(self, text: str) -> None:
-        """Text as it arrives, without control characters."""
+        """Write text at once, without control characters."""
         self.stream.write(without_controls(text))
         self.stream.flush()
 
     def line(self, text: str = "") -> None:
+        """Write a line."""
         self.write(text + "\n")
 
     def note(self, text: str) -> None:
-        """A dim line: about the program, not part of the conversation."""
+        """Write a dim line, for what is not part of the conversation."""
         self._styled("2", text)
 
     def error(self, text: str) -> None:
+        """Write a red line."""
         self._styled("31", text)
 
     def heading(self, text: str) -> None:
+        """Write a bold line."""
         self._styled("1", text)
 
     def progress(self, text: str) -> None:
-        """A line that the next one replaces; nothing where lines cannot be rewritten."""
+        """Write a line that the next output replaces; does nothing if lines cannot be rewritten."""
         if self.live:
             shown = fit_width(without_controls(text), self.width - 1)
             self.stream.write(f"\r\x1b[K\x1b[2m{shown}\x1b[0m" if self.colour else f"\r\x1b[K{shown}")
             self.stream.flush()
 
     def done(self) -> None:
-        """Take the progress line away."""
+        """Clear the progress line."""
         if self.live:
             self.stream.write("\r\x1b[K")
             self.stream.flush()
@@ -88,12 +91,12 @@ class Screen:
 
 
 def text_width(text: str) -> int:
-    """Columns that `text` takes in a terminal; a Chinese character takes two."""
+    """The number of columns that `text` takes in a terminal; a Chinese character takes two."""
     return max(0, wcswidth(without_controls(text)))
 
 
 def fit_width(text: str, width: int) -> str:
-    """As much of `text` as fits into `width` columns."""
+    """The start of `text` that fits into `width` columns."""
     shown, used = [], 0
     for grapheme in iter_graphemes(text):
         used += text_width(grapheme)
@@ -104,7 +107,7 @@ def fit_width(text: str, width: int) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns. Breaks at spaces and beside Chinese characters, never before a 。"""
+    """Lines of at most `width` columns. Breaks are at spaces and next to Chinese characters, never before a 。"""
     lines: list[str] = []
     for paragraph in _CONTROL.sub("", text.expandtabs(4)).split("\n"):
         line, used = "", 0
@@ -122,12 +125,12 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _pieces(paragraph: str, width: int) -> Iterator[str]:
-    """What stays together on a line: a word with its spaces, a Chinese character with what closes it."""
+    """The parts that stay on one line: a word with its spaces, or a Chinese character with closing punctuation."""
     piece, wide = "", False
     for grapheme in iter_graphemes(paragraph):
         now_wide = text_width(grapheme) > 1
-        glued = grapheme in _CLOSING or grapheme.isspace() or not (wide or now_wide or piece.endswith(" "))
-        if piece and (not glued or text_width(piece) + text_width(grapheme) > width):
+        joins = grapheme in _CLOSING or grapheme.isspace() or not (wide or now_wide or piece.endswith(" "))
+        if piece and (not joins or text_width(piece) + text_width(grapheme) > width):
             yield piece
             piece = ""
         piece += grapheme
@@ -140,7 +143,7 @@ def _pieces(paragraph: str, width: int) -> Iterator[str]:
 
 
 def side_by_side(left: str, right: str, width: int, headings: tuple[str, str]) -> list[str] | None:
-    """Two texts in two columns, or None where `width` leaves less than 30 columns for each."""
+    """The lines of two texts side by side, or None if `width` leaves less than 30 columns for each."""
     column = (width - 3) // 2
     if column < NARROWEST_COLUMN:
         return None
@@ -154,19 +157,19 @@ def side_by_side(left: str, right: str, width: int, headings: tuple[str, str]) -
 
 
 class LineEditor:
-    """Reads one message at a time, of one line or many, and remembers them across sessions."""
+    """Reads messages of one or more lines, and keeps their history in a file."""
 
     def __init__(self, history_file: Path, commands: list[str]) -> None:
         self._session = _prompt_session(history_file, commands)
 
     def read(self) -> str:
-        """The next message. Raises KeyboardInterrupt on Ctrl-C and EOFError on Ctrl-D."""
+        """The next message. Raises KeyboardInterrupt on Ctrl-C, EOFError on Ctrl-D."""
         return plain(self._session.prompt())
 
 
 @contextmanager
 def unechoed_keys() -> Iterator[None]:
-    """While the program writes, keys are kept for the next prompt instead of appearing in the answer."""
+    """In this context typed keys are not shown in the answer; they go to the next prompt."""
     if not sys.stdin.isatty():
         yield
         return
@@ -183,7 +186,7 @@ def unechoed_keys() -> Iterator[None]:
 
 
 def plain(text: str) -> str:
-    '''The message in what was typed: without the marks of a """ block.'''
+    '''The typed message, without the quotes of a """ block.'''
     text = text.strip()
     if len(text) >= 6 and text.startswith('"""') and text.endswith('"""'):
         return text[3:-3].strip("\n")
@@ -191,7 +194,7 @@ def plain(text: str) -> str:
 
 
 def unfinished(text: str) -> bool:
-    '''Whether Enter should begin a new line: after a backslash, and inside a """ block.'''
+    '''Whether Enter begins a new line: after a backslash, and inside a """ block.'''
     text = text.strip()
     in_block = text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
     return in_block or text.endswith("\\")

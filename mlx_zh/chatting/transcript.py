@@ -1,4 +1,4 @@
-"""What was said: turns, undo and retry, what still fits into the context, and files."""
+"""The conversation: its turns, undo and retry, the part that fits into the context, and its file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_zh.system.storage import write_json
 
 
 class ContextError(MlxZhError):
-    """A message that does not fit into the model's context."""
+    """The last message alone does not fit into the model's context."""
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Transcript:
 
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
-    first: int = 0  # turns before this one no longer fit; they are saved but not shown to the model
+    first: int = 0  # the first turn that the model sees; earlier turns no longer fit, but are saved
 
     def ask(self, text: str) -> None:
-        """Add a user message; one that was never answered gives way to it."""
+        """Add a user message; it replaces one that has no answer."""
         if self.pending:
             self.turns.pop()
         self.turns.append(Message("user", text))
@@ -42,18 +42,18 @@ class Transcript:
 
     @property
     def question(self) -> list[Message]:
-        """System message and turns up to the last user message: what an answer is made from."""
+        """The messages that the model answers: system message and visible turns up to the last user message."""
         turns = self.turns if self.pending else self.turns[:-1]
         return [*self._system(), *turns[self.first :]]
 
     def retract_answer(self) -> bool:
-        """Take the last answer back, so that its question waits again. False where nothing was asked."""
+        """Remove the last answer, so that its question waits again. Returns false if there is no question."""
         if self.turns and not self.pending:
             self.turns.pop()
         return self.pending
 
     def undo(self) -> bool:
-        """Drop the last question and its answer. False where there is none."""
+        """Remove the last question and its answer. Returns false if there is none."""
         if not self.turns:
             return False
         del self.turns[-1 if self.pending else -2 :]
@@ -61,15 +61,15 @@ class Transcript:
         return True
 
     def reset(self) -> None:
-        """Drop all turns; the system message stays."""
+        """Remove all turns; the system message stays."""
         self.turns, self.first = [], 0
 
     def fit(self, render: Callable[[list[Message]], list[int]], limit: int, reserve: int) -> tuple[list[int], int]:
-        """The prompt's tokens, after dropping as many of the oldest exchanges as `limit` demands.
+        """The prompt's tokens, and the number of exchanges that were dropped now so that it fits.
 
-        Room for `reserve` tokens of answer is kept. Once something must go, half of the context is freed:
-        every drop costs a new prefill of all that remains. Returns the tokens and the exchanges dropped now;
-        raises ContextError where the last message alone does not fit.
+        Prompt and `reserve` tokens of answer must fit into `limit` tokens. If they do not, the oldest exchanges are
+        dropped until half of the context is free, because after every drop the model must read the rest again.
+        Raises ContextError if the last message alone does not fit.
         """
         prompt = render(self.question)
         if len(prompt) + reserve <= limit:
@@ -79,19 +79,19 @@ class Transcript:
         def fits(drop: int) -> bool:
             return len(render([*self._system(), *turns[2 * drop :]])) <= limit // 2
 
-        most = len(turns) // 2
-        dropped = bisect.bisect_left(range(most), True, key=fits)
+        exchanges = len(turns) // 2
+        dropped = bisect.bisect_left(range(exchanges), True, key=fits)
         prompt = render([*self._system(), *turns[2 * dropped :]])
         if len(prompt) >= limit:
             raise ContextError(
-                f"the message is too long: it takes {len(prompt)} tokens with its system message, and the context "
-                f"holds {limit}, the answer included; shorten it, or raise --max-context if the model can hold more"
+                f"the message is too long: it takes {len(prompt)} tokens with the system message, and the context "
+                f"holds {limit}, the answer included; shorten it, or raise --max-context if the model allows more"
             )
         self.first += 2 * dropped
         return prompt, dropped
 
     def save(self, path: Path) -> None:
-        """Write `{"messages": [...]}`, whole or not at all. A file that is something else is not overwritten."""
+        """Write `{"messages": [...]}`. Only a saved chat is overwritten; raises StorageError for any other file."""
         if path.exists():
             try:
                 Transcript.load(path)
@@ -102,13 +102,13 @@ class Transcript:
 
     @classmethod
     def load(cls, path: Path) -> Transcript:
-        """Read a file made by `save`, or a bare list of messages. Raises DataError."""
+        """Read a file that `save` wrote, or a list of messages. Raises DataError."""
         try:
             document = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as problem:
             raise DataError(f"cannot read {path}: {problem.strerror or problem}") from problem
         except UnicodeDecodeError as problem:
-            raise DataError(f"{path} is not UTF-8 text (byte {problem.start})") from problem
+            raise DataError(f"{path} is not UTF-8 text (byte {problem.start}); convert it to UTF-8") from problem
         except (json.JSONDecodeError, RecursionError) as problem:
             raise DataError(f"{path} is not JSON: {problem}") from problem
         rows = document.get("messages") if isinstance(document, dict) else document
@@ -125,7 +125,7 @@ class Transcript:
 
 
 def _problems(rows: list[object]) -> list[str]:
-    """What is wrong with a list of messages, a line each."""
+    """The errors in a list of messages, one text each."""
     problems: list[str] = []
     roles: list[object] = []
     for number, row in enumerate(rows, 1):
