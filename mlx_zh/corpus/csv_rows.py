@@ -1,8 +1,8 @@
-"""Rows of a CSV or TSV file, one at a time, each with its line.
+"""Read rows one at a time from a CSV or TSV file, each with its line.
 
-Read with Python's own `csv`, not with `datasets`: pandas, which reads CSV there, guesses types ("42" becomes a
-number, "NA" nothing), moves all columns by one where the first row has a field too many, and does not say on which
-line a row is.
+Python's own `csv` is used and not `datasets`, because pandas, which `datasets` uses, guesses types ("42" becomes a
+number, "NA" a missing value), shifts all columns by one if the first row has a field too many, and does not tell the
+line of a row.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from mlx_zh.errors import DataError
 
 _CHUNK = 1 << 20  # bytes decoded at once
 _LONGEST = 1 << 24  # characters of one field
-_COMMON = 0.75  # of the characters of a Chinese text in GB18030, at least this share is in GB2312
+_COMMON = 0.75  # in Chinese text, at least this share of the characters beyond ASCII is in GB2312
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row as {column: text} with its place "file:line", the line on which it begins.
+    """Each row as {column: text} with its place "file:line", where the line is the first one of the row.
 
-    The first row names the columns; `.tsv` is separated by tabs, any other name by commas, with quotation marks as
-    Excel writes them. The text is UTF-8 (a byte-order mark is allowed) or, if it is not, GB18030, as Excel writes it
-    in China. Rows without any text are left out. A row with more or fewer fields than columns is an InvalidRow.
+    The first row names the columns. A `.tsv` file is separated by tabs, any other file by commas, with quotation
+    marks as Excel writes them. The text is UTF-8 (a byte-order mark is allowed) or GB18030, which Excel writes in
+    China. Rows without any text are left out. A row with more or fewer fields than columns is yielded as an
+    InvalidRow.
 
-    Raises DataError for a file that cannot be read, text of another encoding, and an open quotation mark.
+    Raises DataError for a file that cannot be read, text in another encoding, and an open quotation mark.
     """
     try:
         check_file(path)
         encoding = _encoding(path)
         with path.open(encoding=encoding, newline="") as file:
-            # The limit holds for the whole process; the library's own, 131,072, is less than a long document has.
+            # The limit is global to the process. The library's default of 131,072 is too small for a long document.
             csv.field_size_limit(_LONGEST)
             tabs = path.suffix.lower() == ".tsv"
             reader = csv.reader(text_lines(path, file), delimiter="\t" if tabs else ",", strict=True)
@@ -44,7 +45,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8, else GB18030 where the text is Chinese in it. Reads the file once. Raises DataError."""
+    """The file's encoding: UTF-8, or GB18030 if the text is Chinese in it. Raises DataError if it is neither."""
     if _decodes(path, "utf-8"):
         return "utf-8-sig"
     if _decodes(path, "gb18030"):
@@ -53,7 +54,10 @@ def _encoding(path: Path) -> str:
 
 
 def _decodes(path: Path, encoding: str) -> bool:
-    """Whether a whole file is text of an encoding. Many bytes pass for GB18030: most characters must be common."""
+    """Whether the whole file is text in this encoding.
+
+    Nearly any bytes can be decoded as GB18030, so there most characters must also be common ones.
+    """
     decoder = codecs.getincrementaldecoder(encoding)()
     other = common = 0  # characters beyond ASCII; of them, those in GB2312
     with path.open("rb") as file:
@@ -72,7 +76,7 @@ def _decodes(path: Path, encoding: str) -> bool:
 
 
 def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of every row that holds any text."""
+    """The first line and the fields of every row with any text."""
     while True:
         line = reader.line_num + 1
         try:
@@ -100,16 +104,16 @@ def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[tupl
                 f"{path}:{line}",
                 InvalidRow(
                     "wrong number of fields",
-                    f"{len(fields)} fields where the first row names {len(columns)} columns; a field that holds the "
-                    "separator stands between quotation marks",
+                    f"{len(fields)} fields where the first row names {len(columns)} columns; a field with a "
+                    "separator in it must be in quotation marks",
                 ),
             )
     if not line:
-        raise DataError(f"{path}: the file holds no rows below the names of its columns")
+        raise DataError(f"{path}: the file holds no rows below the names of its columns; add rows, or another file")
 
 
 def _columns(place: str, path: Path, header: Sequence[str]) -> list[str]:
-    """The names of the columns; one without a name, such as pandas' row numbers, is not read."""
+    """The names of the columns; a column without a name, such as pandas' row numbers, has the name ""."""
     columns = [name.strip() for name in header]
     if not any(columns):
         raise DataError(f"{path}: the file holds no rows")
@@ -118,7 +122,7 @@ def _columns(place: str, path: Path, header: Sequence[str]) -> list[str]:
         raise DataError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
     if len(columns) == 1 and (mark := next((mark for mark in ";\t|," if mark in columns[0]), None)):
         raise DataError(
-            f"{place}: only one column, {columns[0]!r}. It seems to be separated by {mark!r}; separate columns by "
-            "commas in a .csv file, by tabs in a .tsv file"
+            f"{place}: only one column, {columns[0]!r}. It seems to be separated by {mark!r}; separate columns "
+            "by commas in a .csv file, by tabs in a .tsv file"
         )
     return columns

@@ -1,4 +1,4 @@
-"""The files of a data set: those of a folder, and those of a registered set, which `system.hub` brings."""
+"""The files of a data set: those of a folder, and those of a registered set, which `system.hub` downloads."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-TABLE_SUFFIXES = (".csv", ".tsv")  # taken where a pattern asks for them, or where a folder has nothing else
+TABLE_SUFFIXES = (".csv", ".tsv")  # read only if a pattern names them, or if a folder has no other data files
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?:[/_.-]|$)")
 
 WAY = (
     "Check the network and the name; set HF_ENDPOINT to a mirror where Hugging Face cannot be reached, or make an "
-    "entry of your own in data.registry with hub: modelscope; or fetch the files another way and write "
+    "entry of your own in data.registry with hub: modelscope; or download the files another way and write "
     "{name: NAME, path: FILE-OR-FOLDER} in the recipe."
 )
 
 
 class NoDataFiles(DownloadError):
-    """A set on a hub that has no file of a form and split that is asked for."""
+    """A data set on a hub that has no file of the requested kind and split."""
 
 
 def registered_files(name: str, entry: DataSet, progress: Progress | None = None) -> list[Path]:
-    """The files of a registered data set, downloaded where they are not in the cache.
+    """The files of a registered data set, downloaded if they are not in the cache.
 
-    `name` is what the user calls it; `progress` is told of large files as they arrive.
-    Raises DownloadError, with the way out, for a hub that has it not, limits, or does not answer, and for a damaged
-    file; StorageError on a full disk; DataError for a set that the user must fetch himself.
+    `name` is the user's name of the set. `progress` is called while large files are downloaded.
+
+    Raises DownloadError, with a remedy, if the hub does not have the set, limits requests or does not answer, and for
+    a damaged file; StorageError if the disk is full; DataError for a set that the user must download by hand.
     """
     return _PLACES[entry.hub](name, entry, progress)
 
 
 def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train") -> list[Path]:
-    """The data files of a folder, sorted: those that fit a pattern, else all of `split`.
+    """The data files of a folder, sorted: those of `split` that match a pattern, or all of `split` without patterns.
 
-    Raises DataError for a link that leads out of the folder, and where there is no data file.
+    Raises DataError for a link that leads out of the folder, and if there is no data file.
     """
-    found = _data_files(folder, patterns, split)
-    if not found and not patterns:
-        found = _data_files(folder, [f"*{suffix}" for suffix in TABLE_SUFFIXES], split)
-    if not found:
+    files = _data_files(folder, patterns, split)
+    if not files and not patterns:
+        files = _data_files(folder, [f"*{suffix}" for suffix in TABLE_SUFFIXES], split)
+    if not files:
         kinds = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
         raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
-    return found
+    return files
 
 
 def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]:
     root = folder.resolve()
-    found = []
+    files = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if any(part.startswith(".") for part in inside.parts) or not _is_data(str(inside), patterns):
@@ -69,12 +70,12 @@ def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]
                 "Name that file itself in the recipe, or copy it into the folder"
             )
         if path.is_file():
-            found.append(path)
-    return _of_split(found, folder, split)
+            files.append(path)
+    return _of_split(files, folder, split)
 
 
-def fitting(names: Sequence[str], patterns: Sequence[str], split: str) -> list[str]:
-    """Of the names of a set's files, those of data that fit a pattern and are not of another split, sorted."""
+def data_file_names(names: Sequence[str], patterns: Sequence[str], split: str) -> list[str]:
+    """The names of data files among `names` that match a pattern and do not belong to another split, sorted."""
     return [name for name in sorted(names) if _is_data(name, patterns) and _split_of(name, split) == split]
 
 
@@ -89,14 +90,14 @@ def _is_data(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _of_split(paths: list[Path], folder: Path, split: str) -> list[Path]:
-    """Without the files whose names say that they are another split."""
+    """The paths without those whose names belong to another split."""
     return [path for path in paths if _split_of(path.relative_to(folder).as_posix(), split) == split]
 
 
 def _split_of(name: str, split: str) -> str:
-    """The split that a file's name says it is of; else `split`."""
-    said = _SPLITS.search(name)
-    return said[1] if said else split
+    """The split in a file's name, or `split` if the name has none."""
+    match = _SPLITS.search(name)
+    return match[1] if match else split
 
 
 def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
@@ -118,27 +119,27 @@ def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path
 
 
 def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
-    """The data files of a hub's snapshot, whose files are links into the hub's cache."""
+    """The data files of a snapshot from a hub; its files may be links into the hub's cache."""
     every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    found = [path for path in every if _is_data(path.relative_to(folder).as_posix(), entry.files)]
-    found = _of_split(found, folder, entry.split)
-    if not found:
-        there = ", ".join(path.relative_to(folder).as_posix() for path in every[:8]) or "no such file at all"
+    files = [path for path in every if _is_data(path.relative_to(folder).as_posix(), entry.files)]
+    files = _of_split(files, folder, entry.split)
+    if not files:
+        present = ", ".join(path.relative_to(folder).as_posix() for path in every[:8]) or "no such file at all"
         raise NoDataFiles(
             f"{where} holds no data file like {', '.join(entry.files) or ', '.join(DATA_SUFFIXES)} of split "
-            f"{entry.split} (it has: {there}). Give `files` patterns in a data.registry entry of your own."
+            f"{entry.split} (it has: {present}). Give `files` patterns in a data.registry entry of your own."
         )
-    return found
+    return files
 
 
 def _from_address(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
-    """One file from an address, kept in the cache folder under the address's digest."""
+    """One file from a URL, stored in the cache folder under the digest of the URL."""
     folder = storage.cache_folder() / "downloads" / text_digest(entry.id)[:16]
     target = folder / (Path(urlparse(entry.id).path).name or "data")
     if target.is_file() and entry.sha256:
-        known = FileDigests(storage.cache_folder() / "downloads.json").digests([str(target)])
-        if known[str(target)] != entry.sha256.lower():
-            target.unlink()  # damaged on the disk, or of an entry that has changed
+        digests = FileDigests(storage.cache_folder() / "downloads.json").digests([str(target)])
+        if digests[str(target)] != entry.sha256.lower():
+            target.unlink()  # the file is damaged, or the entry has changed
     fetch_file(RemoteFile(entry.id, f"{name}: {entry.id}", WAY, entry.sha256), target, progress)
     return [target]
 

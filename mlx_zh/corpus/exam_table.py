@@ -1,4 +1,4 @@
-"""An exam's CSV file as a table, for those who ask its questions and those who keep them out of the data."""
+"""An exam's CSV file as a table. Exams ask its questions, and the corpus removes them from the training data."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from mlx_zh.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows that are not blank, each with its first line in the file."""
+    """The header of a CSV file, and its rows that are not blank, each with its first line in the file."""
 
     header: list[str]
     rows: list[tuple[int, list[str]]]
 
     @property
     def columns(self) -> dict[str, int]:
-        """Where each column is, by its name in lower case; the first of several that are called the same."""
+        """The index of each column by its name in lower case; of equal names the first one counts."""
         return {name.casefold(): number for number, name in reversed(list(enumerate(self.header)))}
 
 
 def read_table(path: Path, problems: list[str]) -> Table | None:
-    """The table of a UTF-8 file, as far as it can be read; None where it is not UTF-8.
+    """The table of a UTF-8 file up to the first unreadable row; None if the file is not UTF-8.
 
-    What is wrong is added to `problems` with file and line. Raises DataError for a file that cannot be opened.
+    Errors in the content are appended to `problems`, with file and line. Raises DataError if the file cannot be
+    opened.
     """
     text = _text(path, problems)
     if text is None:
@@ -62,7 +63,7 @@ def _other_encoding(data: bytes) -> str | None:
 
 
 def _rows(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of every row that is not blank."""
+    """The first line and the fields of every row that is not blank."""
     reader = csv.reader(io.StringIO(text, newline=""))
     while True:
         line = reader.line_num + 1

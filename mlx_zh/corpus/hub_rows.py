@@ -1,16 +1,16 @@
-"""Sets of Hugging Face that are read row by row, through `datasets`, into a file of the cache folder.
+"""Data sets of Hugging Face that are read row by row, through `datasets`, into a file in the cache folder.
 
-Which sets are: those whose source or registry entry says `subset` or `streaming: true`, and those that have no data
-files of a known form. All others are fetched as files (`data_files.py`), however large they are and however few rows
-`max_samples` asks for: `max_samples` chooses among all rows of a set, by a hash of their text, and a recipe that was
-written for that must go on giving the same rows.
+Which sets: those whose source or registry entry has `subset` or `streaming: true`, and those without data files of a
+known kind. All others are downloaded as files (`data_files.py`), even if `max_samples` needs few of their rows,
+because `max_samples` chooses among all rows by a hash of their text, and old recipes must keep giving the same rows.
 
-Which rows: with `streaming: true`, the first `max_samples` of the split, in the order of the set's files, so a larger
-number keeps the rows of a smaller one, and the seed changes none; no further file or row group is fetched. They are
-counted before cleaning, so those dropped as invalid or duplicate are not replaced. Without `streaming`, all rows.
+Which rows: with `streaming: true`, the first `max_samples` of the split, in the order of the set's files. A larger
+number keeps the rows of a smaller one, the seed has no influence, and nothing after these rows is downloaded. They
+are counted before cleaning, so rows that are dropped as invalid or duplicate are not replaced. Without `streaming`,
+all rows.
 
-The rows are kept as JSON lines under a digest of the set's id and commit, the subset, the split, the files and the
-number of rows. The next run, a resumed one and one without a network read that file.
+The rows are stored as JSON lines under a digest of the set's id and commit, the subset, the split, the files and the
+number of rows. Later runs, resumed runs and runs without a network read that file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.corpus.data_files import WAY, fitting
+from mlx_zh.corpus.data_files import WAY, data_file_names
 from mlx_zh.corpus.tables import CONVERTED, MadeByScript, hub_rows
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet
@@ -40,15 +40,15 @@ def rows_file(
     max_samples: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Path:
-    """The file with the rows of a set on Hugging Face, read from there where the cache folder does not have it.
+    """The file with the rows of a set on Hugging Face, downloaded if it is not in the cache folder.
 
-    `name` is what the user calls the set; `progress` is told how many rows have come.
-    Raises DownloadError, StorageError; DataError for a subset or split that is not there, and one without rows.
+    `name` is the user's name of the set; `progress` is called with the number of rows read so far. Raises
+    DownloadError, StorageError, and DataError for a subset or split that does not exist or has no rows.
     """
     count = max_samples if entry.streaming else None
     where = f"{name}: {entry.id}"
     commit = _commit(where, entry.id, entry.revision)
-    of = {
+    rows_key = {
         "id": entry.id,
         "commit": commit,
         "subset": entry.subset,
@@ -56,23 +56,23 @@ def rows_file(
         "files": list(entry.files),
         "rows": count,
     }
-    folder = storage.cache_folder() / "hub-rows" / value_digest(of)[:32]
+    folder = storage.cache_folder() / "hub-rows" / value_digest(rows_key)[:32]
     path = folder / "rows.jsonl"
     if not path.is_file():
-        kept = _write(where, path, _rows(where, entry, commit, count), progress)
-        write_json(folder / "about.json", of | {"revision": entry.revision, "kept": kept})
+        written = _write(where, path, _rows(where, entry, commit, count), progress)
+        write_json(folder / "about.json", rows_key | {"revision": entry.revision, "kept": written})
     return path
 
 
 def _commit(where: str, id: str, revision: str | None) -> str:
-    """The commit that a branch or tag of a data set is at; without a network, the one it was at last."""
-    asked: dict[str, Any] = {"kind": "dataset", "patterns": (_EVERY_REPOSITORY_HAS,), "called": where, "way": WAY}
-    folder = hub.download(id, "huggingface", revision, **asked)
+    """The commit of a branch or tag of a data set; without a network, the commit at the last download."""
+    options: dict[str, Any] = {"kind": "dataset", "patterns": (_EVERY_REPOSITORY_HAS,), "called": where, "way": WAY}
+    folder = hub.download(id, "huggingface", revision, **options)
     return hub.commit_of(folder) or folder.name
 
 
 def _rows(where: str, entry: DataSet, commit: str, count: int | None) -> Iterator[dict[str, Any]]:
-    """The rows of a set, or of the hub's conversion of it where a script makes them."""
+    """The rows of a set, or of the hub's conversion of the set if a script generates its rows."""
     with tempfile.TemporaryDirectory() as work:
         shared: dict[str, Any] = {"split": entry.split, "count": count, "work": Path(work)}
         if entry.revision == CONVERTED:
@@ -80,7 +80,7 @@ def _rows(where: str, entry: DataSet, commit: str, count: int | None) -> Iterato
             return
         files: list[str] = []
         if entry.files and entry.subset is None:
-            files = fitting(_names(where, entry.id, commit), entry.files, entry.split)
+            files = data_file_names(_names(where, entry.id, commit), entry.files, entry.split)
             if not files:
                 raise DownloadError(
                     f"{where} holds no data file like {', '.join(entry.files)} of split {entry.split}"
@@ -90,14 +90,14 @@ def _rows(where: str, entry: DataSet, commit: str, count: int | None) -> Iterato
         except MadeByScript as error:
             if entry.revision is not None:
                 raise DataError(
-                    f"{where}: a program makes its rows, which is not run, and Hugging Face has converted only the "
-                    f"newest state of the set; leave out `revision: {entry.revision}`"
+                    f"{where}: a script generates its rows. The script is not run, and Hugging Face has converted "
+                    f"only the newest state of the set; leave out `revision: {entry.revision}`"
                 ) from error
             yield from _converted(where, entry, _commit(where, entry.id, CONVERTED), shared)
 
 
 def _converted(where: str, entry: DataSet, commit: str, shared: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of the hub's Parquet files, which lie in SUBSET/SPLIT/, of large sets in SUBSET/partial-SPLIT/."""
+    """The rows of the hub's Parquet files, which are in SUBSET/SPLIT/, or for large sets in SUBSET/partial-SPLIT/."""
     names = [name for name in _names(where, entry.id, commit) if name.endswith(".parquet")]
     folders = sorted({name.rpartition("/")[0] for name in names})
     subset = entry.subset or "default"
@@ -116,14 +116,14 @@ def _names(where: str, id: str, commit: str) -> list[str]:
 
     try:
         return huggingface_hub.HfApi().list_repo_files(id, revision=commit, repo_type="dataset")
-    except Exception as error:  # the hub's errors and the HTTP library's own
+    except Exception as error:  # the errors of huggingface_hub and of its HTTP library
         raise DownloadError(
             f"{where}: its files could not be listed: {reason_of(error, hub.endpoint())}. {WAY}"
         ) from error
 
 
 def _write(where: str, path: Path, rows: Iterable[dict[str, Any]], progress: Callable[[int], None]) -> int:
-    """Write rows as JSON lines; their number."""
+    """Write rows as JSON lines; returns their number. Raises DataError if there are none."""
     count = 0
     with written_whole(path) as file:
         for row in rows:

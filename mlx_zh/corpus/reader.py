@@ -1,4 +1,4 @@
-"""Rows of a local JSON, JSON-lines or Parquet file, or lines of text, one at a time, each with its place."""
+"""Read rows one at a time from a JSON, JSON-lines, Parquet or text file, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import IO, Any
 from mlx_zh.errors import DataError
 
 _CHUNK = 1 << 20  # characters of a JSON array read at once
-_LONGEST = 1 << 24  # characters of one line, or of one value of an array; longer is no row but a mistake
-_WORD = 16  # longer than any word or escape of JSON
+_LONGEST = 1 << 24  # characters that a line or a value of an array may have; a longer one is a mistake
+_WORD = 16  # characters; longer than any word or escape of JSON
 _BLANK = " \t\r\n"
 _PARQUET, _PARQUET_ROWS = b"PAR1", 1024
 _ZIP = b"PK\3\4"
@@ -20,9 +20,9 @@ _DECODER = json.JSONDecoder()
 
 
 class InvalidRow(Exception):
-    """A row that cannot be used: a short reason to count it by, and what was found.
+    """A row that cannot be used: a short `reason`, under which it is counted, and the details as its message.
 
-    Not an error yet: whoever reads the rows decides whether to skip it.
+    It is no MlxZhError, because the reader of the rows decides whether to skip it.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -33,9 +33,9 @@ class InvalidRow(Exception):
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row of a file with its place: "file:line" in JSON lines, "file[index]" in a JSON array or Parquet file.
 
-    What the file holds decides, not its name: many `.json` files are JSON lines. A broken line comes as an
-    InvalidRow; a broken array raises DataError with line and column, as do a missing or empty file, a folder, and
-    text that is not UTF-8 (a byte-order mark is allowed).
+    The content decides how the file is read, not its name, because many `.json` files are JSON lines. A broken line
+    is yielded as an InvalidRow. Raises DataError for a broken array (with line and column), a missing or empty file,
+    a folder, and text that is not UTF-8 (a byte-order mark is allowed).
     """
     try:
         if check_file(path) == _PARQUET:
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line of a text file that is not blank as {"text": line}, with its place; errors as in `read_rows`."""
+    """Each line that is not blank of a text file, as {"text": line} with its place. Raises as `read_rows` does."""
     try:
         check_file(path)
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -75,7 +75,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def check_file(path: Path) -> bytes:
-    """The first four bytes of a file that may be read."""
+    """The first four bytes of a file. Raises DataError if it is missing, a folder, UTF-16 or a zip archive."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
         hint = f"; it has {', '.join(names)}" if names else ""
@@ -84,7 +84,7 @@ def check_file(path: Path) -> bytes:
         raise DataError(f"{path}: no such file")
     with path.open("rb") as file:
         head = file.read(4)
-    # UTF-16 begins with its mark, or has a zero byte beside the first ASCII character.
+    # UTF-16 begins with a byte-order mark, or has a zero byte next to the first ASCII character.
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in head[:2]:
         raise DataError(f"{path}: the text is UTF-16; convert it: {_convert(path, 'UTF-16')}")
     if head == _ZIP:
@@ -96,7 +96,7 @@ def check_file(path: Path) -> bytes:
 
 
 def _first_character(file: IO[str]) -> str:
-    """The first character that is not blank; the file is left at its beginning."""
+    """The first character that is not blank; the file's position is set back to the start."""
     while (character := file.read(1)) and character in _BLANK:
         pass
     file.seek(0)
@@ -104,7 +104,7 @@ def _first_character(file: IO[str]) -> str:
 
 
 def text_lines(path: Path, file: IO[str]) -> Iterator[str]:
-    """Lines, none of which is read further than a row can be long. Raises DataError for one that is longer."""
+    """The lines of a file. Raises DataError for a line that is too long for a row, before reading all of it."""
     number = 0
     while line := file.readline(_LONGEST):
         number += 1
@@ -113,9 +113,9 @@ def text_lines(path: Path, file: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _too_long(place: str, what: str) -> DataError:
+def _too_long(place: str, kind: str) -> DataError:
     return DataError(
-        f"{place}: a {what} of more than {_LONGEST >> 20} million characters is no row. If line breaks were lost, "
+        f"{place}: a {kind} of more than {_LONGEST >> 20} million characters is no row. If line breaks were lost, "
         "write one JSON object per line; else take this row out"
     )
 
@@ -133,7 +133,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     index += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}[{index}]: the Parquet file is damaged ({str(error).splitlines()[0]}); get it again"
+            f"{path}[{index}]: the Parquet file is damaged ({str(error).splitlines()[0]}); download it again"
         ) from error
     if not index:
         raise DataError(f"{path}: the file holds no rows")
@@ -159,12 +159,12 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _column(error: ValueError) -> str:
-    """Where and why; json raises a plain ValueError only for numbers of thousands of digits."""
+    """The column and the reason. json raises a plain ValueError only for numbers with thousands of digits."""
     return f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
 
 
 def _array_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
-    """Elements of an array, holding only the part of the file that is being read."""
+    """The elements of a JSON array; memory holds only the part of the file that is being read."""
     text = _Window(path, file)
     text.expect("[")
     if text.peek() == "]":
@@ -180,7 +180,7 @@ def _array_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 
 class _Window:
-    """A moving window over a JSON text."""
+    """A parser with a moving window over a JSON text. Its methods raise DataError with line and column."""
 
     def __init__(self, path: Path, file: IO[str]):
         self._path, self._file = path, file
@@ -189,7 +189,7 @@ class _Window:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is not blank, or nothing at the end."""
+        """The next character that is not blank, or "" at the end of the file; it is not consumed."""
         while True:
             while self._position < len(self._text) and self._text[self._position] in _BLANK:
                 self._position += 1
@@ -198,21 +198,21 @@ class _Window:
             self._more()
 
     def expect(self, characters: str) -> str:
-        """Take one of these characters."""
-        found = self.peek()
-        if not found or found not in characters:
-            raise self.error(f"expected {' or '.join(characters)}" + ("" if found else ", the file ends"))
+        """Consume and return the next character, which must be one of `characters`."""
+        character = self.peek()
+        if not character or character not in characters:
+            raise self.error(f"expected {' or '.join(characters)}" + ("" if character else ", the file ends"))
         self._position += 1
-        return found
+        return character
 
     def value(self) -> Any:
-        """Take a JSON value."""
+        """Consume and return the next JSON value."""
         self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                # An open string, or a word like `true` at the very end, may only have been cut off by the window.
+                # The window may have cut off a string, or a word like `true` at its end.
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _WORD
                 if self._ended or not cut_off:
                     self._position = error.pos
@@ -220,18 +220,20 @@ class _Window:
             except (RecursionError, ValueError) as error:
                 raise self.error(str(error) or "nested too deeply") from error
             else:
-                if end < len(self._text) or self._ended:  # else a number may go on in the next chunk
+                if end < len(self._text) or self._ended:  # else the value may be a number that continues
                     self._position = end
                     return value
             self._more()
 
     def error(self, message: str) -> DataError:
+        """An error at the current position."""
         passed = self._text[: self._position]
         line = self._line + passed.count("\n")
         column = len(passed) - passed.rfind("\n") if "\n" in passed else self._column + len(passed)
         return DataError(f"{self._path}:{line}: broken JSON at column {column}: {message}")
 
     def _more(self) -> None:
+        """Read the next chunk and forget the consumed part of the window."""
         passed = self._text[: self._position]
         if "\n" in passed:
             self._line += passed.count("\n")
@@ -241,13 +243,13 @@ class _Window:
         rest = self._text[self._position :]
         if len(rest) > _LONGEST:
             raise _too_long(f"{self._path}:{self._line}", "value")
-        # Doubling keeps a value of any length at a few tries.
+        # The window doubles each time, so a long value is parsed only a few times.
         chunk = self._file.read(max(_CHUNK, len(rest)))
         self._text, self._position, self._ended = rest + chunk, 0, not chunk
 
 
 def wrong_encoding(path: Path) -> DataError:
-    """Name the first line that is not UTF-8, and what it seems to be instead."""
+    """An error with the first line that is not UTF-8, and the encoding that it seems to have."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, line = 1, b""
     with path.open("rb") as file:
@@ -264,7 +266,7 @@ def wrong_encoding(path: Path) -> DataError:
     try:
         codecs.getincrementaldecoder("gb18030")().decode(line)
     except UnicodeDecodeError:
-        return DataError(f"{path}:{number}: the text is not UTF-8; convert the file to UTF-8 or mend this line")
+        return DataError(f"{path}:{number}: the text is not UTF-8; convert the file to UTF-8 or correct this line")
     return DataError(
         f"{path}:{number}: the text is not UTF-8, it looks like GBK; convert it: {_convert(path, 'GB18030')}"
     )

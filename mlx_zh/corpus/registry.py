@@ -1,4 +1,4 @@
-"""Data sets by name: those that come with the program, and the user's own."""
+"""Data sets by name: those that come with the program, and those that the user registers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Registry = dict[str, DataSet]
 
 
 def load_registry(own: Mapping[str, DataSet] | None = None, file: Path | None = None) -> Registry:
-    """All registered data sets. The recipe's own come before those of `file`, and these before the program's."""
+    """All registered data sets. Entries of the recipe (`own`) override those of `file`, and these the program's.
+
+    Raises DataError for a file that cannot be read and for wrong entries, all in one error.
+    """
     packaged = resources.files("mlx_zh.corpus").joinpath("registry.yaml")
     entries = _entries(packaged.read_text(encoding="utf-8"), "registry.yaml")
     if file is not None:
@@ -31,13 +34,15 @@ def load_registry(own: Mapping[str, DataSet] | None = None, file: Path | None = 
 
 def _entries(text: str, place: str) -> Registry:
     try:
-        found = yaml.safe_load(text) or {}
+        document = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise DataError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{place}: a registry is a mapping from names to data sets")
+    if not isinstance(document, dict):
+        raise DataError(
+            f"{place}: a registry must be a mapping from names to data sets, got a {type(document).__name__}"
+        )
     entries, problems = {}, []
-    for name, value in found.items():
+    for name, value in document.items():
         try:
             entries[str(name)] = DataSet.model_validate(value)
         except pydantic.ValidationError as error:
@@ -55,12 +60,12 @@ def _near(key: str) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def find(name: str, registry: Registry) -> DataSet:
-    """The data set of that name. Raises DataError with the nearest one."""
+def find_data_set(name: str, registry: Registry) -> DataSet:
+    """The data set of this name. Raises DataError, with the nearest name, if there is none."""
     if name in registry:
         return registry[name]
     close = difflib.get_close_matches(name, registry, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise DataError(
-        f"{name}: there is no such file, and no data set of that name; {hint}There are {', '.join(registry)}"
+        f"{name}: there is no such file, and no data set of that name; {hint}Known data sets: {', '.join(registry)}"
     )

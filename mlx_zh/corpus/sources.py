@@ -1,4 +1,4 @@
-"""Where rows come from: files in a known form, or the arithmetic generator."""
+"""The sources of rows: files in a known format, or the generator of arithmetic problems."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Item = Conversation | Preference
 
 @dataclass(frozen=True)
 class DataSource:
-    """One source of a recipe, found: what it is called, its files, and how they are read."""
+    """One source of a recipe: its name, its files on this disk, and how they are read and used."""
 
     name: str
     files: tuple[str, ...]
     format: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)  # our column names -> the file's
     max_samples: int | None = None
     weight: float = 1.0
-    near_duplicates: bool = True
-    validation: bool = False
-    generate: tuple[int, int] | None = None  # seed and count, instead of files
+    near_duplicates: bool = True  # whether near duplicates are searched for in it
+    validation: bool = False  # whether all its rows are for validation
+    generate: tuple[int, int] | None = None  # seed and count of generated problems, instead of files
 
     def items(self, kind: str, on_invalid: str, report: LoadReport) -> Iterator[Item]:
-        """Every usable conversation ("sft") or preference ("dpo"), one at a time. Raises DataError."""
+        """Every usable conversation (kind "sft") or preference ("dpo"). Fills `report`. Raises DataError."""
         if self.generate is not None:
             yield from self._generated(report)
             return
         for path in self.files:
-            one = LoadReport()
-            options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "report": one}
+            file_report = LoadReport()
+            options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "report": file_report}
             read = formats.iter_conversations if kind == "sft" else preferences.iter_preferences
             try:
                 yield from read(Path(path), format=self.format, **options)
             finally:
-                report.add(one)
+                report.add(file_report)
 
     def _generated(self, report: LoadReport) -> Iterator[Item]:
         assert self.generate is not None

@@ -1,8 +1,8 @@
-"""What the library `datasets` reads for us: folders of `save_to_disk`, and sets of Hugging Face, row by row.
+"""Everything that is read with the library `datasets`: folders of `save_to_disk`, and rows of Hugging Face's sets.
 
-No other module imports it. It is imported inside the functions: it takes a second and 100 MB, which JSON, CSV and
-Parquet files and `--help` do not need. Parquet files are read with PyArrow alone (`reader.py`), a batch of rows at a
-time, which is also what `datasets` does with them.
+No other module imports `datasets`. It is imported inside the functions, because it takes a second and 100 MB, and
+JSON, CSV and Parquet files and `--help` do not need it. Parquet files are read with PyArrow alone (`reader.py`), a
+batch of rows at a time, as `datasets` does too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.system.downloads import reason_of
 from mlx_zh.system.hub import endpoint
 
-CONVERTED = "refs/convert/parquet"  # the branch that holds the hub's own conversion of a set
-_BATCH = 256  # rows made Python objects at once
-# With a hub that breaks off or refuses; the library's own 20 tries with up to a minute between them say no word.
-_PATIENCE = {
+CONVERTED = "refs/convert/parquet"  # the branch with the hub's own conversion of a set
+_BATCH = 256  # rows that become Python objects at once
+# Retries when the hub breaks off or refuses. By default the library tries 20 times, up to a minute apart, in silence.
+_RETRIES = {
     "STREAMING_OPEN_MAX_RETRIES": 3,
     "STREAMING_READ_MAX_RETRIES": 3,
     "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL": 5,  # seconds
@@ -30,16 +30,16 @@ _PATIENCE = {
 
 
 class MadeByScript(DownloadError):
-    """A set on the hub whose rows a program makes. `datasets` no longer runs such programs."""
+    """A set on the hub whose rows a script generates. `datasets` no longer runs such scripts."""
 
 
 def _datasets() -> Any:
-    """The library, without its progress bars and its messages: what goes wrong is raised and said once."""
+    """The library without progress bars and log messages; its errors are raised and reported by us."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    for name, value in _PATIENCE.items():
+    for name, value in _RETRIES.items():
         setattr(datasets.config, name, value)
     return datasets
 
@@ -48,16 +48,17 @@ def _datasets() -> Any:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote a folder."""
+    """Whether `save_to_disk` wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("state.json", "dataset_info.json")
     )
 
 
 def saved_files(folder: Path, split: str | None) -> list[Path]:
-    """The Arrow files of a saved folder, in the order of their rows; of several splits, those of `split` ("train").
+    """The Arrow files of a saved folder, in the order of their rows; with several splits, those of `split`.
 
-    Raises DataError for a split that is not there, and for a folder that is damaged or of another version.
+    `split` None is "train". Raises DataError if there is no such split, or if the folder is damaged or was written by
+    another version.
     """
     part = folder
     if (folder / "dataset_dict.json").is_file():
@@ -73,7 +74,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
         raise DataError(f"{folder}: a saved data set without splits; leave out `split: {split}`")
     try:
         files = [Path(file["filename"]) for file in _datasets().load_from_disk(str(part)).cache_files]
-    except Exception as error:  # datasets and PyArrow raise many kinds, IndexError for a set without rows among them
+    except Exception as error:  # datasets and PyArrow raise errors of many types; IndexError for a set without rows
         raise DataError(
             f"{part}: `datasets` cannot open this saved data set: {first_line(error)}. It is empty or damaged; save "
             "it again with save_to_disk"
@@ -94,9 +95,9 @@ def _splits(folder: Path) -> list[str]:
 
 
 def read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of an Arrow file of `datasets` with its place, "file[index]". Raises DataError.
+    """Each row of an Arrow file of `datasets`, with its place "file[index]". Raises DataError.
 
-    The file is mapped into memory, not read into it; a batch of rows at a time becomes Python objects.
+    The file is memory-mapped, and a batch of rows at a time becomes Python objects.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -106,7 +107,7 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
             for values in zip(*batch.values(), strict=True):
                 yield f"{path}[{index}]", dict(zip(batch, values, strict=True))
                 index += 1
-    except Exception as error:  # as above; errors of rows are raised by whoever reads them, not here
+    except Exception as error:  # errors of many types; errors in a row's content are raised elsewhere
         raise DataError(
             f"{path}[{index}]: the Arrow file is damaged or not of `datasets` ({first_line(error)}); save it again "
             "with save_to_disk"
@@ -129,28 +130,30 @@ def hub_rows(
     count: int | None = None,
     work: Path,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a split of a subset, in their order, the first `count` or all. Only what is asked for is fetched.
+    """The first `count` rows, or all, of a split of a subset, in their order. No other rows are downloaded.
 
-    `files` are the set's files to read, instead of those that its card names. `work` is an empty folder: `datasets`
-    looks there for other states of the set, which must not stand for this one. `where` begins every error.
+    `files` are the set's files to read, instead of those that its card names. `work` must be an empty folder, because
+    `datasets` would use another state of the set if it found one there. `where` is the start of every error message.
 
-    Raises MadeByScript; DataError for a subset or split that is not there, with those that are; DownloadError.
+    Raises MadeByScript if a script generates the rows, DataError if there is no such subset or split (the message
+    lists those that exist), DownloadError if the hub fails.
     """
     library = _datasets()
-    # Without the prefix, a folder ./ORG/SET of the user's would be read instead.
+    # Without the prefix, a local folder ./ORG/SET would be read instead.
     options: dict[str, Any] = {"path": f"hf://datasets/{id}", "revision": commit, "cache_dir": str(work)}
     options |= {"data_files": {split: list(files)}} if files else {"name": subset}
     try:
         rows = library.load_dataset(split=split, streaming=True, **options)
-        yield from islice(rows, count)  # `rows.take` begins to read one file more than it needs
+        yield from islice(rows, count)  # `rows.take` would open one file more than it needs
     except Exception as error:
-        raise _said(where, error) from error
+        raise _hub_error(where, error) from error
 
 
-def _said(where: str, error: Exception) -> DataError | DownloadError:
+def _hub_error(where: str, error: Exception) -> DataError | DownloadError:
+    """Our error for one of the library's."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
-        return MadeByScript(f"{where} is made by a program, which is not run")
+        return MadeByScript(f"{where} is generated by a script, which is not run")
     if isinstance(error, ValueError) and ("Config name is missing" in text or "BuilderConfig" in text):
         return DataError(f"{where}: name one of its subsets with `subset`: {text}")
     if isinstance(error, ValueError) and "Bad split" in text:

@@ -1,4 +1,4 @@
-"""Generation over one live key-value cache: each turn of a chat prefills only what is new."""
+"""Generate answers with one key-value cache, so that each turn of a chat computes only the new part of the prompt."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ StopTest = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 takes the likeliest."""
+    """How the next token is drawn."""
 
-    temperature: float = 0.7
+    temperature: float = 0.7  # 0 always takes the most likely token
     top_p: float = 0.95
     max_tokens: int = 1024
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one answer cost. `reason`: "end" (the model finished), "length" or "stopped"."""
+    """Tokens and times of one answer."""
 
-    prompt_new: int = 0
-    prompt_cached: int = 0
-    generated: int = 0
+    prompt_new: int = 0  # prompt tokens that were computed
+    prompt_cached: int = 0  # prompt tokens that were in the cache
+    generated: int = 0  # tokens of the answer
     seconds_to_first: float = 0.0
     tokens_per_second: float = 0.0
-    reason: str = "end"
+    reason: str = "end"  # why it ended: "end" (the model finished), "length" or "stopped"
 
 
 class StreamDecoder:
-    """Token ids in, text out, never a part of a character: text is held back while its end decodes to U+FFFD."""
+    """Decodes token ids to text one by one. Text is held back while its last character is incomplete (U+FFFD)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
-        self._held: list[int] = []  # tokens whose text is not out yet
+        self._held: list[int] = []  # tokens whose text was not returned yet
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; often empty."""
+        """The text that `token` completes; often ""."""
         self._held.append(token)
         try:
             text = self._stream.step(self._tokenizer, token)
-        except Exception:  # the library's error has no class of its own
-            # With byte fallback, a stray byte turns the characters before it into U+FFFD too, also those that are
-            # out: the stream begins anew with that byte.
+        except Exception:  # the library raises plain Exception
+            # With byte fallback, an invalid byte also turns the characters before it into U+FFFD, even those that
+            # were already returned. A new stream begins with that byte.
             self._stream = DecodeStream(skip_special_tokens=True)
             text = self._stream.step(self._tokenizer, self._held)
         if text is None:
@@ -59,7 +59,7 @@ class StreamDecoder:
         return str(text)
 
     def finish(self) -> str:
-        """What is still held back when no more tokens come, without the part of a character that is cut off."""
+        """The text that is still held back after the last token, without an incomplete character at its end."""
         text: str = self._tokenizer.decode(self._held, skip_special_tokens=True)
         return text.rstrip("\ufffd")
 
@@ -68,28 +68,28 @@ class StreamDecoder:
 class GenerationSession:
     """A model's key-value cache and the tokens that are in it.
 
-    The caller renders the whole conversation every turn. The longest common prefix with `tokens` stays in the
-    cache and the rest is prefilled, so the model always sees exactly the rendered prompt, whatever the template
-    did with earlier turns.
+    The caller renders the whole conversation for every turn. The longest common prefix with `tokens` stays in the
+    cache and the rest is prefilled, so the model always sees exactly the rendered prompt, even if the template writes
+    earlier turns differently.
     """
 
     model: Any
     tokenizer: Any
     eos_token_ids: Collection[int]
-    prefill_chunk: int = 512
-    tokens: list[int] = field(default_factory=list)
+    prefill_chunk: int = 512  # tokens of the prompt that are computed at once
+    tokens: list[int] = field(default_factory=list)  # the tokens whose keys and values are in the cache
     cache: list[Any] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
 
     def reset(self) -> None:
-        """Forget everything, as after a change of the weights."""
+        """Empty the cache. This is needed after a change of the weights."""
         self.tokens, self.cache = [], []
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, stop: StopTest = lambda: False) -> Iterator[str]:
-        """Yield the answer to `prompt` as text, piece by piece; `statistics` describes it afterwards.
+        """Yield the answer to `prompt` (token ids) as text, piece by piece; afterwards `statistics` describes it.
 
-        `stop` is asked between prefill chunks and between tokens. However the iteration ends, `tokens` is what the
-        cache holds.
+        `stop` is called between prefill chunks and between tokens; if it returns true, the answer ends. However the
+        iteration ends, `tokens` are those in the cache. Raises ValueError if the prompt is empty.
         """
         from mlx_lm.sample_utils import make_sampler
 
@@ -118,23 +118,23 @@ class GenerationSession:
             if piece := decoder.finish():
                 yield piece
         except GeneratorExit:
-            raise  # the caller has seen enough; between two tokens the cache is whole
+            raise  # the caller ended the iteration between two tokens, when the cache is consistent
         except BaseException:
-            self.reset()  # a layer may have been written and the next one not
+            self.reset()  # some layers of the cache may be ahead of others
             raise
         finally:
             self.statistics = replace(self.statistics, reason=reason)
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Trim the cache to what it shares with `prompt`; returns the number of tokens kept."""
+        """Trim the cache to the common prefix with `prompt`; returns the number of tokens that stay."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-        # The last token is always run again: its logits are what the answer starts from.
+        # The last token of the prompt is always computed, because the answer starts from its logits.
         shared = common_prefix(self.tokens, prompt[:-1])
         surplus = len(self.tokens) - shared
         if surplus and self.cache and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, surplus)
-        elif surplus or not self.cache:  # nothing there, or a sliding window that cannot be wound back
+        elif surplus or not self.cache:  # the cache is empty, or a sliding window, which cannot be trimmed
             shared, self.cache = 0, make_prompt_cache(self.model)
         self.tokens = list(prompt[:shared])
         return shared
@@ -142,7 +142,7 @@ class GenerationSession:
     def _steps(
         self, prompt: Sequence[int], cached: int, max_tokens: int, sampler: Any, stop: StopTest
     ) -> Iterator[int]:
-        """mlx-lm's generation loop, with `tokens` kept in step with the cache."""
+        """The tokens of mlx-lm's generation loop; `tokens` is updated whenever the cache is."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
@@ -152,7 +152,7 @@ class GenerationSession:
                 raise _StoppedError
 
         with contextlib.ExitStack() as stack:
-            with contextlib.redirect_stdout(sys.stderr):  # its warning must not land in piped answers
+            with contextlib.redirect_stdout(sys.stderr):  # mlx-lm's warning must not get into piped answers
                 stack.enter_context(wired_limit(self.model, [generation_stream]))
             steps = generate_step(
                 mx.array(list(prompt[cached:])),
@@ -166,7 +166,7 @@ class GenerationSession:
             stack.enter_context(contextlib.closing(steps))
             with contextlib.suppress(_StoppedError):
                 for token, _ in steps:
-                    self.tokens.append(int(token))  # mlx-lm runs a token before it hands it out
+                    self.tokens.append(int(token))  # mlx-lm puts a token into the cache before it yields it
                     yield int(token)
 
     def _measure(self, generated: int, began: float, first: float) -> None:
@@ -178,10 +178,10 @@ class GenerationSession:
 
 
 class _StoppedError(Exception):
-    """The user's wish to stop, raised between two prefill chunks."""
+    """Raised between two prefill chunks to stop."""
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences share from the start."""
+    """The length of the longest common prefix of two sequences."""
     shared = min(len(left), len(right))
     return next((i for i in range(shared) if left[i] != right[i]), shared)

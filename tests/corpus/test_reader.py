@@ -96,7 +96,7 @@ def test_gbk_is_named_with_the_line_and_the_remedy(write):
 
 
 def test_bytes_of_no_encoding(write):
-    with pytest.raises(DataError, match=r"data\.jsonl:2: the text is not UTF-8; .* mend this line"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: the text is not UTF-8; .* correct this line"):
         rows_of(write(b'{"a": 1}\n{"a": "\xff\xff"}\n'))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_zh.corpus import formats, preferences
-from mlx_zh.corpus.registry import find, load_registry
+from mlx_zh.corpus.registry import find_data_set, load_registry
 from mlx_zh.errors import DataError
 from mlx_zh.recipe import DataSet
 
@@ -45,7 +45,7 @@ def test_ones_own_come_first(tmp_path: Path):
 
 def test_a_name_that_there_is_not():
     with pytest.raises(DataError, match=r"belle-1: there is no such file.*did you mean belle-1m\?.*orca-dpo-pairs"):
-        find("belle-1", load_registry())
+        find_data_set("belle-1", load_registry())
 
 
 @pytest.mark.parametrize(

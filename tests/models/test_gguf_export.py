@@ -13,7 +13,7 @@ from tuned import make_tuned
 
 from mlx_zh.errors import ModelError
 from mlx_zh.models.export.gguf_file import plan_gguf, quantize_q8_0, write_gguf
-from mlx_zh.models.export.gguf_vocabulary import vocabulary
+from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
 from mlx_zh.models.gguf_tokenizer import _CUTS, _PROBE, _cutter, cutting_rule
 from mlx_zh.models.load import load_model
 
@@ -93,7 +93,7 @@ def test_peer_bug_the_tokenizer_has_merges_and_a_rule(tmp_path):
 
 def test_rows_that_no_token_uses_are_named(tmp_path):
     tuned = make_tuned(tmp_path, vocab_size=300)
-    found = vocabulary(tuned.fusion().base)
+    found = tokenizer_metadata(tuned.fusion().base)
     assert found["tokenizer.ggml.tokens"][288:] == [f"[PAD{n}]" for n in range(288, 300)]
     assert found["tokenizer.ggml.token_type"][288:] == [5] * 12
 

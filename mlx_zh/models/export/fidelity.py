@@ -1,4 +1,4 @@
-"""How well a fused model stands for base + adapter: KL, top-1 agreement and perplexity on held-out text."""
+"""Measure how close a fused model is to base + adapter: KL, top-1 agreement and perplexity on held-out text."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.export.merge import SurvivalSummary
 
-# Above these a fused model is no longer called equal to base + adapter.
-KL_LIMIT = 0.05  # nats a token: about what quantizing an 8B model to 4 bits once costs
-LOST_LIMIT = 0.25  # of the distance that tuning moved the model
-FREE_KL = 0.002  # below this, distances are numerical noise
-KEPT_LIMIT = 0.9  # of the adapter's change, averaged over the matrices
+# A fused model beyond these limits gets a warning that it is not equal to base + adapter.
+KL_LIMIT = 0.05  # nats a token: about the loss from quantizing an 8B model to 4 bits
+LOST_LIMIT = 0.25  # a KL of this share of the KL between tuned and base model
+FREE_KL = 0.002  # nats a token: smaller values are numerical noise
+KEPT_LIMIT = 0.9  # the share of the adapter's change that must be left, mean of the matrices
 
 Example = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # tokens (T,), and which of them are scored (T,)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's last hidden states before every scored token, and the head that makes them logits.
+    """A model's last hidden states before every scored token, and its output head.
 
-    (S, D) instead of (S, V): a model of 128k tokens would need half a megabyte a token, and the model itself need
-    not stay in memory.
+    Hidden states (S, D) are stored, because logits (S, V) would take half a megabyte a token with a vocabulary of
+    128k. The rest of the model need not stay in memory.
     """
 
-    hidden: mx.array
+    hidden: mx.array  # (S, D)
     head: Any
 
     def logits(self, start: int, stop: int) -> mx.array:
-        """Rows of logits (stop - start, V), float32."""
+        """The logits of the scored tokens from `start` to `stop`: (stop - start, V), float32."""
         project = getattr(self.head, "as_linear", self.head)
         return project(self.hidden[start:stop]).astype(mx.float32)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Texts that no training has seen, packed into rows."""
+    """Texts that were not trained on, packed into rows."""
 
     rows: tuple[PackedBatch, ...]
 
     @property
     def targets(self) -> mx.array:
-        """(S,) scored tokens."""
+        """The scored tokens (S,)."""
         return mx.concatenate([row.targets for row in self.rows])
 
     def predictions(self, model: nn.Module) -> Predictions:
-        """What `model` predicts with for every scored token."""
+        """The predictions of `model` for every scored token."""
         parts = []
         for row in self.rows:
-            hidden = hidden_states(model, row)[row.scored]
+            hidden = hidden_states(model, row)[row.scored]  # (T, D) -> (S of this row, D)
             mx.eval(hidden)
             parts.append(hidden)
         return Predictions(mx.concatenate(parts), output_head(model))
 
 
 def held_out(examples: Sequence[Example], *, max_tokens: int, row_tokens: int) -> HeldOut:
-    """The first examples of up to `max_tokens` tokens together (one at least), in rows of about `row_tokens`."""
+    """The first examples with together at most `max_tokens` tokens (at least one), in rows of about `row_tokens`."""
     chosen: list[Example] = []
     total = 0
     for example in examples:
@@ -78,23 +78,23 @@ def held_out(examples: Sequence[Example], *, max_tokens: int, row_tokens: int) -
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one model's predictions are from another's."""
+    """How far the predictions of a compared model are from those of a reference model."""
 
-    kl: float  # mean KL(reference || other), nats a token
-    top1: float  # part of the tokens where both find the same one likeliest
-    perplexity: float  # of the other on the text
+    kl: float  # mean KL(reference || compared), nats a token
+    top1: float  # share of the tokens where both models have the same most likely token
+    perplexity: float  # of the compared model on the text
 
 
-def distance(reference: Predictions, other: Predictions, targets: mx.array) -> Distance:
-    """Compare two models token by token, a few rows of logits at a time."""
+def distance(reference: Predictions, compared: Predictions, targets: mx.array) -> Distance:
+    """Compare two models on the scored tokens `targets` (S,), a few rows of logits at a time."""
     count = targets.size
     kl = agreed = likelihood = 0.0
     rows = max(8, CHUNK_BYTES // (8 * reference.logits(0, 1).shape[-1]))
     for start in range(0, count, rows):
         stop = min(start + rows, count)
-        p, q = (_log_softmax(side.logits(start, stop)) for side in (reference, other))
+        p, q = (_log_softmax(model.logits(start, stop)) for model in (reference, compared))  # (rows, V) each
         at_target = mx.take_along_axis(q, targets[start:stop, None], axis=-1)
-        divergence = mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0)  # a KL below 0 is rounding
+        divergence = mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0)  # a KL below 0 is a rounding error
         kl += float(divergence.sum())
         agreed += float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
         likelihood += float(at_target.sum())
@@ -107,27 +107,27 @@ def _log_softmax(logits: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A fused model against base + adapter."""
+    """A fused model compared with base + adapter."""
 
-    tokens: int  # scored
-    kl: float
-    top1: float
+    tokens: int  # scored tokens
+    kl: float  # mean KL(base + adapter || fused), nats a token
+    top1: float  # share of the tokens with the same most likely token
     perplexity: float  # of base + adapter
     fused_perplexity: float
-    moved: float  # KL(base + adapter || base): how far tuning went, the yardstick for `kl`
+    moved: float  # mean KL(base + adapter || base): how far tuning changed the model, to compare `kl` with
 
 
 def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> list[Notice]:
-    """What is above the limits, in words; nothing where the fused model can stand for base + adapter.
+    """Warnings for values beyond the limits; none if the fused model can replace base + adapter.
 
-    What is left of the change counts only where predictions were not compared: they are what matters, and fine
-    rounding on the base's own grid can lose a part of the change that no prediction depends on.
+    What is left of the adapter's change (`left`) counts only if predictions were not compared. Predictions matter
+    more, because rounding can lose a part of the change on which no prediction depends.
     """
-    found = []
+    warnings = []
     if fidelity is not None and fidelity.kl > KL_LIMIT:
-        found.append(Notice("fused-far-from-tuned", kl=fidelity.kl, limit=KL_LIMIT))
+        warnings.append(Notice("fused-far-from-tuned", kl=fidelity.kl, limit=KL_LIMIT))
     elif fidelity is not None and fidelity.kl > max(FREE_KL, LOST_LIMIT * fidelity.moved):
-        found.append(Notice("fused-rounding-large", kl=fidelity.kl, moved=fidelity.moved, limit=LOST_LIMIT))
+        warnings.append(Notice("fused-rounding-large", kl=fidelity.kl, moved=fidelity.moved, limit=LOST_LIMIT))
     if fidelity is None and left is not None and abs(1 - left.kept_mean) > 1 - KEPT_LIMIT:
-        found.append(Notice("fused-change-lost", kept=left.kept_mean, limit=KEPT_LIMIT))
-    return found
+        warnings.append(Notice("fused-change-lost", kept=left.kept_mean, limit=KEPT_LIMIT))
+    return warnings

@@ -1,6 +1,6 @@
-"""A merged model as one GGUF file (F16 or Q8_0) for llama.cpp, LM Studio and Ollama.
+"""Write a merged model as one GGUF file (F16 or Q8_0) for llama.cpp, LM Studio and Ollama.
 
-Names, row order and metadata are those of llama.cpp's convert_hf_to_gguf.py.
+Names, the order of rows and metadata are those of llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mlx_zh.core.families import FAMILIES
 from mlx_zh.errors import ModelError
-from mlx_zh.models.export.gguf_vocabulary import vocabulary
+from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
 from mlx_zh.models.export.merge import Fusion, Survival, survival
 from mlx_zh.models.gguf_model import ROPE_FACTORS, gguf_name, llama3_divisors, permute
 from mlx_zh.system.storage import storage_errors
@@ -27,22 +27,25 @@ _FILE_TYPES = {"f16": 1, "q8_0": 7}  # llama.cpp's llama_ftype: MOSTLY_F16, MOST
 
 @dataclass(frozen=True)
 class GGUFPlan:
-    """Everything about the file but its weights; making it finds out whether it can be made at all."""
+    """Everything in the file except the weights. A plan can be made only if the file can be written."""
 
     fusion: Fusion
     kind: str  # f16 or q8_0
     title: str
     metadata: dict[str, Any]
-    rope_factors: npt.NDArray[np.float32] | None
+    rope_factors: npt.NDArray[np.float32] | None  # (head_dim / 2,) Llama 3.1's frequency divisors
 
     @property
     def size(self) -> int:
-        """Bytes of the tensors."""
+        """The size of the tensors in bytes."""
         return sum(_layout(shape, self.kind)[1] for shape in self.fusion.source.outline.shapes.values())
 
 
 def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
-    """Raises ModelError where llama.cpp could not run the model or would read text otherwise."""
+    """The plan of a file of `kind` f16 or q8_0.
+
+    Raises ModelError if llama.cpp could not run the model or would split text differently.
+    """
     config = fusion.source.config
     architecture = FAMILIES[config["model_type"]].gguf
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -70,11 +73,12 @@ def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
     }
     scaling, factors = _rope(config, head_dim, fusion.source.name)
     metadata |= {f"{architecture}.{name}": value for name, value in (keys | scaling).items()}
-    return GGUFPlan(fusion, kind, title, {"architecture": architecture} | metadata | vocabulary(fusion.base), factors)
+    metadata = {"architecture": architecture} | metadata | tokenizer_metadata(fusion.base)
+    return GGUFPlan(fusion, kind, title, metadata, factors)
 
 
 def _rope(config: dict[str, Any], head_dim: int, name: str) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
-    """Metadata of the scaling of positions, and Llama 3.1's divisors, which are a tensor."""
+    """The metadata of the RoPE scaling, and for Llama 3.1 the frequency divisors, which GGUF stores as a tensor."""
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
@@ -82,19 +86,23 @@ def _rope(config: dict[str, Any], head_dim: int, name: str) -> tuple[dict[str, A
     if kind == "llama3":
         divisors = llama3_divisors(scaling, head_dim, float(config.get("rope_theta", 10000.0)))
         return {}, divisors.astype(np.float32)
-    found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling.get("factor", 1.0))}
+    metadata: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling.get("factor", 1.0))}
     if kind == "yarn":
-        found["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
+        metadata["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
     elif kind != "linear":
         raise ModelError(
-            f"{name} scales its positions by {kind!r}; llama3, linear and yarn can be written to GGUF. Export `hf` "
+            f"{name} uses the RoPE scaling {kind!r}; llama3, linear and yarn can be written to GGUF. Export `hf` "
             "and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
-    return found, None
+    return metadata, None
 
 
 def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda: None) -> list[Survival]:
-    """Write the file, tensor by tensor; returns what is left of each changed matrix. ModelError on overflow."""
+    """Write the file tensor by tensor; returns what is left of the change to each changed matrix.
+
+    `step` is called once for each tensor. Raises ModelError for weights that the type cannot hold, StorageError if
+    the file cannot be written.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(None, plan.metadata["architecture"])
@@ -107,7 +115,7 @@ def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda:
         kind, size = _layout(shape, plan.kind)
         raw = gguf.GGMLQuantizationType[kind]
         writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, raw_dtype=raw)
-    found: list[Survival] = []
+    survivals: list[Survival] = []
     with storage_errors(path):
         try:
             writer.open_output_file(path)
@@ -119,16 +127,16 @@ def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda:
             for tensor in plan.fusion.tensors():
                 step()
                 data, written = _encode(tensor.value, plan, tensor.name)
-                if tensor.before is not None and (one := survival(tensor.before, tensor.value, written)):
-                    found.append(one)
+                if tensor.before is not None and (tensor_survival := survival(tensor.before, tensor.value, written)):
+                    survivals.append(tensor_survival)
                 writer.write_tensor_data(data)
         finally:
             writer.close()
-    return found
+    return survivals
 
 
 def _layout(shape: tuple[int, ...], kind: str) -> tuple[str, int]:
-    """The type in which a tensor is stored, and its bytes: vectors stay float32, as llama.cpp expects."""
+    """The type in which a tensor is stored, and its size in bytes. Vectors stay float32, as llama.cpp expects."""
     count = int(np.prod(shape))
     if len(shape) == 1:
         return "F32", 4 * count
@@ -138,16 +146,16 @@ def _layout(shape: tuple[int, ...], kind: str) -> tuple[str, int]:
 
 
 def _encode(value: mx.array, plan: GGUFPlan, name: str) -> tuple[npt.NDArray[Any], mx.array]:
-    """The bytes of a tensor, and in float32 and the model's own row order what they stand for."""
+    """A tensor as it is written, and the float32 value that this stands for, with rows in the model's order."""
     kind, _ = _layout(value.shape, plan.kind)
     config = plan.fusion.source.config
     if kind == "F32":
         return np.array(permute(name, value, config)), value
-    limit = 65504.0 * (127 if kind == "Q8_0" else 1)  # scales and weights are float16
+    limit = 65504.0 * (127 if kind == "Q8_0" else 1)  # the maximum of float16, the type of Q8_0's scales and F16
     if not float(mx.abs(value).max()) <= limit:
         raise ModelError(
-            f"{name} has weights beyond what {kind} can hold (or that are no numbers), so no GGUF file is written. "
-            "Export `hf` in bfloat16 instead, and look at the training's losses."
+            f"{name} has weights beyond what {kind} can hold (or NaN), so no GGUF file is written. Export `hf` in "
+            "bfloat16 instead, and look at the losses of the training."
         )
     if kind == "F16":
         half = value.astype(mx.float16)
@@ -162,19 +170,19 @@ def _encode(value: mx.array, plan: GGUFPlan, name: str) -> tuple[npt.NDArray[Any
 
 
 def quantize_q8_0(value: mx.array) -> tuple[mx.array, mx.array]:
-    """(blocks, 32) int8 and (blocks, 1) float16: llama.cpp's quantize_row_q8_0, bit for bit."""
+    """Codes (blocks, 32) int8 and scales (blocks, 1) float16, equal to llama.cpp's quantize_row_q8_0 bit for bit."""
     blocks = value.reshape(-1, _BLOCK)
     scale = mx.abs(blocks).max(axis=1, keepdims=True) / 127
     inverse = mx.where(scale == 0, 0.0, 1 / scale)
     scaled = blocks * inverse
-    rounded = mx.sign(scaled) * mx.floor(mx.abs(scaled) + 0.5)  # half away from zero, as C's roundf
+    rounded = mx.sign(scaled) * mx.floor(mx.abs(scaled) + 0.5)  # rounds halves away from zero, as C's roundf
     return rounded.astype(mx.int8), scale.astype(mx.float16)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """One metadata entry by the type of its value."""
+    """Add a metadata entry with the GGUF type of its value."""
     if key == "architecture":
-        return  # the writer has written it
+        return  # the writer adds it itself
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     if isinstance(value, list):
         if not value:
@@ -187,7 +195,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _size_label(parameters: int) -> str:
-    """8030261248 -> 8.0B."""
+    """A number of weights in short form: 8030261248 -> 8.0B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if parameters >= size:
             figure = parameters / size

@@ -1,4 +1,4 @@
-"""A fast tokenizer in GGUF's terms: tokens, types, merges, the rule that cuts text, special ids, chat template."""
+"""A fast tokenizer as GGUF metadata: tokens, types, merges, the splitting rule, special ids, chat template."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mlx_zh.models.gguf_tokenizer import cutting_rule
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_attr
 
 
-def vocabulary(source: Source) -> dict[str, Any]:
-    """Metadata `tokenizer.*` of a model; ModelError where llama.cpp would not cut text as the tokenizer does."""
+def tokenizer_metadata(source: Source) -> dict[str, Any]:
+    """The metadata `tokenizer.*` of a model. Raises ModelError if llama.cpp cannot split text as its tokenizer."""
     tokenizer = source.tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rule = cutting_rule(tokenizer)
     model = state["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges") or rule is None:
         raise ModelError(
-            f"{source.name}: its tokenizer is not one of the byte-level kinds whose rules llama.cpp knows by a name "
+            f"{source.name}: its tokenizer is not one of the byte-level kinds whose rules llama.cpp knows by name "
             "(Llama 3, Qwen2 and Qwen3, SmolLM, GPT-2), so no GGUF file is written. Export `hf` and convert that "
             "folder with llama.cpp's convert_hf_to_gguf.py."
         )
     tokens, types = _tokens(tokenizer, source.outline.shapes["model.embed_tokens.weight"][0])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    found: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": rule,
         "tokenizer.ggml.tokens": tokens,
@@ -36,19 +36,19 @@ def vocabulary(source: Source) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": adds_bos(tokenizer),
     }
     for name, index in _special_ids(source).items():
-        found[f"tokenizer.ggml.{name}_token_id"] = index
+        metadata[f"tokenizer.ggml.{name}_token_id"] = index
     if tokenizer.chat_template:
-        found["tokenizer.chat_template"] = str(tokenizer.chat_template)
-    return found
+        metadata["tokenizer.chat_template"] = str(tokenizer.chat_template)
+    return metadata
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS before a text by itself."""
+    """Whether the tokenizer itself puts BOS before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def _tokens(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
-    """Every row of the embedding has a name and a type; those that no token uses are named as llama.cpp does."""
+    """The name and the type of every row of the embedding; unused rows are named as llama.cpp names them."""
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [UNUSED] * rows
     for token, index in tokenizer.get_vocab().items():
         tokens[index], types[index] = token, NORMAL
@@ -58,7 +58,7 @@ def _tokens(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
 
 
 def _special_ids(source: Source) -> dict[str, int]:
-    """bos, eos, padding and unknown as the tokenizer says, and the end of a turn where that is another token."""
+    """The ids of bos, eos, padding and unknown, and of the end-of-turn token if it is another one."""
     tokenizer = source.tokenizer
     ids = {
         "bos": tokenizer.bos_token_id,
@@ -68,9 +68,9 @@ def _special_ids(source: Source) -> dict[str, int]:
     }
     names = tokenizer.get_vocab()
     ends = as_ids(source.config.get("eos_token_id"), source.path)
-    turn = [names[mark] for mark in ("<|eot_id|>", "<|im_end|>") if names.get(mark) in ends]
-    if turn and turn[0] != ids["eos"]:
-        ids["eot"] = turn[0]
+    turn_ends = [names[mark] for mark in ("<|eot_id|>", "<|im_end|>") if names.get(mark) in ends]
+    if turn_ends and turn_ends[0] != ids["eos"]:
+        ids["eot"] = turn_ends[0]
     if "<|eom_id|>" in names and names["<|eom_id|>"] in ends:
         ids["eom"] = names["<|eom_id|>"]
     return {name: int(index) for name, index in ids.items() if index is not None}
