@@ -151,7 +151,7 @@ def _weight_files(path: Path) -> list[Path]:
     if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
         raise ModelError(
             f"{path} has its weights only as {', '.join(pickles[:3])}. Such files are Python pickles, which can run "
-            "any code when they are opened, so they are not read. Take the *.safetensors files of the same model, "
+            "any program when they are opened, so they are not read. Take the *.safetensors files of the same model, "
             "or convert the pickles (`transformers`: model.save_pretrained(..., safe_serialization=True))."
         )
     raise ModelError(
