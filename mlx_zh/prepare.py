@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.render import Renderer
+    from mlx_zh.corpus.statistics import ExamCheck
     from mlx_zh.recipe import Recipe
 
 _TRAINED, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -108,7 +109,7 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
             write_histogram(corpus.splits["train"].lengths, file, f"{recipe.name}: {name}")
 
 
-def _exam_line(exams: dict[str, Any], dropped: int) -> str:
+def _exam_line(exams: ExamCheck, dropped: int) -> str:
     if not exams["exams"] and not exams["missing"]:
         return "not looked for (data.decontaminate.benchmarks names no exam)"
     said = f"{dropped} rows dropped; looked for {exams.get('checked', 0):,} questions of {', '.join(exams['exams'])}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from filelock import FileLock
@@ -31,6 +31,7 @@ from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
 from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
+from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
 from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.system.digests import FileDigests, value_digest
 from mlx_zh.system.storage import storage_errors, sync_folder, write_json, written_whole
@@ -65,13 +66,31 @@ class CorpusSettings:
     simplify: bool = False
 
 
+class CorpusContent(TypedDict):
+    """Everything that a corpus depends on; its key is a digest of it."""
+
+    version: int
+    rendering: str  # fingerprint of tokenizer and chat template
+    sources: list[dict[str, Any]]  # the fields of each DataSource, with SHA-256 digests for its files
+    settings: dict[str, Any]  # the fields of CorpusSettings without places
+    exams: dict[str, list[str]]  # exam -> SHA-256 of its files
+
+
+class Manifest(TypedDict):
+    """`manifest.json` of a prepared corpus. The key that names its folder says which version wrote it."""
+
+    files: list[str]  # Arrow files in the folder, in order
+    made_of: CorpusContent
+    report: CorpusReport
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus; its rows stay on disk."""
 
     folder: Path
     key: str
-    manifest: dict[str, Any]  # settings, file digests, and the report
+    manifest: Manifest
     splits: dict[str, Conversations | Pairs]  # train and validation
     ready: bool  # whether it came from the cache
 
@@ -90,14 +109,14 @@ class Corpus:
 
 def corpus_key(
     sources: Sequence[DataSource], settings: CorpusSettings, renderer: Renderer, cache: Path
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, CorpusContent]:
     """A digest of everything that the corpus depends on, and the values that went into the digest."""
     exams = {name: sorted(map(str, Path(folder).rglob("*.csv"))) for name, folder in settings.exams.folders.items()}
     every = [path for source in sources for path in source.files] + [
         path for paths in exams.values() for path in paths
     ]
     digests = FileDigests(cache / "fingerprints.json").digests(every)
-    values = {
+    values: CorpusContent = {
         "version": VERSION,
         "rendering": renderer.fingerprint,
         "sources": [
@@ -142,7 +161,7 @@ def prepare(
 
 def open_corpus(folder: Path, kind: str, *, ready: bool) -> Corpus:
     """A finished corpus; its rows stay on disk."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest: Manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     shards = Shards([folder / name for name in manifest["files"]])
     open_as = Conversations if kind == "sft" else Pairs
     splits = {split: open_as(shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}
@@ -154,7 +173,7 @@ def _build(
     settings: CorpusSettings,
     renderer: Renderer,
     folder: Path,
-    values: dict[str, Any],
+    values: CorpusContent,
     event: Event,
     get_vocabulary: Callable[[], Vocabulary | None],
 ) -> None:
@@ -182,10 +201,10 @@ def _build(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _index_exams(exams: Exams, work: Path) -> tuple[list[str], dict[str, Any]]:
+def _index_exams(exams: Exams, work: Path) -> tuple[list[str], ExamCheck]:
     """Write the index of all questions; returns the place of each question and their part of the report."""
     questions = [q for name, folder in exams.folders.items() for q in read_questions(Path(folder), name)]
-    report: dict[str, Any] = {"exams": list(exams.folders), "missing": exams.missing, "questions": len(questions)}
+    report: ExamCheck = {"exams": list(exams.folders), "missing": exams.missing, "questions": len(questions)}
     if questions:
         index = ExamIndex.build(questions, ngram=exams.ngram, overlap=exams.overlap)
         index.save(work / "exams.npz")
@@ -262,8 +281,8 @@ def _finish(
     choice: choosing.Choice,
     paths: Sequence[Path],
     renderer: Renderer,
-    values: dict[str, Any],
-    exam_report: dict[str, Any],
+    values: CorpusContent,
+    exam_report: ExamCheck,
     folder: Path,
 ) -> None:
     """Write which rows of the files belong to each split, write the report, and give the folder its final name."""
@@ -283,15 +302,18 @@ def _finish(
     kind = settings.render.kind
     open_as = Conversations if kind == "sft" else Pairs
     opened = {split: open_as(shards, positions) for split, positions in splits.items()}
-    report = statistics.describe(sources, scans, choice, rendering, opened["train"], opened["validation"])
-    report["exam_questions"] = exam_report
-    report["tokens_per_chinese_character"] = statistics.tokens_per_character(scans, choice, renderer)
+    report: CorpusReport = {
+        **statistics.describe(sources, scans, choice, rendering, opened["train"], opened["validation"]),
+        "exam_questions": exam_report,
+        "tokens_per_chinese_character": statistics.tokens_per_character(scans, choice, renderer),
+    }
     names = [f"data-{i:05d}-of-{len(paths):05d}.arrow" for i in range(len(paths))]
     for path, name in zip(paths, names, strict=True):
         path.rename(work / name)
         path.with_suffix(".json").unlink()
     _write_datasets_files(work, folder.name, kind, names)
-    write_json(work / "manifest.json", {"files": names, "made_of": values, "report": report})
+    manifest: Manifest = {"files": names, "made_of": values, "report": report}
+    write_json(work / "manifest.json", manifest)
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)

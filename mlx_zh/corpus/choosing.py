@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,14 @@ class ChoiceSettings:
     seed: int = 42
 
 
+class ExamRow(TypedDict):
+    """A row that was dropped because it holds an exam question."""
+
+    row: str  # file and row
+    question: str  # exam, file and line of the question
+    overlap: float  # share of the question's n-grams that the row holds
+
+
 @dataclass
 class Choice:
     """The chosen rows. Row numbers count through all sources: first the rows of the first source, and so on."""
@@ -45,7 +53,7 @@ class Choice:
     starts: Indices  # (S + 1,) the number of each source's first row
     dropped: list[Counter[str]]  # for each source: reason -> rows
     examples: list[dict[str, list[str]]] = field(default_factory=list)  # for each source: reason -> "A repeats B"
-    exam_rows: list[dict[str, Any]] = field(default_factory=list)  # the rows dropped for an exam question
+    exam_rows: list[ExamRow] = field(default_factory=list)  # the rows dropped for an exam question
 
     def rendered(self) -> Indices:
         """The numbers of all chosen rows, each once, in rising order."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.corpus.choosing import Choice
+from mlx_zh.corpus.choosing import Choice, ExamRow
 from mlx_zh.corpus.examples import Conversations, Pairs
 from mlx_zh.corpus.render import (
     CHOSEN_OVERFLOW,
@@ -38,6 +38,67 @@ _TOO_LONG = (
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+class SourceReport(TypedDict):
+    """What became of the rows of one source."""
+
+    name: str
+    files: list[str]
+    format: str
+    rows: int  # read
+    train: int  # examples for training
+    validation: int
+    dropped: dict[str, int]  # reason -> rows left out
+    cut_short: int  # rows shortened to max_length
+    examples: dict[str, list[str]]  # reason -> the first few rows
+
+
+class Histogram(TypedDict):
+    """`counts[i]` examples have a length between `edges[i]` and `edges[i + 1]` tokens."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class LengthReport(TypedDict):
+    """The examples of a split; lengths in tokens."""
+
+    examples: int
+    tokens: int
+    scored_tokens: int  # tokens that the loss is over
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+    histogram: Histogram
+
+
+class ExamCheck(TypedDict):
+    """Which exams the rows were compared with."""
+
+    exams: list[str]
+    missing: dict[str, str]  # exam -> why its questions could not be had
+    questions: int
+    checked: NotRequired[int]  # questions long enough to be looked for; not there without questions
+
+
+class RowReport(TypedDict):
+    """What became of all rows of a corpus."""
+
+    sources: list[SourceReport]
+    exam_rows: list[ExamRow]
+    train: LengthReport
+    validation: LengthReport | None
+    over_long: int  # rows longer than max_length, dropped or cut short
+    over_long_share: float  # of all chosen rows
+
+
+class CorpusReport(RowReport):
+    """The report of a prepared corpus, `report` in its manifest."""
+
+    exam_questions: ExamCheck
+    tokens_per_chinese_character: float | None  # None without Chinese text
+
+
 def describe(
     sources: Sequence[DataSource],
     scans: Sequence[Scan],
@@ -45,12 +106,12 @@ def describe(
     rendering: Mapping[int, Counter[str]],
     train: Conversations | Pairs,
     validation: Conversations | Pairs,
-) -> dict[str, Any]:
+) -> RowReport:
     """The report of a corpus, as values that JSON can hold.
 
     `rendering` counts, for each source, the rows that were dropped or cut short while rendering, by reason.
     """
-    source_reports = []
+    source_reports: list[SourceReport] = []
     for i, (source, scan) in enumerate(zip(sources, scans, strict=True)):
         reasons = Counter(scan.report.dropped) + choice.dropped[i] + rendering.get(i, Counter())
         cut = reasons.pop(CUT_SHORT, 0)
@@ -78,7 +139,7 @@ def describe(
     }
 
 
-def _lengths(examples: Conversations | Pairs) -> dict[str, Any]:
+def _lengths(examples: Conversations | Pairs) -> LengthReport:
     lengths = examples.lengths
     edges = np.linspace(0, int(lengths.max()), BINS + 1)
     counts, _ = np.histogram(lengths, edges)
@@ -128,7 +189,7 @@ def _texts(item: Item) -> list[str]:
     return [*(message.content for message in item.prompt), item.chosen, item.rejected]
 
 
-def write_histogram(lengths: npt.NDArray[np.int32], path: Any, title: str) -> None:
+def write_histogram(lengths: npt.NDArray[np.int32], file: IO[bytes], title: str) -> None:
     """Write a PNG of the distribution of token lengths (N,). Raises ImportError if matplotlib is not installed."""
     from matplotlib.figure import Figure  # not pyplot, which needs a window system and has global state
 
@@ -137,4 +198,4 @@ def write_histogram(lengths: npt.NDArray[np.int32], path: Any, title: str) -> No
     axes.hist(lengths, bins=60, color="#3b6ea5")
     axes.set(title=title, xlabel="tokens", ylabel="examples")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=144)
+    figure.savefig(file, format="png", dpi=144)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,12 +38,12 @@ class Answer:
         """No letter is a wrong answer."""
         return self.choice is not None and self.choice == self.truth
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values."""
         return asdict(self)
 
     @staticmethod
-    def of(fields: dict[str, Any]) -> Answer:
+    def of(fields: Mapping[str, Any]) -> Answer:
         """The inverse of `as_dict`."""
         logprobs = fields["logprobs"]
         return Answer(**{**fields, "logprobs": None if logprobs is None else tuple(logprobs)})

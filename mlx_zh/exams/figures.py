@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -12,14 +12,76 @@ from mlx_zh.exams import statistics
 from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.csvfile import LETTERS
 from mlx_zh.exams.exam import Exam
-from mlx_zh.exams.statistics import Booleans
-from mlx_zh.language.notice import Notice
+from mlx_zh.exams.statistics import Booleans, ComparisonFigures
+from mlx_zh.language.notice import Notice, NoticeRecord
 
 ONE_LETTER = 0.6  # more of one letter than this looks like a habit, not an answer
 MASS = 0.5  # less probability than this on the letters: the model does not mean to answer with one
 NO_LETTER = 0.1
 
-Figures = dict[str, Any]
+
+class FigureRow(TypedDict):
+    """One row of a result table. The three rates are None where no subject of the row was asked."""
+
+    name: str  # Average, STEM ...
+    macro: float | None  # mean over subjects of their accuracies, a fraction of 1
+    interval: list[float] | None  # of macro: low and high end, 95 %
+    micro: float | None  # share of all questions answered right
+    subjects: int  # how many subjects were asked
+    questions: int
+    members: list[str]  # the subjects' keys
+
+
+class SubjectFigures(TypedDict):
+    """One subject's result."""
+
+    accuracy: float
+    questions: int
+
+
+class LetterFigures(TypedDict):
+    """How often each letter was answered, and how often it is right. The last two keys need known answers."""
+
+    predicted: dict[str, int]  # A, B, C, D and "none" -> answers
+    true: NotRequired[dict[str, int]]  # letter -> questions whose right answer it is
+    always: NotRequired[dict[str, float]]  # letter -> macro average of someone who always says it
+
+
+class Measured(TypedDict):
+    """What was counted of one model's answers to one exam. Rates are fractions of 1."""
+
+    questions: int
+    expected: int | None  # questions of the whole split; None for an exam of one's own
+    letters: LetterFigures
+    mass: float | None  # mean probability of the four letters together; None for free answers
+    truncated: int  # prompts that were cut
+    # Only where the answers are known:
+    rows: NotRequired[list[FigureRow]]
+    subjects: NotRequired[dict[str, SubjectFigures]]
+    chance: NotRequired[list[float]]  # 95 % interval of the macro average of someone who guesses
+    calibration_error: NotRequired[float | None]  # None for free answers
+
+
+class ExamFigures(Measured):
+    """Everything that is reported of one model on one exam."""
+
+    tripwires: list[Notice]  # what looks wrong; JSON keeps the English sentences
+    tripwire_codes: list[NoticeRecord]  # the same, for other languages
+
+
+class ExamReport(ExamFigures):
+    """The result file `runs/NAME/eval/STAGE-EXAM.json`."""
+
+    benchmark: str  # title of the exam
+    split: str
+    stage: str  # base, sft, dpo or fused
+    about: Mapping[str, object]  # what the answers depend on, see `stages.examination.About`
+
+
+class ComparedReport(ExamReport):
+    """The result file once all stages of a run have answered."""
+
+    against: dict[str, ComparisonFigures]  # other stage -> this stage compared with it
 
 
 def by_subject(answers: Sequence[Answer]) -> dict[str, Booleans]:
@@ -30,10 +92,10 @@ def by_subject(answers: Sequence[Answer]) -> dict[str, Booleans]:
     return {key: np.array(values) for key, values in found.items()}
 
 
-def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: int) -> Figures:
+def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: int) -> ExamFigures:
     """Everything that is reported of one model on one exam. Rates are fractions of 1."""
     predicted = Counter(answer.choice or "none" for answer in answers)
-    found: Figures = {
+    measured: Measured = {
         "questions": len(answers),
         "expected": exam.expected,
         "letters": {"predicted": {letter: predicted[letter] for letter in (*LETTERS, "none")}},
@@ -43,37 +105,35 @@ def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: i
     if exam.labelled:
         correct = by_subject(answers)
         truth = Counter(answer.truth for answer in answers)
-        found["rows"] = _rows(exam, correct, samples, seed)
-        found["subjects"] = {key: {"accuracy": float(c.mean()), "questions": len(c)} for key, c in correct.items()}
-        found["letters"]["true"] = {letter: truth[letter] for letter in LETTERS}
-        found["letters"]["always"] = {letter: _always(answers, letter) for letter in LETTERS}
-        found["chance"] = list(statistics.chance_interval(correct, samples, seed))
-        found["calibration_error"] = _calibration(answers)
-    wires = tripwires(exam, found)
-    found["tripwires"] = wires  # JSON keeps the English sentences; the codes are for the other languages
-    found["tripwire_codes"] = [wire.as_dict() for wire in wires]
-    return found
+        measured["rows"] = _rows(exam, correct, samples, seed)
+        measured["subjects"] = {key: {"accuracy": float(c.mean()), "questions": len(c)} for key, c in correct.items()}
+        measured["letters"]["true"] = {letter: truth[letter] for letter in LETTERS}
+        measured["letters"]["always"] = {letter: _always(answers, letter) for letter in LETTERS}
+        measured["chance"] = list(statistics.chance_interval(correct, samples, seed))
+        measured["calibration_error"] = _calibration(answers)
+    wires = tripwires(exam, measured)
+    return {**measured, "tripwires": wires, "tripwire_codes": [wire.as_dict() for wire in wires]}
 
 
-def tripwires(exam: Exam, found: Figures) -> list[Notice]:
+def tripwires(exam: Exam, measured: Measured) -> list[Notice]:
     """What looks wrong, one sentence each."""
     wires = []
-    questions, predicted = found["questions"], found["letters"]["predicted"]
+    questions, predicted = measured["questions"], measured["letters"]["predicted"]
     if exam.labelled:
-        average = found["rows"][0]["macro"]
-        low, high = found["chance"]
-        if average <= high:
+        average = measured["rows"][0]["macro"]
+        low, high = measured["chance"]
+        if average is not None and average <= high:
             chance = {"accuracy": average, "low": low, "high": high}
             wires.append(Notice("exam-at-chance" if average >= low else "exam-below-chance", **chance))
-    letter = max(LETTERS, key=lambda name: int(predicted[name]))
+    letter = max(LETTERS, key=lambda name: predicted[name])
     if predicted[letter] > ONE_LETTER * questions:
         wires.append(Notice("exam-one-letter", share=predicted[letter] / questions, letter=letter))
-    if found["mass"] is not None and found["mass"] < MASS:
-        wires.append(Notice("exam-letters-unlikely", mass=found["mass"]))
+    if measured["mass"] is not None and measured["mass"] < MASS:
+        wires.append(Notice("exam-letters-unlikely", mass=measured["mass"]))
     if predicted["none"] > NO_LETTER * questions:
         wires.append(Notice("exam-no-letter", count=predicted["none"], questions=questions))
-    if found["truncated"]:
-        wires.append(Notice("exam-prompts-cut", count=found["truncated"], questions=questions))
+    if measured["truncated"]:
+        wires.append(Notice("exam-prompts-cut", count=measured["truncated"], questions=questions))
     if exam.expected is not None and questions < exam.expected:
         wires.append(
             Notice(
@@ -87,16 +147,21 @@ def tripwires(exam: Exam, found: Figures) -> list[Notice]:
     return wires
 
 
-def _rows(exam: Exam, correct: Mapping[str, Booleans], samples: int, seed: int) -> list[Figures]:
-    rows = []
+def _rows(exam: Exam, correct: Mapping[str, Booleans], samples: int, seed: int) -> list[FigureRow]:
+    rows: list[FigureRow] = []
     for row in exam.rows:
         part = {s.key: correct[s.key] for s in exam.subjects if row.holds(s.entry) and s.key in correct}
-        rates: Figures = {"macro": None, "interval": None, "micro": None}
-        if part:
-            interval = statistics.bootstrap_macro(part, samples, seed)
-            rates = {"macro": statistics.macro(part), "interval": list(interval), "micro": statistics.micro(part)}
-        sizes = {"subjects": len(part), "questions": sum(map(len, part.values())), "members": list(part)}
-        rows.append({"name": row.name, **rates, **sizes})
+        rows.append(
+            {
+                "name": row.name,
+                "macro": statistics.macro(part) if part else None,
+                "interval": list(statistics.bootstrap_macro(part, samples, seed)) if part else None,
+                "micro": statistics.micro(part) if part else None,
+                "subjects": len(part),
+                "questions": sum(map(len, part.values())),
+                "members": list(part),
+            }
+        )
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,16 @@ def _percentiles(values: npt.NDArray[np.float64]) -> Interval:
     return float(low), float(high)
 
 
+class ComparisonFigures(TypedDict):
+    """A `Comparison` as plain values."""
+
+    difference: float
+    interval: Interval  # a list in JSON
+    won: int
+    lost: int
+    p: float
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One model against another on the same questions."""
@@ -64,6 +75,16 @@ class Comparison:
     def noise(self) -> bool:
         """Whether the questions won and lost do not tell the two apart."""
         return self.p >= NOISE
+
+    def as_dict(self) -> ComparisonFigures:
+        """Plain values."""
+        return {
+            "difference": self.difference,
+            "interval": self.interval,
+            "won": self.won,
+            "lost": self.lost,
+            "p": self.p,
+        }
 
 
 def compare(before: Mapping[str, Booleans], after: Mapping[str, Booleans], samples: int, seed: int) -> Comparison:

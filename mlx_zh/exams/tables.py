@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from mlx_zh.exams.csvfile import LETTERS
-from mlx_zh.exams.figures import Figures
+from mlx_zh.exams.figures import ExamFigures, FigureRow
 from mlx_zh.exams.statistics import NOISE, Comparison
 
 
-def results(stages: Mapping[str, Figures]) -> list[list[str]]:
+def results(stages: Mapping[str, ExamFigures]) -> list[list[str]]:
     """A row a category, a column a stage: macro average, its interval, and the micro average."""
     table = [["%", *stages, "questions"]]
     first = next(iter(stages.values()))
@@ -20,14 +20,15 @@ def results(stages: Mapping[str, Figures]) -> list[list[str]]:
     return table
 
 
-def _cell(row: Figures) -> str:
-    if row["macro"] is None:
+def _cell(row: FigureRow) -> str:
+    macro, interval, micro = row["macro"], row["interval"], row["micro"]
+    if macro is None or interval is None or micro is None:
         return "–"
-    low, high = row["interval"]
-    return f"{100 * row['macro']:5.2f} [{100 * low:4.1f}, {100 * high:4.1f}] ({100 * row['micro']:5.2f})"
+    low, high = interval
+    return f"{100 * macro:5.2f} [{100 * low:4.1f}, {100 * high:4.1f}] ({100 * micro:5.2f})"
 
 
-def letters(stages: Mapping[str, Figures]) -> list[list[str]]:
+def letters(stages: Mapping[str, ExamFigures]) -> list[list[str]]:
     """How often each letter was chosen, beside the truth and what always saying it would score."""
     first = next(iter(stages.values()))
     nameless = any(found["letters"]["predicted"]["none"] for found in stages.values())

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 from mlx_zh.language.catalogue import SEPARATORS, Language, fill
 
 Value = str | int | float | Sequence[Any]  # plain JSON, other notices, or lists of them
+
+
+class NoticeRecord(TypedDict):
+    """A notice as JSON holds it."""
+
+    code: str
+    values: dict[str, Any]  # plain values, records of other notices, or lists of them
 
 
 class Notice(str):
@@ -44,7 +51,7 @@ class Notice(str):
         """The sentence in one language."""
         return _worded(self._code, self._values, language)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> NoticeRecord:
         """Code and values as plain JSON; `notice_of` reads it."""
         return {"code": self._code, "values": {name: _plain(value) for name, value in self._values.items()}}
 

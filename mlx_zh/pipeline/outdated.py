@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_zh.pipeline.state import Record, State
 from mlx_zh.pipeline.steps import StageFiles, Step
@@ -65,10 +64,6 @@ def peak_memory(folder: StageFiles) -> float | None:
     """The highest `peak_memory_gb` in a training stage's metrics, or None without readable metrics."""
     try:
         lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-        return max((_peak(json.loads(line)) for line in lines), default=None)
+        return max((float(json.loads(line).get("peak_memory_gb") or 0) for line in lines), default=None)
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _peak(line: dict[str, Any]) -> float:
-    return float(line.get("peak_memory_gb") or 0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_zh.reporting.charts import Histogram
-from mlx_zh.reporting.findings import Findings
+from mlx_zh.reporting.findings import Findings, is_finite, listed, mapped
 from mlx_zh.reporting.messages import Text, joined, named, say
 
 
@@ -33,8 +32,7 @@ def stages(findings: Findings) -> list[StageData]:
 
 def digests(findings: Findings) -> list[tuple[str, str]]:
     """(file, the first 16 digits of its digest) of every data file."""
-    known = findings.manifest.get("data", {})
-    return [(path, str(digest)[:16]) for path, digest in known.items()] if isinstance(known, Mapping) else []
+    return [(path, str(digest)[:16]) for path, digest in mapped(findings.manifest.get("data")).items()]
 
 
 def source_columns() -> list[Text]:
@@ -42,56 +40,48 @@ def source_columns() -> list[Text]:
     return [say(key) for key in ("source", "rows", "for_training", "for_validation", "removed")]
 
 
-def _lengths(title: Text, told: Mapping[str, Any]) -> Histogram | None:
-    histogram = _mapping(_mapping(told, "train"), "histogram")
+def _lengths(title: Text, told: Mapping[str, object]) -> Histogram | None:
+    histogram = mapped(mapped(told.get("train")).get("histogram"))
     edges, counts = histogram.get("edges"), histogram.get("counts")
     if isinstance(edges, list) and isinstance(counts, list) and any(counts) and len(edges) == len(counts) + 1:
         return Histogram(say("lengths_chart", name=title), edges, counts)
     return None
 
 
-def _source_rows(told: Mapping[str, Any]) -> list[tuple[Text, ...]]:
+def _source_rows(told: Mapping[str, object]) -> list[tuple[Text, ...]]:
     """A row a source: name, rows read, kept for training and for validation, and why others were left out."""
     rows: list[tuple[Text, ...]] = []
-    for source in _listed(told.get("sources")):
+    for source in listed(told.get("sources")):
         if isinstance(source, Mapping):
-            reasons = _mapping(source, "dropped").items()
+            reasons = mapped(source.get("dropped")).items()
             dropped = joined([say("dropped", count=count, reason=named(reason)) for reason, count in reasons])
             known = (source.get("name"), *(_number(source.get(key)) for key in ("rows", "train", "validation")))
             rows.append((*map(Text.same, known), dropped if reasons else Text.same("–")))
     return rows
 
 
-def _facts(told: Mapping[str, Any]) -> list[tuple[Text, Text]]:
+def _facts(told: Mapping[str, object]) -> list[tuple[Text, Text]]:
     """Sizes, lengths, and whether exam questions were looked for."""
-    train, exams = _mapping(told, "train"), _mapping(told, "exam_questions")
+    train, exams = mapped(told.get("train")), mapped(told.get("exam_questions"))
     found = []
     if train:
         tokens = f"{_number(train.get('tokens'))} ({_number(train.get('scored_tokens'))})"
         lengths = " / ".join(_number(train.get(key)) for key in ("median", "p95", "longest"))
         found = [(say("examples"), _number(train.get("examples"))), (say("train_tokens"), tokens)]
         found.append((say("lengths"), lengths))
-    if isinstance(told.get("over_long"), int):
-        found.append((say("over_long"), f"{told['over_long']:,} ({told.get('over_long_share') or 0:.1%})"))
-    if isinstance(told.get("tokens_per_chinese_character"), float):
-        found.append((say("per_character"), f"{told['tokens_per_chinese_character']:.2f}"))
+    over_long, share = told.get("over_long"), told.get("over_long_share")
+    if isinstance(over_long, int):
+        found.append((say("over_long"), f"{over_long:,} ({share if is_finite(share) else 0:.1%})"))
+    if isinstance(per_character := told.get("tokens_per_chinese_character"), float):
+        found.append((say("per_character"), f"{per_character:.2f}"))
     pairs = [(name, Text.same(value)) for name, value in found]
-    if looked := _listed(exams.get("exams")):
-        said = say("exams_removed", exams=", ".join(map(str, looked)), count=len(_listed(told.get("exam_rows"))))
+    if looked := listed(exams.get("exams")):
+        said = say("exams_removed", exams=", ".join(map(str, looked)), count=len(listed(told.get("exam_rows"))))
         pairs.append((say("exams_checked"), said))
     elif exams:
         pairs.append((say("exams_checked"), say("exams_unchecked")))
     return pairs
 
 
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    found = values.get(key)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int | float) else "–"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_zh.language.notice import notices_of
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}
-_TOLD = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged file raises
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file raises
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,65 +69,112 @@ class ExamResult:
 
 def gather(folder: Path, stages: Sequence[str], *, bootstrap: int, seed: int) -> list[ExamResult]:
     """Every exam in `runs/NAME/eval`, C-Eval and CMMLU first."""
-    found: dict[str, dict[str, Any]] = {}
+    exams: dict[str, dict[str, _Report]] = {}
     for stage in stages:
         for path in sorted(folder.glob(f"{stage}-*.json")):
-            if not path.stem.endswith("-submission") and (figures := _figures(path)):
-                found.setdefault(path.stem.removeprefix(f"{stage}-"), {})[stage] = figures
-    keys = sorted(found, key=lambda key: (_ORDER.get(key, 2), key))
-    return [_Exam(folder, key, found[key], bootstrap, seed).result() for key in keys]
+            key = path.stem.removeprefix(f"{stage}-")
+            if not path.stem.endswith("-submission") and (report := _read_report(path, key)):
+                exams.setdefault(key, {})[stage] = report
+    keys = sorted(exams, key=lambda key: (_ORDER.get(key, 2), key))
+    return [_Exam(folder, key, exams[key], bootstrap, seed).result() for key in keys]
 
 
-def _figures(path: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Row:
+    """A row of one model's table; `cell` is None where no subject of it was asked."""
+
+    name: str
+    questions: int
+    members: tuple[str, ...]
+    cell: Cell | None
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is used of one model's result file (`exams.figures.ExamReport`), checked."""
+
+    title: str
+    split: str
+    protocol: str
+    questions: int
+    rows: list[_Row]
+    chance: tuple[float, float] | None
+    tripwires: list[str]
+    asked: tuple[object, object, object]  # equal for models that were asked the same in the same way
+
+
+def _read_report(path: Path, key: str) -> _Report | None:
+    """The result file of the exam `key`; None where it is damaged. Files of older versions have fewer keys."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) and found["letters"]["predicted"] else None
-    except _TOLD:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return _checked(report, key) if report["letters"]["predicted"] else None
+    except _DAMAGED:
         return None
 
 
+def _checked(report: Any, key: str) -> _Report:
+    """Raises one of `_DAMAGED` where a value is not what it must be."""
+    about = report.get("about", {})
+    protocol = about.get("protocol", {})
+    chance = [float(end) for end in report.get("chance") or ()]
+    return _Report(
+        title=str(report.get("benchmark", key)),
+        split=str(report.get("split", "")),
+        protocol=f"{protocol.get('name', '?')} v{protocol.get('version', '?')}",
+        questions=int(report.get("questions", 0)),
+        rows=[_checked_row(row) for row in report.get("rows") or ()],
+        chance=(chance[0], chance[1]) if chance else None,
+        tripwires=_tripwires(report),
+        asked=(about.get("asked"), about.get("protocol"), report.get("questions")),
+    )
+
+
+def _checked_row(row: Any) -> _Row:
+    cell = None if row["macro"] is None else Cell(float(row["macro"]), *map(float, row["interval"]))
+    return _Row(str(row["name"]), int(row["questions"]), tuple(map(str, row.get("members") or ())), cell)
+
+
+def _tripwires(report: Any) -> list[str]:
+    """Sentences of the result, notices where it has their codes."""
+    texts, codes = (report.get(key) for key in ("tripwires", "tripwire_codes"))
+    return notices_of(texts if isinstance(texts, list) else [], codes if isinstance(codes, list) else [])
+
+
 class _Exam:
-    def __init__(self, folder: Path, key: str, figures: dict[str, Any], bootstrap: int, seed: int) -> None:
-        self._folder, self._key, self._figures = folder, key, figures
+    def __init__(self, folder: Path, key: str, reports: Mapping[str, _Report], bootstrap: int, seed: int) -> None:
+        self._folder, self._key, self._reports = folder, key, reports
         self._bootstrap, self._seed = bootstrap, seed
 
     def result(self) -> ExamResult:
-        first = next(iter(self._figures.values()))
-        about = first.get("about", {})
-        protocol = about.get("protocol", {})
-        stages = list(self._figures)
+        first = next(iter(self._reports.values()))
+        stages = list(self._reports)
         tuned = [stage for stage in stages[1:] if stage != "fused"] or stages[1:]
         compared = (stages[0], tuned[-1]) if tuned else None
-        unlike = [(stages[0], stage) for stage in stages[1:] if self._asked(stage) != self._asked(stages[0])]
+        unlike = [(stages[0], stage) for stage in stages[1:] if self._reports[stage].asked != first.asked]
         if compared in unlike:
             compared = None
         return ExamResult(
             key=self._key,
-            title=str(first.get("benchmark", self._key)),
-            split=str(first.get("split", "")),
-            protocol=f"{protocol.get('name', '?')} v{protocol.get('version', '?')}",
-            questions=int(first.get("questions", 0)),
+            title=first.title,
+            split=first.split,
+            protocol=first.protocol,
+            questions=first.questions,
             stages=stages,
             rows=self._rows(compared),
             compared=compared,
-            chance=tuple(first["chance"]) if first.get("chance") else None,
-            tripwires={stage: _tripwires(figures) for stage, figures in self._figures.items()},
+            chance=first.chance,
+            tripwires={stage: report.tripwires for stage, report in self._reports.items()},
             unlike=unlike,
         )
-
-    def _asked(self, stage: str) -> Any:
-        """What was asked and how: one digest where the result has it."""
-        about = self._figures[stage].get("about", {})
-        return about.get("asked"), about.get("protocol"), self._figures[stage].get("questions")
 
     def _rows(self, compared: tuple[str, str] | None) -> list[ExamRow]:
         answers = [_answers(self._folder / f"{stage}-{self._key}.jsonl") for stage in compared or ()]
         rows: dict[str, ExamRow] = {}
-        for stage, figures in self._figures.items():
-            for row in figures.get("rows") or ():
-                known = rows.setdefault(row["name"], ExamRow(row["name"], row["questions"], _members(row), {}, None))
-                if row["macro"] is not None:
-                    known.cells[stage] = Cell(row["macro"], *row["interval"])
+        for stage, report in self._reports.items():
+            for row in report.rows:
+                shown = rows.setdefault(row.name, ExamRow(row.name, row.questions, row.members, {}, None))
+                if row.cell is not None:
+                    shown.cells[stage] = row.cell
         if compared is None:
             return list(rows.values())
         return [self._with_change(row, compared, answers) for row in rows.values()]
@@ -150,16 +197,6 @@ class _Exam:
         return Change(found.difference, *found.interval, found.noise, True)
 
 
-def _members(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(map(str, row.get("members") or ()))
-
-
-def _tripwires(figures: dict[str, Any]) -> list[str]:
-    """Sentences of the result, notices where it has their codes."""
-    texts, codes = (figures.get(key) for key in ("tripwires", "tripwire_codes"))
-    return notices_of(texts if isinstance(texts, list) else [], codes if isinstance(codes, list) else [])
-
-
 def _answers(path: Path) -> Answers:
     found: Answers = {}
     try:
@@ -167,7 +204,7 @@ def _answers(path: Path) -> Answers:
             line = json.loads(text)
             right = line["choice"] is not None and line["choice"] == line["truth"]
             found.setdefault(line["subject"], {})[line["id"]] = right
-    except _TOLD:
+    except _DAMAGED:
         return {}
     return found
 

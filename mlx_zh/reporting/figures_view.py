@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from mlx_zh.reporting.findings import Findings
+from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import duration, energy
 
@@ -26,16 +25,16 @@ def machine(findings: Findings) -> list[tuple[Text, Text]]:
     """Model, machine and versions."""
     manifest = findings.manifest
     pairs: list[tuple[Text, Text]] = []
-    model = manifest.get("model", {})
+    model = mapped(manifest.get("model"))
     if model:
         pairs.append((say("model"), Text.same(f"{model.get('source')} ({model.get('fingerprint')})")))
-    described = manifest.get("machine", {})
+    described = mapped(manifest.get("machine"))
     if described:
         said = ", ".join(f"{value}" for key, value in described.items() if key != "device" and value)
         pairs += [(say("machine"), Text.same(said)), (say("device"), Text.same(described.get("device")))]
     if manifest.get("git_commit"):
         pairs.append((say("commit"), Text.same(manifest["git_commit"])))
-    versions = {name: value for name, value in manifest.get("versions", {}).items() if value}
+    versions = {name: value for name, value in mapped(manifest.get("versions")).items() if value}
     if versions:
         pairs.append((say("versions"), Text.same(", ".join(f"{name} {value}" for name, value in versions.items()))))
     return pairs
@@ -55,7 +54,7 @@ def times(findings: Findings) -> Times | None:
     return Times([say("stage"), say("time")], [(name, cell[:1]) for name, cell in cells])
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Nested values as (dotted name, text), without the alarms, which have a place of their own."""
     for key, value in values.items():
         if key in _ALARMS:
@@ -70,7 +69,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield name, text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _said(value: Any) -> str:
+def _said(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     return f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -15,8 +15,6 @@ from mlx_zh.reporting.exam_results import ExamResult
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.system.redaction import hide, hide_all
 
-Figures = dict[str, Any]
-
 MANY = 0.05  # more over-long rows than this are worth a word
 STAGES = ("base", "sft", "dpo", "fused")  # models, in the order of a run
 
@@ -31,18 +29,25 @@ class Alarm:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A training stage's metrics: `steps` and `validations` are lines of metrics.jsonl, `summary` its end."""
+    """A training stage's metrics: `steps` and `validations` are lines of metrics.jsonl, `summary` its end.
+
+    Another version may have written them, so that a value is checked where it is used. See `MetricsLine` and
+    `TrainingSummary` in `training.metrics` for the keys.
+    """
 
     stage: str
-    steps: list[Figures]
-    validations: list[Figures]
-    summary: Figures
+    steps: list[Mapping[str, object]]
+    validations: list[Mapping[str, object]]
+    summary: Mapping[str, object]
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a metric wherever it is a finite number."""
         lines = self.validations if name.startswith("eval_") else self.steps
-        found = [(line["step"], line[name]) for line in lines if _finite(line.get(name))]
-        return [(float(step), float(value)) for step, value in found]
+        return [
+            (float(step), float(value))
+            for line in lines
+            if is_finite(step := line.get("step")) and is_finite(value := line.get(name))
+        ]
 
     def last(self, name: str) -> float | None:
         """A metric's last value."""
@@ -73,13 +78,13 @@ class Findings:
 
     name: str
     recipe: str = ""
-    manifest: Figures = field(default_factory=dict)
+    manifest: Mapping[str, object] = field(default_factory=dict)
     exams: list[ExamResult] = field(default_factory=list)
     training: dict[str, TrainingResult] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     answers: dict[str, list[str]] = field(default_factory=dict)
-    data: Figures = field(default_factory=dict)
-    export: Figures = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
+    export: Mapping[str, object] = field(default_factory=dict)
     times: list[StageTime] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
 
@@ -115,9 +120,9 @@ def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) 
     found.data = hide_all(reading.mapping(run.prepared))
     found.export = hide_all(reading.mapping(run.fused_summary))
     samples = reading.mapping(run.samples)
-    found.prompts = [str(prompt) for prompt in samples.get("prompts", [])]
-    answers = samples.get("answers", {})
-    found.answers = {stage: [str(a) for a in answers[stage]] for stage in STAGES if stage in answers}
+    found.prompts = [str(prompt) for prompt in listed(samples.get("prompts"))]
+    answers = mapped(samples.get("answers"))
+    found.answers = {stage: [str(a) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
     found.times = _times(reading.mapping(run.pipeline))
     for stage in ("sft", "dpo"):
         if training := _training(reading, run.stage(stage), stage):
@@ -130,9 +135,9 @@ def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) 
     for exam in found.exams:
         found.alarms += _exam_alarms(exam)
     for stage, told in found.data.items():
-        found.alarms += _data_alarms(named(f"data_{stage}"), told if isinstance(told, dict) else {})
+        found.alarms += _data_alarms(named(f"data_{stage}"), mapped(told))
     for kind, written in found.export.items():
-        found.alarms += _export_alarms(str(kind), written if isinstance(written, Mapping) else {})
+        found.alarms += _export_alarms(str(kind), mapped(written))
     return found
 
 
@@ -142,7 +147,7 @@ class _Reading:
     def __init__(self, folder: Path, alarms: list[Alarm]) -> None:
         self._folder, self._alarms = folder, alarms
 
-    def mapping(self, path: Path) -> Figures:
+    def mapping(self, path: Path) -> dict[str, object]:
         """A JSON object; empty where it is missing or damaged."""
         found = self._parsed(path, lambda text: json.loads(text), {})
         if isinstance(found, dict):
@@ -150,7 +155,7 @@ class _Reading:
         self._damaged(path)
         return {}
 
-    def objects(self, path: Path) -> list[Figures]:
+    def objects(self, path: Path) -> list[dict[str, object]]:
         """The objects of a JSON lines file."""
         found = self._parsed(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
         return [line for line in found if isinstance(line, dict)]
@@ -170,7 +175,9 @@ class _Reading:
 
 
 def _training(reading: _Reading, files: StageFiles, stage: str) -> TrainingResult | None:
-    lines = [line for line in reading.objects(files.metrics) if _finite(line.get("step"))]
+    lines: list[Mapping[str, object]] = [
+        line for line in reading.objects(files.metrics) if is_finite(line.get("step"))
+    ]
     if not lines:
         return None
     validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
@@ -189,12 +196,13 @@ def _training_alarms(training: TrainingResult) -> list[Alarm]:
     if broken:
         found.append(say("metrics-not-finite", count=broken))
     before, after = (summary.get(f"eval_loss_{side}") for side in ("before", "after"))
-    best = summary.get("best") or {}
-    if _finite(before) and _finite(after):
+    best = mapped(summary.get("best"))
+    lowest = best.get("eval_loss")
+    if is_finite(before) and is_finite(after):
         if after > before:
             found.append(say("validation-loss-rose", before=before, after=after))
-        elif _finite(best.get("eval_loss")) and best["eval_loss"] < after * 0.995:
-            found.append(say("overfitted", step=best.get("step"), best=best["eval_loss"], after=after))
+        elif is_finite(lowest) and lowest < after * 0.995:
+            found.append(say("overfitted", step=best.get("step"), best=lowest, after=after))
     accuracy = at_end(training, "rewards/accuracies")
     if accuracy is not None and accuracy <= 0.5:
         found.append(say("reward-accuracy-low", accuracy=accuracy))
@@ -210,13 +218,11 @@ def at_end(training: TrainingResult, name: str) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def _data_alarms(where: Text, told: Figures) -> list[Alarm]:
-    exams = told.get("exam_questions")
-    missing = exams.get("missing") if isinstance(exams, dict) else None
-    missing = missing if isinstance(missing, dict) else {}
+def _data_alarms(where: Text, told: Mapping[str, object]) -> list[Alarm]:
+    missing = mapped(mapped(told.get("exam_questions")).get("missing"))
     found = [say("exam-questions-not-checked", exam=exam, reason=reason) for exam, reason in missing.items()]
     share = told.get("over_long_share")
-    if _finite(share) and share >= MANY:
+    if is_finite(share) and share >= MANY:
         found.append(say("rows-over-long", share=share))
     return [Alarm(where, text) for text in found]
 
@@ -232,9 +238,9 @@ def _exam_alarms(exam: ExamResult) -> list[Alarm]:
     return found
 
 
-def _export_alarms(kind: str, written: Mapping[str, Any]) -> list[Alarm]:
+def _export_alarms(kind: str, written: Mapping[str, object]) -> list[Alarm]:
     where = say_join(kind, say("export"))
-    found = notices_of(*(_listed(written.get(key)) for key in ("warnings", "warning_codes")))
+    found = notices_of(*(listed(written.get(key)) for key in ("warnings", "warning_codes")))
     if reason := written.get("unmeasured"):
         (told,) = notices_of([reason], [written.get("unmeasured_code")])
         found.append(Notice("fused-not-compared", format=kind, reason=told))
@@ -246,23 +252,29 @@ def say_join(title: str, text: Text) -> Text:
     return Text(f"{title} · {text.zh}", f"{title} · {text.en}")
 
 
-def _times(pipeline: Figures) -> list[StageTime]:
-    stages = pipeline.get("stages")
+def _times(pipeline: Mapping[str, object]) -> list[StageTime]:
     times = []
-    for name, record in stages.items() if isinstance(stages, dict) else ():
-        if isinstance(record, Mapping) and _finite(record.get("seconds")) and name != "report":
-            joules = record.get("joules")
-            times.append(StageTime(name, float(record["seconds"]), float(joules) if _finite(joules) else None))
+    for name, record in mapped(pipeline.get("stages")).items():
+        seconds, joules = (mapped(record).get(key) for key in ("seconds", "joules"))
+        if is_finite(seconds) and name != "report":
+            times.append(StageTime(name, float(seconds), float(joules) if is_finite(joules) else None))
     return times
 
 
-def _listed(value: Any) -> Sequence[Any]:
+def mapped(value: object) -> Mapping[str, Any]:
+    """A JSON object as it is; anything else as an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def listed(value: object) -> Sequence[Any]:
+    """A JSON list as it is; anything else as an empty one."""
     return value if isinstance(value, list) else []
 
 
-def _finite(value: Any) -> TypeGuard[float]:
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a JSON value is a number, and neither NaN nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _broken(line: Figures) -> bool:
+def _broken(line: Mapping[str, object]) -> bool:
     return any(isinstance(value, float) and not math.isfinite(value) for value in line.values())

@@ -9,7 +9,7 @@ from mlx_zh.reporting import data_view, words
 from mlx_zh.reporting.exam_results import Cell, ExamResult
 from mlx_zh.reporting.exam_view import columns, head_line, interval, percent
 from mlx_zh.reporting.figures_view import flat
-from mlx_zh.reporting.findings import Findings
+from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import named, say
 
 _SPECIAL = re.compile(r"[\\`*_\[\]|~]")
@@ -115,7 +115,7 @@ def _data(findings: Findings) -> list[str]:
         facts = [[name.both(), value.both()] for name, value in stage.facts]
         parts += [f"### {safe(stage.title.both())}", _table(["", ""], facts)]
         parts.append(_table(heads, [[cell.both() for cell in row] for row in stage.sources]))
-    if digests := findings.manifest.get("data"):
+    if digests := mapped(findings.manifest.get("data")):
         parts.append(_table([say("file").both(), say("digest").both()], [list(row) for row in flat(digests)]))
     return [f"## {say('data').both()}", *parts] if parts else []
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from mlx_zh.reporting import data_view, exam_view, figures_view, svg, words
 from mlx_zh.reporting.charts import exam_charts, training_charts
-from mlx_zh.reporting.findings import Findings
+from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import Text, named, say
 
 # C0 and C1 controls are no HTML; bidirectional controls could make text look like what it is not.
@@ -49,7 +49,7 @@ def page(findings: Findings, made: str) -> str:
         style=Markup(style),
         script=Markup(script),
         name=findings.name,
-        model=findings.manifest.get("model", {}).get("source"),
+        model=mapped(findings.manifest.get("model")).get("source"),
         made=made,
         tiles=words.tiles(findings),
         alarms=findings.alarms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_zh.reporting.exam_results import Change
-from mlx_zh.reporting.findings import Findings, TrainingResult, at_end
+from mlx_zh.reporting.findings import Findings, TrainingResult, at_end, is_finite
 from mlx_zh.reporting.messages import Text, say
 
 
@@ -45,9 +45,10 @@ def tiles(findings: Findings) -> list[Tile]:
                 remark = say("change_remark", points=points(change.difference), verdict=text)
             ends = [average.cells[s] for s in exam.compared] if change and exam.compared else cells[:1]
             found.append(Tile(Text.same(exam.title), " → ".join(f"{100 * c.macro:.2f}" for c in ends), remark))
-    if (sft := findings.training.get("sft")) and sft.summary.get("eval_loss_before") is not None:
-        before, after = sft.summary["eval_loss_before"], sft.summary["eval_loss_after"]
-        found.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
+    if sft := findings.training.get("sft"):
+        before, after = (sft.summary.get(f"eval_loss_{side}") for side in ("before", "after"))
+        if isinstance(before, float) and isinstance(after, float):
+            found.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
     if (dpo := findings.training.get("dpo")) and (accuracy := at_end(dpo, "rewards/accuracies")) is not None:
         margin = at_end(dpo, "rewards/margins")
         remark = Text.same("") if margin is None else say("margin_remark", margin=margin)
@@ -67,7 +68,8 @@ def total_seconds(findings: Findings) -> float:
     """Of all stages where the pipeline timed them, else of training."""
     if findings.times:
         return sum(time.seconds for time in findings.times)
-    return sum(float(t.summary.get("seconds") or 0) for t in findings.training.values())
+    every = (training.summary.get("seconds") for training in findings.training.values())
+    return sum(float(seconds) for seconds in every if is_finite(seconds))
 
 
 def training_facts(training: TrainingResult) -> list[tuple[Text, Text]]:
@@ -96,7 +98,7 @@ def training_facts(training: TrainingResult) -> list[tuple[Text, Text]]:
     if peak := training.most("peak_memory_gb"):
         found.append((say("peak_memory"), Text.same(f"{peak:.2f} GB")))
     seconds = training.summary.get("seconds") or training.last("elapsed_seconds")
-    if seconds:
+    if is_finite(seconds) and seconds:
         found.append((say("time"), Text.same(duration(float(seconds)))))
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
@@ -14,6 +14,7 @@ from mlx_zh.corpus.hub_rows import rows_file
 from mlx_zh.corpus.registry import Registry, find_data_set, load_registry
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
+from mlx_zh.corpus.statistics import CorpusReport
 from mlx_zh.corpus.tables import is_saved, saved_files
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
     from mlx_zh.corpus.render import Renderer
 
 _UNITS = {"sft": "examples", "dpo": "pairs"}
+
+
+class TrainingTokens(TypedDict):
+    """How much a training stage will read."""
+
+    epochs: float  # passes over the training data
+    estimated_training_tokens: int  # in all of them
+
+
+class StageReport(TrainingTokens, CorpusReport):
+    """A stage's part of `data/report.json` in the run folder."""
+
+    key: str  # of the corpus
+    folder: str  # where the corpus lies
 
 
 def registry_of(recipe: Recipe | None) -> Registry:
@@ -68,17 +83,22 @@ def keep_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
     """What the corpus is like, kept in the run folder: `data/report.json`, with a part for each stage."""
     path = RunFolder.of(recipe).prepared
     try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     report = corpus.manifest["report"]
-    found = {"key": corpus.key, "folder": str(corpus.folder), **training_tokens(recipe, stage, report), **report}
-    if known.get(stage) != found:
-        write_json(path, known | {stage: found})
+    described: StageReport = {
+        "key": corpus.key,
+        "folder": str(corpus.folder),
+        **training_tokens(recipe, stage, report),
+        **report,
+    }
+    if known.get(stage) != described:
+        write_json(path, known | {stage: described})
     return path
 
 
-def training_tokens(recipe: Recipe, stage: str, report: dict[str, Any]) -> dict[str, Any]:
+def training_tokens(recipe: Recipe, stage: str, report: CorpusReport) -> TrainingTokens:
     """Epochs of a stage, and about how many tokens they are."""
     section = recipe.training(stage)
     epochs = section.epochs
@@ -93,7 +113,7 @@ def file_digests(corpus: Corpus) -> dict[str, str]:
     return {path: digest for told, made in listed for path, digest in zip(told["files"], made["files"], strict=True)}
 
 
-def source_lines(report: dict[str, Any], unit: str) -> list[str]:
+def source_lines(report: CorpusReport, unit: str) -> list[str]:
     """A line for each source: how many examples it gives, and what became of the other rows."""
     lines = []
     for source in report["sources"]:

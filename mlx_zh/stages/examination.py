@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
@@ -27,7 +26,25 @@ if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe
     from mlx_zh.stages.run_models import Candidates
 
-About = dict[str, Any]  # what a result was computed from: kept in its report
+
+class ProtocolName(TypedDict):
+    """Which protocol asked."""
+
+    name: str
+    version: int
+
+
+class About(TypedDict):
+    """Everything that can change a model's answers to an exam; kept in the result file."""
+
+    asked: str  # digest of the questions and of how they are asked
+    protocol: ProtocolName
+    source: str  # the model's path or its name on a hub
+    base: str  # fingerprint of the model's files
+    adapter: str | None  # digest of the adapter; None for a model without one
+    dtype: str
+    quantize: tuple[int, int] | None  # bits and group size
+    rendering: str  # digest of the chat template's work, or of the tokenizer where there is no chat
 
 
 class Examination:
@@ -36,7 +53,7 @@ class Examination:
     def __init__(self, recipe: Recipe, protocol: Protocol, candidates: Candidates, world: World) -> None:
         self._recipe, self._protocol, self._candidates, self._world = recipe, protocol, candidates, world
         self._run = RunFolder.of(recipe)
-        self._known: dict[tuple[str, str], tuple[About, list[Answer]]] = {}  # by exam and stage
+        self._known: dict[tuple[str, str], tuple[Mapping[str, object], list[Answer]]] = {}  # by exam and stage
         self._base: str | None = None  # the base's fingerprint
 
     def ask(self, name: str, exam: Exam) -> None:
@@ -56,7 +73,7 @@ class Examination:
                 "recipe, exam files and model files."
             )
         records = Records(self._run.exams, name, exam.key)
-        keys = {s.key: value_digest(about | {"asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
+        keys = {s.key: value_digest({**about, "asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
         given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
         waiting = world.broadcast_result(
             lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given]
@@ -89,7 +106,7 @@ class Examination:
                     report(len(answers))
                 yield subjects[index], [asking.Answer.of(fields) for fields in answers]
 
-    def side_by_side(self, exam: Exam) -> dict[str, figures.Figures]:
+    def side_by_side(self, exam: Exam) -> dict[str, figures.ExamReport]:
         """Figures by stage, in the order of a run; stages that answered the same exam earlier are there too."""
         for name in NAMES:
             if (exam.key, name) not in self._known:
@@ -105,25 +122,28 @@ class Examination:
         """Write every stage's files anew, now with the comparisons; returns their paths."""
         paths: list[Path] = []
         stages = self.side_by_side(exam)
-        for name, found in stages.items():
+        for name, report in stages.items():
             others = [other for other in stages if other != name] if exam.labelled else []
-            found["against"] = {other: asdict(self.compare(exam, other, name)) for other in others}
+            against = {other: self.compare(exam, other, name).as_dict() for other in others}
+            compared: figures.ComparedReport = {**report, "against": against}
             answers = self._known[exam.key, name][1]
-            paths += Records(self._run.exams, name, exam.key).finish(answers, found, labelled=exam.labelled)
+            paths += Records(self._run.exams, name, exam.key).finish(answers, compared, labelled=exam.labelled)
         return paths
 
-    def _figures(self, exam: Exam, name: str) -> figures.Figures:
+    def _figures(self, exam: Exam, name: str) -> figures.ExamReport:
         about, answers = self._known[exam.key, name]
-        head = {"benchmark": exam.title, "split": exam.split, "stage": name, "about": about}
         samples = self._recipe.evaluate.bootstrap
-        return head | figures.exam_figures(exam, answers, samples=samples, seed=self._recipe.seed)
+        measured = figures.exam_figures(exam, answers, samples=samples, seed=self._recipe.seed)
+        return {"benchmark": exam.title, "split": exam.split, "stage": name, "about": about, **measured}
 
     def _recall(self, exam: Exam, name: str) -> None:
         """Take a finished stage's answers if they are to the same questions, asked in the same way."""
         kept = Records(self._run.exams, name, exam.key).finished()
         if kept is None:
             return
-        about, answers = kept[0].get("about", {}), kept[1]
+        about, answers = kept[0].get("about"), kept[1]
+        if not isinstance(about, Mapping):  # not there, or of another version
+            return
         same = about.get("asked") == self._asked(exam, exam.subjects)
         same = same and about.get("adapter") == self._candidates.adapter_digest(name)
         if name != "fused" and self._base is not None:

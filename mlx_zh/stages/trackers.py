@@ -14,12 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from mlx_zh.errors import first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.system.redaction import hide_all
+
+if TYPE_CHECKING:
+    from mlx_zh.training.metrics import MetricsLine
 
 PROJECT = "mlx-zh"
 
@@ -65,7 +68,7 @@ class Trackers:
         for name in names:
             self._try(name, partial(self._begin, name, about))
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: MetricsLine) -> None:
         """A line of metrics.jsonl, under the names that Transformers' Trainer gives: train/loss, eval/loss."""
         figures = {}
         for key, value in line.items():

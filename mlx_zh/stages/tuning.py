@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from mlx_zh.system.interrupts import stop_on_interrupt
 from mlx_zh.system.storage import write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Shortened, Stepped
+from mlx_zh.training.metrics import MetricsLine, TrainingSummary, validation_figures
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
@@ -266,31 +267,28 @@ class Session:
         lines = [line for line in loop.log.read() if "eval_loss" in line]
         if self.section.load_best:
             lines += [line for line in lines if line["step"] == loop.progress.best_step]
-        first, last = (lines[0], lines[-1]) if lines else ({}, {})
-        write_json(
-            self.folder.summary,
-            {
-                "key": self.key,
-                "finished": finished.reason,
-                "steps": finished.step,
-                "seconds": round(loop.progress.elapsed_seconds, 1),
-                "skipped_steps": loop.progress.skipped_steps,
-                "eval_loss_before": first.get("eval_loss"),
-                "eval_loss_after": last.get("eval_loss"),
-                "before": {name: value for name, value in first.items() if name.startswith("eval_")},
-                "after": {name: value for name, value in last.items() if name.startswith("eval_")},
-                "best": {"step": loop.progress.best_step, "eval_loss": loop.progress.best_loss},
-            },
-        )
+        summary: TrainingSummary = {
+            "key": self.key,
+            "finished": finished.reason,
+            "steps": finished.step,
+            "seconds": round(loop.progress.elapsed_seconds, 1),
+            "skipped_steps": loop.progress.skipped_steps,
+            "eval_loss_before": lines[0]["eval_loss"] if lines else None,
+            "eval_loss_after": lines[-1]["eval_loss"] if lines else None,
+            "before": validation_figures(lines[0]) if lines else {},
+            "after": validation_figures(lines[-1]) if lines else {},
+            "best": {"step": loop.progress.best_step, "eval_loss": loop.progress.best_loss},
+        }
+        write_json(self.folder.summary, summary)
 
 
 class Watch(Protocol):
     """Looks at the figures of a run as it goes."""
 
-    def recall(self, figures: dict[str, Any]) -> None:
+    def recall(self, figures: MetricsLine) -> None:
         """A step of an earlier session of this run."""
 
-    def step(self, figures: dict[str, Any]) -> Sequence[str]:
+    def step(self, figures: MetricsLine) -> Sequence[str]:
         """A step just taken: warnings to show, or an error that ends the run."""
 
 
@@ -309,7 +307,7 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
 
 def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
     """Show what a stage did: the answers of the models `names`, validation before and after, where things lie."""
-    summary = json.loads(session.folder.summary.read_text(encoding="utf-8"))
+    summary: TrainingSummary = json.loads(session.folder.summary.read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     console.say()
     if answers := samples.shown(*names):
@@ -337,7 +335,7 @@ _SHOWN = {
 }
 
 
-def _evaluation(figures: dict[str, Any]) -> str:
+def _evaluation(figures: Mapping[str, object]) -> str:
     more = "".join(f", {label} {figures[key]:z.2f}" for key, label in _SHOWN.items() if key in figures)
     return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
 

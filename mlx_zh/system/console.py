@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class StepBar:
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
 
-    def update(self, figures: dict[str, Any]) -> None:
+    def update(self, figures: Mapping[str, object]) -> None:
         """Advance by a step and show its figures."""
         ranked = "rewards/margins" in figures
         margin = f"margin {figures['rewards/margins']:z.2f}, " if ranked else ""

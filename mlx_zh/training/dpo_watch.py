@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from mlx_zh.core.losses import LOSSES
 from mlx_zh.errors import TrainingError
 from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import Dpo
+from mlx_zh.training.metrics import MetricsLine
 
 # The mean difference between two log-probs of the same token that were computed in differently packed rows.
 _TOKEN_ERROR = {True: 1e-4, False: 3e-2}  # by whether the model computes in float32
@@ -31,22 +32,22 @@ class DpoWatch:
         self._section = section
         self._starts_at_reference = starts_at_reference
         self._token_error = _TOKEN_ERROR[float32]
-        self._steps: list[dict[str, Any]] = []
+        self._steps: list[MetricsLine] = []
         self._reported: set[str] = set()
 
-    def recall(self, figures: dict[str, Any]) -> None:
+    def recall(self, figures: MetricsLine) -> None:
         """Add a step of an earlier session of this run. Its warnings are not returned again."""
         self._steps.append(figures)
         self._remarks()
 
-    def step(self, figures: dict[str, Any]) -> list[Notice]:
+    def step(self, figures: MetricsLine) -> list[Notice]:
         """New warnings after a step with these metrics. Raises TrainingError when the first step cannot be right."""
         if figures["step"] == 1 and self._starts_at_reference:
             self._check_start(figures)
         self._steps.append(figures)
         return self._remarks()
 
-    def _check_start(self, figures: dict[str, Any]) -> None:
+    def _check_start(self, figures: MetricsLine) -> None:
         """Raises TrainingError unless every reward is 0 and the sigmoid loss is -log sigmoid(0) = ln 2.
 
         These values follow from policy = reference.
@@ -82,10 +83,8 @@ class DpoWatch:
         if not LOSSES[self._section.loss].reference or len(self._steps) < needed or len(self._steps) % _WINDOW:
             return None
         last = self._steps[-needed:]
-        chosen, margins = (
-            [sum(s[f"rewards/{name}"] for s in last[i : i + _WINDOW]) / _WINDOW for i in range(0, needed, _WINDOW)]
-            for name in ("chosen", "margins")
-        )
+        chosen = _window_means([step["rewards/chosen"] for step in last])
+        margins = _window_means([step["rewards/margins"] for step in last])
         falling = all(b < a for a, b in pairwise(chosen))
         rising = all(b > a for a, b in pairwise(margins))
         lost = (chosen[0] - chosen[-1]) / self._section.beta
@@ -101,3 +100,8 @@ class DpoWatch:
         if sum(step["pairs"] for step in first) < 12 or any(step["rewards/accuracies"] < 1 for step in first):
             return None
         return Notice("dpo-perfect-at-once", steps=_EARLY, reference=self._section.reference)
+
+
+def _window_means(values: Sequence[float]) -> list[float]:
+    """The mean of each window of `_WINDOW` values."""
+    return [sum(values[i : i + _WINDOW]) / _WINDOW for i in range(0, len(values), _WINDOW)]

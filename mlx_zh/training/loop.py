@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +22,7 @@ from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
 from mlx_zh.training import checkpoints
 from mlx_zh.training.checkpoints import Progress
-from mlx_zh.training.metrics import MetricsLog, Skipped
+from mlx_zh.training.metrics import MetricsLine, MetricsLog, Skipped
 from mlx_zh.training.objective import Objective, Row, shorten
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, learning_rate
 from mlx_zh.training.order import Order
@@ -33,7 +33,7 @@ from mlx_zh.training.step import OutOfMemory, StepResult, evaluate, set_weights,
 class Stepped:
     """A step was taken; `figures` is its line in `metrics.jsonl`."""
 
-    figures: dict[str, Any]
+    figures: MetricsLine
     result: StepResult
     examples: tuple[int, ...]
 
@@ -58,7 +58,7 @@ class Evaluating:
 class Evaluated:
     """The validation set was scored. `figures` is its line in `metrics.jsonl`; `best` is true for the lowest loss."""
 
-    figures: dict[str, Any]
+    figures: MetricsLine
     best: bool
 
 
@@ -193,7 +193,7 @@ class Loop:
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
         now = time.monotonic()
         progress.elapsed_seconds = now - began
-        figures: dict[str, Any] = {
+        line = {
             "step": progress.step,
             "epoch": round(progress.step / self.order.steps_per_epoch, 4),
             "loss": result.loss,
@@ -206,6 +206,7 @@ class Loop:
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             "elapsed_seconds": round(progress.elapsed_seconds, 2),
         }
+        figures = cast(MetricsLine, line)  # the objective names some of the keys
         if not result.applied:
             figures["skipped_examples"] = [int(e) for e in examples]
         if world.size > 1:
@@ -280,8 +281,9 @@ class Loop:
             "eval_loss": loss,
             **{f"eval_{name}": value for name, value in self.validation.metrics(sums).items()},
         }
-        self.log.append(line)
-        yield Evaluated(line, best)
+        validated = cast(MetricsLine, line)  # the objective names some of the keys
+        self.log.append(validated)
+        yield Evaluated(validated, best)
 
     def _checkpoint_due(self, saved_at: float) -> bool:
         every = self.checkpoint

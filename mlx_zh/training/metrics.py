@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Required, TypedDict
 
 from mlx_zh.errors import TrainingError
 from mlx_zh.system.storage import storage_errors, sync, write_text
@@ -14,6 +14,77 @@ if TYPE_CHECKING:
     from mlx_zh.training.checkpoints import Progress
 
 _SHOWN = 20  # examples named in a message; the file has them all
+
+# A line of metrics.jsonl: a step's, or a validation's. The functional form, for keys with a slash.
+MetricsLine = TypedDict(
+    "MetricsLine",
+    {
+        "step": Required[int],  # optimizer steps so far
+        "epoch": Required[float],  # passes over the training data so far
+        # A step
+        "loss": float,  # mean over the step's scored tokens (SFT) or pairs (DPO), all ranks together
+        "learning_rate": float,
+        "grad_norm": float,  # before it is limited to max_grad_norm
+        "scored_tokens": int,  # tokens that the loss is over
+        "tokens": int,  # tokens that the model computed
+        "tokens_per_second": float,  # all ranks together
+        "peak_memory_gb": float,  # MLX's peak in this step on the first rank; 10^9 bytes
+        "elapsed_seconds": float,  # of training so far, earlier sessions included
+        # A step of DPO: means over its pairs
+        "rewards/chosen": float,
+        "rewards/rejected": float,
+        "rewards/margins": float,  # chosen - rejected
+        "rewards/accuracies": float,  # share of pairs whose margin is above 0
+        "logps/chosen": float,
+        "logps/rejected": float,
+        "pairs": int,
+        # A step that was skipped
+        "skipped_examples": list[int],  # numbered from 0 in the prepared training data
+        # A step of more than one rank
+        "ranks": int,
+        "communication_share": float,  # share of the step's time
+        "waiting_share": float,
+        # A validation: the same figures of the validation set
+        "eval_loss": float,
+        "eval_rewards/chosen": float,
+        "eval_rewards/rejected": float,
+        "eval_rewards/margins": float,
+        "eval_rewards/accuracies": float,
+        "eval_logps/chosen": float,
+        "eval_logps/rejected": float,
+        "eval_pairs": int,
+    },
+    total=False,
+)
+
+
+class BestStep(TypedDict):
+    """The validation with the lowest loss; None without any."""
+
+    step: int | None
+    eval_loss: float | None
+
+
+class TrainingSummary(TypedDict):
+    """`summary.json` of a finished training stage."""
+
+    key: str  # digest of everything that the stage learns from
+    finished: str  # done or early_stopping
+    steps: int
+    seconds: float  # all sessions together
+    skipped_steps: int
+    eval_loss_before: float | None  # None without a validation set
+    eval_loss_after: float | None  # of the weights that are kept
+    before: dict[str, float]  # the first validation's figures, by their names in metrics.jsonl
+    after: dict[str, float]
+    best: BestStep
+
+
+def validation_figures(line: MetricsLine) -> dict[str, float]:
+    """The figures of a validation by their names in metrics.jsonl, each of which begins with `eval_`."""
+    return {
+        name: value for name, value in line.items() if name.startswith("eval_") and isinstance(value, int | float)
+    }
 
 
 class MetricsLog:
@@ -25,7 +96,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, keep: bool = True) -> None:
         self._path, self._keep = path, keep
 
-    def append(self, figures: dict[str, Any]) -> None:
+    def append(self, figures: MetricsLine) -> None:
         """Write one line. Raises StorageError."""
         if not self._keep:
             return
@@ -49,7 +120,7 @@ class MetricsLog:
             with storage_errors(self._path), self._path.open("rb+") as file:
                 file.truncate(min(size, file.seek(0, os.SEEK_END)))  # `truncate` would pad a shorter file with zeros
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[MetricsLine]:
         """All lines, parsed."""
         if not self._path.exists():
             return []
@@ -95,5 +166,5 @@ class Skipped:
             "of the adapter to start from, or these examples. Nothing was saved since the last checkpoint."
         )
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self) -> list[MetricsLine]:
         return [line for line in self._log.read() if "skipped_examples" in line]

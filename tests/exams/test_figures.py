@@ -66,7 +66,7 @@ def answers(
     return found
 
 
-def measured(asked: Exam, given: list[Answer]) -> figures.Figures:
+def measured(asked: Exam, given: list[Answer]) -> figures.ExamFigures:
     return figures.exam_figures(asked, given, samples=500, seed=0)
 
 
