@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_zh.chatting.transcript import Transcript
+from mlx_zh.core.families import Config
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.generate import GenerationSession, Sampling, Statistics, StopTest
@@ -151,7 +152,7 @@ class Chatbot:
         return GenerationSession(self.loaded.model, self.loaded.tokenizer, self.loaded.eos_token_ids)
 
 
-def context_length(config: dict[str, Any], chosen: int | None) -> int:
+def context_length(config: Config, chosen: int | None) -> int:
     """The context in tokens: `chosen`, but at most what the model was trained for. Without both, 4096."""
     trained = config.get("max_position_embeddings")
     limit = trained if isinstance(trained, int) and trained > 0 else None

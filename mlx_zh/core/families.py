@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+Config = dict[str, Any]  # a model's config.json: its maker chose the keys, so a value is checked where it is used
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zh.core.families import FAMILIES
+from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.errors import ModelError
 from mlx_zh.system import device
@@ -353,7 +353,7 @@ def sequence_logprobs(model: nn.Module, batch: PackedBatch, *, chunk: int | None
     return sum_by_owner(logprobs, batch.owner, batch.num_sequences)
 
 
-def check_supported(model: nn.Module, config: dict[str, Any]) -> None:
+def check_supported(model: nn.Module, config: Config) -> None:
     """Compare the packed forward pass with the model's own on a short text.
 
     `config` is the model's `config.json`. Raises ModelError when the blocks are not Llama-shaped, when the logits

@@ -6,9 +6,9 @@ import importlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_zh.core.families import FAMILIES
+from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Weights = dict[str, "mx.array"]
 
 
 def build_model(
-    config: dict[str, Any],
+    config: Config,
     weights: Weights,
     source: str,
     *,
@@ -74,18 +74,24 @@ def build_model(
     return model
 
 
+class Form(TypedDict):
+    """How a quantized matrix is packed."""
+
+    group_size: int  # columns that share a scale
+    bits: int  # of each value
+    mode: str  # affine, mxfp4 ...: the name that mlx.core.quantize takes
+
+
 @dataclass(frozen=True, slots=True)
 class Outline:
     """The tensors and modules of a model, known without reading the weights."""
 
     shapes: dict[str, tuple[int, ...]]  # shape of every tensor at full precision, in the model's order
     matrices: tuple[str, ...]  # modules that can be quantized
-    packing: dict[str, dict[str, Any]]  # modules that are quantized -> bits, group_size, mode
+    packing: dict[str, Form]  # modules that are quantized -> bits, group_size, mode
 
 
-def outline(
-    config: dict[str, Any], weights: Weights, source: str, *, quantize: tuple[int, int] | None = None
-) -> Outline:
+def outline(config: Config, weights: Weights, source: str, *, quantize: tuple[int, int] | None = None) -> Outline:
     """Check lazy `weights` against `config` as `build_model` does, and leave them lazy.
 
     Tensors that the model does not use are removed from `weights`. With `quantize`, matrices are replaced by
@@ -109,7 +115,7 @@ def outline(
     return Outline(shapes, tuple(_matrices(modules)), packing)
 
 
-def _resolve_config(config: dict[str, Any], weights: Weights, source: str) -> None:
+def _resolve_config(config: Config, weights: Weights, source: str) -> None:
     """Set tied embeddings, where mlx-lm's default differs from Hugging Face's, and remove tensors that are not used.
 
     Raises ModelError if the model is quantized in a format that cannot be read.
@@ -129,7 +135,7 @@ def _resolve_config(config: dict[str, Any], weights: Weights, source: str) -> No
         )
 
 
-def _lazy_model(config: dict[str, Any], weights: Weights, source: str) -> Any:
+def _lazy_model(config: Config, weights: Weights, source: str) -> Any:
     """The model with lazy random parameters, which take no memory before they are evaluated."""
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(weights):
@@ -177,13 +183,11 @@ def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int,
         )
 
 
-def _packing(
-    config: dict[str, Any], weights: Weights, modules: Mapping[str, Any], source: str
-) -> dict[str, dict[str, Any]]:
+def _packing(config: Config, weights: Weights, modules: Mapping[str, Any], source: str) -> dict[str, Form]:
     """Path of each quantized module -> its bits, group_size and mode, derived from the shapes of its arrays."""
     import mlx.core as mx
 
-    packing: dict[str, dict[str, Any]] = {}
+    packing: dict[str, Form] = {}
     bad: list[str] = []
     for name in weights:
         path = name.removesuffix(".scales")
@@ -211,13 +215,14 @@ def _matrices(modules: Mapping[str, Any]) -> list[str]:
     return [path for path, module in modules.items() if hasattr(module, "to_quantized")]
 
 
-def describe_packing(packing: Mapping[str, dict[str, Any]], matrices: Iterable[str]) -> dict[str, Any]:
+def describe_packing(packing: Mapping[str, Form], matrices: Iterable[str]) -> dict[str, Any]:
     """config.json's "quantization" as mlx-lm writes it: the most common format, then the modules that differ from it.
 
     A module that is not quantized has the value False.
     """
     counts = Counter((p["group_size"], p["bits"], p["mode"]) for p in packing.values())
-    common = dict(zip(("group_size", "bits", "mode"), counts.most_common(1)[0][0], strict=True))
+    group_size, bits, mode = counts.most_common(1)[0][0]
+    common: Form = {"group_size": group_size, "bits": bits, "mode": mode}
     described: dict[str, Any] = dict(common)
     for path in matrices:
         if path not in packing:
@@ -227,16 +232,16 @@ def describe_packing(packing: Mapping[str, dict[str, Any]], matrices: Iterable[s
     return described
 
 
-def _make_quantized(model: nn.Module, packing: Mapping[str, dict[str, Any]]) -> None:
+def _make_quantized(model: nn.Module, packing: Mapping[str, Form]) -> None:
     import mlx.nn as nn
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        return packing.get(path, False)
+        return dict(packing[path]) if path in packing else False
 
     nn.quantize(model, class_predicate=choose)
 
 
-def dequantize(weights: Weights, packing: Mapping[str, dict[str, Any]], dtype: mx.Dtype) -> None:
+def dequantize(weights: Weights, packing: Mapping[str, Form], dtype: mx.Dtype) -> None:
     """Replace quantized matrices by full ones of `dtype`, lazily.
 
     Scales and biases are converted to float32 first: in half precision `scale * code + bias` would be rounded again.

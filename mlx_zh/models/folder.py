@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh.core.families import FAMILIES
+from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
-def folder_config(path: Path) -> dict[str, Any]:
+def folder_config(path: Path) -> Config:
     """config.json, with the end-of-turn ids of generation_config.json added, in the form that mlx-lm 0.32 reads.
 
     Raises ModelError if there is none, if it cannot be parsed, or if the model's family is not supported.
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _flatten_rope(config: dict[str, Any]) -> None:
+def _flatten_rope(config: Config) -> None:
     """Copy rope_theta out of rope_parameters, where transformers 5 puts it; mlx-lm's Llama would use 10000."""
     nested = config.get("rope_parameters")
     if not isinstance(nested, dict):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.families import FAMILIES
+from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError
-from mlx_zh.models.build import describe_packing
+from mlx_zh.models.build import Form, describe_packing
 from mlx_zh.models.gguf import BITS, GROUP_SIZE, GGUFFile, read_tensor
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 ROPE_FACTORS = "rope_freqs.weight"
 
 
-def gguf_config(file: GGUFFile) -> dict[str, Any]:
+def gguf_config(file: GGUFFile) -> Config:
     """The config.json that belongs to this file. Raises ModelError if mlx-lm's Llama-like classes cannot run it."""
     kind = file.architecture
     if kind not in ARCHITECTURES or file.metadata.get("general.type", "model") != "model":
@@ -48,7 +48,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         )
     key = _Keys(file)
     hidden, heads = key.integer("embedding_length"), key.integer("attention.head_count")
-    config: dict[str, Any] = {
+    config: Config = {
         "model_type": kind,
         "architectures": [FAMILIES[kind].architecture],
         "hidden_act": "silu",
@@ -117,7 +117,7 @@ class _Keys:
         return int(self.number(name, default))
 
 
-def _check_shape(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> None:
+def _check_shape(file: GGUFFile, key: _Keys, config: Config) -> None:
     rotary = key.integer("rope.dimension_count", config["head_dim"])
     experts = key.integer("expert_count", 0)
     problem = ""
@@ -136,7 +136,7 @@ def _check_shape(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> None:
         )
 
 
-def _rope_scaling(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFFile, key: _Keys, config: Config) -> Config | None:
     if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
     kind = key.get("rope.scaling.type")
@@ -154,7 +154,7 @@ def _rope_scaling(file: GGUFFile, key: _Keys, config: dict[str, Any]) -> dict[st
     )
 
 
-def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(file: GGUFFile, config: Config) -> Config:
     """config.json's "rope_scaling" of Llama 3.1, derived from the frequency divisors that GGUF stores.
 
     `factor` is the largest divisor. The other three numbers are the same in Llama 3.1, 3.2 and 3.3. To check them,
@@ -177,7 +177,7 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     return scaling
 
 
-def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> npt.NDArray[np.float64]:
+def llama3_divisors(scaling: Config, head_dim: int, theta: float) -> npt.NDArray[np.float64]:
     """The number by which Llama 3.1 divides each rotation frequency: (head_dim / 2,)."""
     low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
     half = head_dim // 2
@@ -187,7 +187,7 @@ def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> npt
     return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))
 
 
-def gguf_weights(file: GGUFFile, config: dict[str, Any]) -> dict[str, mx.array]:
+def gguf_weights(file: GGUFFile, config: Config) -> dict[str, mx.array]:
     """Every tensor by its mlx-lm name, with `.scales` and `.biases`, q and k rows in Hugging Face's order.
 
     Raises ModelError if the file has tensors that its architecture does not have.
@@ -216,7 +216,7 @@ def gguf_packing(file: GGUFFile) -> dict[str, Any] | None:
     """config.json's "quantization" for the matrices as stored; None if none is quantized."""
     matrices = {name: info for name, info in file.tensors.items() if len(info.shape) == 2 and _rename(name)}
     modules = {name: str(_rename(name)).removesuffix(".weight") for name in matrices}
-    packing = {
+    packing: dict[str, Form] = {
         modules[name]: {"group_size": GROUP_SIZE, "bits": BITS[info.kind], "mode": "affine"}
         for name, info in matrices.items()
         if info.kind in BITS
@@ -249,7 +249,7 @@ def gguf_name(name: str) -> str:
 _PARTS = {mlx_part: gguf_part for gguf_part, mlx_part in _LAYER.items()}
 
 
-def permute(name: str, array: mx.array, config: dict[str, Any]) -> mx.array:
+def permute(name: str, array: mx.array, config: Config) -> mx.array:
     """The tensor `name` with rows in llama.cpp's order; only q and k of Llama and Mistral change.
 
     llama.cpp rotates neighbouring dimensions of a head, Hugging Face its first half with its second.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.core.families import Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models import folder, gguf, gguf_model, gguf_tokenizer, wheel
 from mlx_zh.models.build import DTYPES, build_model
@@ -31,7 +32,7 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: Any  # transformers' PreTrainedTokenizerFast
-    config: dict[str, Any]  # config.json; "quantization" only if the weights in memory are quantized
+    config: Config  # config.json; "quantization" only if the weights in memory are quantized
     path: Path  # the folder or .gguf file
     source: str  # as the user wrote it
     fingerprint: str  # 16 hex digits that identify the content on disk
@@ -90,12 +91,12 @@ def _inside(path: Path) -> Path:
     return files[0] if files else path
 
 
-def load_config(path: Path) -> dict[str, Any]:
+def load_config(path: Path) -> Config:
     """The config of a resolved model (for GGUF, derived from the metadata). Raises ModelError."""
     return gguf_model.gguf_config(gguf.read_gguf(path)) if path.is_file() else folder.folder_config(path)
 
 
-def find_config(path: str, *, hub: str = "huggingface", revision: str | None = None) -> dict[str, Any]:
+def find_config(path: str, *, hub: str = "huggingface", revision: str | None = None) -> Config:
     """The config of a model that may not be on this disk: from a hub, only its config is downloaded.
 
     For a GGUF file "quantization" says how its matrices are stored. Raises ModelError, DownloadError.
@@ -109,7 +110,7 @@ def find_config(path: str, *, hub: str = "huggingface", revision: str | None = N
     return folder.folder_config(_download_config(path, hub, revision))
 
 
-def _with_packing(path: Path) -> dict[str, Any]:
+def _with_packing(path: Path) -> Config:
     """A local model's config, with "quantization" for a GGUF file too."""
     config = load_config(path)
     if path.is_file():
@@ -197,7 +198,7 @@ def _check_vocabulary(tokenizer: Any, model: Any, path: Path) -> None:
         )
 
 
-def end_of_turn_ids(tokenizer: Any, config: dict[str, Any], path: Path) -> tuple[int, ...]:
+def end_of_turn_ids(tokenizer: Any, config: Config, path: Path) -> tuple[int, ...]:
     """Every token id that ends a turn: the tokenizer's, the config's, and the one that the chat template writes.
 
     Raises ModelError, naming `path`, if an id is not a whole number.

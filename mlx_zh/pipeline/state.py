@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import Recipe
@@ -15,7 +14,7 @@ from mlx_zh.system.storage import write_json
 
 _LARGE = 64 * 2**20  # bytes; larger files are compared by size and time, because reading them takes minutes
 
-Inputs = dict[str, Any]
+Inputs = dict[str, object]  # what a step depends on: a recipe's key or "file PATH", "after STEP" ... -> JSON value
 
 
 @dataclass
@@ -76,7 +75,7 @@ class State:
             contents[prepared] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
         return contents
 
-    def _prepared(self, stage: str) -> Any:
+    def _prepared(self, stage: str) -> object:
         """The key of the prepared data of one stage; the data of the other stage does not matter for it."""
         try:
             return json.loads(self.run.prepared.read_text(encoding="utf-8"))[stage]["key"]
@@ -99,12 +98,14 @@ class State:
         return f"{_listed(changed)} {'was' if len(changed) == 1 else 'were'} changed or removed" if changed else None
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Inputs:
+def flat(values: Mapping[str, object], prefix: str = "") -> Inputs:
     """Nested mappings as one mapping with dotted keys. Lists and empty mappings are values."""
     flattened: Inputs = {}
     for key, value in values.items():
-        inner = isinstance(value, dict) and value
-        flattened |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        if isinstance(value, dict) and value:
+            flattened |= flat(value, f"{prefix}{key}.")
+        else:
+            flattened[f"{prefix}{key}"] = value
     return flattened
 
 
@@ -127,7 +128,7 @@ def changes(old: Inputs, new: Inputs) -> str:
     return _listed(phrases)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:40]}…"
 

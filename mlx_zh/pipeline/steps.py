@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from mlx_zh.recipe import Recipe, Sources
 
@@ -34,7 +34,7 @@ class Step:
     prepared: str | None = None  # the stage (sft or dpo) whose prepared data it reads
     trains: bool = False  # it writes checkpoints, can resume, and has the option --fresh
 
-    def inputs(self, values: dict[str, Any]) -> dict[str, Any]:
+    def inputs(self, values: Mapping[str, object]) -> dict[str, object]:
         """The keys of a recipe that this step depends on. `values` has dotted keys."""
         return {k: v for k, v in values.items() if _under(k, self.keys) and not _under(k, self.without)}
 

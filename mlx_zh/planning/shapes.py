@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from mlx_zh.core.families import FAMILIES
+from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.models.adapters.spec import AdapterSpec
 
 # The linear layers of a block, with the names of their input and output widths; see `ModelShape.width`.
@@ -58,7 +57,7 @@ class ModelShape:
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
 
-def model_shape(config: dict[str, Any]) -> ModelShape:
+def model_shape(config: Config) -> ModelShape:
     """The shape of the model with this `config.json`. A damaged one raises a built-in exception."""
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -77,7 +76,7 @@ class Written:
         found = self.found
         return card.FormatFacts(self.kind, self.result.detail, file, found.left, found.fidelity, found.warnings)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values for summary.json: notices as their English sentences, and beside them their codes."""
         about = {"detail": self.result.detail, "bits": self.result.bits, "folder": str(self.folder)}
         reason = self.found.unmeasured

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_zh.core.families import Config
 from mlx_zh.errors import ModelError, PlanError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -49,9 +50,7 @@ def mac(memory: float) -> Place:
     return Place(Notice("memory-recommended-mac", gigabytes=memory / 2**30), memory * share, cpu=False)
 
 
-def training_step(
-    recipe: Recipe, stage: str, config: dict[str, Any], place: Place, examples: Examples | None = None
-) -> Step:
+def training_step(recipe: Recipe, stage: str, config: Config, place: Place, examples: Examples | None = None) -> Step:
     """The step of `stage` (sft or dpo); without `examples`, ones of `data.max_length`."""
     try:
         model = model_shape(config)
@@ -74,7 +73,7 @@ def training_step(
     return Step(model, trained, target_of(recipe, config, place), examples)
 
 
-def target_of(recipe: Recipe, config: dict[str, Any], place: Place) -> Target:
+def target_of(recipe: Recipe, config: Config, place: Place) -> Target:
     """In what precision the model is there; the same rules as in `models.load`."""
     if place.cpu and recipe.model.dtype == "auto":
         return Target(4, None, fused_attention=False)
@@ -102,7 +101,7 @@ def require(
     *,
     force: bool,
     fresh: bool = False,
-    config: dict[str, Any] | None = None,
+    config: Config | None = None,
     corpus: Conversations | Pairs | None = None,
 ) -> None:
     """Refuse what cannot fit: PlanError, or with `force` a warning.

@@ -118,7 +118,7 @@ class Session:
         self.run = RunFolder.of(self.recipe)
         self.folder = self.run.stage(self.stage)
 
-    def check(self) -> dict[str, Any] | None:
+    def check(self) -> Mapping[str, object] | None:
         """The summary of an earlier run of these settings that is finished; None where there is work to do.
 
         RecipeError where the folder holds a run with other settings. Writes nothing.
@@ -349,7 +349,7 @@ def _same(left: Arrays, right: Arrays) -> bool:
     return all(bool(mx.array_equal(left[name], right[name])) for name in left)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, object] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import mlx.core as mx
 
@@ -24,13 +24,21 @@ _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _DIGESTS = "digests.json"
 
 
+class CheckpointState(TypedDict):
+    """`state.json` of a checkpoint."""
+
+    step: int
+    key: str  # digest of everything that the stage learns from
+    progress: dict[str, Any]  # the fields of `Progress`
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A run after `state["step"]` steps: trained weights, optimizer state, and JSON values."""
 
     weights: Arrays
     optimizer: Arrays
-    state: dict[str, Any]
+    state: CheckpointState
 
 
 @dataclass

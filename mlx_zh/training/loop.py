@@ -293,6 +293,10 @@ class Loop:
 
     def _save(self) -> Saved:
         self.progress.metrics_size = self.log.size()
-        state = {"step": self.progress.step, "key": self.key, "progress": self.progress.__dict__}
+        state: checkpoints.CheckpointState = {
+            "step": self.progress.step,
+            "key": self.key,
+            "progress": self.progress.__dict__,
+        }
         checkpoint = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
         return Saved(checkpoints.save(self.files.checkpoints, checkpoint, keep=self.checkpoint.keep))

@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_zh.core.families import FAMILIES
-from mlx_zh.models.build import describe_packing
+from mlx_zh.models.build import Form, describe_packing
 from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
 from mlx_zh.models.export.safetensors_file import Entry, write_shards
 from mlx_zh.models.export.source import Source
@@ -23,8 +22,6 @@ _TOKENIZER_FILES = (
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 DEFAULT_GROUP = 64
-
-Form = dict[str, Any]  # bits, group_size, mode
 
 
 @dataclass(frozen=True)
@@ -112,10 +109,11 @@ def packed_layout(fusion: Fusion, bits: int, group_size: int | None, *, at_least
     for path in outline.matrices:
         if path in kept or f"{path}.weight" not in outline.shapes:
             continue
-        group = group_size or base.get(path, {}).get("group_size", DEFAULT_GROUP)
+        form = base.get(path)
+        group = group_size or (form["group_size"] if form else DEFAULT_GROUP)
         if group not in (32, 64, 128) or outline.shapes[f"{path}.weight"][-1] % group:
             continue
-        matrix_bits = max(bits, base.get(path, {}).get("bits", 0)) if at_least else bits
+        matrix_bits = max(bits, form["bits"]) if at_least and form else bits
         packing[path] = {"group_size": group, "bits": matrix_bits, "mode": "affine"}
     ordered = {path: packing[path] for path in outline.matrices if path in packing}
     return Layout(fusion, fusion.source.dtype, ordered, frozenset(kept))

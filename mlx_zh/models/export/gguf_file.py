@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.families import FAMILIES
+from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
 from mlx_zh.models.export.merge import Fusion, Survival, survival
@@ -77,7 +77,7 @@ def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
     return GGUFPlan(fusion, kind, title, metadata, factors)
 
 
-def _rope(config: dict[str, Any], head_dim: int, name: str) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
+def _rope(config: Config, head_dim: int, name: str) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
     """The metadata of the RoPE scaling, and for Llama 3.1 the frequency divisors, which GGUF stores as a tensor."""
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.models.build import Weights, dequantize
+from mlx_zh.models.build import Form, Weights, dequantize
 from mlx_zh.models.export.source import Source
 
 # Minimum cosine of two versions of one matrix. With one version in 4 bits it is 0.99; in two models it is near 0.
@@ -104,7 +104,7 @@ class Fusion:
         return self.original or self.base
 
     @property
-    def untouched(self) -> dict[str, dict[str, Any]]:
+    def untouched(self) -> dict[str, Form]:
         """The quantized modules of the source that the adapter does not change; their codes can be copied."""
         changed = self.adapter.tensors
         return {path: form for path, form in self.source.outline.packing.items() if f"{path}.weight" not in changed}

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_zh.core.families import Config
 from mlx_zh.models import folder, gguf, gguf_model
 from mlx_zh.models.build import Outline, Weights, outline
 from mlx_zh.models.load import end_of_turn_ids, load_tokenizer
@@ -21,7 +22,7 @@ class Source:
 
     path: Path  # a folder or a .gguf file
     name: str  # as the user wrote it
-    config: dict[str, Any]  # without "quantization"
+    config: Config  # without "quantization"
     tokenizer: Any
     outline: Outline
     fingerprint: str
@@ -67,7 +68,7 @@ def open_source(path: Path, name: str, *, quantize: tuple[int, int] | None = Non
     return Source(path, name, config, tokenizer, model_outline, fingerprint, dtype, quantize)
 
 
-def _read(path: Path, config: dict[str, Any]) -> tuple[Weights, str]:
+def _read(path: Path, config: Config) -> tuple[Weights, str]:
     """The tensors and the fingerprint of the model."""
     if path.is_file():
         file = gguf.read_gguf(path)
