@@ -172,7 +172,7 @@ def write_exam(folder: Path, key: str, count: int, rates: Mapping[str, float], r
         sides = {name: figures.by_subject(given) for name, given in answers.items() if name != stage}
         own = figures.by_subject(answers[stage])
         result["against"] = {n: asdict(statistics.compare(side, own, 200, 0)) for n, side in sides.items()}
-        Records(folder, stage, key).finish(answers[stage], result, labelled=True)
+        Records(folder, stage, key).save_exam(answers[stage], result, labelled=True)
 
 
 def invented_exam(key: str, count: int) -> Exam:

@@ -152,7 +152,7 @@ def test_one_stage_meets_what_was_measured_before(ask: Ask, project: Project):
 
 def test_a_killed_run_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch):
     ask("name=whole")
-    keep, kept = Records.keep, []
+    keep, kept = Records.save_subject, []
 
     def killed(self: Records, subject: str, *rest: Any) -> None:
         if kept:
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch):
         keep(self, subject, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Records, "keep", killed)
+        patch.setattr(Records, "save_subject", killed)
         assert ask()[0] == 130
     assert not Path("runs/tiny/eval/base-exam.json").exists()
     asked = count_questions(monkeypatch)

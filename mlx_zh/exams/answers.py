@@ -1,9 +1,9 @@
-"""What a model answered to a question, and asking it all questions of a subject."""
+"""A model's answer to a question, and a model that answers all questions of a subject."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,21 +21,21 @@ VERSION = 1  # raise it when the same prompts would give other answers
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A line of the result file. `mass` is the probability of the four letters together; `text` a free answer."""
+    """A line of the result file: the question, what the model chose, and how sure it was."""
 
     subject: str
-    id: str
-    truth: str | None
-    choice: str | None
-    logprobs: tuple[float, ...] | None  # of A, B, C, D
-    mass: float | None
+    id: str  # of the question
+    truth: str | None  # the right letter; None where it is not known
+    choice: str | None  # the model's letter; None where a free answer gives none
+    logprobs: tuple[float, ...] | None  # of A, B, C and D; None for a free answer
+    mass: float | None  # probability of the four letters together; None for a free answer
     tokens: int  # of the prompt
-    truncated: bool
-    text: str | None = None
+    truncated: bool  # whether the prompt did not fit and was cut
+    text: str | None = None  # a free answer
 
     @property
     def correct(self) -> bool:
-        """No letter is a wrong answer."""
+        """Whether the choice is the right letter; an answer without a letter is wrong."""
         return self.choice is not None and self.choice == self.truth
 
     def as_dict(self) -> dict[str, object]:
@@ -44,33 +44,33 @@ class Answer:
 
     @staticmethod
     def of(fields: Mapping[str, Any]) -> Answer:
-        """The inverse of `as_dict`."""
+        """The inverse of `as_dict`. Raises KeyError or TypeError where the fields are not those of an answer."""
         logprobs = fields["logprobs"]
         return Answer(**{**fields, "logprobs": None if logprobs is None else tuple(logprobs)})
 
 
 @dataclass(frozen=True)
 class Examinee:
-    """A model as it stands now, and how it is asked."""
+    """A model, and how it is asked."""
 
     model: nn.Module
     tokenizer: Any
     eos_token_ids: Collection[int]
     protocol: Protocol
     prompter: Prompter
-    micro_tokens: int
-    max_new_tokens: int
+    micro_tokens: int  # tokens computed together
+    max_new_tokens: int  # of a free answer
 
     def answer(self, exam: Exam, subject: Subject, report: Report = lambda _: None) -> list[Answer]:
-        """The answers to a subject's questions; `report` hears of every few questions done."""
+        """The answers to a subject's questions, in order; `report` gets the number of questions just answered."""
         prompts = self.prompter.subject(exam, subject)
         if self.protocol.reply == "free":
-            return self._freely(subject, prompts, report)
+            return self._answer_freely(subject, prompts, report)
         scores = letter_logprobs(self.model, prompts, micro_tokens=self.micro_tokens, report=report)
         answers = []
         for question, prompt, row in zip(subject.questions, prompts, scores, strict=True):
             logprobs = tuple(round(float(value), 6) for value in row)
-            choice = LETTERS[int(row.argmax())]  # the first letter where two are equal, as in the benchmarks' code
+            choice = LETTERS[int(row.argmax())]  # of equal letters the first, as in the benchmarks' code
             mass = round(sum(math.exp(value) for value in logprobs), 6)
             answers.append(
                 Answer(
@@ -86,7 +86,8 @@ class Examinee:
             )
         return answers
 
-    def _freely(self, subject: Subject, prompts: Sequence[Prompt], report: Callable[[int], None]) -> list[Answer]:
+    def _answer_freely(self, subject: Subject, prompts: Sequence[Prompt], report: Report) -> list[Answer]:
+        """Answers that the model writes, decoded greedily."""
         session = GenerationSession(self.model, self.tokenizer, self.eos_token_ids)
         sampling = Sampling(temperature=0.0, max_tokens=self.max_new_tokens)
         answers = []

@@ -1,4 +1,4 @@
-"""C-Eval's and CMMLU's files: from a hub's archive, unpacked once into the cache folder."""
+"""The files of C-Eval and CMMLU: downloaded from a hub as an archive and unpacked once into the cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_zh.system.digests import file_digest
 from mlx_zh.system.downloads import Progress
 from mlx_zh.system.storage import storage_errors, sync_folder
 
-# Only these are taken out of an archive, under names made here: nothing can land elsewhere.
+# Only these members are unpacked, under names made here, so that no file can be written outside the folder.
 _MEMBER = re.compile(r"(?:^|/)(dev|val|test)/([a-z0-9_]+)\.csv$")
 _LARGEST_FILE = 8 * 2**20  # bytes; C-Eval's and CMMLU's largest files are well below 1 MB
 _LARGEST_ARCHIVE = 128 * 2**20
@@ -27,28 +27,29 @@ _MOST_FILES = 1000  # C-Eval has 156
 
 
 def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface", progress: Progress | None = None) -> Path:
-    """The folder with the benchmark's CSV files, downloaded from `hub` where it is not in the cache.
+    """The folder with the benchmark's CSV files; downloads them from `hub` where they are not in the cache.
 
-    Raises DownloadError where the archive cannot be had, is damaged, or does not hold the benchmark's files.
+    Raises DownloadError where the archive cannot be downloaded, is damaged, or lacks files of the benchmark.
     """
-    place = benchmark.hubs[hub]
+    repository, name = benchmark.hubs[hub]["repository"], benchmark.hubs[hub]["archive"]
     try:
-        folder = hubs.download(
-            place["repository"], hub, kind="dataset", patterns=(place["archive"],), progress=progress
-        )
+        folder = hubs.download(repository, hub, kind="dataset", patterns=(name,), progress=progress)
     except DownloadError as error:
         raise DownloadError(
             f"{error} For a copy that you have, set evaluate.folder: {{{benchmark.key}: FOLDER}}, where FOLDER holds "
             f"{', '.join(benchmark.splits)}/."
         ) from error
-    archive = folder / place["archive"]
+    archive = folder / name
     if not archive.is_file():
-        raise DownloadError(f"{place['repository']} has no file {place['archive']} on {hub}.")
+        raise DownloadError(f"{repository} has no file {name} on {hub}.")
     return unpack(benchmark, archive, storage.cache_folder() / "benchmarks")
 
 
 def unpack(benchmark: Benchmark, archive: Path, cache: Path) -> Path:
-    """The archive's CSV files as `SPLIT/NAME.csv` in a folder of `cache`; there whole or not at all."""
+    """Unpack the archive's CSV files as `SPLIT/NAME.csv` into a folder of `cache`, which appears whole or not at all.
+
+    Raises DownloadError where the archive is damaged or lacks files of the benchmark, and StorageError.
+    """
     target = cache / f"{benchmark.key}-{file_digest(archive)[:16]}"
     if target.is_dir():
         return target
@@ -73,15 +74,15 @@ def _extract(archive: Path, folder: Path) -> None:
             if len(opened.infolist()) > _MOST_FILES:
                 raise DownloadError(f"{archive} holds more files than the benchmark has.")
             for member in opened.infolist():
-                found = _MEMBER.search(member.filename)
-                if found is None:
+                match = _MEMBER.search(member.filename)
+                if match is None:
                     continue
                 with opened.open(member) as file:
                     data = file.read(_LARGEST_FILE + 1)
                 total += len(data)
                 if len(data) > _LARGEST_FILE or total > _LARGEST_ARCHIVE:
                     raise DownloadError(f"{archive}: {member.filename} is larger than any file of the benchmark.")
-                target = folder / found[1] / f"{found[2]}.csv"
+                target = folder / match[1] / f"{match[2]}.csv"
                 if target.exists():
                     raise DownloadError(f"{archive}: {member.filename} is there twice.")
                 target.parent.mkdir(exist_ok=True)
@@ -93,7 +94,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 
 def _check(benchmark: Benchmark, archive: Path, folder: Path) -> None:
-    """Every subject must have its file in every split. Questions are counted when they are read."""
+    """Raises DownloadError where a subject has no file in a split. Questions are counted when they are read."""
     missing = []
     for split in benchmark.splits:
         names = {path.stem.removesuffix(f"_{split}") for path in (folder / split).glob("*.csv")}
@@ -118,7 +119,9 @@ def open_exam(
 ) -> Exam:
     """The exam called `name`: ceval or cmmlu (from its folder in `folders`, else from `hub`), or a path to one's own.
 
-    From the hub every question must be there; a folder of one's own may hold a part. `limit` questions a subject.
+    From the hub every question must be there; a folder of one's own may hold a part. `split` None is the exam's usual
+    one, `shots` is the number of worked examples, `limit` the number of questions a subject (None: all).
+    Raises DataError for a name or files that cannot be used, and DownloadError.
     """
     if name not in NAMES:
         path = Path(name).expanduser()
@@ -128,8 +131,8 @@ def open_exam(
             )
         return load_exam(path, split=split, shots=shots).limited(limit)
     published = benchmark(name)
-    if given := folders.get(name):
-        return load_benchmark(published, Path(given), split=split, shots=shots).limited(limit)
+    if folder := folders.get(name):
+        return load_benchmark(published, Path(folder), split=split, shots=shots).limited(limit)
     exam = load_benchmark(published, benchmark_folder(published, hub, progress), split=split, shots=shots)
     if len(exam) != exam.expected:
         raise DataError(

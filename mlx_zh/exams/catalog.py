@@ -1,4 +1,4 @@
-"""The two benchmarks as data: where they lie, how many questions they have, and their subjects."""
+"""C-Eval and CMMLU as data: where their files are, how many questions they have, and their subjects."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Row:
     flag: str | None = None
 
     def holds(self, entry: Entry) -> bool:
-        """Whether a subject counts in this row."""
+        """Whether a subject belongs to this row."""
         return self.category in (None, entry.category) and (self.flag is None or self.flag in entry.flags)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of a subject: its Chinese name, its category, and flags such as hard."""
+    """A subject's Chinese name, its category, and flags such as hard."""
 
     name: str
     category: str | None = None
@@ -37,15 +37,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A published benchmark. `splits` counts its questions; `hubs` says where its archive lies."""
+    """A published benchmark."""
 
-    key: str
+    key: str  # ceval or cmmlu
     title: str
-    form: str
-    hubs: Mapping[str, Mapping[str, str]]
-    splits: Mapping[str, int]
+    form: str  # whose prompts in protocols.yaml it is asked with
+    hubs: Mapping[str, Mapping[str, str]]  # hub -> repository and archive
+    splits: Mapping[str, int]  # split -> number of its questions
     default_split: str
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # of its result table
     subjects: Mapping[str, Entry]
 
 

@@ -12,19 +12,19 @@ LETTERS = ("A", "B", "C", "D")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question as it is written in the file, white space included. `answer` is a letter, or None where unknown."""
+    """A question as it is written in the file, white space included."""
 
     id: str
     text: str
     options: tuple[str, str, str, str]
-    answer: str | None
+    answer: str | None  # a letter; None where it is not known
 
 
 def read_questions(path: Path, problems: list[str], *, need_answer: bool) -> tuple[Question, ...]:
-    """The questions of a file. Every problem is added to `problems` with file and line; such rows are left out.
+    """The questions of a file. Every problem is added to `problems` with file and line, and its row is left out.
 
-    Column names are compared without regard to case; the id is the column `id`, or the unnamed first one. Without
-    `need_answer` the column answer may be missing as a whole.
+    Column names may have any case. The id is the column `id`, or the first column without a name. Without
+    `need_answer` the whole column answer may be missing.
     """
     table = read_table(path, problems)
     if table is None:
@@ -38,8 +38,8 @@ def read_questions(path: Path, problems: list[str], *, need_answer: bool) -> tup
         missing.append("answer")
     if missing:
         shown = ", ".join(name.upper() if len(name) == 1 else name for name in missing)
-        found = ", ".join(name for name in header if name) or "none"
-        problems.append(f"{path}:1: column {shown} is missing; the columns are: {found}.")
+        present = ", ".join(name for name in header if name) or "none"
+        problems.append(f"{path}:1: column {shown} is missing; the columns are: {present}.")
         return ()
     questions: list[Question] = []
     seen: dict[str, int] = {}
@@ -53,20 +53,21 @@ def read_questions(path: Path, problems: list[str], *, need_answer: bool) -> tup
         seen[key] = line
         options = tuple(row[columns[letter.casefold()]] for letter in LETTERS)
         answer = row[columns["answer"]].strip() if has_answer else None
-        wrong = _wrong(row[columns["question"]], options, answer)
-        problems += [f"{path}:{line}: {what}" for what in wrong]
-        if not wrong:
+        faults = _faults(row[columns["question"]], options, answer)
+        problems += [f"{path}:{line}: {fault}" for fault in faults]
+        if not faults:
             questions.append(Question(key, row[columns["question"]], options, answer))  # type: ignore[arg-type]
     if not seen:
         problems.append(f"{path}: holds no questions.")
     return tuple(questions)
 
 
-def _wrong(question: str, options: tuple[str, ...], answer: str | None) -> list[str]:
-    wrong = [] if question.strip() else ["the question is empty."]
+def _faults(question: str, options: tuple[str, ...], answer: str | None) -> list[str]:
+    """What is wrong with a row, a sentence each."""
+    faults = [] if question.strip() else ["the question is empty."]
     empty = [letter for letter, option in zip(LETTERS, options, strict=True) if not option.strip()]
     if empty:
-        wrong.append(f"choice {', '.join(empty)} is empty.")
+        faults.append(f"choice {', '.join(empty)} is empty.")
     if answer is not None and answer not in LETTERS:
-        wrong.append(f"the answer must be A, B, C or D, found {answer!r}.")
-    return wrong
+        faults.append(f"the answer must be A, B, C or D, found {answer!r}.")
+    return faults

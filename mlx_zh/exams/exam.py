@@ -1,8 +1,8 @@
 """An exam: subjects with worked and open questions, read from folders of CSV files.
 
-C-Eval's files are `SPLIT/SUBJECT_SPLIT.csv` with columns id, question, A, B, C, D, answer (and explanation in dev);
-CMMLU's are `SPLIT/SUBJECT.csv` with an unnamed id column and Question … Answer. An exam of one's own has either form,
-and a `subjects.json` beside its splits where subjects shall have names and categories.
+C-Eval's files are `SPLIT/SUBJECT_SPLIT.csv` with columns id, question, A, B, C, D, answer (and explanation in dev).
+CMMLU's are `SPLIT/SUBJECT.csv` with an id column without a name, then Question, A, B, C, D, Answer. An exam of one's
+own has either form. A `subjects.json` beside its splits gives its subjects names and categories.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SHOWN = 20  # problems listed in one error
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A subject: `dev` are worked examples, `questions` are asked."""
+    """The worked examples and the questions of a subject."""
 
-    key: str
+    key: str  # in file names
     entry: Entry
-    dev: tuple[Question, ...]
-    questions: tuple[Question, ...]
+    dev: tuple[Question, ...]  # worked examples, shown to the model
+    questions: tuple[Question, ...]  # asked
 
     @property
     def characters(self) -> int:
-        """Length of what is shown and asked."""
+        """Characters of all worked examples and questions."""
         return sum(len(q.text) + sum(map(len, q.options)) for q in (*self.dev, *self.questions))
 
     def fingerprint(self) -> str:
@@ -42,7 +42,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """Subjects of one split. `expected` is how many questions the whole benchmark has there, where that is known."""
+    """The subjects of one split of an exam."""
 
     key: str  # in file names
     title: str
@@ -50,35 +50,35 @@ class Exam:
     split: str
     rows: tuple[Row, ...]
     subjects: tuple[Subject, ...]
-    expected: int | None
+    expected: int | None  # questions of the whole split; None for an exam of one's own
 
     @property
     def labelled(self) -> bool:
-        """Whether the answers are known."""
+        """Whether all right answers are known."""
         return all(question.answer is not None for subject in self.subjects for question in subject.questions)
 
     def __len__(self) -> int:
         return sum(len(subject.questions) for subject in self.subjects)
 
     def limited(self, limit: int | None) -> Exam:
-        """The first `limit` questions of every subject."""
+        """The exam with the first `limit` questions of every subject; None keeps all."""
         return replace(self, subjects=tuple(replace(s, questions=s.questions[:limit]) for s in self.subjects))
 
 
 def load_benchmark(benchmark: Benchmark, folder: Path, *, split: str | None, shots: int) -> Exam:
-    """C-Eval or CMMLU from a folder that holds its `dev` and the asked split, whole or in part.
+    """C-Eval or CMMLU from a folder that holds `dev` and the asked split, whole or in part.
 
-    `shots` worked examples a subject must be there. Raises DataError with every problem of every file.
+    Each subject must have at least `shots` worked examples. Raises DataError with every problem of every file.
     """
     chosen = split or benchmark.default_split
     if chosen not in benchmark.splits:
         raise DataError(f"{benchmark.title} has no split {chosen!r}; choose from {', '.join(benchmark.splits)}.")
-    place = _inside(folder, chosen)
-    found, problems = _read_split(place, chosen, need_answer=chosen != "test" or benchmark.default_split == "test")
-    for key in sorted(set(found) - set(benchmark.subjects)):
-        problems.append(f"{place / chosen}: {benchmark.title} has no subject {key!r}.")
-        del found[key]
-    subjects = _with_dev(place, found, benchmark.subjects, shots, problems)
+    root = _inside(folder, chosen)
+    asked, problems = _read_split(root, chosen, need_answer=chosen != "test" or benchmark.default_split == "test")
+    for key in sorted(set(asked) - set(benchmark.subjects)):
+        problems.append(f"{root / chosen}: {benchmark.title} has no subject {key!r}.")
+        del asked[key]
+    subjects = _with_dev(root, asked, benchmark.subjects, shots, problems)
     _raise(problems)
     order = {key: number for number, key in enumerate(benchmark.subjects)}
     subjects = sorted(subjects, key=lambda subject: order[subject.key])
@@ -96,31 +96,33 @@ def load_benchmark(benchmark: Benchmark, folder: Path, *, split: str | None, sho
 def load_exam(path: Path, *, split: str | None, shots: int) -> Exam:
     """An exam of one's own: a folder with `dev/` and `test/` (or `val/`), or a single CSV file.
 
-    A single file's worked examples lie beside it or in `../dev`, as `NAME_dev.csv` or `NAME.csv`.
+    The worked examples of a single file are beside it or in `../dev`, as `NAME_dev.csv` or `NAME.csv`. Raises
+    DataError with every problem of every file.
     """
     if path.is_file():
         return _single(path, shots)
     chosen = split or next((name for name in ("test", "val") if _has(path, name)), "test")
     problems: list[str] = []
     entries = _entries(path / "subjects.json", problems)
-    found, more = _read_split(path, chosen, need_answer=False)
+    asked, more = _read_split(path, chosen, need_answer=False)
     problems += more
-    named: dict[str, Entry] = {key: entries.get(key, Entry(key)) for key in found}
+    named: dict[str, Entry] = {key: entries.get(key, Entry(key)) for key in asked}
     if entries:
-        problems += [f"{path / 'subjects.json'}: subject {k!r} is missing." for k in found if k not in entries]
-    subjects = _with_dev(path, found, named, shots, problems)
+        problems += [f"{path / 'subjects.json'}: subject {k!r} is missing." for k in asked if k not in entries]
+    subjects = _with_dev(path, asked, named, shots, problems)
     _raise(problems)
     return Exam(path.name, path.name, "ceval", chosen, _rows(subjects), tuple(subjects), None)
 
 
 def _single(path: Path, shots: int) -> Exam:
+    """An exam of one subject, from one CSV file."""
     stem, _, ending = path.stem.rpartition("_")
     key = stem if ending in ("test", "val") else path.stem
     problems: list[str] = []
     questions = read_questions(path, problems, need_answer=False)
-    places = [path.parent / f"{key}_dev.csv", path.parent.parent / "dev" / f"{key}_dev.csv"]
-    places.append(path.parent.parent / "dev" / f"{key}.csv")
-    dev_file = next((place for place in places if place.is_file() and place != path), places[0])
+    candidates = [path.parent / f"{key}_dev.csv", path.parent.parent / "dev" / f"{key}_dev.csv"]
+    candidates.append(path.parent.parent / "dev" / f"{key}.csv")
+    dev_file = next((file for file in candidates if file.is_file() and file != path), candidates[0])
     dev = _dev(dev_file, key, shots, problems)
     _raise(problems)
     subject = Subject(key, Entry(key), dev, questions)
@@ -128,7 +130,7 @@ def _single(path: Path, shots: int) -> Exam:
 
 
 def _inside(folder: Path, split: str) -> Path:
-    """The folder that holds the splits: the given one, or the only one in it that does."""
+    """The folder that holds the splits: `folder` itself, or the only folder in it that has the split."""
     if _has(folder, split):
         return folder
     below = [child for child in sorted(folder.iterdir()) if _has(child, split)] if folder.is_dir() else []
@@ -145,27 +147,28 @@ def _read_split(folder: Path, split: str, *, need_answer: bool) -> tuple[dict[st
     if not paths:
         raise DataError(f"{folder / split} holds no CSV files; {folder} must have {split}/SUBJECT_{split}.csv.")
     problems: list[str] = []
-    found: dict[str, tuple[Question, ...]] = {}
+    by_subject: dict[str, tuple[Question, ...]] = {}
     for path in paths:
         key = path.stem.removesuffix(f"_{split}")
-        if key in found:
+        if key in by_subject:
             problems.append(f"{path}: subject {key!r} has two files.")
-        found[key] = read_questions(path, problems, need_answer=need_answer)
-    answered = {q.answer is not None for questions in found.values() for q in questions}
+        by_subject[key] = read_questions(path, problems, need_answer=need_answer)
+    answered = {q.answer is not None for questions in by_subject.values() for q in questions}
     if len(answered) > 1:
         problems.append(f"{folder / split}: some files have answers and others none; give all of them or none.")
-    return found, problems
+    return by_subject, problems
 
 
 def _with_dev(
     folder: Path,
-    found: Mapping[str, tuple[Question, ...]],
+    asked: Mapping[str, tuple[Question, ...]],
     entries: Mapping[str, Entry],
     shots: int,
     problems: list[str],
 ) -> list[Subject]:
+    """Subjects with their questions and the worked examples from `folder/dev`."""
     subjects = []
-    for key, questions in found.items():
+    for key, questions in asked.items():
         path = folder / "dev" / f"{key}_dev.csv"
         if not path.is_file():
             path = path.with_name(f"{key}.csv")
@@ -174,7 +177,7 @@ def _with_dev(
 
 
 def _dev(path: Path, key: str, shots: int, problems: list[str]) -> tuple[Question, ...]:
-    """The first `shots` worked examples."""
+    """The first `shots` worked examples; a missing file or too few examples is added to `problems`."""
     if not shots:
         return ()
     remedy = "add them, or ask without examples (evaluate.shots=0)"
@@ -194,7 +197,7 @@ def _dev(path: Path, key: str, shots: int, problems: list[str]) -> tuple[Questio
 
 
 def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
-    """An own exam's subjects.json: {KEY: {name_zh, category, hard}}."""
+    """The subjects.json of an exam of one's own: {KEY: {name_zh, category, hard}}; empty where there is none."""
     if not path.is_file():
         return {}
     try:
@@ -219,12 +222,12 @@ def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
 
 
 def _name(value: Any) -> str | None:
-    """Text that can be written: JSON may hold half of a surrogate pair."""
+    """The value if it is text that UTF-8 can encode (JSON may hold half of a surrogate pair), else None."""
     return value if isinstance(value, str) and value and value.encode(errors="ignore").decode() == value else None
 
 
 def _rows(subjects: list[Subject]) -> tuple[Row, ...]:
-    """An own exam's table: the average, the hard average, and a row a category."""
+    """The table of an exam of one's own: the average, the average of hard subjects, and a row a category."""
     rows = [Row("Average")]
     if any("hard" in subject.entry.flags for subject in subjects):
         rows.append(Row("Average (hard)", flag="hard"))

@@ -1,4 +1,4 @@
-"""From answers to figures: the rows of the table, letters, calibration, and what looks wrong."""
+"""The figures of an exam, from its answers: table rows, letters, calibration, and what looks wrong."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from mlx_zh.exams.exam import Exam
 from mlx_zh.exams.statistics import Booleans, ComparisonFigures
 from mlx_zh.language.notice import Notice, NoticeRecord
 
-ONE_LETTER = 0.6  # more of one letter than this looks like a habit, not an answer
-MASS = 0.5  # less probability than this on the letters: the model does not mean to answer with one
-NO_LETTER = 0.1
+# Above or below these a tripwire fires.
+ONE_LETTER = 0.6  # a larger share of one letter looks like a habit, not like answers
+MASS = 0.5  # with less probability on the four letters, the model does not mean to answer with a letter
+NO_LETTER = 0.1  # a larger share of free answers without a letter
 
 
 class FigureRow(TypedDict):
@@ -85,15 +86,15 @@ class ComparedReport(ExamReport):
 
 
 def by_subject(answers: Sequence[Answer]) -> dict[str, Booleans]:
-    """Right and wrong of every subject, in order."""
-    found: dict[str, list[bool]] = {}
+    """For every subject, whether each answer is right, in order."""
+    correct: dict[str, list[bool]] = {}
     for answer in answers:
-        found.setdefault(answer.subject, []).append(answer.correct)
-    return {key: np.array(values) for key, values in found.items()}
+        correct.setdefault(answer.subject, []).append(answer.correct)
+    return {key: np.array(values) for key, values in correct.items()}
 
 
 def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: int) -> ExamFigures:
-    """Everything that is reported of one model on one exam. Rates are fractions of 1."""
+    """The figures of one model on one exam; `samples` and `seed` are of the bootstrap intervals."""
     predicted = Counter(answer.choice or "none" for answer in answers)
     measured: Measured = {
         "questions": len(answers),
@@ -116,7 +117,7 @@ def exam_figures(exam: Exam, answers: Sequence[Answer], *, samples: int, seed: i
 
 
 def tripwires(exam: Exam, measured: Measured) -> list[Notice]:
-    """What looks wrong, one sentence each."""
+    """What looks wrong about a model's answers, one sentence each."""
     wires = []
     questions, predicted = measured["questions"], measured["letters"]["predicted"]
     if exam.labelled:
@@ -167,10 +168,10 @@ def _rows(exam: Exam, correct: Mapping[str, Booleans], samples: int, seed: int) 
 
 def _always(answers: Sequence[Answer], letter: str) -> float:
     """The macro average of someone who always says `letter`."""
-    found: dict[str, list[bool]] = {}
+    right: dict[str, list[bool]] = {}
     for answer in answers:
-        found.setdefault(answer.subject, []).append(answer.truth == letter)
-    return float(np.mean([np.mean(values) for values in found.values()]))
+        right.setdefault(answer.subject, []).append(answer.truth == letter)
+    return float(np.mean([np.mean(values) for values in right.values()]))
 
 
 def _calibration(answers: Sequence[Answer]) -> float | None:
@@ -187,7 +188,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def submission(answers: Sequence[Answer]) -> dict[str, dict[str, str]]:
     """C-Eval's submission form (submission_example.json): subject -> id -> letter; no letter stays empty."""
-    found: dict[str, dict[str, str]] = {}
+    letters: dict[str, dict[str, str]] = {}
     for answer in answers:
-        found.setdefault(answer.subject, {})[answer.id] = answer.choice or ""
-    return found
+        letters.setdefault(answer.subject, {})[answer.id] = answer.choice or ""
+    return letters

@@ -1,4 +1,4 @@
-"""From a subject to the token ids of its prompts and of the four letters after them."""
+"""The token ids of a subject's prompts, and of the four letters after them."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from mlx_zh.exams.protocols import Protocol
 Ids = npt.NDArray[np.int32]
 Letters = tuple[tuple[int, ...], ...]  # token ids of A, B, C and D as they would follow
 
-_TAIL = 3  # tokens before a letter that can touch it: the ends of all prompts, `答案：` or `答案是：`, are no shorter
+# How many tokens before a letter can merge with it. Every prompt ends in `答案：` or `答案是：`, so these are enough.
+_TAIL = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as the model sees it. `truncated`: it did not fit, and examples or its beginning were left out."""
+    """A question as the model sees it."""
 
     tokens: Ids  # (T,)
     letters: Letters  # empty where the answer is written freely
-    truncated: bool
+    truncated: bool  # whether it did not fit, and examples or its beginning were left out
 
 
 class Prompter:
     """Makes prompts of at most `max_length` tokens under one protocol.
 
-    The ids of the letters are taken from the tokens of prompt and letter together. Where a token stands across the
-    boundary, or a letter that must be one token is several, that is a TemplateError.
+    The ids of a letter are taken from the tokens of prompt and letter encoded together. Raises TemplateError where a
+    token holds parts of both, or where a letter that must be one token is several.
     """
 
     def __init__(self, protocol: Protocol, tokenizer: Any, renderer: Renderer | None, max_length: int) -> None:
         self._protocol, self._tokenizer, self._max_length = protocol, tokenizer, max_length
         self._chat = renderer  # needed in chat style only
-        self._known: dict[tuple[int, ...], Letters] = {}  # letters by the tokens before them
+        self._letters_after: dict[tuple[int, ...], Letters] = {}  # by the last tokens of the prompt
 
     def subject(self, exam: Exam, subject: Subject) -> list[Prompt]:
         """The prompts of a subject's questions, in order."""
         name, questions = subject.entry.name, subject.questions
-        if self._protocol.style == "text":  # together, which is what the tokenizer is fast at
+        if self._protocol.style == "text":  # the tokenizer is fastest with all texts together
             texts = [self._protocol.text(exam.form, name, subject.dev, question) for question in questions]
             whole = self._encoded(texts)
         else:
-            whole = [self._askers(exam.form, name, question)[0](subject.dev) for question in questions]
+            whole = [self._encoders(exam.form, name, question)[0](subject.dev) for question in questions]
         return [
             self._fitting(exam.form, subject, question, tokens)
             for question, tokens in zip(questions, whole, strict=True)
@@ -59,8 +60,8 @@ class Prompter:
     def _fitting(self, form: str, subject: Subject, question: Question, whole: list[int]) -> Prompt:
         """The prompt of one question, from its tokens with all worked examples."""
         shots, tokens = list(subject.dev), whole
-        ask, follow = self._askers(form, subject.entry.name, question)
-        letters = self._letters(whole, lambda letter: follow(shots, letter))
+        ask, answer = self._encoders(form, subject.entry.name, question)
+        letters = self._letters(whole, lambda letter: answer(shots, letter))
         room = self._max_length - max(map(len, letters), default=1) + 1
         if self._protocol.overlong == "drop-shots":
             while len(tokens) > room and shots:
@@ -71,10 +72,10 @@ class Prompter:
             np.array(tokens[-room:], dtype=np.int32), letters, len(tokens) < len(whole) or len(tokens) > room
         )
 
-    def _askers(
+    def _encoders(
         self, form: str, name: str, question: Question
     ) -> tuple[Callable[[Sequence[Question]], list[int]], Callable[[Sequence[Question], str], list[int]]]:
-        """Functions for the tokens of the prompt, and of the prompt with a letter after it."""
+        """Two functions of the worked examples: the tokens of the prompt, and of prompt and letter together."""
         protocol, chat = self._protocol, self._chat
         if protocol.style == "text":
             return (
@@ -93,35 +94,39 @@ class Prompter:
         ids: list[list[int]] = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
         return ids
 
-    def _letters(self, prompt: list[int], follow: Callable[[str], list[int]]) -> Letters:
-        """Ids of the letters after `prompt`; worked out anew only where the last tokens before them differ."""
+    def _letters(self, prompt: list[int], answer: Callable[[str], list[int]]) -> Letters:
+        """Ids of the letters after `prompt`; `answer` gives the tokens of prompt and letter together.
+
+        Prompts with the same last tokens have the same letters, so these are encoded once.
+        """
         if self._protocol.reply == "free":
             return ()
         tail = tuple(prompt[-_TAIL:])
-        if tail not in self._known:
-            self._known[tail] = self._split(prompt, [follow(letter) for letter in LETTERS])
-        return self._known[tail]
+        if tail not in self._letters_after:
+            self._letters_after[tail] = self._split(prompt, [answer(letter) for letter in LETTERS])
+        return self._letters_after[tail]
 
     def _split(self, prompt: list[int], answered: list[list[int]]) -> Letters:
+        """What each of the four encodings has after the prompt."""
         if any(tokens[: len(prompt)] != prompt for tokens in answered):
-            raise self._unclean("a token stands across the boundary between the prompt and the letter")
+            raise self._error("a token stands across the boundary between the prompt and the letter")
         rests = [tuple(tokens[len(prompt) :]) for tokens in answered]
         if self._protocol.style == "chat":  # what closes the turn follows the letter
             if len({rest[1:] for rest in rests}) > 1:
-                raise self._unclean("a letter is not one token")
+                raise self._error("a letter is not one token")
             rests = [rest[:1] for rest in rests]
         single = self._protocol.reply == "next-token"
         if any(not rest or (single and len(rest) > 1) for rest in rests) or len(set(rests)) < len(rests):
-            raise self._unclean("a letter is not one token")
+            raise self._error("a letter is not one token")
         for letter, rest in zip(LETTERS, rests, strict=True):
             if self._tokenizer.decode(list(rest)).strip(" ") != letter:
-                raise self._unclean(f"the token after the prompt is {self._tokenizer.decode(list(rest))!r}")
+                raise self._error(f"the token after the prompt is {self._tokenizer.decode(list(rest))!r}")
         return tuple(rests)
 
-    def _unclean(self, what: str) -> TemplateError:
+    def _error(self, reason: str) -> TemplateError:
         return TemplateError(
-            f"protocol {self._protocol.name} cannot be used with this model: {what}, so the log-prob of a letter is "
-            "not defined. Choose another protocol (evaluate.protocol)."
+            f"protocol {self._protocol.name} cannot be used with this model: {reason}, so the log-prob of a letter "
+            "is not defined. Choose another protocol (evaluate.protocol)."
         )
 
 

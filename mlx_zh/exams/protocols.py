@@ -18,7 +18,7 @@ from mlx_zh.system.digests import text_digest
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The words of one benchmark under one protocol; see the head of protocols.yaml."""
+    """The texts of one benchmark under one protocol; the head of protocols.yaml explains each."""
 
     header: str
     question: str
@@ -28,7 +28,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """A protocol; see the head of protocols.yaml."""
+    """How questions are asked and answers read; the head of protocols.yaml explains each field."""
 
     name: str
     version: int
@@ -37,7 +37,7 @@ class Protocol:
     reply: str
     shots: int
     overlong: str
-    forms: Mapping[str, Form]
+    forms: Mapping[str, Form]  # of C-Eval and of CMMLU
     continuation: str = "{answer}"
     strip: bool = False
     extract: tuple[str, ...] = ()
@@ -48,34 +48,34 @@ class Protocol:
         return text_digest(repr(state))[:16]
 
     def text(self, form: str, subject: str, shots: Sequence[Question], question: Question) -> str:
-        """The prompt of a protocol in text style."""
-        words = self.forms[form]
-        shown = [self._asked(words, shot) + words.answer.format(answer=shot.answer) for shot in shots]
-        return words.header.format(subject=subject) + "".join(shown) + self._asked(words, question)
+        """The prompt in text style: header, worked examples, question."""
+        texts = self.forms[form]
+        shown = [self._question(texts, shot) + texts.answer.format(answer=shot.answer) for shot in shots]
+        return texts.header.format(subject=subject) + "".join(shown) + self._question(texts, question)
 
     def messages(self, form: str, subject: str, shots: Sequence[Question], question: Question) -> list[Message]:
-        """The prompt of a protocol in chat style: worked examples as turns, ending with the user's question."""
-        words = self.forms[form]
-        messages = [] if words.system is None else [Message("system", words.system.format(subject=subject))]
-        header = words.header.format(subject=subject)
+        """The prompt in chat style: worked examples as turns, then the question as the last user message."""
+        texts = self.forms[form]
+        messages = [] if texts.system is None else [Message("system", texts.system.format(subject=subject))]
+        header = texts.header.format(subject=subject)
         for number, asked in enumerate((*shots, question)):
-            messages.append(Message("user", (header if number == 0 else "") + self._asked(words, asked)))
+            messages.append(Message("user", (header if number == 0 else "") + self._question(texts, asked)))
             if number < len(shots):
-                messages.append(Message("assistant", words.answer.format(answer=asked.answer)))
+                messages.append(Message("assistant", texts.answer.format(answer=asked.answer)))
         return messages
 
     def letter_in(self, answer: str) -> str | None:
-        """The letter that a free answer gives, or None: then it is wrong."""
+        """The letter that a free answer gives: the last match of the first rule that matches; None without any."""
         answer = answer.strip()
         for rule in self.extract:
-            if found := re.findall(rule, answer):
-                return str(found[-1])
+            if matches := re.findall(rule, answer):
+                return str(matches[-1])
         return None
 
-    def _asked(self, words: Form, question: Question) -> str:
+    def _question(self, texts: Form, question: Question) -> str:
         options = dict(zip(LETTERS, question.options, strict=True))
         text = question.text.strip() if self.strip else question.text
-        return words.question.format(question=text, **options)
+        return texts.question.format(question=text, **options)
 
 
 @cache
@@ -84,9 +84,9 @@ def protocols() -> Mapping[str, Protocol]:
     data: dict[str, dict[str, Any]] = yaml.safe_load(
         files(__package__).joinpath("protocols.yaml").read_text(encoding="utf-8")
     )
-    found = {}
+    by_name = {}
     for name, fields in data.items():
-        forms = {form: Form(**words) for form, words in fields.pop("forms").items()}
+        forms = {form: Form(**texts) for form, texts in fields.pop("forms").items()}
         extract = tuple(fields.pop("extract", ()))
-        found[name] = Protocol(name=name, forms=forms, extract=extract, **fields)
-    return found
+        by_name[name] = Protocol(name=name, forms=forms, extract=extract, **fields)
+    return by_name

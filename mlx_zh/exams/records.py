@@ -1,4 +1,4 @@
-"""Results in the run folder: a file a finished subject, so that a killed run goes on, and the whole at the end."""
+"""Results in the run folder: a file for each finished subject, so that a killed run goes on, then the whole exam."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ class Records:
     def __init__(self, folder: Path, stage: str, exam: str) -> None:
         self._folder, self._name = folder, f"{stage}-{exam}"
 
-    def known(self, subject: str, key: str) -> list[Answer] | None:
-        """A finished subject's answers, if they were given under the same `key`."""
+    def load_subject(self, subject: str, key: str) -> list[Answer] | None:
+        """The answers of a finished subject; None where there are none, or they were given under another `key`."""
         path = self._subject(subject)
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            return [Answer.of(fields) for fields in kept["answers"]] if kept["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours: ask again
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return [Answer.of(fields) for fields in record["answers"]] if record["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of another version: ask again
             return None
 
-    def keep(self, subject: str, key: str, answers: Sequence[Answer]) -> None:
-        """Remember a finished subject."""
+    def save_subject(self, subject: str, key: str, answers: Sequence[Answer]) -> None:
+        """Write the answers of a finished subject; `key` stands for everything that can change them."""
         write_json(self._subject(subject), {"key": key, "answers": [answer.as_dict() for answer in answers]})
 
-    def finished(self) -> tuple[Mapping[str, object], list[Answer]] | None:
-        """The report and the answers of a finished exam; another version may have written the report's values."""
-        lines, whole = (self._folder / f"{self._name}.{kind}" for kind in ("jsonl", "json"))
+    def load_exam(self) -> tuple[Mapping[str, object], list[Answer]] | None:
+        """The report and the answers of a finished exam, or None; another version may have written the report."""
+        answers, report = (self._folder / f"{self._name}.{kind}" for kind in ("jsonl", "json"))
         try:
-            text = lines.read_text(encoding="utf-8")
-            report: dict[str, object] = dict(json.loads(whole.read_text(encoding="utf-8")))
-            return report, [Answer.of(json.loads(line)) for line in text.splitlines()]
+            lines = answers.read_text(encoding="utf-8").splitlines()
+            values: dict[str, object] = dict(json.loads(report.read_text(encoding="utf-8")))
+            return values, [Answer.of(json.loads(line)) for line in lines]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def finish(self, answers: Sequence[Answer], report: ExamReport, *, labelled: bool) -> list[Path]:
-        """Write the line-a-question file and the report; for a split without answers, C-Eval's submission too."""
+    def save_exam(self, answers: Sequence[Answer], report: ExamReport, *, labelled: bool) -> list[Path]:
+        """Write a line for each question, and the report; for a split without answers also C-Eval's submission."""
         lines = [json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in answers]
         paths = [self._folder / f"{self._name}.jsonl", self._folder / f"{self._name}.json"]
         write_text(paths[0], "".join(lines))

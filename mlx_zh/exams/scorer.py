@@ -1,4 +1,4 @@
-"""Log-probs of the letters: a subject is one tree, its prefix computed once and its questions branches of it."""
+"""Log-probs of the letters. A subject is a tree: its prefix is computed once, its questions are the branches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def letter_logprobs(
 ) -> npt.NDArray[np.float64]:
     """Log-probs (N, 4) of A, B, C and D after each of N prompts, over the whole vocabulary.
 
-    What all prompts begin with is computed once, `micro_tokens` at a time. Of the rest, rows of up to `micro_tokens`
-    tokens are computed together, and only the last position of each question is projected on the vocabulary.
-    Prompts that were truncated share no beginning with the others and form a group of their own.
+    The prefix that all prompts share is computed once, `micro_tokens` at a time. The rest is packed into rows of up
+    to `micro_tokens` tokens, and only the last position of each question is projected on the vocabulary. Prompts that
+    were truncated have another prefix and form a group of their own. `report` gets the number of questions just
+    scored.
     """
     scores = np.zeros((len(prompts), 4))
     for group in (
@@ -48,7 +49,7 @@ def _score_group(
     rest = [prompts[i].tokens[shared:] for i in group]
     for row in plan_rows([len(tokens) for tokens in rest], micro_tokens):
         branches, before = [rest[k] for k in row], prefix
-        if len(row) == 1 and len(branches[0]) > micro_tokens:  # one long question: in pieces, like a prefix
+        if len(row) == 1 and len(branches[0]) > micro_tokens:  # a long question is computed in pieces, like a prefix
             before = prefill(model, branches[0][:-1], chunk=micro_tokens, prefix=prefix)
             branches = [branches[0][-1:]]
         chosen = [group[k] for k in row]
@@ -59,7 +60,7 @@ def _score_group(
 def _score_row(
     model: nn.Module, branches: Sequence[Ids], letters: Sequence[Letters], prefix: Prefix | None
 ) -> npt.NDArray[np.float32]:
-    """Log-probs (N, 4) of a row of questions; those of a letter of several tokens are summed."""
+    """Log-probs (N, 4) of a row of N questions; where a letter is several tokens, their log-probs are summed."""
     row = RowBuilder()
     owner = 0
     for tokens, choices in zip(branches, letters, strict=True):
@@ -69,7 +70,7 @@ def _score_row(
             if len(choice) > 1:
                 branch = row.add(choice[:-1], parent=question)
                 mask = np.ones(len(choice) - 1, dtype=bool)
-                mask[0] = False  # scored above, after the question
+                mask[0] = False  # the first token is scored above, after the question
                 row.score(branch, mask, owner)
                 row.score_token(branch, choice[-1], owner)
             owner += 1
@@ -80,7 +81,7 @@ def _score_row(
 
 
 def common_prefix(rows: Sequence[Ids]) -> int:
-    """How many tokens all rows begin with, leaving at least one of each."""
+    """Length of the prefix that all rows share; at least one token of each row is left out of it."""
     length = min(len(row) for row in rows) - 1
     first = rows[0]
     for row in rows[1:]:

@@ -1,4 +1,4 @@
-"""What may be concluded from a score: intervals, paired tests, calibration. Pure functions of arrays."""
+"""What a score means: confidence intervals, paired tests, calibration. Pure functions of arrays."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy.typing as npt
 Booleans = npt.NDArray[np.bool_]
 Interval = tuple[float, float]
 
-LEVEL = 0.95
-NOISE = 0.05  # a difference whose p is not below this is called noise
+LEVEL = 0.95  # of the intervals
+NOISE = 0.05  # a difference is called noise unless its p is below this
 
 
 def macro(correct: Mapping[str, Booleans]) -> float:
@@ -23,20 +23,20 @@ def macro(correct: Mapping[str, Booleans]) -> float:
 
 
 def micro(correct: Mapping[str, Booleans]) -> float:
-    """The share of all questions answered right."""
+    """The share of right answers among all questions."""
     return float(np.concatenate(list(correct.values())).mean())
 
 
 def bootstrap_macro(correct: Mapping[str, Booleans], samples: int, seed: int) -> Interval:
-    """Percentile bootstrap interval of `macro`; questions are drawn within each subject (stratified).
+    """Percentile bootstrap interval of `macro`; questions are resampled within each subject (stratified).
 
-    Drawing n rights and wrongs with replacement, of which k are right, is a binomial draw: Binomial(n, k / n).
+    Of n questions with k right answers, a resample has Binomial(n, k / n) right answers, which is drawn directly.
     """
     return _simulated_macro([(len(s), float(s.mean())) for s in correct.values()], samples, seed)
 
 
 def chance_interval(correct: Mapping[str, Booleans], samples: int, seed: int, chance: float = 0.25) -> Interval:
-    """The interval of `macro` for someone who guesses."""
+    """The interval of `macro` for someone who guesses and is right with probability `chance`."""
     return _simulated_macro([(len(s), chance) for s in correct.values()], samples, seed)
 
 
@@ -65,15 +65,15 @@ class ComparisonFigures(TypedDict):
 class Comparison:
     """One model against another on the same questions."""
 
-    difference: float  # of the macro averages
-    interval: Interval  # paired bootstrap, stratified by subject
-    won: int  # right where the other is wrong
-    lost: int
+    difference: float  # of the macro averages, fractions of 1
+    interval: Interval  # of the difference: paired bootstrap, stratified by subject
+    won: int  # questions that only this model answers right
+    lost: int  # questions that only the other model answers right
     p: float  # McNemar's exact test
 
     @property
     def noise(self) -> bool:
-        """Whether the questions won and lost do not tell the two apart."""
+        """Whether McNemar's test sees no difference between the two models."""
         return self.p >= NOISE
 
     def as_dict(self) -> ComparisonFigures:
@@ -88,7 +88,7 @@ class Comparison:
 
 
 def compare(before: Mapping[str, Booleans], after: Mapping[str, Booleans], samples: int, seed: int) -> Comparison:
-    """`after` against `before`: the same subjects, and the same questions in the same order."""
+    """`after` against `before`, which must have the same subjects, and the same questions in the same order."""
     won = {key: int((after[key] & ~before[key]).sum()) for key in before}
     lost = {key: int((before[key] & ~after[key]).sum()) for key in before}
     generator = np.random.default_rng(seed)
@@ -109,19 +109,21 @@ def compare(before: Mapping[str, Booleans], after: Mapping[str, Booleans], sampl
 
 
 def mcnemar_exact(won: int, lost: int) -> float:
-    """Two-sided exact p of McNemar's test: of won + lost fair coins, one side shows at most min(won, lost) times."""
+    """Two-sided p of McNemar's exact test: the chance that of won + lost fair coins one side shows at most
+    min(won, lost) times."""
     tosses, fewer = won + lost, min(won, lost)
     tail = sum(comb(tosses, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**tosses)
 
 
 def calibration_error(confidence: npt.NDArray[np.float64], correct: Booleans, bins: int = 10) -> float:
-    """Expected calibration error (arXiv:1706.04599, eq. 3): bins of equal width, |accuracy - confidence| by size."""
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    """Expected calibration error (arXiv:1706.04599, eq. 3): |accuracy - confidence| in bins of equal width, averaged
+    by their sizes. `confidence` and `correct` are (N,)."""
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (N,)
     gaps = [
-        abs(float(correct[place == b].mean()) - float(confidence[place == b].mean())) * int((place == b).sum())
+        abs(float(correct[bin_of == b].mean()) - float(confidence[bin_of == b].mean())) * int((bin_of == b).sum())
         for b in range(bins)
-        if (place == b).any()
+        if (bin_of == b).any()
     ]
     return float(sum(gaps) / len(confidence))
 

@@ -11,11 +11,11 @@ from mlx_zh.exams.statistics import NOISE, Comparison
 
 
 def results(stages: Mapping[str, ExamFigures]) -> list[list[str]]:
-    """A row a category, a column a stage: macro average, its interval, and the micro average."""
+    """A row for each category, a column for each stage: macro average, its interval, and the micro average."""
     table = [["%", *stages, "questions"]]
     first = next(iter(stages.values()))
     for number, row in enumerate(first["rows"]):
-        cells = [_cell(found["rows"][number]) for found in stages.values()]
+        cells = [_cell(figures["rows"][number]) for figures in stages.values()]
         table.append([row["name"], *cells, str(row["questions"])])
     return table
 
@@ -29,15 +29,15 @@ def _cell(row: FigureRow) -> str:
 
 
 def letters(stages: Mapping[str, ExamFigures]) -> list[list[str]]:
-    """How often each letter was chosen, beside the truth and what always saying it would score."""
+    """How often each letter was chosen and is right, and what a model that always chose it would score."""
     first = next(iter(stages.values()))
-    nameless = any(found["letters"]["predicted"]["none"] for found in stages.values())
-    names = [*LETTERS, "none"] if nameless else list(LETTERS)
+    some_without = any(figures["letters"]["predicted"]["none"] for figures in stages.values())
+    names = [*LETTERS, "none"] if some_without else list(LETTERS)
     table = [["letters", *names, "probability on A–D", "calibration error"]]
-    for stage, found in stages.items():
-        predicted = found["letters"]["predicted"]
-        mass = "–" if found["mass"] is None else f"{found['mass']:.1%}"
-        error = found.get("calibration_error")
+    for stage, figures in stages.items():
+        predicted = figures["letters"]["predicted"]
+        mass = "–" if figures["mass"] is None else f"{figures['mass']:.1%}"
+        error = figures.get("calibration_error")
         table.append([stage, *(str(predicted[n]) for n in names), mass, "–" if error is None else f"{error:.3f}"])
     if "true" in first["letters"]:
         blank = [""] * (len(names) - len(LETTERS) + 2)
@@ -60,9 +60,9 @@ def verdict(before: str, after: str, comparison: Comparison) -> str:
 
 
 def pairs(stages: Sequence[str]) -> list[tuple[str, str]]:
-    """Which stages are compared: each with the base, and each with the one before it."""
-    found = [(stages[0], stage) for stage in stages[1:]]
-    return found + list(pairwise(stages[1:]))
+    """The pairs of stages to compare: the first with each other one, then each of those with the one before it."""
+    with_first = [(stages[0], stage) for stage in stages[1:]]
+    return with_first + list(pairwise(stages[1:]))
 
 
 LEGEND = (

@@ -74,7 +74,7 @@ class Examination:
             )
         records = Records(self._run.exams, name, exam.key)
         keys = {s.key: value_digest({**about, "asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
-        given = {key: known for key in keys if first and (known := records.known(key, keys[key])) is not None}
+        given = {key: known for key in keys if first and (known := records.load_subject(key, keys[key])) is not None}
         waiting = world.broadcast_result(
             lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given]
         )
@@ -85,13 +85,13 @@ class Examination:
                 for subject, answers in self._answered(examinee, exam, subjects, bar.update):
                     given[subject.key] = answers
                     if first:
-                        records.keep(subject.key, keys[subject.key], answers)
+                        records.save_subject(subject.key, keys[subject.key], answers)
         finally:
             bar.close()
         if first:
             answers = [answer for key in keys for answer in given[key]]
             self._known[exam.key, name] = about, answers
-            records.finish(answers, self._figures(exam, name), labelled=exam.labelled)
+            records.save_exam(answers, self._figures(exam, name), labelled=exam.labelled)
 
     def _answered(
         self, examinee: Examinee, exam: Exam, subjects: Sequence[Subject], report: Callable[[int], None]
@@ -127,7 +127,7 @@ class Examination:
             against = {other: self.compare(exam, other, name).as_dict() for other in others}
             compared: figures.ComparedReport = {**report, "against": against}
             answers = self._known[exam.key, name][1]
-            paths += Records(self._run.exams, name, exam.key).finish(answers, compared, labelled=exam.labelled)
+            paths += Records(self._run.exams, name, exam.key).save_exam(answers, compared, labelled=exam.labelled)
         return paths
 
     def _figures(self, exam: Exam, name: str) -> figures.ExamReport:
@@ -138,7 +138,7 @@ class Examination:
 
     def _recall(self, exam: Exam, name: str) -> None:
         """Take a finished stage's answers if they are to the same questions, asked in the same way."""
-        kept = Records(self._run.exams, name, exam.key).finished()
+        kept = Records(self._run.exams, name, exam.key).load_exam()
         if kept is None:
             return
         about, answers = kept[0].get("about"), kept[1]
