@@ -309,7 +309,7 @@ def test_the_page_escapes_everything_but_its_own_markup():
     clean = '<a href="x">&\'a\ufffd\ufffdb\ufffd'
     (root,) = (found for element, found in document.elements if element == "html")
     assert (root["data-zh"], root["data-en"]) == (f"{clean} 微调报告", f"{clean}: fine-tuning report")
-    assert f"{clean}\n" in document.text and f"made {clean}" in document.text
+    assert f"{clean}\n" in document.text and f"created {clean}" in document.text
     assert "&lt;a href=&#34;x&#34;&gt;&amp;&#39;a\ufffd\ufffdb\ufffd" in source
     assert "&lt;span" not in source and "&amp;lt;" not in source  # markup is not escaped, and nothing is twice
 

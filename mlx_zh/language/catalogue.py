@@ -1,7 +1,7 @@
 """The catalogue of texts for people: every code once, worded in English and in Chinese.
 
-The YAML files of this folder hold it: `warnings.yaml` what a run is warned of, `report.yaml` the report's own words.
-A wording is a format string with named fields, for example `{count} of {questions} prompts`; both languages use the
+The YAML files of this folder hold it: `warnings.yaml` has the warnings, `report.yaml` the texts of the report. A
+wording is a format string with named fields, for example `{count} of {questions} prompts`. Both languages have the
 same fields.
 """
 
@@ -19,7 +19,7 @@ SEPARATORS: dict[Language, str] = {"en": ", ", "zh": "、"}  # between the parts
 
 
 class Wording(NamedTuple):
-    """The format strings of one code."""
+    """The format strings of a code, one for each language."""
 
     en: str
     zh: str
@@ -35,8 +35,8 @@ def catalogue() -> Mapping[str, Wording]:
 
 
 def read(name: str) -> dict[str, Wording]:
-    """The codes of one file of the catalogue."""
-    import yaml  # not at the top: every command imports this module, few need a wording
+    """The wordings in one file of the catalogue, by code."""
+    import yaml  # not at the top: every command imports this module, but few need a wording
 
     text = files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     entries: dict[str, dict[Language, str]] = yaml.safe_load(text)
@@ -44,6 +44,9 @@ def read(name: str) -> dict[str, Wording]:
 
 
 def fill(code: str, values: Mapping[str, Any], language: Language) -> str:
-    """A code's wording in one language with its values. Raises KeyError for an unknown code or a missing value."""
+    """The wording of a code in one language, with its values filled in.
+
+    Raises KeyError for an unknown code or a missing value, and ValueError or TypeError for a value that does not fit.
+    """
     wording = catalogue()[code]
     return (wording.en if language == "en" else wording.zh).format(**values)

@@ -22,10 +22,10 @@ class NoticeRecord(TypedDict):
 class Notice(str):
     """A code of the catalogue with its values; as a `str` it is the English sentence.
 
-    So a notice is printed, compared and written to JSON like any other text. `text("zh")` is the Chinese sentence,
-    `as_dict()` what JSON keeps to show it in both languages. A value may be a notice itself, or a list.
+    A notice is therefore printed, compared and written to JSON like any other text. `text("zh")` is the Chinese
+    sentence; `as_dict()` is what JSON keeps to show it in both languages. A value may be a notice itself, or a list.
 
-    Raises KeyError for a code that the catalogue does not have, and for a value that its wording needs.
+    Raises KeyError for a code that the catalogue does not have, and for a missing value.
     """
 
     __slots__ = ("_code", "_values")
@@ -39,12 +39,12 @@ class Notice(str):
 
     @property
     def code(self) -> str:
-        """Its name in the catalogue."""
+        """The notice's name in the catalogue."""
         return self._code
 
     @property
     def values(self) -> Mapping[str, Value]:
-        """What its wording is filled with."""
+        """The values of the wording's fields."""
         return self._values
 
     def text(self, language: Language) -> str:
@@ -52,15 +52,15 @@ class Notice(str):
         return _worded(self._code, self._values, language)
 
     def as_dict(self) -> NoticeRecord:
-        """Code and values as plain JSON; `notice_of` reads it."""
+        """Code and values as plain JSON values; `notice_of` reads them back."""
         return {"code": self._code, "values": {name: _plain(value) for name, value in self._values.items()}}
 
-    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and deepcopy, which would call the class with the English
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle and deepcopy would call the class with the English sentence
         return partial(Notice, self._code, **self._values), ()
 
 
 def notice_of(record: object) -> Notice | None:
-    """The notice that `as_dict` described; None for anything else, as another version of this program may write."""
+    """The notice of a record that `as_dict` made; None for anything else, such as a record of another version."""
     if not isinstance(record, Mapping):
         return None
     code, values = record.get("code"), record.get("values")
@@ -68,25 +68,26 @@ def notice_of(record: object) -> Notice | None:
         return None
     try:
         return Notice(code, **{str(name): _revived(value) for name, value in values.items()})
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError):  # an unknown code, other or odd values
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError):  # unknown code, or unfit values
         return None
 
 
 def notices_of(texts: Sequence[Any], records: Sequence[Any]) -> list[str]:
-    """Sentences read from a file: notices where `records` has their codes, else the texts as they are."""
-    known = [*records, *[None] * (len(texts) - len(records))]
-    return [notice_of(record) or str(text) for text, record in zip(texts, known, strict=False)]
+    """Sentences from a file: notices where `records` holds their codes and values, else the texts as they are."""
+    padded = [*records, *[None] * (len(texts) - len(records))]
+    return [notice_of(record) or str(text) for text, record in zip(texts, padded, strict=False)]
 
 
 def _worded(code: str, values: Mapping[str, Value], language: Language) -> str:
-    return fill(code, {name: _said(value, language) for name, value in values.items()}, language)
+    return fill(code, {name: _in_language(value, language) for name, value in values.items()}, language)
 
 
-def _said(value: Any, language: Language) -> Any:
+def _in_language(value: Any, language: Language) -> Any:
+    """A notice as its sentence in `language`, a list joined with that language's comma, any other value as it is."""
     if isinstance(value, Notice):
         return value.text(language)
     if isinstance(value, list | tuple):
-        return SEPARATORS[language].join(str(_said(part, language)) for part in value)
+        return SEPARATORS[language].join(str(_in_language(part, language)) for part in value)
     return value
 
 

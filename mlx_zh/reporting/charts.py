@@ -1,4 +1,4 @@
-"""The report's charts as data: the page draws them as SVG, `plots` as PNG."""
+"""The charts of the report as data. `svg` draws them for the page, `plots` as PNG files."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. `color` counts the palette; `kind` is raw (light), smoothed or marks (with dots)."""
+    """A curve."""
 
     name: Text
     points: Points
-    kind: str
-    color: int
+    kind: str  # raw (light), smoothed, or marks (with dots)
+    color: int  # index into the palette
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves over optimizer steps; `percent` shows fractions as percentages."""
+    """Curves over optimizer steps."""
 
-    key: str
+    key: str  # of the PNG file's name
     title: Text
-    axis: Text
+    axis: Text  # name of the vertical axis
     series: list[Series]
-    percent: bool = False
+    percent: bool = False  # whether fractions are shown as percentages
 
 
 @dataclass(frozen=True)
 class Span:
-    """A value with its interval, a dot and a whisker."""
+    """A value with its interval, drawn as a dot with a whisker."""
 
     value: float
     low: float
@@ -44,18 +44,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Dots:
-    """A row a category, a dot a model; `band` is what guessing gives. Fractions of 1."""
+    """A chart with a row for each category and a dot for each model; fractions of 1."""
 
-    key: str
+    key: str  # of the PNG file's name
     title: Text
     models: list[Text]
-    rows: list[tuple[Text, list[Span | None]]]
-    band: tuple[float, float] | None
+    rows: list[tuple[Text, list[Span | None]]]  # category, and a span for each model that has one
+    band: tuple[float, float] | None  # interval of guessing
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """`counts[i]` values lie between `edges[i]` and `edges[i + 1]`."""
+    """`counts[i]` is the number of values between `edges[i]` and `edges[i + 1]`."""
 
     title: Text
     edges: Sequence[float]
@@ -63,12 +63,12 @@ class Histogram:
 
 
 def training_charts(training: TrainingResult) -> list[Curves]:
-    """The charts of one training stage; those without figures are left out."""
+    """The charts of one training stage, without those that have no figures."""
     return _sft(training) if training.stage == "sft" else _dpo(training)
 
 
 def exam_charts(findings: Findings) -> list[Dots]:
-    """A chart a benchmark whose answers are known."""
+    """A chart for each benchmark whose right answers are known."""
     charts = []
     for exam in findings.exams:
         rows: list[tuple[Text, list[Span | None]]] = []
@@ -89,18 +89,18 @@ def all_curves(findings: Findings) -> list[Curves]:
 def _sft(training: TrainingResult) -> list[Curves]:
     series = _pair(training, "loss", 0)
     series += _marks(training, "eval_loss", 1)
-    found = [
+    charts = [
         Curves("sft-loss", say("chart_sft_loss"), say("loss"), series),
         Curves("sft-gradient", say("chart_sft_gradient"), say("grad_norm"), _pair(training, "grad_norm", 0)),
     ]
-    return [chart for chart in found if chart.series]
+    return [chart for chart in charts if chart.series]
 
 
 def _dpo(training: TrainingResult) -> list[Curves]:
     loss = _pair(training, "loss", 0) + _marks(training, "eval_loss", 1)
     rewards = _pair(training, "rewards/chosen", 2) + _pair(training, "rewards/rejected", 3)
     accuracies = _pair(training, "rewards/accuracies", 2) + _marks(training, "eval_rewards/accuracies", 1)
-    found = [
+    charts = [
         Curves("dpo-loss", say("chart_dpo_loss"), say("loss"), loss),
         Curves("dpo-rewards", say("chart_dpo_rewards"), say("reward"), rewards),
         Curves(
@@ -108,11 +108,11 @@ def _dpo(training: TrainingResult) -> list[Curves]:
         ),
         Curves("dpo-accuracies", say("chart_dpo_accuracies"), say("accuracy_axis"), accuracies, percent=True),
     ]
-    return [chart for chart in found if chart.series]
+    return [chart for chart in charts if chart.series]
 
 
 def _pair(training: TrainingResult, name: str, color: int) -> list[Series]:
-    """A metric raw and smoothed."""
+    """Two curves of a metric, raw and smoothed; none where it has no values."""
     points = training.points(name)
     if not points:
         return []
@@ -130,7 +130,7 @@ def _marks(training: TrainingResult, name: str, color: int) -> list[Series]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average of N values, begun at the first, whose weight grows with N.
+    """Exponential moving average of N values, started at the first value, whose weight grows with N.
 
     As `smooth` in LLaMA-Factory's extras/ploting.py, which follows TensorBoard: s[i] = w s[i-1] + (1 - w) v[i] with
     w = 1.8 (sigmoid(N / 20) - 1/2), so that short runs are hardly smoothed and long ones at most by w = 0.9.

@@ -1,4 +1,4 @@
-"""Benchmark results of a run side by side: the rows of the mission's tables, and what changed beyond noise."""
+"""Benchmark results of a run side by side: the rows of each benchmark's table, and what changed beyond noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_zh.language.notice import notices_of
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}
-_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file raises
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged file raises
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,45 +30,45 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A difference of macro averages and its 95 % interval; `paired` when taken question by question."""
+    """A difference of macro averages and its 95 % interval, fractions of 1."""
 
     difference: float
     low: float
     high: float
-    noise: bool
-    paired: bool
+    noise: bool  # whether the difference may be chance
+    paired: bool  # whether it was computed question by question
 
 
 @dataclass(frozen=True)
 class ExamRow:
-    """A row of a table. Cells by stage; `change` is the last tuned stage against the first."""
+    """A row of a benchmark's table."""
 
     name: str
     questions: int
     subjects: tuple[str, ...]
-    cells: dict[str, Cell]
-    change: Change | None
+    cells: dict[str, Cell]  # by stage
+    change: Change | None  # of the last tuned stage against the first
 
 
 @dataclass(frozen=True)
 class ExamResult:
-    """One benchmark, all the models that took it."""
+    """The results of all models on one benchmark."""
 
     key: str
     title: str
     split: str
-    protocol: str
+    protocol: str  # name and version
     questions: int
-    stages: list[str]
-    rows: list[ExamRow]
+    stages: list[str]  # models, in the order of a run
+    rows: list[ExamRow]  # empty where the right answers are not known
     compared: tuple[str, str] | None  # (before, after) of every row's change
-    chance: tuple[float, float] | None
-    tripwires: dict[str, list[str]]
+    chance: tuple[float, float] | None  # 95 % interval of the macro average of someone who guesses
+    tripwires: dict[str, list[str]]  # stage -> what looks wrong
     unlike: list[tuple[str, str]] = field(default_factory=list)  # stages that cannot be compared
 
 
 def gather(folder: Path, stages: Sequence[str], *, bootstrap: int, seed: int) -> list[ExamResult]:
-    """Every exam in `runs/NAME/eval`, C-Eval and CMMLU first."""
+    """Every exam in `runs/NAME/eval`, C-Eval and CMMLU first; `bootstrap` samples and `seed` are of the intervals."""
     exams: dict[str, dict[str, _Report]] = {}
     for stage in stages:
         for path in sorted(folder.glob(f"{stage}-*.json")):
@@ -91,7 +91,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Report:
-    """What is used of one model's result file (`exams.figures.ExamReport`), checked."""
+    """The part of a result file (`exams.figures.ExamReport`) that the report uses, checked."""
 
     title: str
     split: str
@@ -100,7 +100,7 @@ class _Report:
     rows: list[_Row]
     chance: tuple[float, float] | None
     tripwires: list[str]
-    asked: tuple[object, object, object]  # equal for models that were asked the same in the same way
+    asked: tuple[object, object, object]  # equal for models that were asked the same questions in the same way
 
 
 def _read_report(path: Path, key: str) -> _Report | None:
@@ -113,7 +113,7 @@ def _read_report(path: Path, key: str) -> _Report | None:
 
 
 def _checked(report: Any, key: str) -> _Report:
-    """Raises one of `_DAMAGED` where a value is not what it must be."""
+    """Raises one of `_DAMAGED` where a value is missing or has another type."""
     about = report.get("about", {})
     protocol = about.get("protocol", {})
     chance = [float(end) for end in report.get("chance") or ()]
@@ -187,30 +187,31 @@ class _Exam:
         return replace(row, change=change)
 
     def _paired(self, subjects: tuple[str, ...], before: Answers, after: Answers) -> Change | None:
-        """None where the answers to the row's subjects are not there, or are not to the same questions."""
+        """The change question by question; None where answers are missing, or are not to the same questions."""
         if not subjects or any(s not in before or before[s].keys() != after.get(s, {}).keys() for s in subjects):
             return None
-        ones, others = (
+        first, second = (
             {s: np.array([side[s][question] for question in before[s]]) for s in subjects} for side in (before, after)
         )
-        found = statistics.compare(ones, others, self._bootstrap, self._seed)
-        return Change(found.difference, *found.interval, found.noise, True)
+        comparison = statistics.compare(first, second, self._bootstrap, self._seed)
+        return Change(comparison.difference, *comparison.interval, comparison.noise, True)
 
 
 def _answers(path: Path) -> Answers:
-    found: Answers = {}
+    """Whether each question was answered right, from STAGE-EXAM.jsonl; empty where it is missing or damaged."""
+    answers: Answers = {}
     try:
         for text in path.read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
             right = line["choice"] is not None and line["choice"] == line["truth"]
-            found.setdefault(line["subject"], {})[line["id"]] = right
+            answers.setdefault(line["subject"], {})[line["id"]] = right
     except _DAMAGED:
         return {}
-    return found
+    return answers
 
 
 def _unpaired(before: Cell, after: Cell) -> Change:
-    """From the two intervals alone, as if the questions were different ones: wider than a paired interval."""
+    """The change from the two intervals alone, as if the questions were different: wider than a paired interval."""
     half = math.hypot(before.high - before.low, after.high - after.low) / 2
     difference = after.macro - before.macro
     return Change(difference, difference - half, difference + half, abs(difference) <= half, False)

@@ -1,4 +1,4 @@
-"""A benchmark's figures as words, the same for page and Markdown."""
+"""The figures of a benchmark as text, the same on the page and in Markdown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from mlx_zh.reporting.words import points
 
 
 def head_line(exam: ExamResult) -> Text:
-    """What was asked, and how."""
+    """What was asked and under which protocol."""
     return say("exam_head", split=exam.split, questions=f"{exam.questions:,}", protocol=exam.protocol)
 
 
 def columns(exam: ExamResult) -> list[Text]:
-    """The heads of a table: category, models, and where two of them are compared the change and the verdict."""
+    """The column heads of a table: category, models, and, where two of them are compared, change and verdict."""
     names = [say("category"), *map(named, exam.stages)]
     if exam.compared:
         before, after = map(named, exam.compared)

@@ -1,4 +1,4 @@
-"""What a run folder holds, gathered for its report. What is not there is left out; what is damaged is an alarm."""
+"""What a run folder holds, read for its report. A missing file is left out; a damaged one is an alarm."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from mlx_zh.reporting.exam_results import ExamResult
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.system.redaction import hide, hide_all
 
-MANY = 0.05  # more over-long rows than this are worth a word
+OVER_LONG = 0.05  # from this share of over-long rows on, there is an alarm
 STAGES = ("base", "sft", "dpo", "fused")  # models, in the order of a run
 
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Something that a reader must know before believing a figure."""
+    """A warning that a reader must see before the figures."""
 
-    where: Text
-    what: Text
+    where: Text  # the stage, exam or file that it is about
+    what: Text  # a sentence
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A training stage's metrics: `steps` and `validations` are lines of metrics.jsonl, `summary` its end.
+    """The metrics of a training stage.
 
-    Another version may have written them, so that a value is checked where it is used. See `MetricsLine` and
+    Another version may have written them, so a value is checked where it is used. See `MetricsLine` and
     `TrainingSummary` in `training.metrics` for the keys.
     """
 
-    stage: str
-    steps: list[Mapping[str, object]]
-    validations: list[Mapping[str, object]]
-    summary: Mapping[str, object]
+    stage: str  # sft or dpo
+    steps: list[Mapping[str, object]]  # lines of metrics.jsonl
+    validations: list[Mapping[str, object]]  # lines of metrics.jsonl
+    summary: Mapping[str, object]  # summary.json; empty while the stage is not finished
 
     def points(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric wherever it is a finite number."""
+        """(step, value) of a metric, without values that are missing, NaN or infinite."""
         lines = self.validations if name.startswith("eval_") else self.steps
         return [
             (float(step), float(value))
@@ -50,12 +50,12 @@ class TrainingResult:
         ]
 
     def last(self, name: str) -> float | None:
-        """A metric's last value."""
+        """A metric's last value; None without any."""
         points = self.points(name)
         return points[-1][1] if points else None
 
-    def most(self, name: str) -> float | None:
-        """A metric's highest value."""
+    def highest(self, name: str) -> float | None:
+        """A metric's highest value; None without any."""
         return max((value for _, value in self.points(name)), default=None)
 
     def total(self, name: str) -> float:
@@ -65,7 +65,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class StageTime:
-    """How long a stage of the pipeline took, and what it drew."""
+    """The time of a pipeline stage, and its energy where that was measured."""
 
     name: str
     seconds: float
@@ -74,17 +74,17 @@ class StageTime:
 
 @dataclass
 class Findings:
-    """Everything that a report shows."""
+    """Everything that a report shows. Mappings are JSON objects as they were read, see `mapped` and `listed`."""
 
-    name: str
-    recipe: str = ""
+    name: str  # of the run
+    recipe: str = ""  # as YAML, secrets hidden
     manifest: Mapping[str, object] = field(default_factory=dict)
     exams: list[ExamResult] = field(default_factory=list)
     training: dict[str, TrainingResult] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
-    answers: dict[str, list[str]] = field(default_factory=dict)
-    data: Mapping[str, object] = field(default_factory=dict)
-    export: Mapping[str, object] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)  # stage -> an answer to each prompt
+    data: Mapping[str, object] = field(default_factory=dict)  # stage -> report of its data
+    export: Mapping[str, object] = field(default_factory=dict)  # format -> what is known of it
     times: list[StageTime] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
 
@@ -113,52 +113,52 @@ class RunFiles(Protocol):
 
 
 def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) -> Findings:
-    """Everything in a run folder; `recipe` is its recipe as text."""
-    found = Findings(name, hide(recipe))
-    reading = _Reading(run.path, found.alarms)
-    found.manifest = hide_all(reading.mapping(run.manifest))
-    found.data = hide_all(reading.mapping(run.prepared))
-    found.export = hide_all(reading.mapping(run.fused_summary))
+    """Everything in a run folder. `recipe` is its recipe as YAML; `bootstrap` samples and `seed` give intervals."""
+    findings = Findings(name, hide(recipe))
+    reading = _Reading(run.path, findings.alarms)
+    findings.manifest = hide_all(reading.mapping(run.manifest))
+    findings.data = hide_all(reading.mapping(run.prepared))
+    findings.export = hide_all(reading.mapping(run.fused_summary))
     samples = reading.mapping(run.samples)
-    found.prompts = [str(prompt) for prompt in listed(samples.get("prompts"))]
+    findings.prompts = [str(prompt) for prompt in listed(samples.get("prompts"))]
     answers = mapped(samples.get("answers"))
-    found.answers = {stage: [str(a) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
-    found.times = _times(reading.mapping(run.pipeline))
+    findings.answers = {stage: [str(a) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
+    findings.times = _times(reading.mapping(run.pipeline))
     for stage in ("sft", "dpo"):
         if training := _training(reading, run.stage(stage), stage):
-            found.training[stage] = training
-            found.alarms += _training_alarms(training)
+            findings.training[stage] = training
+            findings.alarms += _training_alarms(training)
             lines = reading.objects(run.stage(stage).warnings)
             warned = dict.fromkeys(notices_of([line.get("text") for line in lines], lines))
-            found.alarms += [Alarm(named(stage), Text.of(text)) for text in warned]
-    found.exams = exam_results.gather(run.exams, STAGES, bootstrap=bootstrap, seed=seed)
-    for exam in found.exams:
-        found.alarms += _exam_alarms(exam)
-    for stage, told in found.data.items():
-        found.alarms += _data_alarms(named(f"data_{stage}"), mapped(told))
-    for kind, written in found.export.items():
-        found.alarms += _export_alarms(str(kind), mapped(written))
-    return found
+            findings.alarms += [Alarm(named(stage), Text.of(text)) for text in warned]
+    findings.exams = exam_results.gather(run.exams, STAGES, bootstrap=bootstrap, seed=seed)
+    for exam in findings.exams:
+        findings.alarms += _exam_alarms(exam)
+    for stage, report in findings.data.items():
+        findings.alarms += _data_alarms(named(f"data_{stage}"), mapped(report))
+    for kind, written in findings.export.items():
+        findings.alarms += _export_alarms(str(kind), mapped(written))
+    return findings
 
 
 class _Reading:
-    """Reads a run folder's files; one that is damaged is an alarm, one that is missing is not."""
+    """Reads the files of a run folder. A damaged file becomes an alarm, a missing one does not."""
 
     def __init__(self, folder: Path, alarms: list[Alarm]) -> None:
         self._folder, self._alarms = folder, alarms
 
     def mapping(self, path: Path) -> dict[str, object]:
         """A JSON object; empty where it is missing or damaged."""
-        found = self._parsed(path, lambda text: json.loads(text), {})
-        if isinstance(found, dict):
-            return found
+        content = self._parsed(path, lambda text: json.loads(text), {})
+        if isinstance(content, dict):
+            return content
         self._damaged(path)
         return {}
 
     def objects(self, path: Path) -> list[dict[str, object]]:
         """The objects of a JSON lines file."""
-        found = self._parsed(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
-        return [line for line in found if isinstance(line, dict)]
+        lines = self._parsed(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
+        return [line for line in lines if isinstance(line, dict)]
 
     def _parsed(self, path: Path, parse: Any, empty: Any) -> Any:
         try:
@@ -186,31 +186,34 @@ def _training(reading: _Reading, files: StageFiles, stage: str) -> TrainingResul
 
 
 def _training_alarms(training: TrainingResult) -> list[Alarm]:
-    found = []
+    warnings = []
     summary = training.summary
     if not summary:
-        found.append(say("training-unfinished", stage=named(training.stage)))
+        warnings.append(say("training-unfinished", stage=named(training.stage)))
     if summary.get("skipped_steps"):
-        found.append(say("steps-skipped", count=summary["skipped_steps"]))
-    broken = sum(_broken(line) for line in (*training.steps, *training.validations))
-    if broken:
-        found.append(say("metrics-not-finite", count=broken))
+        warnings.append(say("steps-skipped", count=summary["skipped_steps"]))
+    not_finite = sum(_not_finite(line) for line in (*training.steps, *training.validations))
+    if not_finite:
+        warnings.append(say("metrics-not-finite", count=not_finite))
     before, after = (summary.get(f"eval_loss_{side}") for side in ("before", "after"))
     best = mapped(summary.get("best"))
     lowest = best.get("eval_loss")
     if is_finite(before) and is_finite(after):
         if after > before:
-            found.append(say("validation-loss-rose", before=before, after=after))
+            warnings.append(say("validation-loss-rose", before=before, after=after))
         elif is_finite(lowest) and lowest < after * 0.995:
-            found.append(say("overfitted", step=best.get("step"), best=lowest, after=after))
+            warnings.append(say("overfitted", step=best.get("step"), best=lowest, after=after))
     accuracy = at_end(training, "rewards/accuracies")
     if accuracy is not None and accuracy <= 0.5:
-        found.append(say("reward-accuracy-low", accuracy=accuracy))
-    return [Alarm(named(training.stage), text) for text in found]
+        warnings.append(say("reward-accuracy-low", accuracy=accuracy))
+    return [Alarm(named(training.stage), warning) for warning in warnings]
 
 
 def at_end(training: TrainingResult, name: str) -> float | None:
-    """A metric at the last validation; without one, its mean over the last tenth of the steps (five at least)."""
+    """A metric at the last validation; without validation, its mean over the last tenth of the steps, at least five.
+
+    None where neither has the metric.
+    """
     if (validated := training.last(f"eval_{name}")) is not None:
         return validated
     values = [value for _, value in training.points(name)]
@@ -218,36 +221,36 @@ def at_end(training: TrainingResult, name: str) -> float | None:
     return sum(last) / len(last) if last else None
 
 
-def _data_alarms(where: Text, told: Mapping[str, object]) -> list[Alarm]:
-    missing = mapped(mapped(told.get("exam_questions")).get("missing"))
-    found = [say("exam-questions-not-checked", exam=exam, reason=reason) for exam, reason in missing.items()]
-    share = told.get("over_long_share")
-    if is_finite(share) and share >= MANY:
-        found.append(say("rows-over-long", share=share))
-    return [Alarm(where, text) for text in found]
+def _data_alarms(where: Text, report: Mapping[str, object]) -> list[Alarm]:
+    missing = mapped(mapped(report.get("exam_questions")).get("missing"))
+    warnings = [say("exam-questions-not-checked", exam=exam, reason=reason) for exam, reason in missing.items()]
+    share = report.get("over_long_share")
+    if is_finite(share) and share >= OVER_LONG:
+        warnings.append(say("rows-over-long", share=share))
+    return [Alarm(where, warning) for warning in warnings]
 
 
 def _exam_alarms(exam: ExamResult) -> list[Alarm]:
-    found = []
+    alarms = []
     for stage, wires in exam.tripwires.items():
-        where = say_join(exam.title, named(stage))
-        found += [Alarm(where, Text.of(wire)) for wire in wires]
+        where = _subtitled(exam.title, named(stage))
+        alarms += [Alarm(where, Text.of(wire)) for wire in wires]
     for before, after in exam.unlike:
         unlike = say("exam-not-comparable", before=named(before), after=named(after))
-        found.append(Alarm(Text.same(exam.title), unlike))
-    return found
+        alarms.append(Alarm(Text.same(exam.title), unlike))
+    return alarms
 
 
 def _export_alarms(kind: str, written: Mapping[str, object]) -> list[Alarm]:
-    where = say_join(kind, say("export"))
-    found = notices_of(*(listed(written.get(key)) for key in ("warnings", "warning_codes")))
-    if reason := written.get("unmeasured"):
-        (told,) = notices_of([reason], [written.get("unmeasured_code")])
-        found.append(Notice("fused-not-compared", format=kind, reason=told))
-    return [Alarm(where, Text.of(text)) for text in found]
+    where = _subtitled(kind, say("export"))
+    warnings = notices_of(*(listed(written.get(key)) for key in ("warnings", "warning_codes")))
+    if sentence := written.get("unmeasured"):
+        (reason,) = notices_of([sentence], [written.get("unmeasured_code")])
+        warnings.append(Notice("fused-not-compared", format=kind, reason=reason))
+    return [Alarm(where, Text.of(warning)) for warning in warnings]
 
 
-def say_join(title: str, text: Text) -> Text:
+def _subtitled(title: str, text: Text) -> Text:
     """`C-Eval · base`."""
     return Text(f"{title} · {text.zh}", f"{title} · {text.en}")
 
@@ -262,12 +265,12 @@ def _times(pipeline: Mapping[str, object]) -> list[StageTime]:
 
 
 def mapped(value: object) -> Mapping[str, Any]:
-    """A JSON object as it is; anything else as an empty one."""
+    """The value where it is a JSON object, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def listed(value: object) -> Sequence[Any]:
-    """A JSON list as it is; anything else as an empty one."""
+    """The value where it is a JSON list, else an empty one."""
     return value if isinstance(value, list) else []
 
 
@@ -276,5 +279,5 @@ def is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _broken(line: Mapping[str, object]) -> bool:
+def _not_finite(line: Mapping[str, object]) -> bool:
     return any(isinstance(value, float) and not math.isfinite(value) for value in line.values())

@@ -1,4 +1,4 @@
-"""`report.md`: the same findings as text, both languages beside one another."""
+"""`report.md`: the findings as Markdown, in Chinese and English side by side."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import named, say
 
 _SPECIAL = re.compile(r"[\\`*_\[\]|~]")
-_FIRST = re.compile(r"^(?:[#>+=-]|\d+(?=[.)]))")  # what makes a heading, a quotation or a list of a line
-_LINK = re.compile(r"(?i)\b(https?:|ftp:|www\.)")  # some readers make links of addresses
+_FIRST = re.compile(r"^(?:[#>+=-]|\d+(?=[.)]))")  # begins a heading, a quotation or a list
+_LINK = re.compile(r"(?i)\b(https?:|ftp:|www\.)")  # some viewers turn addresses into links
 
 
-def markdown(findings: Findings, made: str, plots: Sequence[str]) -> str:
-    """The report as Markdown; `plots` are the paths of its pictures, seen from the report."""
-    parts = [f"# {safe(findings.name)}: {say('report').both()}", f"{say('made', time=made).both()}"]
+def markdown(findings: Findings, created: str, plots: Sequence[str]) -> str:
+    """The report as Markdown; `created` is its date, `plots` the paths of its pictures relative to the report."""
+    parts = [f"# {safe(findings.name)}: {say('report').both()}", f"{say('created', time=created).both()}"]
     parts += _summary(findings)
     parts += _benchmarks(findings, plots)
     parts += _training(findings, plots)
@@ -33,7 +33,7 @@ def markdown(findings: Findings, made: str, plots: Sequence[str]) -> str:
 
 
 def safe(text: object) -> str:
-    """Text that is neither Markdown nor HTML nor a link; lines become one."""
+    """The text on one line, escaped so that it is neither Markdown nor HTML nor a link."""
     line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     line = _FIRST.sub(r"\\\g<0>", _SPECIAL.sub(r"\\\g<0>", line))
     return _LINK.sub("\\g<1>\u200b", line)

@@ -1,4 +1,4 @@
-"""Texts of the report in Chinese and in English; the words themselves are in `mlx_zh.language`."""
+"""Texts of the report in Chinese and English; the wordings are in `mlx_zh.language`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mlx_zh.language.notice import Notice
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The same words in two languages."""
+    """A text in both languages."""
 
     zh: str
     en: str
 
     @staticmethod
     def same(text: object) -> Text:
-        """A name, a number or a file: the same in both languages."""
+        """A text that is the same in both languages: a name, a number, a path."""
         return Text(str(text), str(text))
 
     @staticmethod
@@ -27,12 +27,15 @@ class Text:
         return Text(sentence.text("zh"), str(sentence)) if isinstance(sentence, Notice) else Text.same(sentence)
 
     def both(self) -> str:
-        """Both languages on one line, once where they are equal."""
+        """Both languages on one line; one of them where they are equal."""
         return self.zh if self.zh == self.en else f"{self.zh} {self.en}"
 
 
 def say(code: str, **values: Any) -> Text:
-    """The wording of `code` with its values filled in; a value that is a `Text` stands in its language."""
+    """The wording of `code` with its values; a value that is a `Text` appears in the language of the wording.
+
+    Raises KeyError for an unknown code or a missing value.
+    """
 
     def side(language: Language) -> str:
         filled = {name: getattr(v, language) if isinstance(v, Text) else v for name, v in values.items()}
@@ -42,11 +45,11 @@ def say(code: str, **values: Any) -> Text:
 
 
 def named(name: str) -> Text:
-    """The wording of a name that came from a file (a stage, a metric); the name itself where there is none."""
-    known = catalogue().get(name)
-    return say(name) if known and "{" not in known.zh else Text.same(name)
+    """The wording of a name from a file (a stage, a metric); the name itself where the catalogue has none."""
+    wording = catalogue().get(name)
+    return say(name) if wording and "{" not in wording.zh else Text.same(name)
 
 
 def joined(texts: list[Text]) -> Text:
-    """Texts one after another as a list, with each language's comma."""
+    """The texts as a list, with the comma of each language."""
     return Text("，".join(text.zh for text in texts), ", ".join(text.en for text in texts))

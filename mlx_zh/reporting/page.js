@@ -1,5 +1,5 @@
 "use strict";
-// The language: as the address says (#lang=en), else as the browser does. Nothing is stored.
+// The language comes from the address (#lang=en), else from the browser. Nothing is stored.
 const asked = /(?:^#|&)lang=(zh|en)\b/.exec(location.hash);
 const language = asked ? asked[1] : navigator.language.startsWith("zh") ? "zh" : "en";
 for (const input of document.querySelectorAll(".language input")) {
@@ -13,12 +13,12 @@ for (const input of document.querySelectorAll(".language input")) {
   input.addEventListener("change", show);
   show();
 }
-// Values under the pointer: each legend entry carries its curve's points.
+// Values at the pointer: each legend entry holds the points of its curve.
 for (const figure of document.querySelectorAll("figure.chart")) {
   const svg = figure.querySelector("svg.curves");
   if (!svg) continue;
   const keys = [...figure.querySelectorAll(".key")].map((key) => ({
-    said: key.querySelector("b"),
+    label: key.querySelector("b"),
     x: key.dataset.x.split(" ").map(Number),
     y: key.dataset.y.split(" "),
   }));
@@ -37,11 +37,11 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     cursor.style.visibility = "visible";
     for (const key of keys) {
       const at = nearest(key.x, step);
-      key.said.textContent = `${key.x[at]}: ${key.y[at]}`;
+      key.label.textContent = `${key.x[at]}: ${key.y[at]}`;
     }
   });
   svg.addEventListener("pointerleave", () => {
     cursor.style.visibility = "hidden";
-    for (const key of keys) key.said.textContent = "";
+    for (const key of keys) key.label.textContent = "";
   });
 }

@@ -1,4 +1,4 @@
-"""`report.html`: one file that needs nothing else, works offline, and shows Chinese or English."""
+"""`report.html`: a single file that works offline and shows Chinese or English."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from mlx_zh.reporting.charts import exam_charts, training_charts
 from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import Text, named, say
 
-# C0 and C1 controls are no HTML; bidirectional controls could make text look like what it is not.
+# C0 and C1 controls are not allowed in HTML; bidirectional controls could disguise a text.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page below its summary; `key` is its anchor."""
+    """A section of the page below its summary."""
 
-    key: str
+    key: str  # its anchor
     title: Text
     content: Markup
 
 
-def page(findings: Findings, made: str) -> str:
-    """The whole page; `made` is its date."""
+def page(findings: Findings, created: str) -> str:
+    """The whole page as HTML; `created` is its date."""
     style, script = (
         files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
     )
-    # Only this style and this script are obeyed and nothing is fetched: whatever else got into the page is dead.
+    # The browser uses only this style and this script and fetches nothing, should other markup get into the page.
     policy = (
-        f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; base-uri 'none'; "
+        f"default-src 'none'; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; base-uri 'none'; "
         "form-action 'none'"
     )
     html = _render(
@@ -50,7 +50,7 @@ def page(findings: Findings, made: str) -> str:
         script=Markup(script),
         name=findings.name,
         model=mapped(findings.manifest.get("model")).get("source"),
-        made=made,
+        created=created,
         tiles=words.tiles(findings),
         alarms=findings.alarms,
         sections=list(_sections(findings)),
@@ -58,13 +58,14 @@ def page(findings: Findings, made: str) -> str:
     return _CONTROLS.sub("\ufffd", html)
 
 
-def _source(text: str) -> str:
+def _csp_hash(text: str) -> str:
+    """A source expression of the content security policy that allows exactly this text."""
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
 
 def _sections(findings: Findings) -> Iterator[Section]:
-    """The sections of which the run folder holds something."""
+    """The sections for which the run folder holds something."""
     if findings.exams:
         charts = [svg.dots(chart) for chart in exam_charts(findings)]
         yield Section("benchmarks", say("benchmarks"), _render("benchmarks", exams=findings.exams, charts=charts))
@@ -98,7 +99,7 @@ def _environment() -> Environment:
         loader=PackageLoader("mlx_zh.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_spoken,
+        finalize=_in_both_languages,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -115,8 +116,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _spoken(value: object) -> object:
-    """What a template shows of a value: a `Text` in both languages, of which the page's style hides one."""
+def _in_both_languages(value: object) -> object:
+    """What a template shows of a value. A `Text` is shown in both languages; the page's style hides one of them."""
     if not isinstance(value, Text):
         return value
     if value.zh == value.en:

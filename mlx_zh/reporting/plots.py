@@ -1,4 +1,4 @@
-"""The charts as PNG, in Chinese where the machine has a font for it, else in English."""
+"""The charts as PNG files, in Chinese where the machine has a Chinese font, else in English."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#1f6fc4", "#d9690b", "#1c8a4b", "#b8319b")
 
-# Families with Simplified Chinese, as macOS, Linux and Windows bring them.
+# Font families with Simplified Chinese on macOS, Linux and Windows.
 CJK_FONTS = (
     "PingFang SC",
     "Noto Sans CJK SC",
@@ -39,7 +39,7 @@ CJK_FONTS = (
 
 
 def cjk_font() -> str | None:
-    """The first Chinese font that matplotlib finds on this machine."""
+    """The first family of `CJK_FONTS` that this machine has; None without any."""
     from matplotlib import font_manager
 
     present = set(font_manager.get_font_names())
@@ -47,18 +47,18 @@ def cjk_font() -> str | None:
 
 
 def write_plots(findings: Findings, folder: Path) -> list[Path]:
-    """Draw every chart of the findings as `folder/KEY.png`; returns the paths."""
+    """Draw every chart of the findings as `folder/KEY.png`; returns the paths. Raises StorageError."""
     from matplotlib import rc_context
 
     font = cjk_font()
-    spoken: Callable[[Text], str] = (lambda text: text.zh) if font else (lambda text: text.en)
+    wording: Callable[[Text], str] = (lambda text: text.zh) if font else (lambda text: text.en)
     families = [font, "DejaVu Sans"] if font else ["DejaVu Sans"]
     paths = []
     settings: Any = {"font.family": families, "axes.unicode_minus": False, "text.parse_math": False}
     charts: list[Dots | Curves] = [*exam_charts(findings), *all_curves(findings)]
     with rc_context(settings):
         for chart in charts:
-            figure = _dots(chart, spoken) if isinstance(chart, Dots) else _curves(chart, spoken)
+            figure = _dots(chart, wording) if isinstance(chart, Dots) else _curves(chart, wording)
             path = folder / f"{chart.key}.png"
             with written_whole(path) as file:
                 figure.savefig(file, format="png", dpi=144)
@@ -76,15 +76,15 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _curves(chart: Curves, spoken: Callable[[Text], str]) -> Figure:
+def _curves(chart: Curves, wording: Callable[[Text], str]) -> Figure:
     figure, axes = _figure(3.8)
     scale = 100 if chart.percent else 1
     for series in chart.series:
         steps, values = zip(*series.points, strict=True)
-        axes.plot(steps, [v * scale for v in values], label=spoken(series.name), **_style(series))
-    axes.set_title(spoken(chart.title), fontsize=11)
-    axes.set_xlabel(spoken(say("step")))
-    axes.set_ylabel(spoken(chart.axis))
+        axes.plot(steps, [v * scale for v in values], label=wording(series.name), **_style(series))
+    axes.set_title(wording(chart.title), fontsize=11)
+    axes.set_xlabel(wording(say("step")))
+    axes.set_ylabel(wording(chart.axis))
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -99,24 +99,24 @@ def _style(series: Series) -> dict[str, Any]:
     return {"color": color, "linewidth": 1.8, "marker": "o" if lone else None}
 
 
-def _dots(chart: Dots, spoken: Callable[[Text], str]) -> Figure:
+def _dots(chart: Dots, wording: Callable[[Text], str]) -> Figure:
     figure, axes = _figure(1.3 + 0.22 * sum(len(spans) + 0.8 for _, spans in chart.rows))
     if chart.band:
         axes.axvspan(100 * chart.band[0], 100 * chart.band[1], color="#8e97a4", alpha=0.2, linewidth=0)
-    lane, places, said = 0.0, [], set[int]()
+    lane, positions, labelled = 0.0, [], set[int]()
     for _, spans in chart.rows:
-        places.append(-(lane + (len(spans) - 1) / 2))
+        positions.append(-(lane + (len(spans) - 1) / 2))
         for model, span in enumerate(spans):
             if span:
                 errors = [[100 * (span.value - span.low)], [100 * (span.high - span.value)]]
-                label = None if model in said else spoken(chart.models[model])
-                said.add(model)
+                label = None if model in labelled else wording(chart.models[model])
+                labelled.add(model)
                 style: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2, "linewidth": 1.2}
                 axes.errorbar(100 * span.value, -lane, xerr=errors, color=COLORS[model % 4], label=label, **style)
             lane += 1
         lane += 0.8
     axes.grid(visible=False, axis="y")
-    axes.set_yticks(places, [spoken(name) for name, _ in chart.rows])
-    axes.set_title(f"{spoken(chart.title)} (%)", fontsize=11)
+    axes.set_yticks(positions, [wording(name) for name, _ in chart.rows])
+    axes.set_title(f"{wording(chart.title)} (%)", fontsize=11)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: colours come from the page's style, values for the pointer lie in the legend."""
+"""Charts as inline SVG. The page's style gives the colours; the legend holds the values to show at the pointer."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from mlx_zh.reporting.messages import Text, say
 
 WIDTH, HEIGHT = 480.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 40.0
-_MOST_POINTS = 400  # per curve; beyond, a bucket's lowest and highest points stand for it
+_MOST_POINTS = 400  # of a curve; a longer one is cut into buckets, of which the lowest and highest points are drawn
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A legend entry; for curves, the numbers that the page shows under the pointer, with spaces between them."""
+    """A legend entry. For curves it holds the points, which the page's script shows at the pointer."""
 
     name: Text
-    kind: str
-    color: int
-    steps: str = ""
-    values: str = ""
+    kind: str  # of its `Series`
+    color: int  # index into the palette
+    steps: str = ""  # numbers with spaces between them
+    values: str = ""  # as many
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture, and what the page writes around it."""
+    """A picture, and the texts that the page writes around it."""
 
-    kind: str
+    kind: str  # its style: curves, dots or bars
     title: Text
     height: float
-    shapes: Markup
+    shapes: Markup  # the content of <svg>
     legend: Sequence[Key] = ()
     note: Text | None = None
     width: float = WIDTH
 
 
 def curves(chart: Curves) -> Drawing:
-    """A line chart of `chart` with its legend."""
+    """A line chart with its legend."""
     scale = 100.0 if chart.percent else 1.0
     drawn = [(s, [(x, y * scale) for x, y in thinned(s.points, _MOST_POINTS)]) for s in chart.series]
     xs = [x for _, points in drawn for x, _ in points]
@@ -63,11 +63,11 @@ def curves(chart: Curves) -> Drawing:
 
 
 def dots(chart: Dots) -> Drawing:
-    """A chart of intervals: a row a category, a dot and whisker a model."""
+    """A chart of intervals: a row for each category, a dot with a whisker for each model."""
     lane, gap, left = 15.0, 14.0, 128.0
     height = TOP + sum(lane * len(spans) + gap for _, spans in chart.rows) + 26
-    known = [span for _, spans in chart.rows for span in spans if span]
-    low, high = _percent_range(known, chart.band)
+    present = [span for _, spans in chart.rows for span in spans if span]
+    low, high = _percent_range(present, chart.band)
     frame = _Frame(low, high, 0, 1, left)
     bottom = height - 26
     parts: list[Markup] = []
@@ -93,24 +93,24 @@ def dots(chart: Dots) -> Drawing:
 def bars(chart: Histogram) -> Drawing:
     """A histogram."""
     height = 130.0
-    bottom, most = height - 22, max(chart.counts)
-    frame = _Frame(chart.edges[0], chart.edges[-1], 0, most, 8.0)
+    bottom, highest = height - 22, max(chart.counts)
+    frame = _Frame(chart.edges[0], chart.edges[-1], 0, highest, 8.0)
     parts: list[Markup] = []
     for (low, high), number in zip(pairwise(chart.edges), chart.counts, strict=True):
-        x, top = frame.x(low), bottom - (bottom - TOP) * number / most
-        words = f"{low:,.0f}–{high:,.0f}: {number:,}"
-        parts.append(_rectangle("bar", x + 0.5, top, max(0.5, frame.x(high) - x - 1), bottom - top, words))
+        x, top = frame.x(low), bottom - (bottom - TOP) * number / highest
+        text = f"{low:,.0f}–{high:,.0f}: {number:,}"
+        parts.append(_rectangle("bar", x + 0.5, top, max(0.5, frame.x(high) - x - 1), bottom - top, text))
     for mark in ticks(frame.first, frame.last, 6, whole=True):
         parts.append(_text("middle", _at(frame.x(mark), height - 6), f"{mark:,.0f}"))
     parts.append(_line("axis", 8.0, bottom, WIDTH - RIGHT, bottom))
     return Drawing("bars", chart.title, height, Markup().join(parts))
 
 
-def thinned(points: Points, most: int) -> Points:
-    """At most about `most` points that keep the ends and every bucket's lowest and highest value."""
-    if len(points) <= most:
+def thinned(points: Points, limit: int) -> Points:
+    """About `limit` points at most: both ends, and the lowest and the highest value of every bucket."""
+    if len(points) <= limit:
         return points
-    buckets = most // 2
+    buckets = limit // 2
     kept = {0, len(points) - 1}
     for bucket in range(buckets):
         inside = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
@@ -119,7 +119,7 @@ def thinned(points: Points, most: int) -> Points:
 
 
 class _Frame:
-    """From values to places: x within [first, last], y within [low, high]."""
+    """Maps values to positions in the picture: x from [first, last], y from [low, high]."""
 
     def __init__(self, first: float, last: float, low: float, high: float, left: float = LEFT) -> None:
         self.first, self.last = (first, last) if last > first else (first - 0.5, first + 0.5)
@@ -133,7 +133,7 @@ class _Frame:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    flat = high - low <= 1e-9 * abs(high)  # equal but for rounding
+    flat = high - low <= 1e-9 * abs(high)  # equal up to rounding
     margin = (0.1 * abs(high) or 0.5) if flat else 0.06 * (high - low)
     return low - margin, high + margin
 
@@ -163,30 +163,30 @@ def _axis_names(axis: Text) -> list[Markup]:
 
 
 def _curve(frame: _Frame, kind: str, color: int, points: Points) -> list[Markup]:
-    places = [(frame.x(x), frame.y(y)) for x, y in points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    positions = [(frame.x(x), frame.y(y)) for x, y in points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
     line = Markup('<polyline class="{} c{}" points="{}" fill="none"/>\n').format(kind, color, path)
     dotted = kind == "marks" or len(points) == 1
-    return [line, *(_dot(color, x, y, 3.0) for x, y in places if dotted)]
+    return [line, *(_dot(color, x, y, 3.0) for x, y in positions if dotted)]
 
 
 def _span(frame: _Frame, span: Span, y: float, model: int, name: Text) -> Markup:
     low, value, high = (frame.x(100 * v) for v in (span.low, span.value, span.high))
-    words = f"{name.both()}: {100 * span.value:.2f} [{100 * span.low:.1f}, {100 * span.high:.1f}]"
+    text = f"{name.both()}: {100 * span.value:.2f} [{100 * span.low:.1f}, {100 * span.high:.1f}]"
     style = f"whisker c{model}"
     shapes = [_line(style, low, y, high, y), *(_line(style, x, y - 3, x, y + 3) for x in (low, high))]
-    return Markup("<g><title>{}</title>{}</g>\n").format(words, Markup().join([*shapes, _dot(model, value, y, 4.0)]))
+    return Markup("<g><title>{}</title>{}</g>\n").format(text, Markup().join([*shapes, _dot(model, value, y, 4.0)]))
 
 
 def _both_texts(style: str, place: Markup, text: Text) -> list[Markup]:
-    """Both languages at one place; the page's style hides one of them."""
+    """Both languages at one position; the page's style hides one of them."""
     if text.zh == text.en:
         return [_text(style, place, text.zh)]
-    return [_text(f"{side} {style}", place, words) for side, words in (("zh", text.zh), ("en", text.en))]
+    return [_text(f"zh {style}", place, text.zh), _text(f"en {style}", place, text.en)]
 
 
-def _text(style: str, place: Markup, words: str) -> Markup:
-    return Markup('<text class="{}" {}>{}</text>\n').format(style, place, words)
+def _text(style: str, place: Markup, text: str) -> Markup:
+    return Markup('<text class="{}" {}>{}</text>\n').format(style, place, text)
 
 
 def _at(x: float, y: float) -> Markup:
@@ -202,8 +202,8 @@ def _dot(color: int, x: float, y: float, radius: float) -> Markup:
     return Markup('<circle class="dot c{}" cx="{}" cy="{}" r="{}"/>\n').format(color, *map(_n, (x, y, radius)))
 
 
-def _rectangle(style: str, x: float, y: float, width: float, height: float, words: str = "") -> Markup:
-    title = Markup("<title>{}</title>").format(words) if words else ""
+def _rectangle(style: str, x: float, y: float, width: float, height: float, text: str = "") -> Markup:
+    title = Markup("<title>{}</title>").format(text) if text else ""
     rectangle = Markup('<rect class="{}" {} width="{}" height="{}">{}</rect>\n')
     return rectangle.format(style, _at(x, y), _n(width), _n(height), title)
 
@@ -212,22 +212,22 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
-    """At most `most` + 1 multiples of 1, 2, 2.5 or 5 times a power of ten within [low, high].
+def ticks(low: float, high: float, limit: int, *, whole: bool = False) -> list[float]:
+    """At most `limit` + 1 multiples of 1, 2, 2.5 or 5 times a power of ten within [low, high].
 
-    With `whole` only integers, where the range holds one.
+    With `whole` they are integers, if the range holds one.
     """
     if not high > low:
         return [low]
-    locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
+    locator = MaxNLocator(limit, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
     rounding = 1e-9 * (high - low)
-    inner = 0.0 if whole else rounding  # 0.55 - 0.45 is more than 0.1 by an ulp, and is five times 0.02 all the same
+    inner = 0.0 if whole else rounding  # 0.55 - 0.45 is more than 0.1 by an ulp, but must count as five times 0.02
     marks = locator.tick_values(low + inner, high - inner)
     return [float(mark) for mark in marks if low - rounding <= mark <= high + rounding]
 
 
 def label(value: float, marks: list[float]) -> str:
-    """A mark's text, with as many decimals as the distance of the marks needs."""
+    """The text of a mark, with as many decimals as the distance between marks needs."""
     step = min((b - a for a, b in pairwise(marks)), default=abs(value) or 1.0)
     decimals = next(digits for digits in count() if math.isclose(round(step, digits), step, rel_tol=1e-6))
     text = f"{value:,.{decimals}f}"

@@ -1,4 +1,4 @@
-"""Figures as words, the same for page and Markdown."""
+"""The figures of a run as text, the same on the page and in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_zh.reporting.messages import Text, say
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A figure that a reader looks for first."""
+    """One of the figures at the top of the report."""
 
     name: Text
     value: str
@@ -25,15 +25,15 @@ def points(value: float, decimals: int = 2) -> str:
 
 
 def verdict(change: Change) -> tuple[Text, str]:
-    """Better, worse or within noise, and the style it is shown in."""
+    """Better, worse or within noise: as text, and as the name of its style."""
     kind = "noise" if change.noise or change.difference == 0 else "better" if change.difference > 0 else "worse"
     text = say(kind)
     return (text if change.paired else say("unpaired", verdict=text)), kind
 
 
 def tiles(findings: Findings) -> list[Tile]:
-    """The figures at the top."""
-    found = []
+    """The figures at the top of the report."""
+    shown = []
     for exam in findings.exams:
         average = exam.rows[0] if exam.rows else None
         cells = [average.cells[stage] for stage in exam.stages if stage in average.cells] if average else []
@@ -44,20 +44,20 @@ def tiles(findings: Findings) -> list[Tile]:
                 text, _ = verdict(change)
                 remark = say("change_remark", points=points(change.difference), verdict=text)
             ends = [average.cells[s] for s in exam.compared] if change and exam.compared else cells[:1]
-            found.append(Tile(Text.same(exam.title), " → ".join(f"{100 * c.macro:.2f}" for c in ends), remark))
+            shown.append(Tile(Text.same(exam.title), " → ".join(f"{100 * c.macro:.2f}" for c in ends), remark))
     if sft := findings.training.get("sft"):
         before, after = (sft.summary.get(f"eval_loss_{side}") for side in ("before", "after"))
         if isinstance(before, float) and isinstance(after, float):
-            found.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
+            shown.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
     if (dpo := findings.training.get("dpo")) and (accuracy := at_end(dpo, "rewards/accuracies")) is not None:
         margin = at_end(dpo, "rewards/margins")
         remark = Text.same("") if margin is None else say("margin_remark", margin=margin)
-        found.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
+        shown.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
     if seconds := total_seconds(findings):
-        peak = max((t.most("peak_memory_gb") or 0 for t in findings.training.values()), default=0)
+        peak = max((t.highest("peak_memory_gb") or 0 for t in findings.training.values()), default=0)
         remark = say("memory_remark", size=peak) if peak else Text.same("")
-        found.append(Tile(say("time_tile"), duration(seconds), remark))
-    return found
+        shown.append(Tile(say("time_tile"), duration(seconds), remark))
+    return shown
 
 
 def _times(before: float, after: float) -> Text:
@@ -65,7 +65,7 @@ def _times(before: float, after: float) -> Text:
 
 
 def total_seconds(findings: Findings) -> float:
-    """Of all stages where the pipeline timed them, else of training."""
+    """Seconds of all stages where the pipeline timed them, else of the training stages."""
     if findings.times:
         return sum(time.seconds for time in findings.times)
     every = (training.summary.get("seconds") for training in findings.training.values())
@@ -73,38 +73,38 @@ def total_seconds(findings: Findings) -> float:
 
 
 def training_facts(training: TrainingResult) -> list[tuple[Text, Text]]:
-    """What a training stage did, a line a fact."""
+    """What a training stage did, as (name, value)."""
     steps = training.steps
-    found: list[tuple[Text, Text]] = []
+    facts: list[tuple[Text, Text]] = []
     if not steps:
-        return found
-    found.append((say("steps"), Text.same(f"{steps[-1]['step']:,}")))
+        return facts
+    facts.append((say("steps"), Text.same(f"{steps[-1]['step']:,}")))
     epoch = training.last("epoch")
     if epoch is not None:
-        found.append((say("epochs"), Text.same(f"{epoch:.2f}")))
+        facts.append((say("epochs"), Text.same(f"{epoch:.2f}")))
     before, after = (training.summary.get(f"eval_loss_{side}") for side in ("before", "after"))
     if isinstance(before, float) and isinstance(after, float):
-        found.append((say("eval_loss"), Text.same(f"{before:.4f} → {after:.4f}")))
+        facts.append((say("eval_loss"), Text.same(f"{before:.4f} → {after:.4f}")))
     for name in ("tokens", "scored_tokens"):
         if total := training.total(name):
-            found.append((say(name), Text.same(f"{total:,.0f}")))
+            facts.append((say(name), Text.same(f"{total:,.0f}")))
     speeds = [value for _, value in training.points("tokens_per_second")]
     if speeds:
-        found.append((say("speed"), say("speed_value", value=f"{sorted(speeds)[len(speeds) // 2]:,.0f}")))
+        facts.append((say("speed"), say("speed_value", value=f"{sorted(speeds)[len(speeds) // 2]:,.0f}")))
     if ranks := training.last("ranks"):
         shares = [value for _, value in training.points("communication_share")]
         share = f"{sum(shares) / len(shares):.1%}"
-        found.append((say("ranks"), say("ranks_value", ranks=f"{ranks:.0f}", share=share)))
-    if peak := training.most("peak_memory_gb"):
-        found.append((say("peak_memory"), Text.same(f"{peak:.2f} GB")))
+        facts.append((say("ranks"), say("ranks_value", ranks=f"{ranks:.0f}", share=share)))
+    if peak := training.highest("peak_memory_gb"):
+        facts.append((say("peak_memory"), Text.same(f"{peak:.2f} GB")))
     seconds = training.summary.get("seconds") or training.last("elapsed_seconds")
     if is_finite(seconds) and seconds:
-        found.append((say("time"), Text.same(duration(float(seconds)))))
-    return found
+        facts.append((say("time"), Text.same(duration(float(seconds)))))
+    return facts
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person writes them, in either language."""
+    """Seconds as text, the same in both languages: 8.2 s, 75 s, 12 min 05 s, 1 h 30 min."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -112,6 +112,6 @@ def duration(seconds: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Joules as watt-hours."""
+    """Joules as text in Wh or kWh."""
     hours = joules / 3600
     return f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"
