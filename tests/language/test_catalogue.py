@@ -92,7 +92,7 @@ def test_every_warning_is_given_somewhere() -> None:
 
 
 def test_every_reason_to_leave_out_a_row_has_its_chinese() -> None:
-    reasons = {shards.CUT_SHORT, choosing.DUPLICATE, choosing.NEAR_DUPLICATE, choosing.VALIDATES, choosing.EXAM}
+    reasons = {shards.CUT_SHORT, choosing.DUPLICATE, choosing.NEAR_DUPLICATE, choosing.IN_VALIDATION, choosing.EXAM}
     reasons |= {choosing.NOT_PICKED, render.OVERFLOW, render.FIRST_EXCHANGE_OVERFLOW, render.NO_REPLY}
     reasons |= {render.PROMPT_OVERFLOW, render.CHOSEN_OVERFLOW, render.REJECTED_OVERFLOW}
     for path in (PACKAGE / "corpus").glob("*.py"):
@@ -110,7 +110,7 @@ def reason_of(argument: ast.expr) -> list[str]:
         return [argument.value]
     text = ast.unparse(argument)
     known = {
-        "what": ["empty reply", "empty user message"],
+        "reason": ["empty reply", "empty user message"],
         "f'does not end with {last}'": ["does not end with assistant", "does not end with user"],
     }
     return known[text]

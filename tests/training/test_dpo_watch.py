@@ -115,7 +115,8 @@ def test_accuracy_that_is_perfect_at_once_is_told() -> None:
     found = watch()
     told = [found.step(figures(step, **{"rewards/accuracies": 1.0})) for step in range(1, 6)]
     assert [bool(texts) for texts in told] == [False, False, True, False, False]
-    assert "every pair of the first 3 steps was ranked rightly" in told[2][0] and "dpo.reference: start" in told[2][0]
+    assert "every pair of the first 3 steps was ranked correctly" in told[2][0]
+    assert "dpo.reference: start" in told[2][0]
 
 
 @pytest.mark.parametrize(
