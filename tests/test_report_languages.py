@@ -71,7 +71,7 @@ def warned(tmp_path_factory) -> tuple[str, str, str]:
     fabricated.write_run(folder, steps=5, questions={"ceval": 2})
     kept = {"sft": WARNINGS[::4], "dpo": WARNINGS[1::4]}
     for stage, codes in kept.items():
-        with console.kept_warnings(folder / stage / "warnings.jsonl"):
+        with console.log_warnings(folder / stage / "warnings.jsonl"):
             for code in codes:
                 console.warn(example(code))
     path = folder / "eval" / "sft-ceval.json"

@@ -223,7 +223,7 @@ def test_an_error_shows_no_secret(secrets, capsys, debug):
 
 
 def test_lines_and_kept_warnings_show_no_secret(secrets, capsys, tmp_path):
-    with console.kept_warnings(tmp_path / "warnings.jsonl"):
+    with console.log_warnings(tmp_path / "warnings.jsonl"):
         console.warn(f"wandb failed: {secrets} https://user:pass@host")
     shown = capsys.readouterr().out + (tmp_path / "warnings.jsonl").read_text(encoding="utf-8")
     assert leaks(shown, secrets) == [] and shown.count("•••") >= 6

@@ -111,8 +111,8 @@ def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path
         entry.revision,
         kind="dataset",
         patterns=patterns,
-        called=where,
-        way=WAY,
+        label=where,
+        advice=WAY,
         progress=progress,
     )
     return _chosen(where, folder, entry)

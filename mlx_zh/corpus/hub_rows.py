@@ -66,7 +66,12 @@ def rows_file(
 
 def _commit(where: str, id: str, revision: str | None) -> str:
     """The commit of a branch or tag of a data set; without a network, the commit at the last download."""
-    options: dict[str, Any] = {"kind": "dataset", "patterns": (_EVERY_REPOSITORY_HAS,), "called": where, "way": WAY}
+    options: dict[str, Any] = {
+        "kind": "dataset",
+        "patterns": (_EVERY_REPOSITORY_HAS,),
+        "label": where,
+        "advice": WAY,
+    }
     folder = hub.download(id, "huggingface", revision, **options)
     return hub.commit_of(folder) or folder.name
 

@@ -210,7 +210,7 @@ def unreachable(address: str) -> str | None:
     try:
         host = parts.netloc.rpartition("@")[2]  # urllib takes a name and password for a part of the host
         request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path}", method="HEAD")
-        with urllib.request.urlopen(request, timeout=downloads.LIMITS.glance):
+        with urllib.request.urlopen(request, timeout=downloads.LIMITS.probe):
             return None
     except urllib.error.HTTPError:
         return None

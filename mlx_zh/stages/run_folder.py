@@ -104,7 +104,7 @@ class RunFolder:
     @contextmanager
     def at_work(self, what: str) -> Iterator[Lock]:
         """Alone in the folder, on a machine that is kept awake. Raises StorageError where another run is at work."""
-        with locked(self.path, what) as lock, device.awake(), console.waiting_warnings():
+        with locked(self.path, what) as lock, device.awake(), console.hold_warnings():
             if lock.left_by:
                 console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it kept.")
             if not lock.works:

@@ -77,7 +77,7 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
     from mlx_zh.core.logprobs import check_supported
     from mlx_zh.models.load import load_model
 
-    device.bound_cache()
+    device.limit_cache()
     if warning := blas.blas_warning():
         console.warn(warning)
     source = recipe.model

@@ -158,7 +158,7 @@ class Session:
         if wired := device.wire_memory():
             console.say(f"Keeping up to {wired / 1e9:.1f} GB in memory; the rest is left to the desktop.")
         first = self.world.first
-        kept = console.kept_warnings(self.folder.warnings) if first else nullcontext()
+        kept = console.log_warnings(self.folder.warnings) if first else nullcontext()
         with kept, stop_on_interrupt((signal.SIGINT, signal.SIGTERM), _say_stopping) as stop:
             loop = Loop(
                 model=self.loaded.model,
@@ -212,14 +212,14 @@ class Session:
             loop.log.cut(0)
             self.folder.warnings.unlink(missing_ok=True)
             write_json(self.folder.settings, self.values)
-            console.keep_waiting()
+            console.log_held_warnings()
             return
         if found.state["key"] != self.key:
             raise RecipeError(
                 f"{self.folder.path} holds a run with other settings, stopped after step {found.state['step']}. Give "
                 "this recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
-        console.keep_waiting()
+        console.log_held_warnings()
         loop.resume(found)
         console.say(f"Going on after step {found.state['step']} of {loop.total}.")
 

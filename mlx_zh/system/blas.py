@@ -1,4 +1,4 @@
-"""The BLAS that MLX's CPU back end computes with on Linux: a fast one, loaded before MLX's own."""
+"""Load a fast BLAS for MLX's CPU back end on Linux, before MLX loads its own slow one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BLAS: Path | None = None
 
 
 def preload_blas() -> Path | None:
-    """Load a fast BLAS before MLX's reference one, so that its `cblas_*` symbols are found first.
+    """Load a fast BLAS before MLX's reference BLAS, so that the linker takes its `cblas_*` symbols.
 
-    Only MLX's Linux CPU wheel needs this. The library is the one that SciPy builds for Python packaging; its
-    symbols carry a prefix, which a copy in the cache folder drops. Returns the loaded file, or None where there
-    is nothing to load; `blas_warning` then says what that costs.
+    Only MLX's Linux CPU wheel needs this. The library is OpenBLAS as SciPy packages it. Its symbols have a prefix, so
+    the cache folder holds a copy without the prefix. Returns the loaded file, or None if nothing was loaded;
+    `blas_warning` then tells the user.
     """
     global _BLAS
     if sys.platform != "linux" or _BLAS is not None or "mlx.core" in sys.modules:
@@ -33,7 +33,7 @@ def preload_blas() -> Path | None:
 
 
 def blas_warning() -> Notice | None:
-    """One line for the user where MLX runs on its slow BLAS, with the remedy; None where all is well."""
+    """A warning with the remedy if MLX computes with its slow BLAS, else None."""
     if sys.platform != "linux" or _BLAS is not None:
         return None
     import mlx.core as mx
@@ -44,7 +44,7 @@ def blas_warning() -> Notice | None:
 
 
 def _plain_copy() -> Path:
-    """A cached copy of SciPy's OpenBLAS whose `scipy_cblas_*` symbols are named `cblas_*`."""
+    """A cached copy of SciPy's OpenBLAS whose `scipy_cblas_*` symbols are renamed to `cblas_*`."""
     package = importlib.util.find_spec("scipy_openblas32")
     if package is None or package.origin is None:
         raise FileNotFoundError("scipy_openblas32")
@@ -72,7 +72,7 @@ def _plain_copy() -> Path:
     return target
 
 
-# What MLX's CPU back end calls; LAPACK stays with the library that MLX brings.
+# The functions that MLX's CPU back end calls. LAPACK stays with the library that MLX brings.
 _CBLAS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm", "cblas_zgemm")
 
 

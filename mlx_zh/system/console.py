@@ -1,4 +1,4 @@
-"""What stages print: lines, tables and a progress bar. Only stages use it."""
+"""Terminal output: lines, warnings, tables and progress bars. Only commands and stages use it."""
 
 from __future__ import annotations
 
@@ -16,67 +16,73 @@ from mlx_zh.system.redaction import hide_all, printable, redact
 
 
 def say(text: str = "") -> None:
-    """A line for the user; it never cuts through a progress bar."""
+    """Print a line for the user, above any progress bar."""
     from tqdm import tqdm
 
     tqdm.write(printable(text), file=sys.stdout)
     sys.stdout.flush()
 
 
-_kept: Path | None = None  # where warnings are also written
-_waiting: list[str] | None = None  # those of a command that came before there was such a place
+_log: Path | None = None  # the file that warnings are also written to
+_held: list[str] | None = None  # warnings from before that file was known
 
 
 def warn(text: str, *, keep: bool = True) -> None:
-    """A warning line. The report shows a `Notice` in both languages, other text as it is.
+    """Print a warning. The report shows a `Notice` in both languages, and any other text as it is.
 
-    `keep` is false for what the run folder tells elsewhere.
+    `keep=False` only prints: for a warning that another file of the run folder already records.
     """
     say(f"warning: {text}")
-    if keep and _kept is not None:
-        _write(text, _kept)
-    elif keep and _waiting is not None:
-        _waiting.append(text)
+    if keep and _log is not None:
+        _write(text, _log)
+    elif keep and _held is not None:
+        _held.append(text)
 
 
 @contextmanager
-def kept_warnings(path: Path) -> Iterator[None]:
-    """Inside, every warning is also a line of `path`: its English text, and a notice's code and values."""
-    global _kept
+def log_warnings(path: Path) -> Iterator[None]:
+    """Inside this context, also append each warning to `path`, as a JSON line.
+
+    A line holds the English text and, for a `Notice`, its code and values.
+    """
+    global _log
     path.parent.mkdir(parents=True, exist_ok=True)
-    before, _kept = _kept, path
+    before, _log = _log, path
     try:
         yield
     finally:
-        _kept = before
+        _log = before
 
 
 @contextmanager
-def waiting_warnings() -> Iterator[None]:
-    """Inside, warnings outside `kept_warnings` are remembered until `keep_waiting`; at the end they are forgotten."""
-    global _waiting
-    before, _waiting = _waiting, []
+def hold_warnings() -> Iterator[None]:
+    """Inside this context, hold warnings that no `log_warnings` records, until `log_held_warnings` writes them.
+
+    What is still held at the end of the context is dropped.
+    """
+    global _held
+    before, _held = _held, []
     try:
         yield
     finally:
-        _waiting = before
+        _held = before
 
 
-def keep_waiting() -> None:
-    """Write the remembered warnings where warnings are kept now."""
-    while _kept is not None and _waiting:
-        _write(_waiting.pop(0), _kept)
+def log_held_warnings() -> None:
+    """Write the held warnings to the file of the current `log_warnings`."""
+    while _log is not None and _held:
+        _write(_held.pop(0), _log)
 
 
 def _write(text: str, path: Path) -> None:
     coded = hide_all(text.as_dict(), redact) if isinstance(text, Notice) else {}
     line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False)
-    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk is told by other writes
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # other writes report a full disk
         file.write(line + "\n")
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
-    """Rows in columns, Chinese characters counted as the two cells they take."""
+    """Rows as aligned columns; a Chinese character counts as two terminal cells."""
     widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -90,7 +96,7 @@ def _width(text: str) -> int:
 
 
 class StepBar:
-    """Progress over optimizer steps: loss, tokens a second and time left."""
+    """A progress bar over optimizer steps: loss, tokens per second and time left."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         from tqdm import tqdm
@@ -107,9 +113,9 @@ class StepBar:
         )
 
     def update(self, figures: Mapping[str, object]) -> None:
-        """Advance by a step and show its figures."""
-        ranked = "rewards/margins" in figures
-        margin = f"margin {figures['rewards/margins']:z.2f}, " if ranked else ""
+        """Advance by one step and show its metrics."""
+        has_margin = "rewards/margins" in figures
+        margin = f"margin {figures['rewards/margins']:z.2f}, " if has_margin else ""
         self._bar.set_postfix_str(
             f"loss {figures['loss']:.3f}, {margin}{figures['tokens_per_second']:.0f} tok/s, "
             f"{figures['peak_memory_gb']:.2f} GB",
@@ -118,7 +124,7 @@ class StepBar:
         self._bar.update()
 
     def note(self, text: str) -> None:
-        """Show what else is going on."""
+        """Show `text` after the bar until the next step."""
         self._bar.set_postfix_str(text)
 
     def close(self) -> None:
@@ -127,7 +133,7 @@ class StepBar:
 
 
 class CountBar:
-    """Progress over things of one kind, with speed and time left."""
+    """A progress bar over items of one kind, with speed and time left."""
 
     def __init__(self, name: str, total: int, unit: str) -> None:
         from tqdm import tqdm
@@ -143,7 +149,7 @@ class CountBar:
         )
 
     def update(self, count: int) -> None:
-        """Advance by some of them."""
+        """Advance by `count` items."""
         self._bar.update(count)
 
     def close(self) -> None:
@@ -152,7 +158,7 @@ class CountBar:
 
 
 class RowBar:
-    """Rows read or tokenized so far. It shows itself only where that takes more than a second."""
+    """Rows read or tokenized so far. The bar appears only after one second."""
 
     def __init__(self, name: str, total: int | None = None) -> None:
         from tqdm import tqdm
@@ -169,7 +175,7 @@ class RowBar:
         )
 
     def reach(self, rows: int) -> None:
-        """So many rows are done."""
+        """Advance to `rows` rows in all."""
         self._bar.update(rows - self._bar.n)
 
     def close(self) -> None:
@@ -178,10 +184,9 @@ class RowBar:
 
 
 class DownloadBar:
-    """Bytes of a file as they arrive, with speed and time left; files follow one another.
+    """Bytes of a file as they arrive, with speed and time left, for one file after another.
 
-    It shows itself on the error stream, for answers and reports go to the output, and only where a file takes more
-    than a second.
+    The bar appears on stderr, because answers and reports go to stdout, and only after one second per file.
     """
 
     def __init__(self) -> None:
@@ -189,7 +194,7 @@ class DownloadBar:
         self._name = ""
 
     def __call__(self, name: str, here: int, total: int | None) -> None:
-        """So many bytes of a file are here. A number below the last one: the file was begun again."""
+        """Show that `here` of `total` bytes of a file have arrived; fewer than before means that it began again."""
         if self._bar is None or name != self._name or here < self._bar.n:
             self._begin(name, here, total)
         self._bar.update(here - self._bar.n)
@@ -218,7 +223,7 @@ class DownloadBar:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds as text for people: `42 s`, `3 min 05 s` or `2 h 10 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

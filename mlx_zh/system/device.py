@@ -1,4 +1,4 @@
-"""What this machine computes with: the one place that knows Metal, CUDA and CPU apart."""
+"""The device that MLX computes on. Only this module tells Metal, CUDA and CPU apart."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import psutil
 
 
 def name() -> str:
-    """What MLX computes on here, as MLX calls it."""
+    """MLX's name for its default device."""
     import mlx.core as mx
 
     return str(mx.default_device())
 
 
 def is_cpu() -> bool:
-    """Whether MLX computes on the CPU here (no Metal, no CUDA)."""
+    """Whether MLX computes on the CPU (not on Metal or CUDA)."""
     import mlx.core as mx
 
     return mx.default_device() == mx.Device(mx.cpu)
 
 
 def kernels_ahead() -> int:
-    """How many kernels MLX schedules, and allocates outputs for, ahead of what the device computes.
+    """The number of kernels that MLX schedules, and allocates outputs for, before the device computes them.
 
-    On the CPU 60 (measured; a hundred dispatches, about two a kernel). A GPU's commands are cut by bytes too, so that
-    large arrays end one early: 0 means that nothing need be done about it.
+    On the CPU it is 60 (measured: a hundred dispatches, about two per kernel). On a GPU it is 0, which means that no
+    caller has to limit it: MLX also ends a command buffer by bytes, so large arrays end it early.
     """
     return 60 if is_cpu() else 0
 
@@ -38,25 +38,26 @@ def kernels_ahead() -> int:
 def free_bytes() -> int:
     """Memory that arrays may still take, in bytes.
 
-    On the CPU what the system could give without swapping, its file cache included; else of the accelerator.
+    On the CPU: what the system can give without swapping, its file cache included. On a GPU: its recommended working
+    set less what MLX already uses.
     """
     import mlx.core as mx
 
     if is_cpu():
         return int(psutil.virtual_memory().available)
     info = mx.device_info()
-    most = info.get("max_recommended_working_set_size") or info.get("memory_size") or 8 * 2**30
-    return max(int(most) - mx.get_active_memory(), 0)
+    limit = info.get("max_recommended_working_set_size") or info.get("memory_size") or 8 * 2**30
+    return max(int(limit) - mx.get_active_memory(), 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX raised `error` because the accelerator has no room left. On the CPU the system ends the process."""
+    """Whether `error` is MLX's error for a full accelerator. On the CPU the system kills the process instead."""
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
-# MLX has no class for it, so these are parts of what its back ends say (allocator.cpp and device.cpp of Metal,
-# allocator.cpp and utils.cpp of CUDA). "Insufficient Memory" is of a command buffer that had begun: an error that MLX
-# hands to the caller since 0.32; before, it ended the process.
+# MLX has no exception class for this, so these are parts of its back ends' messages (allocator.cpp and device.cpp of
+# Metal, allocator.cpp and utils.cpp of CUDA). "Insufficient Memory" comes from a command buffer that was running. MLX
+# raises it since 0.32; earlier versions ended the process.
 _OUT_OF_MEMORY = (
     "[malloc] Unable to allocate",
     "[metal::malloc] Attempting to allocate",
@@ -67,10 +68,10 @@ _OUT_OF_MEMORY = (
 
 
 def wire_memory() -> int | None:
-    """On macOS, keep arrays resident up to what the system recommends, and leave `DESKTOP_BYTES` to everything else.
+    """On macOS, keep arrays resident up to `wired_limit`.
 
-    Near that limit MLX waits for running kernels instead of allocating ahead of them. Returns the limit in bytes;
-    None where there is none to set.
+    Near the limit MLX waits for running kernels instead of allocating ahead of them. Returns the limit in bytes, or
+    None if this system has no such limit.
     """
     import mlx.core as mx
 
@@ -86,26 +87,29 @@ def wire_memory() -> int | None:
 
 
 def wired_limit(info: Mapping[str, str | int]) -> int:
-    """What training keeps resident on a Mac that `mx.device_info` describes so, in bytes."""
+    """Bytes that training may keep resident on the Mac that `info` (from `mx.device_info`) describes.
+
+    That is what macOS recommends, but `DESKTOP_BYTES` are always left to other programs.
+    """
     memory = int(info["memory_size"])
     return min(int(info["max_recommended_working_set_size"]), memory - min(DESKTOP_BYTES, memory // 4))
 
 
-# Left to macOS and the programs on the desktop; on a small Mac a quarter of its memory.
+# Left to macOS and other programs; on a small Mac, a quarter of its memory instead.
 DESKTOP_BYTES = 4 * 2**30
 
 
 @contextmanager
 def awake() -> Iterator[None]:
-    """Inside, a Mac that is left alone does not go to sleep; closing its lid still sends it there.
+    """Inside this context, keep an idle Mac from sleeping. Closing its lid still makes it sleep.
 
-    `caffeinate` watches this process and ends with it, also when it is killed.
+    `caffeinate` watches this process and ends with it, even if it is killed.
     """
     caffeinate = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if caffeinate is None:
         yield
         return
-    # A session of its own: Ctrl-C is for us, and the machine must stay awake until the step in hand is saved.
+    # Ctrl-C must not reach `caffeinate`: the machine must stay awake until the current step is saved.
     command = [caffeinate, "-i", "-m", "-s", "-w", str(os.getpid())]
     nothing = subprocess.DEVNULL
     with subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True) as child:
@@ -115,8 +119,8 @@ def awake() -> Iterator[None]:
             child.terminate()
 
 
-def bound_cache() -> None:
-    """Keep MLX's cache of freed buffers small: rows differ in length, so most of it would never be used again."""
+def limit_cache() -> None:
+    """Keep MLX's cache of freed buffers small: rows differ in length, so most buffers would never be reused."""
     import mlx.core as mx
 
     mx.set_cache_limit(_CACHE_BYTES)

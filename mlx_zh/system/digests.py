@@ -1,4 +1,4 @@
-"""SHA-256 digests of files and of plain values; those of large files are remembered."""
+"""SHA-256 digests of files, texts and plain values, with a cache for files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from mlx_zh.errors import DataError
 from mlx_zh.system.storage import write_json
 
-_FRESH = 2.0  # seconds; a file changed this recently may change again within its time stamp
+_FRESH = 2.0  # seconds; a file that changed this recently may change again without a new time stamp
 
 
 def file_digest(path: Path) -> str:
@@ -27,41 +27,41 @@ def text_digest(text: str) -> str:
 
 
 def value_digest(value: Any) -> str:
-    """SHA-256 of plain values as JSON with sorted keys, 64 hex digits."""
+    """SHA-256 of a plain value, written as JSON with sorted keys, 64 hex digits."""
     return text_digest(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
 class FileDigests:
-    """Digests of files, remembered in a JSON file: a file is read again when its size, time or inode is another."""
+    """File digests cached in a JSON file. A file is read again when its size, time stamp or inode has changed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+            self._cache: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            self._cache = {}
 
     def digests(self, paths: Iterable[str]) -> dict[str, str]:
-        """The digest of each file. Raises DataError for one that cannot be read."""
-        found, learned = {}, False
+        """The digest of each file, by path. Raises DataError for a file that cannot be read."""
+        digests, changed = {}, False
         for path in paths:
             try:
-                place = Path(path).resolve()
-                stat = place.stat()
+                file = Path(path).resolve()
+                stat = file.stat()
                 state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-                known = self._known.get(str(place))
-                if known is None or known[:3] != state:
-                    known = [*state, file_digest(place)]
+                entry = self._cache.get(str(file))
+                if entry is None or entry[:3] != state:
+                    entry = [*state, file_digest(file)]
                     if time.time() - stat.st_mtime > _FRESH:
-                        self._known[str(place)] = known
-                        learned = True
+                        self._cache[str(file)] = entry
+                        changed = True
             except IsADirectoryError:
-                raise DataError(f"{path}: a folder; name one file in it") from None
+                raise DataError(f"{path} is a folder; give the path of one file in it") from None
             except FileNotFoundError:
-                raise DataError(f"{path}: no such file") from None
+                raise DataError(f"{path}: no such file; check the path") from None
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-            found[path] = str(known[3])
-        if learned:
-            write_json(self._path, self._known)
-        return found
+            digests[path] = str(entry[3])
+        if changed:
+            write_json(self._path, self._cache)
+        return digests

@@ -1,4 +1,4 @@
-"""Files over HTTP: one time limit, a few tries, a download that goes on where it stopped, and a checked SHA-256."""
+"""Download files over HTTP with time limits, retries, resume and a checked SHA-256."""
 
 from __future__ import annotations
 
@@ -23,47 +23,46 @@ from mlx_zh.system.storage import sync, sync_folder, write_json
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a server is waited for, in seconds."""
+    """How long to wait for a server, in seconds."""
 
     connect: float = 10.0  # until it accepts the connection
-    silence: float = 30.0  # without a byte
-    wait: float = 5.0  # that it asks for before the next try
-    glance: float = 3.0  # for those who only want to know whether somebody is there
+    read: float = 30.0  # without receiving a byte
+    retry_after: float = 5.0  # before the next try, if the server asks for a pause
+    probe: float = 3.0  # for a check of whether it answers at all
 
 
 LIMITS = Limits()
 
 Progress = Callable[[str, int, int | None], None]
-"""Is told a file's name, how many of its bytes are here, and how many it has, where the server says so."""
+"""Called with a file's name, the bytes received so far, and its size in bytes (None if the server gives none)."""
 
-# What a server's answer means. A hub adds its own words for 401 and 403.
+# What an HTTP status means. `hub` words 401, 403 and 404 in its own way.
 STATUS = {
-    401: "the server answers 401, it wants a name and a password or a token",
-    403: "the server answers 403, it does not let this address or this account have it",
+    401: "the server answers 401, it asks for a name and a password or a token",
+    403: "the server answers 403, it refuses access from this address or account",
     404: "the server answers 404, there is no such file",
     429: "the server answers 429, too many requests: wait some minutes and run the same command again",
-    500: "the server answers 500, it is broken: try again later",
-    502: "the server answers 502, what stands behind it is down: try again later",
+    500: "the server answers 500, it has an internal error: try again later",
+    502: "the server answers 502, the server behind it is down: try again later",
     503: "the server answers 503, it is overloaded or down: try again later",
-    504: "the server answers 504, what stands behind it does not answer: try again later",
+    504: "the server answers 504, the server behind it does not answer: try again later",
 }
 
-_AGAIN = (408, 429, 500, 502, 503, 504)
-_TRIES = 3  # in a row that bring nothing new
+_RETRIED = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another try
+_TRIES = 3  # in a row without a new byte
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at an address, and how messages speak of it.
+    """A file to download. Error messages begin with `label` and end with `advice` on what the user can do.
 
-    `called` is what could not be downloaded, `way` what the user can do then. With `sha256` (64 hex digits) the
-    content is checked. `session` is the HTTP client, one of its own without; `refused` may raise a better error for
-    an answer that is none of success and not worth another try.
+    With `sha256` (64 hex digits) the content is checked. `session` is the HTTP client; without it, one is opened for
+    this download. `refused` may raise a better error for a response that is a failure and is not retried.
     """
 
     address: str
-    called: str
-    way: str
+    label: str
+    advice: str
     sha256: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     session: Any = None
@@ -71,18 +70,19 @@ class RemoteFile:
 
 
 def fetch_file(wanted: RemoteFile, target: Path, progress: Progress | None = None) -> None:
-    """Download to `target`, which is there whole or not at all. Where it is there already, nothing happens.
+    """Download a file to `target`, atomically. If `target` exists, nothing is done.
 
-    What has arrived lies in `NAME.part` until then, and the next call goes on after it: where a SHA-256 is known, or
-    where the server gave the file an ETag or a date and confirms that it is still the same.
+    Bytes arrive in `NAME.part`. A later call continues that part if a SHA-256 is given, or if the server sent an ETag
+    or a date with it and confirms that the file is still the same.
 
-    Raises DownloadError with `wanted.way`; StorageError on a full disk.
+    Raises DownloadError, and StorageError if the file cannot be written.
     """
     if urlsplit(wanted.address).scheme not in ("http", "https"):
         raise DownloadError(
-            f"{wanted.called} does not answer: unknown url type, give one with http:// or https://. {wanted.way}"
+            f"{wanted.label} does not answer: unknown url type, give an address with http:// or https://. "
+            f"{wanted.advice}"
         )
-    with full_disk(wanted.called, target), _own_part(target) as part:
+    with full_disk(wanted.label, target), _own_part(target) as part:
         if part is None:
             return
         with _session(wanted) as session:
@@ -91,38 +91,37 @@ def fetch_file(wanted: RemoteFile, target: Path, progress: Progress | None = Non
 
 
 @contextmanager
-def full_disk(called: str, place: Path | None = None) -> Iterator[None]:
-    """Turn a full disk, and with `place` every refusal to write it, into StorageError.
+def full_disk(label: str, target: Path | None = None) -> Iterator[None]:
+    """Inside this context, turn the error of a full disk into a StorageError that names `label`.
 
-    `called` is what could not be stored.
+    With `target`, any other OSError while writing becomes a StorageError about `target`.
     """
     try:
         yield
     except OSError as error:
         if is_full(error):
             raise StorageError(
-                f"The disk is full: {called} could not be stored. Make room and start again; "
-                "what has arrived is kept."
+                f"The disk is full: {label} could not be stored. Make room and start again; what has arrived is kept."
             ) from error
-        if place is None or error.errno is None:  # one without a number is a library's own, of the network
+        if target is None or error.errno is None:  # an OSError without a number is an HTTP library's network error
             raise
-        raise StorageError(f"{place} cannot be written: {error.strerror or error}.") from error
+        raise StorageError(f"{target} cannot be written: {error.strerror or error}.") from error
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error is the operating system's for a full disk or a used-up quota."""
+    """Whether `error` is the operating system's error for a full disk or quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def host(address: str) -> str:
-    """The host of an address, with its port, without a user's name and password."""
+    """The host and port of an address, without a user name and password."""
     return urlsplit(address).netloc.rpartition("@")[2] or address
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it was raised from, the outermost first.
+    """An exception and its causes, the outermost first.
 
-    ModelScope's error for a download of many files holds one for each; the first of them goes on the chain.
+    ModelScope's error for a download of many files holds one exception per file; the first of them is the cause.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -134,7 +133,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an exception carries, or one that it was raised from."""
+    """The HTTP status that an exception or one of its causes carries, if any."""
     for cause in chain(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -143,7 +142,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def reason_of(error: BaseException, address: str, statuses: Mapping[int, str] = STATUS) -> str:
-    """Why there was no file, in words, from any HTTP library's exception. `address` is where it was looked for."""
+    """The reason of a failed download from `address`, in words, for an exception of any HTTP library."""
     if status := status_of(error):
         return statuses.get(status, f"the server answers {status}")
     causes = list(chain(error))
@@ -151,16 +150,16 @@ def reason_of(error: BaseException, address: str, statuses: Mapping[int, str] = 
     if any(name.startswith("ConnectTimeout") for name in names):
         return f"{host(address)} did not accept a connection within {LIMITS.connect:g} s"
     if any(name in ("TimeoutException", "Timeout", "TimeoutError", "ReadTimeoutError") for name in names):
-        return f"{host(address)} sent nothing for {LIMITS.silence:g} s"
+        return f"{host(address)} sent nothing for {LIMITS.read:g} s"
     return first_line(causes[-1] if str(causes[-1]).strip() else error).rstrip(".")
 
 
 class _BrokenOffError(Exception):
-    """The answer ended too early, or is no continuation of what is here."""
+    """The response ended too early, or does not continue the bytes that are here."""
 
 
 class _BusyError(Exception):
-    """The server asks to come again later."""
+    """The server asks for another try later."""
 
     def __init__(self, status: int, retry_after: str | None) -> None:
         super().__init__(STATUS.get(status, f"the server answers {status}"))
@@ -168,7 +167,7 @@ class _BusyError(Exception):
 
 
 class _Part:
-    """The file `NAME.part`, held by this process, and what the server says identifies the file."""
+    """The file `NAME.part`, locked by this process, and the server's validator (ETag or date) of its content."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path, self.file = path, file
@@ -176,19 +175,19 @@ class _Part:
 
     @property
     def size(self) -> int:
-        """Bytes that are here."""
+        """Bytes that have arrived."""
         return os.fstat(self.file.fileno()).st_size
 
     @property
     def validator(self) -> str | None:
-        """The ETag or date under which the bytes that are here were sent."""
+        """The ETag or date that the server sent with these bytes, if any."""
         try:
             return str(json.loads(self._note.read_text(encoding="utf-8"))["validator"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def begin(self, validator: str | None) -> None:
-        """Empty the file; what comes next was sent under `validator`."""
+        """Empty the file and note the `validator` of the bytes that will follow."""
         self._note.unlink(missing_ok=True)
         self.file.seek(0)
         self.file.truncate()
@@ -196,32 +195,32 @@ class _Part:
             write_json(self._note, {"validator": validator})
 
     def write(self, piece: bytes) -> None:
-        """Append; the file is not buffered, so that `size` is right and a full disk shows itself here."""
+        """Append bytes. The file is unbuffered, so `size` is exact and a full disk raises here."""
         rest = memoryview(piece)
         while rest:
             rest = rest[self.file.write(rest) :]
 
     def digest(self) -> Any:
-        """A SHA-256 object that has read what is here; the file's position is its end."""
+        """A SHA-256 object over the bytes so far; leaves the file's position at its end."""
         self.file.seek(0)
         return hashlib.file_digest(self.file, "sha256")
 
     def becomes(self, target: Path) -> None:
-        """Give the whole file its name."""
+        """Rename the complete file to `target`."""
         sync(self.file.fileno())
         self.path.replace(target)
         self._note.unlink(missing_ok=True)
         sync_folder(target.parent)
 
     def remove(self) -> None:
-        """Leave nothing."""
+        """Remove the part and its note."""
         self._note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _own_part(target: Path) -> Iterator[_Part | None]:
-    """The part of `target`, which no other process writes meanwhile; None where `target` is there."""
+    """Yield the part of `target`, locked against other processes; None if `target` exists."""
     path = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     while not target.is_file():
@@ -250,16 +249,16 @@ def _session(wanted: RemoteFile) -> Iterator[Any]:
         return
     import httpx2
 
-    limits = httpx2.Timeout(LIMITS.silence, connect=LIMITS.connect)
+    limits = httpx2.Timeout(LIMITS.read, connect=LIMITS.connect)
     with httpx2.Client(follow_redirects=True, timeout=limits) as session:
         yield session
 
 
 def _fill(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | None) -> None:
-    """Make the part the whole file and check it. Only tries in a row that bring nothing new are counted."""
+    """Download until the part is complete, and check it. Only tries in a row without a new byte count as failures."""
     import httpx2
 
-    failures, most = 0, part.size
+    failures, largest = 0, part.size
     while True:
         resumed = part.size > 0
         try:
@@ -267,8 +266,8 @@ def _fill(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | No
         except (httpx2.RequestError, httpx2.InvalidURL, _BrokenOffError, _BusyError) as error:
             if not _resumable(wanted, part):
                 part.begin(None)
-            failures = 1 if part.size > most else failures + 1
-            most = max(most, part.size)
+            failures = 1 if part.size > largest else failures + 1
+            largest = max(largest, part.size)
             _wait_or_give_up(error, wanted, failures)
             continue
         if wanted.sha256 is None or digest == wanted.sha256.lower():
@@ -276,9 +275,9 @@ def _fill(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | No
         part.begin(None)
         if not resumed:
             raise DownloadError(
-                f"{wanted.called} is not the file that was expected: its SHA-256 is {digest} and should be "
-                f"{wanted.sha256}. Nothing was kept. The server, or a mirror or proxy before it, delivers a changed "
-                f"file. {wanted.way}"
+                f"{wanted.label} is not the file that was expected: its SHA-256 is {digest} and should be "
+                f"{wanted.sha256}. Nothing was kept. The server, or a mirror or proxy in front of it, delivers a "
+                f"changed file. {wanted.advice}"
             )
 
 
@@ -287,7 +286,7 @@ def _resumable(wanted: RemoteFile, part: _Part) -> bool:
 
 
 def _store(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | None) -> str:
-    """Ask for what is missing and append it; the SHA-256 of the whole, 64 hex digits."""
+    """Request the missing bytes and append them. Returns the SHA-256 of the whole file, 64 hex digits."""
     if part.size and not _resumable(wanted, part):
         part.begin(None)
     have = part.size
@@ -297,11 +296,11 @@ def _store(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | N
         if wanted.sha256 is None and part.validator:
             headers["If-Range"] = part.validator
     with session.stream("GET", wanted.address, headers=headers) as answer:
-        if answer.status_code == 416 and have:  # nothing comes after what is here: it is whole, or another file
+        if answer.status_code == 416 and have:  # no bytes follow these: the part is complete, or of another file
             digest = part.digest().hexdigest()
             if digest != (wanted.sha256 or "").lower():
                 part.begin(None)
-                raise _BrokenOffError("the server no longer has the file that was begun")
+                raise _BrokenOffError("the server no longer has the file whose download was begun")
             return str(digest)
         _refuse(wanted, answer)
         if answer.status_code == 200:
@@ -309,25 +308,25 @@ def _store(wanted: RemoteFile, session: Any, part: _Part, progress: Progress | N
             part.begin(_validator(answer))
         elif not _continues(answer, have, None if wanted.sha256 else part.validator):
             part.begin(None)
-            raise _BrokenOffError("the server's file is another than the one that was begun")
+            raise _BrokenOffError("the file on the server has changed since its download was begun")
         return _append(wanted, answer, part, have, progress)
 
 
 def _refuse(wanted: RemoteFile, answer: Any) -> None:
-    """Raise where an answer brings no file."""
+    """Raise _BusyError or DownloadError for a response without a file."""
     status = answer.status_code
     if status in (200, 206):
         return
-    if status in _AGAIN:
+    if status in _RETRIED:
         raise _BusyError(status, answer.headers.get("Retry-After"))
     if wanted.refused is not None:
         wanted.refused(answer)
     reason = STATUS.get(status, f"the server answers {status}")
-    raise DownloadError(f"{wanted.called} could not be downloaded: {reason}. {wanted.way}")
+    raise DownloadError(f"{wanted.label} could not be downloaded: {reason}. {wanted.advice}")
 
 
 def _append(wanted: RemoteFile, answer: Any, part: _Part, have: int, progress: Progress | None) -> str:
-    """Write what an answer brings after the `have` bytes that are here; the SHA-256 of the whole."""
+    """Append the body of a response to the `have` bytes that are here. Returns the SHA-256 of the whole file."""
     import httpx2
 
     name = Path(urlsplit(wanted.address).path).name
@@ -350,30 +349,30 @@ def _append(wanted: RemoteFile, answer: Any, part: _Part, have: int, progress: P
 
 
 def _validator(answer: Any) -> str | None:
-    """What If-Range may say of this answer's file: a strong ETag, else its date."""
+    """The value for If-Range (RFC 9110, section 13.1.5): a strong ETag, else the date."""
     tag = answer.headers.get("ETag", "")
     return tag if tag.startswith('"') else answer.headers.get("Last-Modified")
 
 
 def _continues(answer: Any, have: int, validator: str | None) -> bool:
-    """Whether a 206 begins after the bytes that are here, and is of the same file."""
+    """Whether a 206 response begins after the `have` bytes that are here and belongs to the same file."""
     begins = re.match(rf"bytes {have}-", answer.headers.get("Content-Range", ""))
     return begins is not None and validator in (None, _validator(answer))
 
 
 def _wait_or_give_up(error: Exception, wanted: RemoteFile, failures: int) -> None:
     """Wait before the next try. Raises DownloadError after the last one."""
-    asked = error.retry_after if isinstance(error, _BusyError) else None
-    wait = _wait(asked, failures)
+    retry_after = error.retry_after if isinstance(error, _BusyError) else None
+    wait = _wait(retry_after, failures)
     if failures < _TRIES and wait is not None:
         time.sleep(wait)
         return
-    what = "could not be downloaded" if isinstance(error, _BusyError) else "does not answer"
-    raise DownloadError(f"{wanted.called} {what}: {reason_of(error, wanted.address)}. {wanted.way}") from error
+    problem = "could not be downloaded" if isinstance(error, _BusyError) else "does not answer"
+    raise DownloadError(f"{wanted.label} {problem}: {reason_of(error, wanted.address)}. {wanted.advice}") from error
 
 
-def _wait(asked: str | None, failures: int) -> float | None:
-    """Seconds until the next try; None where the server asks for longer than one waits at a prompt."""
-    if asked is None or not asked.isdigit():
+def _wait(retry_after: str | None, failures: int) -> float | None:
+    """Seconds until the next try; None if the server asks for more than `LIMITS.retry_after`."""
+    if retry_after is None or not retry_after.isdigit():
         return 0.5 * 2 ** (failures - 1)
-    return float(asked) if float(asked) <= LIMITS.wait else None
+    return float(retry_after) if float(retry_after) <= LIMITS.retry_after else None

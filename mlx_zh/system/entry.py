@@ -1,4 +1,4 @@
-"""The one place that turns errors into exit statuses."""
+"""Run a command and turn its errors into exit statuses."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _LONGEST = 8000  # characters of an error that are shown
 
 
 def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a stage's `main` and exit: 0 when done, 2 for what the user can mend, 130 when interrupted.
+    """Run a command's `main` and exit: 0 when done, 2 for an error that the user can fix, 130 when interrupted.
 
-    `--debug` anywhere on the command line (or MLX_ZH_DEBUG=1) shows the traceback of an error too.
+    `--debug` anywhere on the command line (or MLX_ZH_DEBUG=1) also shows the traceback of an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MLX_ZH_DEBUG") == "1"
     arguments = [a for a in arguments if a != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal in GBK has no emoji
+            stream.reconfigure(errors="replace")  # a GBK terminal cannot show emoji
     status: Any
     try:
         try:
             status = main(arguments) or 0
-        except SystemExit as stop:  # argparse, or a stage within `mlx-zh`
+        except SystemExit as stop:  # from argparse, or from a command within `mlx-zh`
             status = stop.code
         sys.stdout.flush()
     except (MlxZhError, KeyboardInterrupt) as error:
@@ -45,19 +45,19 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
         if debug or not device.is_out_of_memory(error):
             raise
         print(
-            f"error: memory ran out: {error} Close other programs, or set memory.micro_tokens or memory.logit_rows "
-            "lower, or memory.checkpoint_layers: true; then run the same command again.",
+            f"error: memory ran out: {error} Close other programs, lower memory.micro_tokens or memory.logit_rows, "
+            "or set memory.checkpoint_layers=true; then run the same command again.",
             file=sys.stderr,
         )
         status = 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more: say nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: print nothing
         status = 0
     sys.exit(status)
 
 
 def _paragraph(error: BaseException) -> str:
-    """An error's text without blank lines and without what must not be shown, whoever wrote the words in it."""
+    """An error's text without blank lines, secrets and control characters, cut at `_LONGEST`."""
     lines = [line.rstrip() for line in printable(str(error)).split("\n")]
     text = "\n".join(line for line in lines if line)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"

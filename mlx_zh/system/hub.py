@@ -1,7 +1,7 @@
-"""Models, data sets and single files from Hugging Face or ModelScope: no code is fetched, and every SHA-256 checked.
+"""Download models, data sets and single files from Hugging Face or ModelScope; no code, and every SHA-256 checked.
 
-Each hub's own library keeps the cache. `huggingface_hub` throws away the part of a file that had arrived when it was
-killed, so large files are brought by `downloads`, which goes on where it stopped, into that cache.
+Each hub's own library manages its cache. `huggingface_hub` discards a partly downloaded file when it is killed, so
+`downloads` fetches large files into that cache: it resumes them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.m
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is asked of a hub. `called` is how messages speak of it, `way` what the user can do without it."""
+    """A request to a hub. Error messages begin with `label` and end with `advice` on what the user can do."""
 
     name: str
     revision: str | None
     kind: Literal["model", "dataset"]
-    patterns: tuple[str, ...]  # none: every file
-    called: str
-    way: str
+    patterns: tuple[str, ...]  # empty: every file
+    label: str
+    advice: str
     progress: Progress | None
 
 
@@ -43,24 +43,23 @@ def download(
     *,
     kind: Literal["model", "dataset"] = "model",
     patterns: tuple[str, ...] = (),
-    called: str = "",
-    way: str = "",
+    label: str = "",
+    advice: str = "",
     progress: Progress | None = None,
 ) -> Path:
-    """The local folder of `name` ("org/name") at `revision` (branch, tag or commit), from the cache where possible.
+    """Download `name` ("org/name") at `revision` (branch, tag or commit) unless it is cached; returns its folder.
 
-    Brought are the files that fit `patterns`; without any, all files of a data set, and of a model its weights as
-    safetensors and its small text files. `called` and `way` are for messages: what the user calls it, and what to do
-    where it cannot be had. `progress` is told of large files as they arrive.
+    `patterns` selects files. Without it, a data set comes with all files, and a model with its safetensors weights
+    and small text files. Error messages begin with `label` and end with `advice`. `progress` hears of large files.
 
-    Raises DownloadError with the way out for what is missing, gated, unreachable or damaged; StorageError on a full
-    disk; ModelError for a hub that is not known.
+    Raises DownloadError for a repository or file that is missing, gated, unreachable or damaged, StorageError for a
+    full disk, and ModelError for an unknown hub.
     """
     if hub not in _HUBS:
         raise ModelError(f"hub {hub!r} is not known; choose {' or '.join(_HUBS)}.")
     fitting = patterns or (_MODEL_FILES if kind == "model" else ())
-    wanted = _Wanted(name, revision, kind, fitting, called or name, way or _WAYS[hub], progress)
-    with full_disk(wanted.called):
+    wanted = _Wanted(name, revision, kind, fitting, label or name, advice or _WAYS[hub], progress)
+    with full_disk(wanted.label):
         return _HUBS[hub](wanted)
 
 
@@ -69,7 +68,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a downloaded folder is of: Hugging Face's cache is named by it, ModelScope's notes it."""
+    """The commit of a downloaded folder: the folder's name in Hugging Face's cache, a note in ModelScope's."""
     if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
         return folder.name
     try:
@@ -80,18 +79,19 @@ def commit_of(folder: Path) -> str | None:
 
 
 def check_digests(folder: Path, kind: str = "model") -> None:
-    """Read what Hugging Face's cache holds under a SHA-256, and compare; a file is read once, then remembered.
+    """Compare the files that Hugging Face's cache names by SHA-256 with their digests; `FileDigests` caches these.
 
-    The library checks sizes alone. Raises DownloadError for a damaged file, which is removed, to be fetched again.
+    The library checks only sizes. A damaged file is removed, so that it is fetched again; then raises DownloadError.
     """
     blobs = [path for path in folder.rglob("*") if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
-    known = FileDigests(storage.cache_folder() / f"{kind}s.json").digests(str(path) for path in blobs)
+    digests = FileDigests(storage.cache_folder() / f"{kind}s.json").digests(str(path) for path in blobs)
     for path in blobs:
-        if known[str(path)] != path.resolve().name:
+        if digests[str(path)] != path.resolve().name:
             path.resolve().unlink()
             path.unlink()
             raise DownloadError(
-                f"{path.name} arrived damaged: its SHA-256 is not the hub's. It was removed; start again to fetch it."
+                f"{path.name} arrived damaged: its SHA-256 is not the hub's. It was removed; run the command again "
+                "to fetch it."
             )
 
 
@@ -104,7 +104,7 @@ def _huggingface(wanted: _Wanted) -> Path:
         folder = _snapshot(wanted)
     except (DownloadError, StorageError):
         raise
-    except Exception as error:  # the library's own errors, the HTTP library's, and the operating system's
+    except Exception as error:  # from the library itself, its HTTP library or the operating system
         if downloads.is_full(error):
             raise
         raise _explained(error, wanted, endpoint()) from error
@@ -117,25 +117,25 @@ def _snapshot(wanted: _Wanted) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     revision = wanted.revision
-    what: dict[str, Any] = {"repo_type": wanted.kind, "allow_patterns": list(wanted.patterns) or None}
+    options: dict[str, Any] = {"repo_type": wanted.kind, "allow_patterns": list(wanted.patterns) or None}
     if not _offline():
-        # Where the hub does not answer, this is the commit that the cache knows.
+        # If the hub does not answer, this is the commit in the cache.
         revision = huggingface_hub.resolve_revision(wanted.name, repo_type=wanted.kind, revision=wanted.revision)
         try:
-            huggingface_hub.snapshot_download(wanted.name, revision=revision, local_files_only=True, **what)
+            huggingface_hub.snapshot_download(wanted.name, revision=revision, local_files_only=True, **options)
             complete = True
         except LocalEntryNotFoundError:
             complete = False
         if not complete:
-            _bring_large_files(wanted, revision.resolved)
-    return Path(huggingface_hub.snapshot_download(wanted.name, revision=revision, tqdm_class=_silent(), **what))
+            _fetch_large_files(wanted, revision.resolved)
+    return Path(huggingface_hub.snapshot_download(wanted.name, revision=revision, tqdm_class=_silent(), **options))
 
 
-def _bring_large_files(wanted: _Wanted, commit: str) -> None:
-    """Put the files that the hub keeps by SHA-256 (LFS and Xet) where the library's cache has them."""
+def _fetch_large_files(wanted: _Wanted, commit: str) -> None:
+    """Download the files that the hub stores by SHA-256 (LFS and Xet) into the library's cache."""
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # loaded on demand, which hides it from mypy
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # loaded lazily, so mypy does not see it
         build_hf_headers,
         filter_repo_objects,
         hf_raise_for_status,
@@ -150,13 +150,13 @@ def _bring_large_files(wanted: _Wanted, commit: str) -> None:
     }
     for path in filter_repo_objects(large, allow_patterns=list(wanted.patterns) or None):
         digest = large[path]
-        if not _SHA256.fullmatch(digest):  # it becomes a file's name
-            raise DownloadError(f"{wanted.called}: {endpoint()} gives no SHA-256 for {path}. {wanted.way}")
+        if not _SHA256.fullmatch(digest):  # it becomes a file name
+            raise DownloadError(f"{wanted.label}: {endpoint()} gives no SHA-256 for {path}. {wanted.advice}")
         fetch_file(
             RemoteFile(
                 huggingface_hub.hf_hub_url(wanted.name, path, repo_type=wanted.kind, revision=commit),
-                f"{wanted.called}: {path}",
-                wanted.way,
+                f"{wanted.label}: {path}",
+                wanted.advice,
                 digest,
                 build_hf_headers(),
                 huggingface_hub.get_session(),
@@ -169,10 +169,10 @@ def _bring_large_files(wanted: _Wanted, commit: str) -> None:
 
 @functools.cache
 def limit_requests() -> None:
-    """Give each question that huggingface_hub asks a server in this process the time limits of `downloads`.
+    """Give each request of huggingface_hub in this process the time limits of `downloads`.
 
-    The library asks some questions without any limit, and others six times. A host that was silent twice running is
-    therefore not waited for again within a minute.
+    The library sends some requests without a limit and repeats others six times. So after two timeouts in a row, a
+    host is not waited for again within a minute.
     """
     import httpx2
     import huggingface_hub
@@ -182,12 +182,12 @@ def limit_requests() -> None:
     class Client(httpx2.Client):
         def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
             if request.method not in ("GET", "HEAD"):
-                return super().send(request, **options)  # what is uploaded may take its time
+                return super().send(request, **options)  # uploads have no time limit
             host = request.url.netloc.decode()
             times, last, kind = silent.get(host, (0, 0.0, httpx2.ReadTimeout))
             if times >= 2 and time.monotonic() - last < 60:
-                raise kind("not waited for again", request=request)
-            limits = httpx2.Timeout(downloads.LIMITS.silence, connect=downloads.LIMITS.connect)
+                raise kind("the host timed out twice", request=request)
+            limits = httpx2.Timeout(downloads.LIMITS.read, connect=downloads.LIMITS.connect)
             request.extensions = {**request.extensions, "timeout": limits.as_dict()}
             try:
                 answer = super().send(request, **options)
@@ -206,15 +206,15 @@ def limit_requests() -> None:
 
 
 def _shorten_wait(headers: Any) -> None:
-    """The library waits as long as a server asks, without a word: let it not see what is longer than one waits."""
+    """Remove headers that ask for a pause above `LIMITS.retry_after`: the library would wait it out silently."""
     for name, seconds in (("Retry-After", r"\d+"), ("RateLimit", r"(?<=t=)\d+")):
-        asked = re.search(seconds, headers.get(name, ""))
-        if asked is not None and float(asked[0]) > downloads.LIMITS.wait:
+        pause = re.search(seconds, headers.get(name, ""))
+        if pause is not None and float(pause[0]) > downloads.LIMITS.retry_after:
             del headers[name]
 
 
 def endpoint() -> str:
-    """The address of Hugging Face, or of the mirror in HF_ENDPOINT."""
+    """The address of Hugging Face, or of the mirror that HF_ENDPOINT names."""
     from huggingface_hub.constants import ENDPOINT
 
     return os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
@@ -225,7 +225,7 @@ def _offline() -> bool:
 
 
 def _silent() -> type:
-    """The library's progress bars without a display: nothing below the stages prints."""
+    """A class of progress bars without output: nothing below the stages prints."""
     from tqdm import tqdm
 
     class Silent(tqdm):  # type: ignore[type-arg]
@@ -237,13 +237,13 @@ def _silent() -> type:
 
 # ---- ModelScope
 
-# What the library reads when it is imported: the limits of `downloads`. Its limit of an hour for one file would end a
-# download of 5 GB at less than 1.4 MB a second, so it gets a day.
+# Environment variables that the library reads at import, set to the limits of `downloads`. Its own limit of one hour
+# per file would end a download of 5 GB at less than 1.4 MB/s, so it becomes a day.
 _MODELSCOPE_SETTINGS = {
     "MODELSCOPE_API_CONNECT_TIMEOUT": "{0.connect:.0f}",
-    "MODELSCOPE_API_TIMEOUT": "{0.silence:.0f}",
-    "MODELSCOPE_DOWNLOAD_TIMEOUT": "{0.silence:.0f}",
-    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "{0.silence:.0f}",
+    "MODELSCOPE_API_TIMEOUT": "{0.read:.0f}",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "{0.read:.0f}",
+    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "{0.read:.0f}",
     "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2",
     "MODELSCOPE_API_MAX_RETRIES": "2",
     "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
@@ -252,7 +252,7 @@ _MODELSCOPE_SETTINGS = {
 
 
 def _modelscope(wanted: _Wanted) -> Path:
-    """The library itself goes on where it stopped, and compares each file with the SHA-256 of the hub's listing."""
+    """Download with ModelScope's library. It resumes downloads and checks each file's SHA-256 itself."""
     for name, value in _MODELSCOPE_SETTINGS.items():
         os.environ.setdefault(name, value.format(downloads.LIMITS))
     try:
@@ -262,12 +262,12 @@ def _modelscope(wanted: _Wanted) -> Path:
             from modelscope import dataset_snapshot_download as snapshot
     except ImportError as error:
         raise DownloadError(
-            f"`hub: modelscope` needs a package that is not installed, so {wanted.called} was not downloaded. Run "
+            f"`hub: modelscope` needs a package that is not installed, so {wanted.label} was not downloaded. Run "
             "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
         ) from error
     try:
         return Path(snapshot(wanted.name, revision=wanted.revision, allow_patterns=list(wanted.patterns) or None))
-    except Exception as error:  # modelscope raises its own, requests' and plain exceptions
+    except Exception as error:  # modelscope raises its own exceptions, those of requests, and plain Exception
         if downloads.is_full(error):
             raise
         raise _explained(error, wanted, os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")) from error
@@ -276,7 +276,7 @@ def _modelscope(wanted: _Wanted) -> Path:
 _HUBS: dict[str, Callable[[_Wanted], Path]] = {"huggingface": _huggingface, "modelscope": _modelscope}
 
 
-# ---- What went wrong, and what to do
+# ---- Error messages
 
 _WAYS = {
     "huggingface": (
@@ -291,51 +291,51 @@ _WAYS = {
 
 _LOGIN = "`hf auth login` (`huggingface-cli login` in older versions)"
 
-# By the class of the hub library's exception. {said} is the first line of its own message.
+# Messages by the class name of the library's exception; {reason} is the first line of its own message.
 _MEANINGS: dict[str, str | dict[str, str]] = {
     "GatedRepoError": (
-        "{called} is gated: its owner asks for your consent first. Accept the conditions on its page ({page}), make "
+        "{label} is gated: its owner asks for your consent first. Accept the conditions on its page ({page}), create "
         f"an access token there, and run {_LOGIN}, or set HF_TOKEN."
     ),
-    "RevisionNotFoundError": "{called} has no revision {revision!r}; check it on {page}.",
+    "RevisionNotFoundError": "{label} has no revision {revision!r}; check the revisions on {page}.",
     "RepositoryNotFoundError": {
         "model": (
             "{endpoint} has no model {name}, or it is private. Check the spelling; for a private model run "
-            f"{_LOGIN}; if you meant a folder, it does not exist."
+            f"{_LOGIN}; if you meant a folder, that folder does not exist."
         ),
-        "dataset": "{called}: {endpoint} answers 404, there is no such data set, or it is private. {way}",
+        "dataset": "{label}: {endpoint} answers 404, there is no such data set, or it is private. {advice}",
     },
-    "DisabledRepoError": "{called} was disabled by {endpoint}. {way}",
-    "HFValidationError": "{name!r} is not a hub id: {said}.",
+    "DisabledRepoError": "{label} was disabled by {endpoint}. {advice}",
+    "HFValidationError": "{name!r} is not a hub id: {reason}.",
     "OfflineModeIsEnabled": (
-        "{called} could not be downloaded: HF_HUB_OFFLINE is set, and it is not in the cache. {way}"
+        "{label} could not be downloaded: HF_HUB_OFFLINE is set, and the files are not in the cache. {advice}"
     ),
-    "FileIntegrityError": "{called} arrived damaged: {said}. Start again to fetch it. {way}",
+    "FileIntegrityError": "{label} arrived damaged: {reason}. Run the same command again to fetch it. {advice}",
 }
 
 _HUB_STATUS = STATUS | {
-    401: "the server answers 401: it wants an access token, or does not accept the one it got; log in again",
+    401: "the server answers 401: it needs an access token, or does not accept the one that was sent; log in again",
     404: "the server answers 404: there is no such repository, revision or file",
-    403: "the server answers 403: your account, or its access token, may not have it",
+    403: "the server answers 403: your account or access token has no permission",
 }
 
 
 def _explained(error: Exception, wanted: _Wanted, address: str) -> DownloadError:
-    """The one error map: a hub's refusal by `_MEANINGS`, any other failure by its HTTP status or cause."""
-    known = {
-        "called": wanted.called,
+    """A DownloadError for any failure of a hub: worded by `_MEANINGS`, else by its HTTP status or cause."""
+    fields = {
+        "label": wanted.label,
         "name": wanted.name,
         "revision": wanted.revision,
         "endpoint": address,
         "page": f"{address}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.name}",
-        "way": wanted.way,
+        "advice": wanted.advice,
     }
     for cause in chain(error):
         for kind in type(cause).__mro__:
             meaning = _MEANINGS.get(kind.__name__)
             if meaning is not None:
                 text = meaning if isinstance(meaning, str) else meaning[wanted.kind]
-                return DownloadError(text.format(**known, said=first_line(cause).rstrip(".")))
+                return DownloadError(text.format(**fields, reason=first_line(cause).rstrip(".")))
     at = f" at revision {wanted.revision!r}" if wanted.revision else ""
     reason = downloads.reason_of(error, address, _HUB_STATUS)
-    return DownloadError(f"{wanted.called}{at} could not be downloaded: {reason}. {wanted.way}")
+    return DownloadError(f"{wanted.label}{at} could not be downloaded: {reason}. {wanted.advice}")

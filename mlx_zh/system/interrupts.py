@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish: the work in hand is finished first."""
+"""Handle Ctrl-C as a request to stop: the current work is finished first."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from types import FrameType
 def stop_on_interrupt(
     numbers: tuple[int, ...] = (signal.SIGINT,), noted: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[[], bool]]:
-    """Within it the first signal makes `stop()` true and calls `noted`; the second raises KeyboardInterrupt.
+    """Yield `stop`. The first signal makes `stop()` true and calls `noted`; the second raises KeyboardInterrupt.
 
-    Outside the main thread, where Python delivers no signals, `stop()` stays false.
+    Python delivers signals only to the main thread; in another thread `stop()` stays false.
     """
-    asked = threading.Event()
+    requested = threading.Event()
 
-    def note(_number: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
         noted()
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requested.is_set
         return
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""One command at a time in a run folder: a lock that the system drops when its holder ends, however that ends."""
+"""A lock that lets one command at a time work in a run folder.
+
+The operating system releases it when its holder ends, even if the holder is killed.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ from mlx_zh.errors import StorageError
 from mlx_zh.system.storage import storage_errors
 
 _NAME = ".lock"
-_INHERITED = "MLX_ZH_LOCK"  # in the environment of a stage: the descriptor that it shares with its pipeline
+_INHERITED = (
+    "MLX_ZH_LOCK"  # environment variable: the file descriptor of the lock that a stage shares with its pipeline
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A run folder held by this process, and by those that get `descriptor` with `environment`.
+    """A held lock. A child process that inherits `descriptor` and gets `environment` may work in the folder too.
 
-    `left_by` is who held it last and was killed; `works` is false on a file system without locks.
+    `left_by` describes an earlier holder that was killed, if any. `works` is false on a file system without locks.
     """
 
     descriptor: int
@@ -33,41 +38,43 @@ class Lock:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Lets a child that inherits the descriptor work in the folder too."""
+        """The environment variable for a child that inherits the descriptor."""
         return {_INHERITED: str(self.descriptor)}
 
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[Lock]:
-    """Hold the folder's lock while `what` is done. Nothing is left of it, nor of a folder made for it and not used.
+    """Hold the folder's lock inside this context; `what` names the work, for messages.
 
-    Raises StorageError where another process holds it. What counts is the kernel's lock, never that the file is
-    there: one that a killed process or a power cut left behind is taken over.
+    At the end the lock file is removed, and so is a folder that was created for it and is still empty. The kernel's
+    lock decides, not whether the file exists: a file that a killed process left behind is taken over.
+
+    Raises StorageError if another process holds the lock.
     """
     path = folder / _NAME
     if (shared := _shared(path)) is not None:
         yield Lock(shared)
         return
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with storage_errors(folder):
         descriptor, works = _acquire(path)
     try:
-        left_by = _told(descriptor)
+        left_by = _holder(descriptor)
         about = {"what": what, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M")}
-        with suppress(OSError):  # only a courtesy: a full disk must not keep a run from saying so in its own way
+        with suppress(OSError):  # only information: the run itself reports a full disk better
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(about).encode(), 0)
         yield Lock(descriptor, left_by, works)
     finally:
         with suppress(OSError):
-            path.unlink()  # still held: whoever waits for this very file looks again, see `_acquire`
-            for place in made:
-                place.rmdir()
+            path.unlink()  # still held: `_acquire` of another process checks that its file still exists
+            for parent in created:
+                parent.rmdir()
         os.close(descriptor)
 
 
 def _shared(path: Path) -> int | None:
-    """The descriptor that this process got from its pipeline, if it is this folder's."""
+    """The descriptor that this process inherited from its pipeline, if it belongs to this folder's lock."""
     try:
         descriptor = int(os.environ.get(_INHERITED, ""))
         return descriptor if os.path.samestat(os.fstat(descriptor), path.stat()) else None
@@ -76,17 +83,17 @@ def _shared(path: Path) -> int | None:
 
 
 def _acquire(path: Path) -> tuple[int, bool]:
-    """The lock's descriptor, and whether the file system knows locks."""
+    """The lock's descriptor, and whether the file system supports locks. Raises StorageError if it is held."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
-            continue  # another process has just removed the folder that it had made
+            continue  # another process has just removed a folder that it had created
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = f": {told}" if (told := _told(descriptor)) else ""
+            holder = f": {name}" if (name := _holder(descriptor)) else ""
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 raise StorageError(
@@ -102,8 +109,8 @@ def _acquire(path: Path) -> tuple[int, bool]:
         os.close(descriptor)  # its holder removed the file between our two calls
 
 
-def _told(descriptor: int) -> str | None:
-    """Who wrote into the lock, as a person says it."""
+def _holder(descriptor: int) -> str | None:
+    """The holder that the lock file names, as text for people."""
     try:
         about = json.loads(os.pread(descriptor, 1000, 0))
         return f"{about['what']}, process {about['process']}, since {about['since']}"

@@ -1,4 +1,4 @@
-"""What must not be shown or kept: tokens, passwords, credentials in addresses, and whose computer it was."""
+"""Remove from texts what must not be shown or stored: tokens, passwords, credentials in URLs, the home folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN = "•••"
-_LEAST = 8  # characters of a secret; replacing shorter values would garble other words
+_MIN_LENGTH = 8  # characters of a secret; replacing shorter values would garble other words
 
 _NAMES = re.compile(
     r"(^|[_-])(token|secret|password|passwd|credentials?|authorization|cookie|(api|access|secret|private)[_-]?key)$",
     re.IGNORECASE,
 )
 _WORDS = (
-    # A value after a telling name, as in a command line, an address's query or a header.
+    # A value after a name such as `token`: in a command line, the query of a URL or a header.
     (
         re.compile(
             r"((?:^|[\s?&;,'\"_.-])(?:hf_token|token|secret|password|passwd|signature|(?:api|access|secret|private)"
@@ -28,7 +28,7 @@ _WORDS = (
     (re.compile(r"(--?(?:hf-)?(?:token|password|secret|api-key)\s+)\S+", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
     (re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE), rf"\g<1>{HIDDEN}@"),
-    # Tokens that are known by their form: Hugging Face, GitHub, OpenAI and alike, ModelScope, AWS, JSON web tokens.
+    # Tokens with a known form: Hugging Face, GitHub, OpenAI and similar services, ModelScope, AWS, JSON web tokens.
     (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
     (re.compile(r"\b(?:ghp|gho|ghs|ghu|github_pat)_\w{20,}"), HIDDEN),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), HIDDEN),
@@ -38,15 +38,15 @@ _WORDS = (
 )
 
 
-# Control characters but tab, line feed and the codes of colours: others move the cursor, set the clipboard, or
-# make text look like what it is not.
+# All control characters except tab, line feed and colour codes. They can move the cursor, set the clipboard, or make
+# a text look like another one.
 _CONTROLS = re.compile("\x1b(?!\\[[0-9;]{0,8}m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a secret, and without the secrets that this process was given."""
+    """The text without anything that looks like a secret, and without the secrets in this process's environment."""
     for name, value in os.environ.items():
-        if len(value) >= _LEAST and _NAMES.search(name):
+        if len(value) >= _MIN_LENGTH and _NAMES.search(name):
             text = text.replace(value, HIDDEN)
     for pattern, replacement in _WORDS:
         text = pattern.sub(replacement, text)
@@ -54,14 +54,14 @@ def redact(text: str) -> str:
 
 
 def hide(text: str) -> str:
-    """As `redact`, and the home folder becomes `~`: for what is handed on."""
+    """As `redact`, and the home folder becomes `~`. For texts that the user may pass on."""
     text = redact(text)
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
 
 
 def hide_all(value: Any, hidden: Callable[[str], str] = hide) -> Any:
-    """Plain values with every text hidden, and whole where its key says that it is a secret."""
+    """Plain values with `hidden` applied to every text; a value whose key names a secret is replaced as a whole."""
     if isinstance(value, dict):
         return {
             hidden(str(k)): HIDDEN if isinstance(v, str) and v and _NAMES.search(str(k)) else hide_all(v, hidden)
@@ -73,12 +73,12 @@ def hide_all(value: Any, hidden: Callable[[str], str] = hide) -> Any:
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it: no secrets, and no control characters but those of colours."""
+    """The text without secrets and without control characters other than colour codes, for a terminal."""
     return _CONTROLS.sub("\ufffd", redact(text.replace("\r\n", "\n")))
 
 
 def _hide_command(values: list[Any]) -> list[Any]:
-    """A list of words, as a command line is: the word after `--token` is one."""
+    """Hide the value after an option such as `--token` in a list of command-line words."""
     for at, word in enumerate(values[:-1]):
         if isinstance(word, str) and word.startswith("-") and "=" not in word and _NAMES.search(word.lstrip("-")):
             values[at + 1] = HIDDEN

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename."""
+"""Write files and folders atomically: under a temporary name, then fsync, then rename."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this program (`MLX_ZH_CACHE`, else the platform's own place)."""
+    """This program's cache folder: `MLX_ZH_CACHE`, else the usual place of the platform."""
     if chosen := os.environ.get("MLX_ZH_CACHE"):
         return Path(chosen).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):  # platformdirs would pass over one that begins with ~
+    if base := os.environ.get("XDG_CACHE_HOME"):  # platformdirs ignores a path that begins with ~
         return Path(base).expanduser() / "mlx-zh"
     return platformdirs.user_cache_path("mlx-zh")
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into `StorageError`."""
+    """Inside this context, turn an OSError while writing `path` into a StorageError."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise StorageError(
-                f"{path}: no space left on disk. Nothing half-written was kept; free some space and run the same "
+                f"{path}: no space left on disk. Nothing half-written was kept; free some space, then run the same "
                 "command again."
             ) from error
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from error
@@ -50,7 +50,10 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends, and leaves nothing when it fails."""
+    """Yield a binary file that becomes `path` when the block ends; if the block fails, it is removed.
+
+    Raises StorageError if the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,23 +71,23 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of `path`; another one that is writing it now goes on."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.split(".")[-2]
+    """Remove temporary files of `path` that killed processes left; those of living processes stay."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = temporary.name.split(".")[-2]
         if process.isdigit() and not psutil.pid_exists(int(process)):
-            left.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def sync(descriptor: int) -> None:
-    """Make what was written to a file survive a power cut."""
-    with suppress(OSError):  # a file system that knows only fsync
+    """Make the data of a file survive a power cut."""
+    with suppress(OSError):  # a file system that supports only fsync
         if sync_to_disk(descriptor):
             return
     os.fsync(descriptor)
 
 
 def sync_to_disk(descriptor: int) -> bool:
-    """On macOS, write a file through the drive's own cache, where fsync leaves it; False where fsync does that."""
+    """On macOS, flush the drive's own cache too, which fsync does not; False on other systems, where fsync does."""
     if sys.platform != "darwin":
         return False
     fcntl.fcntl(descriptor, _F_FULLFSYNC)
@@ -104,18 +107,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole."""
+    """Write a text file in UTF-8, atomically. Raises StorageError."""
     with written_whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON whole, Chinese text readable."""
+    """Write indented JSON with readable Chinese, atomically. Raises StorageError."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays as safetensors, whole."""
+    """Write arrays as safetensors, atomically. Raises StorageError."""
     import mlx.core as mx
 
     with written_whole(path) as file:
@@ -124,18 +127,21 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
 
 @contextmanager
 def folder_whole(path: Path) -> Iterator[Path]:
-    """An empty folder that becomes `path` when the block ends, replacing an older one, and is gone when it fails."""
+    """Yield an empty folder that replaces `path` when the block ends; if the block fails, it is removed.
+
+    Raises StorageError if the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
             if path.exists():
-                path.replace(aside)  # a folder cannot be renamed onto one that is not empty
+                path.replace(aside)  # rename cannot replace a folder that is not empty
             temporary.replace(path)
             sync_folder(path.parent)
         finally:
@@ -144,18 +150,18 @@ def folder_whole(path: Path) -> Iterator[Path]:
 
 
 def empty(folder: Path) -> None:
-    """Remove the files in a folder of ours."""
+    """Remove the files in a folder."""
     for file in folder.iterdir():
         file.unlink()
 
 
 def need_space(folder: Path, size: int, what: str) -> None:
-    """Refuse to begin `what` where fewer than `size` bytes are free. Raises StorageError."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """Raise StorageError if fewer than `size` bytes are free for `folder`; `what` names what needs them."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with storage_errors(folder):
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
     if free < size:
         raise StorageError(
-            f"{folder}: {what} needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free. Nothing was written; free "
-            "some space, or write fewer formats."
+            f"{folder}: {what} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free. Nothing was written. "
+            "Free some space, or write fewer formats."
         )

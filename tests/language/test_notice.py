@@ -93,13 +93,13 @@ def test_texts_without_codes_and_codes_without_texts() -> None:
 
 def test_warnings_from_before_there_was_a_place_are_kept_once_there_is_one(tmp_path: Path) -> None:
     console.warn("nobody waits for this one")
-    with console.waiting_warnings():
+    with console.hold_warnings():
         console.warn(CUT)
         console.warn("told elsewhere", keep=False)
-        with console.kept_warnings(tmp_path / "warnings.jsonl"):
-            console.keep_waiting()
+        with console.log_warnings(tmp_path / "warnings.jsonl"):
+            console.log_held_warnings()
             console.warn("at once")
-            console.keep_waiting()  # nothing is written twice
+            console.log_held_warnings()  # nothing is written twice
         console.warn("too late")
     lines = (tmp_path / "warnings.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["text"] for line in lines] == [CUT, "at once"]
@@ -111,7 +111,7 @@ def test_a_warning_is_kept_with_its_code_and_without_secrets(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "SECRETSECRET")
     failed = Notice("tracker-failed", tracker="wandb", reason="401 for SECRETSECRET")
-    with console.kept_warnings(tmp_path / "warnings.jsonl"):
+    with console.log_warnings(tmp_path / "warnings.jsonl"):
         console.warn(failed)
         console.warn("plain words")
     assert "warning: wandb failed and is left out from here on: 401 for" in capsys.readouterr().out

@@ -234,7 +234,7 @@ def test_a_part_after_which_nothing_comes(server: Server, tmp_path: Path, surplu
 
 
 def test_a_server_that_accepts_and_never_answers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(downloads, "LIMITS", Limits(connect=1.0, silence=0.2))
+    monkeypatch.setattr(downloads, "LIMITS", Limits(connect=1.0, read=0.2))
     server.silent = True
     message = rf"^mine does not answer: 127\.0\.0\.1:{server.server_port} sent nothing for 0\.2 s\. Do otherwise\.$"
     with pytest.raises(DownloadError, match=message):
@@ -253,8 +253,8 @@ def test_a_server_that_does_not_accept():
 @pytest.mark.parametrize(
     ("status", "words", "asked"),
     [
-        (401, "answers 401, it wants a name and a password or a token", 1),
-        (403, "answers 403, it does not let this address or this account have it", 1),
+        (401, "answers 401, it asks for a name and a password or a token", 1),
+        (403, "answers 403, it refuses access from this address or account", 1),
         (404, "answers 404, there is no such file", 1),
         (418, "answers 418", 1),
         (429, "answers 429, too many requests: wait some minutes", 3),

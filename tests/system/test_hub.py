@@ -218,7 +218,7 @@ def test_what_a_hub_refuses(mirror: Mirror, tmp_path: Path, name: str, revision:
 IMPATIENT = """
 import time
 from mlx_zh.system import downloads
-downloads.LIMITS = downloads.Limits(connect=1.0, silence=0.3)
+downloads.LIMITS = downloads.Limits(connect=1.0, read=0.3)
 time.sleep = lambda seconds: None
 """
 
@@ -228,7 +228,7 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.system import hub
 try:
     folder = hub.download(
-        "org/set", kind="dataset", patterns=("data/train*",), called="mine: org/set", way="Do otherwise.",
+        "org/set", kind="dataset", patterns=("data/train*",), label="mine: org/set", advice="Do otherwise.",
         progress=lambda name, here, total: print(name, here, total),
     )
     print(folder / "data" / "train-0.jsonl")
@@ -294,7 +294,7 @@ STATUSES: dict[str, tuple[int, dict[str, str], str]] = {
         GATED,
         "mine: {} is gated: its owner asks for your consent first. Accept the conditions on its page",
     ),
-    "401": (401, {}, "could not be downloaded: the server answers 401: it wants an access token"),
+    "401": (401, {}, "could not be downloaded: the server answers 401: it needs an access token"),
     "403": (403, {}, "could not be downloaded: the server answers 403: your account"),
     "404": (
         404,
@@ -312,7 +312,7 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.system import hub
 for name in sys.argv[1:]:
     try:
-        hub.download(name, kind="dataset", patterns=("data/train*",), called=f"mine: {name}", way="Do otherwise.")
+        hub.download(name, kind="dataset", patterns=("data/train*",), label=f"mine: {name}", advice="Do otherwise.")
     except MlxZhError as error:
         print(f"{type(error).__name__}: {error}")
 """

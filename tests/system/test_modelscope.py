@@ -88,7 +88,7 @@ SCRIPT = """
 import sys
 from mlx_zh.errors import MlxZhError
 from mlx_zh.system import downloads, hub
-downloads.LIMITS = downloads.Limits(connect=1.0, silence=1.0)
+downloads.LIMITS = downloads.Limits(connect=1.0, read=1.0)
 try:
     print(hub.download("org/set", "modelscope", kind=sys.argv[1]))
 except MlxZhError as error:
