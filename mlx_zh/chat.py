@@ -1,4 +1,4 @@
-"""Talk to a model, before or after tuning: `python -m mlx_zh.chat RECIPE|MODEL`."""
+"""Chat with a model, before or after tuning: `python -m mlx_zh.chat RECIPE|MODEL`."""
 
 from __future__ import annotations
 
@@ -16,32 +16,44 @@ if TYPE_CHECKING:
     from mlx_zh.chatting.terminal import Screen
     from mlx_zh.recipe import Recipe
 
-_EPILOG = (
-    """Piped input is one prompt: echo 你好 | python -m mlx_zh.chat MODEL  prints the answer and nothing else."""
-)
+_EPILOG = "Piped input is one prompt: `echo 你好 | mlx-zh chat MODEL` prints the answer and nothing else."
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 on one that makes no sense."""
+    """Parse the command line; exits with status 2 if it is invalid."""
     parser = argparse.ArgumentParser("mlx-zh chat", description=__doc__, epilog=_EPILOG)
-    parser.add_argument("target", metavar="RECIPE|MODEL", help="recipe.yaml, model folder, .gguf, hub id or name")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
-    parser.add_argument("--adapter", metavar="DIR|none", help="adapter (default: the recipe's newest, DPO then SFT)")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--temp", type=_number(0, 10), default=0.7, help="temperature; 0 is greedy (0.7)")
     parser.add_argument(
-        "--top-p", type=_number(0.01, 1), default=0.95, help="nucleus sampling; 1 turns it off (0.95)"
+        "target",
+        metavar="RECIPE|MODEL",
+        help="a recipe (.yaml), model folder, .gguf file, hub id or built-in name",
     )
-    parser.add_argument("--max-tokens", type=_count, default=1024, help="longest answer (1024)")
-    parser.add_argument("--max-context", type=_count, help="longest conversation in tokens (what the model can)")
-    parser.add_argument("--seed", type=int, help="makes sampling reproducible")
-    parser.add_argument("--hub", choices=("huggingface", "modelscope"), help="where a hub id is looked for")
-    parser.add_argument("--verbose", action="store_true", help="with piped input: statistics on stderr")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR|none", help="adapter (default: the recipe's DPO adapter, else SFT's)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
+    parser.add_argument("--temp", type=_number(0, 10), default=0.7, help="temperature; 0 is greedy (default 0.7)")
+    parser.add_argument(
+        "--top-p", type=_number(0.01, 1), default=0.95, help="nucleus sampling; 1 turns it off (default 0.95)"
+    )
+    parser.add_argument("--max-tokens", type=_count, default=1024, help="longest answer, in tokens (default 1024)")
+    parser.add_argument("--max-context", type=_count, help="longest conversation, in tokens (default: the model's)")
+    parser.add_argument("--seed", type=int, help="seed that makes sampling reproducible")
+    parser.add_argument(
+        "--hub",
+        choices=("huggingface", "modelscope"),
+        help="hub of the model (default: the recipe's, else huggingface)",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="with piped input: print progress and statistics on stderr"
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Chat at a terminal, or answer what is piped in. Raises MlxZhError."""
+    """Chat at a terminal, or answer piped input; returns the exit status. Raises MlxZhError."""
     arguments = parse(argv)
     piped = not sys.stdin.isatty()
 
@@ -71,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot, str | None]:
-    """The model with its adapter, and the recipe's system prompt."""
+    """Load the model with its adapter; returns it with the recipe's system prompt."""
     from mlx_zh.system import blas
 
     recipe = _recipe(arguments.target, arguments.overrides)
@@ -126,12 +138,14 @@ def _recipe(target: str, overrides: list[str]) -> Recipe | None:
 
         return load_recipe(target, overrides)
     if overrides:
-        raise RecipeError(f"{overrides[0]} changes a recipe, and {target} is a model; give a recipe (.yaml) instead")
+        raise RecipeError(
+            f"{overrides[0]} sets a key of a recipe, but {target} is a model; give a recipe (.yaml) instead"
+        )
     return None
 
 
 def _adapter(chosen: str | None, recipe: Recipe | None) -> Path | None:
-    """The adapter that was asked for, else the recipe's newest: DPO's before SFT's."""
+    """The chosen adapter, else the recipe's newest: DPO's before SFT's."""
     if chosen:
         return None if chosen == "none" else Path(chosen).expanduser()
     if recipe is None:
@@ -153,7 +167,7 @@ def _number(low: float, high: float) -> Callable[[str], float]:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""`mlx-zh STAGE RECIPE [key=value ...]`."""
+"""The `mlx-zh` command: `mlx-zh STAGE RECIPE [KEY=VALUE ...]`."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import sys
 from mlx_zh.system.entry import entry
 
 STAGES = {
-    "run": "do everything that a recipe asks for, and nothing twice",
+    "run": "run all steps of a recipe; steps that are up to date are not repeated",
     "prepare": "read, clean, mix and tokenize the data",
-    "sft": "tune the model on conversations",
-    "dpo": "tune the model on better and worse answers",
-    "eval": "ask models C-Eval, CMMLU or an exam of your own, and compare them",
-    "fuse": "merge an adapter into its base, for mlx-lm, transformers, llama.cpp or PEFT",
-    "chat": "talk to a model",
-    "plan": "tell beforehand how much memory and time a run takes",
-    "doctor": "look at this machine: what is there, what is missing, what a bug report needs",
-    "report": "write what a run gained: a page, a text and pictures",
+    "sft": "fine-tune the model on conversations",
+    "dpo": "fine-tune the model on pairs of a better and a worse answer",
+    "eval": "test models on C-Eval, CMMLU or an exam of your own, and compare them",
+    "fuse": "merge the adapter into the base, for mlx-lm, transformers, llama.cpp or PEFT",
+    "chat": "chat with a model",
+    "plan": "estimate the memory and time of a run before it starts",
+    "doctor": "check this machine and say what is missing; its output belongs in a bug report",
+    "report": "write the report of a run: a web page, a text and plots",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The `mlx-zh` command. Exits."""
+    """Run the `mlx-zh` command and exit with its status."""
     entry(_stage, argv)
 
 
 def _stage(argv: list[str] | None) -> int:
     arguments = argv or []
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: mlx-zh STAGE RECIPE [section.key=value ...]\n\nstages:")
+        print("usage: mlx-zh STAGE RECIPE [KEY=VALUE ...]\n\nstages:")
         for name, purpose in STAGES.items():
             print(f"  {name:<10} {purpose}")
-        print("\n`mlx-zh STAGE --help` says more. Each stage is also `python -m mlx_zh.STAGE`.")
+        print("\n`mlx-zh STAGE --help` shows a stage's options. Each stage also runs as `python -m mlx_zh.STAGE`.")
         return 0
     stage, *rest = arguments
     if stage == "--version":

@@ -1,4 +1,4 @@
-"""Is this machine ready: `python -m mlx_zh.doctor [RECIPE] [KEY=VALUE ...]`; its output belongs in a bug report."""
+"""Check this machine: `python -m mlx_zh.doctor [RECIPE] [KEY=VALUE ...]`. Its output belongs in a bug report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look at machine, packages, disk, hub and speed, a line each; exit 1 where something must be mended."""
+    """Check machine, packages, disk, hub and speed, and print a line for each; returns 1 if a check failed."""
     parser = argparse.ArgumentParser(
-        prog="mlx-zh doctor", description="Look at this machine, and say what to do.", allow_abbrev=False
+        prog="mlx-zh doctor", description="Check this machine, and say how to fix what is wrong.", allow_abbrev=False
     )
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="also look whether this recipe can run here")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example model.path=my-model")
-    parser.add_argument("--quick", action="store_true", help="leave out the measurement of ten seconds")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="also check whether this recipe can run here")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="set a key of the recipe, for example model.path=my-model"
+    )
+    parser.add_argument("--quick", action="store_true", help="skip the speed measurement, which takes ten seconds")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
     recipe: Recipe | None = None
@@ -25,13 +27,13 @@ def main(argv: list[str] | None = None) -> int:
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from mlx_zh.stages.checkup import checks, measured
+    from mlx_zh.stages.checkup import checks, measurements
     from mlx_zh.system import console
     from mlx_zh.system.redaction import hide
 
     failed = False
-    found = checks(recipe)
-    for check in found if arguments.quick else [*found, *measured()]:
+    results = checks(recipe)
+    for check in results if arguments.quick else [*results, *measurements()]:
         failed |= check.level == "fail"
         console.say(hide(f"{check.level:<5} {check.name:<10} {check.text}"))
         if check.remedy:

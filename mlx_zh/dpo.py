@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 
 
 class Dpo:
-    """What DPO does and SFT does not."""
+    """What DPO does differently from SFT: the `Method` of `stages.tuning`."""
 
     stage = "dpo"
     answers: tuple[str, ...] = ("base", "sft", "dpo")
 
     def start(self, recipe: Recipe, world: World) -> Start:
-        """The recipe's `dpo.start`."""
+        """The recipe's `dpo.start`: the base, SFT's adapter or another one."""
         from mlx_zh.stages.first_adapter import choose_start
 
         return choose_start(recipe, world)
 
     def examples(self, corpus: Corpus, split: str) -> Pairs:
-        """The pairs of `split`."""
+        """The pairs of `split` (train or validation)."""
         return corpus.pairs(split)
 
     def objectives(self, session: Session, loaded: LoadedModel, start: Start, corpus: Corpus) -> Objectives:
-        """A preference loss over policy and reference log-probs."""
+        """Add the adapter; the objectives are a preference loss over policy and reference log-probs."""
         from mlx_zh.core.logprobs import computes_in_float32
-        from mlx_zh.stages.reference_pass import put_on_with_reference
+        from mlx_zh.stages.reference_pass import attach_with_reference
         from mlx_zh.stages.tuning import Objectives, row_settings
         from mlx_zh.training.dpo_objective import DpoObjective
         from mlx_zh.training.dpo_watch import DpoWatch
 
         recipe, section, world = session.recipe, session.recipe.dpo, session.world
         pairs, held_out = self.examples(corpus, "train"), self.examples(corpus, "validation")
-        reference = put_on_with_reference(recipe, loaded, start, session.spec, pairs, held_out, world)
-        # Without dropout, as in the reference: its noise would be taken for a difference between the two.
+        reference = attach_with_reference(recipe, loaded, start, session.spec, pairs, held_out, world)
+        # No dropout: its noise would look like a difference between policy and reference.
         settings = row_settings(recipe, section, dropout=0.0)
         at_reference = reference.is_start and section.neftune_alpha is None
         return Objectives(
@@ -54,8 +54,8 @@ class Dpo:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train an adapter on pairs of a better and a worse answer."""
-    return command.train(Dpo(), "Tune a model on preferences: better answers over worse ones.", argv)
+    """Train an adapter on pairs of a better and a worse answer; returns the exit status. Raises MlxZhError."""
+    return command.train(Dpo(), "Fine-tune a model on preferences: pairs of a better and a worse answer.", argv)
 
 
 if __name__ == "__main__":

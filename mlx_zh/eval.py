@@ -1,4 +1,7 @@
-"""Exams for the models of a run: `python -m mlx_zh.eval RECIPE [--stage S] [--benchmark B ...] [KEY=VALUE ...]`."""
+"""Test the models of a run on exams.
+
+`python -m mlx_zh.eval RECIPE [--stage S] [--benchmark B ...] [KEY=VALUE ...]`
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Ask the base and the tuned models the recipe's exams, and print the results side by side."""
+    """Ask the base and the tuned models the recipe's exams, and print the results side by side.
+
+    Returns the exit status. Raises MlxZhError.
+    """
     arguments = _arguments(argv)
     recipe = command.read_recipe(arguments)
     if recipe is None:
@@ -37,18 +43,18 @@ def main(argv: list[str] | None = None) -> int:
 def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
     from mlx_zh.exams.protocols import protocols
     from mlx_zh.stages.examination import Examination
-    from mlx_zh.stages.run_models import Candidates
+    from mlx_zh.stages.run_models import RunModels
     from mlx_zh.system import console
 
     protocol = protocols()[recipe.evaluate.protocol]
     shots = protocol.shots if recipe.evaluate.shots is None else recipe.evaluate.shots
     exams = _exams(recipe, shots)
-    candidates = Candidates(recipe, arguments.stage, world)
-    examination = Examination(recipe, protocol, candidates, world)
+    models = RunModels(recipe, arguments.stage, world)
+    examination = Examination(recipe, protocol, models, world)
     for exam in exams:
         size = f"{len(exam)} questions in {len(exam.subjects)} subjects"
         console.say(f"{exam.title}, {exam.split}: {size}; protocol {protocol.name}, {shots} worked examples")
-    for name in candidates.names:
+    for name in models.names:
         for exam in exams:
             examination.ask(name, exam)
     for exam in exams if world.first else []:
@@ -57,20 +63,22 @@ def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.parser("eval", "Ask models multiple-choice exams, and compare them.")
+    parser = command.parser("eval", "Test models on multiple-choice exams, and compare them.")
     parser.add_argument(
-        "--stage", choices=("base", "sft", "dpo", "fused"), help="one model; default: base and every adapter"
+        "--stage",
+        choices=("base", "sft", "dpo", "fused"),
+        help="test only this model (default: the base and every adapter)",
     )
     parser.add_argument(
         "--benchmark",
         nargs="+",
         action="extend",
         metavar="ceval|cmmlu|PATH",
-        help="instead of the recipe's evaluate.benchmarks",
+        help="use these exams instead of the recipe's evaluate.benchmarks",
     )
     launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
-    # What follows --benchmark may be an override: no benchmark's name has '='.
+    # The words after --benchmark may include overrides; the name of a benchmark has no '='.
     named = [name for name in arguments.benchmark or [] if "=" not in name]
     arguments.overrides += [text for text in arguments.benchmark or [] if "=" in text]
     if named:
@@ -99,13 +107,15 @@ def _exams(recipe: Recipe, shots: int) -> list[Exam]:
         for name in dict.fromkeys(settings.benchmarks)
     ]
     keys = [exam.key for exam in exams]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise RecipeError(f"evaluate.benchmarks has two exams called {', '.join(twice)}; rename one's folder.")
+    if repeated := {key for key in keys if keys.count(key) > 1}:
+        raise RecipeError(
+            f"evaluate.benchmarks has two exams called {', '.join(repeated)}; rename the folder of one of them."
+        )
     return exams
 
 
 def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
-    """Print one exam's tables, and where the files are."""
+    """Print an exam's tables and warnings, and the paths of its files."""
     from mlx_zh.exams import tables
     from mlx_zh.system import console
 
@@ -117,9 +127,9 @@ def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
         for before, after in tables.pairs(list(stages)):
             console.say(f"  {tables.verdict(before, after, examination.compare(exam, before, after))}")
     console.say(f"\n{console.table(tables.letters(stages))}")
-    for name, found in stages.items():
-        for wire in found["tripwires"]:
-            console.warn(f"{exam.title}, {name}: {wire}")
+    for name, metrics in stages.items():
+        for warning in metrics["tripwires"]:
+            console.warn(f"{exam.title}, {name}: {warning}")
     for path in examination.write(exam):
         console.say(f"  {path}")
 

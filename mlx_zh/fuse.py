@@ -1,4 +1,4 @@
-"""Merge an adapter into its base and hand it over: `python -m mlx_zh.fuse RECIPE [--adapter DIR] [KEY=VALUE ...]`."""
+"""Merge an adapter into its base and export it: `python -m mlx_zh.fuse RECIPE [--adapter DIR] [KEY=VALUE ...]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write `runs/NAME/fused/FORMAT/` for every format that the recipe asks for."""
+    """Write `runs/NAME/fused/FORMAT/` for each format in the recipe; returns the exit status. Raises MlxZhError."""
     arguments = _parser().parse_intermixed_args(argv)
     recipe = command.read_recipe(arguments)
     if recipe is None:
@@ -43,32 +43,38 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
         licences.check_repository(fuser.licence, repository)
         upload.check(repository, hub)
     if fuser.title != fuser.wanted_name:
-        console.say(f'The base\'s licence demands a name that begins with "Llama": {fuser.title}.')
+        console.say(f'The licence of the base requires a name that begins with "Llama": {fuser.title}.')
     if fuser.adapter_is_foreign:
         console.warn(Notice("adapter-of-another-model", adapter=str(adapter), model=recipe.model.path))
 
     written = _write_all(fuser, measured=not arguments.no_measure)
     _conclude(fuser, written)
     for kind, repository in _repositories(arguments.push_to_hub, recipe.export.formats).items():
-        console.say(f"uploading {kind} to {repository} ...")
+        console.say(f"Uploading {kind} to {repository} ...")
         console.say(upload.push(fuser.folder / kind, repository, hub, public=arguments.public))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command.parser(
-        "fuse", "Merge an adapter into its base, and write it for mlx-lm, transformers or llama.cpp."
+        "fuse", "Merge an adapter into its base, and write it for mlx-lm, transformers, llama.cpp or PEFT."
     )
-    parser.add_argument("--adapter", metavar="DIR", help="adapter, mlx-lm's or PEFT's (default: DPO's, else SFT's)")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="folder of an mlx-lm or PEFT adapter (default: the run's DPO adapter, else SFT's)",
+    )
     parser.add_argument(
         "--from",
         dest="original",
         metavar="MODEL",
-        help="the full-precision original of a quantized base: merge into it and quantize once (export.from)",
+        help="full-precision original of a quantized base: merge into it, then quantize once (default: export.from)",
     )
-    parser.add_argument("--no-measure", action="store_true", help="do not compare with base + adapter")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload; several formats get names of their own")
-    parser.add_argument("--hub", choices=("huggingface", "modelscope"), help="where to (default: model.hub)")
-    parser.add_argument("--public", action="store_true", help="let everyone see the new repository")
+    parser.add_argument("--no-measure", action="store_true", help="do not compare the result with base + adapter")
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload; with several formats, each name ends in its format"
+    )
+    parser.add_argument("--hub", choices=("huggingface", "modelscope"), help="hub to upload to (default: model.hub)")
+    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     return parser
 
 
@@ -86,7 +92,7 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
     formats = list(dict.fromkeys(fuser.export.formats))
     yardstick: Yardstick | None = None
     if measured and formats != ["peft"]:
-        console.say("running base and base + adapter over held-out text ...")
+        console.say("Running the base and base + adapter over held-out text ...")
         yardstick = measure_tuned(fuser.recipe, fuser.fusion.adapter.folder)
     written = []
     for kind in formats:
@@ -105,30 +111,30 @@ def _conclude(fuser: Fuser, written: list[Written]) -> None:
 
     rows = [("format", "", "GB", "KL", "top-1", "perplexity", "change kept", "folder")]
     for w in written:
-        f, left = w.found.fidelity, w.found.left
+        f, left = w.assessment.fidelity, w.assessment.left
         measured = (f"{f.kl:.4f}", f"{f.top1:.1%}", f"{f.fused_perplexity:.3f}") if f else ("-", "-", "-")
         kept = f"{left.kept_mean:.0%}" if left else "-"
-        rows.append((w.kind, w.result.detail, f"{w.found.size / 1e9:.2f}", *measured, kept, f"{w.folder}/"))
+        rows.append((w.kind, w.result.detail, f"{w.assessment.size / 1e9:.2f}", *measured, kept, f"{w.folder}/"))
     console.say()
     console.say(console.table(rows))
-    if found := next((w.found.fidelity for w in written if w.found.fidelity), None):
+    if fidelity := next((w.assessment.fidelity for w in written if w.assessment.fidelity), None):
         console.say(
-            f"\nbase + adapter: perplexity {found.perplexity:.3f} on {found.tokens} held-out tokens. KL is measured "
-            f"from it, in nats a token; tuning moved the base by {found.moved:.4f}."
+            f"\nbase + adapter: perplexity {fidelity.perplexity:.3f} on {fidelity.tokens} held-out tokens. KL is "
+            f"measured from it, in nats per token; tuning moved the base by {fidelity.moved:.4f}."
         )
     for w in written:
-        if w.found.unmeasured:
-            console.warn(Notice("fused-not-compared", format=w.kind, reason=w.found.unmeasured))
-        for warning in w.found.warnings:
+        if w.assessment.unmeasured:
+            console.warn(Notice("fused-not-compared", format=w.kind, reason=w.assessment.unmeasured))
+        for warning in w.assessment.warnings:
             console.warn(f"{w.kind}, {w.result.detail}: {warning}.{_remedy(fuser, w)}")
 
 
 def _remedy(fuser: Fuser, written: Written) -> str:
     if written.kind != "mlx" or written.result.bits is None or written.result.bits >= 16:
         return ""
-    more = next(b for b in (6, 8, 16) if b > (written.result.bits or 0))
-    origin = "" if fuser.fusion.original else ", or merge into the full-precision original with --from MODEL"
-    return f" Write it with export.bits={more}{origin}; base and adapter side by side lose nothing."
+    bits = next(b for b in (6, 8, 16) if b > (written.result.bits or 0))
+    original = "" if fuser.fusion.original else ", or merge into the full-precision original with --from MODEL"
+    return f" Write it with export.bits={bits}{original}; base and adapter used side by side lose nothing."
 
 
 if __name__ == "__main__":

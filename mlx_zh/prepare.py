@@ -19,12 +19,19 @@ _SHOWN = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read, clean, mix and tokenize a recipe's data, once."""
-    parser = command.parser("prepare", "Read, clean, mix and tokenize a recipe's data. Training does it when needed.")
+    """Read, clean, mix and tokenize a recipe's data, unless that is done; returns the exit status.
+
+    Raises MlxZhError.
+    """
+    parser = command.parser(
+        "prepare", "Read, clean, mix and tokenize a recipe's data. Training does this too if it is needed."
+    )
     recipe_argument = next(action for action in parser._actions if action.dest == "recipe")
     recipe_argument.nargs, recipe_argument.required = "?", False
-    parser.add_argument("--list", action="store_true", help="show the data sets that a recipe can name, and stop")
-    parser.add_argument("--show", type=int, default=_SHOWN, metavar="N", help="rendered samples to show (default 3)")
+    parser.add_argument("--list", action="store_true", help="list the data sets that a recipe can name, and stop")
+    parser.add_argument(
+        "--show", type=int, default=_SHOWN, metavar="N", help="number of rendered examples to show (default 3)"
+    )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.list and arguments.recipe is None:
         _list(None)
@@ -44,7 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
     stages = [name for name, split in splits.items() if split.train]
     if not stages:
-        raise DataError(f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names anything to prepare.")
+        raise DataError(
+            f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names a file to prepare. "
+            "Add one to the recipe."
+        )
     with RunFolder.of(recipe).at_work("prepare"):
         _prepare(recipe, stages, arguments.show)
     return 0
@@ -52,20 +62,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
     from mlx_zh.corpus.render import Renderer
-    from mlx_zh.stages.data import keep_report, prepare_stage
+    from mlx_zh.stages.data import prepare_stage, save_report
     from mlx_zh.stages.tokenizer_cache import open_tokenizer
     from mlx_zh.system import console
 
     tokenizer = open_tokenizer(recipe.model)
     for name in stages:
         renderer = Renderer(tokenizer, date_string=recipe.data.date_string)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         corpus = prepare_stage(recipe, name, renderer, lambda: tokenizer.vocabulary)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         _report(recipe, name, corpus, seconds)
         _show(corpus, renderer, show)
-        place = keep_report(recipe, name, corpus)
-    console.say(f"The whole report is in {place}.")
+        path = save_report(recipe, name, corpus)
+    console.say(f"The full report is in {path}.")
 
 
 def _list(recipe: Recipe | None) -> None:
@@ -73,14 +83,14 @@ def _list(recipe: Recipe | None) -> None:
     from mlx_zh.system import console
 
     for name, entry in registry_of(recipe).items():
-        rows = f"{entry.rows:,} rows" if entry.rows else "size on its page"
+        rows = f"{entry.rows:,} rows" if entry.rows else "number of rows: see its page"
         console.say(f"{name}  ({entry.kind}, {entry.hub}: {entry.id})")
         console.say(f"    {entry.note}")
         console.say(f"    {rows}; licence: {entry.licence}")
 
 
 def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
-    """Say what the data is like, and draw its lengths."""
+    """Print a summary of the data, and write the histogram of its lengths."""
     from mlx_zh.corpus.statistics import sparkline, write_histogram
     from mlx_zh.stages.data import training_tokens
     from mlx_zh.stages.run_folder import RunFolder
@@ -88,36 +98,36 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
     from mlx_zh.system.storage import written_whole
 
     report = corpus.manifest["report"]
-    train, held, exams = report["train"], report["validation"], report["exam_questions"]
-    ahead = training_tokens(recipe, name, report)
+    train, held_out, exams = report["train"], report["validation"], report["exam_questions"]
+    planned = training_tokens(recipe, name, report)
     per_character = report["tokens_per_chinese_character"]
     lines = [
-        ("examples", f"{train['examples']:,} to learn from, {held['examples'] if held else 0:,} to validate"),
+        ("examples", f"{train['examples']:,} to learn from, {held_out['examples'] if held_out else 0:,} to validate"),
         ("length", f"median {train['median']}, 95 % below {train['p95']}, longest {train['longest']} tokens"),
         ("", f"|{sparkline(train['histogram']['counts'])}| 0 to {train['longest']}"),
         ("tokens", f"{train['tokens']:,}, of which {train['scored_tokens']:,} are learned"),
-        ("training", f"about {ahead['estimated_training_tokens']:,} tokens in {ahead['epochs']:g} epochs"),
+        ("training", f"about {planned['estimated_training_tokens']:,} tokens in {planned['epochs']:g} epochs"),
         ("over-long", f"{report['over_long']:,} rows ({report['over_long_share']:.1%}) dropped or cut short"),
         ("tokens per Chinese character", "no Chinese" if per_character is None else f"{per_character:.2f}"),
         ("exam questions", _exam_line(exams, len(report["exam_rows"]))),
         ("data", f"{corpus.folder} ({'found' if corpus.ready else 'made'} in {console.duration(seconds)})"),
     ]
     console.say(console.table(lines))
-    picture = RunFolder.of(recipe).histogram(name)
-    if not (corpus.ready and picture.exists()):
-        with written_whole(picture) as file:
+    histogram = RunFolder.of(recipe).histogram(name)
+    if not (corpus.ready and histogram.exists()):
+        with written_whole(histogram) as file:
             write_histogram(corpus.splits["train"].lengths, file, f"{recipe.name}: {name}")
 
 
 def _exam_line(exams: ExamCheck, dropped: int) -> str:
     if not exams["exams"] and not exams["missing"]:
         return "not looked for (data.decontaminate.benchmarks names no exam)"
-    said = f"{dropped} rows dropped; looked for {exams.get('checked', 0):,} questions of {', '.join(exams['exams'])}"
-    return said + (f"; NOT looked for: {', '.join(exams['missing'])}" if exams["missing"] else "")
+    line = f"{dropped} rows dropped; looked for {exams.get('checked', 0):,} questions of {', '.join(exams['exams'])}"
+    return line + (f"; NOT looked for: {', '.join(exams['missing'])}" if exams["missing"] else "")
 
 
 def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
-    """Rendered samples; what is learned is green, or stands between ⟦ and ⟧ where there is no colour."""
+    """Print rendered examples. Trained text is green at a terminal; elsewhere it stands between ⟦ and ⟧."""
     from mlx_zh.corpus.render import Rendered
     from mlx_zh.system import console
 

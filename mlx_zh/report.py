@@ -1,4 +1,4 @@
-"""What a run gained: `python -m mlx_zh.report RECIPE [KEY=VALUE ...]` writes report.md, report.html and plots/."""
+"""Write the report of a run: `python -m mlx_zh.report RECIPE [KEY=VALUE ...]`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from mlx_zh.stages import command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the report of a run from whatever its folder holds."""
-    parser = command.parser("report", "Write a run's report: report.md, report.html and plots/*.png.")
+    """Write the report of a run from what its folder holds; returns the exit status. Raises MlxZhError."""
+    parser = command.parser("report", "Write the report of a run: report.html, report.md and plots/*.png.")
     arguments = parser.parse_intermixed_args(argv)
     recipe = command.read_recipe(arguments)
     if recipe is None:
@@ -26,17 +26,20 @@ def main(argv: list[str] | None = None) -> int:
 
     run = RunFolder.of(recipe)
     if not run.path.is_dir():
-        raise DataError(f"{run.path} is not there: nothing has been run yet that could be reported.")
+        raise DataError(
+            f"{run.path} does not exist: nothing has been run yet. Run `mlx-zh run RECIPE` first, then "
+            "write the report."
+        )
     bootstrap = recipe.evaluate.bootstrap
     findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=bootstrap, seed=recipe.seed)
-    made = time.strftime("%Y-%m-%d %H:%M")
+    written_at = time.strftime("%Y-%m-%d %H:%M")
     plots = write_plots(findings, run.plots)
-    write_text(run.text, markdown(findings, made, [run.pattern(path) for path in plots]))
-    write_text(run.page, page(findings, made))
+    write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))
+    write_text(run.page, page(findings, written_at))
     for alarm in findings.alarms:
         console.warn(f"{alarm.where.en}: {alarm.what.en}")
-    places = [("page", str(run.page)), ("text", str(run.text)), ("plots", f"{run.plots}/")]
-    console.say(console.table(places))
+    paths = [("page", str(run.page)), ("text", str(run.text)), ("plots", f"{run.plots}/")]
+    console.say(console.table(paths))
     return 0
 
 

@@ -1,6 +1,7 @@
-"""A whole run: `python -m mlx_zh.run RECIPE [--from STEP] [--dry-run] [KEY=VALUE ...]`.
+"""Run all steps of a recipe: `python -m mlx_zh.run RECIPE [--from STEP] [--dry-run] [KEY=VALUE ...]`.
 
-prepare, evaluate the base, SFT, evaluate, DPO, evaluate, fuse, report: each unless its inputs are what they were.
+The steps are prepare, eval of the base, SFT, eval, DPO, eval, fuse and report. A step whose inputs have not changed
+is not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Bring a run folder up to date with its recipe."""
+    """Bring a run folder up to date with its recipe; returns the exit status. Raises MlxZhError."""
     arguments = _arguments(argv)
     recipe = command.read_recipe(arguments)
     if recipe is None:
@@ -33,37 +34,35 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.system import console
 
     run = RunFolder.of(recipe)
-    wanted = steps(recipe, run)
-    forced = forced_from(arguments.start, wanted)
-    planned = plan(State.of(run), recipe, wanted, forced)
+    all_steps = steps(recipe, run)
+    forced = forced_from(arguments.start, all_steps)
+    planned = plan(State.of(run), recipe, all_steps, forced)
     if arguments.dry_run or all(entry.why is None for entry in planned):
         console.say(_table(planned))
         if arguments.dry_run:
             return 0
-        console.say(
-            f"\nNothing to do: {run.path} is up to date. `--from STEP` runs a step, and those after it, again."
-        )
+        console.say(f"\nNothing to do: {run.path} is up to date. `--from STEP` repeats a step and those after it.")
         return 0
-    return _run(recipe, run, [arguments.recipe, *arguments.overrides], wanted, forced)
+    return _run(recipe, run, [arguments.recipe, *arguments.overrides], all_steps, forced)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.parser("run", "Do everything that a recipe asks for, and nothing twice.")
-    parser.add_argument("--from", dest="start", metavar="STEP", help="run this step, and those after it, again")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run and why, and stop")
+    parser = command.parser("run", "Run all steps of a recipe. Steps that are up to date are not repeated.")
+    parser.add_argument("--from", dest="start", metavar="STEP", help="repeat this step and those after it")
+    parser.add_argument("--dry-run", action="store_true", help="show which steps would run and why, and stop")
     return parser.parse_intermixed_args(argv)
 
 
-def _run(recipe: Recipe, run: RunFolder, asked: list[str], wanted: list[Step], forced: set[str]) -> int:
+def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step], forced: set[str]) -> int:
     from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
     from mlx_zh.system import console
 
     with run.at_work("run") as lock:
         state = State.of(run)
-        status = Pipeline(recipe, asked, wanted, state, lock, console.say).run(forced)
+        status = Pipeline(recipe, arguments, steps, state, lock, console.say).run(forced)
     if status == 0:
-        console.say(f"\n{_times(state, wanted)}")
+        console.say(f"\n{_times(state, steps)}")
     else:
         console.say("Not finished; the same command goes on from here.")
     return status
@@ -80,11 +79,11 @@ def _table(planned: list[Planned]) -> str:
     return console.table(rows)
 
 
-def _times(state: State, wanted: list[Step]) -> str:
+def _times(state: State, steps: list[Step]) -> str:
     from mlx_zh.system import console
 
-    rows = [(step.name, console.duration(state.records[step.name].seconds)) for step in wanted]
-    total = sum(state.records[step.name].seconds for step in wanted)
+    rows = [(step.name, console.duration(state.records[step.name].seconds)) for step in steps]
+    total = sum(state.records[step.name].seconds for step in steps)
     return console.table([*rows, ("total", console.duration(total))])
 
 

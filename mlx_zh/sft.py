@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 
 class Sft:
-    """What SFT does and DPO does not."""
+    """What SFT does differently from DPO: the `Method` of `stages.tuning`."""
 
     stage = "sft"
     answers: tuple[str, ...] = ("base", "sft")
 
     def start(self, recipe: Recipe, world: World) -> Start:
-        """A fresh adapter on the base model."""
+        """A new adapter on the base model."""
         from mlx_zh.stages.first_adapter import Start
 
         return Start(recipe, None)
 
     def examples(self, corpus: Corpus, split: str) -> Conversations:
-        """The conversations of `split`."""
+        """The conversations of `split` (train or validation)."""
         return corpus.conversations(split)
 
     def objectives(self, session: Session, loaded: LoadedModel, start: Start, corpus: Corpus) -> Objectives:
-        """The cross-entropy of assistant tokens."""
+        """Add the adapter; the objectives are the cross-entropy of the trained tokens."""
         from mlx_zh.stages.tuning import Objectives, row_settings
         from mlx_zh.training.sft_objective import SftObjective
 
         recipe, world = session.recipe, session.world
-        start.put_on(loaded, session.spec)
+        start.attach(loaded, session.spec)
         settings = row_settings(recipe, recipe.sft, dropout=recipe.lora.dropout)
         held_out = self.examples(corpus, "validation")
         return Objectives(
@@ -48,8 +48,8 @@ class Sft:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train an adapter on conversations."""
-    return command.train(Sft(), "Tune a model on conversations.", argv)
+    """Train an adapter on conversations; returns the exit status. Raises MlxZhError."""
+    return command.train(Sft(), "Fine-tune a model on conversations.", argv)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_sources_that_give_nothing(refused, override, expected):
     ("override", "expected"),
     [
         ("lora.targets=[q_proj, c_attn]", "lora.targets names c_attn, which this model does not have; choose from "),
-        ("lora.num_layers=4", "lora.num_layers is 4, but the model has 3 layers; write all."),
+        ("lora.num_layers=4", "lora.num_layers is 4, but the model has 3 layers; write a smaller number, or all."),
     ],
 )
 def test_what_the_model_does_not_have(refused, override, expected):

@@ -720,7 +720,7 @@ def test_verbose_says_on_stderr_what_it_cost(folder, monkeypatch, capsys):
     ("arguments", "text", "message"),
     [
         ([], b"\xff\xfe", "not UTF-8"),
-        (["sft.epochs=2"], b"x", "sft.epochs=2 changes a recipe"),
+        (["sft.epochs=2"], b"x", "sft.epochs=2 sets a key of a recipe"),
         (["--adapter", "nowhere"], b"x", "nowhere is not an adapter folder"),
         (["--max-context", "20"], b"x" * 40, "too long"),
     ],

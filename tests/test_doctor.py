@@ -56,7 +56,7 @@ def test_a_recipe_is_looked_at_too(project: Project, run_stage: Any, capsys: pyt
 def test_what_cannot_fit_comes_with_the_way_out(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_zh.recipe import load_recipe
 
-    monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Place("free memory", 1e5, cpu=True))
+    monkeypatch.setattr(memory_check, "this_machine", lambda: memory_check.Machine("free memory", 1e5, cpu=True))
     found = by_name(load_recipe("recipe.yaml"))
     assert (found["sft"].level, found["memory"].level) == ("warn", "fail")
     assert "No memory settings help" in found["sft"].remedy

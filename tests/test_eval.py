@@ -301,7 +301,7 @@ def test_overrides_may_stand_anywhere(ask: Ask):
 def test_the_base_comes_back_after_every_adapter(project: Project):
     write_adapter(project, "sft", seed=1)
     write_adapter(project, "dpo", kind="full", seed=2)
-    found = run_models.Candidates(load_recipe("recipe.yaml"))
+    found = run_models.RunModels(load_recipe("recipe.yaml"))
     assert found.names == ["base", "sft", "dpo"]
 
     def says() -> mx.array:

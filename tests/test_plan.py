@@ -242,7 +242,7 @@ def test_a_machine_is_measured(
 
 
 def test_a_stage_refuses_what_cannot_fit(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = memory_check.Place("free memory of this machine", 1e5, cpu=True)
+    place = memory_check.Machine("free memory of this machine", 1e5, cpu=True)
     monkeypatch.setattr(memory_check, "this_machine", lambda: place)
     refused = project.sft()
     assert refused.status == 2
@@ -267,7 +267,7 @@ def test_long_examples_are_refused_once_they_are_known(project: Project, monkeyp
         for examples in (short, long)
     ]
     assert needs[1] > 10 * needs[0]
-    between = memory_check.Place("free memory of this machine", 0.8 * needs[1], cpu=True)
+    between = memory_check.Machine("free memory of this machine", 0.8 * needs[1], cpu=True)
     monkeypatch.setattr(memory_check, "this_machine", lambda: between)
     memory_check.require(recipe, "sft", force=False)
     corpus: Any = type("Corpus", (), {"lengths": long.tokens, "scored": long.scored})

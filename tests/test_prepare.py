@@ -181,7 +181,10 @@ def test_a_table_and_what_datasets_saved(folder: Path, run_stage, capsys):
     ("override", "words"),
     [
         ("data.sft.train=[belle-2m]", ["belle-2m: there is no such file", "did you mean belle-1m?"]),
-        ("data.sft.train=[orca-dpo-pairs]", ["orca-dpo-pairs is a data set for dpo; it cannot stand in data.sft"]),
+        (
+            "data.sft.train=[orca-dpo-pairs]",
+            ["orca-dpo-pairs is a data set for dpo, so it cannot be used in data.sft"],
+        ),
         (
             "data.sft.train=[mathglm-arithmetic]",
             ["must be fetched by hand", "{name: mathglm-arithmetic, path: FILE}"],
@@ -191,19 +194,19 @@ def test_a_table_and_what_datasets_saved(folder: Path, run_stage, capsys):
         ("data.sft.train=[{name: belle-1m, subst: zh}]", ["data.sft.train[0].subst", "did you mean", "subset"]),
         (
             "data.sft.train=[{name: llama3-chinese, streaming: true}]",
-            ["llama3-chinese lives at modelscope, not at huggingface: `streaming` says nothing there"],
+            ["llama3-chinese comes from modelscope, not from huggingface: `streaming` does not apply"],
         ),
         (
             "data.sft.train=[{name: arithmetic-synthetic, split: test}]",
-            ["arithmetic-synthetic is generated: `split` says nothing there; leave it out"],
+            ["arithmetic-synthetic is generated: `split` does not apply; leave it out"],
         ),
         (
             "data.sft.train=[{path: belle-1m.jsonl, subset: zh}]",
-            ["belle-1m.jsonl is read from belle-1m.jsonl: `subset` says nothing there"],
+            ["belle-1m.jsonl is read from belle-1m.jsonl: `subset` does not apply"],
         ),
         (
             "data.sft.train=[{path: belle-1m.jsonl, split: train}]",
-            ["belle-1m.jsonl is the file belle-1m.jsonl: `split` says nothing there"],
+            ["belle-1m.jsonl is the file belle-1m.jsonl: `split` does not apply"],
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What `doctor` looks at: a finding for each, with what to do where something is amiss."""
+"""The checks of `doctor`: one result each, with a remedy if something is wrong."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from mlx_zh.stages import memory_check
 from mlx_zh.system import device, downloads, storage
 from mlx_zh.system.blas import blas_warning
 
-# What the tests ran with; constraints.txt says the same.
+# The versions that the tests run with; equal to those in constraints.txt.
 TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A finding: `level` is ok, warn or fail."""
+    """The result of a check."""
 
-    level: str
+    level: str  # ok, warn or fail
     name: str
     text: str
     remedy: str = ""
 
 
 def checks(recipe: Recipe | None = None) -> Iterator[Check]:
-    """All but the measurement."""
+    """All checks except `measurements`; with a recipe, also whether it can run here."""
     yield Check("ok", "program", f"mlx-zh {__version__}, Python {platform.python_version()}, {platform.platform()}")
     yield from versions()
     yield back_end()
@@ -56,21 +56,20 @@ def checks(recipe: Recipe | None = None) -> Iterator[Check]:
 
 
 def versions() -> Iterator[Check]:
-    """Of the packages whose insides this program relies on."""
+    """The installed versions of MLX and mlx-lm, against the tested ones."""
     for name, tested in TESTED.items():
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             yield Check("fail", name, "is not installed", f"pip install '{name}=={tested}'")
             continue
-        if _numbers(found) < _numbers(tested):
-            yield Check("fail", name, f"{found}; {tested} is needed", f"pip install '{name}=={tested}'")
-        elif _numbers(found) > _numbers(tested):
-            yield Check(
-                "warn", name, f"{found}; tested with {tested}", f"if figures look odd: pip install '{name}=={tested}'"
-            )
+        if _numbers(installed) < _numbers(tested):
+            yield Check("fail", name, f"{installed}; {tested} is needed", f"pip install '{name}=={tested}'")
+        elif _numbers(installed) > _numbers(tested):
+            remedy = f"if results look wrong: pip install '{name}=={tested}'"
+            yield Check("warn", name, f"{installed}; tested with {tested}", remedy)
         else:
-            yield Check("ok", name, f"{found}, the tested version")
+            yield Check("ok", name, f"{installed}, the tested version")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -79,90 +78,90 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def back_end() -> Check:
-    """What MLX computes on."""
+    """The device that MLX computes on."""
     kind = "Metal" if mx.metal.is_available() else "the CPU" if device.is_cpu() else "CUDA"
     text = f"MLX computes on {kind}"
     if sys.platform == "darwin" and kind == "the CPU":
         intel = platform.machine() != "arm64"
-        remedy = "install a Python for Apple silicon (arm64), not for Intel" if intel else "unset MLX_DEFAULT_DEVICE"
+        remedy = "install Python for Apple silicon (arm64), not for Intel" if intel else "unset MLX_DEFAULT_DEVICE"
         return Check("fail", "back end", text, remedy)
     if kind == "the CPU":
-        return Check("ok", "back end", f"{text}: fit for small models; weights become float32")
+        return Check("ok", "back end", f"{text}: good for small models only; weights become float32")
     return Check("ok", "back end", text)
 
 
 def processor() -> Check:
-    """The chip."""
+    """The chip and its cores."""
     info = mx.device_info()
     name = str(info.get("device_name") or platform.processor() or "unknown")
     return Check("ok", "chip", f"{name} ({info.get('architecture', platform.machine())}), {free_cores()} cores")
 
 
 def free_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> Check:
-    """Built in, and what may be used."""
+    """The memory of this machine, and how much of it may be used."""
     built_in = psutil.virtual_memory().total
-    place = memory_check.this_machine()
-    text = f"{built_in / 2**30:.0f} GB built in; {place.budget / 1e9:.1f} GB are the {place.name}"
-    if place.budget < 2e9:
+    machine = memory_check.this_machine()
+    text = f"{built_in / 2**30:.0f} GB built in; {machine.budget / 1e9:.1f} GB are the {machine.name}"
+    if machine.budget < 2e9:
         return Check("fail", "memory", text, "close other programs; the smallest run needs about 2 GB")
-    if place.budget < 0.4 * built_in:
+    if machine.budget < 0.4 * built_in:
         return Check("warn", "memory", text, "close other programs before a long run")
     return Check("ok", "memory", text)
 
 
 def wired() -> Check:
-    """What training keeps resident."""
+    """The memory that training keeps resident on macOS."""
     if not mx.metal.is_available():
-        return Check("ok", "wired", "no limit to set on this system")
+        return Check("ok", "wired", "this system has no limit to set")
     info = mx.device_info()
     limit, built_in = device.wired_limit(info), int(info["memory_size"])
     text = f"training keeps up to {limit / 1e9:.1f} GB resident and leaves {(built_in - limit) / 1e9:.1f} GB"
     try:
         command = ["sysctl", "-n", "iogpu.wired_limit_mb"]
-        own = int(subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout)
+        set_limit = int(subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return Check("ok", "wired", text)
-    return Check("ok", "wired", f"{text}; iogpu.wired_limit_mb is {own or 'the default of the system'}")
+    return Check("ok", "wired", f"{text}; iogpu.wired_limit_mb is {set_limit or 'the default of the system'}")
 
 
 def blas() -> Check:
-    """The library of matrix products, and its threads."""
+    """The BLAS for matrix products on Linux, and its threads."""
     if warning := blas_warning():
         return Check("warn", "BLAS", warning)
     if not device.is_cpu():
-        return Check("ok", "BLAS", "not used: products run on the accelerator")
+        return Check("ok", "BLAS", "not used: matrix products run on the accelerator")
     cores = free_cores()
-    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    threads = int(asked) if asked.isdigit() and int(asked) else cores
+    setting = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    threads = int(setting) if setting.isdigit() and int(setting) else cores
     idle = max(cores - round(os.getloadavg()[0]), 1)
     text = f"OpenBLAS, {threads} threads; {idle} of {cores} cores are idle"
     if threads > idle:
-        remedy = f"export OPENBLAS_NUM_THREADS={idle}: threads that wait for one another slow everything down"
+        remedy = f"export OPENBLAS_NUM_THREADS={idle}: more threads than idle cores slow each other down"
         return Check("warn", "BLAS", text, remedy)
     return Check("ok", "BLAS", text)
 
 
 def disk(recipe: Recipe | None) -> Check:
-    """Room for the model, the run folder and the cache."""
-    place = storage.cache_folder() if recipe is None else Path(recipe.runs)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Free disk space for the model, the run folder and the cache."""
+    folder = storage.cache_folder() if recipe is None else Path(recipe.runs)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     needed = 1e10 if recipe is None else _needed(recipe)
-    what = "a usual run" if recipe is None else "this recipe"
-    text = f"{free / 1e9:.0f} GB free; {what} takes up to {needed / 1e9:.1f} GB"
+    user = "a usual run" if recipe is None else "this recipe"
+    text = f"{free / 1e9:.0f} GB free; {user} takes up to {needed / 1e9:.1f} GB"
     if free < needed:
-        return Check("fail", "disk", text, "make room, or choose other places with MLX_ZH_CACHE, HF_HOME and `runs`")
+        return Check("fail", "disk", text, "make room, or choose another disk with MLX_ZH_CACHE, HF_HOME and `runs`")
     return Check("ok", "disk", text)
 
 
 def _needed(recipe: Recipe) -> float:
-    """Bytes of the model, of checkpoints with the optimizer's state, and of the fused model."""
+    """Bytes on disk for the model, checkpoints with the optimizer's state, and the fused model."""
     try:
         from mlx_zh.models.load import find_config
 
@@ -171,83 +170,85 @@ def _needed(recipe: Recipe) -> float:
         return 1e10
     step = memory_check.training_step(recipe, "sft", config, memory_check.mac(16 * 2**30))
     model = weight_bytes(step.model, step.target)
-    whole = weight_bytes(step.model, Target(2, None, True)) if "hf" in recipe.export.formats else 0.0
+    full = weight_bytes(step.model, Target(2, None, True)) if "hf" in recipe.export.formats else 0.0
     gguf = weight_bytes(step.model, Target(2, Packing(8, 32), True)) if "gguf" in recipe.export.formats else 0.0
     adapter = 4 * trained_values(step.model, step.trained)
     stages = bool(recipe.data.sft.train) + bool(recipe.data.dpo.train) or 1
     checkpoints = stages * adapter * (3 * (recipe.checkpoint.keep + 1) + 2)
-    return 2 * model + whole + gguf + checkpoints + 1e9  # and data, evaluations, logs
+    return 2 * model + full + gguf + checkpoints + 1e9  # 1 GB for data, evaluations and logs
 
 
 def hub(recipe: Recipe | None) -> Check:
-    """Where models come from, and whether it answers. Never a failure: what is in the cache needs no hub."""
+    """The hub of models, and whether it answers. Never a failure, because cached models need no hub."""
     if recipe is not None and recipe.model.hub == "modelscope":
         address, set_by = "https://modelscope.cn", "model.hub: modelscope"
     else:
         mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
         address, set_by = mirror or "https://huggingface.co", "HF_ENDPOINT" if mirror else "the default"
-    name = urlsplit(address).hostname or "an address that cannot be read"
+    name = urlsplit(address).hostname or "an invalid address"
     proxy = ", through a proxy" if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")) else ""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return Check("ok", "hub", f"{name} ({set_by}) is not asked: HF_HUB_OFFLINE is set")
     if problem := unreachable(address):
         remedy = (
-            "what is in the cache works; else set HF_ENDPOINT to a mirror, use model.hub: modelscope, or give the "
-            "path of a folder"
+            "models in the cache still work; for others set HF_ENDPOINT to a mirror, use model.hub: modelscope, or "
+            "give the path of a folder"
         )
         return Check("warn", "hub", f"{name} ({set_by}){proxy} does not answer: {problem}", remedy)
     return Check("ok", "hub", f"{name} ({set_by}){proxy} answers")
 
 
 def unreachable(address: str) -> str | None:
-    """Why an address gives no answer within a few seconds; any HTTP answer will do."""
+    """Why `address` gives no HTTP response within a few seconds; None if it gives any."""
     import urllib.error
     import urllib.request
 
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):
-        return "it is no http(s) address"
+        return "it is not an http(s) address"
     try:
-        host = parts.netloc.rpartition("@")[2]  # urllib takes a name and password for a part of the host
+        host = parts.netloc.rpartition("@")[2]  # urllib treats a user name and password as part of the host
         request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path}", method="HEAD")
         with urllib.request.urlopen(request, timeout=downloads.LIMITS.probe):
             return None
     except urllib.error.HTTPError:
         return None
     except (OSError, ValueError) as error:
-        return type(getattr(error, "reason", error)).__name__ if isinstance(error, OSError) else "a damaged address"
+        return type(getattr(error, "reason", error)).__name__ if isinstance(error, OSError) else "an invalid address"
 
 
 def fits(recipe: Recipe) -> Iterator[Check]:
-    """The memory of each training stage of a recipe."""
+    """Whether each training stage of a recipe fits into memory."""
     from mlx_zh.models.load import find_config
 
     try:
         config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     except MlxZhError as error:
-        yield Check("warn", "recipe", "its model's config is not here, so its memory is not known", str(error))
+        yield Check(
+            "warn", "recipe", "the config of its model is not here, so its memory need is unknown", str(error)
+        )
         return
-    place = memory_check.this_machine()
+    machine = memory_check.this_machine()
     for name, split in (("sft", recipe.data.sft), ("dpo", recipe.data.dpo)):
         if not split.train:
             continue
-        step, settings = memory_check.training_step(recipe, name, config, place), recipe.memory
+        step, settings = memory_check.training_step(recipe, name, config, machine), recipe.memory
         estimate = step.memory(settings)
-        text = f"needs up to {estimate.peak / 1e9:.1f} GB of {place.budget / 1e9:.1f}"
-        if estimate.peak <= place.budget:
+        text = f"needs up to {estimate.peak / 1e9:.1f} GB of {machine.budget / 1e9:.1f} GB"
+        if estimate.peak <= machine.budget:
             yield Check("ok", name, text)
         else:
-            yield Check("warn", name, text, memory_check.way_out(step, settings, place))
+            yield Check("warn", name, text, memory_check.suggestion(step, settings, machine))
 
 
-def measured() -> Iterator[Check]:
-    """Matrix products and memory bandwidth, in about ten seconds."""
+def measurements() -> Iterator[Check]:
+    """The speed of matrix products and of memory, measured in about ten seconds."""
     from mlx_zh.planning.machine import measure_machine
 
-    found = measure_machine()
+    speed = measure_machine()
     text = (
-        f"matrix products: float32 {found.float32:.3g}, bfloat16 {found.bfloat16:.3g}, 4-bit {found.four_bit:.3g} "
-        f"GFLOP/s; memory {found.bandwidth / 1e9:.3g} GB/s"
+        f"matrix products: float32 {speed.float32:.3g}, bfloat16 {speed.bfloat16:.3g}, 4-bit {speed.four_bit:.3g} "
+        f"GFLOP/s; memory {speed.bandwidth / 1e9:.3g} GB/s"
     )
-    slow = found.float32 < 10
-    yield Check("warn" if slow else "ok", "speed", text, "close other programs and look again" if slow else "")
+    slow = speed.float32 < 10
+    yield Check("warn" if slow else "ok", "speed", text, "close other programs and run doctor again" if slow else "")

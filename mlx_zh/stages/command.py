@@ -1,4 +1,4 @@
-"""The command line that all stages share, and the whole of it for those that train."""
+"""The command line that all stages share, and the `main` of the training stages."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ if TYPE_CHECKING:
 
 
 def parser(stage: str, purpose: str) -> argparse.ArgumentParser:
-    """A stage's command line: RECIPE, `section.key=value` overrides, and what every stage understands."""
-    line = argparse.ArgumentParser(prog=f"mlx-zh {stage}", description=purpose, allow_abbrev=False)
-    line.add_argument("recipe", metavar="RECIPE", help="a recipe, for example recipes/quickstart.yaml")
-    line.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example sft.learning_rate=2e-4")
-    line.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
-    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return line
+    """An argument parser with RECIPE, `section.key=value` overrides and the options that every stage has."""
+    options = argparse.ArgumentParser(prog=f"mlx-zh {stage}", description=purpose, allow_abbrev=False)
+    options.add_argument("recipe", metavar="RECIPE", help="a recipe file, for example recipes/quickstart.yaml")
+    options.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="set a key of the recipe, for example sft.learning_rate=2e-4",
+    )
+    options.add_argument("--print", action="store_true", help="print the recipe with all defaults, and stop")
+    options.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return options
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
-    """The recipe of a command line, or None when it was only to be printed."""
+    """The recipe that a command line names; with `--print`, print it and return None. Raises RecipeError."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.print:
         print(recipe.to_yaml(), end="")
@@ -33,12 +38,12 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
 
 
 def train(method: Method, purpose: str, argv: list[str] | None) -> int:
-    """The `main` of a training stage, on this machine or on several."""
-    line = parser(method.stage, purpose)
-    line.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept beside the new one")
-    line.add_argument("--force", action="store_true", help="start even if memory will not be enough")
-    launching.add_machines(line)
-    arguments = line.parse_intermixed_args(argv)
+    """The `main` of a training stage, on one machine or several; returns the exit status. Raises MlxZhError."""
+    options = parser(method.stage, purpose)
+    options.add_argument("--fresh", action="store_true", help="start over; the earlier run is moved aside and kept")
+    options.add_argument("--force", action="store_true", help="start even if memory will not be enough")
+    launching.add_machines(options)
+    arguments = options.parse_intermixed_args(argv)
     recipe = read_recipe(arguments)
     if recipe is None:
         return 0
@@ -52,6 +57,8 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
 
     with joined(console.warn) as world, RunFolder.of(recipe).all_at_work(method.stage, world):
         if not recipe.data.split(method.stage).train:
-            raise DataError(f"{arguments.recipe}: data.{method.stage}.train names no file to learn from.")
+            raise DataError(
+                f"{arguments.recipe}: data.{method.stage}.train names no file to learn from. Add one to the recipe."
+            )
         fresh = arguments.fresh or recipe.resume == "never"
         return tune(recipe, method, world, fresh=fresh, force=arguments.force)

@@ -1,4 +1,4 @@
-"""A recipe's data as training stages get it: sources found, prepared once, and what became of their rows said."""
+"""Prepare a recipe's data for a training stage: resolve its sources, prepare them once, report on their rows."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class StageReport(TrainingTokens, CorpusReport):
     """A stage's part of `data/report.json` in the run folder."""
 
     key: str  # of the corpus
-    folder: str  # where the corpus lies
+    folder: str  # of the corpus
 
 
 def registry_of(recipe: Recipe | None) -> Registry:
-    """The data sets that a recipe can name."""
+    """The data sets that a recipe can name: the built-in ones and its own. Raises DataError."""
     if recipe is None:
         return load_registry()
     file = recipe.data.registry_file
@@ -57,15 +57,15 @@ def registry_of(recipe: Recipe | None) -> Registry:
 def prepare_stage(
     recipe: Recipe, stage: str, renderer: Renderer, vocabulary: Callable[[], Vocabulary | None] | None = None
 ) -> Corpus:
-    """The examples of `stage` (sft or dpo), prepared where they are not yet, with a line for each source.
+    """The examples of `stage` (sft or dpo), prepared unless they are cached; prints a line for each source.
 
-    Raises DataError, DownloadError.
+    Raises DataError for data that cannot be used, and DownloadError for data that cannot be fetched.
     """
     split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [
-        _resolve(source, registry, stage, recipe.seed, validation=held)
-        for held, listed in ((False, split.train), (True, split.validation))
+        _resolve(source, registry, stage, recipe.seed, validation=validation)
+        for validation, listed in ((False, split.train), (True, split.validation))
         for source in listed
     ]
     settings = _settings(recipe, stage)
@@ -75,31 +75,31 @@ def prepare_stage(
         console.say(line)
     for name, reason in settings.exams.missing.items():
         warning = Notice("stage-exam-questions-not-checked", stage=stage, exam=name, reason=reason)
-        console.warn(warning, keep=False)  # the corpus's report tells it
+        console.warn(warning, keep=False)  # the corpus's report records it
     return corpus
 
 
-def keep_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
-    """What the corpus is like, kept in the run folder: `data/report.json`, with a part for each stage."""
+def save_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
+    """Write the corpus's report into `data/report.json` of the run folder, under its stage; returns the path."""
     path = RunFolder.of(recipe).prepared
     try:
-        known: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        reports: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
+        reports = {}
     report = corpus.manifest["report"]
-    described: StageReport = {
+    entry: StageReport = {
         "key": corpus.key,
         "folder": str(corpus.folder),
         **training_tokens(recipe, stage, report),
         **report,
     }
-    if known.get(stage) != described:
-        write_json(path, known | {stage: described})
+    if reports.get(stage) != entry:
+        write_json(path, reports | {stage: entry})
     return path
 
 
 def training_tokens(recipe: Recipe, stage: str, report: CorpusReport) -> TrainingTokens:
-    """Epochs of a stage, and about how many tokens they are."""
+    """The epochs of a stage, and about how many tokens these are."""
     section = recipe.training(stage)
     epochs = section.epochs
     if section.max_steps is not None:
@@ -108,36 +108,46 @@ def training_tokens(recipe: Recipe, stage: str, report: CorpusReport) -> Trainin
 
 
 def file_digests(corpus: Corpus) -> dict[str, str]:
-    """SHA-256 of each data file that a corpus was made of."""
-    listed = zip(corpus.manifest["report"]["sources"], corpus.manifest["made_of"]["sources"], strict=True)
-    return {path: digest for told, made in listed for path, digest in zip(told["files"], made["files"], strict=True)}
+    """SHA-256 (64 hex digits) of each data file of a corpus, by path."""
+    sources = zip(corpus.manifest["report"]["sources"], corpus.manifest["made_of"]["sources"], strict=True)
+    return {
+        path: digest
+        for reported, digests in sources
+        for path, digest in zip(reported["files"], digests["files"], strict=True)
+    }
 
 
 def source_lines(report: CorpusReport, unit: str) -> list[str]:
-    """A line for each source: how many examples it gives, and what became of the other rows."""
+    """A line for each source: the number of its examples, and why its other rows were dropped."""
     lines = []
     for source in report["sources"]:
-        kept, held = source["train"], source["validation"]
+        train, held_out = source["train"], source["validation"]
         notes = [f"{count} {reason}" for reason, count in source["dropped"].items()]
         notes += [f"{source['cut_short']} cut short"] if source["cut_short"] else []
-        notes += [f"{held} of them for validation"] if kept and held else []
-        lines.append(f"{source['name']}: {kept + held} {unit}" + (f" ({', '.join(notes)})" if notes else ""))
+        notes += [f"{held_out} of them for validation"] if train and held_out else []
+        lines.append(f"{source['name']}: {train + held_out} {unit}" + (f" ({', '.join(notes)})" if notes else ""))
     return lines
 
 
 def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, validation: bool) -> DataSource:
-    """Where a source's rows are: its own files, or those of a registered data set. A file goes before a name."""
+    """The files of a source: its own, or those of a registered data set. An existing path goes before a name.
+
+    Raises DataError, DownloadError.
+    """
     entry: DataSet | None = None
-    place = None if source.path is None else Path(source.path).expanduser()
+    path = None if source.path is None else Path(source.path).expanduser()
     if source.name is not None:
         entry = find_data_set(source.name, registry)
-    elif place is not None and not place.exists():
-        entry, place = find_data_set(str(source.path), registry), None
+    elif path is not None and not path.exists():
+        entry, path = find_data_set(str(source.path), registry), None
     if entry is not None and entry.kind != stage:
-        raise DataError(f"{source.label} is a data set for {entry.kind}; it cannot stand in data.{stage}")
+        raise DataError(
+            f"{source.label} is a data set for {entry.kind}, so it cannot be used in data.{stage}; list it in "
+            f"data.{entry.kind}"
+        )
     generate = None
-    if place is not None:
-        files = _files_at(place, source, entry)
+    if path is not None:
+        files = _files_at(path, source, entry)
     elif entry is not None and entry.hub == "generated":
         _refuse(source, "is generated", "subset", "split", "revision", "streaming")
         files, generate = [], (seed, source.max_samples or entry.rows or 10_000)
@@ -157,27 +167,27 @@ def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, valid
     )
 
 
-def _files_at(place: Path, source: Source, entry: DataSet | None) -> list[Path]:
-    """The files of a source that is on this disk: itself, or those of a folder."""
-    _refuse(source, f"is read from {place}", "subset", "revision", "streaming")
-    if not place.is_dir():
-        _refuse(source, f"is the file {place}", "split")
-        return [place]
-    if is_saved(place):
-        return saved_files(place, source.split)
-    return folder_files(place, () if entry is None else entry.files, source.split or "train")
+def _files_at(path: Path, source: Source, entry: DataSet | None) -> list[Path]:
+    """The files of a local source: the file itself, or those of a folder."""
+    _refuse(source, f"is read from {path}", "subset", "revision", "streaming")
+    if not path.is_dir():
+        _refuse(source, f"is the file {path}", "split")
+        return [path]
+    if is_saved(path):
+        return saved_files(path, source.split)
+    return folder_files(path, () if entry is None else entry.files, source.split or "train")
 
 
 def _files_of(source: Source, entry: DataSet) -> list[Path]:
-    """The files of a registered data set, from where it lives; `hub_rows` says which are read row by row."""
+    """The files of a registered data set, downloaded unless cached; `hub_rows` reads some sets row by row."""
     if entry.hub != "huggingface":
-        _refuse(source, f"lives at {entry.hub}, not at huggingface", "subset", "streaming")
+        _refuse(source, f"comes from {entry.hub}, not from huggingface", "subset", "streaming")
     if entry.hub == "url":
         _refuse(source, "is one file", "split", "revision")
     if entry.hub == "file" and is_saved(folder := Path(entry.id).expanduser()):
         return saved_files(folder, source.split or entry.split)
-    own = source.model_dump(include={"subset", "split", "revision", "streaming"}, exclude_none=True)
-    entry = entry.model_copy(update=own)
+    given = source.model_dump(include={"subset", "split", "revision", "streaming"}, exclude_none=True)
+    entry = entry.model_copy(update=given)
     if entry.subset or entry.streaming:
         return [_rows_of(source, entry)]
     try:
@@ -193,7 +203,7 @@ def _files_of(source: Source, entry: DataSet) -> list[Path]:
 
 
 def _rows_of(source: Source, entry: DataSet) -> Path:
-    """The file of a set that is read row by row, with a bar where that takes long."""
+    """The file of a data set that is read row by row, with a progress bar."""
     bar = console.RowBar(source.label)
     try:
         return rows_file(source.label, entry, source.max_samples, bar.reach)
@@ -201,11 +211,11 @@ def _rows_of(source: Source, entry: DataSet) -> Path:
         bar.close()
 
 
-def _refuse(source: Source, because: str, *keys: str) -> None:
-    """Raises DataError for keys that the source sets and that mean nothing for it."""
+def _refuse(source: Source, reason: str, *keys: str) -> None:
+    """Raise DataError if the source sets one of `keys`, which do not apply to it."""
     given = [key for key in keys if getattr(source, key)]
     if given:
-        raise DataError(f"{source.label} {because}: `{given[0]}` says nothing there; leave it out")
+        raise DataError(f"{source.label} {reason}: `{given[0]}` does not apply; leave it out")
 
 
 def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
@@ -234,12 +244,15 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
 
 
 def _exams(recipe: Recipe) -> Exams:
-    """The exams to keep out of the data: from `evaluate.folder`, else from the hub where it can be reached."""
-    asked = recipe.data.decontaminate
+    """The exams to keep out of the data: from `evaluate.folder`, else from the hub.
+
+    An exam that cannot be downloaded is listed as missing.
+    """
+    settings = recipe.data.decontaminate
     given = {str(name): folder for name, folder in recipe.evaluate.folder.items()}
     folders: dict[str, str] = {}
     missing: dict[str, str] = {}
-    for name in recipe.evaluate.benchmarks if asked.benchmarks is None else asked.benchmarks:
+    for name in recipe.evaluate.benchmarks if settings.benchmarks is None else settings.benchmarks:
         if name not in ("ceval", "cmmlu"):  # an exam of the user's own
             continue
         try:
@@ -247,11 +260,11 @@ def _exams(recipe: Recipe) -> Exams:
             folders[name] = given.get(name) or str(benchmark_folder(benchmark(name), hub, console.DownloadBar()))
         except DownloadError as error:
             missing[name] = str(error)
-    return Exams(folders, missing, asked.ngram, asked.overlap)
+    return Exams(folders, missing, settings.ngram, settings.overlap)
 
 
 class _Bars:
-    """Progress of the two passes, shown where they take long."""
+    """Progress bars for the two passes over the rows: reading and tokenizing."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
@@ -265,10 +278,10 @@ class _Bars:
         if self._bar is not None:
             self._bar.close()
 
-    def event(self, what: str, name: str, rows: int) -> None:
-        """Rows of a source that were read, or all rows that were tokenized."""
-        if what != self._pass or self._bar is None:
+    def event(self, kind: str, name: str, rows: int) -> None:
+        """Note that `rows` rows of source `name` are done in pass `kind`."""
+        if kind != self._pass or self._bar is None:
             self.__exit__()
-            self._pass, self._bar, self._rows = what, console.RowBar("reading" if what == "scan" else "tokens"), {}
+            self._pass, self._bar, self._rows = kind, console.RowBar("reading" if kind == "scan" else "tokens"), {}
         self._rows[name] = rows
         self._bar.reach(sum(self._rows.values()))

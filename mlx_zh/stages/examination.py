@@ -1,4 +1,4 @@
-"""Asking the models of a run their exams: what is known already is not asked again."""
+"""Ask the models of a run their exams. Questions whose answers the run folder holds are not asked again."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from mlx_zh.exams.protocols import Protocol
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe
-    from mlx_zh.stages.run_models import Candidates
+    from mlx_zh.stages.run_models import RunModels
 
 
 class ProtocolName(TypedDict):
-    """Which protocol asked."""
+    """The protocol of an exam."""
 
     name: str
     version: int
 
 
 class About(TypedDict):
-    """Everything that can change a model's answers to an exam; kept in the result file."""
+    """Everything that can change a model's answers to an exam; the result file stores it."""
 
     asked: str  # digest of the questions and of how they are asked
     protocol: ProtocolName
@@ -44,20 +44,23 @@ class About(TypedDict):
     adapter: str | None  # digest of the adapter; None for a model without one
     dtype: str
     quantize: tuple[int, int] | None  # bits and group size
-    rendering: str  # digest of the chat template's work, or of the tokenizer where there is no chat
+    rendering: str  # digest of the chat template's work, or of the tokenizer if the protocol uses no chat template
 
 
 class Examination:
-    """Answers by exam and stage, kept in `runs/NAME/eval` by rank 0."""
+    """The answers by exam and stage. Rank 0 stores them in `runs/NAME/eval`."""
 
-    def __init__(self, recipe: Recipe, protocol: Protocol, candidates: Candidates, world: World) -> None:
+    def __init__(self, recipe: Recipe, protocol: Protocol, candidates: RunModels, world: World) -> None:
         self._recipe, self._protocol, self._candidates, self._world = recipe, protocol, candidates, world
         self._run = RunFolder.of(recipe)
-        self._known: dict[tuple[str, str], tuple[Mapping[str, object], list[Answer]]] = {}  # by exam and stage
+        self._answers: dict[tuple[str, str], tuple[Mapping[str, object], list[Answer]]] = {}  # by exam and stage
         self._base: str | None = None  # the base's fingerprint
 
     def ask(self, name: str, exam: Exam) -> None:
-        """Let the model called `name` answer `exam`; a finished subject is read from the run folder."""
+        """Let the model called `name` answer `exam`; subjects finished earlier are read from the run folder.
+
+        Raises DistributedError if the ranks have different questions or models.
+        """
         world, first = self._world, self._world.first
         loaded = self._candidates.take(name)
         if first and not self._run.manifest.exists():
@@ -67,96 +70,103 @@ class Examination:
         renderer = self._renderer(loaded)
         examinee = self._examinee(loaded, renderer)
         about = world.broadcast_result(lambda: self._about(name, exam, loaded, renderer))
-        if (about["asked"], about["base"]) != (self._asked(exam, exam.subjects), loaded.fingerprint):
+        if (about["asked"], about["base"]) != (self._questions_digest(exam, exam.subjects), loaded.fingerprint):
             raise DistributedError(
-                f"rank {world.rank} has other questions or another model than rank 0: every machine needs the same "
+                f"rank {world.rank} has other questions or another model than rank 0. Give every machine the same "
                 "recipe, exam files and model files."
             )
         records = Records(self._run.exams, name, exam.key)
-        keys = {s.key: value_digest({**about, "asked": self._asked(exam, [s])})[:16] for s in exam.subjects}
-        given = {key: known for key in keys if first and (known := records.load_subject(key, keys[key])) is not None}
-        waiting = world.broadcast_result(
-            lambda: [index for index, s in enumerate(exam.subjects) if s.key not in given]
+        keys = {
+            s.key: value_digest({**about, "asked": self._questions_digest(exam, [s])})[:16] for s in exam.subjects
+        }
+        answered = {
+            key: stored for key in keys if first and (stored := records.load_subject(key, keys[key])) is not None
+        }
+        unanswered = world.broadcast_result(
+            lambda: [index for index, s in enumerate(exam.subjects) if s.key not in answered]
         )
         bar = console.CountBar(f"{name} {exam.title}", len(exam), "question")
         try:
-            bar.update(sum(map(len, given.values())))
-            for subjects in world.rounds([exam.subjects[index] for index in waiting]):
+            bar.update(sum(map(len, answered.values())))
+            for subjects in world.rounds([exam.subjects[index] for index in unanswered]):
                 for subject, answers in self._answered(examinee, exam, subjects, bar.update):
-                    given[subject.key] = answers
+                    answered[subject.key] = answers
                     if first:
                         records.save_subject(subject.key, keys[subject.key], answers)
         finally:
             bar.close()
         if first:
-            answers = [answer for key in keys for answer in given[key]]
-            self._known[exam.key, name] = about, answers
+            answers = [answer for key in keys for answer in answered[key]]
+            self._answers[exam.key, name] = about, answers
             records.save_exam(answers, self._figures(exam, name), labelled=exam.labelled)
 
     def _answered(
         self, examinee: Examinee, exam: Exam, subjects: Sequence[Subject], report: Callable[[int], None]
     ) -> Iterator[tuple[Subject, list[Answer]]]:
-        """Subjects dealt out to the ranks by their length; the answers of all. `report` hears of questions."""
+        """Share the subjects among the ranks by length, and yield each subject with its answers, on every rank.
+
+        `report` is called with a number of questions that have just been answered.
+        """
         world = self._world
-        mine = world.share([subject.characters for subject in subjects])
-        here = [(index, [a.as_dict() for a in examinee.answer(exam, subjects[index], report)]) for index in mine]
-        for part in world.collect(here):
+        share = world.share([subject.characters for subject in subjects])
+        local = [(index, [a.as_dict() for a in examinee.answer(exam, subjects[index], report)]) for index in share]
+        for part in world.collect(local):
             for index, answers in part:
-                if index not in mine:
+                if index not in share:
                     report(len(answers))
                 yield subjects[index], [asking.Answer.of(fields) for fields in answers]
 
     def side_by_side(self, exam: Exam) -> dict[str, figures.ExamReport]:
-        """Figures by stage, in the order of a run; stages that answered the same exam earlier are there too."""
+        """The metrics of each stage, in the order of a run, also of stages that answered the same exam earlier."""
         for name in NAMES:
-            if (exam.key, name) not in self._known:
+            if (exam.key, name) not in self._answers:
                 self._recall(exam, name)
-        return {name: self._figures(exam, name) for name in NAMES if (exam.key, name) in self._known}
+        return {name: self._figures(exam, name) for name in NAMES if (exam.key, name) in self._answers}
 
     def compare(self, exam: Exam, before: str, after: str) -> statistics.Comparison:
-        """One stage against another on the same questions."""
-        first, second = (figures.by_subject(self._known[exam.key, name][1]) for name in (before, after))
+        """Compare stage `after` with stage `before` on the same questions."""
+        first, second = (figures.by_subject(self._answers[exam.key, name][1]) for name in (before, after))
         return statistics.compare(first, second, self._recipe.evaluate.bootstrap, self._recipe.seed)
 
     def write(self, exam: Exam) -> list[Path]:
-        """Write every stage's files anew, now with the comparisons; returns their paths."""
+        """Write the files of every stage again, with the comparisons; returns their paths."""
         paths: list[Path] = []
         stages = self.side_by_side(exam)
         for name, report in stages.items():
             others = [other for other in stages if other != name] if exam.labelled else []
             against = {other: self.compare(exam, other, name).as_dict() for other in others}
             compared: figures.ComparedReport = {**report, "against": against}
-            answers = self._known[exam.key, name][1]
+            answers = self._answers[exam.key, name][1]
             paths += Records(self._run.exams, name, exam.key).save_exam(answers, compared, labelled=exam.labelled)
         return paths
 
     def _figures(self, exam: Exam, name: str) -> figures.ExamReport:
-        about, answers = self._known[exam.key, name]
+        about, answers = self._answers[exam.key, name]
         samples = self._recipe.evaluate.bootstrap
         measured = figures.exam_figures(exam, answers, samples=samples, seed=self._recipe.seed)
         return {"benchmark": exam.title, "split": exam.split, "stage": name, "about": about, **measured}
 
     def _recall(self, exam: Exam, name: str) -> None:
-        """Take a finished stage's answers if they are to the same questions, asked in the same way."""
-        kept = Records(self._run.exams, name, exam.key).load_exam()
-        if kept is None:
+        """Load a stage's stored answers if they belong to the same questions, asked in the same way."""
+        stored = Records(self._run.exams, name, exam.key).load_exam()
+        if stored is None:
             return
-        about, answers = kept[0].get("about"), kept[1]
-        if not isinstance(about, Mapping):  # not there, or of another version
+        about, answers = stored[0].get("about"), stored[1]
+        if not isinstance(about, Mapping):  # missing, or written by another version
             return
-        same = about.get("asked") == self._asked(exam, exam.subjects)
+        same = about.get("asked") == self._questions_digest(exam, exam.subjects)
         same = same and about.get("adapter") == self._candidates.adapter_digest(name)
         if name != "fused" and self._base is not None:
             same = same and about.get("base") == self._base
         if same and len(answers) == len(exam):
-            self._known[exam.key, name] = about, answers
+            self._answers[exam.key, name] = about, answers
 
     def _about(self, name: str, exam: Exam, loaded: LoadedModel, renderer: Renderer | None) -> About:
-        """Everything that can change an answer; memory settings cannot."""
+        """Everything that can change an answer; memory settings are not part of it."""
         model = self._recipe.model
         tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
         return {
-            "asked": self._asked(exam, exam.subjects),
+            "asked": self._questions_digest(exam, exam.subjects),
             "protocol": {"name": self._protocol.name, "version": self._protocol.version},
             "source": loaded.source,
             "base": loaded.fingerprint,
@@ -166,7 +176,7 @@ class Examination:
             "rendering": renderer.fingerprint if renderer else text_digest(tokenizer),
         }
 
-    def _asked(self, exam: Exam, subjects: Sequence[Subject]) -> str:
+    def _questions_digest(self, exam: Exam, subjects: Sequence[Subject]) -> str:
         """A digest of the questions and of how they are asked."""
         settings = self._recipe.evaluate
         fingerprints = [subject.fingerprint() for subject in subjects]

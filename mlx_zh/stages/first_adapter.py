@@ -1,4 +1,4 @@
-"""What training starts from: a fresh adapter on the base model, the run's own SFT adapter, or another adapter."""
+"""What training starts from: a new adapter on the base model, the run's SFT adapter, or another adapter."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from mlx_zh.system.digests import file_digest
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter folder to train further, or None for a fresh adapter on the base model.
+    """Where training starts.
 
-    `name` is what the user calls the folder; on ranks other than 0 it is a copy of rank 0's.
+    `folder` is an adapter folder to train further, or None for a new adapter on the base model. `name` is the path of
+    that folder on rank 0; on other ranks `folder` is a copy of it.
     """
 
     recipe: Recipe
@@ -32,45 +33,45 @@ class Start:
 
     @property
     def described(self) -> str:
-        """For the user."""
+        """The start in words, for the user."""
         return "the base model" if self.folder is None else f"the adapter in {self.name}"
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Digests of the adapter's files."""
+        """SHA-256 of the adapter's files, by name; empty for a new adapter."""
         if self.folder is None:
             return {}
         return {name: file_digest(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)}
 
     def spec(self, loaded: LoadedModel) -> AdapterSpec:
-        """What is trained: the recipe's `lora` section, or the adapter's own shape, which training keeps.
+        """The shape of what is trained: by the recipe's `lora` section, or that of the adapter to train further.
 
-        Raises AdapterError for an adapter that is damaged or was made on another base model.
+        Raises AdapterError for an adapter that is damaged or was trained on another base model.
         """
         layers = len(loaded.model.layers)
         wanted = adapter_spec(self.recipe.lora, layers)
         if self.folder is None:
             adapted_layers(loaded.model, wanted)  # raises before anything is written
             return wanted
-        found, _ = read_adapter(self.folder)
-        found = replace(found, num_layers=min(found.num_layers, layers))
+        spec, _ = read_adapter(self.folder)
+        spec = replace(spec, num_layers=min(spec.num_layers, layers))
         about = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
         if about.get("base_fingerprint", loaded.fingerprint) != loaded.fingerprint:
             raise AdapterError(
                 f"{self.name} was trained on {about.get('base', 'another model')}, whose files are not those of "
                 f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."
             )
-        differ = [
-            Notice("adapter-differs", setting=name, value=getattr(found, name), wanted=getattr(wanted, name))
+        differences = [
+            Notice("adapter-differs", setting=name, value=getattr(spec, name), wanted=getattr(wanted, name))
             for name in ("kind", "rank", "scale", "num_layers")
-            if getattr(found, name) != getattr(wanted, name)
+            if getattr(spec, name) != getattr(wanted, name)
         ]
-        if differ:
-            console.warn(Notice("adapter-keeps-shape", folder=self.name, differences=differ))
-        return found
+        if differences:
+            console.warn(Notice("adapter-keeps-shape", folder=self.name, differences=differences))
+        return spec
 
-    def put_on(self, loaded: LoadedModel, spec: AdapterSpec) -> None:
-        """Put what is trained on the base model: a fresh adapter of shape `spec`, or the one to train further."""
+    def attach(self, loaded: LoadedModel, spec: AdapterSpec) -> None:
+        """Add the adapter to the base model: a new one of shape `spec`, or the one to train further."""
         if self.folder is None:
             add_adapter(loaded.model, spec, seed=self.recipe.seed)
         else:
@@ -78,9 +79,12 @@ class Start:
 
 
 def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
-    """The recipe's `lora` section for a model of `layers` blocks."""
+    """The adapter's shape by the recipe's `lora` section, for a model of `layers` blocks. Raises RecipeError."""
     if lora.num_layers != "all" and lora.num_layers > layers:
-        raise RecipeError(f"lora.num_layers is {lora.num_layers}, but the model has {layers} layers; write all.")
+        raise RecipeError(
+            f"lora.num_layers is {lora.num_layers}, but the model has {layers} layers; write a smaller number, or "
+            "all."
+        )
     return AdapterSpec(
         kind=lora.type,
         num_layers=layers if lora.num_layers == "all" else lora.num_layers,
@@ -92,7 +96,7 @@ def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
 
 
 def choose_start(recipe: Recipe, world: World = ALONE) -> Start:
-    """The recipe's `dpo.start`, the same on every rank. Raises AdapterError where the adapter is not there."""
+    """The recipe's `dpo.start`, the same on every rank. Raises AdapterError if the adapter does not exist."""
     name = world.broadcast_result(lambda: _adapter_folder(recipe))
     if name is None:
         return Start(recipe, None)
@@ -108,7 +112,7 @@ def _adapter_folder(recipe: Recipe) -> str | None:
         hint = (
             "run the SFT stage of this recipe first, or set dpo.start=base"
             if start == "sft"
-            else f"give the folder that holds {ADAPTER_FILE}, or sft, or base"
+            else f"set it to the folder that holds {ADAPTER_FILE}, to sft or to base"
         )
         raise AdapterError(f"dpo.start is {start}, but there is no adapter in {folder}: {hint}.")
     return str(folder)

@@ -1,4 +1,4 @@
-"""A run's base and adapter, written in each format that the recipe asks for, and measured as it lies on disk."""
+"""Merge a run's adapter into its base, write each format that the recipe asks for, and measure what was written."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
 from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
 
-_CONFIGS = 40_000_000  # tokenizer and other small files, in bytes, generously
+_CONFIGS = 40_000_000  # bytes; an upper estimate for the tokenizer and other small files
 
 
 def newest_adapter(recipe: Recipe) -> Path:
-    """DPO's adapter where there is one, else SFT's. Raises AdapterError."""
+    """DPO's adapter if there is one, else SFT's. Raises AdapterError if there is neither."""
     run = RunFolder.of(recipe)
     if (adapter := run.newest_adapter()) is None:
         raise AdapterError(
-            f"{run.path} has no adapter yet. Run `mlx-zh sft RECIPE` first, or give one with --adapter."
+            f"{run.path} has no adapter yet. Run `mlx-zh sft RECIPE` first, or give an adapter with --adapter DIR."
         )
     return adapter
 
 
 @dataclass(frozen=True)
 class Result:
-    """What writing a format gave."""
+    """What was written for a format."""
 
     detail: str  # for example "4-bit" or "Q8_0"
     bits: int | None
     survivals: list[Survival]  # what is left of the adapter's change to each matrix
-    model: Path | None  # what can be loaded and measured
+    model: Path | None  # the folder or file that can be loaded; None for an adapter
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What is known of a written format."""
+    """What was measured of a written format. The names of the fields are keys of summary.json."""
 
     size: int  # bytes
-    left: SurvivalSummary | None
+    left: SurvivalSummary | None  # how much of the adapter's change is left after quantization
     fidelity: fidelity.Fidelity | None
-    unmeasured: Notice | None  # why there is no fidelity
+    unmeasured: Notice | None  # why `fidelity` is None
     warnings: list[Notice]
 
 
@@ -67,36 +67,41 @@ class Written:
     kind: str
     folder: Path
     result: Result
-    found: Assessment
+    assessment: Assessment
 
     @property
-    def delivery(self) -> card.FormatFacts:
-        """The same for the model card."""
+    def format_facts(self) -> card.FormatFacts:
+        """The same facts as the model card needs them."""
         file = self.result.model.name if self.result.model else ""
-        found = self.found
-        return card.FormatFacts(self.kind, self.result.detail, file, found.left, found.fidelity, found.warnings)
+        measured = self.assessment
+        return card.FormatFacts(
+            self.kind, self.result.detail, file, measured.left, measured.fidelity, measured.warnings
+        )
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for summary.json: notices as their English sentences, and beside them their codes."""
+        """Plain values for summary.json: each notice as its English sentence and as its code."""
         about = {"detail": self.result.detail, "bits": self.result.bits, "folder": str(self.folder)}
-        reason = self.found.unmeasured
+        reason = self.assessment.unmeasured
         codes = {
             "unmeasured_code": reason and reason.as_dict(),
-            "warning_codes": [warning.as_dict() for warning in self.found.warnings],
+            "warning_codes": [warning.as_dict() for warning in self.assessment.warnings],
         }
-        return about | asdict(self.found) | codes
+        return about | asdict(self.assessment) | codes
 
 
 class Fuser:
-    """Everything that is known before something is written; ModelError and AdapterError come from here."""
+    """A run's base and adapter, ready to be written in several formats.
+
+    The constructor opens both and raises ModelError or AdapterError if they cannot be used or do not fit together.
+    """
 
     def __init__(self, recipe: Recipe, adapter: Path, original: str | None) -> None:
         self.recipe, self.export = recipe, recipe.export
         model = recipe.model
         bar = console.DownloadBar()
-        place = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=bar)
-        base = open_source(place, model.path, quantize=model.quantization)
-        # A model that is quantized on load has its full-precision original in the same place.
+        path = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=bar)
+        base = open_source(path, model.path, quantize=model.quantization)
+        # The path of a model that is quantized on load holds its full-precision original.
         original = original or (model.path if model.quantize else None)
         full = None
         if original is not None:
@@ -114,16 +119,16 @@ class Fuser:
         """Whether the adapter says that it was trained on another model than the recipe's."""
         try:
             config = json.loads((self.fusion.adapter.folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            known = config["mlx_zh"]["base_fingerprint"]
+            trained_on = config["mlx_zh"]["base_fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return bool(known != self.fusion.base.fingerprint)
+        return bool(trained_on != self.fusion.base.fingerprint)
 
     # What will be written -------------------------------------------------------------------------------------
 
     @cached_property
     def mlx_layouts(self) -> list[tuple[Layout, int]]:
-        """Layouts of `mlx` to try one after another, with their bits; one unless `bits` is auto."""
+        """The layouts of `mlx` to try in turn, with their bits; several only if `bits` is auto."""
         chosen, group = self.export.bits, self.export.group_size
         if chosen == "auto":
             return bits.candidate_layouts(self.fusion, group)
@@ -138,11 +143,11 @@ class Fuser:
 
     @cached_property
     def gguf_plan(self) -> GGUFPlan:
-        """Everything of the GGUF file but its weights."""
+        """The GGUF file's metadata and tensor list, without the weights."""
         return plan_gguf(self.fusion, self.export.gguf_type, self.title)
 
     def size(self, kind: str) -> int:
-        """Bytes that a format takes."""
+        """The bytes that a format takes on disk."""
         if kind == "peft":
             return sum(a.nbytes for a in self.fusion.adapter.weights.values()) + _CONFIGS
         if kind == "gguf":
@@ -151,10 +156,10 @@ class Fuser:
         return sum(entry.size for entry in layout.entries()) + _CONFIGS
 
     def check(self) -> None:
-        """Refuse what cannot be written before anything is: PEFT of a full fine-tuning, no space."""
+        """Check before writing. Raises AdapterError for PEFT of a full fine-tuning, StorageError for no space."""
         if "peft" in self.export.formats and self.fusion.adapter.spec.kind == "full":
             raise AdapterError(
-                "export.formats: a full fine-tuning is no adapter, so `peft` cannot be written; use hf."
+                "export.formats: a full fine-tuning has no adapter, so `peft` cannot be written; use hf."
             )
         need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
 
@@ -169,25 +174,25 @@ class Fuser:
     # Writing --------------------------------------------------------------------------------------------------
 
     def write(self, kind: str, yardstick: Yardstick | None, step: Callable[[], None]) -> Written:
-        """Write one format: whole, measured and with its card, or not at all.
+        """Write one format atomically, with its measurement and model card; `step` is called after each tensor.
 
-        `mlx` with automatic bits is written again with more of them where the measurement asks for it.
+        `mlx` with `bits: auto` is written again with more bits while the measurement gives warnings.
         """
         with folder_whole(self.folder / kind) as folder:
             result = _WRITERS[kind](self, folder, step)
-            found = self._assess(folder, result, yardstick)
-            while kind == "mlx" and found.warnings and len(self.mlx_layouts) > 1:
+            assessment = self._assess(folder, result, yardstick)
+            while kind == "mlx" and assessment.warnings and len(self.mlx_layouts) > 1:
                 del self.mlx_layouts[0]
                 empty(folder)
                 result = self._write_mlx(folder, step)
-                found = self._assess(folder, result, yardstick)
-            written = Written(kind, self.folder / kind, result, found)
+                assessment = self._assess(folder, result, yardstick)
+            written = Written(kind, self.folder / kind, result, assessment)
             missing = licences.write_licence_files(folder, self.licence, self.fusion.base)
-            write_text(folder / "README.md", card.model_card(self.story(missing), written.delivery))
+            write_text(folder / "README.md", card.model_card(self.run_facts(missing), written.format_facts))
         return written
 
     def _assess(self, folder: Path, result: Result, yardstick: Yardstick | None) -> Assessment:
-        """Measure what was written, where that was asked for and fits into memory."""
+        """Measure what was written; its fidelity only with a yardstick, and if the model fits into memory."""
         left, size = summarize(result.survivals), sum(file.stat().st_size for file in folder.iterdir())
         measured, reason = None, None
         warnings: list[Notice] = []
@@ -199,17 +204,17 @@ class Fuser:
 
     def _write_mlx(self, folder: Path, step: Callable[[], None]) -> Result:
         layout, number = self.mlx_layouts[0]
-        found = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
-        return Result(f"{number}-bit" if number < 16 else _type_name(layout.dtype), number, found, folder)
+        survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
+        return Result(f"{number}-bit" if number < 16 else _type_name(layout.dtype), number, survivals, folder)
 
     def _write_hf(self, folder: Path, step: Callable[[], None]) -> Result:
-        found = write_folder(folder, self.hf_layout, max_bytes=self._max_bytes, kind="pt", step=step)
-        return Result(_type_name(self.hf_layout.dtype), 16, found, folder)
+        survivals = write_folder(folder, self.hf_layout, max_bytes=self._max_bytes, kind="pt", step=step)
+        return Result(_type_name(self.hf_layout.dtype), 16, survivals, folder)
 
     def _write_gguf(self, folder: Path, step: Callable[[], None]) -> Result:
         kind, data, base = self.export.gguf_type.upper(), self.recipe.data, self.fusion.base
         path = folder / f"{self.title}-{kind}.gguf"
-        found = write_gguf(path, self.gguf_plan, step=step)
+        survivals = write_gguf(path, self.gguf_plan, step=step)
         text = ollama.modelfile(
             path.name,
             base.tokenizer,
@@ -219,7 +224,7 @@ class Fuser:
             notes=[f"{self.title}, written by mlx-zh. ollama create {self.title.lower()} -f Modelfile"],
         )
         write_text(folder / "Modelfile", text)
-        return Result(kind, 16 if kind == "F16" else 8, found, path)
+        return Result(kind, 16 if kind == "F16" else 8, survivals, path)
 
     def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
         adapter, base = self.fusion.adapter, self.fusion.source
@@ -232,10 +237,10 @@ class Fuser:
     def _max_bytes(self) -> int:
         return int(self.export.max_shard_gb * 1e9)
 
-    # Telling --------------------------------------------------------------------------------------------------
+    # The model card -------------------------------------------------------------------------------------------
 
-    def story(self, missing: Sequence[str]) -> card.RunFacts:
-        """What the cards say of the run."""
+    def run_facts(self, missing: Sequence[str]) -> card.RunFacts:
+        """What the model cards say about the run; `missing` names licence files that the base lacks."""
         recipe, base, spec = self.recipe, self.fusion.base, self.fusion.adapter.spec
         stages = [name for name in TUNED if self.run.stage(name).adapter.is_dir()]
         kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
@@ -271,23 +276,23 @@ def _type_name(dtype: mx.Dtype) -> str:
 
 
 def _data_lines(run: RunFolder) -> list[str]:
-    """The data files of a run, without their folders: file name and the beginning of its SHA-256."""
+    """A line for each data file of a run: its name, without folders, and the beginning of its SHA-256."""
     try:
-        known = json.loads(run.manifest.read_text(encoding="utf-8"))["data"]
-        return [f"`{Path(path).name}` (SHA-256 {str(digest)[:12]}…)" for path, digest in known.items()]
+        digests = json.loads(run.manifest.read_text(encoding="utf-8"))["data"]
+        return [f"`{Path(path).name}` (SHA-256 {str(digest)[:12]}…)" for path, digest in digests.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
 def _scores(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Exam, model and accuracy of every finished evaluation."""
-    found = []
+    """Exam, model and accuracy of each finished evaluation."""
+    scores = []
     for path in sorted(run.exams.glob("*.json")):
         model, _, exam = path.stem.partition("-")
         try:
             row = json.loads(path.read_text(encoding="utf-8"))["rows"][0]
             low, high = row["interval"]
-            found.append((exam, model, f"{row['macro']:.1%} ({low:.1%} to {high:.1%})"))
+            scores.append((exam, model, f"{row['macro']:.1%} ({low:.1%} to {high:.1%})"))
         except (ValueError, KeyError, TypeError, IndexError):
-            continue  # a submission, or another program's file
-    return found
+            continue  # a file for submission, or one of another program
+    return scores

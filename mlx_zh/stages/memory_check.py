@@ -1,4 +1,4 @@
-"""Whether a training stage of a recipe fits a machine, asked before anything heavy starts."""
+"""Check that a training stage fits into memory, before anything heavy starts."""
 
 from __future__ import annotations
 
@@ -22,36 +22,41 @@ from mlx_zh.system import console, device
 if TYPE_CHECKING:
     from mlx_zh.corpus.examples import Conversations, Pairs
 
-_SHORT = 64  # tokens; before the data is read, examples are taken to be this short
+_SHORT = 64  # tokens; the length assumed for every example before the data is read
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Place:
-    """A machine: what it recommends to take at most, in bytes, and how it computes."""
+class Machine:
+    """A machine's memory budget, and whether it computes on the CPU."""
 
-    name: str  # of the budget; a notice, for Chinese too
-    budget: float
+    name: str  # what the budget is; a Notice, which has a Chinese wording too
+    budget: float  # bytes that a run may take
     cpu: bool
 
 
-def this_machine() -> Place:
-    """Where this runs."""
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
     import mlx.core as mx
 
     cpu = device.is_cpu()
     budget = device.free_bytes() + mx.get_active_memory()
-    return Place(Notice("memory-free" if cpu else "memory-recommended"), budget, cpu)
+    return Machine(Notice("memory-free" if cpu else "memory-recommended"), budget, cpu)
 
 
-def mac(memory: float) -> Place:
-    """A Mac with `memory` bytes: macOS recommends two thirds of up to 32 GB, and three quarters of more."""
+def mac(memory: float) -> Machine:
+    """A Mac with `memory` bytes. macOS recommends to use two thirds of up to 32 GB, and three quarters of more."""
     share = 2 / 3 if memory <= 32.5 * 2**30 else 3 / 4
-    return Place(Notice("memory-recommended-mac", gigabytes=memory / 2**30), memory * share, cpu=False)
+    return Machine(Notice("memory-recommended-mac", gigabytes=memory / 2**30), memory * share, cpu=False)
 
 
-def training_step(recipe: Recipe, stage: str, config: Config, place: Place, examples: Examples | None = None) -> Step:
-    """The step of `stage` (sft or dpo); without `examples`, ones of `data.max_length`."""
+def training_step(
+    recipe: Recipe, stage: str, config: Config, machine: Machine, examples: Examples | None = None
+) -> Step:
+    """A training step of `stage` (sft or dpo) on `machine`; without `examples`, all are as long as `data.max_length`.
+
+    Raises ModelError if `config` (the model's config.json) lacks a value that the estimate needs.
+    """
     try:
         model = model_shape(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -70,18 +75,18 @@ def training_step(recipe: Recipe, stage: str, config: Config, place: Place, exam
         batch = recipe.training(stage).batch_size
         length = recipe.data.max_length
         examples = uniform_examples(stage, length if stage == "sft" else 3 * length // 2, batch)
-    return Step(model, trained, target_of(recipe, config, place), examples)
+    return Step(model, trained, target_of(recipe, config, machine), examples)
 
 
-def target_of(recipe: Recipe, config: Config, place: Place) -> Target:
-    """In what precision the model is there; the same rules as in `models.load`."""
-    if place.cpu and recipe.model.dtype == "auto":
+def target_of(recipe: Recipe, config: Config, machine: Machine) -> Target:
+    """The precision of the loaded model, by the same rules as `models.load`."""
+    if machine.cpu and recipe.model.dtype == "auto":
         return Target(4, None, fused_attention=False)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     size = _BYTES.get(stored if recipe.model.dtype == "auto" else recipe.model.dtype, 2)
-    asked = recipe.model.quantization
-    packing = Packing(*asked) if asked else _packing(config.get("quantization"))
-    return Target(size, packing, fused_attention=not place.cpu)
+    requested = recipe.model.quantization
+    packing = Packing(*requested) if requested else _packing(config.get("quantization"))
+    return Target(size, packing, fused_attention=not machine.cpu)
 
 
 def _packing(described: Any) -> Packing | None:
@@ -104,10 +109,10 @@ def require(
     config: Config | None = None,
     corpus: Conversations | Pairs | None = None,
 ) -> None:
-    """Refuse what cannot fit: PlanError, or with `force` a warning.
+    """Raise PlanError if a stage cannot fit into memory; with `force`, only warn.
 
-    Without `corpus`, before the model is there, examples are taken to be short, so that what is refused surely is
-    too much; with it, its longest examples count. A run that is finished already is not asked, save with `fresh`.
+    Without `corpus`, examples are assumed to be short, so that only what certainly cannot fit is refused before the
+    model is loaded. With `corpus`, its longest examples count. A finished run is not checked, except with `fresh`.
     """
     if corpus is None and not fresh and RunFolder.of(recipe).stage(stage).summary.exists():
         return
@@ -122,48 +127,49 @@ def require(
         examples = Examples(stage, np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
     if not len(examples.tokens):
         return
-    place = this_machine()
-    step, settings = training_step(recipe, stage, config, place, examples), recipe.memory
+    machine = this_machine()
+    step, settings = training_step(recipe, stage, config, machine, examples), recipe.memory
     estimate = step.memory(settings)
-    if estimate.peak <= place.budget:
+    if estimate.peak <= machine.budget:
         return
-    warning = Notice("memory-short", need=too_much(stage, estimate, place), way=way_out(step, settings, place))
+    way = suggestion(step, settings, machine)
+    warning = Notice("memory-short", need=shortage(stage, estimate, machine), way=way)
     if not force:
-        raise PlanError(f"{warning} To start all the same, add --force.")
+        raise PlanError(f"{warning} To start anyway, add --force.")
     console.warn(warning)
 
 
-def too_much(stage: str, estimate: Estimate, place: Place) -> Notice:
-    """What is needed and what is there."""
-    peak, budget = estimate.peak / 1e9, place.budget / 1e9
+def shortage(stage: str, estimate: Estimate, machine: Machine) -> Notice:
+    """The memory that a stage needs, by part, and the memory that there is."""
+    peak, budget = estimate.peak / 1e9, machine.budget / 1e9
     parts = sorted(((n, b) for n, b in estimate.parts.items() if b >= 0.05e9), key=lambda part: -part[1])
     if not parts:
-        return Notice("memory-need", stage=stage, peak=peak, budget=budget, place=place.name)
+        return Notice("memory-need", stage=stage, peak=peak, budget=budget, place=machine.name)
     listed = [Notice("memory-part", name=Notice(f"memory-part-{name}"), size=size / 1e9) for name, size in parts]
-    return Notice("memory-need-by-part", stage=stage, peak=peak, parts=listed, budget=budget, place=place.name)
+    return Notice("memory-need-by-part", stage=stage, peak=peak, parts=listed, budget=budget, place=machine.name)
 
 
-def way_out(step: Step, settings: Memory, place: Place) -> Notice:
-    """The cheapest settings that fit, or that none do."""
-    found = cheapest(step, settings, place.budget)
-    if found is None:
+def suggestion(step: Step, settings: Memory, machine: Machine) -> Notice:
+    """The fastest memory settings that fit, or that none do."""
+    fitting = cheapest(step, settings, machine.budget)
+    if fitting is None:
         return Notice("memory-no-way", least=smallest_peak(step, settings).estimate.peak / 1e9)
-    changes, peak = overrides(found.settings, settings), found.estimate.peak / 1e9
-    return Notice("memory-way", settings=changes, peak=peak, cost=told_cost(found))
+    changes, peak = overrides(fitting.settings, settings), fitting.estimate.peak / 1e9
+    return Notice("memory-way", settings=changes, peak=peak, cost=extra_time(fitting))
 
 
-def overrides(found: Memory, asked: Memory) -> str:
-    """Settings as they are written on a command line; only what differs."""
+def overrides(suggested: Memory, current: Memory) -> str:
+    """The settings that differ, as command-line overrides."""
     changes = []
-    if found.checkpoint_layers != asked.checkpoint_layers:
+    if suggested.checkpoint_layers != current.checkpoint_layers:
         changes.append("memory.checkpoint_layers=true")
-    if found.micro_tokens != asked.micro_tokens:
-        changes.append(f"memory.micro_tokens={found.micro_tokens}")
-    if found.logit_rows != asked.logit_rows:
-        changes.append(f"memory.logit_rows={found.logit_rows}")
+    if suggested.micro_tokens != current.micro_tokens:
+        changes.append(f"memory.micro_tokens={suggested.micro_tokens}")
+    if suggested.logit_rows != current.logit_rows:
+        changes.append(f"memory.logit_rows={suggested.logit_rows}")
     return " ".join(changes)
 
 
-def told_cost(found: Candidate) -> Notice:
-    """Its time, in words."""
-    return Notice("no-more-time") if found.cost < 0.005 else Notice("more-time", share=found.cost)
+def extra_time(candidate: Candidate) -> Notice:
+    """How much longer a step takes with these settings, in words."""
+    return Notice("no-more-time") if candidate.cost < 0.005 else Notice("more-time", share=candidate.cost)

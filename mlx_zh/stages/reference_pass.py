@@ -1,4 +1,4 @@
-"""The reference pass of preference tuning: what is on disk is found again, the rest computed and kept."""
+"""The reference pass of preference tuning: read stored reference log-probs, compute and store the missing ones."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ from mlx_zh.training.step import OutOfMemory
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLogprobs:
-    """(N, 4) of the training pairs, NaN for those that the run does not visit, and of the validation pairs.
+    """Reference log-probs, float32, as `training.reference` defines their columns; None for a loss without them."""
 
-    `is_start` says that they are of the very weights that training starts from.
-    """
-
-    training: npt.NDArray[np.float32] | None = None
-    validation: npt.NDArray[np.float32] | None = None
-    is_start: bool = False
+    training: npt.NDArray[np.float32] | None = None  # (pairs, 4); NaN for pairs that the run does not visit
+    validation: npt.NDArray[np.float32] | None = None  # (pairs, 4)
+    is_start: bool = False  # whether the reference has exactly the weights that training starts from
 
 
-def put_on_with_reference(
+def attach_with_reference(
     recipe: Recipe,
     loaded: LoadedModel,
     start: Start,
@@ -46,19 +43,19 @@ def put_on_with_reference(
     validation: Sequence[RenderedPair],
     world: World,
 ) -> ReferenceLogprobs:
-    """Put the adapter on, and look up or compute the reference: of the base, or of where training starts.
+    """Add the adapter to the model, and read or compute the reference: of the base, or of the starting adapter.
 
-    It is settled before the weights of a checkpoint are taken up.
+    This comes before the weights of a checkpoint are loaded. Raises PlanError if one pair does not fit into memory.
     """
     console.say(f"Starting from {start.described}.")
-    asked = recipe.dpo.reference
+    choice = recipe.dpo.reference
     base_is_start = start.folder is None and spec.kind != "full"
-    is_start = asked == "start" or (asked == "base" and base_is_start)
-    if asked == "base" or base_is_start:
+    is_start = choice == "start" or (choice == "base" and base_is_start)
+    if choice == "base" or base_is_start:
         reference = find_reference(recipe, loaded, None, pairs, validation, world)
-        start.put_on(loaded, spec)
+        start.attach(loaded, spec)
     else:
-        start.put_on(loaded, spec)
+        start.attach(loaded, spec)
         reference = find_reference(recipe, loaded, (spec, trainable(loaded.model)), pairs, validation, world)
     return replace(reference, is_start=is_start)
 
@@ -71,9 +68,9 @@ def find_reference(
     validation: Sequence[RenderedPair],
     world: World = ALONE,
 ) -> ReferenceLogprobs:
-    """Reference log-probs of the pairs that this run will visit, under the model as it stands.
+    """The current model's log-probs of the pairs that this run visits; none for a loss without a reference.
 
-    `adapter` is what the model has on, for the name of its file. Nothing for a loss without a reference.
+    `adapter` is the adapter on the model, if any: the name of the stored file depends on it.
     """
     section = recipe.dpo
     if section.reference == "none":
@@ -92,13 +89,13 @@ def find_reference(
 
 
 def _shorter(reference: Reference, row_tokens: int) -> int:
-    """Half of `row_tokens`, said aloud. Raises PlanError where that cannot help."""
+    """Half of `row_tokens`, with a warning. Raises PlanError if a row already holds only the longest pair."""
     longest = reference.longest_missing
     if row_tokens <= longest:
         raise PlanError(
             f"the reference pass does not fit into memory, not even one pair at a time (the longest has {longest} "
-            "tokens). Set a smaller memory.logit_rows or data.max_length, or close other programs; then run the same "
-            "command again: what was computed is kept."
+            "tokens). Set a smaller memory.logit_rows or data.max_length, or close other programs, then run the same "
+            "command again; what was computed is kept."
         )
     mx.clear_cache()
     console.warn(Notice("reference-rows-shortened", row_tokens=row_tokens // 2))

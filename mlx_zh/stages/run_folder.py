@@ -1,4 +1,4 @@
-"""The folder of a run: where each of its files lies, which command works in it, and what the run was made with."""
+"""The folder of a run: the paths of its files, its lock, and its manifest."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe
 
-TUNED = ("sft", "dpo")  # stages that leave an adapter, in the order of a run
+TUNED = ("sft", "dpo")  # stages that train an adapter, in the order of a run
 _PACKAGES = ("mlx-zh", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "datasets")
 
 
 class StageFolder:
-    """`runs/NAME/STAGE`: what a training stage (sft or dpo) keeps."""
+    """`runs/NAME/STAGE`: the paths of a training stage (sft or dpo)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,17 +44,17 @@ class StageFolder:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether training has left its weights here."""
+        """Whether the adapter's weights are here."""
         return (self.adapter / ADAPTER_FILE).is_file()
 
     @property
     def is_finished(self) -> bool:
-        """Whether training has left an adapter folder whose settings are there; they are written last."""
+        """Whether training is finished: the adapter's config, which is written last, is here."""
         return (self.adapter / CONFIG_FILE).exists()
 
 
 class RunFolder:
-    """`runs/NAME`: every path in it, its lock and its manifest."""
+    """`runs/NAME`: the paths in it, its lock and its manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,7 +62,7 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self.samples = path / "samples.json"
         self.pipeline = path / "pipeline.json"
-        self.prepared = path / "data" / "report.json"  # what `prepare` reports of its work
+        self.prepared = path / "data" / "report.json"  # the report of the prepared data
         self.exams = path / "eval"
         self.fused = path / "fused"
         self.fused_summary = self.fused / "summary.json"
@@ -84,40 +84,43 @@ class RunFolder:
         return StageFolder(self.path / name)
 
     def histogram(self, stage: str) -> Path:
-        """The picture of the lengths of a stage's examples."""
+        """The path of the histogram of a stage's example lengths (PNG)."""
         return self.prepared.with_name(f"{stage}-lengths.png")
 
     def newest_adapter(self) -> Path | None:
-        """DPO's adapter, else SFT's; None where there is neither."""
+        """DPO's adapter, else SFT's, else None."""
         stages = (self.stage(name) for name in reversed(TUNED))
         return next((stage.adapter for stage in stages if stage.has_adapter), None)
 
     def fused_model(self) -> Path:
-        """The fused model in MLX's format, else in another one that can be loaded."""
-        places = [self.fused / kind for kind in ("mlx", "hf", "gguf")]
-        return next((place for place in places if place.is_dir()), places[0])
+        """The folder of the fused model in MLX's format, else in another format that can be loaded."""
+        folders = [self.fused / kind for kind in ("mlx", "hf", "gguf")]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def pattern(self, path: Path, *more: str) -> str:
-        """A path inside the folder, as a pattern relative to it."""
+        """A path inside the run folder, relative to it, with `more` parts added; with `/` on every system."""
         return path.relative_to(self.path).joinpath(*more).as_posix()
 
     @contextmanager
-    def at_work(self, what: str) -> Iterator[Lock]:
-        """Alone in the folder, on a machine that is kept awake. Raises StorageError where another run is at work."""
-        with locked(self.path, what) as lock, device.awake(), console.hold_warnings():
+    def at_work(self, command: str) -> Iterator[Lock]:
+        """Hold the folder's lock and keep the machine awake inside this context; `command` is its name, for messages.
+
+        Raises StorageError if another command holds the lock.
+        """
+        with locked(self.path, command) as lock, device.awake(), console.hold_warnings():
             if lock.left_by:
-                console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it kept.")
+                console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it saved.")
             if not lock.works:
                 console.warn(Notice("no-locks", folder=str(self.path)))
             yield lock
 
     @contextmanager
-    def all_at_work(self, what: str, world: World) -> Iterator[None]:
-        """The same for all ranks: rank 0 has the folder."""
+    def all_at_work(self, command: str, world: World) -> Iterator[None]:
+        """As `at_work` for all ranks; rank 0 holds the lock."""
         with ExitStack() as stack:
 
             def begin() -> None:
-                stack.enter_context(self.at_work(what))
+                stack.enter_context(self.at_work(command))
 
             world.broadcast_result(begin)
             if not world.first:
@@ -125,9 +128,9 @@ class RunFolder:
             yield
 
     def write_manifest(self, recipe: Recipe, loaded: LoadedModel, data: dict[str, str]) -> None:
-        """`recipe.yaml` as resolved, and `manifest.json` with what a number needs to be reproduced.
+        """Write the resolved `recipe.yaml`, and `manifest.json` with everything needed to reproduce the results.
 
-        `data` has the SHA-256 of each data file by its path; those of other stages are kept.
+        `data` holds the SHA-256 of each data file by path. Those that earlier stages wrote are kept.
         """
         from mlx_zh.system.hub import commit_of
 

@@ -1,4 +1,4 @@
-"""The models of a run, one at a time: the base, the base with each adapter it has learned, and the fused model."""
+"""The models of a run, one at a time: the base, the base with each trained adapter, and the fused model."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ NAMES = ("base", *TUNED, "fused")
 _ADAPTER = (CONFIG_FILE, ADAPTER_FILE)
 
 
-class Candidates:
-    """`names` are those that were asked for: one, or the base and every adapter in the run folder."""
+class RunModels:
+    """The models of a run; `names` lists the requested one, or else the base and every adapter in the run folder.
 
-    def __init__(self, recipe: Recipe, asked: str | None = None, world: World = ALONE) -> None:
+    Raises ModelError or AdapterError if the requested model does not exist.
+    """
+
+    def __init__(self, recipe: Recipe, requested: str | None = None, world: World = ALONE) -> None:
         self._recipe, self._run, self._world = recipe, RunFolder.of(recipe), world
         self._loaded: LoadedModel | None = None
-        self._state = ""  # which candidate `_loaded` is now
-        self.present = world.broadcast_result(lambda: self._present(asked))
-        self.names = ["base", *self.present] if asked is None else [asked]
-        if asked == "fused" and not self._run.fused_model().is_dir():
+        self._state = ""  # which of the models `_loaded` is now
+        self.present = world.broadcast_result(lambda: self._present(requested))
+        self.names = ["base", *self.present] if requested is None else [requested]
+        if requested == "fused" and not self._run.fused_model().is_dir():
             raise ModelError(f"there is no fused model at {self._run.fused_model()}; run `mlx-zh fuse RECIPE` first.")
 
-    def _present(self, asked: str | None) -> list[str]:
+    def _present(self, requested: str | None) -> list[str]:
         present = [name for name in TUNED if self._run.stage(name).has_adapter]
-        if asked in TUNED and asked not in present:
+        if requested in TUNED and requested not in present:
             raise AdapterError(
-                f"{self._run.stage(asked).adapter} holds no adapter yet; run `mlx-zh {asked} RECIPE` first."
+                f"{self._run.stage(requested).adapter} holds no adapter yet; run `mlx-zh {requested} RECIPE` first."
             )
         return present
 
     def take(self, name: str) -> LoadedModel:
-        """The model as `name`; one that was taken before changes with it."""
+        """Load the model called `name`. The model returned by an earlier call is changed or freed."""
         if self._loaded is None or "fused" in (name, self._state):
-            self._loaded = None  # frees it before the next is loaded
+            self._loaded = None  # free this model before the next one is loaded
             self._loaded = open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
             self._state = "fused" if name == "fused" else "base"
         if name == self._state:
@@ -54,14 +57,14 @@ class Candidates:
             self._state = "base"
         if name != "base":
             spec = load_adapter(self._loaded.model, self._world.folder(self._run.stage(name).adapter, _ADAPTER))
-            # Full fine-tuning replaces weights: what was there is gone, and the base must be loaded anew next time.
+            # Full fine-tuning replaces the base's weights, so the base must be loaded again next time.
             self._state = "fused" if spec.kind == "full" else name
         self._loaded.model.freeze()
         self._loaded.model.eval()
         return self._loaded
 
     def adapter_digest(self, name: str) -> str | None:
-        """A digest of a stage's adapter; None where the stage has none of its own."""
+        """A digest of a stage's adapter, 16 hex digits; None for a model without an adapter of its own."""
         if name not in TUNED:
             return None
         folder = self._run.stage(name).adapter
@@ -73,7 +76,11 @@ class Candidates:
 
 
 def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
-    """The recipe's base model, checked against its own forward; with `distributed.shares: measured`, timed too."""
+    """Load the recipe's base model, and check that this program's forward pass gives the same as the model's own.
+
+    With several ranks and `distributed.shares: measured`, also measure each rank's speed. Raises ModelError,
+    DownloadError.
+    """
     from mlx_zh.core.logprobs import check_supported
     from mlx_zh.models.load import load_model
 
@@ -96,7 +103,7 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
 
 
 def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
-    """Deal out work by how fast each rank computes a row of text."""
+    """Set each rank's share of the work by how fast it computes a row of tokens."""
     import mlx.core as mx
 
     from mlx_zh.core.logprobs import hidden_states
@@ -111,7 +118,7 @@ def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
 
     world.measure(forward)
     shares = ", ".join(f"{speed / sum(world.speeds):.0%}" for speed in world.speeds)
-    console.say(f"Measured for 10 s: the ranks get {shares} of the work.")
+    console.say(f"Measured the speed of each rank for 10 s: the ranks get {shares} of the work.")
 
 
 _MEASURED_TOKENS = 256

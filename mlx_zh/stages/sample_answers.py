@@ -1,4 +1,4 @@
-"""The same prompts answered by the base and by each tuned model, kept in the run folder."""
+"""Answers of the base and of each tuned model to the same prompts, stored in the run folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Samples:
         self._path = RunFolder.of(recipe).samples
 
     def ask(self, name: str, *, again: bool = True) -> None:
-        """Let the model as it is now answer as `name`; `again=False` keeps answers that are there."""
+        """Store the current model's answers under `name`; with `again=False`, keep answers that exist."""
         prompts = list(self._recipe.evaluate.prompts)
-        known = self._read()
-        if not prompts or (not again and name in known):
+        answered = self._read()
+        if not prompts or (not again and name in answered):
             return
 
         from mlx_zh.corpus.conversation import Message
@@ -39,27 +39,27 @@ class Samples:
             session = GenerationSession(loaded.model, loaded.tokenizer, loaded.eos_token_ids)
             tokens = self._renderer.prompt([*system, Message("user", prompt)])
             answers.append("".join(session.stream(tokens, sampling)).strip())
-        write_json(self._path, {"prompts": prompts, "answers": known | {name: answers}})
+        write_json(self._path, {"prompts": prompts, "answers": answered | {name: answers}})
 
     def shown(self, *names: str) -> str:
-        """Prompts and answers as text, one under another."""
-        known = self._read()
-        if not known:
+        """The prompts, each with the answers of the models `names`, as text; empty if there are none."""
+        answered = self._read()
+        if not answered:
             return ""
         lines = []
         for index, prompt in enumerate(self._recipe.evaluate.prompts):
             lines.append(f"  > {prompt}")
-            lines += [f"    {name:<5} {_one_line(known[name][index])}" for name in names if name in known]
+            lines += [f"    {name:<5} {_one_line(answered[name][index])}" for name in names if name in answered]
         return "\n".join(lines)
 
     def _read(self) -> dict[str, list[str]]:
-        """Answers so far, unless they are to other prompts."""
+        """The stored answers by model; empty if they belong to other prompts."""
         if not self._path.exists():
             return {}
-        kept = json.loads(self._path.read_text(encoding="utf-8"))
-        return kept["answers"] if kept["prompts"] == list(self._recipe.evaluate.prompts) else {}
+        stored = json.loads(self._path.read_text(encoding="utf-8"))
+        return stored["answers"] if stored["prompts"] == list(self._recipe.evaluate.prompts) else {}
 
 
-def _one_line(text: str, most: int = 150) -> str:
+def _one_line(text: str, max_length: int = 150) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_length else f"{text[:max_length]}…"

@@ -1,7 +1,7 @@
-"""A model's tokenizer alone, kept in the cache folder: opened in half a second and 200 MB, without Transformers.
+"""Snapshots of tokenizers in the cache folder. One opens in half a second with 200 MB, without Transformers.
 
-It is read once by Transformers, in a process of its own, and written down as `tokenizers` has it in memory, so that
-text prepared with it has the very tokens, and the fingerprint, that the training stages see.
+A separate process reads the tokenizer with Transformers once and saves it as `tokenizers` holds it in memory. So
+prepared text has the same tokens, and the same fingerprint, as in the training stages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json
 
 
 class SnapshotTokenizer:
-    """As much of Transformers' tokenizer as rendering needs."""
+    """The part of Transformers' tokenizer that rendering needs, read from a snapshot folder."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -42,14 +42,14 @@ class SnapshotTokenizer:
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """For the faster encoder, where it gives the same tokens."""
+        """What the faster encoder needs; None if that encoder would not give the same tokens."""
         from mlx_zh.corpus.joined_encoding import Vocabulary
 
         return Vocabulary.load(self._vocabulary) if self._vocabulary.exists() else None
 
 
 def save_snapshot(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer down; `save_vocabulary` makes the snapshot whole."""
+    """Write a tokenizer into a snapshot folder; `save_vocabulary` completes it."""
     from mlx_zh.corpus.render import Renderer
 
     write_text(folder / "tokenizer.json", Renderer(tokenizer).tokenizer_json())
@@ -60,7 +60,7 @@ def save_snapshot(tokenizer: Any, folder: Path) -> None:
 
 
 def save_vocabulary(folder: Path) -> None:
-    """Write what the faster encoder needs beside a snapshot; `whole` comes last and says that nothing is missing."""
+    """Add what the faster encoder needs, then the file `whole`, which marks the snapshot as complete."""
     from mlx_zh.corpus.joined_encoding import vocabulary_of
 
     if (vocabulary := vocabulary_of((folder / "tokenizer.json").read_text(encoding="utf-8"))) is not None:
@@ -69,14 +69,14 @@ def save_vocabulary(folder: Path) -> None:
 
 
 def open_tokenizer(model: Model) -> SnapshotTokenizer:
-    """The tokenizer of a recipe's model. Raises ModelError, DownloadError."""
+    """The tokenizer of a recipe's model, from a snapshot that is made if needed. Raises ModelError, DownloadError."""
     from mlx_zh.models.load import resolve_model
 
-    place = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=console.DownloadBar())
-    folder = storage.cache_folder() / "tokenizers" / _key(place)
+    path = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=console.DownloadBar())
+    folder = storage.cache_folder() / "tokenizers" / _key(path)
     if not (folder / "whole").exists():
-        _in_a_process(str(folder), str(place))
-        _in_a_process(str(folder))  # after the first has given its 500 MB back
+        _in_a_process(str(folder), str(path))
+        _in_a_process(str(folder))  # a second process, because the first needs 500 MB for Transformers
     return SnapshotTokenizer(folder)
 
 
@@ -88,21 +88,21 @@ def _in_a_process(*arguments: str) -> None:
         raise ModelError(reason.removeprefix("error: "))
 
 
-def _key(place: Path) -> str:
-    """Changes with the tokenizer's files and with the packages that read them."""
-    files = [place] if place.is_file() else sorted({path for name in _FILES for path in place.glob(name)})
+def _key(model: Path) -> str:
+    """A snapshot's name: it changes with the tokenizer's files and with the packages that read them."""
+    files = [model] if model.is_file() else sorted({path for name in _FILES for path in model.glob(name)})
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    state = (2, str(place.resolve()), states, version("transformers"), version("tokenizers"))
+    state = (2, str(model.resolve()), states, version("transformers"), version("tokenizers"))
     return text_digest(repr(state))[:24]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """FOLDER PLACE: write the tokenizer of a resolved model into a folder. FOLDER: write its vocabulary there."""
-    folder, *place = sys.argv[1:] if argv is None else argv
-    if place:
+    """`FOLDER MODEL` writes the tokenizer of a local model into FOLDER; `FOLDER` alone adds its vocabulary."""
+    folder, *model = sys.argv[1:] if argv is None else argv
+    if model:
         from mlx_zh.models.load import load_tokenizer
 
-        save_snapshot(load_tokenizer(Path(place[0])), Path(folder))
+        save_snapshot(load_tokenizer(Path(model[0])), Path(folder))
     else:
         save_vocabulary(Path(folder))
     return 0

@@ -1,7 +1,7 @@
-"""Experiment trackers on request (`track: [tensorboard, swanlab, wandb]`): a tracker that fails never stops a run.
+"""Optional experiment trackers (`track: [tensorboard, swanlab, wandb]`). A tracker that fails never stops a run.
 
-Each is imported when it is asked for. Without an account, SwanLab and Weights & Biases keep their files in the run
-folder, to be sent later with their own `sync` commands.
+A tracker is imported only if the recipe names it. Without an account, SwanLab and Weights & Biases store their files
+in the run folder; their own `sync` commands can upload these later.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ PROJECT = "mlx-zh"
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run. `done` steps were taken earlier; `key` is of all that it learns from."""
+    """What a tracker needs to know about a training session."""
 
     run: str
     stage: str
     folder: Path  # where trackers may keep their files
     config: dict[str, Any]
-    key: str
-    done: int = 0
+    key: str  # `run_key.learning_key`
+    steps_done: int = 0  # by earlier sessions
 
     @property
     def name(self) -> str:
-        """`RUN-STAGE`."""
+        """The name shown in a tracker: `RUN-STAGE`."""
         return f"{self.run}-{self.stage}"
 
     @property
     def id(self) -> str:
-        """The same for every session of this run, and other for other settings."""
+        """The same for all sessions of a run, and different for other settings."""
         return f"{self.name}-{self.key[:8]}"
 
 
 class Tracker(Protocol):
-    """What every tracker can do."""
+    """The interface of a tracker."""
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of a step."""
+        """Record the metrics of a step."""
 
     def close(self) -> None:
-        """Send or write the rest."""
+        """Send or write what is left, and end."""
 
 
 class Trackers:
-    """Those of a training session. `warn` hears once of each that fails; it is then left alone."""
+    """The trackers of a training session. A tracker that fails is reported once by `warn` and then not used again."""
 
     def __init__(self, names: Sequence[str], about: About, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -69,7 +69,7 @@ class Trackers:
             self._try(name, partial(self._begin, name, about))
 
     def log(self, line: MetricsLine) -> None:
-        """A line of metrics.jsonl, under the names that Transformers' Trainer gives: train/loss, eval/loss."""
+        """Record a line of metrics.jsonl, with the metric names of Transformers' Trainer: train/loss, eval/loss."""
         figures = {}
         for key, value in line.items():
             if key != "step" and isinstance(value, int | float) and math.isfinite(value):
@@ -78,7 +78,7 @@ class Trackers:
             self._try(name, partial(tracker.log, line["step"], figures))
 
     def close(self) -> None:
-        """End them all."""
+        """Close all trackers."""
         for name, tracker in list(self._open.items()):
             self._try(name, tracker.close)
         self._open.clear()
@@ -92,18 +92,18 @@ class Trackers:
         except ImportError:
             self._open.pop(name, None)
             self._warn(Notice("tracker-not-installed", tracker=name))
-        except (Exception, SystemExit) as error:  # whatever a tracker raises is its own affair
+        except (Exception, SystemExit) as error:  # no error of a tracker may stop training
             self._open.pop(name, None)
             self._warn(Notice("tracker-failed", tracker=name, reason=hide_all(first_line(error))))
 
 
 class _TensorBoard:
-    """Event files, by tensorboardX: `tensorboard --logdir runs`."""
+    """Event files by tensorboardX; shown by `tensorboard --logdir runs`."""
 
     def __init__(self, about: About) -> None:
         writer = importlib.import_module("tensorboardX").SummaryWriter
-        # Steps that a killed session took after its last checkpoint are taken again: theirs are not shown.
-        purge = {"purge_step": about.done + 1} if about.done else {}
+        # Steps that a killed session took after its last checkpoint are repeated, so its events for them are hidden.
+        purge = {"purge_step": about.steps_done + 1} if about.steps_done else {}
         self._writer = writer(logdir=str(about.folder / "tensorboard"), **purge)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -118,10 +118,10 @@ class _SwanLab:
     def __init__(self, about: About) -> None:
         swanlab = importlib.import_module("swanlab")
         keys = [folder / ".swanlab" / ".netrc" for folder in (Path.cwd(), Path.home())]
-        known = os.environ.get("SWANLAB_API_KEY") or any(key.is_file() for key in keys)
-        chosen = os.environ.get("SWANLAB_MODE")
-        options: dict[str, Any] = {} if known or chosen else {"mode": "offline"}
-        if known and chosen in (None, "online", "cloud"):
+        logged_in = os.environ.get("SWANLAB_API_KEY") or any(key.is_file() for key in keys)
+        mode = os.environ.get("SWANLAB_MODE")
+        options: dict[str, Any] = {} if logged_in or mode else {"mode": "offline"}
+        if logged_in and mode in (None, "online", "cloud"):
             options |= {"id": about.id, "resume": "allow"}
         folder = about.folder / "swanlab"
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class _SwanLab:
 class _WandB:
     def __init__(self, about: About) -> None:
         wandb = importlib.import_module("wandb")
-        # Without a key it would ask for one, and wait.
+        # Without a key, wandb would prompt for one and wait.
         options: dict[str, Any] = {} if os.environ.get("WANDB_MODE") or _wandb_key() else {"mode": "offline"}
         about.folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -149,7 +149,7 @@ class _WandB:
             resume="allow",
             dir=str(about.folder),
             config=hide_all(about.config),
-            settings=wandb.Settings(console="off"),  # the terminal stays ours
+            settings=wandb.Settings(console="off"),  # wandb must not capture the terminal
             **options,
         )
 
@@ -161,7 +161,7 @@ class _WandB:
 
 
 def _wandb_key() -> bool:
-    """Whether there is a key where Weights & Biases looks for one, which it does not say without using it."""
+    """Whether Weights & Biases has an API key; it has no call that answers this without using the key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""

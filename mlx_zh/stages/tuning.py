@@ -1,4 +1,4 @@
-"""SFT and DPO as stages: one `tune` for both, with resume, the progress bar, interruption and the adapter."""
+"""The training stages SFT and DPO: one `tune` for both, with resume, progress bar, interruption and adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
 from mlx_zh.stages import memory_check
-from mlx_zh.stages.data import file_digests, keep_report, prepare_stage
+from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
 from mlx_zh.stages.run_models import open_model
@@ -45,32 +45,35 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """What SFT and DPO do differently. `answers` names the models whose answers are shown at the end."""
+    """What SFT and DPO do differently."""
 
     stage: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # the models whose sample answers are shown at the end
 
     def start(self, recipe: Recipe, world: World) -> Start:
-        """What training starts from."""
+        """Where training starts."""
 
     def examples(self, corpus: Corpus, split: str) -> Conversations | Pairs:
         """The examples of a split (train or validation)."""
 
     def objectives(self, session: Session, loaded: LoadedModel, start: Start, corpus: Corpus) -> Objectives:
-        """Put the adapter on, and say what is optimized."""
+        """Add the adapter to the model, and return what is optimized."""
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """What is optimized, what is validated, and who looks at the figures of each step."""
+    """The training and validation objectives."""
 
     training: Objective
     validation: Objective | None
-    watch: Watch | None = None
+    watch: Watch | None = None  # checks the metrics of each step
 
 
 def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bool) -> int:
-    """Train a stage of a run, or go on where it stopped; returns the exit status."""
+    """Train a stage of a run, or resume it; returns the exit status (130 if interrupted).
+
+    Raises MlxZhError for what the user can fix: settings, data, models, memory.
+    """
     stage = method.stage
     start = method.start(recipe, world)
     memory_check.require(recipe, stage, force=force, fresh=fresh)
@@ -89,8 +92,8 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
         memory_check.require(recipe, stage, force=force, config=loaded.config, corpus=examples)
         if world.first:
             session.run.write_manifest(recipe, loaded, digests)
-            keep_report(recipe, stage, corpus)
-            samples.ask("base", again=fresh and stage == "sft")  # DPO's base is the one that SFT asked
+            save_report(recipe, stage, corpus)
+            samples.ask("base", again=fresh and stage == "sft")  # DPO shows the base answers that SFT stored
         if session.train(method.objectives(session, loaded, start, corpus)).reason == "interrupted":
             return 130
         if world.first:
@@ -119,9 +122,9 @@ class Session:
         self.folder = self.run.stage(self.stage)
 
     def check(self) -> Mapping[str, object] | None:
-        """The summary of an earlier run of these settings that is finished; None where there is work to do.
+        """The summary of a finished run with the same settings; None if there is work to do. Writes nothing.
 
-        RecipeError where the folder holds a run with other settings. Writes nothing.
+        Raises RecipeError if the folder holds a run with other settings.
         """
         if not any(self.folder.checkpoints.glob("step-*")):
             return None
@@ -131,17 +134,19 @@ class Session:
                 f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}. Give this "
                 "recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
-        whole = self.folder.is_finished
-        return summary if summary is not None and summary["key"] == self.key and whole else None
+        finished = self.folder.is_finished
+        return summary if summary is not None and summary["key"] == self.key and finished else None
 
     def begin(self, *, fresh: bool) -> bool:
-        """Whether there is work to do: with `fresh` always, an earlier run being set aside. Raises as `check`, and
-        where the ranks' data or models differ."""
-        theirs = self.world.broadcast_result(lambda: self.values)
-        if learning_key(theirs) != self.key:
+        """Whether there is work to do. With `fresh` there always is, and an earlier run is moved aside.
+
+        Raises RecipeError as `check` does, and if the recipe, data or model of a rank differs from rank 0's.
+        """
+        rank0_values = self.world.broadcast_result(lambda: self.values)
+        if learning_key(rank0_values) != self.key:
             raise RecipeError(
-                f"rank {self.world.rank} is to do something else than rank 0: {changes(theirs, self.values)}. Every "
-                "machine needs the same recipe, model and data."
+                f"rank {self.world.rank} differs from rank 0: {changes(rank0_values, self.values)}. Give every "
+                "machine the same recipe, model and data."
             )
         return self.world.broadcast_result(lambda: self._begin(fresh))
 
@@ -154,12 +159,16 @@ class Session:
         return False
 
     def train(self, objectives: Objectives) -> Finished:
-        """Train, or go on where an earlier run of the same recipe stopped; leaves the adapter when done."""
+        """Train, or resume an earlier run of the same recipe; saves the adapter at the end.
+
+        Raises RecipeError if the newest checkpoint belongs to other settings, and TrainingError or PlanError if
+        training cannot go on.
+        """
         if wired := device.wire_memory():
-            console.say(f"Keeping up to {wired / 1e9:.1f} GB in memory; the rest is left to the desktop.")
+            console.say(f"Keeping up to {wired / 1e9:.1f} GB resident in memory; the rest is left to other programs.")
         first = self.world.first
-        kept = console.log_warnings(self.folder.warnings) if first else nullcontext()
-        with kept, stop_on_interrupt((signal.SIGINT, signal.SIGTERM), _say_stopping) as stop:
+        warning_log = console.log_warnings(self.folder.warnings) if first else nullcontext()
+        with warning_log, stop_on_interrupt((signal.SIGINT, signal.SIGTERM), _say_stopping) as stop:
             loop = Loop(
                 model=self.loaded.model,
                 objective=objectives.training,
@@ -184,7 +193,7 @@ class Session:
         if self.section.load_best and loop.progress.best_step is not None:
             _, best = read_adapter(self.folder.best)
             set_weights(self.loaded.model, best)
-            console.say(f"Took back the best weights: step {loop.progress.best_step}.")
+            console.say(f"Restored the weights with the lowest validation loss: step {loop.progress.best_step}.")
             loop.weights = best
         self._save_adapter(self.folder.adapter, loop.weights)
         self._summarize(loop, finished)
@@ -205,23 +214,23 @@ class Session:
         save_adapter(folder, weights, self.spec, about)
 
     def _resume(self, loop: Loop) -> None:
-        found, remarks = checkpoints.load_newest(self.folder.checkpoints)
-        for remark in remarks:
-            console.warn(remark)
-        if found is None:
+        checkpoint, warnings = checkpoints.load_newest(self.folder.checkpoints)
+        for warning in warnings:
+            console.warn(warning)
+        if checkpoint is None:
             loop.log.cut(0)
             self.folder.warnings.unlink(missing_ok=True)
             write_json(self.folder.settings, self.values)
             console.log_held_warnings()
             return
-        if found.state["key"] != self.key:
+        if checkpoint.state["key"] != self.key:
             raise RecipeError(
-                f"{self.folder.path} holds a run with other settings, stopped after step {found.state['step']}. Give "
-                "this recipe another name, or start over with --fresh (the old folder is kept beside it)."
+                f"{self.folder.path} holds a run with other settings, stopped after step {checkpoint.state['step']}. "
+                "Give this recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
         console.log_held_warnings()
-        loop.resume(found)
-        console.say(f"Going on after step {found.state['step']} of {loop.total}.")
+        loop.resume(checkpoint)
+        console.say(f"Going on after step {checkpoint.state['step']} of {loop.total}.")
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
@@ -241,8 +250,8 @@ class Session:
                         console.warn(_skipped(event))
                     elif event.figures["step"] == 1 and _same(before, loop.weights):
                         console.warn(Notice("first-step-changed-nothing", grad_norm=event.result.grad_norm))
-                    for remark in [] if watch is None else watch.step(event.figures):
-                        console.warn(remark)
+                    for warning in [] if watch is None else watch.step(event.figures):
+                        console.warn(warning)
                 elif isinstance(event, Shortened):
                     console.warn(Notice("rows-shortened", what=event.work, micro_tokens=event.micro_tokens))
                 elif isinstance(event, Evaluating):
@@ -258,9 +267,10 @@ class Session:
         assert finished is not None
         return finished
 
-    def _trackers(self, done: int) -> Trackers:
+    def _trackers(self, steps_done: int) -> Trackers:
         recipe = self.recipe
-        about = About(recipe.name, self.stage, self.folder.path, recipe.model_dump(mode="json"), self.key, done)
+        config = recipe.model_dump(mode="json")
+        about = About(recipe.name, self.stage, self.folder.path, config, self.key, steps_done)
         return Trackers(recipe.track if self.world.first else (), about, console.warn)
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
@@ -283,17 +293,17 @@ class Session:
 
 
 class Watch(Protocol):
-    """Looks at the figures of a run as it goes."""
+    """Checks the metrics of a run while it trains."""
 
     def recall(self, figures: MetricsLine) -> None:
-        """A step of an earlier session of this run."""
+        """Take in a step of an earlier session of this run."""
 
     def step(self, figures: MetricsLine) -> Sequence[str]:
-        """A step just taken: warnings to show, or an error that ends the run."""
+        """Check the step just taken; returns warnings to show. Raises TrainingError to end the run."""
 
 
 def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settings:
-    """How a stage's rows are computed."""
+    """The settings by which a stage computes its rows."""
     memory = recipe.memory
     return Settings(
         seed=recipe.seed,
@@ -306,7 +316,7 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
 
 
 def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
-    """Show what a stage did: the answers of the models `names`, validation before and after, where things lie."""
+    """Print a stage's result: sample answers of the models `names`, validation before and after, paths of files."""
     summary: TrainingSummary = json.loads(session.folder.summary.read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     console.say()
@@ -319,13 +329,13 @@ def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
         if key in before:
             console.say(f"validation {label} {before[key]:z.2f} -> {after[key]:z.2f}")
     console.say(f"trained {summary['steps']} steps in {console.duration(summary['seconds'])}\n")
-    places = [
+    paths = [
         ("adapter", f"{session.folder.adapter}/"),
         ("metrics", str(session.folder.metrics)),
         *([("answers", str(session.run.samples))] if answers else []),
-        ("recipe as resolved", str(session.run.recipe)),
+        ("resolved recipe", str(session.run.recipe)),
     ]
-    console.say(console.table(places))
+    console.say(console.table(paths))
 
 
 _SHOWN = {
@@ -341,7 +351,7 @@ def _evaluation(figures: Mapping[str, object]) -> str:
 
 
 def _skipped(event: Stepped) -> Notice:
-    loss, norm = str(event.result.loss), str(event.result.grad_norm)  # NaN and infinity are not plain JSON
+    loss, norm = str(event.result.loss), str(event.result.grad_norm)  # as text, because JSON has no NaN or infinity
     return Notice("step-skipped", step=event.figures["step"], loss=loss, grad_norm=norm, examples=event.examples)
 
 
@@ -351,14 +361,14 @@ def _same(left: Arrays, right: Arrays) -> bool:
 
 def _read_json(path: Path) -> dict[str, object] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move a stage's folder out of the way, keeping it; returns where it went."""
+    """Rename a stage's folder to `STAGE-oldN`; returns the new path, or None if there was no folder."""
     if not folder.exists():
         return None
     number = 1
@@ -369,5 +379,5 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def _say_stopping() -> None:
-    with suppress(RuntimeError):  # the signal came in the middle of a print, which cannot be entered twice
+    with suppress(RuntimeError):  # the signal interrupted a print, and print cannot be re-entered
         console.say("Finishing this step and saving; press Ctrl-C again to leave at once.")

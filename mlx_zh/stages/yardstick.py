@@ -1,4 +1,4 @@
-"""Base + adapter on held-out text: what every fused model is compared with."""
+"""The predictions of base + adapter on held-out text; every fused model is compared with them."""
 
 from __future__ import annotations
 
@@ -28,30 +28,33 @@ _LARGEST_ROW = 1024  # tokens
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Base + adapter's predictions, with what is needed to compare another model's."""
+    """The predictions of base + adapter, and what is needed to compare another model with them."""
 
     recipe: Recipe
     text: fidelity.HeldOut
     tuned: fidelity.Predictions
-    perplexity: float
-    moved: float  # KL(base + adapter || base)
-    probes: tuple[tuple[int, ...], ...]  # the bundled text's tokens
+    perplexity: float  # of base + adapter
+    moved: float  # KL(base + adapter || base), in nats per token
+    probes: tuple[tuple[int, ...], ...]  # the token ids of each bundled conversation
 
     def measure(self, path: Path) -> tuple[fidelity.Fidelity, list[Notice]]:
-        """Load a written model as a user would; its fidelity, and what its tokenizer does otherwise."""
+        """Load a written model as a user would; returns its fidelity, and a warning if its tokenizer differs."""
         loaded = load_model(str(path), dtype=self.recipe.model.dtype)
-        found = fidelity.distance(self.tuned, self.text.predictions(loaded.model), self.text.targets)
+        distance = fidelity.distance(self.tuned, self.text.predictions(loaded.model), self.text.targets)
         measured = fidelity.Fidelity(
-            self.text.targets.size, found.kl, found.top1, self.perplexity, found.perplexity, self.moved
+            self.text.targets.size, distance.kl, distance.top1, self.perplexity, distance.perplexity, self.moved
         )
         probes = [_tokens(r) for r in _bundled(_renderer(self.recipe, loaded.tokenizer))]
-        other = sum(mine != theirs for mine, theirs in zip(self.probes, probes, strict=True))
-        warning = Notice("fused-tokenizer-differs", count=other, texts=len(probes))
-        return measured, [warning] if other else []
+        different = sum(before != after for before, after in zip(self.probes, probes, strict=True))
+        warning = Notice("fused-tokenizer-differs", count=different, texts=len(probes))
+        return measured, [warning] if different else []
 
 
 def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
-    """Run base and base + adapter over the recipe's validation data, or over the bundled text."""
+    """Run the base and base + adapter over the recipe's validation data, or else over the bundled text.
+
+    Raises ModelError, AdapterError, TemplateError.
+    """
     loaded = open_model(recipe)
     renderer = _renderer(recipe, loaded.tokenizer)
     bundled = _bundled(renderer)
@@ -62,7 +65,7 @@ def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
         row_tokens=min(recipe.memory.micro_tokens, _LARGEST_ROW),
     )
     base = text.predictions(loaded.model)
-    # Full fine-tuning puts new weights into the same modules: the base's head needs one of its own.
+    # Full fine-tuning replaces the weights of these modules, so keep a copy of the base's head.
     base = fidelity.Predictions(base.hidden, copy.copy(base.head))
     load_adapter(loaded.model, adapter)
     loaded.model.eval()
@@ -77,7 +80,7 @@ def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:
 
 
 def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
-    """What SFT was validated with, where SFT ran here, so that it is prepared already; else nothing."""
+    """The validation examples of SFT if SFT ran in this folder, so that they are already prepared; else none."""
     if not RunFolder.of(recipe).stage("sft").path.is_dir() or not recipe.data.sft.train:
         return []
     try:
@@ -89,10 +92,13 @@ def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
 
 def _bundled(renderer: Renderer) -> list[Rendered]:
     conversations = [[Message(role, text) for role, text in turns] for turns in bundled_conversations()]
-    found = [rendered for rendered in renderer.conversations(conversations) if rendered is not None]
-    if not found:
-        raise TemplateError("the chat template leaves nothing of the bundled conversations")
-    return found
+    examples = [rendered for rendered in renderer.conversations(conversations) if rendered is not None]
+    if not examples:
+        raise TemplateError(
+            "the chat template renders none of the bundled conversations, so the fused model cannot be measured; use "
+            "--no-measure, or a tokenizer with another chat template"
+        )
+    return examples
 
 
 def _tokens(rendered: Rendered) -> tuple[int, ...]:

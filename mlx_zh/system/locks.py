@@ -43,8 +43,8 @@ class Lock:
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[Lock]:
-    """Hold the folder's lock inside this context; `what` names the work, for messages.
+def locked(folder: Path, work: str) -> Iterator[Lock]:
+    """Hold the folder's lock inside this context; `work` is what is done meanwhile, for messages.
 
     At the end the lock file is removed, and so is a folder that was created for it and is still empty. The kernel's
     lock decides, not whether the file exists: a file that a killed process left behind is taken over.
@@ -60,7 +60,7 @@ def locked(folder: Path, what: str) -> Iterator[Lock]:
         descriptor, works = _acquire(path)
     try:
         left_by = _holder(descriptor)
-        about = {"what": what, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M")}
+        about = {"what": work, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M")}
         with suppress(OSError):  # only information: the run itself reports a full disk better
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(about).encode(), 0)

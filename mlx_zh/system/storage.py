@@ -155,13 +155,13 @@ def empty(folder: Path) -> None:
         file.unlink()
 
 
-def need_space(folder: Path, size: int, what: str) -> None:
-    """Raise StorageError if fewer than `size` bytes are free for `folder`; `what` names what needs them."""
+def need_space(folder: Path, size: int, purpose: str) -> None:
+    """Raise StorageError if fewer than `size` bytes are free for `folder`; `purpose` names what needs them."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with storage_errors(folder):
         free = shutil.disk_usage(existing).free
     if free < size:
         raise StorageError(
-            f"{folder}: {what} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free. Nothing was written. "
+            f"{folder}: {purpose} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free. Nothing was written. "
             "Free some space, or write fewer formats."
         )

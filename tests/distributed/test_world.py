@@ -176,7 +176,7 @@ def test_ranks_that_would_do_different_things_do_nothing(make: Make):
     folder = make("different")
     first, second = ranks.finish(ranks.start(2, STAGES[0], folder=folder, LAST_RANK="sft.learning_rate=1e-3"))
     assert first[0] == second[0] == 2
-    assert "rank 1 is to do something else than rank 0: sft.learning_rate 0.01 -> 0.001" in second[2]
+    assert "rank 1 differs from rank 0: sft.learning_rate 0.01 -> 0.001" in second[2]
     assert "error: rank 1 (" in first[2] and not (folder / "runs/tiny/sft").exists()
 
 
