@@ -57,6 +57,10 @@ class World:
         self.transfer_seconds = self.waiting_seconds = 0.0
         self._last_collective = time.monotonic()  # when it ended
 
+    def start_clock(self) -> None:
+        """Count as waiting only what comes from here on, not what a rank did before it began to compute."""
+        self._last_collective = time.monotonic()
+
     @property
     def first(self) -> bool:
         """Whether this is rank 0, the only one that writes files."""

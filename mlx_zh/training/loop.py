@@ -187,6 +187,7 @@ class Loop:
         mx.reset_peak_memory()
         world = self.world
         transfer, waiting = world.transfer_seconds, world.waiting_seconds
+        world.start_clock()  # rank 0 may have saved a checkpoint, which is no part of this step
         result = yield from self._take_step(examples, rate)
         progress.step += 1
         progress.skipped_steps += not result.applied
