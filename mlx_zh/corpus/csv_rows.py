@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.corpus.reader import InvalidRow, check_file, text_lines, wrong_encoding
+from mlx_zh.corpus.reader import InvalidRow, check_file, first_character, read_rows, text_lines, wrong_encoding
 from mlx_zh.errors import DataError
 
+_JSON = ("{", "[")  # some files of JSON lines are called .csv
+_MARK = "\ufeff"  # a byte-order mark in GB18030 is text to Python
 _CHUNK = 1 << 20  # bytes decoded at once
 _LONGEST = 1 << 24  # characters of one field
 _COMMON = 0.75  # in Chinese text, at least this share of the characters beyond ASCII is in GB2312
@@ -35,6 +38,9 @@ def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         check_file(path)
         encoding = _encoding(path)
         with path.open(encoding=encoding, newline="") as file:
+            if first_character(file) in _JSON:
+                yield from read_rows(path)
+                return
             # The limit is global to the process. The library's default of 131,072 is too small for a long document.
             csv.field_size_limit(_LONGEST)
             tabs = path.suffix.lower() == ".tsv"
@@ -114,12 +120,14 @@ def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[tupl
 
 def _columns(place: str, path: Path, header: Sequence[str]) -> list[str]:
     """The names of the columns; a column without a name, such as pandas' row numbers, has the name ""."""
-    columns = [name.strip() for name in header]
+    columns = [name.strip().lstrip(_MARK) for name in header]
     if not any(columns):
         raise DataError(f"{path}: the file holds no rows")
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     if twice:
         raise DataError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
+    if re.fullmatch(r'"?sep=.?"?', "".join(columns)):
+        raise DataError(f"{place}: delete this line, which only Excel understands; the first line names the columns")
     if len(columns) == 1 and (mark := next((mark for mark in ";\t|," if mark in columns[0]), None)):
         raise DataError(
             f"{place}: only one column, {columns[0]!r}. It seems to be separated by {mark!r}; separate columns "

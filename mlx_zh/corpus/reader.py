@@ -42,7 +42,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _parquet_rows(path)
             return
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            head = _first_character(file)
+            head = first_character(file)
             if head == "[":
                 yield from _array_rows(path, file)
             elif head == "{":
@@ -95,7 +95,7 @@ def check_file(path: Path) -> bytes:
     return head
 
 
-def _first_character(file: IO[str]) -> str:
+def first_character(file: IO[str]) -> str:
     """The first character that is not blank; the file's position is set back to the start."""
     while (character := file.read(1)) and character in _BLANK:
         pass

@@ -231,26 +231,13 @@ def message_of(value: Any, label: str) -> Message:
 
 
 def messages_of(value: Any, label: str) -> list[Message]:
-    """The messages of a list, without a blank system message. Raises InvalidRow, which names `label`.
-
-    In older data sets a column has the type Sequence: one object of lists instead of a list of objects.
-    """
-    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
-        value = _objects(value, label)
+    """The messages of a list, without a blank system message. Raises InvalidRow, which names `label`."""
     if not isinstance(value, list) or not value:
         raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
     messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
     if messages[0].role == "system" and not messages[0].content.strip():
         return messages[1:]
     return messages
-
-
-def _objects(lists: Mapping[str, list[Any]], label: str) -> list[dict[str, Any]]:
-    """A list of objects from an object of lists. Raises InvalidRow if the lists have different lengths."""
-    lengths = {name: len(values) for name, values in lists.items()}
-    if len(set(lengths.values())) > 1:
-        raise InvalidRow("wrong type", f"{label} has lists of different lengths: {lengths}")
-    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def history_of(row: Row) -> list[Message]:

@@ -105,7 +105,7 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         for batch in _datasets().Dataset.from_file(str(path)).iter(batch_size=_BATCH):
             for values in zip(*batch.values(), strict=True):
-                yield f"{path}[{index}]", dict(zip(batch, values, strict=True))
+                yield f"{path}[{index}]", _with_objects(dict(zip(batch, values, strict=True)))
                 index += 1
     except Exception as error:  # errors of many types; errors in a row's content are raised elsewhere
         raise DataError(
@@ -114,6 +114,19 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
     if not index:
         raise DataError(f"{path}: the file holds no rows")
+
+
+def _with_objects(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with lists of objects. Columns of the older type Sequence are one object of lists each."""
+    return {name: _objects(value) for name, value in row.items()}
+
+
+def _objects(value: Any) -> Any:
+    if not isinstance(value, dict) or not value or not all(isinstance(part, list) for part in value.values()):
+        return value
+    if len({len(part) for part in value.values()}) > 1:
+        return value  # no list of objects; the readers of rows refuse it
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
 
 
 # ---- sets of Hugging Face
@@ -144,7 +157,7 @@ def hub_rows(
     options |= {"data_files": {split: list(files)}} if files else {"name": subset}
     try:
         rows = library.load_dataset(split=split, streaming=True, **options)
-        yield from islice(rows, count)  # `rows.take` would open one file more than it needs
+        yield from map(_with_objects, islice(rows, count))  # `rows.take` would open one file more than it needs
     except Exception as error:
         raise _hub_error(where, error) from error
 

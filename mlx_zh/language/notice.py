@@ -68,7 +68,7 @@ def notice_of(record: object) -> Notice | None:
         return None
     try:
         return Notice(code, **{str(name): _revived(value) for name, value in values.items()})
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError):  # unknown code, or unfit values
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):  # unknown or unfit
         return None
 
 
@@ -100,4 +100,6 @@ def _plain(value: Any) -> Any:
 def _revived(value: Any) -> Any:
     if isinstance(value, list):
         return [_revived(part) for part in value]
-    return notice_of(value) or value
+    if isinstance(value, Mapping) and (notice := notice_of(value)) is None:
+        raise ValueError(f"an unknown notice: {value.get('code')}")  # then the English text stands for the whole
+    return notice if isinstance(value, Mapping) else value

@@ -53,12 +53,12 @@ def step_memory(
     """The peak memory of a training step of `rows` rows, of which `row` is the largest."""
     values = trained_values(model, trained)
     gradients = values * FLOAT
-    always = {
-        "weights": weight_bytes(model, target, trained),
-        "adapters (float32)": 0.0 if trained.kind == "full" else gradients,
-        "optimizer": 2.0 * gradients,
-        "gradients": gradients if rows > 1 else 0.0,  # the sum over the earlier rows
-    }
+    always = dict(
+        weights=weight_bytes(model, target, trained),
+        adapters=0.0 if trained.kind == "full" else gradients,
+        optimizer=2.0 * gradients,
+        gradients=gradients if rows > 1 else 0.0,  # the sum over the earlier rows
+    )
     phases = [
         Estimate(name, _added(always, parts))
         for name, parts in (

@@ -136,7 +136,8 @@ def require(
     warning = Notice("memory-short", need=shortage(stage, estimate, machine), way=way)
     if not force:
         raise PlanError(f"{warning} To start anyway, add --force.")
-    console.warn(warning)
+    # Recorded only with the real examples: the estimate with short ones is lower.
+    console.warn(warning, keep=corpus is not None)
 
 
 def shortage(stage: str, estimate: Estimate, machine: Machine) -> Notice:

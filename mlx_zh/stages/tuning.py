@@ -228,7 +228,7 @@ class Session:
                 f"{self.folder.path} holds a run with other settings, stopped after step {checkpoint.state['step']}. "
                 "Give this recipe another name, or start over with --fresh (the old folder is kept beside it)."
             )
-        console.log_held_warnings()
+        console.log_held_warnings(again=False)
         loop.resume(checkpoint)
         console.say(f"Going on after step {checkpoint.state['step']} of {loop.total}.")
 

@@ -68,15 +68,30 @@ def hold_warnings() -> Iterator[None]:
         _held = before
 
 
-def log_held_warnings() -> None:
-    """Write the held warnings to the file of the current `log_warnings`."""
-    while _log is not None and _held:
-        _write(_held.pop(0), _log)
+def log_held_warnings(*, again: bool = True) -> None:
+    """Write the held warnings to the file of the current `log_warnings`.
+
+    With `again=False`, for a run that is resumed, those whose code is already in the file are left out.
+    """
+    if _log is None or _held is None:
+        return
+    logged = set() if again else _logged_codes(_log)
+    for text in _held:
+        if not (isinstance(text, Notice) and text.code in logged):
+            _write(text, _log)
+    _held.clear()
+
+
+def _logged_codes(path: Path) -> set[str]:
+    try:
+        return {str(json.loads(line).get("code")) for line in path.read_text(encoding="utf-8").split("\n") if line}
+    except (OSError, ValueError, AttributeError):
+        return set()
 
 
 def _write(text: str, path: Path) -> None:
     coded = hide_all(text.as_dict(), redact) if isinstance(text, Notice) else {}
-    line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False)
+    line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False, default=str)
     with suppress(OSError), path.open("a", encoding="utf-8") as file:  # other writes report a full disk
         file.write(line + "\n")
 

@@ -330,9 +330,7 @@ def _append(wanted: RemoteFile, answer: Any, part: _Part, have: int, progress: P
     import httpx2
 
     name = Path(urlsplit(wanted.address).path).name
-    plain = answer.headers.get("Content-Encoding", "identity") == "identity"
-    length = answer.headers.get("Content-Length") if plain else None
-    total = None if length is None else have + int(length)
+    total = _total(answer, have)
     digest = part.digest()
     try:
         for piece in answer.iter_bytes():
@@ -343,9 +341,20 @@ def _append(wanted: RemoteFile, answer: Any, part: _Part, have: int, progress: P
                 progress(name, have, total)
     except httpx2.RemoteProtocolError:
         raise _BrokenOffError(f"only {have} of {total or 'some'} bytes came") from None
-    if have == 0 or (total is not None and have != total):
+    if (have == 0 and wanted.sha256 is None) or (total is not None and have != total):
         raise _BrokenOffError(f"only {have} of {total or 'some'} bytes came")
     return str(digest.hexdigest())
+
+
+def _total(answer: Any, have: int) -> int | None:
+    """Bytes of the whole file, as a response says it; None where it does not."""
+    if answer.headers.get("Content-Encoding", "identity") != "identity":
+        return None
+    # "bytes 100-199/300": the response may hold less than all of the rest (RFC 9110, section 14.4).
+    if ranged := re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", "")):
+        return int(ranged[1])
+    length = answer.headers.get("Content-Length")
+    return None if length is None else have + int(length)
 
 
 def _validator(answer: Any) -> str | None:

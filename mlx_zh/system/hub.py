@@ -149,7 +149,7 @@ def _fetch_large_files(wanted: _Wanted, commit: str) -> None:
         if isinstance(file, huggingface_hub.RepoFile) and file.lfs is not None
     }
     for path in filter_repo_objects(large, allow_patterns=list(wanted.patterns) or None):
-        digest = large[path]
+        digest = large[path].lower()
         if not _SHA256.fullmatch(digest):  # it becomes a file name
             raise DownloadError(f"{wanted.label}: {endpoint()} gives no SHA-256 for {path}. {wanted.advice}")
         fetch_file(

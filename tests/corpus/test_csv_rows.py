@@ -137,3 +137,21 @@ def test_memory_does_not_grow_with_the_file(write):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows == 30_000 and peak < 8 << 20
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_json_lines_under_another_name_are_read_as_what_they_are(write, name: str):
+    path = write('{"instruction": "问", "output": "答"}\n', name)
+    assert list(read_csv(path)) == [(f"{path}:1", {"instruction": "问", "output": "答"})]
+
+
+def test_a_byte_order_mark_in_gb18030_is_no_part_of_the_first_name(write):
+    path = write("\ufeffinstruction,output\n问题一,回答一\n".encode("gb18030"), "a.csv")
+    assert list(read_csv(path)) == [(f"{path}:2", {"instruction": "问题一", "output": "回答一"})]
+
+
+@pytest.mark.parametrize("line", ["sep=,", '"sep=,"', "sep=;"])
+def test_excels_own_line_is_named(write, line: str):
+    path = write(f"{line}\ninstruction,output\na,b\n", "a.csv")
+    with pytest.raises(DataError, match=r"a\.csv:1: delete this line"):
+        list(read_csv(path))

@@ -71,9 +71,10 @@ def test_messages_of_every_type_that_datasets_gives_them(tmp_path: Path, kind: s
     assert [(m.role, m.content) for m in conversation.messages] == [("user", "你好"), ("assistant", "您好！")]
 
 
-def test_lists_of_different_lengths_are_no_messages(write):
-    path = write('{"messages": {"role": ["user", "assistant"], "content": ["a"]}}\n')
-    with pytest.raises(DataError, match=r"'messages' has lists of different lengths: \{'role': 2, 'content': 1\}"):
+def test_an_object_of_lists_is_no_list_of_messages_in_json(write):
+    """As in version 0.1, whose prepared data under the same key left such rows out."""
+    path = write('{"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}}\n')
+    with pytest.raises(DataError, match="'messages' must be a list of messages"):
         load_conversations(path)
 
 

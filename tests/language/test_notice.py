@@ -121,3 +121,19 @@ def test_a_warning_is_kept_with_its_code_and_without_secrets(
     assert first["code"] == "tracker-failed" and first["values"] == {"tracker": "wandb", "reason": "401 for •••"}
     assert first["text"] == notice_of(first) == "wandb failed and is left out from here on: 401 for •••"
     assert second == {"text": "plain words"}
+
+
+def test_a_resumed_run_does_not_warn_again_in_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "warnings.jsonl"
+    for again in (True, False, False):
+        with console.hold_warnings(), console.log_warnings(path):
+            console._held = [CUT, "as it is"]
+            console.log_held_warnings(again=again)
+    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert texts.count(CUT) == 1
+
+
+def test_a_notice_around_an_unknown_one_is_unknown() -> None:
+    """The English text beside it in the file is shown then, and not Python's form of the inner one."""
+    record = {"code": "memory-short", "values": {"need": {"code": "of-a-later-version", "values": {}}, "way": "w"}}
+    assert notices_of(["in English"], [record]) == ["in English"]

@@ -33,6 +33,7 @@ class Server(ThreadingHTTPServer):
         self.data, self.headers = DATA, {"ETag": '"one"'}
         self.statuses: list[tuple[int, dict[str, str]]] = []  # given first, one a request
         self.cuts: list[int] = []  # after so many bytes the next answers end
+        self.most = 0  # bytes of an answer to Range, where not 0: it may hold less than all of the rest
         self.stall = 0  # after so many bytes, where not 0, nothing more comes
         self.ranges = self.conditions = True  # whether Range and If-Range are understood
         self.silent, self.over = False, threading.Event()
@@ -64,8 +65,8 @@ class _Answers(BaseHTTPRequestHandler):
             first = int(start[1])
             if first >= len(server.data):
                 return self.head(416, {"Content-Range": f"bytes */{len(server.data)}", "Content-Length": "0"})
-            place = {"Content-Range": f"bytes {first}-{len(server.data) - 1}/{len(server.data)}"}
-            body = server.data[first:]
+            body = server.data[first:][: server.most or None]
+            place = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{len(server.data)}"}
             self.head(206, server.headers | place | {"Content-Length": str(len(body))})
         else:
             body = server.data
@@ -131,6 +132,19 @@ def test_a_lost_connection_goes_on_where_it_broke(server: Server, tmp_path: Path
     here = [bytes_here for _, bytes_here, _ in told]
     assert here == sorted(here) and here[-1] == 512_000
     assert {(name, total) for name, _, total in told} == {("a.bin", 512_000)}
+
+
+@pytest.mark.parametrize("sha256", [None, SHA256])
+def test_a_part_that_is_shorter_than_the_rest_is_not_the_end(server: Server, tmp_path: Path, sha256: str | None):
+    """RFC 9110, section 14.4: the length of the whole file is behind the slash of Content-Range."""
+    server.cuts, server.most = [100_000], 150_000
+    assert fetch(server, tmp_path / "a.bin", sha256) == DATA
+    assert [begin for begin, _ in ranges(server)] == [None, "bytes=100000-", "bytes=250000-", "bytes=400000-"]
+
+
+def test_an_empty_file_is_a_file(server: Server, tmp_path: Path):
+    server.data = b""
+    assert fetch(server, tmp_path / "a.bin", hashlib.sha256(b"").hexdigest()) == b""
 
 
 def test_a_server_that_brings_nothing_new_is_left(server: Server, tmp_path: Path, waits: list[float]):
