@@ -174,18 +174,26 @@ def _attention(
     values = heads(attention.v_proj(x), attention.n_kv_heads, None, rotate=False)
 
     prefix = [] if past is None else [past]
+    masked = device.max_masked_queries()
     outputs = []
     for index, segment in enumerate(batch.segments):
         visible = prefix + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
         key, value = (_joined(list(column)) for column in zip(*visible, strict=True))
-        # MLX aligns "causal" to the last key, so every query sees all ancestors
-        mask = "causal" if len(segment) > 1 else None
+        mask = _mask(len(segment), key.shape[2], array=len(segment) <= masked)
         outputs.append(
             mx.fast.scaled_dot_product_attention(queries[index], key, value, scale=attention.scale, mask=mask)
         )
         if cache is not None and index == len(batch.segments) - 1:
             cache.append((key, value))
     return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
+
+
+def _mask(queries: int, keys: int, *, array: bool) -> mx.array | str | None:
+    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query."""
+    if array:
+        last = mx.arange(keys - queries, keys)  # the key at each query's own position
+        return mx.arange(keys) <= last[:, None]  # (n, K)
+    return "causal" if queries > 1 else None  # MLX aligns "causal" to the last key
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 
 import psutil
 
@@ -33,6 +35,29 @@ def kernels_ahead() -> int:
     caller has to limit it: MLX also ends a command buffer by bytes, so large arrays end it early.
     """
     return 60 if is_cpu() else 0
+
+
+def max_masked_queries() -> int:
+    """The number of queries up to which attention must get a boolean array as its mask; 0 if there is no such rule.
+
+    With a gradient, Metal's back end refuses fused attention with so few queries if the mask is None or "causal".
+    """
+    import mlx.core as mx
+
+    backend = "cpu" if is_cpu() else "metal" if mx.metal.is_available() else "cuda"
+    return next((limit for name, since, limit in _MASKED_QUERIES if name == backend and mlx_version() >= since), 0)
+
+
+@cache
+def mlx_version() -> tuple[int, ...]:
+    """Major, minor and patch version of MLX."""
+    return tuple(int(part) for part in version("mlx").split(".")[:3])
+
+
+# Back end, first MLX version, queries. Since 0.32.4, attention has a backward pass of its own (ml-explore/mlx#4563).
+# It needs a log-sum-exp, which Metal's kernels for up to 8 queries do not produce: "the VJP path requires the
+# full-attention kernel". A boolean mask takes the unfused way, with the same gradient.
+_MASKED_QUERIES = (("metal", (0, 32, 4), 8),)
 
 
 def free_bytes() -> int:
