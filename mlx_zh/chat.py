@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.errors import RecipeError
+from mlx_zh.system.arguments import Parser
 
 if TYPE_CHECKING:
     from mlx_zh.chatting.chatbot import Chatbot
@@ -21,7 +22,7 @@ _EPILOG = "Piped input is one prompt: `echo 你好 | mlx-zh chat MODEL` prints t
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 if it is invalid."""
-    parser = argparse.ArgumentParser("mlx-zh chat", description=__doc__, epilog=_EPILOG)
+    parser = Parser("mlx-zh chat", description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "target",
         metavar="RECIPE|MODEL",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
+from mlx_zh.errors import RecipeError
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system.entry import entry
 
 STAGES = {
@@ -20,6 +21,8 @@ STAGES = {
     "report": "write the report of a run: a web page, a text and plots",
 }
 
+_MORE = "`mlx-zh STAGE --help` shows a stage's options. Each stage also runs as `python -m mlx_zh.STAGE`."
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the `mlx-zh` command and exit with its status."""
@@ -29,10 +32,12 @@ def main(argv: list[str] | None = None) -> None:
 def _stage(argv: list[str] | None) -> int:
     arguments = argv or []
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: mlx-zh STAGE RECIPE [KEY=VALUE ...]\n\nstages:")
+        print(
+            f"{in_readers_language('usage: ')}mlx-zh STAGE RECIPE [KEY=VALUE ...]\n\n{in_readers_language('stages:')}"
+        )
         for name, purpose in STAGES.items():
-            print(f"  {name:<10} {purpose}")
-        print("\n`mlx-zh STAGE --help` shows a stage's options. Each stage also runs as `python -m mlx_zh.STAGE`.")
+            print(f"  {name:<10} {in_readers_language(purpose)}")
+        print(f"\n{in_readers_language(_MORE)}")
         return 0
     stage, *rest = arguments
     if stage == "--version":
@@ -41,6 +46,5 @@ def _stage(argv: list[str] | None) -> int:
         print(f"mlx-zh {__version__}")
         return 0
     if stage not in STAGES:
-        print(f"error: there is no stage {stage!r}; choose from {', '.join(STAGES)}.", file=sys.stderr)
-        return 2
+        raise RecipeError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}.")
     return importlib.import_module(f"mlx_zh.{stage}").main(rest) or 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
+
+from mlx_zh.language.translation import in_readers_language
+from mlx_zh.system.arguments import Parser
 
 if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe
@@ -11,9 +13,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Check machine, packages, disk, hub and speed, and print a line for each; returns 1 if a check failed."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-zh doctor", description="Check this machine, and say how to fix what is wrong.", allow_abbrev=False
-    )
+    parser = Parser("mlx-zh doctor", description="Check this machine, and say how to fix what is wrong.")
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="also check whether this recipe can run here")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="set a key of the recipe, for example model.path=my-model"
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     results = checks(recipe)
     for check in results if arguments.quick else [*results, *measurements()]:
         failed |= check.level == "fail"
-        console.say(hide(f"{check.level:<5} {check.name:<10} {check.text}"))
+        console.say(hide(f"{check.level:<5} {check.name:<10} {in_readers_language(check.text)}"))
         if check.remedy:
-            console.say(hide(f"{'':<16} -> {check.remedy}"))
+            console.say(hide(f"{'':<16} -> {in_readers_language(check.remedy)}"))
     return 1 if failed else 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlx_zh.language.notice import Notice
 from mlx_zh.stages import command
+from mlx_zh.system.arguments import Parser
 
 if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe
@@ -54,7 +55,7 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
         console.say(upload.push(fuser.folder / kind, repository, hub, public=arguments.public))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = command.parser(
         "fuse", "Merge an adapter into its base, and write it for mlx-lm, transformers, llama.cpp or PEFT."
     )

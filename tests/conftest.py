@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+os.environ["MLX_ZH_LANG"] = "en"  # a test of another language says so
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network says so with a marker
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tiny matrices: on a busy machine threads mostly wait

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 from mlx_zh.distributed import launching
 from mlx_zh.errors import DataError
 from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.system.arguments import Parser
 
 if TYPE_CHECKING:
     from mlx_zh.stages.tuning import Method
 
 
-def parser(stage: str, purpose: str) -> argparse.ArgumentParser:
+def parser(stage: str, purpose: str) -> Parser:
     """An argument parser with RECIPE, `section.key=value` overrides and the options that every stage has."""
-    options = argparse.ArgumentParser(prog=f"mlx-zh {stage}", description=purpose, allow_abbrev=False)
+    options = Parser(f"mlx-zh {stage}", description=purpose)
     options.add_argument("recipe", metavar="RECIPE", help="a recipe file, for example recipes/quickstart.yaml")
     options.add_argument(
         "overrides",

@@ -1,4 +1,7 @@
-"""Terminal output: lines, warnings, tables and progress bars. Only commands and stages use it."""
+"""Terminal output in the reader's language: lines, warnings, tables and progress bars.
+
+Only commands and stages use it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 from wcwidth import wcswidth
 
 from mlx_zh.language.notice import Notice
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system.redaction import hide_all, printable, redact
 
 
@@ -19,7 +23,7 @@ def say(text: str = "") -> None:
     """Print a line for the user, above any progress bar."""
     from tqdm import tqdm
 
-    tqdm.write(printable(text), file=sys.stdout)
+    tqdm.write(printable(in_readers_language(text)), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -32,7 +36,7 @@ def warn(text: str, *, keep: bool = True) -> None:
 
     `keep=False` only prints: for a warning that another file of the run folder already records.
     """
-    say(f"warning: {text}")
+    say(f"{in_readers_language('warning: ')}{in_readers_language(text)}")
     if keep and _log is not None:
         _write(text, _log)
     elif keep and _held is not None:
@@ -98,6 +102,7 @@ def _write(text: str, path: Path) -> None:
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
     """Rows as aligned columns; a Chinese character counts as two terminal cells."""
+    rows = [[in_readers_language(cell) for cell in row] for row in rows]
     widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -119,7 +124,7 @@ class StepBar:
         self._bar: Any = tqdm(
             total=total,
             initial=done,
-            desc=name,
+            desc=in_readers_language(name),
             unit="step",
             dynamic_ncols=True,
             file=sys.stdout,
@@ -140,7 +145,7 @@ class StepBar:
 
     def note(self, text: str) -> None:
         """Show `text` after the bar until the next step."""
-        self._bar.set_postfix_str(text)
+        self._bar.set_postfix_str(in_readers_language(text))
 
     def close(self) -> None:
         """End the bar's line."""
@@ -155,7 +160,7 @@ class CountBar:
 
         self._bar: Any = tqdm(
             total=total,
-            desc=name,
+            desc=in_readers_language(name),
             unit=unit,
             dynamic_ncols=True,
             file=sys.stdout,
@@ -180,7 +185,7 @@ class RowBar:
 
         self._bar: Any = tqdm(
             total=total,
-            desc=name,
+            desc=in_readers_language(name),
             unit="row",
             delay=1,
             leave=False,

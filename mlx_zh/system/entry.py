@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_zh.errors import MlxZhError
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system import device
 from mlx_zh.system.redaction import printable
 
@@ -39,16 +40,16 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
             print(printable(traceback.format_exc()), end="", file=sys.stderr)
         status = 130
         if isinstance(error, MlxZhError):
-            print(f"error: {_paragraph(error)}", file=sys.stderr)
+            print(f"{in_readers_language('error: ')}{_paragraph(error)}", file=sys.stderr)
             status = 2
     except RuntimeError as error:
         if debug or not device.is_out_of_memory(error):
             raise
-        print(
-            f"error: memory ran out: {error} Close other programs, lower memory.micro_tokens or memory.logit_rows, "
-            "or set memory.checkpoint_layers=true; then run the same command again.",
-            file=sys.stderr,
+        text = (
+            f"memory ran out: {error} Close other programs, lower memory.micro_tokens or memory.logit_rows, "
+            "or set memory.checkpoint_layers=true; then run the same command again."
         )
+        print(in_readers_language("error: ") + in_readers_language(text), file=sys.stderr)
         status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: print nothing
@@ -57,7 +58,10 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
 
 
 def _paragraph(error: BaseException) -> str:
-    """An error's text without blank lines, secrets and control characters, cut at `_LONGEST`."""
-    lines = [line.rstrip() for line in printable(str(error)).split("\n")]
+    """An error's text in the reader's language, without blank lines, secrets and control characters.
+
+    It is cut at `_LONGEST`.
+    """
+    lines = [line.rstrip() for line in printable(in_readers_language(str(error))).split("\n")]
     text = "\n".join(line for line in lines if line)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"

@@ -1,0 +1,83 @@
+"""The command-line parser of every command: help and errors in the reader's language."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from wcwidth import wcwidth
+
+from mlx_zh.language.translation import in_readers_language
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` without abbreviated options, whose texts are in the reader's language."""
+
+    def __init__(self, prog: str, *, description: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which would cut the length of the English word "usage: " off its own usage."""
+        if self.usage is None:
+            self.usage = self.format_usage().removeprefix(in_readers_language("usage: ")).rstrip().replace("%", "%%")
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the command line, and exit with status 2."""
+        self.exit(2, f"{self.format_usage()}{in_readers_language('error: ')}{in_readers_language(message)}\n")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Puts each text of the help into the reader's language before it is laid out."""
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, prefix or in_readers_language("usage: "))
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(heading and in_readers_language(heading))
+
+    def add_text(self, text: str | None) -> None:
+        super().add_text(text and in_readers_language(text))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help and in_readers_language(action.help)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return list(wrapped(text, width))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in wrapped(text, width - len(indent)))
+
+
+def wrapped(text: str, width: int) -> Iterator[str]:
+    """The lines of a paragraph, each at most `width` terminal cells wide. A Chinese character takes two.
+
+    A line ends at a space or after a Chinese character, but no line begins with Chinese punctuation.
+    """
+    line, cells = "", 0
+    for word in _words(" ".join(text.split())):
+        size = sum(max(wcwidth(letter), 0) for letter in word)
+        if line and cells + size > width and word != " ":
+            yield line.rstrip()
+            line, cells = "", 0
+        if line or word != " ":
+            line, cells = line + word, cells + size
+    if line.strip():
+        yield line.rstrip()
+
+
+def _words(text: str) -> Iterator[str]:
+    """The parts of `text` that stay on one line: Western words, spaces, and Chinese characters with their stops."""
+    word = ""
+    for letter in text:
+        wide = wcwidth(letter) == 2 or wcwidth(word[-1:] or "a") == 2
+        if word and (" " in (word, letter) or (wide and letter not in _STOPS)):
+            yield word
+            word = ""
+        word += letter
+    if word:
+        yield word
+
+
+_STOPS = "，。、；：！？）》」』】”’"

@@ -1,0 +1,98 @@
+"""Every sentence in the program's code, as `language/console.yaml` must word it.
+
+    python tests/language/wordings.py        # prints the sentences that have no Chinese wording
+
+A sentence is a string with three words or more that is not a docstring. Fields of an f-string are numbered.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx_zh
+
+PACKAGE = Path(mlx_zh.__file__).parent
+
+# Their strings are not sentences for the terminal: pages, plots, model cards and files for other programs.
+ELSEWHERE = ("reporting/", "models/export/card.py", "models/export/ollama.py", "language/", "chatting/transcript.py")
+
+
+def sentences() -> dict[str, str]:
+    """Every sentence with the first place where it stands (`file:line`)."""
+    places: dict[str, str] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(ELSEWHERE):
+            for line, text in _texts(ast.parse(path.read_text(encoding="utf-8"))):
+                places.setdefault(text, f"{name}:{line}")
+    return places
+
+
+def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    seen = set(map(id, _docstrings(tree)))
+    for node in ast.walk(tree):  # an outer expression comes before its parts
+        if id(node) in seen:
+            continue
+        parts = _parts(node)
+        if parts is None:
+            continue
+        seen |= {id(inner) for inner in ast.walk(node) if _is_text_of(node, inner)}
+        text = _numbered(parts)
+        if is_sentence(text):
+            yield node.lineno, text  # type: ignore[attr-defined]
+
+
+def is_sentence(text: str) -> bool:
+    """Whether `text` has three words or more outside its fields."""
+    return " " in text and len(re.findall("[A-Za-z]{2,}", re.sub(r"\{\d+\}", "", text))) >= 3
+
+
+def _parts(node: ast.AST) -> list[str | None] | None:
+    """A string expression as its texts, with None for each field; None for any other expression."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _parts(node.left), _parts(node.right)
+        return None if left is None and right is None else [*(left or [None]), *(right or [None])]
+    return None
+
+
+def _is_text_of(node: ast.AST, inner: ast.AST) -> bool:
+    """Whether `inner` is one of the texts that `node` is made of, and not a string within one of its fields."""
+    if inner is node:
+        return True
+    children = [node.left, node.right] if isinstance(node, ast.BinOp) else getattr(node, "values", [])
+    return any(
+        child is inner or (isinstance(child, ast.BinOp | ast.JoinedStr) and _is_text_of(child, inner))
+        for child in children
+    )
+
+
+def _numbered(parts: list[str | None]) -> str:
+    """The texts as one format string with numbered fields."""
+    fields = iter(range(len(parts)))
+    return "".join(
+        f"{{{next(fields)}}}" if part is None else part.replace("{", "{{").replace("}", "}}") for part in parts
+    )
+
+
+def _docstrings(tree: ast.Module) -> Iterator[ast.AST]:
+    """Strings that stand alone as a statement."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield node.value
+
+
+if __name__ == "__main__":
+    from mlx_zh.language.translation import wordings
+
+    missing = {text: place for text, place in sentences().items() if text not in wordings()}
+    for text, place in missing.items():
+        print(f"{place}\t{text!r}")
+    sys.exit(bool(missing))
