@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from heapq import merge
 from importlib.resources import files
 from string import Formatter
 from typing import NamedTuple
@@ -72,11 +73,17 @@ class _Sentence(NamedTuple):
     literals: tuple[str, ...]
     chinese: str
 
+    @property
+    def size(self) -> int:
+        """Characters of the English text around the fields."""
+        return sum(map(len, self.literals))
+
 
 def _candidates(text: str) -> Iterator[_Sentence]:
+    """The wordings that `text` may have; those with more text around their fields come first."""
     table = _table()
-    yield from table.get(text[:_HEAD], ())
-    yield from table.get("", ())  # begins with a field, or is shorter than a head
+    beginnings = (text[:_HEAD], "")  # "": begins with a field, or is shorter than a head
+    return merge(*(table.get(head, ()) for head in beginnings), key=lambda sentence: -sentence.size)
 
 
 _HEAD = 4  # characters of the beginning by which sentences are looked up
@@ -84,13 +91,13 @@ _HEAD = 4  # characters of the beginning by which sentences are looked up
 
 @cache
 def _table() -> Mapping[str, Sequence[_Sentence]]:
-    """The wordings by the beginning of their English text. Those with more text around their fields come first."""
+    """The wordings by the beginning of their English text, the longest first."""
     table: dict[str, list[_Sentence]] = defaultdict(list)
     for english, chinese in wordings().items():
         texts = literals(english)
         table[texts[0][:_HEAD] if len(texts[0]) >= _HEAD else ""].append(_Sentence(texts, chinese))
     for sentences in table.values():
-        sentences.sort(key=lambda sentence: -sum(map(len, sentence.literals)))
+        sentences.sort(key=lambda sentence: -sentence.size)
     return table
 
 

@@ -10,16 +10,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from wcwidth import wcswidth
+from wordings import PACKAGE, sentences
 
 from mlx_zh import cli
 from mlx_zh.language import translation
 from mlx_zh.language.catalogue import Language
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
-from mlx_zh.language.translation import in_readers_language, wordings
+from mlx_zh.language.translation import in_readers_language, literals, wordings
 from mlx_zh.system.arguments import wrapped
-
-CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 @pytest.mark.parametrize(
@@ -44,12 +43,33 @@ def test_the_environment_names_the_language(
     assert reader_language() == language
 
 
+def test_every_sentence_of_the_code_has_a_chinese_wording() -> None:
+    missing = {text: place for text, place in sentences().items() if text not in wordings()}
+    assert not missing
+
+
+def test_every_wording_is_of_a_sentence_in_the_code() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    said = sentences()
+    stale = [text for text in wordings() if text not in said and max(literals(text), key=len).strip() not in code]
+    assert not [text for text in stale if text not in ARGPARSE]
+
+
+# What argparse itself says.
+ARGPARSE = {
+    "options",
+    "positional arguments",
+    "show this help message and exit",
+    "the following arguments are required: {0}",
+    "unrecognized arguments: {0}",
+}
+
+
 @pytest.mark.parametrize(("english", "chinese"), wordings().items())
 def test_a_wording_has_the_same_fields_and_says_their_values(english: str, chinese: str) -> None:
     names = [sorted(name for _, name, _, _ in string.Formatter().parse(side) if name) for side in (english, chinese)]
     assert names[0] == names[1]
     assert names[0] == [str(number) for number in range(len(names[0]))], "a field once in each wording"
-    assert not CHINESE.search(english.partition("{")[0][:4]) or " " in english
     values = [f"<{name}>" for name in names[0]]
     assert in_readers_language(english.format(*values), "zh") == chinese.format(*values)
 

@@ -47,8 +47,25 @@ def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def is_sentence(text: str) -> bool:
-    """Whether `text` has three words or more outside its fields."""
-    return " " in text and len(re.findall("[A-Za-z]{2,}", re.sub(r"\{\d+\}", "", text))) >= 3
+    """Whether `text` has three English words or more. The chat's lines in both languages are none."""
+    words = [word for word in re.sub(r"\{\d+\}", "", text).split() if _WORD.fullmatch(word)]
+    return len(words) >= 3 and " · " not in text and not text.startswith(NAMES)
+
+
+_WORD = re.compile(r"[(“\"']*[A-Za-z][a-z’']+[.,;:!?)”\"'`]*")
+
+# Parts of other programs' messages, and a licence's own words.
+NAMES = (
+    "[malloc]",
+    "[metal::malloc]",
+    "No space left on device",
+    "No module named pip",
+    "Config name is missing",
+    "Llama {0} is licensed",
+    "Hello ",
+    "failed: out of memory",
+    "(?i:",
+)
 
 
 def _parts(node: ast.AST) -> list[str | None] | None:
@@ -75,11 +92,18 @@ def _is_text_of(node: ast.AST, inner: ast.AST) -> bool:
 
 
 def _numbered(parts: list[str | None]) -> str:
-    """The texts as one format string with numbered fields."""
-    fields = iter(range(len(parts)))
+    """The texts as one format string with numbered fields. `{name}` and `{name!r}` in a text are fields too."""
+    pieces: list[str | None] = []
+    for part in parts:
+        texts = [None] if part is None else _NAMED.split(part)
+        pieces += [piece for text in texts for piece in (None, text)][1:]
+    fields = iter(range(len(pieces)))
     return "".join(
-        f"{{{next(fields)}}}" if part is None else part.replace("{", "{{").replace("}", "}}") for part in parts
+        f"{{{next(fields)}}}" if piece is None else piece.replace("{", "{{").replace("}", "}}") for piece in pieces
     )
+
+
+_NAMED = re.compile(r"\{[a-z_]+(?:![rs])?\}")  # as str.format takes them
 
 
 def _docstrings(tree: ast.Module) -> Iterator[ast.AST]:
