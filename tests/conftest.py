@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,15 @@ def model_folder(
         return folder
 
     return write
+
+
+@pytest.fixture
+def metal() -> Iterator[Any]:
+    """MLX's CPU back end as Metal: refuses what Metal refuses, and records the calls (watchman.py)."""
+    from watchman import simulated_metal
+
+    with simulated_metal() as watchman:
+        yield watchman
 
 
 @pytest.fixture
