@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.develop
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: quickstart test test-cores soak bench lint format oracle audit fuzz clean
+.PHONY: quickstart test test-cores metal-calls soak bench lint format oracle audit fuzz clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
@@ -19,6 +19,11 @@ test: $(DEVELOP)
 # The numeric tests with every matrix kernel of OpenBLAS that this processor can run, with one thread and with two.
 test-cores: $(DEVELOP)
 	$(BIN)/python tests/core_types.py
+
+# Runs a recipe on a simulated Metal: what it asks of Metal, against what Metal refuses (docs/mac.md).
+RECIPE ?= recipes/quickstart.yaml
+metal-calls: $(DEVELOP)
+	$(BIN)/python tests/metal_calls.py $(RECIPE) $(OPTIONS)
 
 # Kills every stage again and again, and compares the result with an undisturbed run (docs/reliability.md).
 soak: $(DEVELOP)

@@ -23,8 +23,8 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 
 sys.path.insert(0, str(Path(__file__).parent))
-from metal_rules import MAC  # noqa: E402
-from watchman import Watchman, simulated_metal  # noqa: E402
+from metal_rules import MAC
+from watchman import Watchman, simulated_metal
 
 Row = tuple[str, ...]
 
@@ -65,10 +65,12 @@ def _kind(call: object) -> str:
     if call.kind == "attention":
         return f"attention, mask {options['mask']}, head {call.shapes[0][-1]}, {call.dtypes[0]}"
     if call.kind == "rope":
-        return f"rope, offset a {options['offset']}, {call.dtypes[0]}"
+        return f"rope, offset: {options['offset']}, {call.dtypes[0]}"
     if call.kind == "quantized_matmul":
         way = "transposed" if options["transpose"] else "not transposed"
-        return f"quantized product, {way}, {options['bits']} bits, groups of {options['group_size']}, {call.dtypes[0]}"
+        return (
+            f"quantized product, {way}, {options['bits']} bits, groups of {options['group_size']}, {call.dtypes[0]}"
+        )
     return call.kind
 
 
@@ -100,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, simulated_metal(fast_products=True) as watchman:
         run_recipe(recipe, overrides, folder)
     print(f"\n{recipe} {' '.join(overrides)} on a simulated Metal, in {time.monotonic() - start:.0f} s\n")
-    print(console.table(call_rows(watchman)), "\n")
+    print(f"{console.table(call_rows(watchman))}\n")
     print(console.table(extreme_rows(watchman)))
 
 

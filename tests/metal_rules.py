@@ -150,7 +150,7 @@ def _arguments(call: Call) -> str | None:
 
 def _resources(call: Call) -> str | None:
     limit = MAC["resource_limit"]
-    return f"[metal::malloc] Resource limit ({limit}) exceeded." if call["arrays"] > limit else None
+    return f"[metal::malloc] Resource limit ({limit}) exceeded." if call["alive"] > limit else None
 
 
 # Split and concatenate are not here, because Metal takes any number of arrays: parts of a split are views, and

@@ -24,7 +24,11 @@ LETTERS = "abcdefghi"
 
 def write_pairs(name: str, answers: list[tuple[str, str]]) -> None:
     rows = [
-        {"prompt": [message("user", f"问{n}")], "chosen": [message("assistant", c)], "rejected": [message("assistant", r)]}
+        {
+            "prompt": [message("user", f"问{n}")],
+            "chosen": [message("assistant", c)],
+            "rejected": [message("assistant", r)],
+        }
         for n, (c, r) in enumerate(answers)
     ]
     Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -109,7 +113,9 @@ def test_every_preference_loss(on_metal: Project, metal: Watchman, loss: str) ->
     ],
     ids=["4-bit checkpointed", "4-bit dora coupled", "weighted", "bfloat16 checkpointed"],
 )
-def test_dpo(on_metal: Project, metal: Watchman, model_folder: Any, model: dict[str, Any], settings: list[str]) -> None:
+def test_dpo(
+    on_metal: Project, metal: Watchman, model_folder: Any, model: dict[str, Any], settings: list[str]
+) -> None:
     path = f"model.path={model_folder(head_dim=64, **model)}"
     well(on_metal.run(dpo.main, path, "dpo.start=base", "evaluate.prompts=[你好]", *settings))
     assert set(range(1, 10)) <= queries(metal)
@@ -206,10 +212,10 @@ def test_other_refusals(metal: Watchman) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arrays": 499_001, "index_arrays": 0, "compiled_arguments": 0}, "Resource limit (499000) exceeded"),
-        ({"arrays": 1, "index_arrays": 21, "compiled_arguments": 0}, "more than 20 index arrays"),
-        ({"arrays": 1, "index_arrays": 0, "compiled_arguments": 27}, "Too many inputs/outputs"),
-        ({"arrays": 499_000, "index_arrays": 20, "compiled_arguments": 26}, None),
+        ({"alive": 499_001, "index_arrays": 0, "compiled_arguments": 0}, "Resource limit (499000) exceeded"),
+        ({"alive": 1, "index_arrays": 21, "compiled_arguments": 0}, "more than 20 index arrays"),
+        ({"alive": 1, "index_arrays": 0, "compiled_arguments": 27}, "Too many inputs/outputs"),
+        ({"alive": 499_000, "index_arrays": 20, "compiled_arguments": 26}, None),
     ],
 )
 def test_limits_of_an_evaluation(options: dict[str, int], message: str | None) -> None:
@@ -222,7 +228,9 @@ def test_limits_of_an_evaluation(options: dict[str, int], message: str | None) -
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("group", "bits", "taken"), [(32, 4, True), (64, 8, True), (128, 2, True), (16, 4, False), (64, 7, False)])
+@pytest.mark.parametrize(
+    ("group", "bits", "taken"), [(32, 4, True), (64, 8, True), (128, 2, True), (16, 4, False), (64, 7, False)]
+)
 def test_quantized_products_need_a_kernel(dtype: str, group: int, bits: int, taken: bool) -> None:
     options = {"mode": "affine", "group_size": group, "bits": bits, "transpose": False}
     call = Call("quantized_matmul", ((1, 64), (64, 8)), (dtype, "uint32"), options=tuple(options.items()))

@@ -27,11 +27,17 @@ from mlx_zh.system import device
 
 # These make no array of their own; their outputs share the buffer of their first input.
 VIEWS = frozenset(
-    "AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten Reshape Slice Split Squeeze "
-    "StopGradient Transpose Unflatten View".split()
+    {
+        *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "ExpandDims", "Flatten"),
+        *("Reshape", "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
+    }
 )
 GRADIENTS = ("grad", "value_and_grad")  # these return a function; mx.vjp and mx.jvp call theirs at once
-FACTORIZATIONS = "qr svd inv tri_inv cholesky cholesky_inv pinv lu lu_factor eig eigvals eigh eigvalsh".split()
+FACTORIZATIONS = (
+    *("qr", "svd", "inv", "tri_inv", "cholesky", "cholesky_inv", "pinv", "lu", "lu_factor", "eig", "eigvals"),
+    *("eigh", "eigvalsh"),
+)
+
 # Lines of `mx.export_to_dot`: an operation, then the arrays that go in and out. Operations that a compiled function
 # makes at several places have the same number.
 _NODE = re.compile(r'\{ \d+ \[label ="([^"]*)"')
@@ -65,7 +71,7 @@ class Watchman:
     calls: Counter[Call] = field(default_factory=Counter)
     largest: Array = Array(0, (), "", "")
     most_alive: int = 0  # arrays at one time of an evaluation, in depth-first order
-    most_evaluated: int = 0  # arrays in one evaluation: no order has more of them alive
+    most_evaluated: int = 0  # arrays in one evaluation, an upper bound
     evaluations: int = 0
     _tracing: threading.local = field(default_factory=threading.local)
 

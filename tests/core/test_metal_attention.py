@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,25 +21,6 @@ from mlx_zh.system import device
 pytestmark = pytest.mark.numeric
 
 LENGTHS = range(1, 10)
-FUSED = mx.fast.scaled_dot_product_attention
-
-
-@pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Attention as MLX 0.32.4 has it on Metal: what its backward pass refuses raises here. Yields query counts."""
-    queries: list[int] = []
-
-    def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None) -> mx.array:
-        queries.append(q.shape[2])
-        if q.shape[2] <= 8 and not isinstance(mask, mx.array):
-            raise RuntimeError("the vector kernels do not produce a logsumexp; the VJP path requires the full kernel")
-        return FUSED(q, k, v, scale=scale, mask=mask)
-
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(device, "mlx_version", lambda: (0, 32, 4))
-    yield queries
 
 
 def row(length: int, ancestors: bool) -> PackedBatch:
@@ -67,28 +48,32 @@ def test_masked_attention_has_the_same_states_and_gradients(
 
     states = np.array(hidden_states(model, batch))
     value, expected = gradients(model, loss)
-    queries = request.getfixturevalue("metal")
+    metal = request.getfixturevalue("metal")
     masked = np.array(hidden_states(model, batch))
     assert np.abs(masked - states).max() <= HIDDEN * np.abs(states).max()
-    again, found = gradients(model, loss)
+    again, actual = gradients(model, loss)
     assert again == pytest.approx(value, rel=1e-5)
-    assert distance(found, expected) < GRADIENT
-    assert {length, 20} <= set(queries)
+    assert distance(actual, expected) < GRADIENT
+    masks = {call.shapes[0][2]: call["mask"] for call in metal.of("attention", gradient=True)}
+    assert masks == {20: "causal", length: "bool" if length <= 8 else "causal"} | (
+        {11: "causal"} if ancestors else {}
+    )
 
 
-def test_masked_attention_equals_the_models_own_gradient(tiny_model: Callable[..., Any], metal: list[int]) -> None:
-    """mlx-lm's forward, one sequence of 5 tokens alone, is not under the rule: it has an array mask of its own."""
+def test_masked_attention_equals_the_models_own_gradient(
+    tiny_model: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
     model = tiny_model("llama")
     add_adapter(model, AdapterSpec("lora", num_layers=3, rank=4), seed=1)
     tokens = random_tokens(5, seed=2)
     builder = RowBuilder()
     builder.score(builder.add(tokens), [False, *[True] * 4], owner=0)
     batch = builder.build(1)
-    _, found = gradients(model, lambda: -batch_logprobs(model, batch).sum())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mx.fast, "scaled_dot_product_attention", FUSED)
-        _, expected = gradients(model, lambda: -following_logprobs(model, tokens).sum())
-    assert distance(found, expected) < GRADIENT
+    _, expected = gradients(model, lambda: -following_logprobs(model, tokens).sum())  # with the mask "causal"
+    metal = request.getfixturevalue("metal")
+    _, actual = gradients(model, lambda: -batch_logprobs(model, batch).sum())
+    assert distance(actual, expected) < GRADIENT
+    assert metal.fewest_queries() == {"bool": 5}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -99,10 +84,13 @@ def test_half_precision_differs_by_its_own_rounding(length: int) -> None:
     from mlx_zh.core.logprobs import _mask
 
     def out(mask: Any, q: mx.array) -> mx.array:
-        return FUSED(q, k, v, scale=0.25, mask=mask).astype(mx.float32).sum()
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask).astype(mx.float32).sum()
 
     masks = [_mask(length, length + 7, array=array) for array in (False, True)]
-    for value in (lambda mask: FUSED(q, k, v, scale=0.25, mask=mask), lambda mask: mx.grad(partial(out, mask))(q)):
+    for value in (
+        lambda mask: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask),
+        lambda mask: mx.grad(partial(out, mask))(q),
+    ):
         one, other = (np.array(value(mask).astype(mx.float32)) for mask in masks)
         assert np.abs(one - other).max() <= 4 * 2.0**-8 * np.abs(one).max()
 
