@@ -25,7 +25,7 @@ from metal_rules import MAC, VERSION, Call
 
 from mlx_zh.system import device
 
-# These make no array of their own; their outputs share the buffer of their first input.
+# These make no array of their own: their outputs share the buffers of their inputs, CustomTransforms' of its last ones.
 VIEWS = frozenset(
     {
         *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "ExpandDims", "Flatten"),
@@ -142,9 +142,10 @@ def counts(dot: str) -> dict[str, int]:
     last: dict[str, int] = {}  # the last operation that reads it
     for index, operation in enumerate(operations):
         taken = [buffer.setdefault(array, array) for array in operation.inputs]
+        shared = taken[-len(operation.outputs) :] if operation.name == "CustomTransforms" else taken
         for place, array in enumerate(operation.outputs):
             if operation.name in VIEWS and taken:
-                buffer[array] = taken[min(place, len(taken) - 1)]
+                buffer[array] = shared[min(place, len(shared) - 1)]
             else:
                 buffer[array] = array
                 made[array] = index
