@@ -60,7 +60,7 @@ def call_rows(watchman: Watchman) -> list[Row]:
     return [head, *((kind, f"{counted[kind, True]:,}", f"{counted[kind, False]:,}") for kind in kinds)]
 
 
-def _kind(call: object) -> str:
+def _kind(call: Call) -> str:
     options = dict(call.options)
     if call.kind == "attention":
         return f"attention, mask {options['mask']}, head {call.shapes[0][-1]}, {call.dtypes[0]}"
@@ -83,7 +83,8 @@ def extreme_rows(watchman: Watchman) -> list[Row]:
         for mask, fewest in sorted(watchman.fewest_queries(gradient=gradient).items()):
             rows.append((f"fewest queries {name}, mask {mask}", str(fewest), _limit(gradient, mask)))
     for kind in ("split", "concatenate"):
-        rows.append((f"most parts of a {kind}", str(max(call["parts"] for call in watchman.of(kind))), "none"))
+        most = max((call["parts"] for call in watchman.of(kind)), default=0)
+        rows.append((f"most parts of a {kind}", str(most), "none"))
     size = f"{largest.nbytes / 2**20:,.1f} MiB, {largest.dtype} {largest.shape} in {largest.function}"
     rows.append(("largest array", size, f"{int(MAC['max_buffer_length']) / 2**20:,.0f} MiB"))
     rows.append(("most arrays alive", f"{watchman.most_alive:,}", f"{MAC['resource_limit']:,}"))
@@ -100,10 +101,12 @@ def main() -> None:
     recipe, *overrides = sys.argv[1:] or ["recipes/quickstart.yaml"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, simulated_metal(fast_products=True) as watchman:
-        run_recipe(recipe, overrides, folder)
-    print(f"\n{recipe} {' '.join(overrides)} on a simulated Metal, in {time.monotonic() - start:.0f} s\n")
-    print(f"{console.table(call_rows(watchman))}\n")
-    print(console.table(extreme_rows(watchman)))
+        try:
+            run_recipe(recipe, overrides, folder)
+        finally:  # a run that was refused or stopped shows what came before
+            print(f"\n{' '.join([recipe, *overrides])} on a simulated Metal, {time.monotonic() - start:.0f} s\n")
+            print(f"{console.table(call_rows(watchman))}\n")
+            print(console.table(extreme_rows(watchman)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from metal_rules import MAC, VERSION, Call
 
 from mlx_zh.system import device
 
-# These make no array of their own: their outputs share the buffers of their inputs, CustomTransforms' of its last ones.
+# These make no array of their own: their outputs share the buffers of their inputs (CustomTransforms: the last ones).
 VIEWS = frozenset(
     {
         *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "ExpandDims", "Flatten"),
