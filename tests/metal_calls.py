@@ -23,7 +23,7 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 
 sys.path.insert(0, str(Path(__file__).parent))
-from metal_rules import MAC
+from metal_rules import MAC, Call
 from watchman import Watchman, simulated_metal
 
 Row = tuple[str, ...]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import metal_calls
 import mlx.core as mx
+import numpy as np
 import pytest
 from metal_rules import FLOATS, RULES, Call, check
 from project import Project, Result, message
-from watchman import Watchman
+from watchman import Watchman, simulated_metal
 
 from mlx_zh import chat, dpo, eval, fuse
 from mlx_zh.core.losses import LOSSES
@@ -270,8 +273,38 @@ def test_the_record_of_a_call(metal: Watchman) -> None:
     assert (metal.largest.nbytes, metal.largest.shape) == (5 * 4 * 64 * 4, (5, 4, 1, 64))
 
 
-def test_the_functions_are_back_after_it(metal: Watchman) -> None:
-    assert device.max_masked_queries() == 8
+def test_outputs_of_a_custom_function_share_its_inner_arrays(metal: Watchman) -> None:
+    """x, its exponential, its absolute value and their sum."""
+    both = mx.custom_function(lambda x: (mx.exp(x), mx.abs(x)))
+    both.vjp(lambda primals, cotangents, outputs: cotangents[0])
+    x = mx.random.normal((4,))
+    mx.eval(x)
+    metal.most_alive = metal.most_evaluated = 0
+    exponential, absolute = both(x)
+    mx.eval(exponential + absolute)
+    assert (metal.most_evaluated, metal.most_alive) == (4, 4)
+
+
+def test_everything_is_back_after_it() -> None:
+    before = [mx.eval, mx.value_and_grad, mx.fast.rope, mx.concatenate, mx.device_info, np.array]
+    with simulated_metal():
+        assert device.max_masked_queries() == 8 and not device.is_cpu()
+    assert before == [mx.eval, mx.value_and_grad, mx.fast.rope, mx.concatenate, mx.device_info, np.array]
+    assert device.max_masked_queries() == 0 or mx.metal.is_available()
+
+
+def test_the_table_of_a_run(project: Project, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage of a recipe without pairs and exams, then `fuse` and `chat`."""
+    monkeypatch.setattr("sys.stdin", sys.stdin)  # the chat replaces it
+    overrides = ["sft.max_steps=1", f"model.path={model_folder(head_dim=64, quantized=4)}"]
+    with simulated_metal(fast_products=True) as watchman:
+        metal_calls.run_recipe("recipe.yaml", overrides, "folder")
+    called = {kind: gradient for kind, gradient, _ in metal_calls.call_rows(watchman)}
+    assert called["attention, mask causal, head 64, float32"] == "12"  # 3 layers, 4 conversations
+    assert called["quantized product, transposed, 4 bits, groups of 32, float32"] != "0"
+    extremes = {row[0]: row[1:] for row in metal_calls.extreme_rows(watchman)}
+    assert extremes["fewest queries without a gradient, mask none"] == ("1", "none")
+    assert extremes["most arrays alive"] == (f"{watchman.most_alive:,}", "499,000")
 
 
 def test_every_rule_names_its_source() -> None:
