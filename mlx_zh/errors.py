@@ -33,6 +33,10 @@ class PlanError(MlxZhError):
     """A run that needs more memory than there is."""
 
 
+class DeviceError(MlxZhError):
+    """An accelerator that gives up the same work again and again."""
+
+
 class TrainingError(MlxZhError):
     """A training run whose numbers show that something is wrong."""
 

@@ -30,6 +30,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for an accelerator that a test only pretends to have."""
+    from mlx_zh.system import accelerator
+
+    monkeypatch.setattr(accelerator, "PAUSE", 0.0)
+
+
 @pytest.fixture(scope="session")
 def samples() -> Path:
     """Real samples of public data sets; they lie beside the checkout where the project is developed."""

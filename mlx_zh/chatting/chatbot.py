@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.core.families import Config
 from mlx_zh.corpus.conversation import Message
-from mlx_zh.errors import AdapterError
+from mlx_zh.errors import AdapterError, DeviceError
 from mlx_zh.models.generate import GenerationSession, Sampling, Statistics, StopTest
+from mlx_zh.system.accelerator import AcceleratorError, accelerator_errors, advice, cause
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -58,8 +59,12 @@ class Chatbot:
         return transcript.fit(self._render, self.context, reserve)
 
     def stream(self, prompt: Sequence[int], stop: StopTest = lambda: False) -> Iterator[str]:
-        """The answer, piece by piece, until `stop` returns true; afterwards `session.statistics` describes it."""
-        yield from self.session.stream(prompt, self._sampling_for(prompt), stop)
+        """The answer, piece by piece, until `stop` returns true; afterwards `session.statistics` describes it.
+
+        Raises DeviceError if the accelerator gives up.
+        """
+        with _explained():
+            yield from self.session.stream(prompt, self._sampling_for(prompt), stop)
 
     def swap(self, folder: Path | None) -> None:
         """Load another adapter, or with None only remove the loaded one.
@@ -120,9 +125,10 @@ class Chatbot:
     ) -> Answer:
         pieces = []
         progress(name, 0)
-        for piece in session.stream(prompt, self._sampling_for(prompt), stop):
-            pieces.append(piece)
-            progress(name, session.statistics.generated)
+        with _explained():
+            for piece in session.stream(prompt, self._sampling_for(prompt), stop):
+                pieces.append(piece)
+                progress(name, session.statistics.generated)
         return Answer("".join(pieces), session.statistics)
 
     @contextlib.contextmanager
@@ -150,6 +156,19 @@ class Chatbot:
 
     def _new_session(self) -> GenerationSession:
         return GenerationSession(self.loaded.model, self.loaded.tokenizer, self.loaded.eos_token_ids)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn an error of the accelerator into one paragraph in Chinese and English."""
+    try:
+        with accelerator_errors():
+            yield
+    except AcceleratorError as error:
+        why, help_ = cause(error.fault), advice(error.fault)
+        raise DeviceError(
+            f"回答中断：{why.text('zh')}。{help_.text('zh')}\nThe answer was cut off: {why}. {help_}"
+        ) from error
 
 
 def context_length(config: Config, chosen: int | None) -> int:

@@ -16,6 +16,8 @@ from mlx_zh.exams.protocols import Protocol
 from mlx_zh.exams.scorer import Report, letter_logprobs
 from mlx_zh.models.generate import GenerationSession, Sampling
 
+_PREFILL = 512  # tokens of a prompt that are computed at once before a free answer
+
 VERSION = 1  # raise it when the same prompts would give other answers
 
 
@@ -88,7 +90,8 @@ class Examinee:
 
     def _answer_freely(self, subject: Subject, prompts: Sequence[Prompt], report: Report) -> list[Answer]:
         """Answers that the model writes, decoded greedily."""
-        session = GenerationSession(self.model, self.tokenizer, self.eos_token_ids)
+        chunk = min(self.micro_tokens, _PREFILL)
+        session = GenerationSession(self.model, self.tokenizer, self.eos_token_ids, chunk)
         sampling = Sampling(temperature=0.0, max_tokens=self.max_new_tokens)
         answers = []
         for question, prompt in zip(subject.questions, prompts, strict=True):

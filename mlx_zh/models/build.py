@@ -69,7 +69,9 @@ def build_model(
     model.eval()
     for layer in model.layers:  # one layer at a time, so that memory never holds two copies of all weights
         mx.eval(layer.parameters())
-    mx.eval(model.parameters())
+    # Also arrays that are no parameters, such as the frequencies of RoPE: if they were computed first in a piece of
+    # work that the accelerator gives up, they would hold garbage from then on.
+    mx.eval([value for module in model.modules() for value in module.values() if isinstance(value, mx.array)])
     mx.clear_cache()
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -12,6 +13,8 @@ from mlx_zh.exams import answers as asking
 from mlx_zh.exams import figures, statistics
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.records import Records
+from mlx_zh.language.notice import Notice
+from mlx_zh.stages import setbacks
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_models import NAMES
 from mlx_zh.system import console
@@ -55,6 +58,7 @@ class Examination:
         self._run = RunFolder.of(recipe)
         self._answers: dict[tuple[str, str], tuple[Mapping[str, object], list[Answer]]] = {}  # by exam and stage
         self._base: str | None = None  # the base's fingerprint
+        self._micro_tokens = recipe.memory.micro_tokens  # smaller after work that was given up
 
     def ask(self, name: str, exam: Exam) -> None:
         """Let the model called `name` answer `exam`; subjects finished earlier are read from the run folder.
@@ -109,12 +113,34 @@ class Examination:
         """
         world = self._world
         share = world.share([subject.characters for subject in subjects])
-        local = [(index, [a.as_dict() for a in examinee.answer(exam, subjects[index], report)]) for index in share]
+        local = [(index, self._ask(examinee, exam, subjects[index], report)) for index in share]
         for part in world.collect(local):
             for index, answers in part:
                 if index not in share:
                     report(len(answers))
                 yield subjects[index], [asking.Answer.of(fields) for fields in answers]
+
+    def _ask(
+        self, examinee: Examinee, exam: Exam, subject: Subject, report: Callable[[int], None]
+    ) -> list[dict[str, object]]:
+        """The answers to one subject, asked again in smaller pieces when the accelerator gives it up."""
+        reported = 0
+
+        def ask(micro_tokens: int) -> list[Answer]:
+            done = 0
+
+            def count(questions: int) -> None:
+                nonlocal done, reported
+                done += questions
+                if done > reported:  # not those that were counted before the work was given up
+                    report(done - reported)
+                    reported = done
+
+            return replace(examinee, micro_tokens=micro_tokens).answer(exam, subject, count)
+
+        what = Notice("during-exam", exam=exam.title)
+        answers, self._micro_tokens = setbacks.persistent(ask, what, self._micro_tokens)
+        return [answer.as_dict() for answer in answers]
 
     def side_by_side(self, exam: Exam) -> dict[str, figures.ExamReport]:
         """The metrics of each stage, in the order of a run, also of stages that answered the same exam earlier."""
@@ -202,6 +228,6 @@ class Examination:
             eos_token_ids=loaded.eos_token_ids,
             protocol=self._protocol,
             prompter=Prompter(self._protocol, loaded.tokenizer, renderer, longest),
-            micro_tokens=self._recipe.memory.micro_tokens,
+            micro_tokens=self._micro_tokens,
             max_new_tokens=settings.max_new_tokens,
         )

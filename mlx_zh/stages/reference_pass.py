@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
-from mlx_zh.errors import PlanError
+from mlx_zh.errors import DeviceError, PlanError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages import setbacks
 from mlx_zh.stages.first_adapter import Start
 from mlx_zh.system import console, device, storage
+from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, pause, settle
+from mlx_zh.system.device import Fault
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.order import Order
 from mlx_zh.training.reference import Reference, ReferenceStore, forward_tokens, model_key
-from mlx_zh.training.step import OutOfMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,33 +89,59 @@ def find_reference(
     return ReferenceLogprobs(reference.logprobs(pairs), reference.logprobs(validation) if validation else None)
 
 
-def _shorter(reference: Reference, row_tokens: int) -> int:
-    """Half of `row_tokens`, with a warning. Raises PlanError if a row already holds only the longest pair."""
-    longest = reference.longest_missing
-    if row_tokens <= longest:
-        raise PlanError(
-            f"the reference pass does not fit into memory, not even one pair at a time (the longest has {longest} "
-            "tokens). Set a smaller memory.logit_rows or data.max_length, or close other programs, then run the same "
-            "command again; what was computed is kept."
-        )
-    mx.clear_cache()
-    console.warn(Notice("reference-rows-shortened", row_tokens=row_tokens // 2))
-    return row_tokens // 2
-
-
 def _compute(reference: Reference, recipe: Recipe, loaded: LoadedModel, world: World) -> None:
     memory = recipe.memory
     row_tokens = world.min(forward_tokens(loaded.model, memory.micro_tokens, device.free_bytes()))
+    repeats = 0
     bar = console.CountBar("REFERENCE", reference.missing_tokens, "tok")
     try:
         while reference.missing:
             try:
                 for tokens in reference.compute(loaded.model, row_tokens=row_tokens, chunk=memory.logit_rows):
                     bar.update(tokens)
-            except OutOfMemory:
-                row_tokens = _shorter(reference, row_tokens)
+                continue
+            except AcceleratorError as error:
+                fault = error.fault  # the handler ends before the next try, so that arrays of the error are freed
+            settle()
+            shorter = _shorter(reference, row_tokens, fault)
+            if shorter == row_tokens:
+                repeats += 1
+                _repeat(fault, repeats)
+            row_tokens = shorter
     except KeyboardInterrupt:
         console.say("Stopped; the reference log-probs computed so far are kept.")
         raise
     finally:
         bar.close()
+
+
+def _shorter(reference: Reference, row_tokens: int, fault: Fault) -> int:
+    """Half of `row_tokens` if that may help, with a warning; else `row_tokens`.
+
+    Raises PlanError if not even the longest pair alone fits into memory.
+    """
+    longest = reference.longest_missing
+    if not fault.shortens or (row_tokens <= longest and fault.kind != "memory"):
+        return row_tokens
+    if row_tokens <= longest:
+        raise PlanError(
+            f"the reference pass does not fit into memory, not even one pair at a time (the longest has {longest} "
+            "tokens). Set a smaller memory.logit_rows or data.max_length, or close other programs, then run the same "
+            "command again; what was computed is kept."
+        )
+    if fault.kind == "memory":
+        console.warn(Notice("reference-rows-shortened", row_tokens=row_tokens // 2))
+    else:
+        setbacks.warn_shortened(Notice("during-reference"), row_tokens // 2, fault)
+    return row_tokens // 2
+
+
+def _repeat(fault: Fault, repeats: int) -> None:
+    """Warn that the pass is repeated, and wait a moment. Raises DeviceError after too many `repeats`."""
+    if repeats > REPEATS:
+        raise DeviceError(
+            f"the reference pass failed {repeats} times: {cause(fault)}. {advice(fault)} Then run the same command "
+            "again; what was computed is kept."
+        )
+    setbacks.warn_repeated(Notice("during-reference"), fault)
+    pause()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 
+from mlx_zh.errors import DeviceError
+from mlx_zh.language.notice import Notice
+from mlx_zh.stages import setbacks
 from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.system import console
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -33,12 +38,21 @@ class Samples:
 
         sampling = Sampling(temperature=0.0, max_tokens=self._recipe.evaluate.max_new_tokens)
         system = [Message("system", self._recipe.data.system)] if self._recipe.data.system else []
-        answers = []
-        for prompt in prompts:
-            loaded = self._loaded
-            session = GenerationSession(loaded.model, loaded.tokenizer, loaded.eos_token_ids)
+        loaded = self._loaded
+
+        def answer(prompt: str, chunk: int) -> str:
+            session = GenerationSession(loaded.model, loaded.tokenizer, loaded.eos_token_ids, chunk)
             tokens = self._renderer.prompt([*system, Message("user", prompt)])
-            answers.append("".join(session.stream(tokens, sampling)).strip())
+            return "".join(session.stream(tokens, sampling)).strip()
+
+        answers, chunk = [], GenerationSession.prefill_chunk
+        try:
+            for prompt in prompts:
+                text, chunk = setbacks.persistent(partial(answer, prompt), Notice("during-answers"), chunk)
+                answers.append(text)
+        except DeviceError as error:
+            console.warn(Notice("answers-left-out", reason=str(error)))
+            return
         write_json(self._path, {"prompts": prompts, "answers": answered | {name: answers}})
 
     def shown(self, *names: str) -> str:

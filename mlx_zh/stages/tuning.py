@@ -20,7 +20,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
-from mlx_zh.stages import memory_check
+from mlx_zh.stages import memory_check, setbacks
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
@@ -31,7 +31,7 @@ from mlx_zh.system import console, device
 from mlx_zh.system.interrupts import stop_on_interrupt
 from mlx_zh.system.storage import write_json
 from mlx_zh.training import checkpoints
-from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Shortened, Stepped
+from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
 from mlx_zh.training.metrics import MetricsLine, TrainingSummary, validation_figures
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
@@ -253,7 +253,9 @@ class Session:
                     for warning in [] if watch is None else watch.step(event.figures):
                         console.warn(warning)
                 elif isinstance(event, Shortened):
-                    console.warn(Notice("rows-shortened", what=event.work, micro_tokens=event.micro_tokens))
+                    setbacks.warn_shortened(event.work, event.micro_tokens, event.fault)
+                elif isinstance(event, Repeated):
+                    setbacks.warn_repeated(event.work, event.fault)
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):

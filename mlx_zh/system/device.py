@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
@@ -75,20 +76,51 @@ def free_bytes() -> int:
     return max(int(limit) - mx.get_active_memory(), 0)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is MLX's error for a full accelerator. On the CPU the system kills the process instead."""
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error of the accelerator that ended a piece of work, but not this process: its kind, and MLX's message."""
+
+    kind: str  # memory, watchdog, victim, ignored or other
+    message: str
+
+    @property
+    def shortens(self) -> bool:
+        """Whether the same work in smaller pieces may succeed."""
+        return self.kind in ("memory", "watchdog")
 
 
-# MLX has no exception class for this, so these are parts of its back ends' messages (allocator.cpp and device.cpp of
-# Metal, allocator.cpp and utils.cpp of CUDA). "Insufficient Memory" comes from a command buffer that was running. MLX
-# raises it since 0.32; earlier versions ended the process.
-_OUT_OF_MEMORY = (
-    "[malloc] Unable to allocate",
-    "[metal::malloc] Attempting to allocate",
-    "[metal::malloc] Resource limit",
-    "Insufficient Memory",  # (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)
-    "failed: out of memory",  # cudaMallocAsync(&data, size, stream) failed: out of memory
+def fault_of(error: BaseException) -> Fault | None:
+    """What MLX's error says about the accelerator; None for any other error.
+
+    On the CPU there is no such error: the system kills a process that has no memory.
+    """
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    kind = next((kind for part, kind in _FAULTS if part in text), None)
+    return None if kind is None else Fault(kind, text)
+
+
+# Part of MLX's message -> kind. MLX has no exception classes for these. The first five are of its allocators
+# (allocator.cpp and device.cpp of Metal, allocator.cpp and utils.cpp of CUDA). The others come from a command buffer
+# that was running: "[METAL] Command buffer execution failed: REASON (NUMBER:kIOGPUCommandBufferCallbackErrorNAME)."
+# (before macOS 12: kIOAccel…). The reason may be in the system's language, the name is not. MLX raises them since
+# 0.32 (ml-explore/mlx#3523) and can go on afterwards; earlier versions ended the process.
+_FAULTS = (
+    ("[malloc] Unable to allocate", "memory"),
+    ("[metal::malloc] Attempting to allocate", "memory"),
+    ("[metal::malloc] Resource limit", "memory"),
+    ("failed: out of memory", "memory"),  # cudaMallocAsync(&data, size, stream) failed: out of memory
+    ("Insufficient Memory", "memory"),
+    ("CallbackErrorOutOfMemory", "memory"),
+    ("CallbackErrorImpactingInteractivity", "watchdog"),  # macOS 26, ml-explore/mlx#3267: "Impacting Interactivity"
+    ("CallbackErrorTimeout", "watchdog"),
+    ("Caused GPU Timeout Error", "watchdog"),  # also "(IOAF code 2)"
+    ("CallbackErrorHang", "watchdog"),
+    ("Caused GPU Hang Error", "watchdog"),  # also "(IOAF code 3)"
+    ("CallbackErrorInnocentVictim", "victim"),  # "Discarded (victim of GPU error/recovery)"
+    ("CallbackErrorSubmissionsIgnored", "ignored"),  # "Ignored (for causing prior/excessive GPU errors)"
+    ("[METAL] Command buffer execution failed", "other"),  # "Caused GPU Address Fault Error" (PageFault), and others
 )
 
 

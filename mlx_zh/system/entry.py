@@ -12,6 +12,7 @@ from typing import Any
 from mlx_zh.errors import MlxZhError
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system import device
+from mlx_zh.system.accelerator import AcceleratorError, advice, cause
 from mlx_zh.system.redaction import printable
 
 _LONGEST = 8000  # characters of an error that are shown
@@ -42,14 +43,13 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
         if isinstance(error, MlxZhError):
             print(f"{in_readers_language('error: ')}{_paragraph(error)}", file=sys.stderr)
             status = 2
-    except RuntimeError as error:
-        if debug or not device.is_out_of_memory(error):
+    except (RuntimeError, AcceleratorError) as error:
+        fault = error.fault if isinstance(error, AcceleratorError) else device.fault_of(error)
+        if debug or fault is None:
             raise
-        text = (
-            f"memory ran out: {error} Close other programs, lower memory.micro_tokens or memory.logit_rows, "
-            "or set memory.checkpoint_layers=true; then run the same command again."
-        )
-        print(in_readers_language("error: ") + in_readers_language(text), file=sys.stderr)
+        parts = (cause(fault), f": {error} ", advice(fault), " Then run the same command again.")
+        text = "".join(map(in_readers_language, ("error: ", *parts)))
+        print(printable(text), file=sys.stderr)
         status = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: print nothing

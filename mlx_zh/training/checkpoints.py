@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -45,7 +45,9 @@ class Checkpoint:
 class Progress:
     """The state of a run besides weights and optimizer. It is stored in each checkpoint.
 
-    `evaluated_at` is the step of the last validation, -1 before the first; `metrics_size` is in bytes.
+    `evaluated_at` is the step of the last validation, -1 before the first; `metrics_size` is in bytes. `row_limits`
+    has the `micro_tokens` that the recipe asked for ("asked") and those that the rows of "training" and "validation"
+    have had since the accelerator gave up longer ones.
     """
 
     step: int = 0
@@ -57,6 +59,7 @@ class Progress:
     skipped_in_a_row: int = 0
     evaluated_at: int = -1
     metrics_size: int = 0
+    row_limits: dict[str, int] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:

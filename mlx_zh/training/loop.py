@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -15,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.distributed.world import ALONE, World
-from mlx_zh.errors import PlanError
+from mlx_zh.errors import DeviceError, PlanError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
+from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, pause, settle
+from mlx_zh.system.device import Fault
 from mlx_zh.training import checkpoints
 from mlx_zh.training.checkpoints import Progress
 from mlx_zh.training.metrics import MetricsLine, MetricsLog, Skipped
-from mlx_zh.training.objective import Objective, Row, shorten
+from mlx_zh.training.objective import Objective, Row, can_shorten, limit_rows, shorten
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, learning_rate
 from mlx_zh.training.order import Order
-from mlx_zh.training.step import OutOfMemory, StepResult, evaluate, set_weights, train_step
+from mlx_zh.training.step import StepResult, evaluate, set_weights, train_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,22 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Shortened:
-    """Memory ran out. `work` ("step 3" or "validation") is repeated; rows now have at most `micro_tokens` tokens."""
+    """The accelerator gave up `work` ("step 3" or "validation").
+
+    It is done again, and rows have at most `micro_tokens` tokens from now on.
+    """
 
     work: str
     micro_tokens: int
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The accelerator gave up `work`, which is done again as it was."""
+
+    work: str
+    fault: Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +101,7 @@ class LoopFiles:
     checkpoints: Path
 
 
-Event = Stepped | Shortened | Evaluating | Evaluated | Saved | Finished
+Event = Stepped | Shortened | Repeated | Evaluating | Evaluated | Saved | Finished
 
 
 @dataclass
@@ -118,6 +133,7 @@ class Loop:
         self.total = self.order.steps(section.epochs, section.max_steps)
         ratio_steps = math.ceil(section.warmup_ratio * self.total)
         self.warmup = ratio_steps if section.warmup_steps is None else section.warmup_steps
+        self.micro_tokens = self.objective.settings.micro_tokens
         self.weights = trainable(self.model)
         self.optimizer = GroupedAdamW(
             self.weights,
@@ -125,6 +141,7 @@ class Loop:
             betas=(section.adam_beta1, section.adam_beta2),
             loraplus_ratio=self.loraplus_ratio,
         )
+        mx.eval(self.weights, self.optimizer.arrays())  # so that work that is given up cannot spoil them
         self.log = MetricsLog(self.files.metrics, keep=self.world.first)
         self.skipped = Skipped(self.files.skipped, self.log, section.max_skipped_steps)
 
@@ -148,13 +165,15 @@ class Loop:
     def run(self) -> Iterator[Event]:
         """Train until the end, an early stop or an interruption, and yield every event.
 
-        Raises TrainingError when too many steps are skipped, and PlanError when one example does not fit into memory.
+        Raises TrainingError when too many steps are skipped, PlanError when one example does not fit into memory, and
+        DeviceError when the accelerator gives up the same work again and again.
         """
         progress = self.progress
+        self._keep_row_limits()
         began = time.monotonic() - progress.elapsed_seconds
         saved_at = time.monotonic()
         self.skipped.write()
-        if progress.evaluated_at < 0:
+        if self._validation_due():
             yield from self._evaluate()
         reason = "early_stopping" if progress.step < self.total and self._no_gain() else "done"
         while reason == "done" and progress.step < self.total:
@@ -163,7 +182,7 @@ class Loop:
                 self.world.broadcast_result(lambda: self.skipped.check(progress, self.total))
             last = progress.step == self.total
             stopping = self.world.any(self.stop())
-            if last or (self.section.eval_steps and progress.step % self.section.eval_steps == 0):
+            if self._validation_due():
                 yield from self._evaluate()
             if not last:
                 reason = "early_stopping" if self._no_gain() else "interrupted" if stopping else "done"
@@ -172,6 +191,21 @@ class Loop:
                 yield self._save()
                 saved_at = time.monotonic()
         yield Finished(reason, progress.step)
+
+    def _validation_due(self) -> bool:
+        """Also true after a resume from a checkpoint that was saved because this validation was given up."""
+        step, at, every = self.progress.step, self.progress.evaluated_at, self.section.eval_steps
+        return at < 0 or (at < step and (step == self.total or (every is not None and step % every == 0)))
+
+    def _keep_row_limits(self) -> None:
+        """Shorten the rows as the resumed run did, unless the recipe now asks for other rows."""
+        limits = self.progress.row_limits
+        if limits.get("asked") != self.micro_tokens:
+            limits.clear()
+            return
+        for name, objective in (("training", self.objective), ("validation", self.validation)):
+            if objective is not None and name in limits:
+                limit_rows(objective, limits[name])
 
     def _no_gain(self) -> bool:
         patience = self.section.early_stopping
@@ -222,7 +256,8 @@ class Loop:
         yield Stepped(figures, result, tuple(int(e) for e in examples))
 
     def _take_step(self, examples: npt.NDArray[np.int64], rate: float) -> Generator[Event, None, StepResult]:
-        """Take a step over `examples`. When memory runs out, repeat it in shorter rows."""
+        """Take a step over `examples`. If the accelerator gives it up, take it again, perhaps in shorter rows."""
+        repeats = 0
         while True:
             rows = self.objective.rows(examples, self.progress.step)
             try:
@@ -237,27 +272,55 @@ class Loop:
                     world=self.world,
                 )
                 return result
-            except OutOfMemory:
-                pass  # the handler ends before the next try, so that arrays which the error refers to are freed
-            yield self._shortened(self.objective, rows, Notice("during-step", step=self.progress.step + 1))
+            except AcceleratorError as error:
+                fault = error.fault  # the handler ends before the next try, so that arrays of the error are freed
+            work = Notice("during-step", step=self.progress.step + 1)
+            event = self._again(self.objective, rows, work, fault, repeats)
+            repeats += isinstance(event, Repeated)
+            yield event
 
-    def _shortened(self, objective: Objective, rows: list[Row], work: str) -> Shortened:
-        """Shorten the rows so that `work` can be repeated on this rank, while the other ranks wait.
+    def _again(self, objective: Objective, rows: list[Row], work: str, fault: Fault, repeats: int) -> Event:
+        """Make `work` ready to be done again on this rank, while the other ranks wait; returns what to tell.
 
-        Raises PlanError when one example does not fit, and when the loss needs the rows of all ranks at once.
+        Raises PlanError when one example does not fit into memory, or when the loss needs the rows of all ranks at
+        once, and DeviceError after too many `repeats`.
         """
+        settle()
         if self.world.size > 1 and objective.coupled:
             raise PlanError(
-                f"{work} ran out of memory. This loss couples the pairs of all ranks, so a single rank cannot repeat "
+                f"{work}: {cause(fault)}. This loss couples the pairs of all ranks, so a single rank cannot repeat "
                 "its share. Set a smaller memory.micro_tokens and run the same command again."
             )
-        return Shortened(work, shorten(objective, rows, work))
+        if fault.kind == "memory" or (fault.shortens and can_shorten(rows)):
+            micro_tokens = shorten(objective, rows, work)
+            name = "training" if objective is self.objective else "validation"
+            self.progress.row_limits |= {"asked": self.micro_tokens, name: micro_tokens}
+            return Shortened(work, micro_tokens, fault)
+        if repeats == REPEATS:
+            raise self._given_up(work, fault)
+        pause()
+        return Repeated(work, fault)
+
+    def _given_up(self, work: str, fault: Fault) -> DeviceError:
+        """Save what was learned so far; returns the error that ends the run."""
+        step, saved = self.progress.step, "The newest checkpoint is kept."
+        if step == 0:
+            saved = "No step has been taken yet."
+        elif self.world.first:
+            with suppress(RuntimeError):  # the weights need not be computed, but the accelerator may be gone
+                self._save()
+                saved = f"Everything up to step {step} is saved."
+        return DeviceError(
+            f"{work} failed {REPEATS + 1} times in a row: {cause(fault)}. {saved} {advice(fault)} Then run the same "
+            "command again; it goes on from there."
+        )
 
     def _evaluate(self) -> Iterator[Event]:
         progress = self.progress
-        progress.evaluated_at = progress.step
         if self.validation is None:
+            progress.evaluated_at = progress.step
             return
+        repeats = 0
         while True:
             rows = self.validation.rows(np.arange(self.validation.size), None)
             sums = {"loss": 0.0, **dict.fromkeys(self.validation.sums, 0.0)}
@@ -266,10 +329,13 @@ class Loop:
                     sums = {name: sums[name] + value for name, value in {"loss": share, **figures}.items()}
                     yield Evaluating(done, len(rows))
                 break
-            except OutOfMemory:
-                pass
-            yield self._shortened(self.validation, rows, Notice("during-validation"))
+            except AcceleratorError as error:
+                fault = error.fault
+            event = self._again(self.validation, rows, Notice("during-validation"), fault, repeats)
+            repeats += isinstance(event, Repeated)
+            yield event
         sums = self.world.add(sums)
+        progress.evaluated_at = progress.step
         loss = sums.pop("loss")
         best = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1

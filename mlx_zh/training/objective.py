@@ -83,19 +83,28 @@ class Objective(Protocol):
         """The metrics of a step, by name, from the sums over all its rows."""
 
 
+def can_shorten(rows: Sequence[Row]) -> bool:
+    """Whether some row has more than one example, so that rows can be cut."""
+    return any(len(row.examples) > 1 for row in rows)
+
+
 def shorten(objective: Objective, rows: Sequence[Row], work: str) -> int:
     """Halve the objective's `micro_tokens`, so that the longest of `rows` becomes shorter; returns the new value.
 
     `work` names what ran out of memory. Raises PlanError when every row has only one example, which cannot be cut.
     """
     longest = max(int(row.batch.tokens.size) for row in rows)
-    if all(len(row.examples) == 1 for row in rows):
+    if not can_shorten(rows):
         raise PlanError(
             f"{work} does not fit into memory, not even one example at a time (the longest has {longest} tokens). "
             "Set memory.checkpoint_layers: true, or a smaller memory.logit_rows or data.max_length, or close other "
             "programs; then run the same command again."
         )
     micro_tokens = min(objective.settings.micro_tokens, longest) // 2
-    objective.settings = replace(objective.settings, micro_tokens=micro_tokens)
-    mx.clear_cache()
+    limit_rows(objective, micro_tokens)
     return micro_tokens
+
+
+def limit_rows(objective: Objective, micro_tokens: int) -> None:
+    """Let the objective's rows have at most `micro_tokens` tokens from now on."""
+    objective.settings = replace(objective.settings, micro_tokens=micro_tokens)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
+
+from mlx_zh.errors import DeviceError
+from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, repeated
 
 Arrays = dict[str, mx.array]
 
@@ -31,12 +36,28 @@ class GroupedAdamW:
             adamw.init(members)
             self._groups.append((ratio, list(members), adamw))
 
-    def update(self, weights: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
-        """The weights after one step. All names of `weights` must be in `gradients`."""
+    def update(
+        self, weights: Arrays, gradients: Arrays, learning_rate: float, scale: mx.array | None = None
+    ) -> Arrays:
+        """The weights after one step, computed; `gradients` are multiplied by `scale` first.
+
+        All names of `weights` must be in `gradients`. The update is computed part by part, and a part that the
+        accelerator gives up is done again, so that no old moments are kept for all weights. Raises DeviceError when
+        a part is given up again and again; weights and moments must then be read from a checkpoint.
+        """
         updated: Arrays = {}
         for ratio, names, adamw in self._groups:
-            adamw.learning_rate = learning_rate * ratio
-            updated |= adamw.apply_gradients({n: gradients[n] for n in names}, {n: weights[n] for n in names})
+            step = adamw.state["step"]
+            for part in _parts(names, weights):
+                work = partial(_update_part, adamw, part, step, weights, gradients, learning_rate * ratio, scale)
+                try:
+                    updated |= repeated(work)
+                except AcceleratorError as error:
+                    raise DeviceError(
+                        f"the update of the weights failed {REPEATS + 1} times in a row: {cause(error.fault)}. "
+                        f"{advice(error.fault)} Then run the same command again; it goes on after its newest "
+                        "checkpoint."
+                    ) from error
         return {name: updated[name] for name in weights}
 
     def arrays(self) -> Arrays:
@@ -53,6 +74,46 @@ class GroupedAdamW:
             adamw.state["step"] = arrays["step"]
             for name in names:
                 adamw.state[name] = {moment: arrays[f"{moment}:{name}"] for moment in ("m", "v")}
+
+
+def _parts(names: Sequence[str], weights: Arrays) -> Iterator[list[str]]:
+    """The names in parts of about `_PART_BYTES` of weights."""
+    part: list[str] = []
+    size = 0
+    for name in names:
+        part.append(name)
+        size += weights[name].nbytes
+        if size >= _PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+_PART_BYTES = 2**28
+
+
+def _update_part(
+    adamw: optim.AdamW,
+    names: Sequence[str],
+    step: mx.array,
+    weights: Arrays,
+    gradients: Arrays,
+    learning_rate: float,
+    scale: mx.array | None,
+) -> Arrays:
+    """The new weights of one part, computed from `step`; the part's moments stay as they are if that fails."""
+    before = {name: dict(adamw.state[name]) for name in names}
+    adamw.state["step"], adamw.learning_rate = step, learning_rate
+    given = {name: gradients[name] if scale is None else gradients[name] * scale for name in names}
+    try:
+        updated: Arrays = adamw.apply_gradients(given, {name: weights[name] for name in names})
+        mx.eval(updated, [adamw.state[name] for name in names], adamw.state["step"])
+    except RuntimeError:
+        for name in names:
+            adamw.state[name] = before[name]
+        raise
+    return updated
 
 
 def global_norm(gradients: Arrays) -> mx.array:

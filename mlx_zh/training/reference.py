@@ -25,10 +25,11 @@ from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import ModelError
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.system.accelerator import AcceleratorError, accelerator_errors
+from mlx_zh.system.device import Fault
 from mlx_zh.system.storage import storage_errors, sync
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
-from mlx_zh.training.step import OutOfMemory, out_of_memory
 
 Values = npt.NDArray[np.float32]  # (4,): sums of chosen and rejected, then both within the shorter response's length
 
@@ -142,8 +143,8 @@ class Reference:
         """Compute the missing pairs, forward only, in rows of up to `row_tokens` tokens. Yields the tokens computed.
 
         The ranks share the rows in rounds. After each round, rank 0 writes its entries to disk before the tokens are
-        yielded. Raises ModelError when a log-prob is NaN or infinite. Raises OutOfMemory on all ranks; the entries of
-        earlier rounds are kept, so the rest can be computed in shorter rows.
+        yielded. Raises ModelError when a log-prob is NaN or infinite. Raises AcceleratorError on all ranks; the
+        entries of earlier rounds are kept, so the rest can be computed again, or in shorter rows.
         """
         digests, pairs = list(self.missing), list(self.missing.values())
         lengths = [tree_tokens(pair) for pair in pairs]
@@ -151,15 +152,15 @@ class Reference:
             members = [m for row in rows for m in row]
             tokens = [sum(lengths[m] for m in row) for row in rows]
             own = {m: np.zeros(4, dtype=np.float32) for m in members}  # pairs of other ranks stay 0
-            failed: str | None = None
+            fault: Fault | None = None
             try:
                 for index in self._world.share(tokens):
                     values = _pair_values(model, [pairs[m] for m in rows[index]], chunk)
                     own |= zip(rows[index], values, strict=True)
-            except OutOfMemory as error:
-                failed = str(error)
-            if self._world.any(failed is not None):
-                raise OutOfMemory(failed or "another rank ran out of memory")
+            except AcceleratorError as error:
+                fault = error.fault
+            if fault := self._common(fault):
+                raise AcceleratorError(fault)
             values = np.stack([own[m] for m in members])
             values = np.array(self._world.sum({"": mx.array(values)})[""])  # (P, 4)
             if not np.isfinite(values).all():
@@ -174,6 +175,14 @@ class Reference:
                 del self.missing[digest]
             yield sum(tokens)
 
+    def _common(self, fault: Fault | None) -> Fault | None:
+        """A fault on all ranks if one of them has one, and one that shortens rows on all if one does."""
+        if not self._world.any(fault is not None):
+            return None
+        if not self._world.any(fault is not None and fault.shortens):
+            return fault or Fault("other", "another rank failed")
+        return fault if fault and fault.shortens else Fault("memory", "another rank ran out of memory")
+
     def logprobs(self, pairs: Sequence[RenderedPair]) -> npt.NDArray[np.float32]:
         """Reference log-probs of `pairs`, (N, 4); NaN for a pair that has not been computed.
 
@@ -185,7 +194,7 @@ class Reference:
 def _pair_values(model: nn.Module, pairs: Sequence[RenderedPair], chunk: int | None) -> Values:
     """Reference log-probs of the pairs of one row, (P, 4)."""
     batch = pack(pairs)
-    with out_of_memory():
+    with accelerator_errors():
         logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
         return np.array(mx.concatenate(list(pair_sums(logprobs, batch, pairs)), axis=1))
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_zh.distributed.world import ALONE, World
-from mlx_zh.system import device
+from mlx_zh.system.accelerator import accelerator_errors, repeated
 from mlx_zh.training.objective import Objective, Row, Sums
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW, global_norm
 
@@ -35,21 +35,6 @@ class StepResult:
     scored_tokens: int
     tokens: int
     sums: dict[str, float]
-
-
-class OutOfMemory(Exception):
-    """The accelerator has no memory for a row. Weights and moments are unchanged, so the step can be repeated."""
-
-
-@contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Turn MLX's error about memory into `OutOfMemory`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not device.is_out_of_memory(error):
-            raise
-        raise OutOfMemory(str(error)) from error
 
 
 def set_weights(model: nn.Module, weights: Arrays) -> None:
@@ -101,9 +86,9 @@ def train_step(
     """Run one step over the rows of all ranks; returns its numbers and the new weights.
 
     `rows` are those of this rank. The new weights are the same on every rank, and are also set in the model. Raises
-    OutOfMemory before any weight or moment has changed.
+    AcceleratorError before any weight or moment has changed, and DeviceError if the update itself cannot be finished.
     """
-    with out_of_memory():
+    with accelerator_errors():
         loss, sums, gradients = loss_and_gradients(model, objective, rows, weights)
     figures = sums | {
         "loss": loss,
@@ -113,18 +98,17 @@ def train_step(
     total = world.sum(figures | gradients)
     gradients = {name: total.pop(name) for name in weights}  # popped, so that the update can reuse their memory
     measured = {name: float(total[name]) for name in figures}
-    norm = global_norm(gradients)
-    applied = math.isfinite(measured["loss"]) and math.isfinite(float(norm))
+    norm = repeated(lambda: float(global_norm(gradients)))
+    applied = math.isfinite(measured["loss"]) and math.isfinite(norm)
     if applied:
-        if max_grad_norm is not None and float(norm) > max_grad_norm:
-            scale = max_grad_norm / norm
-            gradients = {name: gradient * scale for name, gradient in gradients.items()}
-        weights = optimizer.update(weights, gradients, learning_rate)
-        mx.eval(weights, optimizer.arrays())
+        scale = None
+        if max_grad_norm is not None and norm > max_grad_norm:
+            scale = mx.array(float(np.float32(max_grad_norm) / np.float32(norm)))
+        weights = optimizer.update(weights, gradients, learning_rate, scale)
         set_weights(model, weights)
     result = StepResult(
         loss=measured["loss"],
-        grad_norm=float(norm),
+        grad_norm=norm,
         applied=applied,
         scored_tokens=int(measured["scored_tokens"]),
         tokens=int(measured["tokens"]),
@@ -136,12 +120,12 @@ def train_step(
 def evaluate(model: nn.Module, objective: Objective, rows: list[Row]) -> Iterator[tuple[float, dict[str, float]]]:
     """Score this rank's validation rows, forward only. Yields each row's share of the loss and its sums.
 
-    Raises OutOfMemory.
+    Raises AcceleratorError.
     """
-    with out_of_memory():
+    with accelerator_errors():
         ready = objective.prepared(model, rows)
     for row in ready:
-        with out_of_memory():
+        with accelerator_errors():
             share, sums = objective.share(model, row)
             mx.eval(share, sums)
         yield float(share), {name: float(value) for name, value in sums.items()}

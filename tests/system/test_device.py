@@ -70,32 +70,58 @@ def test_nothing_is_started_elsewhere_or_where_it_is_missing(
     assert not caffeinate.exists()
 
 
+METAL = "[METAL] Command buffer execution failed: "
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "kind"),
     [
-        "[malloc] Unable to allocate 1073741824 bytes.",
-        "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size of 8 "
-        "bytes.",
-        "[metal::malloc] Resource limit (499000) exceeded.",
-        "[METAL] Command buffer execution failed: Insufficient Memory "
-        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).",
-        "cudaMallocAsync(&data, size, stream) failed: out of memory",
+        ("[malloc] Unable to allocate 1073741824 bytes.", "memory"),
+        (
+            "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size of "
+            "8 bytes.",
+            "memory",
+        ),
+        ("[metal::malloc] Resource limit (499000) exceeded.", "memory"),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", "memory"),
+        (f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).", "memory"),
+        (
+            f"{METAL}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity).",
+            "watchdog",
+        ),
+        (f"{METAL}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout).", "watchdog"),
+        (f"{METAL}Caused GPU Timeout Error (IOAF code 2).", "watchdog"),
+        (f"{METAL}Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang).", "watchdog"),
+        (
+            f"{METAL}Discarded (victim of GPU error/recovery) "
+            "(00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim).",
+            "victim",
+        ),
+        (
+            f"{METAL}Ignored (for causing prior/excessive GPU errors) "
+            "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored).",
+            "ignored",
+        ),
+        (
+            f"{METAL}Ignored (for causing prior/excessive GPU errors) "
+            "(00000004:kIOAccelCommandBufferCallbackErrorSubmissionsIgnored).",
+            "ignored",
+        ),
+        (f"{METAL}Caused GPU Address Fault Error (0000000b:kIOGPUCommandBufferCallbackErrorPageFault).", "other"),
     ],
 )
-def test_what_mlx_says_where_memory_runs_out(text: str) -> None:
-    """As its Metal and CUDA back ends word it."""
-    assert device.is_out_of_memory(RuntimeError(text))
-    assert not device.is_out_of_memory(ValueError(text))
+def test_what_mlx_says_when_the_accelerator_gives_up(text: str, kind: str) -> None:
+    """As its Metal and CUDA back ends word it, and as macOS names its errors."""
+    assert device.fault_of(RuntimeError(text)) == device.Fault(kind, text)
+    assert device.fault_of(ValueError(text)) is None
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "[METAL] Command buffer execution failed: Caused GPU Hang Error "
-        "(00000003:kIOGPUCommandBufferCallbackErrorHang).",
         "cudaStreamSynchronize(stream) failed: an illegal memory access was encountered",
         "[matmul] Last dimension of first input with shape (2,3) must match second to last dimension of second input",
     ],
 )
 def test_other_errors_of_mlx_are_not_taken_for_it(text: str) -> None:
-    assert not device.is_out_of_memory(RuntimeError(text))
+    assert device.fault_of(RuntimeError(text)) is None

@@ -227,9 +227,9 @@ def test_clipping_equals_pytorch(tiny_model: Make, limit: float) -> None:
     clipped: dict[str, Arrays] = {}
 
     class Watched(GroupedAdamW):
-        def update(self, weights: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
-            clipped["gradients"] = gradients
-            return super().update(weights, gradients, learning_rate)
+        def update(self, weights: Arrays, gradients: Arrays, learning_rate: float, scale: Any = None) -> Arrays:
+            clipped["gradients"] = {n: g if scale is None else g * scale for n, g in gradients.items()}
+            return super().update(weights, gradients, learning_rate, scale)
 
     optimizer = Watched(weights, weight_decay=0.0, betas=(0.9, 0.999))
     rows = objective.rows(np.array(STEPS[0]), 0)

@@ -16,6 +16,7 @@ from oracles import moved_apart
 from tolerances import LOSS, MOVED, later_loss
 
 from mlx_zh.errors import PlanError, TrainingError
+from mlx_zh.system.device import Fault
 from mlx_zh.training.loop import Event, Loop, Shortened, Stepped
 from mlx_zh.training.objective import Row, Sums
 from mlx_zh.training.sft_objective import SftObjective
@@ -116,7 +117,7 @@ def test_a_validation_pass_that_ran_out_of_memory_is_taken_in_shorter_rows(lab: 
     finish(whole)
     events, error = run(cut)
     told = [event for event in events if isinstance(event, Shortened)]
-    assert (error, told) == ("", [Shortened("validation", 8)])
+    assert (error, told) == ("", [Shortened("validation", 8, Fault("memory", METAL))])
     same_run(cut, whole, relative=LOSS)
 
 

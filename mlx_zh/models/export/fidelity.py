@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_zh.core.logprobs import CHUNK_BYTES, hidden_states, output_head
 from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.export.merge import SurvivalSummary
+from mlx_zh.system.accelerator import repeated
 
 # A fused model beyond these limits gets a warning that it is not equal to base + adapter.
 KL_LIMIT = 0.05  # nats a token: about the loss from quantizing an 8B model to 4 bits
@@ -54,12 +56,14 @@ class HeldOut:
         return mx.concatenate([row.targets for row in self.rows])
 
     def predictions(self, model: nn.Module) -> Predictions:
-        """The predictions of `model` for every scored token."""
-        parts = []
-        for row in self.rows:
-            hidden = hidden_states(model, row)[row.scored]  # (T, D) -> (S of this row, D)
-            mx.eval(hidden)
-            parts.append(hidden)
+        """The predictions of `model` for every scored token. Raises AcceleratorError."""
+
+        def hidden(row: PackedBatch) -> mx.array:
+            states = hidden_states(model, row)[row.scored]  # (T, D) -> (S of this row, D)
+            mx.eval(states)
+            return states
+
+        parts = [repeated(partial(hidden, row)) for row in self.rows]
         return Predictions(mx.concatenate(parts), output_head(model))
 
 
