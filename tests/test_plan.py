@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlx_zh import plan
 from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.largest_row import Examples, uniform_examples
-from mlx_zh.planning.memory import head_bytes, step_memory, trained_values, weight_bytes
+from mlx_zh.planning.memory import attention_workspace, head_bytes, step_memory, trained_values, weight_bytes
 from mlx_zh.planning.search import cheapest, smallest_peak
 from mlx_zh.planning.shapes import (
     LINEAR,
@@ -99,6 +100,42 @@ def test_the_adapter_of_llama_8b() -> None:
     # q and o: 16 (4096 + 4096); k and v: 16 (4096 + 1024); gate, up and down: 16 (4096 + 14336); 32 layers.
     expected = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert trained_values(model_shape(LLAMA), AdapterSpec("lora", 32, 16)) == expected == 41_943_040
+
+
+def test_the_workspace_of_attentions_backward_pass_on_metal() -> None:
+    """Llama-3.1-8B with 1,024 tokens. A tile has 1,024 queries and keys.
+
+    It takes 3 x 32 heads x 1024^2 and 3 x 1024 x 4096 values of 2 bytes. In float32 are 1024 x (4096 + 32) values for
+    queries and 2 x 1024 x 1024 for keys and values. The published figures come out if they include the gradients and
+    copies of the inputs, which the planner counts as activations: 0.27 GiB, and 0.33 GiB for 2,048 tokens.
+    """
+    shape, target = model_shape(LLAMA), replace(METAL, attention_tile=1024)
+    tile = 3 * 32 * 1024**2 * 2 + 3 * 1024 * 4096 * 2
+    short = attention_workspace(shape, target, conversations([1024, 500]))
+    assert short == tile + 4 * (1024 * (4096 + 32) + 2 * 1024 * 1024) == 251_789_312
+    assert attention_workspace(shape, target, conversations([2048])) == tile + 2 * (short - tile)
+    for tokens, published in ((1024, 0.27), (2048, 0.33)):
+        gradients = 2 * tokens * (4096 + 2 * 1024)
+        copies = 3 * 2 * tokens * 4096  # queries, output and its gradient, which are not contiguous
+        whole = attention_workspace(shape, target, conversations([tokens])) + gradients + copies
+        assert whole / 2**30 == pytest.approx(published, abs=0.005)
+
+
+def test_a_branch_reads_its_ancestors_keys() -> None:
+    """The largest segment is not the longest: 200 queries with 1,200 keys, against 1,000 with 1,000 of a prompt."""
+    shape, target = model_shape(LLAMA), replace(METAL, attention_tile=1024)
+    row = pairs([(1000, 10, 200)])
+    assert row.segments == ((1000, 1000), (10, 1010), (200, 1200))
+    assert attention_workspace(shape, target, row) == attention_workspace(shape, target, conversations([1000]))
+
+
+def test_the_workspace_is_part_of_the_backward_pass_only_where_there_is_one() -> None:
+    shape, spec, row = model_shape(LLAMA), AdapterSpec("lora", 32, 16), conversations([1024])
+    settings = Memory(checkpoint_layers=True, logit_rows=16)
+    without = step_memory(shape, spec, METAL, row, settings)
+    with_it = step_memory(shape, spec, replace(METAL, attention_tile=1024), row, settings)
+    assert "workspace" not in without.parts and without.phase == with_it.phase == "backward pass, at its beginning"
+    assert with_it.peak - without.peak == with_it.parts["workspace"] == 251_789_312
 
 
 @pytest.mark.parametrize(("on_gpu", "most"), [(False, 4.5), (True, 12)])

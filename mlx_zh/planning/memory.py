@@ -188,6 +188,8 @@ def _backward(
     saved = _saved(model, trained, target, row)
     counts = _AHEAD_RECOMPUTED if settings.checkpoint_layers else _AHEAD_BACKWARD
     current_block = _added(saved, _ahead(counts, model, trained, target, row))
+    if target.attention_tile:
+        current_block["workspace"] = attention_workspace(model, target, row)
     others = trained.num_layers - 1
     if settings.checkpoint_layers:
         other_blocks = {"activations": float(others * row.tokens * model.hidden * target.value_bytes)}
@@ -198,6 +200,21 @@ def _backward(
         ("backward pass, at its beginning", _added(current_block, other_blocks) | {"gradients": block_gradients}),
         ("backward pass, at its end", current_block | {"gradients": gradients}),
     ]
+
+
+def attention_workspace(model: ModelShape, target: Target, row: Row) -> float:
+    """Bytes that the backward pass of fused attention works in: for one segment at a time, so for the largest.
+
+    A tile of queries and keys has scores, their gradients and probabilities, and shares of the gradients of queries,
+    keys and values. The whole segment has those gradients once more, in float32, and a number a query and head.
+    """
+    size, most = target.value_bytes, 0.0
+    for tokens, keys in row.segments:
+        queries_in_tile, keys_in_tile = min(tokens, target.attention_tile), min(keys, target.attention_tile)
+        tile = 3 * model.heads * queries_in_tile * keys_in_tile + (queries_in_tile + 2 * keys_in_tile) * model.queries
+        whole = tokens * (model.queries + model.heads) + 2 * keys * model.keys
+        most = max(most, float(tile * size + whole * FLOAT))
+    return most
 
 
 def _scoring(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory) -> dict[str, float]:

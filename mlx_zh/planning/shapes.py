@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.adapters.spec import AdapterSpec
 
 # The linear layers of a block, with the names of their input and output widths; see `ModelShape.width`.
@@ -94,12 +95,14 @@ class Packing:
 class Target:
     """How the model runs: bytes per hidden value, quantization of the weights, and kind of attention.
 
-    Fused attention keeps no score matrix.
+    Fused attention keeps no score matrix. `attention_tile` is the largest number of queries and of keys in a tile in
+    which its backward pass works, 0 if it needs no memory for tiles.
     """
 
     value_bytes: int
     packing: Packing | None
     fused_attention: bool
+    attention_tile: int = 0
 
 
 def adapted_matrices(trained: AdapterSpec) -> frozenset[str]:
@@ -145,3 +148,9 @@ def pairs(sizes: Sequence[tuple[int, int, int]]) -> Row:
     for prompt, chosen, rejected in sizes:
         segments += [(prompt, prompt), (chosen, prompt + chosen), (rejected, prompt + rejected)]
     return Row(tuple(segments), sum(chosen + rejected for _, chosen, rejected in sizes))
+
+
+def row_of(batch: PackedBatch) -> Row:
+    """The sizes of a row that is there."""
+    segments = tuple((len(segment), segment.position + len(segment)) for segment in batch.segments)
+    return Row(segments, int(batch.targets.size))

@@ -33,6 +33,7 @@ class Machine:
     name: str  # what the budget is; a Notice, which has a Chinese wording too
     budget: float  # bytes that a run may take
     cpu: bool
+    attention_tile: int = 0  # see `Target`
 
 
 def this_machine() -> Machine:
@@ -41,13 +42,18 @@ def this_machine() -> Machine:
 
     cpu = device.is_cpu()
     budget = device.free_bytes() + mx.get_active_memory()
-    return Machine(Notice("memory-free" if cpu else "memory-recommended"), budget, cpu)
+    return Machine(Notice("memory-free" if cpu else "memory-recommended"), budget, cpu, device.attention_tile())
 
 
 def mac(memory: float) -> Machine:
     """A Mac with `memory` bytes. macOS recommends to use two thirds of up to 32 GB, and three quarters of more."""
     share = 2 / 3 if memory <= 32.5 * 2**30 else 3 / 4
-    return Machine(Notice("memory-recommended-mac", gigabytes=memory / 2**30), memory * share, cpu=False)
+    return Machine(
+        Notice("memory-recommended-mac", gigabytes=memory / 2**30),
+        memory * share,
+        False,
+        device.attention_tile("metal"),
+    )
 
 
 def training_step(
@@ -86,7 +92,7 @@ def target_of(recipe: Recipe, config: Config, machine: Machine) -> Target:
     size = _BYTES.get(stored if recipe.model.dtype == "auto" else recipe.model.dtype, 2)
     requested = recipe.model.quantization
     packing = Packing(*requested) if requested else _packing(config.get("quantization"))
-    return Target(size, packing, fused_attention=not machine.cpu)
+    return Target(size, packing, not machine.cpu, machine.attention_tile)
 
 
 def _packing(described: Any) -> Packing | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
@@ -20,7 +21,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
-from mlx_zh.stages import memory_check, setbacks
+from mlx_zh.stages import memory_check, plan_check, setbacks
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
@@ -237,6 +238,7 @@ class Session:
         bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
         before = dict(loop.weights)
         finished: Finished | None = None
+        untouched = loop.progress.step == 0  # no step yet, and none that was given up: its peak is the plan's
         if watch is not None:
             for line in loop.log.read():
                 if "loss" in line:
@@ -246,6 +248,9 @@ class Session:
                 if isinstance(event, Stepped):
                     bar.update(event.figures)
                     trackers.log(event.figures)
+                    if untouched:
+                        self._compare_with_plan(loop, event)
+                    untouched = False
                     if not event.result.applied:
                         console.warn(_skipped(event))
                     elif event.figures["step"] == 1 and _same(before, loop.weights):
@@ -254,8 +259,10 @@ class Session:
                         console.warn(warning)
                 elif isinstance(event, Shortened):
                     setbacks.warn_shortened(event.work, event.micro_tokens, event.fault)
+                    untouched = False
                 elif isinstance(event, Repeated):
                     setbacks.warn_repeated(event.work, event.fault)
+                    untouched = False
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
@@ -268,6 +275,13 @@ class Session:
             trackers.close()
         assert finished is not None
         return finished
+
+    def _compare_with_plan(self, loop: Loop, event: Stepped) -> None:
+        rows = loop.objective.rows(np.array(event.examples), 0)
+        measured = event.figures["peak_memory_gb"] * 1e9
+        warning = plan_check.deviation(self.recipe, self.stage, self.loaded.config, self.spec, rows, measured)
+        if warning is not None:
+            console.warn(warning)
 
     def _trackers(self, steps_done: int) -> Trackers:
         recipe = self.recipe

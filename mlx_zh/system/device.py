@@ -43,10 +43,27 @@ def max_masked_queries() -> int:
 
     With a gradient, Metal's back end refuses fused attention with so few queries if the mask is None or "causal".
     """
+    return _rule(_MASKED_QUERIES, back_end())
+
+
+def attention_tile(name: str | None = None) -> int:
+    """The size of a tile of queries or keys in which attention's backward pass works; 0 if it has no such workspace.
+
+    `name` is a back end; by default this one.
+    """
+    return _rule(_ATTENTION_TILES, name or back_end())
+
+
+def back_end() -> str:
+    """The back end that MLX computes with: cpu, metal or cuda."""
     import mlx.core as mx
 
-    backend = "cpu" if is_cpu() else "metal" if mx.metal.is_available() else "cuda"
-    return next((limit for name, since, limit in _MASKED_QUERIES if name == backend and mlx_version() >= since), 0)
+    return "cpu" if is_cpu() else "metal" if mx.metal.is_available() else "cuda"
+
+
+def _rule(table: tuple[tuple[str, tuple[int, ...], int], ...], name: str) -> int:
+    """The value of the first rule of `table` for the back end `name` and this version of MLX; 0 if there is none."""
+    return next((value for backend, since, value in table if backend == name and mlx_version() >= since), 0)
 
 
 @cache
@@ -59,6 +76,9 @@ def mlx_version() -> tuple[int, ...]:
 # It needs a log-sum-exp, which Metal's kernels for up to 8 queries do not produce: "the VJP path requires the
 # full-attention kernel". A boolean mask takes the unfused way, with the same gradient.
 _MASKED_QUERIES = (("metal", (0, 32, 4), 8),)
+
+# Back end, first MLX version, queries and keys of a tile (MLX_SDPA_VJP_BLOCK, 1024 by default).
+_ATTENTION_TILES = (("metal", (0, 32, 4), 1024),)
 
 
 def free_bytes() -> int:
