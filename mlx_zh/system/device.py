@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,13 @@ def is_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def back_end() -> str:
+    """The kind of MLX's default device: cpu, metal or cuda."""
+    import mlx.core as mx
+
+    return "cpu" if is_cpu() else "metal" if mx.metal.is_available() else "cuda"
+
+
 def kernels_ahead() -> int:
     """The number of kernels that MLX schedules, and allocates outputs for, before the device computes them.
 
@@ -43,7 +51,7 @@ def max_masked_queries() -> int:
 
     With a gradient, Metal's back end refuses fused attention with so few queries if the mask is None or "causal".
     """
-    return _rule(_MASKED_QUERIES, back_end())
+    return sys.maxsize if _unfused else _rule(_MASKED_QUERIES, back_end())
 
 
 def attention_tile(name: str | None = None) -> int:
@@ -52,13 +60,6 @@ def attention_tile(name: str | None = None) -> int:
     `name` is a back end; by default this one.
     """
     return _rule(_ATTENTION_TILES, name or back_end())
-
-
-def back_end() -> str:
-    """The back end that MLX computes with: cpu, metal or cuda."""
-    import mlx.core as mx
-
-    return "cpu" if is_cpu() else "metal" if mx.metal.is_available() else "cuda"
 
 
 def _rule(table: tuple[tuple[str, tuple[int, ...], int], ...], name: str) -> int:
@@ -79,6 +80,38 @@ _MASKED_QUERIES = (("metal", (0, 32, 4), 8),)
 
 # Back end, first MLX version, queries and keys of a tile (MLX_SDPA_VJP_BLOCK, 1024 by default).
 _ATTENTION_TILES = (("metal", (0, 32, 4), 1024),)
+
+
+_unfused = False
+
+
+@contextmanager
+def unfused_attention(unfused: bool = True) -> Iterator[None]:
+    """Inside this context, attention of any length gets a boolean array as its mask, so that it goes the unfused way.
+
+    With `unfused` false, the context changes nothing.
+    """
+    global _unfused
+    before, _unfused = _unfused, _unfused or unfused
+    try:
+        yield
+    finally:
+        _unfused = before
+
+
+def shortens_float32() -> bool:
+    """Whether products of float32 matrices may round their factors to 11 bits (TF32).
+
+    CUDA does so, and Metal on the M5 and later chips; `MLX_ENABLE_TF32=0` forbids it.
+    """
+    import mlx.core as mx
+
+    if is_cpu() or os.environ.get("MLX_ENABLE_TF32") == "0":
+        return False
+    if back_end() == "cuda":
+        return True
+    generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return generation is not None and int(generation[1]) >= 17
 
 
 def free_bytes() -> int:
