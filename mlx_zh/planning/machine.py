@@ -72,3 +72,22 @@ def _bandwidth(seconds: float) -> float:
     values = mx.random.uniform(shape=(size,))
     mx.eval(values)
     return 8 * size / timed(lambda: mx.eval(values + 1.0), seconds)
+
+
+ATTENTION_LENGTHS = (25, 100, 400)  # tokens of a segment
+
+
+def attention_seconds(tokens: int, *, fused: bool, dtype: mx.Dtype = mx.bfloat16) -> float:
+    """Seconds for attention over a segment and its gradient, with the heads of Llama-3.1-8B in one layer.
+
+    The fused way has a causal mask; a boolean array as the mask makes Metal take the unfused way.
+    """
+    query, key, value = (mx.random.normal((1, heads, tokens, 128)).astype(dtype) for heads in (32, 8, 8))
+    mask = "causal" if fused else mx.tri(tokens, dtype=mx.bool_)
+    mx.eval(query, key, value, mask)
+
+    def total(query: mx.array, key: mx.array, value: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(query, key, value, scale=128**-0.5, mask=mask).sum()
+
+    gradient = mx.grad(total, argnums=(0, 1, 2))
+    return timed(lambda: mx.eval(gradient(query, key, value)), 0.2)

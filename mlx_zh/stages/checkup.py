@@ -17,13 +17,15 @@ import mlx.core as mx
 import psutil
 
 from mlx_zh import __version__
-from mlx_zh.errors import MlxZhError
+from mlx_zh.errors import MlxZhError, first_line
 from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.shapes import Packing, Target
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.system import device, downloads, storage
 from mlx_zh.system.blas import blas_warning
+from mlx_zh.training.check_cases import Case, cases
+from mlx_zh.training.self_check import check
 
 # The versions that the tests run with; equal to those in constraints.txt.
 TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
@@ -40,7 +42,7 @@ class Check:
 
 
 def checks(recipe: Recipe | None = None) -> Iterator[Check]:
-    """All checks except `measurements`; with a recipe, also whether it can run here."""
+    """All checks except `self_checks` and `measurements`; with a recipe, also whether it can run here."""
     yield Check("ok", "program", f"mlx-zh {__version__}, Python {platform.python_version()}, {platform.platform()}")
     yield from versions()
     yield back_end()
@@ -241,6 +243,49 @@ def fits(recipe: Recipe) -> Iterator[Check]:
             yield Check("warn", name, text, memory_check.suggestion(step, settings, machine))
 
 
+def self_checks() -> Iterator[Check]:
+    """Whether MLX's device computes a training step as the CPU does, case by case."""
+    this = "packed rows" if device.is_cpu() else f"{device.identity()['device']}"
+    yield Check("ok", "self-check", f"{this} against mlx-lm in fp32 on the CPU; largest difference:")
+    for case in cases():
+        yield self_check(case)
+
+
+def self_check(case: Case) -> Check:
+    """One case of the self-check."""
+    outcome = check(case)
+    if outcome.passed:
+        worst = outcome.largest
+        return Check("ok", "self-check", f"{case!s:<27} {worst.quantity} {worst.value:.1g} of {worst.bound:.1g}")
+    text = f"{case}: {outcome.problem}"
+    with device.unfused_attention():
+        unfused_passes = check(case).passed
+    if unfused_passes:
+        remedy = "training here takes unfused attention by itself, which passes; please report it (doctor --report)"
+        return Check("warn", "self-check", text, remedy)
+    remedy = (
+        "do not train models of this kind here; update macOS and MLX and try again, or report it (doctor --report)"
+    )
+    return Check("fail", "self-check", text, remedy)
+
+
+def attention() -> Check:
+    """The time of attention with its gradient in both ways, in milliseconds."""
+    from mlx_zh.planning.machine import ATTENTION_LENGTHS, attention_seconds
+
+    try:
+        fused, unfused = (
+            [1000 * attention_seconds(tokens, fused=way) for tokens in ATTENTION_LENGTHS] for way in (True, False)
+        )
+    except RuntimeError as error:
+        return Check("warn", "attention", f"cannot be timed: {first_line(error)}")
+    lengths = "/".join(map(str, ATTENTION_LENGTHS))
+    ways = (
+        f"{name} {'/'.join(f'{ms:.2g}' for ms in way)} ms" for name, way in (("fused", fused), ("unfused", unfused))
+    )
+    return Check("ok", "attention", f"{lengths} tokens: {', '.join(ways)}")
+
+
 def measurements() -> Iterator[Check]:
     """The speed of matrix products and of memory, measured in about ten seconds."""
     from mlx_zh.planning.machine import measure_machine
@@ -252,3 +297,5 @@ def measurements() -> Iterator[Check]:
     )
     slow = speed.float32 < 10
     yield Check("warn" if slow else "ok", "speed", text, "close other programs and run doctor again" if slow else "")
+    if not device.is_cpu():  # the CPU has no fused attention
+        yield attention()

@@ -42,7 +42,9 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     """The `main` of a training stage, on one machine or several; returns the exit status. Raises MlxZhError."""
     options = parser(method.stage, purpose)
     options.add_argument("--fresh", action="store_true", help="start over; the earlier run is moved aside and kept")
-    options.add_argument("--force", action="store_true", help="start even if memory will not be enough")
+    options.add_argument(
+        "--force", action="store_true", help="start even if memory will not be enough or the self-check fails"
+    )
     launching.add_machines(options)
     arguments = options.parse_intermixed_args(argv)
     recipe = read_recipe(arguments)

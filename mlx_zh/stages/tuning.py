@@ -21,7 +21,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
-from mlx_zh.stages import memory_check, plan_check, setbacks
+from mlx_zh.stages import device_check, memory_check, plan_check, setbacks
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
@@ -91,11 +91,14 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     if session.begin(fresh=fresh):
         examples = method.examples(corpus, "train")
         memory_check.require(recipe, stage, force=force, config=loaded.config, corpus=examples)
+        unfused = device_check.needs_unfused(recipe, loaded, session.spec, force=force)
         if world.first:
             session.run.write_manifest(recipe, loaded, digests)
             save_report(recipe, stage, corpus)
             samples.ask("base", again=fresh and stage == "sft")  # DPO shows the base answers that SFT stored
-        if session.train(method.objectives(session, loaded, start, corpus)).reason == "interrupted":
+        with device.unfused_attention(unfused):
+            finished = session.train(method.objectives(session, loaded, start, corpus))
+        if finished.reason == "interrupted":
             return 130
         if world.first:
             loaded.model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -35,6 +36,18 @@ def back_end() -> str:
     import mlx.core as mx
 
     return "cpu" if is_cpu() else "metal" if mx.metal.is_available() else "cuda"
+
+
+def identity() -> dict[str, str]:
+    """What decides how the device computes: MLX's version, the chip, and the version of the system or driver."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    return {
+        "mlx": version("mlx"),
+        "device": f"{info.get('device_name', '')} {info.get('architecture', '')}".strip(),
+        "system": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.release(),
+    }
 
 
 def kernels_ahead() -> int:

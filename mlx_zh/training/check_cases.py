@@ -10,8 +10,9 @@ from mlx_zh.system import device
 
 # Tokens of a segment. Metal has other kernels for up to 8 queries than for more.
 LENGTHS = (*range(1, 10), 16, 100)
-SHORT = LENGTHS[:9]
+_SHORTEST = LENGTHS[:9]
 VOCABULARY = 512  # of the tiny model
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,10 @@ class Case:
     lengths: tuple[int, ...] = LENGTHS  # tokens of the segments
 
     def __str__(self) -> str:
-        base = f"{self.bits}-bit/{self.group} {self.dtype}" if self.bits else self.dtype
+        mode = "" if self.mode == "affine" else f"{self.mode} "
+        base = f"{mode}{self.bits}-bit/{self.group} " if self.bits else ""
         adapter = {"lora": "LoRA", "dora": "DoRA"}.get(self.adapter, self.adapter)
-        return f"{base}, head {self.head}, {adapter}{', checkpointed' if self.checkpoint else ''}"
+        return f"{base}{_SHORT[self.dtype]} head {self.head} {adapter}{' recomputed' if self.checkpoint else ''}"
 
     @property
     def segments(self) -> tuple[Scored, ...]:
@@ -70,8 +72,8 @@ ON_CPU = (
     *(Case("float32", head, width=128) for head in (64, 128)),
     Case("float32", 64, "dora", width=128),
     Case("float32", 128, width=128, checkpoint=True),
-    *(Case("float32", 64, bits=4, group=group, width=128, lengths=SHORT) for group in (64, 32)),
-    *(Case(dtype, 64, width=64, lengths=SHORT) for dtype in ("bfloat16", "float16")),
+    *(Case("float32", 64, bits=4, group=group, width=128, lengths=_SHORTEST) for group in (64, 32)),
+    *(Case(dtype, 64, width=64, lengths=_SHORTEST) for dtype in ("bfloat16", "float16")),
 )
 
 

@@ -170,7 +170,11 @@ def _model(case: Case) -> nn.Module:
     model.load_weights(weights)
     model.set_dtype(getattr(mx, case.dtype))
     if case.bits:
-        nn.quantize(model, group_size=case.group, bits=case.bits, mode=case.mode)
+
+        def divides(_: str, module: nn.Module) -> bool:  # as in real models, whose other matrices are not quantized
+            return hasattr(module, "to_quantized") and module["weight"].shape[-1] % case.group == 0
+
+        nn.quantize(model, case.group, case.bits, mode=case.mode, class_predicate=divides)
     model.eval()
     add_adapter(model, AdapterSpec(case.adapter, LAYERS, _RANK, _SCALE), seed=0)
     if case.adapter != "full":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_zh.errors import first_line
+from mlx_zh.language.notice import Notice
 from mlx_zh.system import device
 from mlx_zh.training.check_cases import LENGTHS, Case, Scored
 from mlx_zh.training.check_model import LAYERS, Pair, Values
@@ -23,7 +24,7 @@ from mlx_zh.training.check_model import LAYERS, Pair, Values
 class Difference:
     """How far a quantity is from the reference, and how far rounding can move it."""
 
-    quantity: str
+    quantity: Notice
     value: float  # hidden states and gradients: a share of the reference's norm; log-probs: in nats
     bound: float
 
@@ -40,7 +41,7 @@ class Outcome:
     case: Case
     differences: tuple[Difference, ...]  # empty if MLX raised an error
     error: str = ""  # what MLX raised
-    where: str = ""  # the segments that fail alone, for example "branches of 1-8 tokens"
+    where: tuple[Notice, ...] = ()  # the segments that fail alone
 
     @property
     def passed(self) -> bool:
@@ -51,6 +52,17 @@ class Outcome:
     def largest(self) -> Difference:
         """The difference that is the largest share of its bound."""
         return max(self.differences, key=lambda difference: difference.share)
+
+    @property
+    def problem(self) -> Notice:
+        """What is wrong, and in which segments, for a case that failed."""
+        where = self.where or (Notice("segments-together"),)
+        if self.error:
+            return Notice("self-check-raised", where=where, error=self.error)
+        worst = self.largest
+        return Notice(
+            "self-check-differs", where=where, quantity=worst.quantity, value=worst.value, bound=worst.bound
+        )
 
 
 # How rounding grows, measured in float32 on this model: a relative change of 0.001 in every embedding changes hidden
@@ -66,6 +78,7 @@ _IN_A_ROW = 14
 # Four of the operations in a row have such weights.
 _DEQUANTIZED = 4 * 6
 _LARGEST = 4.0  # standard deviations: the largest of 335 normal errors is 3 on average, and above 4 once in 47 rows
+_LONGEST = 200  # characters of an error that are shown
 # A false alarm stops a run, and what this looks for (a wrong mask, position or kernel) lies far above.
 _MARGIN = 1.5
 
@@ -116,16 +129,16 @@ def _compare(pair: Pair, segments: Sequence[Scored]) -> Outcome:
     try:
         measured = pair.on_device(segments)
     except Exception as error:  # MLX's back ends raise several types, and each says that the device cannot do it
-        return Outcome(case, (), first_line(error))
+        return Outcome(case, (), first_line(error)[:_LONGEST])
     expected = pair.reference(segments)
     hidden, logprobs, gradient = bounds(case)
     return Outcome(
         case,
         (
-            Difference("hidden states", _by_segment(measured.hidden, expected.hidden), hidden),
-            Difference("log-probs", _largest(measured.logprobs, expected.logprobs), logprobs),
-            Difference("trained log-probs", _largest(measured.trained_logprobs, expected.logprobs), logprobs),
-            Difference("gradient", _by_name(measured.gradient, expected.gradient), gradient),
+            Difference(Notice("quantity-hidden"), _by_segment(measured.hidden, expected.hidden), hidden),
+            Difference(Notice("quantity-logprobs"), _largest(measured.logprobs, expected.logprobs), logprobs),
+            Difference(Notice("quantity-trained"), _largest(measured.trained_logprobs, expected.logprobs), logprobs),
+            Difference(Notice("quantity-gradient"), _by_name(measured.gradient, expected.gradient), gradient),
         ),
     )
 
@@ -159,14 +172,15 @@ def _worst(values: Sequence[float]) -> float:
     return float(np.max(values))
 
 
-def _listed(failed: Sequence[Scored]) -> str:
-    """The segments in words, for example "roots of 2-8 and branches of 1-8 tokens"."""
-    parts = []
-    for branch, name in ((False, "roots"), (True, "branches")):
-        lengths = [segment.length for segment in failed if segment.branch is branch]
-        if lengths:
-            parts.append(f"{name} of {_ranges(lengths)}")
-    return f"{' and '.join(parts)} tokens" if parts else ""
+def _listed(failed: Sequence[Scored]) -> tuple[Notice, ...]:
+    """The segments in words, for example "roots of 2-8 tokens" and "branches of 1-8 tokens"."""
+    roots, branches = ([segment.length for segment in failed if segment.branch is branch] for branch in (False, True))
+    listed = []
+    if roots:
+        listed.append(Notice("segments-roots", lengths=_ranges(roots)))
+    if branches:
+        listed.append(Notice("segments-branches", lengths=_ranges(branches)))
+    return tuple(listed)
 
 
 def _ranges(lengths: Sequence[int]) -> str:
