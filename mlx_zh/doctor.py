@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.language.translation import in_readers_language
@@ -18,27 +20,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="set a key of the recipe, for example model.path=my-model"
     )
-    parser.add_argument("--quick", action="store_true", help="skip the speed measurement, which takes ten seconds")
+    parser.add_argument("--quick", action="store_true", help="skip the self-check and the measurements (15 seconds)")
+    parser.add_argument(
+        "--report",
+        metavar="PATH",
+        nargs="?",
+        const="mlx-zh-report.md",
+        help="also write a file for a bug report, without secrets (default: mlx-zh-report.md)",
+    )
+    parser.add_argument("--run", metavar="NAME", help="with --report: add the state and the last warnings of a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.run and not arguments.report:
+        parser.error("--run adds a run to the report; give --report too")
     recipe: Recipe | None = None
     if arguments.recipe:
         from mlx_zh.recipe import load_recipe
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
 
-    from mlx_zh.stages.checkup import checks, measurements
+    from mlx_zh.stages import bug_report
+    from mlx_zh.stages.checkup import Check, checks, measurements, self_checks
     from mlx_zh.system import console
     from mlx_zh.system.redaction import hide
 
-    failed = False
-    results = checks(recipe)
-    for check in results if arguments.quick else [*results, *measurements()]:
-        failed |= check.level == "fail"
+    runs = Path("runs" if recipe is None else recipe.runs)
+    file = bug_report.destination(arguments.report) if arguments.report else None
+    if arguments.run:
+        bug_report.run_folder(runs, arguments.run)  # raises before the checks, which take a while
+    done: list[Check] = []
+    for check in checks(recipe) if arguments.quick else chain(checks(recipe), self_checks(), measurements()):
+        done.append(check)
         console.say(hide(f"{check.level:<5} {check.name:<10} {in_readers_language(check.text)}"))
         if check.remedy:
             console.say(hide(f"{'':<16} -> {in_readers_language(check.remedy)}"))
-    return 1 if failed else 0
+    if file is not None:
+        bug_report.write_report(file, done, runs, arguments.run)
+        console.say(f"\nThe report is in {file}. Read it, then attach it to an issue of the project,")
+        console.say("together with the command that failed and what it printed.")
+    return 1 if any(check.level == "fail" for check in done) else 0
 
 
 if __name__ == "__main__":
