@@ -38,6 +38,17 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "PAUSE", 0.0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `metal` unless MLX computes on an Apple GPU."""
+    import mlx.core as mx
+
+    if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
+        return
+    for item in items:
+        if item.get_closest_marker("metal"):
+            item.add_marker(pytest.mark.skip(reason=f"MLX computes on {mx.default_device()}, not on an Apple GPU"))
+
+
 @pytest.fixture(scope="session")
 def samples() -> Path:
     """Real samples of public data sets; they lie beside the checkout where the project is developed."""
