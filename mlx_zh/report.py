@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.reporting.markdown import markdown
     from mlx_zh.reporting.page import page
     from mlx_zh.reporting.plots import write_plots
-    from mlx_zh.stages.run_folder import RunFolder
+    from mlx_zh.stages.run_folder import TUNED, RunFolder
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_text
 
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
             "write the report."
         )
     bootstrap = recipe.evaluate.bootstrap
-    findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=bootstrap, seed=recipe.seed)
+    trains = [stage for stage in TUNED if recipe.data.split(stage).train]
+    findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=bootstrap, seed=recipe.seed, trains=trains)
     written_at = time.strftime("%Y-%m-%d %H:%M")
     plots = write_plots(findings, run.plots)
     write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))

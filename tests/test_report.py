@@ -182,6 +182,38 @@ def test_what_the_data_and_the_fused_model_lack_is_said(tmp_path):
     assert "| data/my.jsonl | 266 | 100 | 0 | 41 exact duplicates" in markdown(found, "now", [])
 
 
+def test_a_run_that_failed_is_not_called_free_of_warnings(tmp_path):
+    """SFT was begun by `mlx-zh run` and died before its first step; DPO has not been begun."""
+    fabricated.write_manifest(tmp_path)
+    done = {"inputs": {}, "outputs": {"data/report.json": "0"}, "seconds": 1.0}
+    write_json(tmp_path / "pipeline.json", {"stages": {"prepare": done, "sft": done | {"outputs": None}}})
+    recipe = yaml.safe_dump(fabricated.RECIPE)
+    failed = gather(RunFolder(tmp_path), recipe, name="x", bootstrap=9, seed=0, trains=("sft", "dpo"))
+    assert [(alarm.where.en, alarm.what.en.partition(":")[0]) for alarm in failed.alarms] == [
+        ("SFT", "SFT was begun and did not finish"),
+        ("DPO", "there are no figures of DPO yet"),
+    ]
+    assert "没有警告" not in page(failed, "now") and "没有警告" not in markdown(failed, "now", [])
+
+
+def test_the_export_is_a_row_for_each_format(tmp_path):
+    fidelity = {"tokens": 900, "kl": 0.0123, "top1": 0.98, "perplexity": 5.5, "fused_perplexity": 5.6, "moved": 0.2}
+    left = {"matrices": 7, "kept_mean": 0.97, "kept_least": 0.9, "error_mean": 0.1, "error_largest": 0.3}
+    mlx = {"detail": "4-bit", "bits": 4, "folder": "runs/x/fused/mlx", "size": 4.5e9, "left": left}
+    peft = {"detail": "adapter", "bits": None, "folder": "runs/x/fused/peft", "size": 8e7, "left": None}
+    unmeasured = {"fidelity": None, "unmeasured": None, "warnings": [], "warning_codes": []}
+    summary = {"mlx": mlx | unmeasured | {"fidelity": fidelity}, "peft": peft | unmeasured}
+    write_json(tmp_path / "fused" / "summary.json", summary)
+    text, shown = markdown(gathered(tmp_path), "now", []), page(gathered(tmp_path), "now")
+    rows = [line for line in text.splitlines() if "runs/x/fused" in line]
+    assert rows == [
+        "| mlx, 4-bit | 4.50 GB | 0.0123 | 98.0% | 5.600 | 97% | runs/x/fused/mlx |",
+        "| peft, adapter | 0.08 GB | – | – | – | – | runs/x/fused/peft |",
+    ]
+    assert "kept_mean" not in text + shown and '<td class="text">0.0123</td>' in shown
+    assert "perplexity of 5.500" in text
+
+
 def test_overfitting_is_said_and_load_best_is_not_blamed(tmp_path):
     lines = fabricated.sft_lines(fabricated.np.random.default_rng(0), 20)
     best = {"best": {"step": 10, "eval_loss": 1.2}}

@@ -127,7 +127,7 @@ def test_a_reason_and_the_sentence_around_it_are_in_one_language(tmp_path):
     chinese, english, _ = shown(tmp_path)
     assert "mlx 没有与“基座 + 适配器”比较：它需要 9.0 GB 内存，而可用的只有 3.0 GB。" in chinese
     assert "mlx was not compared with base + adapter: it takes 9.0 GB of memory and 3.0 GB are free." in english
-    assert "mlx.detail" in chinese and "unmeasured" not in chinese + english and "code" not in chinese + english
+    assert "mlx, 4-bit" in chinese and "unmeasured" not in chinese + english and "code" not in chinese + english
 
 
 def test_rows_that_were_left_out_are_named_in_both_languages(tmp_path):

@@ -1,16 +1,24 @@
-"""The export and the machine: the values of their files as (name, text)."""
+"""The export and the machine as tables of text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mlx_zh.reporting.findings import Findings, mapped
+from mlx_zh.reporting.findings import Findings, is_finite, mapped
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import duration, energy
 
 _SHOWN = 400  # characters of one value
-_ALARMS = {"warnings", "warning_codes", "unmeasured", "unmeasured_code"}  # shown with the alarms
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """A table of the exported formats: its column heads, its rows, and what the columns mean."""
+
+    columns: list[Text]
+    rows: list[list[str]]
+    note: Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +62,39 @@ def times(findings: Findings) -> Times | None:
     return Times([say("stage"), say("time")], [(name, cell[:1]) for name, cell in cells])
 
 
+def exports(findings: Findings) -> Exports | None:
+    """A row for each exported format; None where nothing was exported."""
+    if not findings.export:
+        return None
+    columns = [say(code) for code in ("format", "size", "kl", "top1", "perplexity", "change_kept", "folder")]
+    rows = []
+    tuned = None  # the perplexity that each format is compared with
+    for kind, written in findings.export.items():
+        facts = mapped(written)
+        fidelity, left = mapped(facts.get("fidelity")), mapped(facts.get("left"))
+        tuned = tuned or _number(fidelity.get("perplexity"), ".3f")
+        size = facts.get("size")
+        rows.append(
+            [
+                f"{kind}, {facts['detail']}" if facts.get("detail") else str(kind),
+                f"{size / 1e9:.2f} GB" if is_finite(size) else "–",
+                _number(fidelity.get("kl"), ".4f") or "–",
+                _number(fidelity.get("top1"), ".1%") or "–",
+                _number(fidelity.get("fused_perplexity"), ".3f") or "–",
+                _number(left.get("kept_mean"), ".0%") or "–",
+                str(facts.get("folder") or "–"),
+            ]
+        )
+    return Exports(columns, rows, say("export_note", perplexity=tuned or "–"))
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if is_finite(value) else ""
+
+
 def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as (dotted name, text), without the alarms, which have a section of their own."""
+    """Nested values as (dotted name, text)."""
     for key, value in values.items():
-        if key in _ALARMS:
-            continue
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from flat(value, f"{name}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -112,8 +112,14 @@ class RunFiles(Protocol):
         """The folder of a training stage."""
 
 
-def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) -> Findings:
-    """Everything in a run folder. `recipe` is its recipe as YAML; `bootstrap` samples and `seed` give intervals."""
+def gather(
+    run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int, trains: Collection[str] = ()
+) -> Findings:
+    """Everything in a run folder.
+
+    `recipe` is its recipe as YAML, `trains` are the training stages (sft, dpo) that it has; `bootstrap` samples and
+    `seed` give intervals.
+    """
     findings = Findings(name, hide(recipe))
     reading = _Reading(run.path, findings.alarms)
     findings.manifest = hide_all(reading.mapping(run.manifest))
@@ -123,7 +129,8 @@ def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) 
     findings.prompts = [str(prompt) for prompt in listed(samples.get("prompts"))]
     answers = mapped(samples.get("answers"))
     findings.answers = {stage: [str(a) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
-    findings.times = _times(reading.mapping(run.pipeline))
+    pipeline = reading.mapping(run.pipeline)
+    findings.times = _times(pipeline)
     for stage in ("sft", "dpo"):
         if training := _training(reading, run.stage(stage), stage):
             findings.training[stage] = training
@@ -131,6 +138,7 @@ def gather(run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int) 
             lines = reading.objects(run.stage(stage).warnings)
             warned = dict.fromkeys(notices_of([line.get("text") for line in lines], lines))
             findings.alarms += [Alarm(named(stage), Text.of(text)) for text in warned]
+    findings.alarms += _missing_alarms(findings, pipeline, trains)
     findings.exams = exam_results.gather(run.exams, STAGES, bootstrap=bootstrap, seed=seed)
     for exam in findings.exams:
         findings.alarms += _exam_alarms(exam)
@@ -207,6 +215,18 @@ def _training_alarms(training: TrainingResult) -> list[Alarm]:
     if accuracy is not None and accuracy <= 0.5:
         warnings.append(say("reward-accuracy-low", accuracy=accuracy))
     return [Alarm(named(training.stage), warning) for warning in warnings]
+
+
+def _missing_alarms(findings: Findings, pipeline: Mapping[str, object], trains: Collection[str]) -> list[Alarm]:
+    """Alarms for steps that failed or were stopped, and for training stages without figures."""
+    begun = {
+        name
+        for name, record in mapped(pipeline.get("stages")).items()
+        if name not in ("report", *findings.training) and mapped(record).get("outputs", {}) is None
+    }
+    alarms = [Alarm(named(name), say("step-unfinished", step=named(name))) for name in sorted(begun)]
+    missing = [stage for stage in trains if stage not in findings.training and stage not in begun]
+    return alarms + [Alarm(named(stage), say("training-missing", stage=named(stage))) for stage in missing]
 
 
 def at_end(training: TrainingResult, name: str) -> float | None:

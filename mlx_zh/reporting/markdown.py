@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from mlx_zh.reporting import data_view, words
 from mlx_zh.reporting.exam_results import Cell, ExamResult
 from mlx_zh.reporting.exam_view import columns, head_line, interval, percent
-from mlx_zh.reporting.figures_view import flat
+from mlx_zh.reporting.figures_view import exports, flat
 from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import named, say
 
-_SPECIAL = re.compile(r"[\\`*_\[\]|~]")
-_FIRST = re.compile(r"^(?:[#>+=-]|\d+(?=[.)]))")  # begins a heading, a quotation or a list
+_SPECIAL = re.compile(r"[\\`*_\[\]|~$]")
+# What begins a heading, a quotation, a list, a rule or the underline of a heading.
+_FIRST = re.compile(r"^(?=[#>]|[+-](?: |$)|[=-]+$)")
+_NUMBER = re.compile(r"^(\d+)(?=[.)](?: |$))")  # begins a numbered list
 _LINK = re.compile(r"(?i)\b(https?:|ftp:|www\.)")  # some viewers turn addresses into links
 
 
@@ -25,9 +27,9 @@ def markdown(findings: Findings, created: str, plots: Sequence[str]) -> str:
     parts += _training(findings, plots)
     parts += _answers(findings)
     parts += _data(findings)
-    if findings.export:
-        rows = [[name, text] for name, text in flat(findings.export)]
-        parts += [f"## {say('export').both()}", _table([say("setting").both(), say("value").both()], rows)]
+    if exported := exports(findings):
+        heads = [name.both() for name in exported.columns]
+        parts += [f"## {say('export').both()}", exported.note.both(), _table(heads, exported.rows)]
     parts += _machine(findings)
     return "\n\n".join(parts) + "\n"
 
@@ -35,7 +37,8 @@ def markdown(findings: Findings, created: str, plots: Sequence[str]) -> str:
 def safe(text: object) -> str:
     """The text on one line, escaped so that it is neither Markdown nor HTML nor a link."""
     line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    line = _FIRST.sub(r"\\\g<0>", _SPECIAL.sub(r"\\\g<0>", line))
+    # A backslash is an escape before punctuation alone (CommonMark 0.31, section 2.4), so never before a digit.
+    line = _NUMBER.sub(r"\1\\", _FIRST.sub(r"\\", _SPECIAL.sub(r"\\\g<0>", line)))
     return _LINK.sub("\\g<1>\u200b", line)
 
 

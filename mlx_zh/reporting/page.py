@@ -82,8 +82,8 @@ def _sections(findings: Findings) -> Iterator[Section]:
         columns = data_view.source_columns()
         content = _render("data", stages=stages, source_columns=columns, charts=charts, digests=digests)
         yield Section("data", say("data"), content)
-    if findings.export:
-        yield Section("export", say("export"), _render("export", settings=figures_view.flat(findings.export)))
+    if exported := figures_view.exports(findings):
+        yield Section("export", say("export"), _render("export", exported=exported))
     facts, times = figures_view.machine(findings), figures_view.times(findings)
     if facts or times or findings.recipe:
         yield Section("run", say("run"), _render("run", facts=facts, times=times, recipe=findings.recipe))
