@@ -23,11 +23,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_zh import chat
 from mlx_zh.chatting.chatbot import Chatbot, context_length
-from mlx_zh.chatting.repl import COMMANDS, Repl
+from mlx_zh.chatting.repl import COMMANDS, Repl, command_in
 from mlx_zh.chatting.terminal import LineEditor, Screen, plain, side_by_side, text_width, unfinished, wrap
 from mlx_zh.chatting.transcript import ContextError, Transcript
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.reader import read_rows
 from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rows import messages_of
 from mlx_zh.errors import DataError, MlxZhError, StorageError
 from mlx_zh.models.adapters.files import save_adapter
 from mlx_zh.models.adapters.layers import add_adapter, trainable
@@ -365,11 +367,26 @@ def test_save_and_load_round_trip(tmp_path):
 def test_save_does_not_overwrite_something_else(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
+    answered = Transcript(None, [Message("user", "你好"), Message("assistant", "好")])
     with pytest.raises(StorageError, match="not a saved chat"):
-        Transcript().save(notes)
+        answered.save(notes)
     assert notes.read_text() == "mine"
     with pytest.raises(StorageError):
-        Transcript().save(tmp_path)  # a folder
+        answered.save(tmp_path)  # a folder
+
+
+def test_a_saved_chat_is_training_data(tmp_path):
+    """What `/save` writes, `prepare` reads: one row, which ends with an answer."""
+    path = tmp_path / "chat.json"
+    turns = [Message("user", "你好\n世界\u2028"), Message("assistant", "好")]
+    transcript = Transcript("系统", [*turns, Message("user", "还在等")])
+    assert transcript.save(path) == 2
+    ((_, row),) = read_rows(path)
+    assert messages_of(row["messages"], "messages") == [Message("system", "系统"), *turns]
+    assert Transcript.load(path) == Transcript("系统", turns)
+    with pytest.raises(MlxZhError, match="nothing to save"):
+        Transcript("系统", [Message("user", "还在等")]).save(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -514,10 +531,30 @@ def test_settings(repl):
 
 def test_unknown_commands_and_paths_that_look_like_one(repl):
     assert "did you mean /retry?" in repl.say("/retyr")
+    for other, meant in (("/quit", "/exit"), ("/clear", "/reset"), ("/sys", "/system"), ("/帮助", "/help")):
+        assert f"did you mean {meant}?" in repl.say(other)
+    assert "see /help" in repl.say("/xyzzy")
     assert repl.transcript.turns == []
     repl.say("/usr/bin/python 是什么")
     assert repl.transcript.turns[0].content == "/usr/bin/python 是什么"
     assert repl.say("   ", "/exit", "never read") == ""
+
+
+@pytest.mark.parametrize("typed", ["、help", "／help", "／ｈｅｌｐ", "、HELP", "/help"])
+def test_what_a_chinese_input_method_writes_for_a_slash_is_one(repl, typed):
+    assert "命令 Commands" in repl.say(typed)
+    assert repl.transcript.turns == []
+
+
+def test_a_command_in_wide_characters_takes_its_text(repl):
+    repl.say("、system\u3000你是诗人")
+    assert repl.transcript.system == "你是诗人" and repl.transcript.turns == []
+    assert "unknown command /foo" in repl.say("、foo")
+
+
+@pytest.mark.parametrize("text", ["、你好", "/你好", "／ 你好", "、", "//", "/2 加 3"])
+def test_a_message_that_only_begins_like_a_command_is_for_the_model(text):
+    assert command_in(text) is None
 
 
 def test_save_and_load_commands(repl, tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,23 @@ KEYS = (
     ("Tab", "补全命令", "complete a command"),
     ("Ctrl-X Ctrl-E", "用 $EDITOR 编辑", "edit in $EDITOR"),
 )
-_COMMAND = re.compile(r"(/[A-Za-z]+)(?:[ \t]+(.*))?", re.DOTALL)
+# A Chinese input method writes ／ or 、 for the key of "/", and may write wide letters and a wide space after it.
+_COMMAND = re.compile(r"[/／、]([^\W\d]\w*)(?:\s+(.*))?", re.DOTALL)
+# What other chat programs call these commands, and Chinese names.
+_OTHER_NAMES = {
+    "/exit": ("/quit", "/q", "/bye", "/close", "/退出", "/再见"),
+    "/help": ("/h", "/commands", "/帮助"),
+    "/reset": ("/clear", "/new", "/清空", "/重置"),
+    "/retry": ("/regenerate", "/regen", "/again", "/重试"),
+    "/undo": ("/back", "/撤回", "/撤销"),
+    "/temp": ("/temperature", "/温度"),
+    "/save": ("/export", "/保存"),
+    "/load": ("/open", "/载入"),
+    "/adapter": ("/lora", "/适配器"),
+    "/compare": ("/diff", "/对比", "/比较"),
+    "/system": ("/prompt", "/系统"),
+}
+_SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in others}
 
 
 @dataclass
@@ -69,15 +86,16 @@ class Repl:
 
     def handle(self, text: str) -> None:
         """Run a command, or ask the model. Raises MlxZhError."""
-        command = _COMMAND.fullmatch(text)
+        command = command_in(text)
         if command is None:
             self.transcript.ask(text)
             self._answer()
             return
-        name, argument = command[1].lower(), (command[2] or "").strip()
+        name, argument = command
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            self.screen.error(f"unknown command {name}; " + (f"did you mean {near[0]}?" if near else "see /help"))
+            near = nearest_command(name)
+            hint = f"是不是 {near}？ did you mean {near}?" if near else "见 /help · see /help"
+            self.screen.error(f"没有命令 {name} · unknown command {name}; {hint}")
             return
         getattr(self, "_" + COMMANDS[name][3])(argument)
 
@@ -154,8 +172,10 @@ class Repl:
 
     def _save(self, text: str) -> None:
         path = _path(text, "/save FILE")
-        self.transcript.save(path)
-        self.screen.note(f"已保存 {len(self.transcript.turns)} 条消息 · saved to {path}")
+        count = self.transcript.save(path)
+        self.screen.note(f"已保存 {count} 条消息 · saved to {path}")
+        if self.transcript.pending:
+            self.screen.note("最后一个问题还没有回答，没有保存 · the last question has no answer and was left out")
 
     def _load(self, text: str) -> None:
         path = _path(text, "/load FILE")
@@ -195,6 +215,27 @@ class Repl:
 
     def _leave(self, _: str) -> None:
         self._running = False
+
+
+def command_in(text: str) -> tuple[str, str] | None:
+    """The command in a message, as `/name`, and what follows it; None where the message is for the model."""
+    match = _COMMAND.fullmatch(text)
+    if match is None:
+        return None
+    name = "/" + unicodedata.normalize("NFKC", match[1]).lower()
+    if not name.isascii() and name not in _SYNONYMS:
+        return None
+    return name, (match[2] or "").strip()
+
+
+def nearest_command(name: str) -> str | None:
+    """The command that someone who typed `name` most likely means, or None."""
+    if name in _SYNONYMS:
+        return _SYNONYMS[name]
+    if completed := [command for command in COMMANDS if command.startswith(name)]:
+        return completed[0]
+    near = difflib.get_close_matches(name, [*COMMANDS, *_SYNONYMS], 1)
+    return _SYNONYMS.get(near[0], near[0]) if near else None
 
 
 def describe(statistics: Statistics, name: str = "") -> str:

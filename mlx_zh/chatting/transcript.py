@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DataError, MlxZhError, StorageError
-from mlx_zh.system.storage import write_json
+from mlx_zh.system.storage import write_text
 
 
 class ContextError(MlxZhError):
@@ -90,15 +90,23 @@ class Transcript:
         self.first += 2 * dropped
         return prompt, dropped
 
-    def save(self, path: Path) -> None:
-        """Write `{"messages": [...]}`. Only a saved chat is overwritten; raises StorageError for any other file."""
+    def save(self, path: Path) -> int:
+        """Write `{"messages": [...]}` on one line, as training data is; returns the number of turns written.
+
+        A question that waits for its answer is left out. Only a saved chat is overwritten: raises StorageError for
+        any other file, and MlxZhError if nothing has been answered.
+        """
         if path.exists():
             try:
                 Transcript.load(path)
             except DataError as problem:
                 raise StorageError(f"{path} exists and is not a saved chat; choose another name") from problem
-        messages = [{"role": m.role, "content": m.content} for m in [*self._system(), *self.turns]]
-        write_json(path, {"messages": messages})
+        turns = self.turns[:-1] if self.pending else self.turns
+        if not turns:
+            raise MlxZhError("nothing to save: no question has been answered yet")
+        messages = [{"role": m.role, "content": m.content} for m in [*self._system(), *turns]]
+        write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        return len(turns)
 
     @classmethod
     def load(cls, path: Path) -> Transcript:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
+
+import yaml
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.csv_rows import read_csv
@@ -94,7 +96,7 @@ def iter_rows(
     report = LoadReport() if report is None else report
     if on_invalid not in ("error", "skip"):
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
-    _check_names(formats, format, columns or {})
+    _check_names(path, formats, format, columns or {})
     lines = format in formats and formats[format].lines
     rows = read_lines(path) if lines else _READERS.get(path.suffix.lower(), read_rows)(path)
     if columns:
@@ -129,7 +131,7 @@ def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_inva
     return DataError(f"{path}: {count} of {report.rows} rows cannot be used ({remedy}):\n  {lines}")
 
 
-def _check_names(formats: Mapping[str, Format[Parsed]], format: str, columns: Mapping[str, str]) -> None:
+def _check_names(path: Path, formats: Mapping[str, Format[Parsed]], format: str, columns: Mapping[str, str]) -> None:
     if format != "auto" and format not in formats:
         raise DataError(
             f"unknown data format {format!r}{_nearest(format, formats)}; choose auto or one of {', '.join(formats)}"
@@ -138,9 +140,9 @@ def _check_names(formats: Mapping[str, Format[Parsed]], format: str, columns: Ma
     for name in columns:
         if name not in our_names:
             raise DataError(
-                f"data.columns: no format has a column {name!r}{_nearest(name, our_names)}; write the name in this "
-                "program first, then the name in the file, e.g. instruction: question. The names in this program are "
-                f"{', '.join(sorted(our_names))}"
+                f"columns of {path}: no format has a column {name!r}{_nearest(name, our_names)}; write the name in "
+                "this program first, then the name in the file, e.g. instruction: question. The names in this "
+                f"program are {', '.join(sorted(our_names))}"
             )
 
 
@@ -179,9 +181,18 @@ def _detect(
     expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
     raise DataError(
         f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known formats and their columns: "
-        f"{expected}. Rename columns with data.columns, the name in this program first, e.g. "
-        "{instruction: question, output: answer}"
+        f"{expected}. Write in the recipe which columns these are, the name in this program first: "
+        f"{_entry(path, list(first), formats)}"
     )
+
+
+def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parsed]]) -> str:
+    """A recipe's entry of a file, with the file's first columns as an example of `columns`."""
+    pairs = any("chosen" in form.columns for form in formats.values())
+    ours = ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
+    columns = dict(zip_longest(ours, theirs[: len(ours)], fillvalue="..."))
+    entry = {"path": str(path), "columns": columns}
+    return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
 
 def _as_row(row: Any) -> Row:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from mlx_zh.corpus.conversation import Conversation, Message, with_system
 from mlx_zh.corpus.formats import iter_conversations, load_conversations
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.errors import DataError
+from mlx_zh.recipe import Source
 
 Q, A = Message("user", "你好"), Message("assistant", "你好！")
 
@@ -221,6 +224,16 @@ def test_unknown_columns_are_named(write):
     path = write(lines({"author": "x", "title": "y"}))
     with pytest.raises(DataError, match=r"no known format has the columns author, title\. .*alpaca: instruction"):
         load_conversations(path)
+
+
+def test_the_advice_on_unknown_columns_is_an_entry_of_a_recipe_that_works(write):
+    path = write(lines({"问题": "几点了？", "答案: 全文": "三点"}))
+    with pytest.raises(DataError) as refused:
+        load_conversations(path)
+    entry = yaml.safe_load(str(refused.value).partition("the name in this program first: ")[2])
+    source = Source(**entry)
+    conversations, _ = load_conversations(Path(source.path), columns=source.columns)
+    assert [message.content for message in conversations[0].messages] == ["几点了？", "三点"]
 
 
 def test_rows_that_are_no_objects(write):

@@ -115,6 +115,8 @@ def test_one_output_is_no_ranking(write):
 def test_a_file_of_conversations_is_no_preference_data(write):
     with pytest.raises(DataError, match=r"no known format has the columns instruction, output\. .*orca: system"):
         load_preferences(write(json.dumps({"instruction": "a", "output": "b"})))
+    with pytest.raises(DataError, match=r"columns: \{prompt: 问, chosen: 好, rejected: 坏\}\}$"):
+        load_preferences(write(json.dumps({"问": "a", "好": "b", "坏": "c"}, ensure_ascii=False)))
 
 
 @pytest.mark.parametrize(
