@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,14 @@ def _resolved_path(value: str, info: ValidationInfo) -> str:
         return os.path.normpath(beside) if beside.exists() else value
     except (OSError, RuntimeError) as error:  # a name that is too long, or the home folder of an unknown user
         raise ValueError("a valid name of a file or folder") from error
+
+
+def _in_home(value: str) -> str:
+    """The path with `~` expanded."""
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError as error:  # the home folder of an unknown user
+        raise ValueError("a valid name of a folder") from error
 
 
 Located = Annotated[str, Field(min_length=1), AfterValidator(_resolved_path)]
@@ -257,7 +266,12 @@ class Training(Section):
 
 
 class Sft(Training):
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning.
+
+    `start` is an adapter folder to train further; without it, a new adapter is trained on the base.
+    """
+
+    start: Annotated[Located | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 # The losses that use label_smoothing, f_divergence and no reference. A test compares them with `core.losses.LOSSES`.
@@ -402,15 +416,16 @@ class Recipe(Section):
     track: tuple[Literal["tensorboard", "swanlab", "wandb"], ...] = ()
     resume: Literal["auto", "never"] = "auto"  # never: training starts anew each time, as with --fresh
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
-    runs: Annotated[str, Field(min_length=1)] = "runs"
+    runs: Annotated[str, Field(min_length=1), AfterValidator(_in_home)] = "runs"
 
     def training(self, stage: str) -> Training:
         """The section of training stage `stage` (sft or dpo)."""
         return self.sft if stage == "sft" else self.dpo
 
-    @property
-    def dpo_start(self) -> str:
-        """The value of `dpo.start`, or its default: sft, base, or an adapter folder."""
+    def start(self, stage: str) -> str:
+        """What training stage `stage` starts from: base, an adapter folder, or for DPO also sft."""
+        if stage == "sft":
+            return self.sft.start or "base"
         return self.dpo.start or ("sft" if self.data.sft.train else "base")
 
     def run_folder(self) -> Path:
@@ -422,19 +437,23 @@ class Recipe(Section):
         return dump(self.model_dump(mode="json", by_alias=True))
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | str, overrides: Sequence[str] = (), *, beside: Path | Literal["recipe"] | None = "recipe"
+) -> Recipe:
     """Read a recipe and apply overrides of the form `section.key=value`.
 
-    Paths of data files and local models are relative to the recipe's folder if they exist there, otherwise to the
-    current folder. Raises RecipeError with every problem: file, line, key, what was got and what was expected.
+    Paths of data files and local models are relative to the folder `beside` (the recipe's own) if they exist there,
+    otherwise to the current folder. Raises RecipeError with every problem: file, line, key, what was got and what was
+    expected.
     """
     path = Path(path)
+    folder = path.parent if beside == "recipe" else beside
     document = parse(path)
     for override in overrides:
         _apply(document, override)
     problems = document.problems
     try:
-        recipe = Recipe.model_validate(document.value, context={"beside": path.parent})
+        recipe = Recipe.model_validate(document.value, context={"beside": folder})
     except pydantic.ValidationError as error:
         problems = problems + explain(error, document, Recipe)
     if problems:
@@ -442,14 +461,32 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+_WIDE_NUMBER = re.compile(r"[０-９．－＋ｅＥ]+")
+
+
+def _parted(override: str) -> tuple[str, str]:
+    """Key and value of an override. Raises RecipeError if it has none.
+
+    What a Chinese input method writes is read as what was meant: ＝ and ： for the equals sign, wide letters and 。
+    in the key, and a value that is a number in wide digits.
+    """
+    key, equals, text = override.partition("=")
+    if not equals and (sign := re.search("[＝：:]", override)):
+        key, equals, text = override[: sign.start()], sign[0], override[sign.end() :]
+    key = unicodedata.normalize("NFKC", key.replace("。", ".")).strip()
+    if not equals or not key:
+        raise RecipeError(f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4.")
+    if _WIDE_NUMBER.fullmatch(text.strip()):
+        text = unicodedata.normalize("NFKC", text)
+    return key, text
+
+
 def _apply(document: Document, override: str) -> None:
     """Set the value of one override. Raises RecipeError when its key or value is not valid."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4.")
-    parts = key.strip().split(".")
+    key, text = _parted(override)
+    parts = key.split(".")
     if not all(parts):
-        raise RecipeError(f"{override!r}: {key.strip()!r} is not a key; write it as in sft.learning_rate=2e-4.")
+        raise RecipeError(f"{override!r}: {key!r} is not a key; write it as in sft.learning_rate=2e-4.")
     target = document.value
     for depth, part in enumerate(parts[:-1], start=1):
         below = target.get(part)

@@ -6,6 +6,8 @@ import difflib
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +17,11 @@ import yaml
 from mlx_zh.errors import RecipeError, first_line
 
 Key = tuple[str | int, ...]
+
+
+_WIDE_COLON = "："  # what a Chinese input method writes
+_PLAIN_COLON = f"Write a plain colon and a space in place of {_WIDE_COLON}"
+_WIDE_KEY = re.compile(rf"^[\s-]*[\w.]+{_WIDE_COLON}", re.MULTILINE)
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,16 +95,25 @@ def parse(path: Path) -> Document:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {_reason(error)}.") from None
+        raise RecipeError(f"{where}: not valid YAML: {_reason(error)}.{_wide_colon(path, text)}") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deeply.") from None
     if not isinstance(value, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections (name, model, data, ...), found {_described(value)}."
+            f"{_wide_colon(path, text)}"
         )
     document = Document(path, value)
     _note_lines(node, (), document, set())
     return document
+
+
+def _wide_colon(path: Path, text: str) -> str:
+    """A hint at the first key that is followed by the full-width colon of a Chinese input method, or ""."""
+    if (match := _WIDE_KEY.search(text)) is None:
+        return ""
+    line = text.count("\n", 0, match.end()) + 1
+    return f" Line {line} has a full-width colon. {_PLAIN_COLON}"
 
 
 # PyYAML's constructors raise KeyError and AttributeError for some values with explicit tags.
@@ -202,11 +218,39 @@ def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel]) -
         _EXPECTED.get(p["type"]) or p["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         for p in problems
     )
-    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_described(problems[0]['input'])}."
+    got = problems[0]["input"]
+    hint = f" {_PLAIN_COLON}" if "model_type" in kinds and isinstance(got, str) and _WIDE_KEY.match(got) else ""
+    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_described(got)}.{hint}"
+
+
+def other_name(name: str, stage: str = "sft") -> str | None:
+    """What a setting of another program is called here, in a sentence; None for a name that none has.
+
+    `stage` is the section (sft or dpo) to name for a setting that both have.
+    """
+    entry = _other_names().get(name.lstrip("-").replace("-", "_").lower())
+    if entry is None:
+        return None
+    key, note = entry.get("key", "").format(stage=stage), entry.get("note", "").format(stage=stage)
+    return " ".join(filter(None, [f"Here it is {key}." if key else "It is not needed here.", note]))
+
+
+@cache
+def _other_names() -> dict[str, dict[str, str]]:
+    text = files("mlx_zh.language").joinpath("other_names.yaml").read_text(encoding="utf-8")
+    entries: dict[str, dict[str, str]] = yaml.safe_load(text)
+    return entries
 
 
 def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
-    """The sentence about an unknown key, with the most similar valid key of its section or of the whole recipe."""
+    """The sentence about an unknown key.
+
+    It names the key that other programs call so, else the most similar key of its section or of the whole recipe.
+    """
+    if _WIDE_COLON in str(key[-1]):
+        return f"{_dotted(key)} is not a key. {_PLAIN_COLON}"
+    if (here_named := other_name(str(key[-1]), "dpo" if "dpo" in key else "sft")) is not None:
+        return f"{_dotted(key)} is not a key. {here_named}"
     keys = dict(_keys(schema))
     section = _dotted(tuple(k for k in key[:-1] if isinstance(k, str)))
     here = [k for k, parent in keys.items() if parent == section]

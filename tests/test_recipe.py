@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.recipe_text import _keys, other_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -256,6 +258,85 @@ def test_an_override_has_a_key_and_a_value(override):
     assert refusal(BASE, override) == (
         f"{override!r} is not an override: write KEY=VALUE, for example sft.learning_rate=2e-4."
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.cutoff_len=512", "data.cutoff_len is not a key. Here it is data.max_length."),
+        ("cutoff_len=512", "cutoff_len is not a key. Here it is data.max_length."),
+        ("lr=1e-4", "lr is not a key. Here it is sft.learning_rate."),
+        ("dpo.lr=1e-4", "dpo.lr is not a key. Here it is dpo.learning_rate."),
+        ("sft.num_train_epochs=2", "sft.num_train_epochs is not a key. Here it is sft.epochs."),
+        ("sft.iters=9", "sft.iters is not a key. Here it is sft.max_steps."),
+        (
+            "dpo.per_device_train_batch_size=2",
+            "dpo.per_device_train_batch_size is not a key. Here it is dpo.batch_size. It counts the examples of a "
+            "whole optimizer step: per_device_train_batch_size × gradient_accumulation_steps × devices.",
+        ),
+        (
+            "sft.gradient_accumulation_steps=4",
+            "sft.gradient_accumulation_steps is not a key. Here it is sft.batch_size. Accumulation is automatic: set "
+            "sft.batch_size to per_device_train_batch_size × gradient_accumulation_steps.",
+        ),
+        ("report_to=wandb", "report_to is not a key. Here it is track. For example track=[wandb]."),
+        (
+            "resume_from_checkpoint=x",
+            "resume_from_checkpoint is not a key. Here it is resume. The same command goes on from the newest",
+        ),
+        ("lora_parameters.scale=20", "lora_parameters is not a key. Here it is lora. Its keys are rank, alpha"),
+        ("packing=true", "packing is not a key. It is not needed here. Examples are always packed, and never see"),
+    ],
+)
+def test_names_of_other_programs_are_said_in_this_ones(override, expected):
+    assert refusal(BASE, override).startswith(f"{override!r}: {expected}")
+    written = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(override.partition("=")[0].split(".")))
+    assert expected in refusal(BASE + written)
+
+
+def test_every_name_of_another_program_leads_to_a_key_that_exists_and_is_none_itself():
+    keys = {name for name, _ in _keys(Recipe)}
+    names = {key.rpartition(".")[2] for key in keys}
+    table = yaml.safe_load((ROOT / "mlx_zh" / "language" / "other_names.yaml").read_text())
+    for name, entry in table.items():
+        assert name not in names, name
+        assert entry.keys() <= {"key", "note"} and entry, name
+        for stage in ("sft", "dpo"):
+            assert "key" not in entry or entry["key"].format(stage=stage) in keys, name
+            meaning = other_name(f"--{name.replace('_', '-')}", stage)
+            assert meaning is not None and meaning.endswith(".") and "{stage}" not in meaning
+
+
+@pytest.mark.parametrize("sign", ["＝", "：", ":"])
+@pytest.mark.parametrize("key", ["sft.epochs", "sft。epochs", "ｓｆｔ．epochs"])
+@pytest.mark.parametrize("value", ["2", "２", "２．０"])
+def test_what_a_chinese_input_method_writes_in_an_override_is_understood(key, sign, value):
+    assert read(BASE, f"{key}{sign}{value}").sft.epochs == 2
+    assert read(BASE, f"{key}={value}").sft.epochs == 2
+
+
+def test_the_value_of_an_override_keeps_its_wide_characters():
+    assert read(BASE, "data.system＝你好：世界＝１").data.system == "你好：世界＝１"
+    assert read(BASE, "data.system=a：b=c").data.system == "a：b=c"
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("name：x\n", "Line 1 has a full-width colon."),
+        (BASE + "sft：\n  epochs: 1\n", "Line 3 has a full-width colon."),
+        (BASE + "sft:\n  epochs：1\n", "r.yaml:3: sft must be a section with keys of its own, found 'epochs：1'."),
+        (BASE + "sft: {epochs：1}\n", "r.yaml:3: sft.epochs：1 is not a key."),
+    ],
+)
+def test_a_wide_colon_in_a_recipe_is_pointed_at(text, where):
+    assert f"{where} Write a plain colon and a space in place of ：" in refusal(text)
+
+
+def test_home_is_meant_by_a_tilde_in_runs_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert read(BASE + "runs: ~/runs\n").run_folder() == tmp_path / "home" / "runs" / "x"
+    assert "runs must be a valid name of a folder" in refusal(BASE + "runs: ~nobody-here/runs\n")
 
 
 def test_an_override_changes_one_of_two_aliased_sections():
