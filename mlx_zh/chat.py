@@ -1,4 +1,4 @@
-"""Chat with a model, before or after tuning: `python -m mlx_zh.chat RECIPE|MODEL`."""
+"""Chat with a model, before or after tuning: `python -m mlx_zh.chat RECIPE|RUN|MODEL`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("mlx-zh chat", description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "target",
-        metavar="RECIPE|MODEL",
-        help="a recipe (.yaml), model folder, .gguf file, hub id or built-in name",
+        metavar="RECIPE|RUN|MODEL",
+        help="a recipe (.yaml), name or folder of a run, model folder, .gguf file, hub id or built-in name",
     )
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
@@ -134,10 +134,10 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
 
 
 def _recipe(target: str, overrides: list[str]) -> Recipe | None:
-    if target.endswith((".yaml", ".yml")):
-        from mlx_zh.recipe import load_recipe
+    from mlx_zh.stages.command import find_recipe, run_of
 
-        return load_recipe(target, overrides)
+    if target.endswith((".yaml", ".yml")) or run_of(target, overrides):
+        return find_recipe(target, overrides)
     if overrides:
         raise RecipeError(
             f"{overrides[0]} sets a key of a recipe, but {target} is a model; give a recipe (.yaml) instead"

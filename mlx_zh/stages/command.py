@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Sequence
+from os.path import expanduser, isdir, isfile, join
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.distributed import launching
-from mlx_zh.errors import DataError
+from mlx_zh.errors import DataError, RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
-from mlx_zh.system.arguments import Parser
+from mlx_zh.system.arguments import Parser, missing_recipe
 
 if TYPE_CHECKING:
+    from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.tuning import Method
 
 
 def parser(stage: str, purpose: str) -> Parser:
     """An argument parser with RECIPE, `section.key=value` overrides and the options that every stage has."""
     options = Parser(f"mlx-zh {stage}", description=purpose)
-    options.add_argument("recipe", metavar="RECIPE", help="a recipe file, for example recipes/quickstart.yaml")
+    options.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a recipe file, for example recipes/quickstart.yaml, or the name or folder of an earlier run",
+    )
     options.add_argument(
         "overrides",
         nargs="*",
@@ -31,11 +40,62 @@ def parser(stage: str, purpose: str) -> Parser:
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that a command line names; with `--print`, print it and return None. Raises RecipeError."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = find_recipe(arguments.recipe, arguments.overrides)
     if arguments.print:
         print(recipe.to_yaml(), end="")
         return None
     return recipe
+
+
+def find_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at a path, or that of an earlier run, which is named or whose folder is given.
+
+    Raises RecipeError if there is none, or if it is not valid.
+    """
+    run = run_of(target, overrides)
+    if run is None:
+        if not isfile(target):
+            raise RecipeError(_nothing_at(target, overrides))
+        return load_recipe(target, overrides)
+    # Its paths were written from the folder in which the run was started.
+    recipe = load_recipe(run.recipe, overrides, beside=None)
+    if recipe.run_folder().resolve() == run.path.resolve():
+        return recipe
+    place = {"runs": str(run.path.parent), "name": run.path.resolve().name}
+    given = {text.partition("=")[0] for text in overrides}
+    return recipe.model_copy(update={key: value for key, value in place.items() if key not in given})
+
+
+def run_of(target: str, overrides: Sequence[str] = ()) -> RunFolder | None:
+    """The run that `target` names or is the folder of; None where it is neither, or is a file."""
+    from mlx_zh.stages.run_folder import RunFolder
+
+    folders = [] if isfile(target) else [expanduser(target), join(_runs(overrides), target)]
+    runs = (RunFolder(Path(folder)) for folder in folders if isdir(folder))
+    return next((run for run in runs if isfile(run.recipe)), None)
+
+
+def _runs(overrides: Sequence[str]) -> str:
+    given = [text.partition("=")[2] for text in overrides if text.startswith("runs=")]
+    return expanduser(given[-1] if given else str(Recipe.model_fields["runs"].default))
+
+
+def _nothing_at(target: str, overrides: Sequence[str]) -> str:
+    from mlx_zh.stages.run_folder import RunFolder
+
+    if "=" in target:
+        return f"{missing_recipe('mlx-zh sft')}; {target!r} came first."
+    if target.endswith((".yaml", ".yml")):
+        return f"there is no recipe at {target}."
+    if isdir(target):
+        return f"{target} is a folder without a recipe, so it is no run. Give a recipe file or the name of a run."
+    runs = _runs(overrides)
+    names = sorted(path.name for path in Path(runs).glob("*") if isfile(RunFolder(path).recipe))
+    near = difflib.get_close_matches(target, names, n=1)
+    hint = (
+        f"did you mean {near[0]}?" if near else f"its runs are {', '.join(names[:8])}." if names else "it has none."
+    )
+    return f"there is no recipe at {target}, and no run of this name in {runs}: {hint}"
 
 
 def train(method: Method, purpose: str, argv: list[str] | None) -> int:
@@ -45,6 +105,7 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     options.add_argument(
         "--force", action="store_true", help="start even if memory will not be enough or the self-check fails"
     )
+    options.add_argument("--renew", action="store_true", help=argparse.SUPPRESS)  # given by `mlx-zh run`
     launching.add_machines(options)
     arguments = options.parse_intermixed_args(argv)
     recipe = read_recipe(arguments)
@@ -64,4 +125,4 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
                 f"{arguments.recipe}: data.{method.stage}.train names no file to learn from. Add one to the recipe."
             )
         fresh = arguments.fresh or recipe.resume == "never"
-        return tune(recipe, method, world, fresh=fresh, force=arguments.force)
+        return tune(recipe, method, world, fresh=fresh, renew=arguments.renew, force=arguments.force)

@@ -24,8 +24,34 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong with the command line, and exit with status 2."""
+        """Print what is wrong with the command line, and exit with status 2.
+
+        Says what is missing, and what options of other programs are called here.
+        """
+        if message.startswith("the following arguments are required: RECIPE"):
+            message = missing_recipe(self.prog)
+        if hints := [hint for word in message.split() if word.startswith("--") and (hint := _hint(word))]:
+            message += ". " + " ".join(hints)
         self.exit(2, f"{self.format_usage()}{in_readers_language('error: ')}{in_readers_language(message)}\n")
+
+
+def missing_recipe(command: str) -> str:
+    """What is missing in a command line without a recipe, with examples."""
+    return (
+        "RECIPE is missing: name a recipe file or an earlier run, for example "
+        f"`{command} recipes/quickstart.yaml` or `{command} my-run`"
+    )
+
+
+def _hint(option: str) -> str | None:
+    """What to write in place of an option that a command does not have."""
+    from mlx_zh.recipe_text import other_name  # not at the top: --help must answer at once
+
+    option = option.partition("=")[0]
+    if option == "--fresh":
+        return "To run steps again, name the first of them with --from STEP."
+    meaning = other_name(option)
+    return meaning and f"{option} is a setting, written as KEY=VALUE. {meaning}"
 
 
 class _Formatter(argparse.HelpFormatter):
