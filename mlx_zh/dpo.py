@@ -26,7 +26,7 @@ class Dpo:
         """The recipe's `dpo.start`: the base, SFT's adapter or another one."""
         from mlx_zh.stages.first_adapter import choose_start
 
-        return choose_start(recipe, world)
+        return choose_start(recipe, self.stage, world)
 
     def examples(self, corpus: Corpus, split: str) -> Pairs:
         """The pairs of `split` (train or validation)."""

@@ -23,10 +23,10 @@ class Sft:
     answers: tuple[str, ...] = ("base", "sft")
 
     def start(self, recipe: Recipe, world: World) -> Start:
-        """A new adapter on the base model."""
-        from mlx_zh.stages.first_adapter import Start
+        """The recipe's `sft.start`: the base or an adapter."""
+        from mlx_zh.stages.first_adapter import choose_start
 
-        return Start(recipe, None)
+        return choose_start(recipe, self.stage, world)
 
     def examples(self, corpus: Corpus, split: str) -> Conversations:
         """The conversations of `split` (train or validation)."""
@@ -35,9 +35,12 @@ class Sft:
     def objectives(self, session: Session, loaded: LoadedModel, start: Start, corpus: Corpus) -> Objectives:
         """Add the adapter; the objectives are the cross-entropy of the trained tokens."""
         from mlx_zh.stages.tuning import Objectives, row_settings
+        from mlx_zh.system import console
         from mlx_zh.training.sft_objective import SftObjective
 
         recipe, world = session.recipe, session.world
+        if start.folder is not None:
+            console.say(f"Starting from {start.described}.")
         start.attach(loaded, session.spec)
         settings = row_settings(recipe, recipe.sft, dropout=recipe.lora.dropout)
         held_out = self.examples(corpus, "validation")

@@ -15,6 +15,7 @@ from project import Project, Result, interrupt_after, losses, message, metrics
 
 from mlx_zh import dpo
 from mlx_zh.models.adapters.files import read_adapter
+from mlx_zh.models.adapters.peft import write_peft
 from mlx_zh.training import reference
 
 LN2 = math.log(2)
@@ -119,6 +120,24 @@ def test_a_run_goes_on_from_the_sft_adapter(tuned: Project) -> None:
     assert about["stage"] == "dpo" and about["base"] == str(tuned.model)
     manifest = json.loads(Path("runs/tiny/manifest.json").read_text())
     assert manifest["data"].keys() == {"train.jsonl", "pairs.jsonl", "pairs-validation.jsonl"}
+
+
+def test_the_reference_of_a_continued_adapter_is_the_policy_at_step_0(tuned: Project) -> None:
+    """SFT that went on from an adapter, then DPO on it: before the first step margins are 0 and the loss is ln 2."""
+    start = ["name=two", "sft.start=runs/tiny/sft/adapters"]
+    assert tuned.sft(*start).status == 0
+    lines = metrics(prefer(tuned, *start[1:], name="two"))
+    assert lines[0]["step"] == 0 and lines[0]["eval_loss"] == pytest.approx(LN2, abs=1e-5)
+    assert lines[0]["eval_rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_peft_folder_is_a_start(tuned: Project) -> None:
+    """The same adapter in either form gives the same run, digit for digit."""
+    spec, arrays = read_adapter(Path("runs/tiny/sft/adapters"))
+    names = {name.rpartition(".")[0] for name in arrays}
+    write_peft(Path("peft"), spec, arrays, base="org/model", matrices=names)
+    other = metrics(prefer(tuned, "dpo.start=peft", name="peft"))
+    assert other == metrics(prefer(tuned))
 
 
 def test_metrics_have_trls_names_and_start_at_ln_2(tuned: Project) -> None:

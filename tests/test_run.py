@@ -37,6 +37,7 @@ class Stages:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.fresh: list[str] = []
+        self.renewed: list[str] = []
         self.stop_at: str | None = None
         self.sizes: dict[str, int] = {}
 
@@ -47,6 +48,8 @@ class Stages:
         self.ran.append(name)
         if "--fresh" in arguments:
             self.fresh.append(name)
+        elif "--renew" in arguments:
+            self.renewed.append(name)
         if name == self.stop_at:
             return 130
         self._leave(recipe, stage, model)
@@ -269,6 +272,20 @@ def test_a_stopped_training_with_other_settings_begins_anew(stages):
     stages.stop_at = None
     assert go("sft.learning_rate=1e-5") == 0
     assert stages.fresh == ["sft"]
+
+
+def test_a_training_that_the_pipeline_did_not_begin_may_have_other_settings(stages):
+    assert go() == 0
+    assert stages.renewed == ["sft", "dpo"] and stages.fresh == []
+
+
+def test_another_adapter_to_start_from_trains_again(stages):
+    for text in ("one", "two"):
+        Path("old").mkdir(exist_ok=True)
+        Path("old/adapters.safetensors").write_text(text)
+        assert go("sft.start=old") == 0
+        assert "sft" in stages.taken()
+    assert go("sft.start=old") == 0 and stages.taken() == []
 
 
 def test_a_failing_stage_ends_the_run_with_its_status(stages, monkeypatch):

@@ -15,6 +15,7 @@ from mlx_lm.utils import load_model as load_mlx_lm
 from project import TRAIN, VALIDATION, Project, contents, interrupt_after, losses, message, metrics
 
 from mlx_zh.models.adapters.files import load_adapter, read_adapter
+from mlx_zh.models.adapters.peft import write_peft
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import load_recipe
 
@@ -287,11 +288,97 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(project: Proj
     assert result.err == (
         'error: runs/tiny/sft holds a run with other settings: data.system null -> "你是助手"; '
         'lora.targets "all" -> ["q_proj"]; seed 42 -> 7; sft.learning_rate 0.01 -> 0.002. Give this recipe another '
-        "name, or start over with --fresh (the old folder is kept beside it).\n"
+        "name, or start over with --fresh (the old folder is kept beside it). To train the adapter that is here for "
+        "sft.epochs more: name=tiny-2 sft.start=runs/tiny/sft/adapters\n"
     )
     project.write_data("train.jsonl", TRAIN[:-1])
     assert "holds a run with other settings: the content of train.jsonl. Give" in project.sft().err
     assert contents(Path("runs")) == before
+
+
+def test_more_epochs_of_a_finished_run_are_refused_with_the_way_that_works(project: Project):
+    project.recipe["sft"] |= {"max_steps": None, "epochs": 1}
+    project.write_recipe()
+    project.train()
+    refused = project.sft("sft.epochs=2")
+    assert refused.status == 2
+    assert "sft.epochs 1.0 -> 2.0. Its learning rate was planned for its own number of steps" in refused.err
+    words = refused.err.rpartition("for sft.epochs more: ")[2].split()
+    assert words == ["name=tiny-2", "sft.start=runs/tiny/sft/adapters"]
+    further = project.sft("sft.epochs=2", *words)
+    assert (further.status, further.err) == (0, "")
+    assert "Starting from the adapter in runs/tiny/sft/adapters." in further.out
+    assert max(line["epoch"] for line in metrics(Path("runs/tiny-2/sft")) if "epoch" in line) == 2
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_training_goes_on_exactly_from_an_adapter_with_new_data(project: Project, form: str):
+    """The first validation of the second run is the last one of the first, digit for digit."""
+    first = project.train("sft.learning_rate=1e-2")
+    adapter = first / "adapters"
+    if form == "peft":
+        spec, weights = read_adapter(adapter)
+        names = {name.rpartition(".")[0] for name in weights}
+        write_peft(Path("peft"), spec, weights, base="org/model", matrices=names)
+        adapter = Path("peft")
+    project.write_data("train.jsonl", TRAIN[:5])
+    second = project.train(f"sft.start={adapter}", name="two")
+    assert losses(second, "eval_loss")[0] == losses(first, "eval_loss")[-1]
+    assert losses(second, "eval_loss")[-1] != losses(second, "eval_loss")[0]
+    again = project.sft("name=two", f"sft.start={adapter}")
+    assert "is finished" in again.out
+    (adapter / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes() + b"\n")
+    assert "other settings: the adapter to start from." in project.sft("name=two", f"sft.start={adapter}").err
+
+
+def test_an_interrupted_run_from_an_adapter_goes_on_as_if_it_had_not_been(project: Project, monkeypatch):
+    start = f"sft.start={project.train() / 'adapters'}"
+    whole = project.train(start, name="whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert project.sft("name=cut", start).status == 130
+    cut = project.train(start, name="cut")
+    assert metrics(cut) == metrics(whole)
+    assert contents(cut / "adapters")["runs/cut/sft/adapters/adapters.safetensors"][1] == (
+        (whole / "adapters/adapters.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("runs/tiny/sft", "there is no adapter in runs/tiny/sft: it is in runs/tiny/sft/adapters, so set sft.start="),
+        ("runs/tiny", "there is no adapter in runs/tiny: it is in runs/tiny/sft/adapters, so set sft.start="),
+        (
+            "nowhere",
+            "there is no adapter in nowhere: set it to the folder that holds adapters.safetensors or adapter_",
+        ),
+    ],
+)
+def test_a_start_that_is_no_adapter_is_refused_with_what_to_do(project: Project, start: str, expected: str):
+    project.train()
+    refused = project.sft("name=two", f"sft.start={start}")
+    assert refused.status == 2 and expected in refused.err
+    assert not Path("runs/two/sft").exists()
+
+
+def test_a_run_does_not_start_from_what_it_overwrites(project: Project):
+    project.train()
+    before = contents(Path("runs/tiny/sft"))
+    refused = project.sft("--fresh", "sft.start=runs/tiny/sft/adapters")
+    assert refused.status == 2 and "Give the new run another name, for example name=tiny-2" in refused.err
+    assert contents(Path("runs/tiny/sft")) == before
+
+
+def test_renew_starts_over_only_where_the_settings_differ(project: Project):
+    """What `mlx-zh run` asks for: the same settings are not trained again, others do not end in an error."""
+    before = contents(project.train())
+    assert "is finished" in project.sft("--renew").out
+    assert contents(Path("runs/tiny/sft")) == before
+    result = project.sft("--renew", "seed=7")
+    assert (result.status, result.err) == (0, "")
+    assert "runs/tiny/sft holds a run with other settings: seed 42 -> 7." in result.out
+    assert Path("runs/tiny/sft-old1").is_dir()
 
 
 def test_what_the_other_stage_learns_from_is_no_other_setting(project: Project):

@@ -55,8 +55,8 @@ class Pipeline:
         inputs = self.state.inputs(step, self.recipe)
         earlier = self.state.records.get(step.name)
         resumed = earlier is not None and earlier.inputs == inputs and not fresh
-        # With --fresh, a stage renames a folder that was trained with other settings and starts anew. A folder that
-        # this pipeline did not begin is left to the stage: it may be finished, be resumed or be refused.
+        # With --fresh, a stage renames its folder and starts anew. A folder that this pipeline did not begin may hold
+        # a run with the same settings, which goes on, or one with others, which --renew renames.
         fresh = step.trains and (fresh or (earlier is not None and not resumed))
         seconds_before = earlier.seconds if earlier and resumed and earlier.outputs is None else 0.0
         joules_before = earlier.joules if earlier and resumed and earlier.outputs is None else None
@@ -64,9 +64,8 @@ class Pipeline:
         self.state.write()
         start = time.monotonic()
         with Meter() as meter:
-            status = run_stage(
-                step.stage, [*self.command, *step.arguments, *(["--fresh"] if fresh else [])], self.lock
-            )
+            options = ["--fresh"] if fresh else ["--renew"] if step.trains else []
+            status = run_stage(step.stage, [*self.command, *step.arguments, *options], self.lock)
         record.seconds = round(seconds_before + time.monotonic() - start, 1)
         if meter.joules is not None:
             record.joules = round(meter.joules + (joules_before or 0.0), 1)

@@ -104,7 +104,7 @@ def _train(stage: str, other_stage: str, recipe: Recipe, run: RunFiles, before: 
     if not split.train:
         return None
     files = [recipe.model.path, *_paths((*split.train, *split.validation))]
-    start = recipe.dpo_start if stage == "dpo" else "base"
+    start = recipe.start(stage)
     after = {"prepare"} | ({"sft"} if start == "sft" else set())
     if start not in ("sft", "base"):
         files.append(start)

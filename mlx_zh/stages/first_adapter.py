@@ -11,10 +11,11 @@ from mlx_zh.errors import AdapterError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter, read_adapter
 from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
-from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, AdapterSpec
+from mlx_zh.models.adapters.peft import is_peft
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Lora, Recipe
-from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.stages.run_folder import RunFolder, StageFolder
 from mlx_zh.system import console
 from mlx_zh.system.digests import file_digest
 
@@ -41,7 +42,7 @@ class Start:
         """SHA-256 of the adapter's files, by name; empty for a new adapter."""
         if self.folder is None:
             return {}
-        return {name: file_digest(self.folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)}
+        return {name: file_digest(self.folder / name) for name in adapter_files(self.folder)}
 
     def spec(self, loaded: LoadedModel) -> AdapterSpec:
         """The shape of what is trained: by the recipe's `lora` section, or that of the adapter to train further.
@@ -95,24 +96,44 @@ def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
     )
 
 
-def choose_start(recipe: Recipe, world: World = ALONE) -> Start:
-    """The recipe's `dpo.start`, the same on every rank. Raises AdapterError if the adapter does not exist."""
-    name = world.broadcast_result(lambda: _adapter_folder(recipe))
+def choose_start(recipe: Recipe, stage: str, world: World = ALONE) -> Start:
+    """The recipe's `sft.start` or `dpo.start`, the same on every rank.
+
+    Raises AdapterError if the adapter does not exist, RecipeError if this stage would overwrite it.
+    """
+    name, files = world.broadcast_result(lambda: _adapter_folder(recipe, stage))
     if name is None:
         return Start(recipe, None)
-    return Start(recipe, world.folder(Path(name), (ADAPTER_FILE, CONFIG_FILE)), name)
+    return Start(recipe, world.folder(Path(name), files), name)
 
 
-def _adapter_folder(recipe: Recipe) -> str | None:
-    start = recipe.dpo_start
+def adapter_files(folder: Path) -> tuple[str, ...]:
+    """The names of an adapter's files: weights in mlx-lm's format or PEFT's, and settings."""
+    return (PEFT_FILE if is_peft(folder) else ADAPTER_FILE, CONFIG_FILE)
+
+
+def _adapter_folder(recipe: Recipe, stage: str) -> tuple[str | None, tuple[str, ...]]:
+    """The folder of the adapter to start from and the names of its files; None for a new adapter."""
+    start, key, run = recipe.start(stage), f"{stage}.start", RunFolder.of(recipe)
     if start == "base":
-        return None
-    folder = RunFolder.of(recipe).stage("sft").adapter if start == "sft" else Path(start)
-    if not (folder / CONFIG_FILE).is_file():
-        hint = (
-            "run the SFT stage of this recipe first, or set dpo.start=base"
-            if start == "sft"
-            else f"set it to the folder that holds {ADAPTER_FILE}, to sft or to base"
+        return None, ()
+    own = stage == "dpo" and start == "sft"
+    folder = run.stage("sft").adapter if own else Path(start)
+    if run.stage(stage).path.resolve() in folder.resolve().parents:
+        raise RecipeError(
+            f"{key} is {start}, the adapter that this run made itself. Give the new run another name, for example "
+            f"name={recipe.name}-2, and its results go beside it."
         )
-        raise AdapterError(f"dpo.start is {start}, but there is no adapter in {folder}: {hint}.")
-    return str(folder)
+    files = adapter_files(folder)
+    if all((folder / name).is_file() for name in files):
+        return str(folder), files
+    inner = [
+        path for path in (StageFolder(folder).adapter, run.at(folder).newest_adapter()) if path and path.is_dir()
+    ]
+    if own:
+        hint = "run the SFT stage of this recipe first, or set dpo.start=base"
+    elif inner:
+        hint = f"it is in {inner[0]}, so set {key}={inner[0]}"
+    else:
+        hint = f"set it to the folder that holds {ADAPTER_FILE} or {PEFT_FILE}, or to base"
+    raise AdapterError(f"{key} is {start}, but there is no adapter in {folder}: {hint}.")

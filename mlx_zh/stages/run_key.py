@@ -15,7 +15,7 @@ Values = dict[str, Any]
 def learning_values(recipe: Recipe, stage: str, digests: Values) -> Values:
     """Everything that can change what `stage` learns: parts of the recipe, and digests of the files that it names.
 
-    `digests` holds `base`, `rendering`, `files` (by path) and, for DPO, `start`.
+    `digests` holds `base`, `rendering`, `files` (by path) and, for a stage that starts from an adapter, `start`.
     """
     values: Values = recipe.model_dump(mode="json", include={"model", "lora", "data", "seed", stage}) | digests
     values["data"] = {name: value for name, value in values["data"].items() if name not in {"sft", "dpo"} - {stage}}
@@ -32,7 +32,8 @@ def _content(values: Values) -> Values:
     """A copy of the values without paths; the digests of the files stand for these."""
     content: Values = json.loads(json.dumps(values))
     _drop(content.get("model"), "path", "hub", "revision")
-    _drop(content.get("dpo"), "start")
+    for stage in ("sft", "dpo"):
+        _drop(content.get(stage), "start")
     data = content.get("data", {})
     _drop(data, "registry_file")
     for split in (data.get("sft"), data.get("dpo")):

@@ -70,10 +70,11 @@ class Objectives:
     watch: Watch | None = None  # checks the metrics of each step
 
 
-def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bool) -> int:
+def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bool, renew: bool = False) -> int:
     """Train a stage of a run, or resume it; returns the exit status (130 if interrupted).
 
-    Raises MlxZhError for what the user can fix: settings, data, models, memory.
+    `fresh` starts over; `renew` does so only if the folder holds a run with other settings, which is otherwise an
+    error. Raises MlxZhError for what the user can fix: settings, data, models, memory.
     """
     stage = method.stage
     start = method.start(recipe, world)
@@ -83,12 +84,12 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     corpus = prepare_stage(recipe, stage, renderer)
     digests = file_digests(corpus)
     content = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
-    if stage == "dpo":
+    if stage == "dpo" or start.folder is not None:
         content["start"] = start.fingerprint
     values = learning_values(recipe, stage, content)
     session = Session(recipe, stage, loaded, start.spec(loaded), values, world)
     samples = Samples(recipe, renderer, loaded)
-    if session.begin(fresh=fresh):
+    if session.begin(fresh=fresh, renew=renew):
         examples = method.examples(corpus, "train")
         memory_check.require(recipe, stage, force=force, config=loaded.config, corpus=examples)
         unfused = device_check.needs_unfused(recipe, loaded, session.spec, force=force)
@@ -130,21 +131,42 @@ class Session:
 
         Raises RecipeError if the folder holds a run with other settings.
         """
+        if (settings := self._other_settings()) is not None:
+            raise RecipeError(
+                f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}. "
+                f"{self._remedy(settings)}"
+            )
         if not any(self.folder.checkpoints.glob("step-*")):
             return None
-        settings, summary = _read_json(self.folder.settings), _read_json(self.folder.summary)
-        if settings is not None and learning_key(settings) != self.key:
-            raise RecipeError(
-                f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}. Give this "
-                "recipe another name, or start over with --fresh (the old folder is kept beside it)."
-            )
+        summary = _read_json(self.folder.summary)
         finished = self.folder.is_finished
         return summary if summary is not None and summary["key"] == self.key and finished else None
 
-    def begin(self, *, fresh: bool) -> bool:
+    def _other_settings(self) -> Values | None:
+        """The settings of the run in the folder if they differ from this run's."""
+        if not any(self.folder.checkpoints.glob("step-*")):
+            return None
+        settings = _read_json(self.folder.settings)
+        return settings if settings is not None and learning_key(settings) != self.key else None
+
+    def _remedy(self, settings: Values | None) -> str:
+        """What to do when the folder holds a run with other settings, if they are known."""
+        fresh = "start over with --fresh (the old folder is kept beside it)"
+        if settings is None or not self.folder.is_finished or settings.get("base") != self.values["base"]:
+            return f"Give this recipe another name, or {fresh}."
+        longer = ""
+        if _without_length(settings, self.stage) == _without_length(self.values, self.stage):
+            longer = "Its learning rate was planned for its own number of steps, so it cannot be made longer. "
+        return (
+            f"{longer}Give this recipe another name, or {fresh}. To train the adapter that is here for "
+            f"{self.stage}.epochs more: name={self.recipe.name}-2 {self.stage}.start={self.folder.adapter}"
+        )
+
+    def begin(self, *, fresh: bool, renew: bool = False) -> bool:
         """Whether there is work to do. With `fresh` there always is, and an earlier run is moved aside.
 
-        Raises RecipeError as `check` does, and if the recipe, data or model of a rank differs from rank 0's.
+        With `renew`, a run with other settings is moved aside. Raises RecipeError as `check` does, and if the recipe,
+        data or model of a rank differs from rank 0's.
         """
         rank0_values = self.world.broadcast_result(lambda: self.values)
         if learning_key(rank0_values) != self.key:
@@ -152,9 +174,12 @@ class Session:
                 f"rank {self.world.rank} differs from rank 0: {changes(rank0_values, self.values)}. Give every "
                 "machine the same recipe, model and data."
             )
-        return self.world.broadcast_result(lambda: self._begin(fresh))
+        return self.world.broadcast_result(lambda: self._begin(fresh, renew))
 
-    def _begin(self, fresh: bool) -> bool:
+    def _begin(self, fresh: bool, renew: bool) -> bool:
+        if renew and not fresh and (settings := self._other_settings()) is not None:
+            console.say(f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}.")
+            fresh = True
         if fresh and (aside := set_aside(self.folder.path)):
             console.say(f"The earlier run is kept in {aside}.")
         if self.check() is None:
@@ -230,7 +255,7 @@ class Session:
         if checkpoint.state["key"] != self.key:
             raise RecipeError(
                 f"{self.folder.path} holds a run with other settings, stopped after step {checkpoint.state['step']}. "
-                "Give this recipe another name, or start over with --fresh (the old folder is kept beside it)."
+                f"{self._remedy(None)}"
             )
         console.log_held_warnings(again=False)
         loop.resume(checkpoint)
@@ -372,6 +397,12 @@ def _evaluation(figures: Mapping[str, object]) -> str:
 def _skipped(event: Stepped) -> Notice:
     loss, norm = str(event.result.loss), str(event.result.grad_norm)  # as text, because JSON has no NaN or infinity
     return Notice("step-skipped", step=event.figures["step"], loss=loss, grad_norm=norm, examples=event.examples)
+
+
+def _without_length(values: Values, stage: str) -> Values:
+    """The settings without those that say how long the stage trains."""
+    section = {key: value for key, value in values[stage].items() if key not in ("epochs", "max_steps")}
+    return {"key": learning_key({**values, stage: section})}
 
 
 def _same(left: Arrays, right: Arrays) -> bool:
