@@ -121,12 +121,14 @@ def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
 
     stages = examination.side_by_side(exam)
     console.say(f"\n{exam.title}, {exam.split} ({protocol.name}, version {protocol.version})")
+    form = tables.fitting(stages, console.terminal_width(), console.table)
     if exam.labelled:
-        console.say(console.table(tables.results(stages)))
-        console.say(f"  {tables.LEGEND}\n")
+        console.say(console.table(tables.results(stages, form)))
+        console.say(f"{console.paragraph(form.legend)}\n")
         for before, after in tables.pairs(list(stages)):
-            console.say(f"  {tables.verdict(before, after, examination.compare(exam, before, after))}")
-    console.say(f"\n{console.table(tables.letters(stages))}")
+            comparison = examination.compare(exam, before, after)
+            console.say(console.paragraph(tables.verdict(before, after, comparison)))
+    console.say(f"\n{console.table(tables.letters(stages, form))}")
     for name, metrics in stages.items():
         for warning in metrics["tripwires"]:
             console.warn(f"{exam.title}, {name}: {warning}")

@@ -226,7 +226,7 @@ def test_from_needs_a_step_of_this_recipe(stages):
 def test_a_dry_run_says_what_would_run_and_why_and_writes_nothing(stages, capsys):
     assert go("--dry-run") == 0
     assert stages.taken() == [] and not Path("runs").exists()
-    assert capsys.readouterr().out.count("not done yet") == 8
+    assert capsys.readouterr().out.count("first run") == 8
     go()
     stages.taken()
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}

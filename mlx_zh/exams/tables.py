@@ -2,38 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+
+from wcwidth import wcswidth
 
 from mlx_zh.exams.csvfile import LETTERS
 from mlx_zh.exams.figures import ExamFigures, FigureRow
 from mlx_zh.exams.statistics import NOISE, Comparison
 
+Rows = list[list[str]]
 
-def results(stages: Mapping[str, ExamFigures]) -> list[list[str]]:
-    """A row for each category, a column for each stage: macro average, its interval, and the micro average."""
-    table = [["%", *stages, "questions"]]
+
+@dataclass(frozen=True)
+class Form:
+    """How much a table of results shows. The answers' JSON files hold everything in any case."""
+
+    micro: bool  # the micro average, in brackets
+    stacked: bool  # the interval stands below its average, not beside it
+    short: bool  # short column heads
+
+    @property
+    def legend(self) -> str:
+        """What the figures are."""
+        micro = " (micro average over questions)" if self.micro else ""
+        return (
+            f"macro average over subjects [95 % bootstrap interval]{micro}; a difference is called noise where "
+            f"McNemar's p is {NOISE} or more"
+        )
+
+
+FORMS = (Form(True, False, False), Form(False, False, False), Form(False, False, True), Form(False, True, True))
+
+
+def fitting(stages: Mapping[str, ExamFigures], width: int | None, layout: Callable[[Rows], str]) -> Form:
+    """The first of `FORMS` in which the tables, laid out by `layout`, fit into `width` columns; None: no limit."""
+    labelled = all("rows" in figures for figures in stages.values())
+    for form in FORMS[:-1]:
+        tables = [letters(stages, form), *([results(stages, form)] if labelled else [])]
+        lines = "\n".join(map(layout, tables)).split("\n")
+        if width is None or all(wcswidth(line) <= width for line in lines):
+            return form
+    return FORMS[-1]
+
+
+def results(stages: Mapping[str, ExamFigures], form: Form = FORMS[0]) -> Rows:
+    """A row for each category, a column for each stage: macro average, its interval, and the micro average.
+
+    In a stacked form, a second row has the intervals.
+    """
+    table = [["%", *stages, "n" if form.short else "questions"]]
     first = next(iter(stages.values()))
     for number, row in enumerate(first["rows"]):
-        cells = [_cell(figures["rows"][number]) for figures in stages.values()]
-        table.append([row["name"], *cells, str(row["questions"])])
+        cells = [_cell(figures["rows"][number], form) for figures in stages.values()]
+        table.append([row["name"], *(average for average, _ in cells), str(row["questions"])])
+        if form.stacked:
+            table.append(["", *(interval for _, interval in cells), ""])
     return table
 
 
-def _cell(row: FigureRow) -> str:
+def _cell(row: FigureRow, form: Form) -> tuple[str, str]:
+    """What stands in a cell, and what stands below it in a stacked form."""
     macro, interval, micro = row["macro"], row["interval"], row["micro"]
     if macro is None or interval is None or micro is None:
-        return "–"
+        return "–", ""
     low, high = interval
-    return f"{100 * macro:5.2f} [{100 * low:4.1f}, {100 * high:4.1f}] ({100 * micro:5.2f})"
+    average, between = f"{100 * macro:5.2f}", f"[{100 * low:4.1f}, {100 * high:4.1f}]"
+    if form.stacked:
+        return average, f"[{100 * low:.0f}–{100 * high:.0f}]"
+    return f"{average} {between}" + (f" ({100 * micro:5.2f})" if form.micro else ""), ""
 
 
-def letters(stages: Mapping[str, ExamFigures]) -> list[list[str]]:
+def letters(stages: Mapping[str, ExamFigures], form: Form = FORMS[0]) -> Rows:
     """How often each letter was chosen and is right, and what a model that always chose it would score."""
     first = next(iter(stages.values()))
     some_without = any(figures["letters"]["predicted"]["none"] for figures in stages.values())
     names = [*LETTERS, "none"] if some_without else list(LETTERS)
-    table = [["letters", *names, "probability on A–D", "calibration error"]]
+    heads = ("on A–D", "calibration") if form.short else ("probability on A–D", "calibration error")
+    table = [["letters", *names, *heads]]
     for stage, figures in stages.items():
         predicted = figures["letters"]["predicted"]
         mass = "–" if figures["mass"] is None else f"{figures['mass']:.1%}"
@@ -63,9 +110,3 @@ def pairs(stages: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of stages to compare: the first with each other one, then each of those with the one before it."""
     with_first = [(stages[0], stage) for stage in stages[1:]]
     return with_first + list(pairwise(stages[1:]))
-
-
-LEGEND = (
-    "macro average over subjects [95 % bootstrap interval] (micro average over questions); "
-    f"a difference is called noise where McNemar's p is {NOISE} or more"
-)

@@ -86,7 +86,7 @@ class State:
         """Why `step` must run; None when it is up to date."""
         record = self.records.get(step.name)
         if record is None:
-            return "not done yet"
+            return "first run"
         if record.inputs != inputs:
             return changes(record.inputs, inputs)
         if record.outputs is None:

@@ -6,6 +6,7 @@ Only commands and stages use it.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from wcwidth import wcswidth
 
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.translation import in_readers_language
+from mlx_zh.system.arguments import wrapped
 from mlx_zh.system.redaction import hide_all, printable, redact
 
 
@@ -111,6 +113,18 @@ def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
+def terminal_width() -> int | None:
+    """The columns of the terminal; None where the output goes to a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def paragraph(text: str, *, indent: str = "  ") -> str:
+    """A sentence, broken into lines that fit the terminal."""
+    text, width = in_readers_language(text), terminal_width()
+    lines = [text] if width is None else wrapped(text, max(width - len(indent), 20))
+    return "\n".join(indent + line for line in lines)
+
+
 def _width(text: str) -> int:
     return max(wcswidth(text), 0)
 
@@ -131,16 +145,17 @@ class StepBar:
             mininterval=0 if sys.stdout.isatty() else 15,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
+        self._figures = ""  # of the last step
 
     def update(self, figures: Mapping[str, object]) -> None:
         """Advance by one step and show its metrics."""
         has_margin = "rewards/margins" in figures
         margin = f"margin {figures['rewards/margins']:z.2f}, " if has_margin else ""
-        self._bar.set_postfix_str(
+        self._figures = (
             f"loss {figures['loss']:.3f}, {margin}{figures['tokens_per_second']:.0f} tok/s, "
-            f"{figures['peak_memory_gb']:.2f} GB",
-            refresh=False,
+            f"{figures['peak_memory_gb']:.2f} GB"
         )
+        self._bar.set_postfix_str(self._figures, refresh=False)
         self._bar.update()
 
     def note(self, text: str) -> None:
@@ -148,7 +163,8 @@ class StepBar:
         self._bar.set_postfix_str(in_readers_language(text))
 
     def close(self) -> None:
-        """End the bar's line."""
+        """End the bar's line, with the metrics of the last step."""
+        self._bar.set_postfix_str(self._figures, refresh=False)
         self._bar.close()
 
 

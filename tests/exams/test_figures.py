@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from wcwidth import wcswidth
 
 from mlx_zh.exams import figures, tables
 from mlx_zh.exams.answers import Answer
@@ -167,6 +168,41 @@ def test_tables_side_by_side():
     sentence = tables.verdict("base", "sft", found)
     assert sentence.startswith("sft against base: +12.50 points [")
     assert sentence.endswith("1 questions won, 0 lost, McNemar p = 1.000: within noise")
+
+
+@pytest.mark.parametrize(
+    "names", [["base"], ["base", "sft"], ["base", "sft", "dpo"], ["base", "sft", "dpo", "fused"]]
+)
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_tables_fit_the_terminal(names: list[str], width: int):
+    """Also with Chinese names of categories and thousands of questions; a wide terminal shows everything."""
+    asked = exam({"maths": 6000, "physics": 5582})
+    names = ["base", "sft", "dpo", "fused"][:count]
+    stages = {name: measured(asked, answers(asked, {"maths": 3000, "physics": 2000})) for name in names}
+    for figures_of_stage in stages.values():
+        figures_of_stage["rows"][1]["name"] = "社会科学与人文学科"
+    form = tables.fitting(stages, width, console.table)
+    for table in (tables.results(stages, form), tables.letters(stages, form)):
+        assert max(wcswidth(line) for line in console.table(table).splitlines()) <= width
+    shown = console.table(tables.results(stages, form))
+    assert "42.91" in shown and "11582" in shown and "社会科学与人文学科" in shown
+    assert form == tables.FORMS[0] if width == 200 else form.legend.startswith("macro average")
+    assert tables.fitting(stages, None, console.table) == tables.FORMS[0]
+
+
+def test_a_stacked_table_has_each_interval_below_its_average():
+    asked = exam({"maths": 100})
+    stages = {name: measured(asked, answers(asked, {"maths": 50})) for name in ("base", "sft")}
+    rows = tables.results(stages, tables.FORMS[-1])
+    low, high = (round(100 * value) for value in stages["base"]["rows"][0]["interval"])
+    assert rows[1] == ["Average", "50.00", "50.00", "100"]
+    assert rows[2] == ["", f"[{low}–{high}]", f"[{low}–{high}]", ""]
+    assert "micro" not in tables.FORMS[-1].legend
+
+
+def test_unlabelled_answers_fit_too():
+    asked = exam({"maths": 2}, labelled=False)
+    assert tables.fitting({"base": measured(asked, answers(asked, choice="D"))}, 80, console.table) == tables.FORMS[0]
 
 
 def test_a_real_difference_is_called_one():

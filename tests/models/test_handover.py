@@ -170,8 +170,16 @@ def test_a_card(source):
         "change to 224 matrices, 99.8% is left on average (minimum: 97.0%)",
         "**Note:** it is slow.",
         "**Before you share it:** a copy of the licence must go with the model.",
+        "In this folder; elsewhere, write its path or its name on a hub in place of the dot:\n\n```bash",
+        "mlx_lm.chat --model .\n",
     ):
         assert part in body
+    for kind, command in (
+        ("hf", 'from_pretrained(".", dtype="auto")'),
+        ("peft", 'PeftModel.from_pretrained(base, ".")'),
+        ("gguf", "In this folder:\n\n```bash\nllama-cli -m x.gguf "),
+    ):
+        assert command in card.model_card(story, card.FormatFacts(kind, "", "x.gguf"))
 
 
 class FakeApi:

@@ -14,11 +14,11 @@ from mlx_zh.models.export.merge import SurvivalSummary
 
 _LIBRARIES = {"mlx": "mlx", "hf": "transformers", "gguf": "gguf", "peft": "peft"}
 _USE = {
-    "mlx": "```bash\npip install mlx-lm\nmlx_lm.chat --model {place}\n```",
+    "mlx": "```bash\npip install mlx-lm\nmlx_lm.chat --model .\n```",
     "hf": (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("{place}")\n```'
+        'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
     ),
     "gguf": (
         "```bash\nllama-cli -m {file}            # llama.cpp\nollama create {name} -f Modelfile  # Ollama\n```\n\n"
@@ -27,7 +27,7 @@ _USE = {
     "peft": (
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
-        'model = PeftModel.from_pretrained(base, "{place}")\n```'
+        'model = PeftModel.from_pretrained(base, ".")\n```'
     ),
 }
 
@@ -97,8 +97,9 @@ def _metadata(run: RunFacts, exported: FormatFacts) -> str:
 
 
 def _use(run: RunFacts, exported: FormatFacts) -> str:
-    place = "." if not run.title else run.title
-    return _USE[exported.kind].format(place=place, file=exported.file, name=run.title.lower(), base=run.base)
+    text = _USE[exported.kind].format(file=exported.file, name=run.title.lower(), base=run.base)
+    on_hub = "" if exported.kind == "gguf" else "; elsewhere, write its path or its name on a hub in place of the dot"
+    return f"In this folder{on_hub}:\n\n{text}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
