@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.corpus.statistics import ExamCheck
@@ -133,6 +135,10 @@ def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
 
     begin, end = (_TRAINED, _PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
     examples = corpus.splits["train"]
+
+    def decoded(tokens: Sequence[int]) -> str:
+        return renderer.decode(tokens).replace("\x1b", "\ufffd")  # a row must not look trained where it is not
+
     size = len(examples)
     for number in sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(min(count, size))}):
         example = examples[number]
@@ -140,12 +146,12 @@ def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
         if isinstance(example, Rendered):
             edges = [0, *[i for i in range(1, len(example.tokens)) if example.trained[i] != example.trained[i - 1]]]
             for start, stop in zip(edges, [*edges[1:], len(example.tokens)], strict=True):
-                text = renderer.decode(example.tokens[start:stop].tolist())
+                text = decoded(example.tokens[start:stop].tolist())
                 console.say(f"{begin}{text}{end}" if example.trained[start] else text)
         else:
-            console.say(renderer.decode(example.prompt.tolist()))
+            console.say(decoded(example.prompt.tolist()))
             for which in ("chosen", "rejected"):
-                console.say(f"[{which}] {begin}{renderer.decode(getattr(example, which).tolist())}{end}")
+                console.say(f"[{which}] {begin}{decoded(getattr(example, which).tolist())}{end}")
 
 
 if __name__ == "__main__":

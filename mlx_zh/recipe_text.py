@@ -20,7 +20,7 @@ Key = tuple[str | int, ...]
 
 
 _WIDE_COLON = "："  # what a Chinese input method writes
-_PLAIN_COLON = f"Write a plain colon and a space in place of {_WIDE_COLON}"
+_PLAIN_COLON = "Write a plain colon and a space in place of ："
 _WIDE_KEY = re.compile(rf"^[\s-]*[\w.]+{_WIDE_COLON}", re.MULTILINE)
 
 
@@ -95,25 +95,25 @@ def parse(path: Path) -> Document:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {_reason(error)}.{_wide_colon(path, text)}") from None
+        raise RecipeError(f"{where}: not valid YAML: {_reason(error)}.{_wide_colon(text)}") from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deeply.") from None
     if not isinstance(value, dict):
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections (name, model, data, ...), found {_described(value)}."
-            f"{_wide_colon(path, text)}"
+            + _wide_colon(text)
         )
     document = Document(path, value)
     _note_lines(node, (), document, set())
     return document
 
 
-def _wide_colon(path: Path, text: str) -> str:
+def _wide_colon(text: str) -> str:
     """A hint at the first key that is followed by the full-width colon of a Chinese input method, or ""."""
     if (match := _WIDE_KEY.search(text)) is None:
         return ""
     line = text.count("\n", 0, match.end()) + 1
-    return f" Line {line} has a full-width colon. {_PLAIN_COLON}"
+    return f" Line {line} has a full-width colon. " + _PLAIN_COLON
 
 
 # PyYAML's constructors raise KeyError and AttributeError for some values with explicit tags.
@@ -220,7 +220,7 @@ def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel]) -
     )
     got = problems[0]["input"]
     hint = f" {_PLAIN_COLON}" if "model_type" in kinds and isinstance(got, str) and _WIDE_KEY.match(got) else ""
-    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_described(got)}.{hint}"
+    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_described(got)}." + hint
 
 
 def other_name(name: str, stage: str = "sft") -> str | None:

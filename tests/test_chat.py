@@ -456,6 +456,9 @@ def test_a_model_cannot_repaint_the_terminal(monkeypatch):
     out = io.StringIO()
     Screen(out).write("a\x1b[2Jb\x07\n\tc")
     assert out.getvalue() == "a[2Jb\n\tc"
+    out.truncate(out.seek(0))
+    Screen(out).write("1\u202e2\u20663\u20694")  # an override and an isolate would turn the digits around
+    assert out.getvalue() == "1234"
 
     class Tty(io.StringIO):
         def isatty(self) -> bool:
@@ -530,9 +533,9 @@ def test_settings(repl):
 
 
 def test_unknown_commands_and_paths_that_look_like_one(repl):
-    assert "did you mean /retry?" in repl.say("/retyr")
+    assert "maybe /retry?" in repl.say("/retyr")
     for other, meant in (("/quit", "/exit"), ("/clear", "/reset"), ("/sys", "/system"), ("/帮助", "/help")):
-        assert f"did you mean {meant}?" in repl.say(other)
+        assert f"maybe {meant}?" in repl.say(other)
     assert "see /help" in repl.say("/xyzzy")
     assert repl.transcript.turns == []
     repl.say("/usr/bin/python 是什么")

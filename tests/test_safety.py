@@ -93,7 +93,7 @@ def test_weights_that_can_hold_code_are_refused(tmp_path, name):
 def test_an_adapter_of_pickles_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(Exception, match=r"it has no adapters.safetensors"):
+    with pytest.raises(Exception, match=r"only as adapter_model\.bin.*pickle.*not read"):
         read_adapter(tmp_path)
 
 
@@ -246,6 +246,12 @@ def test_what_a_model_or_a_file_says_cannot_repaint_the_terminal():
     shown = redaction.printable(said)
     assert not {"\x07", "\x9b", "\u202e", "\r"} & set(shown) and "\x1b]" not in shown and "\x1b[2J" not in shown
     assert "\x1b[32mgreen\x1b[0m\n\tf" in shown
+
+
+@pytest.mark.parametrize("code", ["8", "0;8", "1;30;40", "38;5;0", "7", "5", ""])
+def test_codes_that_hide_a_text_are_no_colours(code):
+    shown = redaction.printable(f"\x1b[{code}mhidden\x1b[1;31mred\x1b[0m")
+    assert shown.startswith("\ufffd[" if code else "\x1b[m") and "\x1b[1;31mred\x1b[0m" in shown
 
 
 # Revisions

@@ -94,7 +94,7 @@ class Repl:
         name, argument = command
         if name not in COMMANDS:
             near = nearest_command(name)
-            hint = f"是不是 {near}？ did you mean {near}?" if near else "见 /help · see /help"
+            hint = f"是不是 {near}？ maybe {near}?" if near else "见 /help · see /help"
             self.screen.error(f"没有命令 {name} · unknown command {name}; {hint}")
             return
         getattr(self, "_" + COMMANDS[name][3])(argument)

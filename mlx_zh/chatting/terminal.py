@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
-# A model may write any character; with escape sequences it could control the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A model may write any character; with escape sequences it could control the terminal, with bidirectional controls
+# turn a text around.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Characters that must not begin a line (a part of the lists in JIS X 4051 and CLREQ).
 _CLOSING = frozenset("，。、；：！？）》」』】〕…—·”’,.;:!?)]}")
 NARROWEST_COLUMN = 30

@@ -368,6 +368,13 @@ def check_supported(model: nn.Module, config: Config) -> None:
     differ, and when the model's own logits contain NaN or infinity.
     """
     family = config.get("model_type", "?")
+    if _rope_kind(config) == "dynamic":
+        raise ModelError(
+            "rope_scaling 'dynamic' in config.json cannot be trained here: it turns every token by an angle that "
+            "depends on the length of the whole text. Up to max_position_embeddings "
+            f"({config.get('max_position_embeddings', '?')} tokens) it changes nothing: train a copy of the model "
+            "without rope_scaling in its config.json."
+        )
     refusal = (
         f"models of type {family!r} cannot be trained here: their blocks are not Llama-shaped. "
         f"These work: {', '.join(SUPPORTED)}."
@@ -396,6 +403,12 @@ def check_supported(model: nn.Module, config: Config) -> None:
     difference = float(mx.linalg.norm(_centred(packed) - _centred(own)) / mx.linalg.norm(_centred(own)))
     if not difference < (1e-3 if computes_in_float32(model) else 0.1):
         raise ModelError(f"{refusal} (The packed logits differ from its own by {difference:.2g} of their norm.)")
+
+
+def _rope_kind(config: Config) -> object:
+    """The kind of RoPE scaling that `config.json` names."""
+    scaling = config.get("rope_scaling")
+    return scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
 
 
 def _centred(logits: mx.array) -> mx.array:

@@ -26,10 +26,14 @@ class Form:
     @property
     def legend(self) -> str:
         """What the figures are."""
-        micro = " (micro average over questions)" if self.micro else ""
+        if self.micro:
+            return (
+                "macro average over subjects [95 % bootstrap interval] (micro average over questions); a difference is "
+                f"called noise where McNemar's p is {NOISE} or more"
+            )
         return (
-            f"macro average over subjects [95 % bootstrap interval]{micro}; a difference is called noise where "
-            f"McNemar's p is {NOISE} or more"
+            "macro average over subjects [95 % bootstrap interval]; a difference is called noise where McNemar's p is "
+            f"{NOISE} or more"
         )
 
 

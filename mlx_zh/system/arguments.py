@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
         Says what is missing, and what options of other programs are called here.
         """
-        if message.startswith("the following arguments are required: RECIPE"):
+        if "required: RECIPE" in message:
             message = missing_recipe(self.prog)
         if hints := [hint for word in message.split() if word.startswith("--") and (hint := _hint(word))]:
             message += ". " + " ".join(hints)

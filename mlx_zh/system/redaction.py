@@ -38,9 +38,12 @@ _WORDS = (
 )
 
 
-# All control characters except tab, line feed and colour codes. They can move the cursor, set the clipboard, or make
-# a text look like another one.
-_CONTROLS = re.compile("\x1b(?!\\[[0-9;]{0,8}m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# All control characters except tab, line feed and the codes of bold, dim, underlined and coloured text. They can move
+# the cursor, set the clipboard, hide a text, or make it look like another one.
+_STYLE = r"(?:[0-4]|2[2-4]|3[1-69]|9[1-6])"
+_CONTROLS = re.compile(
+    rf"\x1b(?!\[(?:{_STYLE}(?:;{_STYLE})*)?m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def redact(text: str) -> str:

@@ -428,6 +428,19 @@ def test_other_families_are_refused(tiny_model: Callable[..., Any], family: str,
         check_supported(model, {"model_type": family})
 
 
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_dynamic_rope_is_refused_by_its_name_and_the_way_out_works(tiny_model: Callable[..., Any], key: str) -> None:
+    scaling = {key: "dynamic", "factor": 4.0}
+    model = tiny_model(rope_scaling=scaling)
+    config = {"model_type": "llama", "rope_scaling": scaling, "max_position_embeddings": 512}
+    with pytest.raises(ModelError, match=r"'dynamic' in config\.json cannot .* \(512 tokens\) it changes"):
+        check_supported(model, config)
+    plain = tiny_model()
+    check_supported(plain, config | {"rope_scaling": None})
+    tokens = mx.arange(40)[None]
+    assert mx.array_equal(model(tokens), plain(tokens))
+
+
 def test_sliding_windows_are_refused(tiny_model: Callable[..., Any]) -> None:
     """On a short text they give the same numbers, so they are refused by what the model says of itself."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -170,11 +170,9 @@ def test_tables_side_by_side():
     assert sentence.endswith("1 questions won, 0 lost, McNemar p = 1.000: within noise")
 
 
-@pytest.mark.parametrize(
-    "names", [["base"], ["base", "sft"], ["base", "sft", "dpo"], ["base", "sft", "dpo", "fused"]]
-)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("width", [80, 100, 200])
-def test_tables_fit_the_terminal(names: list[str], width: int):
+def test_tables_fit_the_terminal(count: int, width: int):
     """Also with Chinese names of categories and thousands of questions; a wide terminal shows everything."""
     asked = exam({"maths": 6000, "physics": 5582})
     names = ["base", "sft", "dpo", "fused"][:count]

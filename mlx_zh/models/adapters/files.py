@@ -14,11 +14,12 @@ from mlx.utils import tree_flatten
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install, linear_layers, new_layers
-from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, AdapterSpec
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.storage import write_arrays, write_json
 
 _LEAVES = ("lora_a", "lora_b", "m")
+_PICKLE = "adapter_model.bin"  # how PEFT wrote adapters before version 0.5
 _LARGEST_RANK = 1 << 20
 
 
@@ -68,6 +69,8 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     """The settings and the arrays of an adapter folder, in mlx-lm's terms also for PEFT's. Raises AdapterError."""
     if peft.is_peft(folder):
         return peft.read_peft(folder)
+    if pickled := pickle_hint(folder):
+        raise AdapterError(pickled)
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
             raise AdapterError(
@@ -100,6 +103,17 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
             "download it again."
         )
     return spec, weights
+
+
+def pickle_hint(folder: Path) -> str:
+    """What to do with a PEFT folder whose weights are a pickle, which is never read; "" for any other folder."""
+    if (folder / ADAPTER_FILE).is_file() or not (folder / _PICKLE).is_file():
+        return ""
+    return (
+        f"{folder} has its weights only as {_PICKLE}. Such a file is a Python pickle, which can run any program when "
+        f"it is opened, so it is not read. Load it with PEFT where you trust it, and save it again as {PEFT_FILE}: "
+        "model.save_pretrained(..., safe_serialization=True)."
+    )
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -175,3 +175,10 @@ def test_an_adapter_that_peft_made_is_read(tmp_path):
     load_adapter(loaded.model, tmp_path / "made")
     loaded.model.eval()
     np.testing.assert_allclose(logits(loaded.model), expected, atol=2e-4)
+
+
+def test_a_pickled_adapter_is_named_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(AdapterError, match=r"only as adapter_model\.bin\. .* pickle.* safe_serialization=True"):
+        read_adapter(tmp_path)
