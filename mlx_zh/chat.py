@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "target",
         metavar="RECIPE|RUN|MODEL",
-        help="a recipe (.yaml), name or folder of a run, model folder, .gguf file, hub id or built-in name",
+        help="a recipe (.yaml), name or folder of a run, short name such as qwen3-8b, model folder, .gguf file or hub id",
     )
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
@@ -44,8 +44,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="seed that makes sampling reproducible")
     parser.add_argument(
         "--hub",
-        choices=("huggingface", "modelscope"),
-        help="hub of the model (default: the recipe's, else huggingface)",
+        choices=("auto", "huggingface", "modelscope"),
+        help="hub of the model (default: the recipe's, else auto: the one that answers)",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="with piped input: print progress and statistics on stderr"
@@ -125,7 +125,7 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
         )
         renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     else:
-        loaded = load_model(arguments.target, hub=arguments.hub or "huggingface", progress=console.DownloadBar())
+        loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=console.DownloadBar())
         renderer = Renderer(loaded.tokenizer)
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)

@@ -39,7 +39,7 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
     adapter = Path(arguments.adapter).expanduser() if arguments.adapter else newest_adapter(recipe)
     fuser = Fuser(recipe, adapter, arguments.original or recipe.export.original)
     fuser.check()
-    hub = arguments.hub or recipe.model.hub
+    hub = arguments.hub or (recipe.model.hub if recipe.model.hub != "auto" else "huggingface")
     for repository in _repositories(arguments.push_to_hub, recipe.export.formats).values():
         licences.check_repository(fuser.licence, repository)
         upload.check(repository, hub)
@@ -74,7 +74,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload; with several formats, each name ends in its format"
     )
-    parser.add_argument("--hub", choices=("huggingface", "modelscope"), help="hub to upload to (default: model.hub)")
+    parser.add_argument(
+        "--hub",
+        choices=("huggingface", "modelscope"),
+        help="hub to upload to (default: model.hub, else huggingface)",
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     return parser
 

@@ -96,7 +96,7 @@ class Model(Section):
     """Where the base model comes from, and its precision."""
 
     path: Located
-    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    hub: Literal["auto", "huggingface", "modelscope"] = "auto"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantize | None = None
@@ -131,6 +131,7 @@ class DataSet(Section):
 
     hub: Literal["huggingface", "modelscope", "url", "file", "generated"]
     id: str = ""  # on a hub: its name there; for url: the address; for file: what to get, in words
+    also: dict[Literal["huggingface", "modelscope"], str] = Field({}, exclude_if=lambda value: not value)
     kind: Literal["sft", "dpo"]
     revision: str | None = None
     subset: LaterText = None  # a configuration of a set on Hugging Face; its rows come through `datasets`
@@ -141,9 +142,27 @@ class DataSet(Section):
     columns: dict[str, str] = {}
     near_duplicates: bool = True  # false: rows that look alike are different ones, as in arithmetic
     rows: PositiveInt | None = None
+    mean_tokens: Annotated[PositiveInt | None, Field(exclude_if=lambda value: value is None)] = None  # about, a row
+    size_mb: Annotated[PositiveFloat | None, Field(exclude_if=lambda value: value is None)] = None  # about, its files
+    source: Annotated[tuple[str, ...], Field(exclude_if=lambda value: not value)] = ()  # where these facts are from
     sha256: str | None = None
     licence: str = "not stated"
     note: str = ""
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Its id by hub; empty for a set that is on none."""
+        if self.hub not in ("huggingface", "modelscope"):
+            return {}
+        return {self.hub: self.id} | {str(hub): id for hub, id in self.also.items()}
+
+    @field_validator("also")
+    @classmethod
+    def _on_the_other_hub(cls, value: Any, info: ValidationInfo) -> Any:
+        hub = info.data.get("hub")
+        if value and (hub in value or hub not in ("huggingface", "modelscope")):
+            raise ValueError("the id on the other hub, as also: {modelscope: OWNER/NAME}")
+        return value
 
     @field_validator("subset", "streaming")
     @classmethod
@@ -383,7 +402,7 @@ class Evaluate(Section):
     limit: PositiveInt | None = None
     max_length: PositiveInt | None = None
     bootstrap: PositiveInt = 10_000
-    hub: Literal["huggingface", "modelscope"] | None = None
+    hub: Literal["auto", "huggingface", "modelscope"] | None = None
     folder: dict[Literal["ceval", "cmmlu"], Located] = {}
 
 

@@ -79,8 +79,11 @@ class Document:
         return 0, str(self.path)
 
 
-def parse(path: Path) -> Document:
-    """Read a YAML mapping from `path`. Raises RecipeError when the file cannot be read or is not a YAML mapping."""
+def parse(path: Path, form: str = "a recipe is a mapping of sections (name, model, data, ...)") -> Document:
+    """Read a YAML mapping from `path`; `form` says in errors what the file must be.
+
+    Raises RecipeError when the file cannot be read or is not a YAML mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -99,10 +102,7 @@ def parse(path: Path) -> Document:
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deeply.") from None
     if not isinstance(value, dict):
-        raise RecipeError(
-            f"{path}: a recipe is a mapping of sections (name, model, data, ...), found {_described(value)}."
-            + _wide_colon(text)
-        )
+        raise RecipeError(f"{path}: {form}, found {_described(value)}." + _wide_colon(text))
     document = Document(path, value)
     _note_lines(node, (), document, set())
     return document
@@ -155,8 +155,13 @@ def parse_value(text: str, context: str) -> Any:
         raise RecipeError(f"{context!r}: {reason}. Put text in quotes.") from None
 
 
-def explain(error: pydantic.ValidationError, document: Document, schema: type[pydantic.BaseModel]) -> list[Problem]:
-    """One sentence for each key with a problem: file and line, key, what was expected and what was got."""
+def explain(
+    error: pydantic.ValidationError, document: Document, schema: type[pydantic.BaseModel], *, depth: int = 0
+) -> list[Problem]:
+    """One sentence for each key with a problem: file and line, key, what was expected and what was got.
+
+    In a file that maps names to sections, `depth` is 1 and `schema` that of a section.
+    """
     by_key: dict[Key, list[Any]] = {}
     for problem in error.errors():
         if problem["type"] != "invalid_key":  # `parse` has reported it
@@ -167,7 +172,7 @@ def explain(error: pydantic.ValidationError, document: Document, schema: type[py
     problems = []
     for key in by_key.keys() - parents:
         line, where = document.where(key)
-        problems.append((line, f"{where}: {_sentence(by_key[key], key, schema)}"))
+        problems.append((line, f"{where}: {_sentence(by_key[key], key, schema, depth)}"))
     return problems
 
 
@@ -207,11 +212,11 @@ _EXPECTED = {
 }
 
 
-def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel]) -> str:
+def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel], depth: int) -> str:
     """What is wrong with a key. Several problems mean that one of several types was expected."""
     kinds = {problem["type"] for problem in problems}
     if "extra_forbidden" in kinds:
-        return _unknown(key, schema)
+        return _unknown(key, schema, depth)
     if "missing" in kinds:
         return f"{_dotted(key)} is missing."
     expected = dict.fromkeys(
@@ -242,7 +247,7 @@ def _other_names() -> dict[str, dict[str, str]]:
     return entries
 
 
-def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
+def _unknown(key: Key, schema: type[pydantic.BaseModel], depth: int) -> str:
     """The sentence about an unknown key.
 
     It names the key that other programs call so, else the most similar key of its section or of the whole recipe.
@@ -252,7 +257,7 @@ def _unknown(key: Key, schema: type[pydantic.BaseModel]) -> str:
     if (here_named := other_name(str(key[-1]), "dpo" if "dpo" in key else "sft")) is not None:
         return f"{_dotted(key)} is not a key. {here_named}"
     keys = dict(_keys(schema))
-    section = _dotted(tuple(k for k in key[:-1] if isinstance(k, str)))
+    section = _dotted(tuple(k for k in key[depth:-1] if isinstance(k, str)))
     here = [k for k, parent in keys.items() if parent == section]
     last = str(key[-1])
     near = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in here], n=1, cutoff=0.6)

@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet
-from mlx_zh.system import hub, storage
+from mlx_zh.system import hub as hubs
+from mlx_zh.system import storage
 from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 
@@ -31,15 +33,16 @@ class NoDataFiles(DownloadError):
     """A data set on a hub that has no file of the requested kind and split."""
 
 
-def registered_files(name: str, entry: DataSet, progress: Progress | None = None) -> list[Path]:
+def registered_files(name: str, entry: DataSet, progress: Progress | None = None, hub: str = "auto") -> list[Path]:
     """The files of a registered data set, downloaded if they are not in the cache.
 
-    `name` is the user's name of the set. `progress` is called while large files are downloaded.
+    `name` is the user's name of the set. `progress` is called while large files are downloaded. Of a set that is on
+    both hubs, the copy on `hub` is taken.
 
     Raises DownloadError, with a remedy, if the hub does not have the set, limits requests or does not answer, and for
     a damaged file; StorageError if the disk is full; DataError for a set that the user must download by hand.
     """
-    return _PLACES[entry.hub](name, entry, progress)
+    return _PLACES[entry.hub](name, entry, progress, hub)
 
 
 def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train") -> list[Path]:
@@ -100,21 +103,29 @@ def _split_of(name: str, split: str) -> str:
     return match[1] if match else split
 
 
-def _from_hub(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
-    where = f"{name}: {entry.id}"
+def is_cached(entry: DataSet, hub: str = "auto") -> bool:
+    """Whether `registered_files` needs no network for this set."""
+    if entry.hub == "url":
+        return _url_target(entry).is_file()
+    if entry.hub not in ("huggingface", "modelscope"):
+        return True
+    request = _request(entry, hub)
+    return hubs.cached(entry.id, **request) is not None
+
+
+def _request(entry: DataSet, hub: str) -> dict[str, Any]:
+    """Where a set is, as `hub.download` takes it. A revision or subset belongs to the set's own hub."""
+    ids = entry.ids if entry.revision is None else {entry.hub: entry.id}
     patterns = entry.files
     if not patterns and entry.hub == "huggingface":
         patterns = tuple(f"*{suffix}" for suffix in DATA_SUFFIXES)
-    folder = hub.download(
-        entry.id,
-        entry.hub,
-        entry.revision,
-        kind="dataset",
-        patterns=patterns,
-        label=where,
-        advice=WAY,
-        progress=progress,
-    )
+    where = hub if hub in ids else "auto"
+    return {"hub": where, "revision": entry.revision, "ids": ids, "kind": "dataset", "patterns": patterns}
+
+
+def _from_hub(name: str, entry: DataSet, progress: Progress | None, hub: str) -> list[Path]:
+    where = f"{name}: {entry.id}"
+    folder = hubs.download(entry.id, label=where, advice=WAY, progress=progress, **_request(entry, hub))
     return _chosen(where, folder, entry)
 
 
@@ -132,10 +143,14 @@ def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
     return files
 
 
-def _from_address(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
-    """One file from a URL, stored in the cache folder under the digest of the URL."""
+def _url_target(entry: DataSet) -> Path:
+    """Where the file of a URL is stored: in the cache folder, under the digest of the URL."""
     folder = storage.cache_folder() / "downloads" / text_digest(entry.id)[:16]
-    target = folder / (Path(urlparse(entry.id).path).name or "data")
+    return folder / (Path(urlparse(entry.id).path).name or "data")
+
+
+def _from_address(name: str, entry: DataSet, progress: Progress | None, _: str) -> list[Path]:
+    target = _url_target(entry)
     if target.is_file() and entry.sha256:
         digests = FileDigests(storage.cache_folder() / "downloads.json").digests([str(target)])
         if digests[str(target)] != entry.sha256.lower():
@@ -144,14 +159,14 @@ def _from_address(name: str, entry: DataSet, progress: Progress | None) -> list[
     return [target]
 
 
-def _from_disk(name: str, entry: DataSet, progress: Progress | None) -> list[Path]:
+def _from_disk(name: str, entry: DataSet, progress: Progress | None, _: str) -> list[Path]:
     if entry.id and Path(entry.id).expanduser().exists():
         path = Path(entry.id).expanduser()
         return folder_files(path, entry.files, entry.split) if path.is_dir() else [path]
     raise DataError(f"{name} must be fetched by hand ({entry.id}); then write {{name: {name}, path: FILE}}")
 
 
-_PLACES: dict[str, Callable[[str, DataSet, Progress | None], list[Path]]] = {
+_PLACES: dict[str, Callable[[str, DataSet, Progress | None, str], list[Path]]] = {
     "huggingface": _from_hub,
     "modelscope": _from_hub,
     "url": _from_address,

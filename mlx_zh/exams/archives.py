@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.catalog import NAMES, Benchmark, benchmark
@@ -26,23 +27,35 @@ _LARGEST_ARCHIVE = 128 * 2**20
 _MOST_FILES = 1000  # C-Eval has 156
 
 
-def benchmark_folder(benchmark: Benchmark, hub: str = "huggingface", progress: Progress | None = None) -> Path:
+def benchmark_folder(benchmark: Benchmark, hub: str = "auto", progress: Progress | None = None) -> Path:
     """The folder with the benchmark's CSV files; downloads them from `hub` where they are not in the cache.
 
     Raises DownloadError where the archive cannot be downloaded, is damaged, or lacks files of the benchmark.
     """
-    repository, name = benchmark.hubs[hub]["repository"], benchmark.hubs[hub]["archive"]
     try:
-        folder = hubs.download(repository, hub, kind="dataset", patterns=(name,), progress=progress)
+        folder = hubs.download(benchmark.title, hub, progress=progress, **_request(benchmark))
     except DownloadError as error:
         raise DownloadError(
             f"{error} For a copy that you have, set evaluate.folder: {{{benchmark.key}: FOLDER}}, where FOLDER holds "
             f"{', '.join(benchmark.splits)}/."
         ) from error
-    archive = folder / name
-    if not archive.is_file():
-        raise DownloadError(f"{repository} has no file {name} on {hub}.")
+    names = {place["archive"] for place in benchmark.hubs.values()}
+    archive = next((folder / name for name in sorted(names) if (folder / name).is_file()), None)
+    if archive is None:
+        raise DownloadError(f"{benchmark.title}: the download in {folder} holds no {' or '.join(sorted(names))}.")
     return unpack(benchmark, archive, storage.cache_folder() / "benchmarks")
+
+
+def is_cached(benchmark: Benchmark, hub: str = "auto") -> bool:
+    """Whether `benchmark_folder` needs no network."""
+    return hubs.cached(benchmark.title, hub, **_request(benchmark)) is not None
+
+
+def _request(benchmark: Benchmark) -> dict[str, Any]:
+    """Where the archive is, as `hub.download` takes it."""
+    places = benchmark.hubs.items()
+    ids = {place: about["repository"] for place, about in places}
+    return {"ids": ids, "kind": "dataset", "patterns": {place: (about["archive"],) for place, about in places}}
 
 
 def unpack(benchmark: Benchmark, archive: Path, cache: Path) -> Path:
@@ -136,7 +149,7 @@ def open_exam(
     exam = load_benchmark(published, benchmark_folder(published, hub, progress), split=split, shots=shots)
     if len(exam) != exam.expected:
         raise DataError(
-            f"{hub} delivered {len(exam)} questions of {exam.title} {exam.split}, which has {exam.expected}. Use "
+            f"The hub delivered {len(exam)} questions of {exam.title} {exam.split}, which has {exam.expected}. Use "
             "another hub (evaluate.hub), or a folder that you trust (evaluate.folder)."
         )
     return exam.limited(limit)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.core.families import Config
 from mlx_zh.errors import ModelError
-from mlx_zh.models import folder, gguf, gguf_model, gguf_tokenizer, wheel
+from mlx_zh.models import catalog, folder, gguf, gguf_model, gguf_tokenizer, wheel
 from mlx_zh.models.build import DTYPES, build_model
 from mlx_zh.system import device, hub
 from mlx_zh.system.downloads import Progress
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 BUILT_IN = wheel.NAME
-
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 # Tokens that end a turn. Some configs name only the end-of-document token; then the one in the chat template counts.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")
@@ -40,13 +37,13 @@ class LoadedModel:
 
 
 def resolve_model(
-    path: str, *, hub: str = "huggingface", revision: str | None = None, progress: Progress | None = None
+    path: str, *, hub: str = "auto", revision: str | None = None, progress: Progress | None = None
 ) -> Path:
     """The folder or .gguf file that `path` stands for, downloaded if needed.
 
-    `path` is a local folder or file, a hub id ("org/name"), or the name of the built-in model. `progress` is called
-    while large files are downloaded. Raises ModelError if `path` is none of them, DownloadError if the download
-    fails.
+    `path` is a local folder or file, a short name (`catalog`), or a hub id ("org/name"); the first of these that fits
+    counts. `progress` is called while large files are downloaded. Raises ModelError if `path` is none of them, and
+    DownloadError if the download fails.
     """
     if path == BUILT_IN:
         return wheel.small_model()
@@ -66,16 +63,31 @@ def resolve_model(
                 "*.safetensors files, or a .gguf file."
             )
         return local
-    if not _HUB_ID.fullmatch(path) or path.lower().endswith((".gguf", ".safetensors")):
+    if not _is_on_hub(path):
         raise ModelError(
-            f"There is no model at {path!r}. Give a folder with config.json and *.safetensors, a .gguf file, a hub "
-            f"id such as mlx-community/Meta-Llama-3.1-8B-Instruct-4bit, or {BUILT_IN}."
+            f"There is no model at {path!r}. Give a short name, a folder with config.json and *.safetensors, a .gguf "
+            f"file, or a hub id such as mlx-community/Qwen3-8B-4bit. {catalog.suggestion(path)}"
         )
-    return _download(path, hub, revision, progress)
+    return _download(path, hub, revision, progress=progress)
 
 
-def _download(name: str, kind: str, revision: str | None, progress: Progress | None) -> Path:
-    return hub.download(name, kind, revision, progress=progress)
+def _is_on_hub(path: str) -> bool:
+    """Whether `path`, which is no local path, is a short name or has the form of a hub id."""
+    if catalog.known_model(path) is not None:
+        return True
+    return bool(catalog.HUB_ID.fullmatch(path)) and not path.lower().endswith((".gguf", ".safetensors"))
+
+
+def _download(
+    name: str, kind: str, revision: str | None, patterns: tuple[str, ...] = (), progress: Progress | None = None
+) -> Path:
+    return hub.download(name, kind, revision, ids=hub_ids(name), patterns=patterns, progress=progress)
+
+
+def hub_ids(name: str) -> dict[str, str] | None:
+    """The ids of a known model by hub; None for an id that the table of models does not have."""
+    entry = catalog.known_model(name)
+    return entry.ids if entry is not None else None
 
 
 def _inside(path: Path) -> Path:
@@ -96,18 +108,26 @@ def load_config(path: Path) -> Config:
     return gguf_model.gguf_config(gguf.read_gguf(path)) if path.is_file() else folder.folder_config(path)
 
 
-def find_config(path: str, *, hub: str = "huggingface", revision: str | None = None) -> Config:
-    """The config of a model that may not be on this disk: from a hub, only its config is downloaded.
+def find_config(path: str, *, hub: str = "auto", revision: str | None = None) -> Config:
+    """The config of a model that may not be on this disk.
+
+    For a model of the table it is what the table says, without a network; of others on a hub, only the config is
+    downloaded.
 
     For a GGUF file "quantization" says how its matrices are stored. Raises ModelError, DownloadError.
     """
     local = Path(path).expanduser()
     if path == BUILT_IN:
         cached = wheel.location()
-        return _with_packing(cached if cached.is_file() else resolve_model(path))
-    if local.exists() or not _HUB_ID.fullmatch(path):
+        if cached.is_file():
+            return _with_packing(cached)
+    if local.exists():
         return _with_packing(resolve_model(path))
-    return folder.folder_config(_download_config(path, hub, revision))
+    if (planned := catalog.planned_config(path)) is not None:
+        return planned
+    if not _is_on_hub(path):
+        return _with_packing(resolve_model(path))  # raises
+    return folder.folder_config(_download(path, hub, revision, ("config.json",)))
 
 
 def _with_packing(path: Path) -> Config:
@@ -116,10 +136,6 @@ def _with_packing(path: Path) -> Config:
     if path.is_file():
         config["quantization"] = gguf_model.gguf_packing(gguf.read_gguf(path))
     return config
-
-
-def _download_config(name: str, kind: str, revision: str | None) -> Path:
-    return hub.download(name, kind, revision, patterns=("config.json",))
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -132,7 +148,7 @@ def load_tokenizer(path: Path) -> Any:
 def load_model(
     path: str,
     *,
-    hub: str = "huggingface",
+    hub: str = "auto",
     revision: str | None = None,
     dtype: str = "auto",
     quantize: tuple[int, int] | None = None,
@@ -164,6 +180,7 @@ def _load(path: Path, source: str, dtype: str, quantize: tuple[int, int] | None)
         config = folder.folder_config(path)
         tokenizer = folder.folder_tokenizer(path)
         weights, fingerprint = folder.folder_weights(path)
+        quantize = quantize or catalog.packing_on_loading(source, config)
     target, keep_quantized = _precision(dtype, weights, path.is_file())
     model = build_model(config, weights, str(path), dtype=target, keep_quantized=keep_quantized, quantize=quantize)
     _check_vocabulary(tokenizer, model, path)

@@ -22,7 +22,7 @@ from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.shapes import Packing, Target
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
-from mlx_zh.system import device, downloads, storage
+from mlx_zh.system import device, downloads, hub_choice, storage
 from mlx_zh.system.blas import blas_warning
 from mlx_zh.training.check_cases import Case, cases
 from mlx_zh.training.self_check import check
@@ -191,32 +191,13 @@ def hub(recipe: Recipe | None) -> Check:
     proxy = ", through a proxy" if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")) else ""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return Check("ok", "hub", f"{name} ({set_by}) is not asked: HF_HUB_OFFLINE is set")
-    if problem := unreachable(address):
+    if problem := hub_choice.unreachable(address, downloads.LIMITS.probe):
         remedy = (
             "models in the cache still work; for others set HF_ENDPOINT to a mirror, use model.hub: modelscope, or "
             "give the path of a folder"
         )
         return Check("warn", "hub", f"{name} ({set_by}){proxy} does not answer: {problem}", remedy)
     return Check("ok", "hub", f"{name} ({set_by}){proxy} answers")
-
-
-def unreachable(address: str) -> str | None:
-    """Why `address` gives no HTTP response within a few seconds; None if it gives any."""
-    import urllib.error
-    import urllib.request
-
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https"):
-        return "it is not an http(s) address"
-    try:
-        host = parts.netloc.rpartition("@")[2]  # urllib treats a user name and password as part of the host
-        request = urllib.request.Request(f"{parts.scheme}://{host}{parts.path}", method="HEAD")
-        with urllib.request.urlopen(request, timeout=downloads.LIMITS.probe):
-            return None
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        return type(getattr(error, "reason", error)).__name__ if isinstance(error, OSError) else "an invalid address"
 
 
 def fits(recipe: Recipe) -> Iterator[Check]:

@@ -64,7 +64,7 @@ def prepare_stage(
     split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [
-        _resolve(source, registry, stage, recipe.seed, validation=validation)
+        _resolve(source, registry, stage, recipe, validation=validation)
         for validation, listed in ((False, split.train), (True, split.validation))
         for source in listed
     ]
@@ -129,7 +129,7 @@ def source_lines(report: CorpusReport, unit: str) -> list[str]:
     return lines
 
 
-def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, validation: bool) -> DataSource:
+def _resolve(source: Source, registry: Registry, stage: str, recipe: Recipe, *, validation: bool) -> DataSource:
     """The files of a source: its own, or those of a registered data set. An existing path goes before a name.
 
     Raises DataError, DownloadError.
@@ -150,10 +150,10 @@ def _resolve(source: Source, registry: Registry, stage: str, seed: int, *, valid
         files = _files_at(path, source, entry)
     elif entry is not None and entry.hub == "generated":
         _refuse(source, "is generated", "subset", "split", "revision", "streaming")
-        files, generate = [], (seed, source.max_samples or entry.rows or 10_000)
+        files, generate = [], (recipe.seed, source.max_samples or entry.rows or 10_000)
     else:
         assert entry is not None
-        files = _files_of(source, entry)
+        files = _files_of(source, entry, recipe.model.hub)
     return DataSource(
         name=source.label,
         files=tuple(map(str, files)),
@@ -178,7 +178,7 @@ def _files_at(path: Path, source: Source, entry: DataSet | None) -> list[Path]:
     return folder_files(path, () if entry is None else entry.files, source.split or "train")
 
 
-def _files_of(source: Source, entry: DataSet) -> list[Path]:
+def _files_of(source: Source, entry: DataSet, hub: str) -> list[Path]:
     """The files of a registered data set, downloaded unless cached; `hub_rows` reads some sets row by row."""
     if entry.hub != "huggingface":
         _refuse(source, f"comes from {entry.hub}, not from huggingface", "subset", "streaming")
@@ -191,13 +191,13 @@ def _files_of(source: Source, entry: DataSet) -> list[Path]:
     if entry.subset or entry.streaming:
         return [_rows_of(source, entry)]
     try:
-        return registered_files(source.label, entry, console.DownloadBar())
+        return registered_files(source.label, entry, console.DownloadBar(), hub)
     except NoDataFiles:
         if entry.files or entry.hub != "huggingface":
             raise
     try:
         tables = entry.model_copy(update={"files": tuple(f"*{suffix}" for suffix in TABLE_SUFFIXES)})
-        return registered_files(source.label, tables, console.DownloadBar())
+        return registered_files(source.label, tables, console.DownloadBar(), hub)
     except NoDataFiles:
         return [_rows_of(source, entry)]
 

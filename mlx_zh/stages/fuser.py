@@ -14,12 +14,13 @@ from mlx_zh.errors import AdapterError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.spec import CONFIG_FILE
+from mlx_zh.models.catalog import packing_on_loading
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
 from mlx_zh.models.export.source import open_source
-from mlx_zh.models.load import resolve_model
+from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
@@ -100,9 +101,10 @@ class Fuser:
         model = recipe.model
         bar = console.DownloadBar()
         path = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=bar)
-        base = open_source(path, model.path, quantize=model.quantization)
+        quantize = model.quantization or packing_on_loading(model.path, load_config(path))
+        base = open_source(path, model.path, quantize=quantize)
         # The path of a model that is quantized on load holds its full-precision original.
-        original = original or (model.path if model.quantize else None)
+        original = original or (model.path if quantize else None)
         full = None
         if original is not None:
             full = open_source(resolve_model(original, hub=model.hub, progress=bar), original)
@@ -245,14 +247,15 @@ class Fuser:
         stages = [name for name in TUNED if self.run.stage(name).adapter.is_dir()]
         kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
         rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
-        on_hub = not Path(base.name).expanduser().exists() and "/" in base.name
+        name = next(iter((hub_ids(base.name) or {}).values()), base.name)  # a short name's id on a hub
+        on_hub = not Path(base.name).expanduser().exists() and "/" in name
         settings = [("lora.type", spec.kind), ("lora.rank", str(spec.rank)), ("scale", f"{spec.scale:g}")]
         settings += [(f"{s}.learning_rate", f"{getattr(recipe, s).learning_rate:g}") for s in stages]
         settings += [(f"{s}.batch_size", str(getattr(recipe, s).batch_size)) for s in stages]
         return card.RunFacts(
             title=self.title,
-            base=base.name if on_hub else Path(base.name).name,
-            base_hub_id=base.name if on_hub else None,
+            base=name if on_hub else Path(base.name).name,
+            base_hub_id=name if on_hub else None,
             original=None if self.fusion.original is None else Path(self.fusion.original.name).name,
             licence=self.licence,
             method=f"{kind}{rank}" + (f" by {', then '.join(s.upper() for s in stages)}" if stages else ""),

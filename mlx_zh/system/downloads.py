@@ -29,6 +29,8 @@ class Limits:
     read: float = 30.0  # without receiving a byte
     retry_after: float = 5.0  # before the next try, if the server asks for a pause
     probe: float = 3.0  # for a check of whether it answers at all
+    choose: float = 10.0  # in all, to find out which hub answers
+    head_start: float = 2.0  # for the preferred hub, before the other one is asked
 
 
 LIMITS = Limits()

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_zh.errors import MlxZhError
 from mlx_zh.language.translation import in_readers_language
-from mlx_zh.system import device
+from mlx_zh.system import device, hub_choice
 from mlx_zh.system.accelerator import AcceleratorError, advice, cause
 from mlx_zh.system.redaction import printable
 
@@ -29,6 +29,7 @@ def entry(main: Callable[[list[str] | None], int | None], argv: Sequence[str] | 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a GBK terminal cannot show emoji
+    hub_choice.announce_with(lambda line: print(in_readers_language(line), file=sys.stderr, flush=True))
     status: Any
     try:
         try:

@@ -1,23 +1,25 @@
 """Download models, data sets and single files from Hugging Face or ModelScope; no code, and every SHA-256 checked.
 
-Each hub's own library manages its cache. `huggingface_hub` discards a partly downloaded file when it is killed, so
-`downloads` fetches large files into that cache: it resumes them.
+What is in the cache of either hub is used without asking a network. Hugging Face's cache is managed by its library,
+which discards a partly downloaded file when it is killed; so `downloads` fetches large files into that cache, and
+resumes them. ModelScope's cache is filled by `modelscope`.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_zh.errors import DownloadError, ModelError, StorageError, first_line
-from mlx_zh.system import downloads, storage
-from mlx_zh.system.digests import FileDigests
+from mlx_zh.system import downloads, hub_choice, modelscope, storage
+from mlx_zh.system.digests import FileDigests, value_digest
 from mlx_zh.system.downloads import STATUS, Progress, RemoteFile, chain, fetch_file, full_disk
 
 _MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -38,29 +40,95 @@ class _Wanted:
 
 def download(
     name: str,
-    hub: str = "huggingface",
+    hub: str = "auto",
     revision: str | None = None,
     *,
+    ids: Mapping[str, str] | None = None,
     kind: Literal["model", "dataset"] = "model",
-    patterns: tuple[str, ...] = (),
+    patterns: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
     label: str = "",
     advice: str = "",
     progress: Progress | None = None,
 ) -> Path:
-    """Download `name` ("org/name") at `revision` (branch, tag or commit) unless it is cached; returns its folder.
+    """Download a repository at `revision` (branch, tag or commit) unless it is cached; returns its folder.
 
-    `patterns` selects files. Without it, a data set comes with all files, and a model with its safetensors weights
+    `name` is what the user wrote, `ids` the repository's id ("org/name") by hub; without `ids`, `name` is its id on
+    both. With the hub "auto", a cached copy of either hub is used, else the hub that answers. `patterns` selects
+    files, the same or by hub; without any, a data set comes with all files, and a model with its safetensors weights
     and small text files. Error messages begin with `label` and end with `advice`. `progress` hears of large files.
 
     Raises DownloadError for a repository or file that is missing, gated, unreachable or damaged, StorageError for a
     full disk, and ModelError for an unknown hub.
     """
-    if hub not in _HUBS:
-        raise ModelError(f"hub {hub!r} is not known; choose {' or '.join(_HUBS)}.")
-    fitting = patterns or (_MODEL_FILES if kind == "model" else ())
-    wanted = _Wanted(name, revision, kind, fitting, label or name, advice or _WAYS[hub], progress)
-    with full_disk(wanted.label):
-        return _HUBS[hub](wanted)
+    wanted = _requests(name, hub, revision, ids, kind, patterns, label or name, advice, progress)
+    for place, request in wanted.items():
+        if (folder := _HUBS[place].cached(request)) is not None:
+            return folder
+    choosing = len(wanted) > 1 and not _offline()
+    chosen = hub_choice.chosen(label or name) if choosing else next(iter(wanted))
+    with full_disk(wanted[chosen].label):
+        try:
+            return _HUBS[chosen].fetch(wanted[chosen])
+        except DownloadError as error:
+            if choosing and (failed := hub_choice.answers().failed):
+                raise DownloadError(f"{error} {_tried(failed)}") from error
+            raise
+
+
+def cached(
+    name: str,
+    hub: str = "auto",
+    revision: str | None = None,
+    *,
+    ids: Mapping[str, str] | None = None,
+    kind: Literal["model", "dataset"] = "model",
+    patterns: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
+) -> Path | None:
+    """The folder that `download` would return without a network; None if it would have to download."""
+    wanted = _requests(name, hub, revision, ids, kind, patterns, name, "", None)
+    folders = (_HUBS[place].cached(request) for place, request in wanted.items())
+    return next((folder for folder in folders if folder is not None), None)
+
+
+def _requests(
+    name: str,
+    hub: str,
+    revision: str | None,
+    ids: Mapping[str, str] | None,
+    kind: Literal["model", "dataset"],
+    patterns: tuple[str, ...] | Mapping[str, tuple[str, ...]],
+    label: str,
+    advice: str,
+    progress: Progress | None,
+) -> dict[str, _Wanted]:
+    """The request to each hub that comes into question. Raises ModelError, DownloadError."""
+    if hub != "auto" and hub not in _HUBS:
+        raise ModelError(f"hub {hub!r} is not known; choose auto, {' or '.join(_HUBS)}.")
+    requests = {}
+    for place in _HUBS if hub == "auto" else (hub,):
+        id = name if ids is None else ids.get(place)
+        if id is not None:
+            chosen = patterns.get(place, ()) if isinstance(patterns, Mapping) else patterns
+            fitting = tuple(chosen) or (_MODEL_FILES if kind == "model" else ())
+            requests[place] = _Wanted(id, revision, kind, fitting, label, advice or _WAYS[place], progress)
+    if not requests:
+        raise _elsewhere(name, hub, ids or {})
+    return requests
+
+
+def _elsewhere(name: str, hub: str, ids: Mapping[str, str]) -> DownloadError:
+    """The error for something whose id on the requested hub is not known."""
+    places = " and ".join(f"on {hub_choice.TITLES[place]} as {id}" for place, id in ids.items())
+    return DownloadError(
+        f"{name} is not known on {hub_choice.TITLES[hub]}, only {places}. Leave out `hub: {hub}`; where the other "
+        "hub cannot be reached, set HF_ENDPOINT to a mirror, or give the path of a folder downloaded another way."
+    )
+
+
+def _tried(failed: Mapping[str, str]) -> str:
+    """The hubs that were tried before the one that failed to deliver, and the remedy."""
+    before = "; ".join(f"{hub_choice.TITLES[name]} was tried first: {why}" for name, why in failed.items())
+    return f"{before}. If it is only there, set HF_ENDPOINT to a mirror that you can reach."
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -110,6 +178,39 @@ def _huggingface(wanted: _Wanted) -> Path:
         raise _explained(error, wanted, endpoint()) from error
     check_digests(folder, wanted.kind)
     return folder
+
+
+def _huggingface_cached(wanted: _Wanted) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    options: dict[str, Any] = {"repo_type": wanted.kind, "allow_patterns": list(wanted.patterns) or None}
+    try:
+        found = huggingface_hub.snapshot_download(
+            wanted.name, revision=wanted.revision, local_files_only=True, **options
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    folder = Path(found)
+    if wanted.kind == "model" and not _is_whole(folder, wanted.patterns):
+        return None
+    check_digests(folder, wanted.kind)
+    return folder
+
+
+def _is_whole(folder: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether a model's folder holds the files that `patterns` name, or with the usual patterns a whole model."""
+    if patterns != _MODEL_FILES:
+        return all((folder / pattern).is_file() for pattern in patterns if "*" not in pattern)
+    weights = {path.name for path in folder.glob("model*.safetensors") if path.is_file()}
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        listed = set(index["weight_map"].values())
+    except FileNotFoundError:
+        listed = weights
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return (folder / "config.json").is_file() and bool(listed) and listed <= weights
 
 
 def _snapshot(wanted: _Wanted) -> Path:
@@ -237,43 +338,56 @@ def _silent() -> type:
 
 # ---- ModelScope
 
-# Environment variables that the library reads at import, set to the limits of `downloads`. Its own limit of one hour
-# per file would end a download of 5 GB at less than 1.4 MB/s, so it becomes a day.
-_MODELSCOPE_SETTINGS = {
-    "MODELSCOPE_API_CONNECT_TIMEOUT": "{0.connect:.0f}",
-    "MODELSCOPE_API_TIMEOUT": "{0.read:.0f}",
-    "MODELSCOPE_DOWNLOAD_TIMEOUT": "{0.read:.0f}",
-    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "{0.read:.0f}",
-    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2",
-    "MODELSCOPE_API_MAX_RETRIES": "2",
-    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
-    "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": "86400",
-}
-
 
 def _modelscope(wanted: _Wanted) -> Path:
-    """Download with ModelScope's library. It resumes downloads and checks each file's SHA-256 itself."""
-    for name, value in _MODELSCOPE_SETTINGS.items():
-        os.environ.setdefault(name, value.format(downloads.LIMITS))
+    if _offline():
+        raise DownloadError(_OFFLINE.format(label=wanted.label, advice=wanted.advice))
+    options: dict[str, Any] = {"label": wanted.label, "advice": wanted.advice, "progress": wanted.progress}
     try:
-        if wanted.kind == "model":
-            from modelscope import snapshot_download as snapshot
-        else:
-            from modelscope import dataset_snapshot_download as snapshot
-    except ImportError as error:
-        raise DownloadError(
-            f"`hub: modelscope` needs a package that is not installed, so {wanted.label} was not downloaded. Run "
-            "`pip install 'mlx-zh[modelscope]'` (or `pip install modelscope`)."
-        ) from error
-    try:
-        return Path(snapshot(wanted.name, revision=wanted.revision, allow_patterns=list(wanted.patterns) or None))
-    except Exception as error:  # modelscope raises its own exceptions, those of requests, and plain Exception
+        folder, files = modelscope.snapshot(wanted.name, wanted.kind, wanted.revision, wanted.patterns, **options)
+    except (DownloadError, StorageError):
+        raise
+    except Exception as error:  # from the HTTP library or the operating system, or a failure that the hub reports
         if downloads.is_full(error):
             raise
-        raise _explained(error, wanted, os.environ.get("MODELSCOPE_ENDPOINT", "https://www.modelscope.cn")) from error
+        raise _explained(error, wanted, modelscope.endpoint()) from error
+    storage.write_json(_record(wanted), {"folder": str(folder), "files": files})
+    return folder
 
 
-_HUBS: dict[str, Callable[[_Wanted], Path]] = {"huggingface": _huggingface, "modelscope": _modelscope}
+def _modelscope_cached(wanted: _Wanted) -> Path | None:
+    """A folder that was downloaded whole by this program, or one of ModelScope's tools that holds a whole model."""
+    try:
+        record = json.loads(_record(wanted).read_text(encoding="utf-8"))
+        folder, files = Path(record["folder"]), dict(record["files"])
+        if folder.is_dir() and all((folder / name).stat().st_size == size for name, size in files.items()):
+            return folder
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if wanted.kind == "model":
+        folders = modelscope.cached_folders(wanted.name, wanted.kind, wanted.revision)
+        return next((folder for folder in folders if _is_whole(folder, wanted.patterns)), None)
+    return None
+
+
+def _record(wanted: _Wanted) -> Path:
+    """Where it is noted that everything that was wanted has been downloaded."""
+    key = [wanted.kind, wanted.name, wanted.revision, sorted(wanted.patterns), str(modelscope.cache_root())]
+    return storage.cache_folder() / "modelscope" / f"{value_digest(key)[:32]}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Hub:
+    """How a hub is used: what is in its cache (None if that is not all), and the download."""
+
+    cached: Callable[[_Wanted], Path | None]
+    fetch: Callable[[_Wanted], Path]
+
+
+_HUBS = {
+    "huggingface": _Hub(_huggingface_cached, _huggingface),
+    "modelscope": _Hub(_modelscope_cached, _modelscope),
+}
 
 
 # ---- Error messages
@@ -284,12 +398,15 @@ _WAYS = {
         "or use `hub: modelscope`; or give the path of a folder that you downloaded another way."
     ),
     "modelscope": (
-        "Check the network and the name on ModelScope (it can differ from Hugging Face's); or use "
-        "`hub: huggingface`, or give the path of a folder that you downloaded another way."
+        "Check the network and the name on ModelScope (it can differ from Hugging Face's); a private or restricted "
+        "repository needs MODELSCOPE_API_TOKEN. Or use `hub: huggingface`, or give the path of a folder that you "
+        "downloaded another way."
     ),
 }
 
 _LOGIN = "`hf auth login` (`huggingface-cli login` in older versions)"
+
+_OFFLINE = "{label} could not be downloaded: HF_HUB_OFFLINE is set, and the files are not in the cache. {advice}"
 
 # Messages by the class name of the library's exception; {reason} is the first line of its own message.
 _MEANINGS: dict[str, str | dict[str, str]] = {
@@ -307,10 +424,7 @@ _MEANINGS: dict[str, str | dict[str, str]] = {
     },
     "DisabledRepoError": "{label} was disabled by {endpoint}. {advice}",
     "HFValidationError": "{name!r} is not a hub id: {reason}.",
-    "OfflineModeIsEnabled": (
-        "{label} could not be downloaded: HF_HUB_OFFLINE is set, and the files are not in the cache. {advice}"
-    ),
-    "FileIntegrityError": "{label} arrived damaged: {reason}. Run the same command again to fetch it. {advice}",
+    "OfflineModeIsEnabled": _OFFLINE,
 }
 
 _HUB_STATUS = STATUS | {

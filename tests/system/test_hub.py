@@ -20,6 +20,7 @@ import tiny_models as tiny
 from mlx_zh.errors import DownloadError, ModelError, StorageError
 from mlx_zh.system import hub
 
+DEAD = "http://127.0.0.1:9"  # nobody listens there
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -167,7 +168,8 @@ def ask(endpoint: str, cache: Path, name: str, revision: str = "", **more: str) 
 def python(script: str, arguments: list[str], endpoint: str, cache: Path, **more: str) -> tuple[int, str, str]:
     """The exit status, what was printed, and the last line of what was complained of."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "*"} | more
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "*"}
+    environment |= {"MODELSCOPE_ENDPOINT": DEAD, "MODELSCOPE_CACHE": str(cache / "modelscope")} | more
     environment["MLX_ZH_CACHE"] = str(cache / "mlx-zh")
     command = [sys.executable, "-c", script, *arguments]
     result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=120)
@@ -363,9 +365,9 @@ def test_commands_end_where_a_hub_never_answers(mirror: Mirror, tmp_path: Path, 
 
 
 def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
-    status, _, error = ask("http://127.0.0.1:9", tmp_path, "org/tiny")
-    assert status == 1 and error.startswith("DownloadError: org/tiny could not be downloaded")
-    for word in ("HF_ENDPOINT", "hub: modelscope", "folder"):
+    status, _, error = ask(DEAD, tmp_path, "org/tiny")
+    assert status == 1 and error.startswith("DownloadError: org/tiny could not be downloaded: no hub answers.")
+    for word in ("Hugging Face (127.0.0.1:9): ConnectionRefusedError", "ModelScope (127", "HF_ENDPOINT", "folder"):
         assert word in error
 
 
@@ -386,32 +388,5 @@ def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_hub() -> None:
-    with pytest.raises(ModelError, match="'github' is not known; choose huggingface or modelscope"):
+    with pytest.raises(ModelError, match="'github' is not known; choose auto, huggingface or modelscope"):
         hub.download("org/tiny", "github")
-
-
-# ---- ModelScope, which is not among the dependencies
-
-
-def test_modelscope_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(DownloadError, match="pip install"):
-        hub.download("org/tiny", "modelscope")
-
-
-def test_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
-    asked: list[Any] = []
-
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, "*.py" in allow_patterns))
-        if name == "org/none":
-            raise ValueError("404: no such model")
-        return str(tmp_path)
-
-    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot))
-    assert hub.download("org/tiny", "modelscope", "v1") == tmp_path
-    assert asked == [("org/tiny", "v1", False)]
-    with pytest.raises(DownloadError, match=r"404: no such model\. Check the network and the name on ModelScope"):
-        hub.download("org/none", "modelscope")
