@@ -246,7 +246,7 @@ def test_a_recipe_is_needed(run_stage, capsys):
 
 
 def test_the_hubs_error_reaches_the_user(folder: Path, monkeypatch):
-    def limited(name: str, entry: Any, progress: Any) -> list[Path]:
+    def limited(*_: Any) -> list[Path]:
         raise DownloadError("belle-1m: BelleGroup/train_1M_CN could not be downloaded: the server answers 429")
 
     monkeypatch.setitem(data_files._PLACES, "huggingface", limited)

@@ -64,7 +64,7 @@ def prepare_stage(
     split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [
-        _resolve(source, registry, stage, recipe, validation=validation)
+        _resolve(source, registry, stage, recipe.seed, validation=validation, hub=recipe.model.hub)
         for validation, listed in ((False, split.train), (True, split.validation))
         for source in listed
     ]
@@ -129,7 +129,9 @@ def source_lines(report: CorpusReport, unit: str) -> list[str]:
     return lines
 
 
-def _resolve(source: Source, registry: Registry, stage: str, recipe: Recipe, *, validation: bool) -> DataSource:
+def _resolve(
+    source: Source, registry: Registry, stage: str, seed: int, *, validation: bool, hub: str = "auto"
+) -> DataSource:
     """The files of a source: its own, or those of a registered data set. An existing path goes before a name.
 
     Raises DataError, DownloadError.
@@ -150,10 +152,10 @@ def _resolve(source: Source, registry: Registry, stage: str, recipe: Recipe, *, 
         files = _files_at(path, source, entry)
     elif entry is not None and entry.hub == "generated":
         _refuse(source, "is generated", "subset", "split", "revision", "streaming")
-        files, generate = [], (recipe.seed, source.max_samples or entry.rows or 10_000)
+        files, generate = [], (seed, source.max_samples or entry.rows or 10_000)
     else:
         assert entry is not None
-        files = _files_of(source, entry, recipe.model.hub)
+        files = _files_of(source, entry, hub)
     return DataSource(
         name=source.label,
         files=tuple(map(str, files)),

@@ -61,12 +61,12 @@ def download(
     full disk, and ModelError for an unknown hub.
     """
     wanted = _requests(name, hub, revision, ids, kind, patterns, label or name, advice, progress)
-    for place, request in wanted.items():
-        if (folder := _HUBS[place].cached(request)) is not None:
-            return folder
-    choosing = len(wanted) > 1 and not _offline()
-    chosen = hub_choice.chosen(label or name) if choosing else next(iter(wanted))
-    with full_disk(wanted[chosen].label):
+    with full_disk(label or name):
+        for place, request in wanted.items():
+            if (folder := _HUBS[place].cached(request)) is not None:
+                return folder
+        choosing = len(wanted) > 1 and not _offline()
+        chosen = hub_choice.chosen(label or name) if choosing else next(iter(wanted))
         try:
             return _HUBS[chosen].fetch(wanted[chosen])
         except DownloadError as error:

@@ -238,24 +238,26 @@ def test_a_hub_that_does_not_answer(tmp_path: Path):
     assert "path: FILE-OR-FOLDER" in error
 
 
-def test_modelscope(monkeypatch, tmp_path: Path):
-    from types import SimpleNamespace
-
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "modelscope", None)
-        with pytest.raises(DownloadError, match=r"pip install 'mlx-zh\[modelscope\]'"):
-            registered_files("mine", DataSet(hub="modelscope", kind="sft", id="org/set"))
+def test_the_copy_on_the_hub_in_use_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "train.json").write_bytes(ROWS)
+    asked: list[Any] = []
 
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str] | None) -> str:
-        if name == "org/none":
-            raise ValueError("404: no such data set")
-        return str(tmp_path)
+    def download(name: str, **request: Any) -> Path:
+        asked.append((request["hub"], request["ids"]))
+        return tmp_path
 
-    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(dataset_snapshot_download=snapshot))
-    assert registered_files("mine", DataSet(hub="modelscope", kind="sft", id="org/set")) == [tmp_path / "train.json"]
-    with pytest.raises(DownloadError, match="org/none could not be downloaded: 404: no such data set"):
-        registered_files("mine", DataSet(hub="modelscope", kind="sft", id="org/none"))
+    monkeypatch.setattr("mlx_zh.corpus.data_files.hubs.download", download)
+    both = DataSet(hub="huggingface", kind="sft", id="org/set", also={"modelscope": "other/set"})
+    one = DataSet(hub="modelscope", kind="sft", id="org/set")
+    for entry in (both, one, both.model_copy(update={"revision": "v1"})):
+        assert registered_files("mine", entry, hub="modelscope") == [tmp_path / "train.json"]
+    ids = {"huggingface": "org/set", "modelscope": "other/set"}
+    # A revision is one of the set's own hub.
+    assert asked == [
+        ("modelscope", ids),
+        ("modelscope", {"modelscope": "org/set"}),
+        ("auto", {"huggingface": "org/set"}),
+    ]
 
 
 # ---- folders and files

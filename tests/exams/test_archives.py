@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,9 +118,9 @@ def test_from_a_hub(archive: Callable[..., Path], tmp_path: Path, monkeypatch: p
     packed = archive(files)
     asked: list[object] = []
 
-    def download(name: str, hub: str, *, kind: str, patterns: tuple[str, ...], progress: None) -> Path:
-        assert kind == "dataset"
-        asked.append((name, hub, *patterns))
+    def download(name: str, hub: str, *, ids: Any, kind: str, patterns: Any, progress: None) -> Path:
+        assert (name, kind) == ("C-Eval", "dataset")
+        asked.append((hub, ids["huggingface"], ids["modelscope"], patterns["modelscope"]))
         return packed.parent
 
     monkeypatch.setattr(archives.hubs, "download", download)
@@ -128,9 +129,9 @@ def test_from_a_hub(archive: Callable[..., Path], tmp_path: Path, monkeypatch: p
     assert (len(exam), exam.expected) == (3 * 52, 1346)
     assert len(open_ceval()) == 1346
     open_ceval(hub="modelscope")
-    assert asked[0] == ("ceval/ceval-exam", "huggingface", "ceval-exam.zip")
-    assert asked[-1] == ("modelscope/ceval-exam", "modelscope", "ceval-exam.zip")
-    with pytest.raises(DataError, match="huggingface delivered 104 questions of C-Eval test, which has 12342"):
+    where = ("ceval/ceval-exam", "modelscope/ceval-exam", ("ceval-exam.zip",))
+    assert (asked[0], asked[-1]) == (("huggingface", *where), ("modelscope", *where))
+    with pytest.raises(DataError, match="The hub delivered 104 questions of C-Eval test, which has 12342"):
         open_ceval(split="test")
 
 
@@ -142,7 +143,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(DownloadError, match=r"no route.*evaluate.folder: \{ceval: FOLDER\}.*dev, val, test/"):
         open_ceval()
     monkeypatch.setattr(archives.hubs, "download", lambda *_, **__: tmp_path)
-    with pytest.raises(DownloadError, match=r"ceval/ceval-exam has no file ceval-exam.zip on huggingface"):
+    with pytest.raises(DownloadError, match=r"C-Eval: the download in .* holds no ceval-exam.zip"):
         open_ceval()
 
 
