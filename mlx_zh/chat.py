@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "target",
         metavar="RECIPE|RUN|MODEL",
-        help="a recipe (.yaml), name or folder of a run, short name such as qwen3-8b, model folder, .gguf file or hub id",
+        help="a recipe (.yaml), name or folder of a run, model folder, short name (qwen3-8b), .gguf file or hub id",
     )
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"

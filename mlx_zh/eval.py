@@ -29,14 +29,18 @@ def main(argv: list[str] | None = None) -> int:
     recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
+    if arguments.dry_run:
+        return command.dry_run(recipe, ["eval"])
     if arguments.hosts or arguments.processes:
         return launching.launch("eval", arguments, argv)
 
     from mlx_zh.distributed.world import joined
+    from mlx_zh.stages import preflight
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
 
     with joined(console.warn) as world, RunFolder.of(recipe).all_at_work("eval", world):
+        world.broadcast_result(lambda: preflight.check(recipe, ["eval"]))
         return _ask(recipe, arguments, world)
 
 
@@ -76,6 +80,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="ceval|cmmlu|PATH",
         help="use these exams instead of the recipe's evaluate.benchmarks",
     )
+    command.add_dry_run(parser)
     launching.add_machines(parser)
     arguments = parser.parse_intermixed_args(argv)
     # The words after --benchmark may include overrides; the name of a benchmark has no '='.

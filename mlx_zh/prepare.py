@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--show", type=int, default=_SHOWN, metavar="N", help="number of rendered examples to show (default 3)"
     )
+    command.add_dry_run(parser)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.list and arguments.recipe is None:
         _list(None)
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     from mlx_zh.errors import DataError
+    from mlx_zh.stages import preflight
     from mlx_zh.stages.run_folder import RunFolder
 
     splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
@@ -57,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{arguments.recipe}: neither data.sft.train nor data.dpo.train names a file to prepare. "
             "Add one to the recipe."
         )
+    if arguments.dry_run:
+        return command.dry_run(recipe, stages)
     with RunFolder.of(recipe).at_work("prepare"):
+        preflight.check(recipe, stages)
         _prepare(recipe, stages, arguments.show)
     return 0
 

@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run or all(entry.why is None for entry in planned):
         console.say(_table(planned))
         if arguments.dry_run:
-            return 0
+            console.say()
+            return command.dry_run(recipe, _checked(recipe))
         console.say(f"\nNothing to do: {run.path} is up to date. `--from STEP` repeats a step and those after it.")
         return 0
     return _run(recipe, run, [arguments.recipe, *arguments.overrides], all_steps, forced)
@@ -56,9 +57,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step], forced: set[str]) -> int:
     from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
+    from mlx_zh.stages import preflight
     from mlx_zh.system import console
 
     with run.at_work("run") as lock:
+        preflight.check(recipe, _checked(recipe))
         state = State.of(run)
         status = Pipeline(recipe, arguments, steps, state, lock, console.say).run(forced)
     if status == 0:
@@ -66,6 +69,12 @@ def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step]
     else:
         console.say("Not finished; the same command goes on from here.")
     return status
+
+
+def _checked(recipe: Recipe) -> list[str]:
+    """The stages whose needs are checked before the first one starts."""
+    stages = [name for name in ("sft", "dpo") if recipe.data.split(name).train]
+    return [*stages, *(["eval"] if recipe.evaluate.benchmarks else [])]
 
 
 def _table(planned: list[Planned]) -> str:

@@ -20,7 +20,7 @@ from project import Project
 from mlx_zh import doctor
 from mlx_zh.planning.machine import measure_machine
 from mlx_zh.stages import checkup, memory_check
-from mlx_zh.system import device
+from mlx_zh.system import device, hub_choice
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -123,16 +123,22 @@ def mirror() -> Iterator[str]:
 
 
 def test_a_hub_that_answers_and_one_that_does_not(mirror: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkup.hub(None).text == "huggingface.co (the default) is not asked: HF_HUB_OFFLINE is set"
+    assert checkup.hub(None).text == "no hub is asked: HF_HUB_OFFLINE is set"
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_ENDPOINT", mirror)
-    assert checkup.hub(None) == checkup.Check("ok", "hub", "127.0.0.1 (HF_ENDPOINT) answers")
+    place = mirror.removeprefix("http://")
+    hub_choice.answers.cache_clear()
+    assert checkup.hub(None) == checkup.Check("ok", "hub", f"{place} (HF_ENDPOINT) answers")
+    hub_choice.answers.cache_clear()
     monkeypatch.setenv("HF_ENDPOINT", "http://someone:secret@127.0.0.1:9")  # nothing listens there
     found = checkup.hub(None)
-    assert found.level == "warn" and "does not answer: ConnectionRefusedError" in found.text
+    assert found.level == "warn" and "no hub answers (127.0.0.1:9: ConnectionRefusedError; " in found.text
     assert "mirror" in found.remedy and "secret" not in found.text + found.remedy
+    hub_choice.answers.cache_clear()
     monkeypatch.setenv("HF_ENDPOINT", "file:///etc")
     assert checkup.hub(None).level == "warn"
+    hub_choice.answers.cache_clear()
 
 
 def test_secrets_and_the_home_folder_stay_out(

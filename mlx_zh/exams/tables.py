@@ -28,12 +28,12 @@ class Form:
         """What the figures are."""
         if self.micro:
             return (
-                "macro average over subjects [95 % bootstrap interval] (micro average over questions); a difference is "
-                f"called noise where McNemar's p is {NOISE} or more"
+                "macro average over subjects [95 % bootstrap interval] (micro average over questions); a difference "
+                f"is called noise where McNemar's p is {NOISE} or more"
             )
         return (
-            "macro average over subjects [95 % bootstrap interval]; a difference is called noise where McNemar's p is "
-            f"{NOISE} or more"
+            "macro average over subjects [95 % bootstrap interval]; a difference is called noise where McNemar's p "
+            f"is {NOISE} or more"
         )
 
 

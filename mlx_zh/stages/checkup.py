@@ -11,19 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import mlx.core as mx
 import psutil
 
 from mlx_zh import __version__
 from mlx_zh.errors import MlxZhError, first_line
-from mlx_zh.planning.memory import trained_values, weight_bytes
-from mlx_zh.planning.shapes import Packing, Target
+from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.system import device, downloads, hub_choice, storage
 from mlx_zh.system.blas import blas_warning
+from mlx_zh.system.downloads import host
 from mlx_zh.training.check_cases import Case, cases
 from mlx_zh.training.self_check import check
 
@@ -164,40 +163,44 @@ def disk(recipe: Recipe | None) -> Check:
 
 def _needed(recipe: Recipe) -> float:
     """Bytes on disk for the model, checkpoints with the optimizer's state, and the fused model."""
-    try:
-        from mlx_zh.models.load import find_config
+    from mlx_zh.models.load import find_config
+    from mlx_zh.stages.needs import disk_bytes
 
+    try:
         config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     except MlxZhError:
         return 1e10
     step = memory_check.training_step(recipe, "sft", config, memory_check.mac(16 * 2**30))
-    model = weight_bytes(step.model, step.target)
-    full = weight_bytes(step.model, Target(2, None, True)) if "hf" in recipe.export.formats else 0.0
-    gguf = weight_bytes(step.model, Target(2, Packing(8, 32), True)) if "gguf" in recipe.export.formats else 0.0
-    adapter = 4 * trained_values(step.model, step.trained)
-    stages = bool(recipe.data.sft.train) + bool(recipe.data.dpo.train) or 1
-    checkpoints = stages * adapter * (3 * (recipe.checkpoint.keep + 1) + 2)
-    return 2 * model + full + gguf + checkpoints + 1e9  # 1 GB for data, evaluations and logs
+    fused = 0.0 if "export" in recipe.model_fields_set else weight_bytes(step.model, step.target)
+    return weight_bytes(step.model, step.target) + fused + disk_bytes(recipe, config)
 
 
 def hub(recipe: Recipe | None) -> Check:
     """The hub of models, and whether it answers. Never a failure, because cached models need no hub."""
-    if recipe is not None and recipe.model.hub == "modelscope":
-        address, set_by = "https://modelscope.cn", "model.hub: modelscope"
-    else:
-        mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
-        address, set_by = mirror or "https://huggingface.co", "HF_ENDPOINT" if mirror else "the default"
-    name = urlsplit(address).hostname or "an invalid address"
+    chosen = "auto" if recipe is None else recipe.model.hub
+    mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
     proxy = ", through a proxy" if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")) else ""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return Check("ok", "hub", f"{name} ({set_by}) is not asked: HF_HUB_OFFLINE is set")
-    if problem := hub_choice.unreachable(address, downloads.LIMITS.probe):
-        remedy = (
-            "models in the cache still work; for others set HF_ENDPOINT to a mirror, use model.hub: modelscope, or "
-            "give the path of a folder"
+        return Check(
+            "ok", "hub", f"{host(hub_choice.addresses()['huggingface'])} is not asked: HF_HUB_OFFLINE is set"
         )
-        return Check("warn", "hub", f"{name} ({set_by}){proxy} does not answer: {problem}", remedy)
-    return Check("ok", "hub", f"{name} ({set_by}){proxy} answers")
+    remedy = (
+        "models in the cache still work; for others set HF_ENDPOINT to a mirror, use model.hub: modelscope, or "
+        "give the path of a folder"
+    )
+    if chosen == "auto":
+        result = hub_choice.answers()
+        failed = "; ".join(f"{host(hub_choice.addresses()[name])}: {why}" for name, why in result.failed.items())
+        if result.hub is None:
+            return Check("warn", "hub", f"no hub{proxy} answers ({failed})", remedy)
+        name = host(hub_choice.addresses()[result.hub])
+        other = f"; {failed}" if failed else ""
+        set_by = "HF_ENDPOINT" if mirror and result.hub == "huggingface" else "hub: auto"
+        return Check("ok", "hub", f"{name} ({set_by}){proxy} answers{other}")
+    address, name = hub_choice.addresses()[chosen], host(hub_choice.addresses()[chosen])
+    if problem := hub_choice.unreachable(address, downloads.LIMITS.probe):
+        return Check("warn", "hub", f"{name} (model.hub: {chosen}){proxy} does not answer: {problem}", remedy)
+    return Check("ok", "hub", f"{name} (model.hub: {chosen}){proxy} answers")
 
 
 def fits(recipe: Recipe) -> Iterator[Check]:

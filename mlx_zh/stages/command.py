@@ -98,6 +98,24 @@ def _nothing_at(target: str, overrides: Sequence[str]) -> str:
     return f"there is no recipe at {target}, and no run of this name in {runs}: {hint}"
 
 
+def add_dry_run(options: argparse.ArgumentParser) -> None:
+    """Add `--dry-run`."""
+    options.add_argument("--dry-run", action="store_true", help="check everything and show the plan, and stop")
+
+
+def dry_run(recipe: Recipe, stages: Sequence[str]) -> int:
+    """Print what stands in the way of `stages`, then the plan without times; returns 2 if something does.
+
+    Raises MlxZhError.
+    """
+    from mlx_zh.stages import outlook, preflight
+
+    clear = preflight.show(recipe, stages)
+    if clear:
+        outlook.show(recipe)
+    return 0 if clear else 2
+
+
 def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     """The `main` of a training stage, on one machine or several; returns the exit status. Raises MlxZhError."""
     options = parser(method.stage, purpose)
@@ -106,15 +124,19 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
         "--force", action="store_true", help="start even if memory will not be enough or the self-check fails"
     )
     options.add_argument("--renew", action="store_true", help=argparse.SUPPRESS)  # given by `mlx-zh run`
+    add_dry_run(options)
     launching.add_machines(options)
     arguments = options.parse_intermixed_args(argv)
     recipe = read_recipe(arguments)
     if recipe is None:
         return 0
+    if arguments.dry_run:
+        return dry_run(recipe, [method.stage])
     if arguments.hosts or arguments.processes:
         return launching.launch(method.stage, arguments, argv)
 
     from mlx_zh.distributed.world import joined
+    from mlx_zh.stages import preflight
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.tuning import tune
     from mlx_zh.system import console
@@ -124,5 +146,6 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
             raise DataError(
                 f"{arguments.recipe}: data.{method.stage}.train names no file to learn from. Add one to the recipe."
             )
+        world.broadcast_result(lambda: preflight.check(recipe, [method.stage]))
         fresh = arguments.fresh or recipe.resume == "never"
         return tune(recipe, method, world, fresh=fresh, renew=arguments.renew, force=arguments.force)

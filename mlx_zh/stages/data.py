@@ -64,7 +64,7 @@ def prepare_stage(
     split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [
-        _resolve(source, registry, stage, recipe.seed, validation=validation, hub=recipe.model.hub)
+        resolve_source(source, registry, stage, recipe.seed, validation=validation, hub=recipe.model.hub)
         for validation, listed in ((False, split.train), (True, split.validation))
         for source in listed
     ]
@@ -129,7 +129,7 @@ def source_lines(report: CorpusReport, unit: str) -> list[str]:
     return lines
 
 
-def _resolve(
+def resolve_source(
     source: Source, registry: Registry, stage: str, seed: int, *, validation: bool, hub: str = "auto"
 ) -> DataSource:
     """The files of a source: its own, or those of a registered data set. An existing path goes before a name.

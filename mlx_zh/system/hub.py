@@ -65,7 +65,7 @@ def download(
         for place, request in wanted.items():
             if (folder := _HUBS[place].cached(request)) is not None:
                 return folder
-        choosing = len(wanted) > 1 and not _offline()
+        choosing = len(wanted) > 1 and not is_offline()
         chosen = hub_choice.chosen(label or name) if choosing else next(iter(wanted))
         try:
             return _HUBS[chosen].fetch(wanted[chosen])
@@ -219,7 +219,7 @@ def _snapshot(wanted: _Wanted) -> Path:
 
     revision = wanted.revision
     options: dict[str, Any] = {"repo_type": wanted.kind, "allow_patterns": list(wanted.patterns) or None}
-    if not _offline():
+    if not is_offline():
         # If the hub does not answer, this is the commit in the cache.
         revision = huggingface_hub.resolve_revision(wanted.name, repo_type=wanted.kind, revision=wanted.revision)
         try:
@@ -321,7 +321,8 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids every download."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
@@ -340,7 +341,7 @@ def _silent() -> type:
 
 
 def _modelscope(wanted: _Wanted) -> Path:
-    if _offline():
+    if is_offline():
         raise DownloadError(_OFFLINE.format(label=wanted.label, advice=wanted.advice))
     options: dict[str, Any] = {"label": wanted.label, "advice": wanted.advice, "progress": wanted.progress}
     try:

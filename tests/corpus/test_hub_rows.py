@@ -188,11 +188,11 @@ SCRIPT = """
 import json, sys
 from mlx_zh.errors import MlxZhError
 from mlx_zh.recipe import DataSet, Source
-from mlx_zh.stages.data import _resolve
+from mlx_zh.stages.data import resolve_source
 for entry, source in json.loads(sys.argv[1]):
     try:
         registry = {"mine": DataSet(hub="huggingface", kind="sft", **entry)}
-        for path in _resolve(Source(name="mine", **source), registry, "sft", 0, validation=False).files:
+        for path in resolve_source(Source(name="mine", **source), registry, "sft", 0, validation=False).files:
             print(path)
     except MlxZhError as error:
         print(f"{type(error).__name__}: {error}")

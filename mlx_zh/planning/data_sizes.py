@@ -1,0 +1,92 @@
+"""How many examples a recipe's data has and how long they are, before anything is downloaded or read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_zh.corpus.registry import Registry
+from mlx_zh.planning.row_lengths import estimate_row_lengths
+from mlx_zh.recipe import Source, Sources
+
+_ROWS = 10_000  # assumed for a set that states no number
+_TOKENS = {"sft": 200.0, "dpo": 700.0}  # assumed for an example or a pair of unknown length
+_BYTES_PER_TOKEN = 3.5  # of a file in UTF-8 that is not JSON lines, with its punctuation
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSize:
+    """Examples of a source with its `max_samples`, their mean length in tokens, and whether they were counted."""
+
+    rows: int
+    tokens: float
+    counted: bool
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DataSize:
+    """The sizes of a stage's training sources, in the recipe's order."""
+
+    sources: tuple[SourceSize, ...]
+    mixing: str = "concat"
+
+    @property
+    def examples(self) -> float:
+        """Training examples, weights applied, as `corpus.mixing.mix` takes them."""
+        if self.mixing == "interleave":
+            total = min((source.rows / source.weight for source in self.sources), default=0.0)
+            return sum(min(total * source.weight, source.rows) for source in self.sources)
+        return sum(source.rows * source.weight for source in self.sources)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all sources."""
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def tokens(self) -> float:
+        """Mean length of an example in tokens."""
+        total = sum(source.rows * source.weight for source in self.sources)
+        return sum(s.rows * s.weight * s.tokens for s in self.sources) / total if total else 0.0
+
+    @property
+    def counted(self) -> bool:
+        """Whether the number of rows of every source is known."""
+        return all(source.counted for source in self.sources)
+
+
+def data_size(sources: Sources, stage: str, registry: Registry, *, mixing: str, max_length: int) -> DataSize:
+    """The size of a stage's data (sft or dpo): local files are looked at, registered sets are not downloaded.
+
+    Examples longer than `max_length` are counted as that long (pairs: one and a half times).
+    """
+    longest = max_length if stage == "sft" else 1.5 * max_length
+    sizes = (_source_size(source, stage, registry) for source in sources)
+    return DataSize(tuple(SourceSize(s.rows, min(s.tokens, longest), s.counted, s.weight) for s in sizes), mixing)
+
+
+def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:
+    rows, tokens, counted = _stored(source, stage, registry)
+    if source.max_samples is not None:
+        rows, counted = min(rows, source.max_samples) if counted else source.max_samples, True
+    return SourceSize(max(rows, 1), tokens, counted, source.weight)
+
+
+def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float, bool]:
+    """Rows, mean tokens, and whether the rows were counted, without `max_samples`."""
+    path = None if source.path is None else Path(source.path).expanduser()
+    if path is not None and path.exists():
+        lengths = estimate_row_lengths([str(path)])
+        if lengths is not None:
+            return lengths.rows, lengths.tokens, True
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        return max(round(size / _BYTES_PER_TOKEN / _TOKENS[stage]), 1), _TOKENS[stage], False
+    name = source.name or str(source.path)
+    entry = registry.get(name)
+    if entry is None:
+        return _ROWS, _TOKENS[stage], False
+    rows = entry.rows
+    if entry.hub == "generated":  # made to measure: as many as are asked for
+        rows = source.max_samples or rows or _ROWS
+    return rows or _ROWS, float(entry.mean_tokens or _TOKENS[stage]), rows is not None

@@ -1,0 +1,232 @@
+"""What a run will take, told before it starts: memory, hours, downloads and disk. No network is asked for it.
+
+The lengths of the examples are those of the prepared data if there is any, else those that `planning.data_sizes`
+expects. The memory is that of examples as long as `data.max_length` allows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_zh.core.families import Config
+from mlx_zh.exams.catalog import NAMES, benchmark
+from mlx_zh.exams.protocols import protocols
+from mlx_zh.language.notice import Notice
+from mlx_zh.planning.data_sizes import data_size
+from mlx_zh.recipe import Recipe
+from mlx_zh.stages import memory_check
+from mlx_zh.stages.data import registry_of
+from mlx_zh.stages.memory_check import Machine
+from mlx_zh.stages.needs import disk_bytes, downloads_of
+from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.system import console
+
+if TYPE_CHECKING:
+    from mlx_zh.planning.search import Step
+    from mlx_zh.planning.speed import Speed
+
+_SCORED = {"sft": 0.6, "dpo": 0.8}  # share of an example's tokens that are scored
+_LONG = 24 * 3600.0  # seconds; a longer run is named as such
+
+# Tokens of a question and of a worked example: means of 26 subjects of C-Eval and 34 of CMMLU, at 0.75 tokens a
+# Chinese character and 0.27 of others, and 15 for the letters and the prompt around them.
+_EXAM_TOKENS = {"ceval": (81.0, 79.0), "cmmlu": (66.0, 43.0)}
+_OWN_QUESTION = 80.0  # tokens, in an exam of the user's own
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much a training stage learns from: examples, their mean length in tokens, and where both are from."""
+
+    examples: float
+    validation: float
+    tokens: float
+    scored: float  # scored tokens of an example
+    basis: Notice
+
+    def steps(self, epochs: float, batch_size: int, max_steps: int | None) -> int:
+        """Steps of a run. An epoch ends with a smaller batch, so it has a whole number of steps."""
+        return max_steps or max(math.ceil(epochs * math.ceil(self.examples / batch_size) - 1e-9), 1)
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The training stages that the recipe has data for."""
+    return tuple(name for name in ("sft", "dpo") if recipe.data.split(name).train)
+
+
+def amount_of(recipe: Recipe, stage: str) -> Amount:
+    """What `stage` will learn from. Raises DataError for a registry file that cannot be read."""
+    prepared = _prepared(recipe, stage)
+    if prepared is not None:
+        return prepared
+    data, registry = recipe.data, registry_of(recipe)
+    split, longest = data.split(stage), data.max_length
+    size = data_size(split.train, stage, registry, mixing=data.mixing, max_length=longest)
+    held_out = data_size(split.validation, stage, registry, mixing="concat", max_length=longest).examples
+    if not split.validation:
+        held_out = data.validation_fraction * size.examples
+    count = size.examples - (0 if split.validation else held_out)
+    basis = Notice("outlook-expected" if size.counted else "outlook-assumed", rows=size.rows, tokens=size.tokens)
+    return Amount(count, held_out, size.tokens, _SCORED[stage] * size.tokens, basis)
+
+
+def _prepared(recipe: Recipe, stage: str) -> Amount | None:
+    """The amount that `prepare` stored in the run folder, if it did."""
+    try:
+        report = json.loads(RunFolder.of(recipe).prepared.read_text(encoding="utf-8"))[stage]
+        train, held_out = report["train"], report["validation"] or {"examples": 0}
+        count = int(train["examples"])
+        tokens, scored = train["tokens"] / count, train["scored_tokens"] / count
+        basis = Notice("outlook-prepared", rows=count, tokens=tokens)
+        return Amount(count, int(held_out["examples"]), tokens, scored, basis)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def show_memory(recipe: Recipe, stage: str, step: Step, machine: Machine) -> bool:
+    """Print a stage's peak memory by part; returns whether it fits."""
+    settings = recipe.memory
+    estimate = step.memory(settings)
+    row, rows = step.examples.largest_row(settings.micro_tokens)
+    console.say(
+        f"{stage}: {rows} rows of up to {row.tokens} tokens a step, of examples as long as data.max_length allows; "
+        f"peak in: {estimate.phase}"
+    )
+    lines = [(part, f"{size / 1e9:.2f} GB") for part, size in estimate.parts.items()]
+    lines.append(("peak", f"{estimate.peak / 1e9:.2f} GB"))
+    lines.append(("cache", "up to 1.07 GB more, given back when memory is short"))
+    console.say(console.table(lines))
+    fits = estimate.peak <= machine.budget
+    console.say(f"{'fits' if fits else 'DOES NOT FIT'}: {machine.budget / 1e9:.1f} GB are the {machine.name}.")
+    if not fits:
+        console.say(memory_check.suggestion(step, settings, machine))
+    return fits
+
+
+def show_time(recipe: Recipe, stage: str, step: Step, speed: Speed) -> float:
+    """Print how long a stage takes on the measured machine; returns the seconds of all its parts."""
+    section, amount = recipe.training(stage), amount_of(recipe, stage)
+    batch = section.batch_size
+    checkpoint = recipe.memory.checkpoint_layers
+    tokens, scored = batch * amount.tokens, batch * amount.scored
+    seconds = speed.step_seconds(step.model, step.trained, tokens=tokens, scored=scored, checkpoint=checkpoint)
+    console.say(
+        f"time: about {seconds:.3g} s a step of {tokens:.0f} tokens ({tokens / seconds:.0f} tokens/s); {amount.basis}"
+    )
+    steps = amount.steps(section.epochs, batch, section.max_steps)
+    one_pass = amount.validation * speed.forward_seconds(step.model, tokens=amount.tokens, scored=amount.scored)
+    passes = 1 + math.ceil(steps / (section.eval_steps or steps)) if amount.validation else 0
+    console.say(
+        f"      {steps} steps: about {console.duration(steps * seconds)}, and {console.duration(passes * one_pass)} "
+        f"for {passes} passes over {amount.validation:.0f} validation examples"
+    )
+    reference = 0.0
+    if stage == "dpo" and recipe.dpo.reference != "none":
+        pairs = min(steps * batch, amount.examples) + amount.validation
+        reference = pairs * speed.forward_seconds(step.model, tokens=amount.tokens, scored=amount.scored)
+        console.say(
+            f"      before them, reference log-probs of {pairs:.0f} pairs: about {console.duration(reference)}, once"
+        )
+    return steps * seconds + passes * one_pass + reference
+
+
+def show_exams(recipe: Recipe, models: Sequence[str], step: Step, speed: Speed) -> float:
+    """Print how long the recipe's exams take for `models`; returns the seconds."""
+    total = 0.0
+    for name in dict.fromkeys(recipe.evaluate.benchmarks):
+        questions, tokens = _exam_tokens(recipe, name)
+        seconds = len(models) * speed.forward_seconds(step.model, tokens=tokens, scored=questions)
+        title = benchmark(name).title if name in NAMES else name
+        console.say(
+            f"exam: {title}, {questions} questions, {', '.join(models)}: about {console.duration(seconds)}"
+            + (", without the time to write the answers" if _writes(recipe) else "")
+        )
+        total += seconds
+    return total
+
+
+def _writes(recipe: Recipe) -> bool:
+    return protocols()[recipe.evaluate.protocol].reply == "free"
+
+
+def _exam_tokens(recipe: Recipe, name: str) -> tuple[int, float]:
+    """The questions that one model answers, and about how many tokens are computed for them."""
+    settings = recipe.evaluate
+    protocol = protocols()[settings.protocol]
+    shots = protocol.shots if settings.shots is None else settings.shots
+    if name in NAMES:
+        published = benchmark(name)
+        questions, subjects = published.splits[settings.split or published.default_split], len(published.subjects)
+        question, worked = _EXAM_TOKENS[name]
+    else:
+        subjects, questions = _own_exam(Path(name).expanduser())
+        question = worked = _OWN_QUESTION
+    if settings.limit is not None:
+        questions = min(questions, settings.limit * subjects)
+    return questions, subjects * shots * worked + questions * question  # a subject's examples are computed once
+
+
+def _own_exam(path: Path) -> tuple[int, int]:
+    """Subjects and about how many questions an exam of the user's own has: a question is a line of a CSV file."""
+    folder = next((path / split for split in ("test", "val") if (path / split).is_dir()), path)
+    tables = [path] if path.is_file() else sorted(folder.glob("*.csv"))
+    try:
+        lines = sum(max(table.read_bytes().count(b"\n") - 1, 1) for table in tables)
+    except OSError:
+        lines = 0
+    return max(len(tables), 1), max(lines, 1)
+
+
+def show_needs(recipe: Recipe, config: Config) -> None:
+    """Print what will be downloaded, and the disk space for results. Raises MlxZhError."""
+    stages = (*stages_of(recipe), *(("eval",) if recipe.evaluate.benchmarks else ()))
+    wanted = downloads_of(recipe, registry_of(recipe), stages)
+    known = sum(item.gigabytes or 0.0 for item in wanted)
+    parts = [f"{item.name} ({f'{item.gigabytes:.2g} GB' if item.gigabytes else '?'})" for item in wanted]
+    if wanted:
+        unknown = any(item.gigabytes is None for item in wanted)
+        console.say(Notice("outlook-downloads-more" if unknown else "outlook-downloads", size=known, parts=parts))
+    else:
+        console.say(Notice("outlook-no-downloads"))
+    console.say(Notice("outlook-disk", size=disk_bytes(recipe, config) / 1e9, folder=str(recipe.run_folder())))
+
+
+def show_total(seconds: float) -> None:
+    """Print the time of the whole run, and what to do about a long one."""
+    console.say(Notice("outlook-total", time=console.duration(seconds)))
+    if seconds > _LONG:
+        console.say(Notice("outlook-long", hours=seconds / 3600))
+
+
+def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False) -> bool:
+    """Print the plan of a whole run, for this machine or a Mac with `memory` bytes; returns whether it fits.
+
+    `measured` measures this machine's speed, for the times. Raises MlxZhError.
+    """
+    from mlx_zh.models.load import find_config
+    from mlx_zh.planning.speed import measure
+
+    config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    machine = memory_check.this_machine() if memory is None else memory_check.mac(memory)
+    stages = stages_of(recipe)
+    fits, seconds, speed = True, 0.0, None
+    for name in stages or ("sft",):
+        step = memory_check.training_step(recipe, name, config, machine)
+        fits = show_memory(recipe, name, step, machine) and fits
+        if measured:
+            console.say("Measuring this machine for about ten seconds ...")
+            length = max(int(amount_of(recipe, name).tokens), 16)
+            speed = measure(step.model, step.trained, step.target, length=length)
+            seconds += show_time(recipe, name, step, speed) if stages else 0.0
+    if speed is not None:
+        seconds += show_exams(recipe, ("base", *stages), step, speed)
+    show_needs(recipe, config)
+    if seconds:
+        show_total(seconds)
+        console.say("Expect it within a third: other programs, heat and the lengths of your examples all count.")
+    return fits

@@ -1,0 +1,234 @@
+"""Everything about a recipe that can be known before the first download or minute of work, checked in one go."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_zh.core.families import Config
+from mlx_zh.corpus.registry import Registry, find_data_set
+from mlx_zh.corpus.rows import LoadReport
+from mlx_zh.errors import MlxZhError, RecipeError
+from mlx_zh.exams.archives import open_exam
+from mlx_zh.exams.catalog import NAMES
+from mlx_zh.language.notice import Notice
+from mlx_zh.language.translation import in_readers_language
+from mlx_zh.models import catalog
+from mlx_zh.models.adapters.spec import CONFIG_FILE
+from mlx_zh.models.load import find_config, resolve_model
+from mlx_zh.recipe import Recipe, Source
+from mlx_zh.stages import memory_check, needs
+from mlx_zh.stages.data import registry_of, resolve_source
+from mlx_zh.system import console, hub, hub_choice, storage
+from mlx_zh.system.downloads import LIMITS
+
+_TRACKERS = {"tensorboard": "tensorboardX", "swanlab": "swanlab", "wandb": "wandb"}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong, or worth knowing, with its remedy. An error stops the run."""
+
+    text: str  # a Notice, or an error's message
+    is_error: bool = True
+
+
+def problems(recipe: Recipe, stages: Sequence[str]) -> list[Problem]:
+    """What stands in the way of `stages` (of sft, dpo and eval), errors first.
+
+    The network is asked only whether it answers, and only if something must be downloaded.
+    """
+    found: list[Problem] = []
+    try:
+        registry = registry_of(recipe)
+    except MlxZhError as error:
+        return [_of(error)]
+    found += _data(recipe, registry, stages)
+    found += _packages(recipe)
+    if "eval" in stages:
+        found += _exams(recipe)
+    found += _starts(recipe, stages)
+    config, model_problems = _model(recipe)
+    found += model_problems
+    downloads: list[needs.Download] = []
+    if not any(problem.is_error for problem in model_problems):
+        downloads = needs.downloads_of(recipe, registry, tuple(stages))
+    unreachable = list(_hubs(downloads))
+    found += unreachable
+    found += _disk(recipe, downloads, config)
+    if config is not None:
+        found += _memory(recipe, config, stages)
+    return sorted(found, key=lambda problem: not problem.is_error)
+
+
+def check(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Print the advice, and raise RecipeError with all errors. The pipeline has checked for its stages."""
+    if os.environ.get("MLX_ZH_LOCK"):
+        return
+    found = problems(recipe, stages)
+    for problem in found:
+        if not problem.is_error:
+            console.say(problem.text)
+    if errors := [problem.text for problem in found if problem.is_error]:
+        raise RecipeError("\n".join(in_readers_language(text) for text in errors))
+
+
+def show(recipe: Recipe, stages: Sequence[str]) -> bool:
+    """Print all problems as one list; returns whether nothing stands in the way."""
+    found = problems(recipe, stages)
+    for problem in found:
+        console.say(f"{'error: ' if problem.is_error else 'note: '}{in_readers_language(problem.text)}")
+    if not found:
+        console.say("Checked: data, model, packages, network, disk and memory. Nothing stands in the way.")
+    return not any(problem.is_error for problem in found)
+
+
+def _of(error: MlxZhError) -> Problem:
+    return Problem(str(error))
+
+
+def _data(recipe: Recipe, registry: Registry, stages: Sequence[str]) -> Iterator[Problem]:
+    """Names that there are not, files that there are not, and files whose rows cannot be read."""
+    for stage in stages:
+        if stage not in ("sft", "dpo"):
+            continue
+        split = recipe.data.split(stage)
+        for source in (*split.train, *split.validation):
+            try:
+                yield from _source(recipe, source, registry, stage)
+            except MlxZhError as error:
+                yield _of(error)
+
+
+def _source(recipe: Recipe, source: Source, registry: Registry, stage: str) -> Iterator[Problem]:
+    entry = needs.registered(source, registry)
+    local = source.path is not None and Path(source.path).expanduser().exists()
+    if not local and (entry is None or entry.hub in ("file", "generated")):
+        if entry is None:
+            find_data_set(source.name or str(source.path), registry)
+        resolve_source(source, registry, stage, recipe.seed, validation=False)
+        return
+    if not local:
+        return  # a set on a hub, whose rows are read when it is here
+    opened = resolve_source(source, registry, stage, recipe.seed, validation=False)
+    report = LoadReport()
+    first = next(opened.items(stage, recipe.data.on_invalid, report), None)
+    if first is None:
+        yield Problem(Notice("preflight-no-rows", source=source.label, path=str(source.path)))
+
+
+def _packages(recipe: Recipe) -> Iterator[Problem]:
+    pip = f"{sys.executable} -m pip install"
+    for name in recipe.track:
+        if importlib.util.find_spec(_TRACKERS[name]) is None:
+            command = f"{pip} {_TRACKERS[name]}"
+            yield Problem(Notice("preflight-tracker", tracker=name, command=command), is_error=False)
+    if recipe.data.simplify and importlib.util.find_spec("opencc") is None:
+        yield Problem(Notice("preflight-opencc", command=f"{pip} opencc"))
+
+
+def _exams(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.evaluate
+    for exam, folder in settings.folder.items():
+        if exam in settings.benchmarks and not Path(folder).expanduser().is_dir():
+            yield Problem(Notice("preflight-folder", exam=str(exam), folder=folder))
+    for name in settings.benchmarks:
+        if name not in NAMES:
+            try:
+                open_exam(name, folders={}, hub="auto", split=settings.split, shots=0, limit=1)
+            except MlxZhError as error:
+                yield _of(error)
+
+
+def _starts(recipe: Recipe, stages: Sequence[str]) -> Iterator[Problem]:
+    for stage in stages:
+        start = recipe.start(stage) if stage in ("sft", "dpo") else "base"
+        if start not in ("sft", "base") and not (Path(start).expanduser() / CONFIG_FILE).is_file():
+            yield Problem(Notice("preflight-start", stage=stage, folder=start))
+
+
+def _model(recipe: Recipe) -> tuple[Config | None, list[Problem]]:
+    """The model's config if it is known without a download, and what is wrong with its name or licence."""
+    model = recipe.model
+    try:
+        entry = catalog.known_model(model.path)
+        missing = needs.model_download(model)
+        if missing and entry is None:
+            resolvable = catalog.HUB_ID.fullmatch(model.path) is not None
+            if not resolvable:
+                resolve_model(model.path)  # raises, naming the nearest
+        config = None
+        if not missing or (entry is not None and entry.config is not None):
+            config = find_config(model.path, hub=model.hub, revision=model.revision)
+    except MlxZhError as error:
+        return None, [_of(error)]
+    if entry is None or entry.accept is None or not missing:
+        return config, []
+    licence = Notice("preflight-licence", model=model.path, licence=entry.licence, address=entry.accept)
+    return config, [Problem(licence, is_error=False)]
+
+
+def _hubs(downloads: Sequence[needs.Download]) -> Iterator[Problem]:
+    """Whether what must be downloaded can be: each item by a hub that has it and answers."""
+    on_hubs = [item for item in downloads if set(item.hubs) & set(hub_choice.TITLES)]
+    if not on_hubs:
+        return
+    if hub.is_offline():
+        yield Problem(Notice("preflight-offline", names=[item.name for item in on_hubs]))
+        return
+    result = hub_choice.answers()
+    if result.hub is None:
+        tried = [f"{hub_choice.TITLES[name]}: {why}" for name, why in result.failed.items()]
+        yield Problem(Notice("preflight-hub", names=[item.name for item in on_hubs], tried=tried))
+        return
+    for other in hub_choice.TITLES:
+        only = [item.name for item in on_hubs if item.hubs == (other,)]
+        if not only or other == result.hub:
+            continue
+        reason = result.failed.get(other) or hub_choice.unreachable(hub_choice.addresses()[other], LIMITS.probe)
+        if reason:
+            title = hub_choice.TITLES[other]
+            yield Problem(Notice("preflight-other-hub", names=only, hub=title, reason=reason))
+
+
+def _disk(recipe: Recipe, downloads: Sequence[needs.Download], config: Config | None) -> Iterator[Problem]:
+    need = sum(item.gigabytes or 0.0 for item in downloads)
+    cache = storage.cache_folder()
+    if need * 1e9 > (free := _free(cache)):
+        yield Problem(Notice("preflight-disk-cache", need=need, free=free / 1e9, folder=str(cache)))
+    runs = Path(recipe.runs)
+    if config is not None:
+        written = needs.disk_bytes(recipe, config)
+        if written > (free := _free(runs)):
+            yield Problem(
+                Notice("preflight-disk-run", need=written / 1e9, free=free / 1e9, folder=str(runs)), is_error=False
+            )
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _memory(recipe: Recipe, config: Config, stages: Sequence[str]) -> Iterator[Problem]:
+    """Advice for stages that need more memory than there is if their examples are as long as they may be."""
+    machine = memory_check.this_machine()
+    for stage in stages:
+        if stage not in ("sft", "dpo"):
+            continue
+        try:
+            step = memory_check.training_step(recipe, stage, config, machine)
+        except MlxZhError as error:
+            yield _of(error)
+            continue
+        peak = step.memory(recipe.memory).peak
+        if peak > machine.budget:
+            way = memory_check.suggestion(step, recipe.memory, machine)
+            numbers = {"need": peak / 1e9, "have": machine.budget / 1e9}
+            yield Problem(Notice("preflight-memory", stage=stage, way=way, **numbers), is_error=False)
