@@ -275,6 +275,56 @@ def test_a_machine_is_measured(
     assert "tokens/s" in shown and "6 steps" in shown and "12 rows" in shown
 
 
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a token of a block takes a microsecond forward, and three in all; the rest is free."""
+    from mlx_zh.planning import speed
+
+    monkeypatch.setattr(speed, "measure", lambda *_, **__: speed.Speed(1e-6, 3e-6, 0.0, 0.0))
+
+
+def test_a_short_name_is_planned_without_a_network(
+    pace: None, tmp_path: Path, run_stage: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-8B has 36 layers; 60,000 rows of 165 tokens in batches of 16 take 3,750 steps an epoch."""
+    for name in ("MLX_ZH_CACHE", "MODELSCOPE_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "name: t\nmodel: {path: qwen3-8b}\nsft: {epochs: 2}\nevaluate: {benchmarks: [ceval], shots: 5}\n"
+        "data: {sft: {train: [{name: belle-1m, max_samples: 60000}]}}\n"
+    )
+    assert run_stage(plan.main, recipe) in (0, 1)  # 1 where this machine's memory is short
+    shown = capsys.readouterr().out
+    a_step = 16 * 165 * 36 * 3e-6
+    assert f"time: about {a_step:.3g} s a step of 2640 tokens" in shown and "7500 steps: about 35 min 38 s" in shown
+    # 52 subjects with 5 worked examples of 79 tokens, 1,346 questions of 81 tokens, 36 layers, two models
+    assert "exam: C-Eval, 1346 questions, base, sft: about 9 s" in shown
+    assert pytest.approx(9.3, abs=0.1) == 2 * (52 * 5 * 79 + 1346 * 81) * 36 * 1e-6
+    assert "downloads: about 5.1 GB: qwen3-8b (4.6 GB), belle-1m (0.46 GB), C-Eval (0.002 GB)" in shown
+    assert "the whole run: about 35 min 47 s" in shown and "budget" not in shown
+    assert run_stage(plan.main, recipe, "sft.epochs=100") in (0, 1)
+    assert (
+        "That is 30 hours, more than a day. For a night, set budget: 8h, or --budget 8h." in capsys.readouterr().out
+    )
+
+
+def test_prepared_lengths_go_first(project: Project) -> None:
+    from mlx_zh.stages import outlook
+
+    recipe = load_recipe("recipe.yaml")
+    report = {"train": {"examples": 10, "tokens": 300, "scored_tokens": 120}, "validation": {"examples": 2}}
+    prepared = recipe.run_folder() / "data" / "report.json"
+    prepared.parent.mkdir(parents=True)
+    prepared.write_text(json.dumps({"sft": report}))
+    amount = outlook.amount_of(recipe, "sft")
+    assert (amount.examples, amount.validation, amount.tokens, amount.scored) == (10, 2, 30, 12)
+    assert amount.steps(3, 4, None) == 9  # three an epoch, the last of which is smaller
+    prepared.write_text("{")
+    assert outlook.amount_of(recipe, "sft").examples == 12
+
+
 # What cannot fit is refused
 
 

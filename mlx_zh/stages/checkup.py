@@ -21,6 +21,7 @@ from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.system import device, downloads, hub_choice, storage
+from mlx_zh.system import hub as hubs
 from mlx_zh.system.blas import blas_warning
 from mlx_zh.system.downloads import host
 from mlx_zh.training.check_cases import Case, cases
@@ -180,10 +181,8 @@ def hub(recipe: Recipe | None) -> Check:
     chosen = "auto" if recipe is None else recipe.model.hub
     mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
     proxy = ", through a proxy" if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")) else ""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return Check(
-            "ok", "hub", f"{host(hub_choice.addresses()['huggingface'])} is not asked: HF_HUB_OFFLINE is set"
-        )
+    if hubs.is_offline():
+        return Check("ok", "hub", "no hub is asked: HF_HUB_OFFLINE is set")
     remedy = (
         "models in the cache still work; for others set HF_ENDPOINT to a mirror, use model.hub: modelscope, or "
         "give the path of a folder"

@@ -142,11 +142,8 @@ def resolve_source(
         entry = find_data_set(source.name, registry)
     elif path is not None and not path.exists():
         entry, path = find_data_set(str(source.path), registry), None
-    if entry is not None and entry.kind != stage:
-        raise DataError(
-            f"{source.label} is a data set for {entry.kind}, so it cannot be used in data.{stage}; list it in "
-            f"data.{entry.kind}"
-        )
+    if entry is not None:
+        require_kind(source, entry, stage)
     generate = None
     if path is not None:
         files = _files_at(path, source, entry)
@@ -167,6 +164,15 @@ def resolve_source(
         validation=validation,
         generate=generate,
     )
+
+
+def require_kind(source: Source, entry: DataSet, stage: str) -> None:
+    """Raise DataError if a registered set is for another stage than `stage`."""
+    if entry.kind != stage:
+        raise DataError(
+            f"{source.label} is a data set for {entry.kind}, so it cannot be used in data.{stage}; list it in "
+            f"data.{entry.kind}"
+        )
 
 
 def _files_at(path: Path, source: Source, entry: DataSet | None) -> list[Path]:

@@ -121,10 +121,12 @@ def show_time(recipe: Recipe, stage: str, step: Step, speed: Speed) -> float:
     steps = amount.steps(section.epochs, batch, section.max_steps)
     one_pass = amount.validation * speed.forward_seconds(step.model, tokens=amount.tokens, scored=amount.scored)
     passes = 1 + math.ceil(steps / (section.eval_steps or steps)) if amount.validation else 0
-    console.say(
-        f"      {steps} steps: about {console.duration(steps * seconds)}, and {console.duration(passes * one_pass)} "
-        f"for {passes} passes over {amount.validation:.0f} validation examples"
-    )
+    console.say(f"      {steps} steps: about {console.duration(steps * seconds)}")
+    if passes:
+        console.say(
+            f"      {passes} passes over {amount.validation:.0f} validation examples: about "
+            f"{console.duration(passes * one_pass)}"
+        )
     reference = 0.0
     if stage == "dpo" and recipe.dpo.reference != "none":
         pairs = min(steps * batch, amount.examples) + amount.validation

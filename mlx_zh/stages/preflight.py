@@ -23,7 +23,7 @@ from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.models.load import find_config, resolve_model
 from mlx_zh.recipe import Recipe, Source
 from mlx_zh.stages import memory_check, needs
-from mlx_zh.stages.data import registry_of, resolve_source
+from mlx_zh.stages.data import registry_of, require_kind, resolve_source
 from mlx_zh.system import console, hub, hub_choice, storage
 from mlx_zh.system.downloads import LIMITS
 
@@ -113,8 +113,9 @@ def _source(recipe: Recipe, source: Source, registry: Registry, stage: str) -> I
             find_data_set(source.name or str(source.path), registry)
         resolve_source(source, registry, stage, recipe.seed, validation=False)
         return
-    if not local:
-        return  # a set on a hub, whose rows are read when it is here
+    if not local and entry is not None:
+        require_kind(source, entry, stage)  # the rows of a set on a hub are read when it is here
+        return
     opened = resolve_source(source, registry, stage, recipe.seed, validation=False)
     report = LoadReport()
     first = next(opened.items(stage, recipe.data.on_invalid, report), None)

@@ -119,3 +119,11 @@ def test_a_table_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("MLX_ZH_MODELS", str(tmp_path / "none.yaml"))
     with pytest.raises(RecipeError, match=r"MLX_ZH_MODELS names .*none\.yaml, which is not a file"):
         catalog.catalog()
+
+
+@pytest.mark.parametrize("page", ["models.md", "models.zh-CN.md"])
+def test_the_pages_list_every_model_with_its_ids(page: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
+    for name, entry in ENTRIES.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` | {entry.size_gb:g} |"))
+        assert all(f"`{id}`" in row for id in entry.ids.values()), name
