@@ -28,7 +28,7 @@ class Download:
     name: str
     hubs: tuple[str, ...]
     gigabytes: float | None  # of 10^9 bytes; None if unknown
-    address: str = ""  # of a url
+    needed: bool = True  # false: the run goes on without it
 
 
 def downloads_of(recipe: Recipe, registry: Registry, stages: tuple[str, ...]) -> list[Download]:
@@ -68,7 +68,7 @@ def _data_download(source: Source, registry: Registry, hub: str) -> list[Downloa
         return []
     size = entry.size_mb / 1e3 if entry.size_mb is not None else None
     if entry.hub == "url":
-        return [Download(source.label, ("url",), size, entry.id)]
+        return [Download(source.label, ("url",), size)]
     return [Download(source.label, (hub,) if hub in entry.ids else tuple(entry.ids), size)]
 
 
@@ -80,16 +80,15 @@ def registered(source: Source, registry: Registry) -> DataSet | None:
 
 
 def exam_downloads(recipe: Recipe, stages: tuple[str, ...]) -> list[Download]:
-    """The benchmarks that are asked, or kept out of the data, and are not cached."""
-    settings, decontaminate = recipe.evaluate, recipe.data.decontaminate.benchmarks
-    names = set(settings.benchmarks) if "eval" in stages or decontaminate is None else set()
-    if {"sft", "dpo"} & set(stages) and decontaminate is not None:
-        names |= set(decontaminate)
+    """The benchmarks that are not cached. Training goes on without those that are only kept out of the data."""
+    settings, kept_out = recipe.evaluate, recipe.data.decontaminate.benchmarks
+    asked = set(settings.benchmarks) if "eval" in stages else set()
+    checked = set(settings.benchmarks if kept_out is None else kept_out) if {"sft", "dpo"} & set(stages) else set()
     place = settings.hub or recipe.model.hub
     return [
-        Download(benchmark(name).title, _ANY if place == "auto" else (place,), 0.002)
+        Download(benchmark(name).title, _ANY if place == "auto" else (place,), 0.002, needed=name in asked)
         for name in NAMES
-        if name in names and name not in settings.folder and not archives.is_cached(benchmark(name), place)
+        if name in asked | checked and name not in settings.folder and not archives.is_cached(benchmark(name), place)
     ]
 
 

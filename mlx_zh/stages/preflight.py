@@ -19,11 +19,11 @@ from mlx_zh.exams.catalog import NAMES
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.models import catalog
-from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.models.load import find_config, resolve_model
 from mlx_zh.recipe import Recipe, Source
 from mlx_zh.stages import memory_check, needs
 from mlx_zh.stages.data import registry_of, require_kind, resolve_source
+from mlx_zh.stages.first_adapter import choose_start
 from mlx_zh.system import console, hub, hub_choice, storage
 from mlx_zh.system.downloads import LIMITS
 
@@ -147,10 +147,13 @@ def _exams(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _starts(recipe: Recipe, stages: Sequence[str]) -> Iterator[Problem]:
-    for stage in stages:
-        start = recipe.start(stage) if stage in ("sft", "dpo") else "base"
-        if start not in ("sft", "base") and not (Path(start).expanduser() / CONFIG_FILE).is_file():
-            yield Problem(Notice("preflight-start", stage=stage, folder=start))
+    """Whether the adapters that the stages start from are there; SFT's may come yet."""
+    for stage in ("sft", "dpo"):
+        if stage in stages and recipe.start(stage) not in ("sft", "base"):
+            try:
+                choose_start(recipe, stage)
+            except MlxZhError as error:
+                yield _of(error)
 
 
 def _model(recipe: Recipe) -> tuple[Config | None, list[Problem]]:
@@ -176,7 +179,7 @@ def _model(recipe: Recipe) -> tuple[Config | None, list[Problem]]:
 
 def _hubs(downloads: Sequence[needs.Download]) -> Iterator[Problem]:
     """Whether what must be downloaded can be: each item by a hub that has it and answers."""
-    on_hubs = [item for item in downloads if set(item.hubs) & set(hub_choice.TITLES)]
+    on_hubs = [item for item in downloads if item.needed and set(item.hubs) & set(hub_choice.TITLES)]
     if not on_hubs:
         return
     if hub.is_offline():

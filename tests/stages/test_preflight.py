@@ -51,7 +51,7 @@ def test_all_errors_come_in_one_list(recipe: Any) -> None:
         "bad.jsonl",
         "belle-1m is a data set for sft",
         "no-exam",
-        "dpo.start: there is no adapter at no-adapter.",
+        "dpo.start is no-adapter, but there is no adapter in no-adapter",
         "Did you mean qwen3-8b?",
     ]
     for words in expected:
@@ -121,3 +121,12 @@ def test_a_licence_with_conditions_is_named_before_the_download(clean: Any, monk
     llama = clean.model_copy(update={"model": clean.model.model_copy(update={"path": "llama3.1-8b"})})
     texts = [str(problem.text) for problem in preflight.problems(llama, ["sft"])]
     assert any("comes under the Llama 3.1 Community License" in text for text in texts)
+
+
+def test_training_goes_on_without_an_exam_that_is_only_kept_out_of_the_data(
+    clean: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = clean.model_copy(update={"evaluate": load_recipe("r.yaml", ["evaluate.benchmarks=[cmmlu]"]).evaluate})
+    assert len(errors(asked, "sft")) == 1 and "CMMLU" not in errors(asked, "sft")[0]
+    assert errors(asked, "sft", "eval")[0].startswith("qwen3-8b, CMMLU must be downloaded")
