@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> int:
             console.say(hide(f"{'':<16} -> {in_readers_language(check.remedy)}"))
     if file is not None:
         bug_report.write_report(file, done, runs, arguments.run)
-        console.say(f"\nThe report is in {file}. Read it, then attach it to an issue of the project,")
-        console.say("together with the command that failed and what it printed.")
+        console.say()
+        console.say(f"The report is in {file}. Read it, then attach it to an issue of the project.")
+        console.say("Add the command that failed and what it printed.")
     return 1 if any(check.level == "fail" for check in done) else 0
 
 

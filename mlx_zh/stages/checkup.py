@@ -17,6 +17,7 @@ import psutil
 
 from mlx_zh import __version__
 from mlx_zh.errors import MlxZhError, first_line
+from mlx_zh.language.notice import Notice
 from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
@@ -238,8 +239,13 @@ def self_check(case: Case) -> Check:
     outcome = check(case)
     if outcome.passed:
         worst = outcome.largest
-        return Check("ok", "self-check", f"{f'{case}:':<28} {worst.quantity} {worst.value:.2g} of {worst.bound:.2g}")
-    text = f"{case}: {outcome.problem}"
+        name = f"{f'{case}:':<28}"
+        return Check(
+            "ok",
+            "self-check",
+            Notice("self-check-passed", case=name, quantity=worst.quantity, value=worst.value, bound=worst.bound),
+        )
+    text = Notice("self-check-case-failed", case=str(case), problem=outcome.problem)
     with device.unfused_attention():
         unfused_passes = check(case).passed
     if unfused_passes:

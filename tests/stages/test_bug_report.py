@@ -145,7 +145,7 @@ def test_a_case_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     case = Case("float32", 64, width=128)
     check = checkup.self_check(case)
     assert check.level == "warn" and "unfused" in check.remedy and "doctor --report" in check.remedy
-    assert check.text == f"{case}: roots of 9 tokens, branches of 9 tokens: MLX reports no such kernel"
+    assert check.text == f"{case} fails: roots of 9 tokens, branches of 9 tokens: MLX reports no such kernel"
     wrong.add(16)
     check = checkup.self_check(case)
     assert check.level == "fail" and "do not train" in check.remedy
