@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe_text import Document, dump, explain, parse, parse_value
+from mlx_zh.recipe_text import Document, dump, explain, parse, parse_value, seconds_of, time_text
 
 BENCHMARKS = ("ceval", "cmmlu")
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -418,10 +418,19 @@ class Export(Section):
     name: Annotated[str, AfterValidator(_folder_name)] | None = None
 
 
+def _length_of_time(value: Any) -> Any:
+    """A length of time in its usual form: `90 min` becomes `1h30m`."""
+    seconds = seconds_of(value) if isinstance(value, str) else None
+    if value is not None and seconds is None:
+        raise ValueError("a length of time, such as 90m, 8h, 1h30m, 8小时 or 2d")
+    return None if seconds is None else time_text(seconds)
+
+
 class Recipe(Section):
     """The recipe of a whole run."""
 
     name: Annotated[str, AfterValidator(_folder_name)]
+    budget: Annotated[LaterText, BeforeValidator(_length_of_time)] = None  # of time, for the whole run
     model: Model
     lora: Lora = Lora()
     data: Data = Data()
@@ -440,6 +449,11 @@ class Recipe(Section):
     def training(self, stage: str) -> Training:
         """The section of training stage `stage` (sft or dpo)."""
         return self.sft if stage == "sft" else self.dpo
+
+    @property
+    def budget_seconds(self) -> int | None:
+        """The time that the whole run may take; None without a budget."""
+        return None if self.budget is None else seconds_of(self.budget)
 
     def start(self, stage: str) -> str:
         """What training stage `stage` starts from: base, an adapter folder, or for DPO also sft."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -49,6 +50,38 @@ for _tag, _pattern, _first in _PLAIN:
 def dump(value: Any) -> str:
     """Plain values as YAML. `parse` reads the same values from it."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+# Units of a length of time: a name as people write it -> seconds.
+_UNITS = {
+    **dict.fromkeys(("d", "day", "days", "天"), 86_400),
+    **dict.fromkeys(("h", "hour", "hours", "小时", "个小时"), 3_600),
+    **dict.fromkeys(("m", "min", "minute", "minutes", "分", "分钟"), 60),
+    **dict.fromkeys(("s", "sec", "second", "seconds", "秒"), 1),
+}
+_TIME_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([a-z天个小时分钟秒]+)\s*")
+
+
+def seconds_of(text: str) -> int | None:
+    """Seconds of a length of time such as 90m, 8h, 1h30m, 8小时 or 2d; None for any other text, and for no time."""
+    rest, total = unicodedata.normalize("NFKC", text).strip().lower(), 0.0
+    last = float("inf")
+    while rest:
+        part = _TIME_PART.match(rest)
+        unit = _UNITS.get(part[2]) if part else None
+        if part is None or unit is None or unit >= last:  # units fall from left to right, each once
+            return None
+        total, last, rest = total + float(part[1]) * unit, unit, rest[part.end() :]
+    return round(total) or None
+
+
+def time_text(seconds: int) -> str:
+    """Seconds as a length of time that `seconds_of` reads: 1h30m."""
+    parts = []
+    for name in ("d", "h", "m", "s"):
+        count, seconds = divmod(seconds, _UNITS[name])
+        parts += [f"{count}{name}"] if count else []
+    return "".join(parts) or "0s"
 
 
 Problem = tuple[int, str]  # line, and a sentence that begins with file and line
