@@ -191,6 +191,7 @@ class Source(Section):
     streaming: LaterSwitch = None
     format: str = "auto"
     columns: dict[str, str] = {}
+    sheet: LaterText = None  # of an Excel workbook; without it, the first one with rows
     max_samples: PositiveInt | None = None
     weight: PositiveFloat = 1.0
 

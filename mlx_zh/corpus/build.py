@@ -119,14 +119,17 @@ def corpus_key(
     values: CorpusContent = {
         "version": VERSION,
         "rendering": renderer.fingerprint,
-        "sources": [
-            asdict(replace(source, files=())) | {"files": [digests[path] for path in source.files]}
-            for source in sources
-        ],
+        "sources": [_fields_of(source) | {"files": [digests[path] for path in source.files]} for source in sources],
         "settings": asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={}))),
         "exams": {name: [digests[path] for path in paths] for name, paths in exams.items()},
     }
     return value_digest(values)[:32], values
+
+
+def _fields_of(source: DataSource) -> dict[str, Any]:
+    """The fields of a source; one that came later is left out while unset, so that older corpora stay valid."""
+    fields = asdict(replace(source, files=()))
+    return {name: value for name, value in fields.items() if name != "sheet" or value is not None}
 
 
 def prepare(

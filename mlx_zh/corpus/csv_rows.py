@@ -12,12 +12,13 @@ import csv
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlx_zh.corpus.reader import InvalidRow, check_file, first_character, read_rows, text_lines, wrong_encoding
 from mlx_zh.errors import DataError
 
 _JSON = ("{", "[")  # some files of JSON lines are called .csv
+_WEB_PAGE = ("<html", "<!doctype", "<table", "<meta", "<?xml")  # some exports are HTML or XML, called .xls
 _MARK = "\ufeff"  # a byte-order mark in GB18030 is text to Python
 _CHUNK = 1 << 20  # bytes decoded at once
 _LONGEST = 1 << 24  # characters of one field
@@ -27,8 +28,9 @@ _COMMON = 0.75  # in Chinese text, at least this share of the characters beyond 
 def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row as {column: text} with its place "file:line", where the line is the first one of the row.
 
-    The first row names the columns. A `.tsv` file is separated by tabs, any other file by commas, with quotation
-    marks as Excel writes them. The text is UTF-8 (a byte-order mark is allowed) or GB18030, which Excel writes in
+    The first row names the columns. A `.tsv` file is separated by tabs, a `.csv` file by commas, with quotation marks
+    as Excel writes them. Text that is called .xls or .xlsx, as many web sites export it, is separated by tabs if its
+    first line has one. The text is UTF-8 (a byte-order mark is allowed) or GB18030, which Excel writes in
     China. Rows without any text are left out. A row with more or fewer fields than columns is yielded as an
     InvalidRow.
 
@@ -43,11 +45,21 @@ def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 return
             # The limit is global to the process. The library's default of 131,072 is too small for a long document.
             csv.field_size_limit(_LONGEST)
-            tabs = path.suffix.lower() == ".tsv"
-            reader = csv.reader(text_lines(path, file), delimiter="\t" if tabs else ",", strict=True)
-            yield from _rows(path, _records(path, reader))
+            reader = csv.reader(text_lines(path, file), delimiter=_separator(path, file), strict=True)
+            yield from table_rows(path, str(path), _records(path, reader))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _separator(path: Path, file: IO[str]) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return "\t" if suffix == ".tsv" else ","
+    first = file.readline(_LONGEST)
+    file.seek(0)
+    if first.lstrip().lower().startswith(_WEB_PAGE):
+        raise DataError(f"{path}: a web page that is called {suffix}; open it in Excel and save it as .xlsx")
+    return "\t" if "\t" in first else ","
 
 
 def _encoding(path: Path) -> str:
@@ -98,16 +110,20 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             yield line, fields
 
 
-def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, Any]]:
+def table_rows(path: Path, place: str, records: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, Any]]:
+    """The rows of a table as `read_csv` yields them; the first of `records`, (number, fields), names the columns.
+
+    `place` is the start of each row's place: the file, or the file and the sheet. Raises DataError.
+    """
     first, header = next(records, (1, []))
-    columns = _columns(f"{path}:{first}", path, header)
+    columns = _columns(f"{place}:{first}", path, header)
     line = 0
     for line, fields in records:
         if len(fields) == len(columns):
-            yield f"{path}:{line}", {name: field for name, field in zip(columns, fields, strict=True) if name}
+            yield f"{place}:{line}", {name: field for name, field in zip(columns, fields, strict=True) if name}
         else:
             yield (
-                f"{path}:{line}",
+                f"{place}:{line}",
                 InvalidRow(
                     "wrong number of fields",
                     f"{len(fields)} fields where the first row names {len(columns)} columns; a field with a "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet
 from mlx_zh.system import hub as hubs
@@ -18,7 +19,11 @@ from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-TABLE_SUFFIXES = (".csv", ".tsv")  # read only if a pattern names them, or if a folder has no other data files
+TABLE_SUFFIXES = (
+    ".csv",
+    ".tsv",
+    *EXCEL_SUFFIXES,
+)  # read only if a pattern names them, or if a folder has no other data files
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?:[/_.-]|$)")
 
@@ -64,7 +69,8 @@ def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]
     files = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts) or not _is_data(str(inside), patterns):
+        # A name that begins with "~$" is a note of Excel that the workbook is open.
+        if any(part.startswith((".", "~$")) for part in inside.parts) or not _is_data(str(inside), patterns):
             continue
         if not path.resolve().is_relative_to(root):
             target = os.readlink(path) if path.is_symlink() else path.resolve()

@@ -15,7 +15,7 @@ _LONGEST = 1 << 24  # characters that a line or a value of an array may have; a 
 _WORD = 16  # characters; longer than any word or escape of JSON
 _BLANK = " \t\r\n"
 _PARQUET, _PARQUET_ROWS = b"PAR1", 1024
-_ZIP = b"PK\3\4"
+ZIP = b"PK\3\4"
 _DECODER = json.JSONDecoder()
 
 
@@ -87,10 +87,10 @@ def check_file(path: Path) -> bytes:
     # UTF-16 begins with a byte-order mark, or has a zero byte next to the first ASCII character.
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in head[:2]:
         raise DataError(f"{path}: the text is UTF-16; convert it: {_convert(path, 'UTF-16')}")
-    if head == _ZIP:
+    if head == ZIP:
         raise DataError(
-            f"{path}: an Excel workbook or a zip archive; save the sheet as “CSV UTF-8”, or unpack the archive, and "
-            "name that file"
+            f"{path}: a zip archive; unpack it, and name the data file in it. If it is an Excel workbook, it is "
+            "damaged: open it in Excel and save it again"
         )
     return head
 

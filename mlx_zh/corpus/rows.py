@@ -13,6 +13,7 @@ import yaml
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.csv_rows import read_csv
+from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.errors import DataError
@@ -29,8 +30,9 @@ _TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", 
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _LOOK_AHEAD = 100  # the format is recognised from the first row that fits one, among this many
-# Readers chosen by the ending of a file's name; the kind of every other file is told from its content.
-_READERS = {".csv": read_csv, ".tsv": read_csv, ".arrow": read_arrow}
+# Readers chosen by the ending of a file's name; the kind of every other file is told from its content. A workbook is
+# known by its content too, so what has its ending and comes here is text.
+_READERS = {".arrow": read_arrow, **dict.fromkeys((".csv", ".tsv", *EXCEL_SUFFIXES), read_csv)}
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Reading(TypedDict, total=False):
     format: str  # a format's name, or auto: it is recognised
     on_invalid: str  # what to do with unusable rows: error lists them in one error, skip drops and counts them
     columns: Mapping[str, str] | None  # our column names -> the file's
+    sheet: str | None  # of an Excel workbook; None: the first one with rows
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def iter_rows(
     format: str = "auto",
     on_invalid: str = "error",
     columns: Mapping[str, str] | None = None,
+    sheet: str | None = None,
     report: LoadReport | None = None,
 ) -> Iterator[tuple[str, Parsed]]:
     """The items of each usable row, each with the row's place ("file:line"). Fills `report`.
@@ -98,9 +102,7 @@ def iter_rows(
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
     _check_names(path, formats, format, columns or {})
     lines = format in formats and formats[format].lines
-    rows = read_lines(path) if lines else _READERS.get(path.suffix.lower(), read_rows)(path)
-    if columns:
-        rows = ((place, _rename(row, columns)) for place, row in rows)
+    rows = read_lines(path) if lines else open_rows(path, columns, sheet)
     if format == "auto":
         format, rows = _detect(path, rows, formats)
     report.format = format
@@ -121,6 +123,19 @@ def iter_rows(
     invalid_rows = report.rows - report.kept
     if invalid_rows and (on_invalid == "error" or not report.kept):
         raise _invalid_rows(path, report, errors, on_invalid)
+
+
+def open_rows(
+    path: Path, columns: Mapping[str, str] | None = None, sheet: str | None = None
+) -> Iterator[tuple[str, Any]]:
+    """The rows of a file of any kind but text, with their places; `columns` renames columns. Raises DataError."""
+    if is_workbook(path):
+        rows = read_excel(path, sheet)
+    elif sheet is not None:
+        raise DataError(f"{path} is no Excel workbook, so it has no sheet {sheet!r}; leave out `sheet`")
+    else:
+        rows = _READERS.get(path.suffix.lower(), read_rows)(path)
+    return ((place, _rename(row, columns)) for place, row in rows) if columns else rows
 
 
 def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_invalid: str) -> DataError:

@@ -23,6 +23,7 @@ class DataSource:
     files: tuple[str, ...]
     format: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our column names -> the file's
+    sheet: str | None = None  # of an Excel workbook; None: the first one with rows
     max_samples: int | None = None
     weight: float = 1.0
     near_duplicates: bool = True  # whether near duplicates are searched for in it
@@ -36,10 +37,10 @@ class DataSource:
             return
         for path in self.files:
             file_report = LoadReport()
-            options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "report": file_report}
+            options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "sheet": self.sheet}
             read = formats.iter_conversations if kind == "sft" else preferences.iter_preferences
             try:
-                yield from read(Path(path), format=self.format, **options)
+                yield from read(Path(path), format=self.format, report=file_report, **options)
             finally:
                 report.add(file_report)
 

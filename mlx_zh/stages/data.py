@@ -158,6 +158,7 @@ def resolve_source(
         files=tuple(map(str, files)),
         format=entry.format if entry is not None and source.format == "auto" else source.format,
         columns=source.columns or (entry.columns if entry is not None else {}),
+        sheet=source.sheet,
         max_samples=source.max_samples,
         weight=source.weight,
         near_duplicates=entry.near_duplicates if entry is not None else True,

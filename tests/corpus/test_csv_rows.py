@@ -77,7 +77,7 @@ def test_a_comma_without_quotation_marks_moves_no_column(write):
         ("a,b\nx,caf\xe9\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
         ("a,b\nna\xefve,r\xe9sum\xe9s\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
         ("a,b\n".encode("utf-16"), "data.csv: the text is UTF-16"),
-        (b"PK\x03\x04rest", "data.csv: an Excel workbook or a zip archive; save the sheet as"),
+        (b"PK\x03\x04rest", "data.csv: a zip archive; unpack it, and name the data file in it"),
     ],
 )
 def test_what_is_no_csv(write, content: str | bytes, words: str):
