@@ -27,6 +27,7 @@ ROLES = {
     "system": "system",
 }
 _TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", "ipython")
+_OPTIONAL = ("input", "system", "history")  # columns that a row may lack
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _LOOK_AHEAD = 100  # the format is recognised from the first row that fits one, among this many
@@ -106,16 +107,13 @@ def iter_rows(
     if format == "auto":
         format, rows = _detect(path, rows, formats)
     report.format = format
-    parse = formats[format].parse
     errors: list[str] = []
-    for place, row in rows:
+    for place, parsed in parse_rows(rows, formats[format]):
         report.rows += 1
-        try:
-            parsed = list(parse(_as_row(row)))
-        except InvalidRow as invalid:
-            report.drop(invalid.reason, place)
+        if isinstance(parsed, InvalidRow):
+            report.drop(parsed.reason, place)
             if len(errors) < _SHOWN:
-                errors.append(f"{place}: {invalid}")
+                errors.append(f"{place}: {parsed}")
             continue
         report.kept += 1
         for item in parsed:
@@ -135,7 +133,18 @@ def open_rows(
         raise DataError(f"{path} is no Excel workbook, so it has no sheet {sheet!r}; leave out `sheet`")
     else:
         rows = _READERS.get(path.suffix.lower(), read_rows)(path)
-    return ((place, _rename(row, columns)) for place, row in rows) if columns else rows
+    return _renamed_rows(path, rows, columns) if columns else rows
+
+
+def parse_rows(
+    rows: Iterable[tuple[str, Any]], form: Format[Parsed]
+) -> Iterator[tuple[str, list[Parsed] | InvalidRow]]:
+    """The place and the items of each row, or why it cannot be used."""
+    for place, row in rows:
+        try:
+            yield place, list(form.parse(_as_row(row)))
+        except InvalidRow as invalid:
+            yield place, invalid
 
 
 def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_invalid: str) -> DataError:
@@ -166,14 +175,31 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def _renamed_rows(
+    path: Path, rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """The rows with renamed columns. Raises DataError after the last row if none has an optional column."""
+    absent = {theirs for ours, theirs in columns.items() if ours in _OPTIONAL}
+    names: list[str] = []
+    for place, row in rows:
+        if isinstance(row, dict):
+            absent.difference_update(row)
+            names = list(row)
+        yield place, _rename(row, columns)
+    if absent:
+        raise DataError(
+            f"{path}: no row has a column {min(absent)!r} (columns: {', '.join(names)}); correct `columns`"
+        )
+
+
 def _rename(row: Any, columns: Mapping[str, str]) -> Any:
     if not isinstance(row, dict):
         return row
-    missing = [theirs for theirs in columns.values() if theirs not in row]
+    missing = [theirs for ours, theirs in columns.items() if theirs not in row and ours not in _OPTIONAL]
     if missing:
         return InvalidRow("missing field", f"no column {missing[0]!r} (columns: {', '.join(row)})")
     renamed = {name: value for name, value in row.items() if name not in columns.values()}
-    return {**renamed, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    return {**renamed, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
 def _detect(
