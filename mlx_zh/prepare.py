@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.corpus.statistics import ExamCheck
     from mlx_zh.recipe import Recipe
 
-_TRAINED, _PLAIN = "\x1b[32m", "\x1b[0m"
 _SHOWN = 3
 
 
@@ -134,29 +130,24 @@ def _exam_line(exams: ExamCheck, dropped: int) -> str:
 
 
 def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
-    """Print rendered examples. Trained text is green at a terminal; elsewhere it stands between ⟦ and ⟧."""
+    """Print rendered examples, with what is learned in green; without colours it stands between ⟦ and ⟧."""
     from mlx_zh.corpus.render import Rendered
+    from mlx_zh.stages.showing import painted, rendered_segments
     from mlx_zh.system import console
 
-    begin, end = (_TRAINED, _PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
     examples = corpus.splits["train"]
-
-    def decoded(tokens: Sequence[int]) -> str:
-        return renderer.decode(tokens).replace("\x1b", "\ufffd")  # a row must not look trained where it is not
-
     size = len(examples)
     for number in sorted({round(i * (size - 1) / max(count - 1, 1)) for i in range(min(count, size))}):
         example = examples[number]
         console.say(f"\n--- example {number}")
         if isinstance(example, Rendered):
-            edges = [0, *[i for i in range(1, len(example.tokens)) if example.trained[i] != example.trained[i - 1]]]
-            for start, stop in zip(edges, [*edges[1:], len(example.tokens)], strict=True):
-                text = decoded(example.tokens[start:stop].tolist())
-                console.say(f"{begin}{text}{end}" if example.trained[start] else text)
+            console.say(painted(rendered_segments(example, renderer)))
         else:
-            console.say(decoded(example.prompt.tolist()))
+            console.say(painted([(renderer.decode(example.prompt.tolist()), False)]))
             for which in ("chosen", "rejected"):
-                console.say(f"[{which}] {begin}{decoded(getattr(example, which).tolist())}{end}")
+                console.say(
+                    painted([(f"[{which}] ", False), (renderer.decode(getattr(example, which).tolist()), True)])
+                )
 
 
 if __name__ == "__main__":

@@ -84,6 +84,14 @@ def time_text(seconds: int) -> str:
     return "".join(parts) or "0s"
 
 
+def inline(value: Any) -> str:
+    """A plain value as one line of YAML: `{prompt: 问题, response: 答案}`."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"), default_flow_style=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 Problem = tuple[int, str]  # line, and a sentence that begins with file and line
 
 

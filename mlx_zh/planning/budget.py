@@ -124,7 +124,9 @@ def decide(costs: Costs, budget: float | None) -> Decision:
     steps = {}
     if training > for_training:
         shares = _shares(costs.trainings, for_training)
-        steps = {stage.name: min(stage.steps_within(shares[stage.name]), stage.full_steps) for stage in costs.trainings}
+        steps = {
+            stage.name: min(stage.steps_within(shares[stage.name]), stage.full_steps) for stage in costs.trainings
+        }
     return _decision(costs, steps, _limit(costs, free - min(training, for_training)))
 
 

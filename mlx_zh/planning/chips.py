@@ -59,7 +59,9 @@ class Chip:
 def chips() -> Mapping[str, Chip]:
     """All known chips by name, such as `M2 Pro`."""
     table = yaml.safe_load(files(__package__).joinpath("chips.yaml").read_text(encoding="utf-8"))
-    return MappingProxyType({name: Chip(name, **row | {"memory": tuple(row["memory"])}) for name, row in table.items()})
+    return MappingProxyType(
+        {name: Chip(name, **row | {"memory": tuple(row["memory"])}) for name, row in table.items()}
+    )
 
 
 def chip_named(text: str) -> Chip | None:

@@ -153,7 +153,7 @@ def test_help_and_errors_of_the_command_line(
     with pytest.raises(SystemExit) as stop:
         cli.main(["stf"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("错误：没有名为 'stf' 的阶段；可选：run")
+    assert capsys.readouterr().err.startswith("错误：没有名为 'stf' 的阶段；可选：init")
 
 
 @given(st.text(alphabet="ab 中文，。", max_size=80), st.integers(4, 30))

@@ -1,0 +1,73 @@
+"""Rows of data at the console: what is learned in green, everything else dim, control characters made visible."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_zh.corpus.conversation import Message
+    from mlx_zh.corpus.render import Rendered, Renderer
+    from mlx_zh.corpus.sources import Item
+
+Segment = tuple[str, bool]  # text, and whether it is learned
+_LEARNED, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_PICTURES = 0x2400  # Unicode's pictures of the control characters 0 to 31
+
+
+def in_colour() -> bool:
+    """Whether stdout shows colours: a terminal, and NO_COLOR is not set (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def painted(segments: Iterable[Segment]) -> str:
+    """Text with learned parts in green and the others dim; without colours, learned parts stand in ⟦ ⟧."""
+    if not in_colour():
+        return "".join(f"⟦{visible(text)}⟧" if learned else visible(text) for text, learned in segments)
+    return "".join(f"{_LEARNED if learned else _DIM}{visible(text)}{_PLAIN}" for text, learned in segments if text)
+
+
+def visible(text: str) -> str:
+    """The text with control and invisible characters shown: ␀ for NUL, <U+202E> for a mark of direction."""
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or (code >= 32 and unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co")):
+        return character
+    if code < 32 or code == 127:
+        return chr(_PICTURES + (code if code < 32 else 33))
+    # Joiners hold emoji together, and some scripts need them.
+    return character if character in "\u200c\u200d" else f"<U+{code:04X}>"
+
+
+def rendered_segments(example: Rendered, renderer: Renderer) -> list[Segment]:
+    """The parts of a rendered conversation, with the template's own tokens."""
+    edges = [i for i in range(1, len(example.tokens)) if example.trained[i] != example.trained[i - 1]]
+    return [
+        (renderer.decode(example.tokens[start:stop].tolist()), bool(example.trained[start]))
+        for start, stop in zip([0, *edges], [*edges, len(example.tokens)], strict=True)
+        if stop > start
+    ]
+
+
+def plain_segments(item: Item, roles: dict[str, str]) -> list[Segment]:
+    """The parts of a row with the names of the roles in front: `roles` names system, user, assistant and so on."""
+    from mlx_zh.corpus.conversation import Conversation
+
+    if isinstance(item, Conversation):
+        return _turns(item.messages, roles)
+    answers: list[Segment] = [(roles["chosen"] + " ", False), (item.chosen, True), (f"\n{roles['rejected']} ", False)]
+    return [*_turns(item.prompt, roles), ("\n", False), *answers, (item.rejected, False)]
+
+
+def _turns(messages: Sequence[Message], roles: dict[str, str]) -> list[Segment]:
+    segments: list[Segment] = []
+    for message in messages:
+        segments += [("\n" if segments else "", False), (f"{roles[message.role]} ", False)]
+        segments += [(message.content, message.role == "assistant")]
+    return segments
