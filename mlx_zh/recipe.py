@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,6 +124,7 @@ class Lora(Section):
 # checkpoints made before them stay what they are.
 LaterText = Annotated[str | None, Field(min_length=1, exclude_if=lambda value: value is None)]
 LaterSwitch = Annotated[bool | None, Field(exclude_if=lambda value: value is None)]
+LaterTexts = Annotated[dict[str, str], Field(exclude_if=lambda value: not value)]
 
 
 class DataSet(Section):
@@ -240,12 +241,16 @@ class Decontaminate(Section):
 
 
 class Data(Section):
-    """The training data, how it is cleaned and mixed, and how it is rendered."""
+    """The training data, how it is cleaned and mixed, and how it is rendered.
+
+    `variables` are filled in where a row or one of `evaluate.prompts` says `{{name}}`.
+    """
 
     sft: Split = Split()
     dpo: Split = Split()
     registry: dict[str, DataSet] = {}
     registry_file: Located | None = None
+    variables: LaterTexts = {}
     normalize: bool = True
     simplify: bool = False
     deduplicate: Deduplicate = Deduplicate()
@@ -391,10 +396,20 @@ def _exam(value: str, info: ValidationInfo) -> str:
     return value if value in BENCHMARKS else _resolved_path(value, info)
 
 
-class Evaluate(Section):
-    """The prompts and benchmarks that the model answers before and after training."""
+class SamplePrompt(Section):
+    """A prompt, and the text that a right answer contains."""
 
-    prompts: tuple[str, ...] = ()
+    prompt: Annotated[str, Field(min_length=1)]
+    expect: Annotated[str, Field(min_length=1)] | None = None
+
+
+class Evaluate(Section):
+    """The prompts and benchmarks that the model answers before and after training.
+
+    A prompt is a text, or a section with `prompt` and `expect`.
+    """
+
+    prompts: tuple[str | SamplePrompt, ...] = ()
     max_new_tokens: PositiveInt = 64
     benchmarks: tuple[Annotated[str, Field(min_length=1), AfterValidator(_exam)], ...] = ()
     protocol: Literal["official", "chat", "zero-shot-chat", "lm-eval", "generate"] = "official"
@@ -462,6 +477,18 @@ class Recipe(Section):
             return self.sft.start or "base"
         return self.dpo.start or ("sft" if self.data.sft.train else "base")
 
+    def sample_prompts(self) -> tuple[SamplePrompt, ...]:
+        """`evaluate.prompts` with `data.variables` filled in."""
+        every = (SamplePrompt(prompt=p) if isinstance(p, str) else p for p in self.evaluate.prompts)
+        variables = self.data.variables
+        return tuple(
+            SamplePrompt(
+                prompt=filled(sample.prompt, variables),
+                expect=None if sample.expect is None else filled(sample.expect, variables),
+            )
+            for sample in every
+        )
+
     def run_folder(self) -> Path:
         """The folder of all results of this run."""
         return Path(self.runs) / self.name
@@ -469,6 +496,14 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The recipe as YAML, with every key and its value."""
         return dump(self.model_dump(mode="json", by_alias=True))
+
+
+def filled(text: str, variables: Mapping[str, str]) -> str:
+    """The text with `{{name}}` replaced by the variable of that name; other names stay as they are."""
+    return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text)
+
+
+_VARIABLE = re.compile(r"\{\{ ?(\w+) ?\}\}")
 
 
 def load_recipe(

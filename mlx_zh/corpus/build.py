@@ -127,9 +127,9 @@ def corpus_key(
 
 
 def _fields_of(source: DataSource) -> dict[str, Any]:
-    """The fields of a source; one that came later is left out while unset, so that older corpora stay valid."""
+    """The fields of a source; those that came later are left out while unset, so that older corpora stay valid."""
     fields = asdict(replace(source, files=()))
-    return {name: value for name, value in fields.items() if name != "sheet" or value is not None}
+    return {name: value for name, value in fields.items() if value or name not in ("sheet", "variables")}
 
 
 def prepare(

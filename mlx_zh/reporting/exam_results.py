@@ -37,6 +37,7 @@ class Change:
     high: float
     noise: bool  # whether the difference may be chance
     paired: bool  # whether it was computed question by question
+    p: float | None = None  # McNemar's exact p, where it is paired
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class _Exam:
             {s: np.array([side[s][question] for question in before[s]]) for s in subjects} for side in (before, after)
         )
         comparison = statistics.compare(first, second, self._bootstrap, self._seed)
-        return Change(comparison.difference, *comparison.interval, comparison.noise, True)
+        return Change(comparison.difference, *comparison.interval, comparison.noise, True, comparison.p)
 
 
 def _answers(path: Path) -> Answers:

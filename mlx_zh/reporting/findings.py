@@ -82,11 +82,18 @@ class Findings:
     exams: list[ExamResult] = field(default_factory=list)
     training: dict[str, TrainingResult] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
+    expected: list[str | None] = field(default_factory=list)  # what a right answer to each prompt contains, if known
     answers: dict[str, list[str]] = field(default_factory=dict)  # stage -> an answer to each prompt
     data: Mapping[str, object] = field(default_factory=dict)  # stage -> report of its data
     export: Mapping[str, object] = field(default_factory=dict)  # format -> what is known of it
     times: list[StageTime] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
+
+    def is_right(self, stage: str, number: int) -> bool | None:
+        """Whether a stage's answer to prompt `number` contains what is expected; None where nothing is."""
+        expected = self.expected[number] if number < len(self.expected) else None
+        answers = self.answers.get(stage, [])
+        return None if expected is None or number >= len(answers) else expected in answers[number]
 
 
 class StageFiles(Protocol):
@@ -127,6 +134,8 @@ def gather(
     findings.export = hide_all(reading.mapping(run.fused_summary))
     samples = reading.mapping(run.samples)
     findings.prompts = [str(prompt) for prompt in listed(samples.get("prompts"))]
+    expected = listed(samples.get("expected"))[: len(findings.prompts)]
+    findings.expected = [text if isinstance(text, str) else None for text in expected]
     answers = mapped(samples.get("answers"))
     findings.answers = {stage: [str(a) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
     pipeline = reading.mapping(run.pipeline)

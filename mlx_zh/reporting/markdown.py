@@ -106,7 +106,9 @@ def _answers(findings: Findings) -> list[str]:
         rows = []
         for stage in stages:
             answers = findings.answers[stage]
-            rows.append([named(stage).both(), answers[index] if index < len(answers) else ""])
+            right = findings.is_right(stage, index)
+            name = named(stage).both() if right is None else f"{words.mark(right)} {named(stage).both()}"
+            rows.append([name, answers[index] if index < len(answers) else ""])
         parts += [f"**{safe(prompt)}**", _table(["", ""], rows)]
     return parts
 

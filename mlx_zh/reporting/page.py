@@ -74,7 +74,8 @@ def _sections(findings: Findings) -> Iterator[Section]:
         content = _render("training", facts=words.training_facts(training), charts=charts)
         yield Section(stage, say(f"training_{stage}"), content)
     if findings.answers:
-        content = _render("answers", prompts=findings.prompts, answers=findings.answers)
+        shown = {"prompts": findings.prompts, "answers": findings.answers, "is_right": findings.is_right}
+        content = _render("answers", **shown, mark=words.mark)
         yield Section("answers", say("answers"), content)
     stages, digests = data_view.stages(findings), data_view.digests(findings)
     if stages or digests:

@@ -31,6 +31,11 @@ def verdict(change: Change) -> tuple[Text, str]:
     return (text if change.paired else say("unpaired", verdict=text)), kind
 
 
+def mark(right: bool) -> str:
+    """A tick for a right answer, a cross for a wrong one."""
+    return "✓" if right else "✗"
+
+
 def tiles(findings: Findings) -> list[Tile]:
     """The figures at the top of the report."""
     shown = []

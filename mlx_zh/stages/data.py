@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -64,7 +65,10 @@ def prepare_stage(
     split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [
-        resolve_source(source, registry, stage, recipe.seed, validation=validation, hub=recipe.model.hub)
+        replace(
+            resolve_source(source, registry, stage, recipe.seed, validation=validation, hub=recipe.model.hub),
+            variables=recipe.data.variables,
+        )
         for validation, listed in ((False, split.train), (True, split.validation))
         for source in listed
     ]

@@ -25,10 +25,12 @@ class Samples:
     def __init__(self, recipe: Recipe, renderer: Renderer, loaded: LoadedModel) -> None:
         self._recipe, self._renderer, self._loaded = recipe, renderer, loaded
         self._path = RunFolder.of(recipe).samples
+        self._prompts = [sample.prompt for sample in recipe.sample_prompts()]
+        self._expected = [sample.expect for sample in recipe.sample_prompts()]
 
     def ask(self, name: str, *, again: bool = True) -> None:
         """Store the current model's answers under `name`; with `again=False`, keep answers that exist."""
-        prompts = list(self._recipe.evaluate.prompts)
+        prompts = self._prompts
         answered = self._read()
         if not prompts or (not again and name in answered):
             return
@@ -53,7 +55,8 @@ class Samples:
         except DeviceError as error:
             console.warn(Notice("answers-left-out", reason=str(error)))
             return
-        write_json(self._path, {"prompts": prompts, "answers": answered | {name: answers}})
+        stored = {"prompts": prompts, "expected": self._expected, "answers": answered | {name: answers}}
+        write_json(self._path, stored)
 
     def shown(self, *names: str) -> str:
         """The prompts, each with the answers of the models `names`, as text; empty if there are none."""
@@ -61,7 +64,7 @@ class Samples:
         if not answered:
             return ""
         lines = []
-        for index, prompt in enumerate(self._recipe.evaluate.prompts):
+        for index, prompt in enumerate(self._prompts):
             lines.append(f"  > {prompt}")
             lines += [f"    {name:<5} {_one_line(answered[name][index])}" for name in names if name in answered]
         return "\n".join(lines)
@@ -71,7 +74,7 @@ class Samples:
         if not self._path.exists():
             return {}
         stored = json.loads(self._path.read_text(encoding="utf-8"))
-        return stored["answers"] if stored["prompts"] == list(self._recipe.evaluate.prompts) else {}
+        return stored["answers"] if stored["prompts"] == self._prompts else {}
 
 
 def _one_line(text: str, max_length: int = 150) -> str:
