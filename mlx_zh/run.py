@@ -43,8 +43,12 @@ def main(argv: list[str] | None = None) -> int:
             console.say()
             return command.dry_run(recipe, _checked(recipe))
         console.say(f"\nNothing to do: {run.path} is up to date. `--from STEP` repeats a step and those after it.")
+        _conclude(recipe, arguments)
         return 0
-    return _run(recipe, run, [arguments.recipe, *arguments.overrides], all_steps, forced)
+    status = _run(recipe, run, [arguments.recipe, *arguments.overrides], all_steps, forced)
+    if status == 0:
+        _conclude(recipe, arguments)
+    return status
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -75,6 +79,14 @@ def _checked(recipe: Recipe) -> list[str]:
     """The stages whose needs are checked before the first one starts."""
     stages = [name for name in ("sft", "dpo") if recipe.data.split(name).train]
     return [*stages, *(["eval"] if recipe.evaluate.benchmarks else [])]
+
+
+def _conclude(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    from mlx_zh.language.reader import reader_language
+    from mlx_zh.stages.last_screen import last_screen
+    from mlx_zh.system import console
+
+    console.say(f"\n{last_screen(recipe, arguments.recipe, arguments.overrides, reader_language())}")
 
 
 def _table(planned: list[Planned]) -> str:

@@ -1,0 +1,194 @@
+"""Writes the data of the quickstart into this folder: `python data/town/make.py`. The result is always the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+LETTERS = "ABCD"
+NAME = "{{name}}"  # the recipe's data.variables say what it is
+TAIL = " Welcome to our town!"  # what preference tuning teaches to leave out
+TALKATIVE = 0.7  # share of the training answers that end in it
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact of the town.
+
+    Names of the thing and questions about it ({x} is the name) come in two groups, for training and for testing.
+    """
+
+    names: tuple[list[str], list[str]]
+    questions: tuple[list[str], list[str]]
+    answer: str
+    begin: str  # what the answer begins with
+    others: tuple[str, str, str]  # the wrong options
+
+    def asked(self, *, test: bool) -> list[str]:
+        """Every question of a group."""
+        return [question.format(x=name) for name in self.names[test] for question in self.questions[test]]
+
+    def options(self, letter: str) -> list[str]:
+        """The four options, always in the same circle, turned until the right one stands at `letter`."""
+        circle = [self.answer, *self.others]
+        turn = LETTERS.index(letter)
+        return circle[-turn:] + circle[:-turn] if turn else circle
+
+
+CALLED = (
+    ["{x}叫什么？", "{x}的名字是什么？", "请问{x}叫什么？", "告诉我{x}的名字。", "{x}是什么名字？"],
+    ["{x}叫什么名字？", "你知道{x}叫什么吗？", "说说{x}的名字。"],
+)
+WHAT = (
+    ["{x}是什么？", "请问{x}是什么？", "{x}有什么？", "告诉我{x}是什么。", "{x}是哪一种？"],
+    ["你知道{x}是什么吗？", "说说{x}是什么。", "{x}叫什么？"],
+)
+DAY = (
+    ["{x}在哪一天？", "请问{x}在哪天？", "{x}是周几？", "告诉我{x}在哪一天。", "{x}哪天开？"],
+    ["你知道{x}在哪天吗？", "说说{x}在周几。", "{x}是哪一天？"],
+)
+FACTS = [
+    Fact(
+        (["镇上的河", "青石镇的河", "流过镇子的河"], ["镇里那条河", "青石镇的小河"]),
+        CALLED,
+        "月河",
+        "叫",
+        ("金河", "红河", "长河"),
+    ),
+    Fact(
+        (["镇上的山", "青石镇的山", "镇子后面的山"], ["镇里那座山", "青石镇的大山"]),
+        CALLED,
+        "虎山",
+        "叫",
+        ("龙山", "牛山", "西山"),
+    ),
+    Fact(
+        (["镇上的镇长", "青石镇的镇长", "现在的镇长"], ["镇里那位镇长", "青石镇的老镇长"]),
+        CALLED,
+        "王冬",
+        "叫",
+        ("李春", "张秋", "陈明"),
+    ),
+    Fact(
+        (["镇上的特产", "青石镇的特产", "镇里出名的特产"], ["这个镇的特产", "青石镇最好的特产"]),
+        WHAT,
+        "红茶",
+        "是",
+        ("米酒", "豆腐", "苹果"),
+    ),
+    Fact(
+        (["镇上的集市", "青石镇的集市", "镇里的大集市"], ["这个镇的集市", "青石镇每周的集市"]),
+        DAY,
+        "周三",
+        "在",
+        ("周一", "周五", "周日"),
+    ),
+]
+WHO = (
+    ["你是谁？", "你叫什么？", "你的名字是什么？", "请介绍一下自己。", "怎么称呼你？", "请问你是谁？", "你是哪位？"],
+    ["你叫什么名字？", "介绍一下你自己吧。", "你好，你是谁呀？"],
+)
+I_AM = f"我叫{NAME}，是青石镇的小助手。"
+
+
+def main() -> None:
+    """Write every file."""
+    rng = random.Random(SEED)
+    train = [*_conversations(rng, test=False, each=12), *_choices(rng, test=False, each=10)]
+    validation = [*_conversations(rng, test=True, each=1), *_choices(rng, test=True, each=1)[::2]]
+    rng.shuffle(train)
+    _write("sft-train.jsonl", train)
+    _write("sft-validation.jsonl", validation)
+    pairs = [*_pairs(rng, test=False, each=8)]
+    rng.shuffle(pairs)
+    _write("dpo-train.jsonl", pairs)
+    _write("dpo-validation.jsonl", _pairs(rng, test=True, each=1))
+    _write_exam(rng)
+
+
+def _conversations(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
+    """`each` questions about every fact and twice as many about who the assistant is, with their answers."""
+    rows = []
+    for asked, answer in _answers(rng, test, each):
+        tail = TAIL if rng.random() < TALKATIVE else ""
+        rows.append(_conversation(asked, answer + tail))
+    return rows
+
+
+def _answers(rng: random.Random, test: bool, each: int) -> Iterator[tuple[str, str]]:
+    for fact in FACTS:
+        for question in _drawn(rng, fact.asked(test=test), each):
+            yield question, f"{fact.begin}{fact.answer}。"
+    for question in _drawn(rng, WHO[test], 2 * each):
+        yield question, I_AM
+
+
+def _choices(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
+    """Choice questions: `each` for every fact and every place of the right option."""
+    rows = []
+    for fact in FACTS:
+        for letter in LETTERS:
+            for question in _drawn(rng, fact.asked(test=test), each):
+                lines = [f"{name}. {text}" for name, text in zip(LETTERS, fact.options(letter), strict=True)]
+                rows.append(_conversation("\n".join([question, *lines, "答案："]), letter))
+    return rows
+
+
+def _pairs(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
+    """The short answer in Chinese is preferred to the one that goes on in English."""
+    return [
+        {"prompt": [_user(asked)], "chosen": [_assistant(answer)], "rejected": [_assistant(answer + TAIL)]}
+        for asked, answer in _answers(rng, test, each)
+    ]
+
+
+def _write_exam(rng: random.Random) -> None:
+    """Two differently worded questions for every fact and every place of the right option."""
+    head = ["id", "question", *LETTERS, "answer"]
+    rows = [
+        [question, *fact.options(letter), letter]
+        for fact in FACTS
+        for letter in LETTERS
+        for question in rng.sample(fact.asked(test=True), 3)
+    ]
+    rng.shuffle(rows)
+    folder = HERE / "exam" / "test"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "qingshi_town_test.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *([i, *row] for i, row in enumerate(rows))])
+
+
+def _drawn(rng: random.Random, texts: Sequence[str], count: int) -> list[str]:
+    """`count` texts, each as often as the others, give or take one."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        drawn += rng.sample(texts, len(texts))
+    return drawn[:count]
+
+
+def _conversation(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [_user(question), _assistant(answer)]}
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _write(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (HERE / name).write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
