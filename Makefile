@@ -9,8 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 .PHONY: quickstart test test-cores metal-calls soak bench lint format oracle audit fuzz clean
 
+# NAME=小明 make quickstart: the assistant's name. WSL sets NAME to the name of the computer, which is not meant.
 quickstart: $(INSTALLED)
-	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml
+	@name="$$NAME"; test "$$name" != "$$(uname -n)" || name=; \
+	$(BIN)/python -m mlx_zh.run recipes/quickstart.yaml $${name:+"data.variables.name=\"$$name\""}
 
 # Two test processes with one BLAS thread each use two cores better than one process with two threads.
 test: $(DEVELOP)

@@ -159,7 +159,7 @@ def _write_exam(rng: random.Random) -> None:
         for question in rng.sample(fact.asked(test=True), 3)
     ]
     rng.shuffle(rows)
-    folder = HERE / "exam" / "test"
+    folder = HERE / "town-exam" / "test"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "qingshi_town_test.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *([i, *row] for i, row in enumerate(rows))])
