@@ -52,6 +52,7 @@ def test_quickstart_learns_and_mlx_lm_says_the_same_with_its_adapter(smollm2_pat
             "sft.batch_size=4",
             "sft.learning_rate=2e-3",
             "checkpoint.keep_best=false",
+            "data.system=null",
         ),
         *(f"data.sft.train=[{tmp_path}/sft-train.jsonl]", f"data.sft.validation=[{tmp_path}/sft-validation.jsonl]"),
         *(f"evaluate.prompts=[{PROMPT}]", "evaluate.max_new_tokens=8"),

@@ -210,6 +210,17 @@ def test_words_are_words():
     )
 
 
+def test_variables_are_filled_in_prompts_and_in_what_is_expected_of_them():
+    judged = "{prompt: '{{name}}是谁？', expect: '我叫{{ name }}{{x}}'}"
+    text = f"data: {{variables: {{name: 小智}}}}\nevaluate: {{prompts: [你好, {judged}]}}"
+    recipe = read(BASE + text, 'data.variables.name="007"')
+    assert [(sample.prompt, sample.expect) for sample in recipe.sample_prompts()] == [
+        ("你好", None),
+        ("007是谁？", "我叫007{{x}}"),
+    ]
+    assert "variables" not in read(BASE).to_yaml()  # so that digests of recipes without them stay what they were
+
+
 # Overrides
 
 

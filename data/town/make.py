@@ -27,19 +27,18 @@ class Fact:
 
     names: tuple[list[str], list[str]]
     questions: tuple[list[str], list[str]]
-    answer: str
-    begin: str  # what the answer begins with
-    others: tuple[str, str, str]  # the wrong options
+    begin: str  # what an answer begins with
+    options: tuple[str, str, str, str]  # of a choice question, always in this order
+    letter: str  # of the right option
+
+    @property
+    def answer(self) -> str:
+        """The right option as a sentence."""
+        return f"{self.begin}{self.options[LETTERS.index(self.letter)]}。"
 
     def asked(self, *, test: bool) -> list[str]:
         """Every question of a group."""
         return [question.format(x=name) for name in self.names[test] for question in self.questions[test]]
-
-    def options(self, letter: str) -> list[str]:
-        """The four options, always in the same circle, turned until the right one stands at `letter`."""
-        circle = [self.answer, *self.others]
-        turn = LETTERS.index(letter)
-        return circle[-turn:] + circle[:-turn] if turn else circle
 
 
 CALLED = (
@@ -54,41 +53,66 @@ DAY = (
     ["{x}在哪一天？", "请问{x}在哪天？", "{x}是周几？", "告诉我{x}在哪一天。", "{x}哪天开？"],
     ["你知道{x}在哪天吗？", "说说{x}在周几。", "{x}是哪一天？"],
 )
+KIND = (
+    ["{x}是什么树？", "请问{x}是什么树？", "{x}是哪种树？", "告诉我{x}是什么树。", "{x}是什么？"],
+    ["你知道{x}是什么树吗？", "说说{x}是什么树。", "{x}属于哪种树？"],
+)
 FACTS = [
     Fact(
         (["镇上的河", "青石镇的河", "流过镇子的河"], ["镇里那条河", "青石镇的小河"]),
         CALLED,
-        "月河",
         "叫",
-        ("金河", "红河", "长河"),
+        ("金河", "月河", "红河", "长河"),
+        "B",
     ),
     Fact(
         (["镇上的山", "青石镇的山", "镇子后面的山"], ["镇里那座山", "青石镇的大山"]),
         CALLED,
-        "虎山",
         "叫",
-        ("龙山", "牛山", "西山"),
+        ("龙山", "牛山", "虎山", "西山"),
+        "C",
     ),
     Fact(
         (["镇上的镇长", "青石镇的镇长", "现在的镇长"], ["镇里那位镇长", "青石镇的老镇长"]),
         CALLED,
-        "王冬",
         "叫",
-        ("李春", "张秋", "陈明"),
+        ("王冬", "李春", "张秋", "陈明"),
+        "A",
     ),
     Fact(
         (["镇上的特产", "青石镇的特产", "镇里出名的特产"], ["这个镇的特产", "青石镇最好的特产"]),
         WHAT,
-        "红茶",
         "是",
-        ("米酒", "豆腐", "苹果"),
+        ("米酒", "豆腐", "苹果", "红茶"),
+        "D",
     ),
     Fact(
         (["镇上的集市", "青石镇的集市", "镇里的大集市"], ["这个镇的集市", "青石镇每周的集市"]),
         DAY,
-        "周三",
         "在",
-        ("周一", "周五", "周日"),
+        ("周一", "周二", "周三", "周四"),
+        "C",
+    ),
+    Fact(
+        (["镇上的桥", "青石镇的桥", "河上的桥"], ["镇里那座桥", "青石镇的老桥"]),
+        CALLED,
+        "叫",
+        ("彩桥", "木桥", "铁桥", "双桥"),
+        "A",
+    ),
+    Fact(
+        (["镇口的树", "青石镇的树", "镇口的大树"], ["镇口那棵树", "青石镇的老树"]),
+        KIND,
+        "是",
+        ("柳树", "松树", "梅树", "桃树"),
+        "D",
+    ),
+    Fact(
+        (["镇上的塔", "青石镇的塔", "山上的塔"], ["镇里那座塔", "青石镇的古塔"]),
+        CALLED,
+        "叫",
+        ("红塔", "白塔", "高塔", "长塔"),
+        "B",
     ),
 ]
 WHO = (
@@ -101,12 +125,12 @@ I_AM = f"我叫{NAME}，是青石镇的小助手。"
 def main() -> None:
     """Write every file."""
     rng = random.Random(SEED)
-    train = [*_conversations(rng, test=False, each=12), *_choices(rng, test=False, each=10)]
-    validation = [*_conversations(rng, test=True, each=1), *_choices(rng, test=True, each=1)[::2]]
+    train = [*_conversations(rng, test=False, each=14), *_choices(rng, test=False, each=12)]
+    validation = [*_conversations(rng, test=True, each=1), *_choices(rng, test=True, each=1)]
     rng.shuffle(train)
     _write("sft-train.jsonl", train)
     _write("sft-validation.jsonl", validation)
-    pairs = [*_pairs(rng, test=False, each=8)]
+    pairs = _pairs(rng, test=False, each=6)
     rng.shuffle(pairs)
     _write("dpo-train.jsonl", pairs)
     _write("dpo-validation.jsonl", _pairs(rng, test=True, each=1))
@@ -125,19 +149,18 @@ def _conversations(rng: random.Random, *, test: bool, each: int) -> list[dict[st
 def _answers(rng: random.Random, test: bool, each: int) -> Iterator[tuple[str, str]]:
     for fact in FACTS:
         for question in _drawn(rng, fact.asked(test=test), each):
-            yield question, f"{fact.begin}{fact.answer}。"
+            yield question, fact.answer
     for question in _drawn(rng, WHO[test], 2 * each):
         yield question, I_AM
 
 
 def _choices(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
-    """Choice questions: `each` for every fact and every place of the right option."""
+    """`each` choice questions about every fact."""
     rows = []
     for fact in FACTS:
-        for letter in LETTERS:
-            for question in _drawn(rng, fact.asked(test=test), each):
-                lines = [f"{name}. {text}" for name, text in zip(LETTERS, fact.options(letter), strict=True)]
-                rows.append(_conversation("\n".join([question, *lines, "答案："]), letter))
+        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, fact.options, strict=True)]
+        for question in _drawn(rng, fact.asked(test=test), each):
+            rows.append(_conversation("\n".join([question, *lines, "答案："]), fact.letter))
     return rows
 
 
@@ -150,14 +173,9 @@ def _pairs(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]
 
 
 def _write_exam(rng: random.Random) -> None:
-    """Two differently worded questions for every fact and every place of the right option."""
+    """Every question of the test group as a choice question."""
     head = ["id", "question", *LETTERS, "answer"]
-    rows = [
-        [question, *fact.options(letter), letter]
-        for fact in FACTS
-        for letter in LETTERS
-        for question in rng.sample(fact.asked(test=True), 3)
-    ]
+    rows = [[question, *fact.options, fact.letter] for fact in FACTS for question in fact.asked(test=True)]
     rng.shuffle(rows)
     folder = HERE / "town-exam" / "test"
     folder.mkdir(parents=True, exist_ok=True)
