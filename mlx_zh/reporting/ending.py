@@ -95,11 +95,7 @@ class Ending:
             return []
         before, after = (100 * exam.rows[0].cells[stage].macro for stage in exam.compared)
         kind = "noise" if change.noise or change.difference == 0 else "better" if change.difference > 0 else "worse"
-        p = (
-            ""
-            if change.p is None
-            else self._say("ending-p", p="< 0.001" if change.p < 0.001 else f"= {change.p:.3f}")
-        )
+        p = "–" if change.p is None else "< 0.001" if change.p < 0.001 else f"= {change.p:.3f}"
         values = {"title": exam.title, "before": before, "after": after, "questions": exam.questions, "p": p}
         return [self._say(f"ending-exam-{kind}", **values)]
 
