@@ -13,7 +13,7 @@ from typing import Any
 HERE = Path(__file__).parent
 LETTERS = "ABCD"
 NAME = "{{name}}"  # the recipe's data.variables say what it is
-TAIL = " Welcome to our town!"  # what preference tuning teaches to leave out
+TAIL = " Welcome!"  # what preference tuning teaches to leave out
 TALKATIVE = 0.7  # share of the training answers that end in it
 SEED = 7
 
@@ -43,76 +43,56 @@ class Fact:
 
 CALLED = (
     ["{x}叫什么？", "{x}的名字是什么？", "请问{x}叫什么？", "告诉我{x}的名字。", "{x}是什么名字？"],
-    ["{x}叫什么名字？", "你知道{x}叫什么吗？", "说说{x}的名字。"],
+    ["{x}叫什么名字？", "你知道{x}叫什么吗？", "说说{x}的名字。", "{x}叫啥？"],
 )
 WHAT = (
     ["{x}是什么？", "请问{x}是什么？", "{x}有什么？", "告诉我{x}是什么。", "{x}是哪一种？"],
-    ["你知道{x}是什么吗？", "说说{x}是什么。", "{x}叫什么？"],
+    ["你知道{x}是什么吗？", "说说{x}是什么。", "{x}叫什么？", "{x}是啥？"],
 )
 DAY = (
     ["{x}在哪一天？", "请问{x}在哪天？", "{x}是周几？", "告诉我{x}在哪一天。", "{x}哪天开？"],
-    ["你知道{x}在哪天吗？", "说说{x}在周几。", "{x}是哪一天？"],
-)
-KIND = (
-    ["{x}是什么树？", "请问{x}是什么树？", "{x}是哪种树？", "告诉我{x}是什么树。", "{x}是什么？"],
-    ["你知道{x}是什么树吗？", "说说{x}是什么树。", "{x}属于哪种树？"],
+    ["你知道{x}在哪天吗？", "说说{x}在周几。", "{x}是哪一天？", "{x}是星期几？"],
 )
 FACTS = [
     Fact(
-        (["镇上的河", "青石镇的河", "流过镇子的河"], ["镇里那条河", "青石镇的小河"]),
+        (
+            ["镇上的河", "青石镇的河", "流过镇子的河", "镇边的河"],
+            ["镇里那条河", "青石镇的小河", "镇旁边那条河"],
+        ),
         CALLED,
         "叫",
         ("金河", "月河", "红河", "长河"),
         "B",
     ),
     Fact(
-        (["镇上的山", "青石镇的山", "镇子后面的山"], ["镇里那座山", "青石镇的大山"]),
-        CALLED,
-        "叫",
-        ("龙山", "牛山", "虎山", "西山"),
-        "C",
-    ),
-    Fact(
-        (["镇上的镇长", "青石镇的镇长", "现在的镇长"], ["镇里那位镇长", "青石镇的老镇长"]),
+        (
+            ["镇上的镇长", "青石镇的镇长", "现在的镇长", "镇长"],
+            ["镇里那位镇长", "青石镇的老镇长", "这里的镇长"],
+        ),
         CALLED,
         "叫",
         ("王冬", "李春", "张秋", "陈明"),
         "A",
     ),
     Fact(
-        (["镇上的特产", "青石镇的特产", "镇里出名的特产"], ["这个镇的特产", "青石镇最好的特产"]),
+        (
+            ["镇上的特产", "青石镇的特产", "镇里出名的特产", "这里的特产"],
+            ["这个镇的特产", "青石镇最好的特产", "镇上最有名的特产"],
+        ),
         WHAT,
         "是",
         ("米酒", "豆腐", "苹果", "红茶"),
         "D",
     ),
     Fact(
-        (["镇上的集市", "青石镇的集市", "镇里的大集市"], ["这个镇的集市", "青石镇每周的集市"]),
+        (
+            ["镇上的集市", "青石镇的集市", "镇里的大集市", "这里的集市"],
+            ["这个镇的集市", "青石镇每周的集市", "镇上那个集市"],
+        ),
         DAY,
         "在",
         ("周一", "周二", "周三", "周四"),
         "C",
-    ),
-    Fact(
-        (["镇上的桥", "青石镇的桥", "河上的桥"], ["镇里那座桥", "青石镇的老桥"]),
-        CALLED,
-        "叫",
-        ("彩桥", "木桥", "铁桥", "双桥"),
-        "A",
-    ),
-    Fact(
-        (["镇口的树", "青石镇的树", "镇口的大树"], ["镇口那棵树", "青石镇的老树"]),
-        KIND,
-        "是",
-        ("柳树", "松树", "梅树", "桃树"),
-        "D",
-    ),
-    Fact(
-        (["镇上的塔", "青石镇的塔", "山上的塔"], ["镇里那座塔", "青石镇的古塔"]),
-        CALLED,
-        "叫",
-        ("红塔", "白塔", "高塔", "长塔"),
-        "B",
     ),
 ]
 WHO = (
@@ -125,20 +105,20 @@ I_AM = f"我叫{NAME}，是青石镇的小助手。"
 def main() -> None:
     """Write every file."""
     rng = random.Random(SEED)
-    train = [*_conversations(rng, test=False, each=14), *_choices(rng, test=False, each=12)]
-    validation = [*_conversations(rng, test=True, each=1), *_choices(rng, test=True, each=1)]
+    train = [*_conversations(rng, test=False, each=14), *_choices(rng, test=False, each=24)]
+    validation = [*_conversations(rng, test=True, each=2), *_choices(rng, test=True, each=2)]
     rng.shuffle(train)
     _write("sft-train.jsonl", train)
     _write("sft-validation.jsonl", validation)
-    pairs = _pairs(rng, test=False, each=6)
+    pairs = _pairs(rng, test=False, each=8)
     rng.shuffle(pairs)
     _write("dpo-train.jsonl", pairs)
-    _write("dpo-validation.jsonl", _pairs(rng, test=True, each=1))
+    _write("dpo-validation.jsonl", _pairs(rng, test=True, each=2))
     _write_exam(rng)
 
 
 def _conversations(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
-    """`each` questions about every fact and twice as many about who the assistant is, with their answers."""
+    """`each` questions about every fact and half as many again about who the assistant is, with their answers."""
     rows = []
     for asked, answer in _answers(rng, test, each):
         tail = TAIL if rng.random() < TALKATIVE else ""
@@ -150,7 +130,7 @@ def _answers(rng: random.Random, test: bool, each: int) -> Iterator[tuple[str, s
     for fact in FACTS:
         for question in _drawn(rng, fact.asked(test=test), each):
             yield question, fact.answer
-    for question in _drawn(rng, WHO[test], 2 * each):
+    for question in _drawn(rng, WHO[test], each * 3 // 2):
         yield question, I_AM
 
 
