@@ -13,6 +13,7 @@ from mlx_zh.recipe import load_recipe
 from mlx_zh.reporting.ending import Ending, chinese_share
 from mlx_zh.reporting.exam_results import Cell, Change, ExamResult, ExamRow
 from mlx_zh.reporting.findings import Findings, TrainingResult
+from mlx_zh.reporting.words import tiles
 from mlx_zh.stages.last_screen import last_screen
 
 CHANCE = (0.1, 0.4)
@@ -72,6 +73,12 @@ def test_answers_before_and_after_are_marked_where_the_right_one_is_known():
     assert shown[0][1][1] == ("训练后", "✓", "我叫小明。")
     assert shown[1] == ("河叫什么？", [("训练前", "✗", "河叫什么？"), ("训练后", "✗", "叫山。")])
     assert shown[2][1] == [("训练前", "", "hi"), ("训练后", "", "你好")]
+
+
+def test_the_report_counts_right_answers_at_its_top():
+    first = tiles(findings())[0]
+    assert (first.name.en, first.value) == ("Right answers", "0/2 → 1/2")
+    assert tiles(Findings("run", prompts=["你好"], answers={"base": ["hi"]})) == []
 
 
 def test_length_and_language_of_the_answers_are_shown_for_each_model():

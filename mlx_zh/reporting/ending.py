@@ -80,14 +80,8 @@ class Ending:
     def _answers_verdict(self) -> list[str]:
         if self._compared is None:
             return []
-        numbers = range(len(self._findings.prompts))
-        before, after = (
-            [right for number in numbers if (right := self._findings.is_right(stage, number)) is not None]
-            for stage in self._compared
-        )
-        if not after:
-            return []
-        return [self._say("ending-answers", before=sum(before), after=sum(after), count=len(after))]
+        (before, _), (after, count) = (self._findings.right_answers(stage) for stage in self._compared)
+        return [self._say("ending-answers", before=before, after=after, count=count)] if count else []
 
     def _exam(self, exam: ExamResult) -> list[str]:
         change = exam.rows[0].change if exam.rows else None

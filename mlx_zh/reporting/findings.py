@@ -95,6 +95,11 @@ class Findings:
         answers = self.answers.get(stage, [])
         return None if expected is None or number >= len(answers) else expected in answers[number]
 
+    def right_answers(self, stage: str) -> tuple[int, int]:
+        """How many of a stage's answers are right, and how many can be judged."""
+        judged = [self.is_right(stage, number) for number in range(len(self.prompts))]
+        return judged.count(True), len(judged) - judged.count(None)
+
 
 class StageFiles(Protocol):
     """What a report reads of a training stage."""

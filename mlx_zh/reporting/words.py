@@ -39,6 +39,11 @@ def mark(right: bool) -> str:
 def tiles(findings: Findings) -> list[Tile]:
     """The figures at the top of the report."""
     shown = []
+    stages = list(findings.answers)
+    right_answers = [findings.right_answers(stage) for stage in dict.fromkeys((*stages[:1], *stages[-1:]))]
+    if any(judged for _, judged in right_answers):
+        value = " → ".join(f"{right}/{judged}" for right, judged in right_answers)
+        shown.append(Tile(say("right_tile"), value, Text.same("")))
     for exam in findings.exams:
         average = exam.rows[0] if exam.rows else None
         cells = [average.cells[stage] for stage in exam.stages if stage in average.cells] if average else []
