@@ -54,17 +54,20 @@ def is_sentence(text: str) -> bool:
 
 _WORD = re.compile(r"[(“\"']*[A-Za-z][a-z’']+[.,;:!?)”\"'`]*")
 
-# Parts of other programs' messages, and a licence's own words.
+# Parts of other programs' messages, a licence's own words, and a sentence that has its Chinese beside it.
 NAMES = (
+    "(?i:",
+    "Caused GPU",
+    "Config name is missing",
+    "Hello ",
+    "Llama {0} is licensed",
+    "No module named pip",
+    "No space left on device",
+    "[METAL]",
     "[malloc]",
     "[metal::malloc]",
-    "No space left on device",
-    "No module named pip",
-    "Config name is missing",
-    "Llama {0} is licensed",
-    "Hello ",
     "failed: out of memory",
-    "(?i:",
+    "回答中断",
 )
 
 
