@@ -5,7 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.develop
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -c constraints.txt
+
+# Installs what follows with pip, and names each package as it comes. $(call install,WHAT)
+define install
+	@echo "Installing into $(VENV). The first time, some hundred megabytes are downloaded."
+	@$(PIP) $(1) || { echo "If the package index is slow or cannot be reached, name a mirror:"; \
+		echo "    PIP_INDEX_URL=https://MIRROR/simple make $(MAKECMDGOALS)"; exit 1; }
+endef
 
 .PHONY: quickstart test test-cores metal-calls soak bench lint format oracle audit fuzz clean
 
@@ -80,12 +87,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(call install,-e .)
 	@touch $@
 
 # Tools for those who change the program: linter, type checker, test runner.
 $(DEVELOP): $(INSTALLED)
-	$(PIP) -e '.[dev]'
+	$(call install,-e '.[dev]')
 	@touch $@
 
 clean:

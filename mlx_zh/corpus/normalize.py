@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.errors import DataError
+from mlx_zh.system.environment import pip_install
 
 # NFKC is applied to these characters only. Others would change their meaning or Chinese typography: NFKC turns the
 # full-width comma into an ASCII one, m² into m2, ½ into 1⁄2, ① into 1, … into three dots.
@@ -63,7 +64,7 @@ def simplifier() -> Callable[[str], str]:
         from opencc import OpenCC
     except ImportError as error:
         raise DataError(
-            "data.simplify needs OpenCC, which is not installed: run `pip install 'mlx-zh[opencc]'`, or leave "
+            f"data.simplify needs OpenCC, which is not installed: run `{pip_install('mlx-zh[opencc]')}`, or leave "
             "data.simplify out."
         ) from error
     convert: Callable[[str], str] = OpenCC("t2s").convert

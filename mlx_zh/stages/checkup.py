@@ -25,6 +25,7 @@ from mlx_zh.system import device, downloads, hub_choice, storage
 from mlx_zh.system import hub as hubs
 from mlx_zh.system.blas import blas_warning
 from mlx_zh.system.downloads import host
+from mlx_zh.system.environment import pip_install
 from mlx_zh.training.check_cases import Case, cases
 from mlx_zh.training.self_check import check
 
@@ -64,12 +65,12 @@ def versions() -> Iterator[Check]:
         try:
             installed = version(name)
         except PackageNotFoundError:
-            yield Check("fail", name, "is not installed", f"pip install '{name}=={tested}'")
+            yield Check("fail", name, "is not installed", pip_install(f"{name}=={tested}"))
             continue
         if _numbers(installed) < _numbers(tested):
-            yield Check("fail", name, f"{installed}; {tested} is needed", f"pip install '{name}=={tested}'")
+            yield Check("fail", name, f"{installed}; {tested} is needed", pip_install(f"{name}=={tested}"))
         elif _numbers(installed) > _numbers(tested):
-            remedy = f"if results look wrong: pip install '{name}=={tested}'"
+            remedy = f"if results look wrong: {pip_install(f'{name}=={tested}')}"
             yield Check("warn", name, f"{installed}; tested with {tested}", remedy)
         else:
             yield Check("ok", name, f"{installed}, the tested version")

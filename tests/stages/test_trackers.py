@@ -15,6 +15,7 @@ import pytest
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import load_recipe
 from mlx_zh.stages.trackers import TRACKERS, About, Trackers
+from mlx_zh.system.environment import pip_install
 
 KEYS = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC", "SWANLAB_MODE", "SWANLAB_API_KEY")
 
@@ -143,7 +144,7 @@ def test_a_tracker_that_is_not_installed_is_one_warning(name, tmp_path, monkeypa
     trackers, warnings = opened(tmp_path, name)
     trackers.log({"step": 1, "loss": 2.0})
     trackers.close()
-    assert warnings == [f"{name} is not installed (pip install 'mlx-zh[{name}]'); training goes on without it."]
+    assert warnings == [f"{name} is not installed ({pip_install(f'mlx-zh[{name}]')}); training goes on without it."]
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])

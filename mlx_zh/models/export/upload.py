@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.errors import UploadError, first_line
+from mlx_zh.system.environment import pip_install
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SECRET = re.compile(r"(hf_|ms-|Bearer )[\w-]+")
@@ -66,8 +67,8 @@ def _modelscope_api() -> Any:
         from modelscope.hub.api import HubApi
     except ImportError as error:
         raise UploadError(
-            "uploading to ModelScope needs a package that is not installed. Run `pip install 'mlx-zh[modelscope]'` "
-            "and `modelscope login`."
+            "uploading to ModelScope needs a package that is not installed. Run "
+            f"`{pip_install('mlx-zh[modelscope]')}` and `modelscope login`."
         ) from error
     return HubApi()
 
