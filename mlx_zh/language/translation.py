@@ -107,8 +107,8 @@ def wordings() -> Mapping[str, str]:
     import yaml
 
     text = files(__package__).joinpath("console.yaml").read_text(encoding="utf-8")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    entries: dict[str, str] = yaml.load(text, loader)
+    _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # SafeLoader where libyaml is missing
+    entries: dict[str, str] = yaml.load(text, Loader=_Loader)
     return entries
 
 
