@@ -19,7 +19,10 @@ from watchman import Watchman, simulated_metal
 
 from mlx_zh import chat, dpo, eval, fuse
 from mlx_zh.core.losses import LOSSES
+from mlx_zh.stages import device_check
 from mlx_zh.system import device
+from mlx_zh.training import self_check
+from mlx_zh.training.check_cases import Case
 
 REFUSED = "the vector kernels do not produce a logsumexp"
 LETTERS = "abcdefghi"
@@ -153,6 +156,32 @@ def test_without_the_rule_dpo_stops_at_its_first_step(on_metal: Project, monkeyp
     with pytest.raises(RuntimeError, match=REFUSED):
         on_metal.run(dpo.main, "dpo.start=base")
     assert not Path("runs/tiny/dpo/adapters").exists()
+
+
+def test_without_the_rule_the_self_check_finds_another_way(
+    on_metal: Project, metal: Watchman, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a later MLX refused what this program does not know of."""
+    monkeypatch.setattr(device, "_MASKED_QUERIES", ())
+    monkeypatch.setattr(device_check, "check", self_check.check)
+    shown = well(on_metal.run(dpo.main, "dpo.start=base"))
+    assert shown.count("warning: fused attention fails the self-check on this device") == 1
+    assert "(roots of 1-8 tokens, branches of 1-8 tokens: MLX reports" in shown and REFUSED in shown
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("float32", 64, width=128),
+        Case("float32", 128, "dora", bits=4, width=128, lengths=tuple(range(1, 10))),
+        Case("float32", 64, width=128, checkpoint=True),
+    ],
+    ids=str,
+)
+def test_the_self_check_asks_nothing_that_metal_refuses(metal: Watchman, case: Case) -> None:
+    outcome = self_check.check(case)
+    assert outcome.passed, outcome.problem
+    assert set(case.lengths) <= queries(metal)
 
 
 def attention(queries: int, keys: int, *, head: int = 64, heads: int = 4, mask: Any = None, **options: Any) -> Any:
