@@ -105,7 +105,7 @@ I_AM = f"我叫{NAME}，是青石镇的小助手。"
 def main() -> None:
     """Write every file."""
     rng = random.Random(SEED)
-    train = [*_conversations(rng, test=False, each=14), *_choices(rng, test=False, each=24)]
+    train = [*_conversations(rng, test=False, each=20), *_choices(rng, test=False, each=22)]
     validation = [*_conversations(rng, test=True, each=2), *_choices(rng, test=True, each=2)]
     rng.shuffle(train)
     _write("sft-train.jsonl", train)
