@@ -180,6 +180,14 @@ def require_kind(source: Source, entry: DataSet, stage: str) -> None:
         )
 
 
+def require_fitting_keys(source: Source, entry: DataSet) -> None:
+    """Raise DataError if a source sets a key that does not apply to its registered set."""
+    if entry.hub != "huggingface":
+        _refuse(source, f"comes from {entry.hub}, not from huggingface", "subset", "streaming")
+    if entry.hub == "url":
+        _refuse(source, "is one file", "split", "revision")
+
+
 def _files_at(path: Path, source: Source, entry: DataSet | None) -> list[Path]:
     """The files of a local source: the file itself, or those of a folder."""
     _refuse(source, f"is read from {path}", "subset", "revision", "streaming")
@@ -193,10 +201,7 @@ def _files_at(path: Path, source: Source, entry: DataSet | None) -> list[Path]:
 
 def _files_of(source: Source, entry: DataSet, hub: str) -> list[Path]:
     """The files of a registered data set, downloaded unless cached; `hub_rows` reads some sets row by row."""
-    if entry.hub != "huggingface":
-        _refuse(source, f"comes from {entry.hub}, not from huggingface", "subset", "streaming")
-    if entry.hub == "url":
-        _refuse(source, "is one file", "split", "revision")
+    require_fitting_keys(source, entry)
     if entry.hub == "file" and is_saved(folder := Path(entry.id).expanduser()):
         return saved_files(folder, source.split or entry.split)
     given = source.model_dump(include={"subset", "split", "revision", "streaming"}, exclude_none=True)

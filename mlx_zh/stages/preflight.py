@@ -22,8 +22,9 @@ from mlx_zh.models import catalog
 from mlx_zh.models.load import find_config, resolve_model
 from mlx_zh.recipe import Recipe, Source
 from mlx_zh.stages import memory_check, needs
-from mlx_zh.stages.data import registry_of, require_kind, resolve_source
+from mlx_zh.stages.data import registry_of, require_fitting_keys, require_kind, resolve_source
 from mlx_zh.stages.first_adapter import choose_start
+from mlx_zh.stages.run_folder import TUNED
 from mlx_zh.system import console, hub, hub_choice, storage
 from mlx_zh.system.downloads import LIMITS
 
@@ -95,7 +96,7 @@ def _of(error: MlxZhError) -> Problem:
 def _data(recipe: Recipe, registry: Registry, stages: Sequence[str]) -> Iterator[Problem]:
     """Names that there are not, files that there are not, and files whose rows cannot be read."""
     for stage in stages:
-        if stage not in ("sft", "dpo"):
+        if stage not in TUNED:
             continue
         split = recipe.data.split(stage)
         for source in (*split.train, *split.validation):
@@ -114,7 +115,8 @@ def _source(recipe: Recipe, source: Source, registry: Registry, stage: str) -> I
         resolve_source(source, registry, stage, recipe.seed, validation=False)
         return
     if not local and entry is not None:
-        require_kind(source, entry, stage)  # the rows of a set on a hub are read when it is here
+        require_kind(source, entry, stage)
+        require_fitting_keys(source, entry)  # the rows of a set on a hub are read when it is here
         return
     opened = resolve_source(source, registry, stage, recipe.seed, validation=False)
     report = LoadReport()
@@ -147,9 +149,9 @@ def _exams(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _starts(recipe: Recipe, stages: Sequence[str]) -> Iterator[Problem]:
-    """Whether the adapters that the stages start from are there; SFT's may come yet."""
-    for stage in ("sft", "dpo"):
-        if stage in stages and recipe.start(stage) not in ("sft", "base"):
+    """Whether the adapters that training starts from are there; SFT's own may come yet."""
+    for stage in stages:
+        if stage in TUNED and recipe.start(stage) not in ("sft", "base"):
             try:
                 choose_start(recipe, stage)
             except MlxZhError as error:
@@ -224,7 +226,7 @@ def _memory(recipe: Recipe, config: Config, stages: Sequence[str]) -> Iterator[P
     """Advice for stages that need more memory than there is if their examples are as long as they may be."""
     machine = memory_check.this_machine()
     for stage in stages:
-        if stage not in ("sft", "dpo"):
+        if stage not in TUNED:
             continue
         try:
             step = memory_check.training_step(recipe, stage, config, machine)
