@@ -36,12 +36,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.distributed.world import joined
     from mlx_zh.stages import preflight
+    from mlx_zh.stages.budgeting import settle
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
 
     with joined(console.warn) as world, RunFolder.of(recipe).all_at_work("eval", world):
         world.broadcast_result(lambda: preflight.check(recipe, ["eval"]))
-        return _ask(recipe, arguments, world)
+        return _ask(settle(recipe, world, force=True), arguments, world)
 
 
 def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:

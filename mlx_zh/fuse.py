@@ -24,8 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     if recipe is None:
         return 0
 
+    from mlx_zh.stages.budgeting import decided
     from mlx_zh.stages.run_folder import RunFolder
 
+    recipe = decided(recipe)
     with RunFolder.of(recipe).at_work("fuse"):
         _fuse(recipe, arguments)
     return 0

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from mlx_zh.errors import DataError
     from mlx_zh.stages import preflight
+    from mlx_zh.stages.budgeting import settle
     from mlx_zh.stages.run_folder import RunFolder
 
     splits = {"sft": recipe.data.sft, "dpo": recipe.data.dpo}
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return command.dry_run(recipe, stages)
     with RunFolder.of(recipe).at_work("prepare"):
         preflight.check(recipe, stages)
-        _prepare(recipe, stages, arguments.show)
+        _prepare(settle(recipe, force=True), stages, arguments.show)
     return 0
 
 

@@ -20,10 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.reporting.markdown import markdown
     from mlx_zh.reporting.page import page
     from mlx_zh.reporting.plots import write_plots
+    from mlx_zh.stages.budgeting import decided
     from mlx_zh.stages.run_folder import TUNED, RunFolder
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_text
 
+    recipe = decided(recipe)
     run = RunFolder.of(recipe)
     if not run.path.is_dir():
         raise DataError(

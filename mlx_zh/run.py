@@ -30,14 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.pipeline.runner import forced_from
     from mlx_zh.pipeline.state import State
     from mlx_zh.pipeline.steps import steps
+    from mlx_zh.stages import budgeting
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
 
     run = RunFolder.of(recipe)
+    recipe = budgeting.decided(recipe)
+    undecided = recipe.budget is not None and budgeting.matching(recipe, run) is None
     all_steps = steps(recipe, run)
     forced = forced_from(arguments.start, all_steps)
     planned = plan(State.of(run), recipe, all_steps, forced)
-    if arguments.dry_run or all(entry.why is None for entry in planned):
+    if arguments.dry_run and undecided:
+        console.say(
+            f"The budget of {recipe.budget} is decided when the run starts, by this machine's measured speed. "
+            "`mlx-zh plan RECIPE` shows what to expect."
+        )
+    if arguments.dry_run or (not undecided and all(entry.why is None for entry in planned)):
         console.say(_table(planned))
         if arguments.dry_run:
             console.say()
@@ -53,19 +61,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser("run", "Run all steps of a recipe. Steps that are up to date are not repeated.")
+    command.add_budget(parser)
     parser.add_argument("--from", dest="start", metavar="STEP", help="repeat this step and those after it")
     parser.add_argument("--dry-run", action="store_true", help="show which steps would run and why, and stop")
     return parser.parse_intermixed_args(argv)
 
 
 def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step], forced: set[str]) -> int:
+    from mlx_zh.pipeline.process import run_stage
     from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
-    from mlx_zh.stages import preflight
+    from mlx_zh.stages import budgeting, preflight
     from mlx_zh.system import console
 
     with run.at_work("run") as lock:
         preflight.check(recipe, _checked(recipe))
+        if recipe.budget is not None:
+            if (decision := budgeting.matching(recipe, run)) is not None:
+                console.say(budgeting.recalled(decision))
+            elif (status := run_stage("stages.deciding", arguments, lock)) != 0:
+                return status
+            recipe = budgeting.decided(recipe)
         state = State.of(run)
         status = Pipeline(recipe, arguments, steps, state, lock, console.say).run(forced)
     if status == 0:

@@ -15,7 +15,9 @@ from mlx_zh.recipe_text import time_text
 
 RESERVE = 0.05  # share of a budget that nothing is planned for: heat, other programs, examples longer than expected
 EXAMS = 0.25  # share of the time for training and exams that exams get when both have to be cut
+_MEASURED_SHARE, _MEASURED_SECONDS = 0.05, 30.0  # of the budget, and at most, that measuring takes
 _LEAST = {"sft": 20, "dpo": 10}  # steps below which a stage learns too little to be worth its time
+_ROUNDING = 1 + 1e-9  # so that a sum in another order still fits
 _BEYOND = 1 << 40  # more steps than anyone takes
 
 
@@ -51,7 +53,7 @@ class Training:
 
     def steps_within(self, seconds: float) -> int:
         """The largest number of steps that costs at most `seconds`."""
-        return _largest(lambda steps: self.seconds(steps) <= seconds, _BEYOND)
+        return _largest(lambda steps: self.seconds(steps) <= seconds * _ROUNDING, _BEYOND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,9 @@ def decide(costs: Costs, budget: float | None) -> Decision:
     full = {stage.name: stage.seconds(stage.full_steps) for stage in costs.trainings}
     whole_exams, training = costs.exam_seconds(costs.limit), sum(full.values())
     if budget is None:
-        return _decision(costs, {}, costs.limit)
-    free = budget * (1 - RESERVE) - sum(costs.fixed.values())
+        return _decision(costs, {}, costs.limit, 0.0)
+    measuring = measuring_seconds(budget)
+    free = budget * (1 - RESERVE) - measuring - sum(costs.fixed.values())
     least = sum(stage.seconds(stage.least_steps) for stage in costs.trainings)
     least_exams = whole_exams if costs.limit else costs.exam_seconds(1)
     if free < least + least_exams:
@@ -120,14 +123,15 @@ def decide(costs: Costs, budget: float | None) -> Decision:
         shares = {name: seconds + room * seconds / training for name, seconds in full.items()}
         # The steps of data that nobody has counted are bounded all the same.
         steps = {s.name: s.steps_within(shares[s.name]) for s in costs.trainings if not s.counted}
-        return _decision(costs, steps, costs.limit)
-    steps = {}
+        return _decision(costs, steps, costs.limit, measuring)
+    steps = {stage.name: stage.full_steps for stage in costs.trainings if not stage.counted}
     if training > for_training:
         shares = _shares(costs.trainings, for_training)
+        # At least the fewest useful steps, which rounding could miss by one.
         steps = {
-            stage.name: min(stage.steps_within(shares[stage.name]), stage.full_steps) for stage in costs.trainings
+            s.name: max(min(s.steps_within(shares[s.name]), s.full_steps), s.least_steps) for s in costs.trainings
         }
-    return _decision(costs, steps, _limit(costs, free - min(training, for_training)))
+    return _decision(costs, steps, _limit(costs, free - min(training, for_training)), measuring)
 
 
 def _shares(stages: tuple[Training, ...], seconds: float) -> dict[str, float]:
@@ -145,14 +149,16 @@ def _shares(stages: tuple[Training, ...], seconds: float) -> dict[str, float]:
 
 def _limit(costs: Costs, seconds: float) -> int | None:
     """The largest number of questions a subject that costs at most `seconds`; the recipe's own if it has one."""
-    if costs.limit or not costs.exams or costs.exam_seconds(None) <= seconds:
+    if costs.limit or not costs.exams or costs.exam_seconds(None) <= seconds * _ROUNDING:
         return costs.limit
     most = max(exam.questions for exam in costs.exams)
-    return max(_largest(lambda limit: costs.exam_seconds(limit) <= seconds, most), 1)
+    return max(_largest(lambda limit: costs.exam_seconds(limit) <= seconds * _ROUNDING, most), 1)
 
 
-def _decision(costs: Costs, steps: dict[str, int], limit: int | None) -> Decision:
+def _decision(costs: Costs, steps: dict[str, int], limit: int | None, measuring: float) -> Decision:
     seconds = dict(costs.fixed)
+    if measuring:
+        seconds["measure"] = seconds.get("measure", 0.0) + measuring
     for stage in costs.trainings:
         taken = min(steps.get(stage.name, stage.full_steps), stage.full_steps)
         seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.seconds(taken)
@@ -161,11 +167,18 @@ def _decision(costs: Costs, steps: dict[str, int], limit: int | None) -> Decisio
     return Decision(steps, limit, seconds)
 
 
+def measuring_seconds(budget: float) -> float:
+    """The seconds of a budget that measuring the machine may take."""
+    return min(_MEASURED_SECONDS, _MEASURED_SHARE * budget)
+
+
 def smallest_budget(costs: Costs) -> int:
     """The smallest useful budget in seconds, rounded up to a minute, or below two minutes to a second."""
     least = sum(stage.seconds(stage.least_steps) for stage in costs.trainings)
     least += costs.exam_seconds(costs.limit or 1) + sum(costs.fixed.values())
-    seconds = math.ceil(least / (1 - RESERVE) + 1e-6)
+    long = (least + _MEASURED_SECONDS) / (1 - RESERVE)
+    short = least / (1 - RESERVE - _MEASURED_SHARE)
+    seconds = math.ceil(min(long, short) + 1e-6)
     return seconds if seconds < 120 else 60 * math.ceil(seconds / 60)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_zh.corpus.registry import Registry
@@ -56,14 +56,17 @@ class DataSize:
         return all(source.counted for source in self.sources)
 
 
-def data_size(sources: Sources, stage: str, registry: Registry, *, mixing: str, max_length: int) -> DataSize:
+def data_size(
+    sources: Sources, stage: str, registry: Registry, *, mixing: str, max_length: int, density: float = 1.0
+) -> DataSize:
     """The size of a stage's data (sft or dpo): local files are looked at, registered sets are not downloaded.
 
-    Examples longer than `max_length` are counted as that long (pairs: one and a half times).
+    `density` is how many tokens the tokenizer makes of a text where Llama 3.1's makes one. Examples longer than
+    `max_length` are counted as that long (pairs: one and a half times).
     """
     longest = max_length if stage == "sft" else 1.5 * max_length
     sizes = (_source_size(source, stage, registry) for source in sources)
-    return DataSize(tuple(SourceSize(s.rows, min(s.tokens, longest), s.counted, s.weight) for s in sizes), mixing)
+    return DataSize(tuple(replace(size, tokens=min(size.tokens * density, longest)) for size in sizes), mixing)
 
 
 def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:

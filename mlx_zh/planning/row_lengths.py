@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,21 @@ def estimate_row_lengths(paths: Sequence[str]) -> RowLengths | None:
         except (OSError, ValueError):
             return None
     return RowLengths(rows, sampled, tokens / sampled) if sampled else None
+
+
+def density(encode: Callable[[str], int]) -> float:
+    """How many tokens a tokenizer makes of a mostly Chinese text where one is estimated; `encode` counts them."""
+    return encode(_SAMPLE) / _tokens(_SAMPLE)
+
+
+# Everyday Chinese with some English and digits, as in questions and answers.
+_SAMPLE = (
+    "请问怎样才能养成早起的习惯？首先，每天晚上十一点以前睡觉，睡前半小时不要看手机。"
+    "其次，把闹钟放在离床远一点的地方，这样必须起来才能关掉它。"
+    "第三，给早晨安排一件喜欢的事，比如喝一杯咖啡、散步或者读几页书。坚持 21 天以后，身体会逐渐适应新的作息。"
+    "Python is a popular programming language: it is easy to read, and many libraries exist for data analysis. "
+    "今天天气晴朗，适合去公园走走。"
+)
 
 
 def _tokens(value: Any) -> float:

@@ -38,8 +38,17 @@ def parser(stage: str, purpose: str) -> Parser:
     return options
 
 
+def add_budget(options: argparse.ArgumentParser) -> None:
+    """Add `--budget`, short for the override `budget=TIME`."""
+    options.add_argument(
+        "--budget", metavar="TIME", help="the time that the whole run may take, for example 8h, 90m or 1h30m"
+    )
+
+
 def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that a command line names; with `--print`, print it and return None. Raises RecipeError."""
+    if getattr(arguments, "budget", None) is not None:
+        arguments.overrides.append(f"budget={arguments.budget}")
     recipe = find_recipe(arguments.recipe, arguments.overrides)
     if arguments.print:
         print(recipe.to_yaml(), end="")
@@ -125,6 +134,7 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     )
     options.add_argument("--renew", action="store_true", help=argparse.SUPPRESS)  # given by `mlx-zh run`
     add_dry_run(options)
+    add_budget(options)
     launching.add_machines(options)
     arguments = options.parse_intermixed_args(argv)
     recipe = read_recipe(arguments)
@@ -137,6 +147,7 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
 
     from mlx_zh.distributed.world import joined
     from mlx_zh.stages import preflight
+    from mlx_zh.stages.budgeting import settle
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.tuning import tune
     from mlx_zh.system import console
@@ -148,4 +159,5 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
             )
         world.broadcast_result(lambda: preflight.check(recipe, [method.stage]))
         fresh = arguments.fresh or recipe.resume == "never"
+        recipe = settle(recipe, world, force=arguments.force)
         return tune(recipe, method, world, fresh=fresh, renew=arguments.renew, force=arguments.force)

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.core.families import Config
@@ -18,6 +17,7 @@ from mlx_zh.exams.catalog import NAMES, benchmark
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.language.notice import Notice
 from mlx_zh.planning.data_sizes import data_size
+from mlx_zh.planning.workload import SCORED, exam_size, stages_of
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.stages.data import registry_of
@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     from mlx_zh.planning.search import Step
     from mlx_zh.planning.speed import Speed
 
-_SCORED = {"sft": 0.6, "dpo": 0.8}  # share of an example's tokens that are scored
 _LONG = 24 * 3600.0  # seconds; a longer run is named as such
-
-# Tokens of a question and of a worked example: means of 26 subjects of C-Eval and 34 of CMMLU, at 0.75 tokens a
-# Chinese character and 0.27 of others, and 15 for the letters and the prompt around them.
-_EXAM_TOKENS = {"ceval": (81.0, 79.0), "cmmlu": (66.0, 43.0)}
-_OWN_QUESTION = 80.0  # tokens, in an exam of the user's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +48,6 @@ class Amount:
         return max_steps or max(math.ceil(epochs * math.ceil(self.examples / batch_size) - 1e-9), 1)
 
 
-def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The training stages that the recipe has data for."""
-    return tuple(name for name in ("sft", "dpo") if recipe.data.split(name).train)
-
-
 def amount_of(recipe: Recipe, stage: str) -> Amount:
     """What `stage` will learn from. Raises DataError for a registry file that cannot be read."""
     prepared = _prepared(recipe, stage)
@@ -72,7 +61,7 @@ def amount_of(recipe: Recipe, stage: str) -> Amount:
         held_out = data.validation_fraction * size.examples
     count = size.examples - (0 if split.validation else held_out)
     basis = Notice("outlook-expected" if size.counted else "outlook-assumed", rows=size.rows, tokens=size.tokens)
-    return Amount(count, held_out, size.tokens, _SCORED[stage] * size.tokens, basis)
+    return Amount(count, held_out, size.tokens, SCORED[stage] * size.tokens, basis)
 
 
 def _prepared(recipe: Recipe, stage: str) -> Amount | None:
@@ -158,30 +147,9 @@ def _writes(recipe: Recipe) -> bool:
 
 def _exam_tokens(recipe: Recipe, name: str) -> tuple[int, float]:
     """The questions that one model answers, and about how many tokens are computed for them."""
-    settings = recipe.evaluate
-    protocol = protocols()[settings.protocol]
-    shots = protocol.shots if settings.shots is None else settings.shots
-    if name in NAMES:
-        published = benchmark(name)
-        questions, subjects = published.splits[settings.split or published.default_split], len(published.subjects)
-        question, worked = _EXAM_TOKENS[name]
-    else:
-        subjects, questions = _own_exam(Path(name).expanduser())
-        question = worked = _OWN_QUESTION
-    if settings.limit is not None:
-        questions = min(questions, settings.limit * subjects)
-    return questions, subjects * shots * worked + questions * question  # a subject's examples are computed once
-
-
-def _own_exam(path: Path) -> tuple[int, int]:
-    """Subjects and about how many questions an exam of the user's own has: a question is a line of a CSV file."""
-    folder = next((path / split for split in ("test", "val") if (path / split).is_dir()), path)
-    tables = [path] if path.is_file() else sorted(folder.glob("*.csv"))
-    try:
-        lines = sum(max(table.read_bytes().count(b"\n") - 1, 1) for table in tables)
-    except OSError:
-        lines = 0
-    return max(len(tables), 1), max(lines, 1)
+    size, limit = exam_size(recipe, name), recipe.evaluate.limit
+    questions = size.questions if limit is None else min(size.questions, limit * size.subjects)
+    return questions, size.subjects * size.prefix + questions * size.question
 
 
 def show_needs(recipe: Recipe, config: Config) -> None:

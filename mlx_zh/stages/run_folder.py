@@ -62,6 +62,7 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self.samples = path / "samples.json"
         self.pipeline = path / "pipeline.json"
+        self.budget = path / "budget.json"  # what a time budget decided
         self.prepared = path / "data" / "report.json"  # the report of the prepared data
         self.exams = path / "eval"
         self.fused = path / "fused"

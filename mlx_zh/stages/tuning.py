@@ -22,13 +22,16 @@ from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
 from mlx_zh.stages import device_check, memory_check, plan_check, setbacks
+from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
+from mlx_zh.stages.forecast import Forecast
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
 from mlx_zh.stages.run_models import open_model
 from mlx_zh.stages.sample_answers import Samples
 from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
+from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt
 from mlx_zh.system.storage import write_json
 from mlx_zh.training import checkpoints
@@ -82,6 +85,7 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     loaded = open_model(recipe, world)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     corpus = prepare_stage(recipe, stage, renderer)
+    recipe = within_epochs(recipe, stage, len(method.examples(corpus, "train")))
     digests = file_digests(corpus)
     content = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
     if stage == "dpo" or start.folder is not None:
@@ -264,6 +268,10 @@ class Session:
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
         bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
+        section = self.section
+        forecast = Forecast(
+            self.stage, loop.total, loop.progress.step, section.eval_steps, expected(self.recipe, self.stage)
+        )
         before = dict(loop.weights)
         finished: Finished | None = None
         untouched = loop.progress.step == 0  # no step yet, and none that was given up: its peak is the plan's
@@ -274,6 +282,9 @@ class Session:
         try:
             for event in loop.run():
                 if isinstance(event, Stepped):
+                    if (corrected := forecast.stepped()) is not None:
+                        console.say(corrected)
+                    bar.end = clock(forecast.end) if forecast.said else ""
                     bar.update(event.figures)
                     trackers.log(event.figures)
                     if untouched:
@@ -294,6 +305,7 @@ class Session:
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
+                    forecast.validated()
                     console.say(_evaluation(event.figures))
                     trackers.log(event.figures)
                 elif isinstance(event, Finished):

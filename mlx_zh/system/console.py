@@ -135,6 +135,7 @@ class StepBar:
     def __init__(self, name: str, total: int, done: int) -> None:
         from tqdm import tqdm
 
+        self.end: str = ""  # when the stage will be done, such as `about 23:40`
         self._bar: Any = tqdm(
             total=total,
             initial=done,
@@ -155,7 +156,8 @@ class StepBar:
             f"loss {figures['loss']:.3f}, {margin}{figures['tokens_per_second']:.0f} tok/s, "
             f"{figures['peak_memory_gb']:.2f} GB"
         )
-        self._bar.set_postfix_str(self._figures, refresh=False)
+        end = in_readers_language(f", done {self.end}") if self.end else ""
+        self._bar.set_postfix_str(self._figures + end, refresh=False)
         self._bar.update()
 
     def note(self, text: str) -> None:

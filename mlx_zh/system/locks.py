@@ -73,6 +73,11 @@ def locked(folder: Path, work: str) -> Iterator[Lock]:
         os.close(descriptor)
 
 
+def in_pipeline() -> bool:
+    """Whether this process is a stage that `run` started."""
+    return _INHERITED in os.environ
+
+
 def _shared(path: Path) -> int | None:
     """The descriptor that this process inherited from its pipeline, if it belongs to this folder's lock."""
     try:
