@@ -159,5 +159,5 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
             )
         world.broadcast_result(lambda: preflight.check(recipe, [method.stage]))
         fresh = arguments.fresh or recipe.resume == "never"
-        recipe = settle(recipe, world, force=arguments.force)
-        return tune(recipe, method, world, fresh=fresh, renew=arguments.renew, force=arguments.force)
+        budgeted = settle(recipe, world, force=arguments.force)
+        return tune(budgeted, method, world, fresh=fresh, renew=arguments.renew, force=arguments.force)

@@ -11,16 +11,18 @@ import numpy as np
 
 from mlx_zh.core.logprobs import batch_logprobs
 from mlx_zh.corpus.render import Rendered
-from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.speed import timed
 from mlx_zh.planning.workload import SCORED
+from mlx_zh.stages import device_check
 from mlx_zh.stages.first_adapter import Start
+from mlx_zh.stages.setbacks import persistent
 from mlx_zh.stages.tuning import row_settings
+from mlx_zh.system import device
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.sft_objective import SftObjective
-from mlx_zh.training.step import OutOfMemory, loss_and_gradients, out_of_memory
+from mlx_zh.training.step import loss_and_gradients
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -28,40 +30,37 @@ if TYPE_CHECKING:
     from mlx_zh.training.objective import Row
 
 _FIRST_TOKENS = 256  # of the row that shows how long a call takes
-_SMALLEST_ROW = 64  # tokens; below it, memory is given up
 
 
 def measure_pace(recipe: Recipe, loaded: LoadedModel, tokens: float, *, seconds: float) -> Pace:
     """Time training, the forward pass, the optimizer and the generation of `loaded`, in about `seconds`.
 
     `tokens` is the mean length of the examples. The model gets the recipe's adapter, so it is of no other use
-    afterwards. Where memory runs out, rows are halved, as in training. Raises PlanError if none fits.
+    afterwards. Work that the accelerator gives up is repeated in shorter rows, as in training. Raises DeviceError,
+    or PlanError if the self-check fails.
     """
     start = Start(recipe, None)
-    start.attach(loaded, start.spec(loaded))
+    spec = start.spec(loaded)
+    unfused = device_check.needs_unfused(recipe, loaded, spec, force=True)  # training may refuse it
+    start.attach(loaded, spec)
     weights = trainable(loaded.model)
     mx.eval(weights)
-    while True:
-        try:
-            return _pace(recipe, loaded, weights, tokens, seconds)
-        except OutOfMemory:
-            mx.clear_cache()
-        micro_tokens = recipe.memory.micro_tokens // 2
-        if micro_tokens < _SMALLEST_ROW:
-            raise PlanError(
-                f"the speed cannot be measured, because no row of {_SMALLEST_ROW} tokens fits into memory. "
-                "Set memory.checkpoint_layers: true, or close other programs; then run the same command again."
-            )
-        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"micro_tokens": micro_tokens})})
+
+    def pace(micro_tokens: int) -> Pace:
+        memory = recipe.memory.model_copy(update={"micro_tokens": micro_tokens})
+        return _pace(recipe.model_copy(update={"memory": memory}), loaded, weights, tokens, seconds)
+
+    with device.unfused_attention(unfused):
+        measured, _ = persistent(pace, "measuring the speed", recipe.memory.micro_tokens)
+    return measured
 
 
 def _pace(recipe: Recipe, loaded: LoadedModel, weights: Arrays, tokens: float, seconds: float) -> Pace:
-    with out_of_memory():
-        row, step = _timed_row(recipe, loaded, weights, tokens, seconds / 2)
-        size = int(row.batch.tokens.size)
-        forward = timed(lambda: _forward(recipe, loaded, row), seconds / 5) / size
-        update = timed(lambda: _update(recipe, weights), seconds / 10)
-        one = timed(lambda: _one_token(loaded), seconds / 10)
+    row, step = _timed_row(recipe, loaded, weights, tokens, seconds / 2)
+    size = int(row.batch.tokens.size)
+    forward = timed(lambda: _forward(recipe, loaded, row), seconds / 5) / size
+    update = timed(lambda: _update(recipe, weights), seconds / 10)
+    one = timed(lambda: _one_token(loaded), seconds / 10)
     return Pace(training=step / size, forward=forward, update=update, generation=one)
 
 
