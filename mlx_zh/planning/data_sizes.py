@@ -22,6 +22,7 @@ class SourceSize:
     tokens: float
     counted: bool
     weight: float = 1.0
+    stored: int = 0  # rows of the whole set, all of which are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,10 @@ def data_size(
 
 def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:
     rows, tokens, counted = _stored(source, stage, registry)
+    stored = rows
     if source.max_samples is not None:
         rows, counted = min(rows, source.max_samples) if counted else source.max_samples, True
-    return SourceSize(max(rows, 1), tokens, counted, source.weight)
+    return SourceSize(max(rows, 1), tokens, counted, source.weight, stored)
 
 
 def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float, bool]:

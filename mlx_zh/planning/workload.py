@@ -162,7 +162,8 @@ def _fixed(
     answers = len(recipe.evaluate.prompts) * recipe.evaluate.max_new_tokens * machine.pace.generation
     fixed = {"measure": load} if recipe.budget else {}
     if sizes:
-        fixed["prepare"] = _PROCESS + _READ_ROW * sum(size.rows for size in sizes.values())
+        stored = sum(source.stored for size in sizes.values() for source in size.sources)
+        fixed["prepare"] = _PROCESS + _READ_ROW * stored
     fixed |= dict.fromkeys(examined, load)
     for number, name in enumerate(sizes):
         fixed[name] = load + answers * (2 if number == 0 else 1)  # the base answers too, before the first stage

@@ -36,8 +36,7 @@ def measure_pace(recipe: Recipe, loaded: LoadedModel, tokens: float, *, seconds:
     """Time training, the forward pass, the optimizer and the generation of `loaded`, in about `seconds`.
 
     `tokens` is the mean length of the examples. The model gets the recipe's adapter, so it is of no other use
-    afterwards. Work that the accelerator gives up is repeated in shorter rows, as in training. Raises DeviceError,
-    or PlanError if the self-check fails.
+    afterwards. Work that the accelerator gives up is repeated in shorter rows, as in training. Raises DeviceError.
     """
     start = Start(recipe, None)
     spec = start.spec(loaded)
