@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -193,11 +194,11 @@ def test_the_largest_row_takes_the_longest_that_fit() -> None:
 # The recipes for Llama-3.1-8B
 
 
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", ["16gb", "32gb", "64gb", "evening"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_the_llama_recipes_fit_the_macs_they_are_named_after(size: int, stage: str) -> None:
-    recipe = load_recipe(ROOT / f"recipes/llama31-8b-zh-{size}gb.yaml")
-    place = memory_check.mac(size * GIB)
+def test_the_llama_recipes_fit_the_macs_they_are_named_after(size: str, stage: str) -> None:
+    recipe = load_recipe(ROOT / f"recipes/llama31-8b-zh-{size}.yaml")
+    place = memory_check.mac(int(size.removesuffix("gb").replace("evening", "16")) * GIB)
     peak = memory_check.training_step(recipe, stage, LLAMA, place).memory(recipe.memory).peak
     assert 5e9 < peak < 0.85 * place.budget  # with room for what a Mac does beside
 
@@ -380,3 +381,84 @@ def test_the_matrices_of_a_block_are_what_the_model_has(tiny_model: Any) -> None
         sizes = {name: tuple(a.shape[::-1]) for name, a in tree_flatten(model.layers[0].parameters()) if a.ndim == 2}
         assert {n.split(".")[1]: size for n, size in sizes.items()} == {name: shape.matrix(name) for name in LINEAR}
         assert shape.block_values == sum(array.size for _, array in tree_flatten(model.layers[0].parameters()))
+
+
+# Predictions
+
+
+def test_the_shipped_recipes_say_what_the_planner_predicts() -> None:
+    """The days and the amounts in their comments, which nobody would otherwise change with the planner."""
+    from mlx_zh.models.load import find_config
+    from mlx_zh.planning.chips import chip_named
+    from mlx_zh.stages.mac_table import predicted
+
+    for size in (16, 32, 64):
+        path = ROOT / f"recipes/llama31-8b-zh-{size}gb.yaml"
+        recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+        config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+        said = re.findall(r"(\d+) days on an (M\d(?: Pro| Max| Ultra)?)", text)
+        assert len(said) == 5
+        for days, name in said:
+            chip = chip_named(name)
+            assert chip is not None and max(chip.memory) >= size
+            assert round(predicted(recipe, config, chip).total / 86400) == int(days), name
+            assert f"{name} 约 {days} 天" in text or f"{name} 和" in text
+    path = ROOT / "recipes/llama31-8b-zh-evening.yaml"
+    recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+    for name, learned, compared in (("M1", 2100, 120), ("M2", 4200, 250), ("M4", 4400, 260), ("M5", 9400, 650)):
+        chip = chip_named(name)
+        assert chip is not None
+        decision = predicted(recipe, config, chip)
+        assert 5 * 3600 < decision.total < 6 * 3600
+        assert decision.steps["sft"] * recipe.sft.batch_size == pytest.approx(learned, rel=0.02)
+        assert decision.steps["dpo"] * recipe.dpo.batch_size == pytest.approx(compared, rel=0.02)
+        assert f"{learned:,} " in text and f"约 {learned} 条" in text and f"{compared} 对" in text
+
+
+def test_a_chip_is_predicted_by_hand() -> None:
+    """An M4 has 10 cores of 128 multiply-adds at 1.47 GHz: 3.76 TFLOPS, of which training reaches 40 %."""
+    from mlx_zh.planning.chips import chip_named, predicted_pace
+    from mlx_zh.planning.pace import training_flops
+
+    chip = chip_named("apple m4")
+    assert chip is not None and chip.flops == pytest.approx(3.763e12, rel=1e-3)
+    shape, spec = model_shape(LLAMA), AdapterSpec("lora", 32, 16)
+    blocks = 2 * 32 * shape.block_values
+    adapter, head = 6 * trained_values(shape, spec), 0.6 * 4 * 4096 * 128256
+    assert training_flops(shape, spec, scored=0.6, checkpoint=False) == 2 * blocks + adapter + head
+    assert training_flops(shape, spec, scored=0.6, checkpoint=True) == 3 * blocks + adapter + head
+    pace = predicted_pace(chip, shape, spec, METAL, checkpoint=False, scored=0.6)
+    assert pace.training == pytest.approx((2 * blocks + adapter + head) / (0.4 * 3.763e12), rel=1e-3)
+    assert pace.forward == pytest.approx(blocks / (0.65 * 3.763e12), rel=1e-3)
+    m1_max = chip_named("M1Max")
+    assert m1_max is not None
+    # The published figure that the share of the M1 is taken from.
+    assert 1 / predicted_pace(m1_max, shape, spec, METAL, checkpoint=False, scored=0.6).training == pytest.approx(
+        99, rel=0.03
+    )
+
+
+def test_a_plan_with_a_budget_shows_the_decision(
+    config_only: Path, run_stage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ROOT / "recipes" / "llama31-8b-zh-16gb.yaml"
+    assert run_stage(plan.main, recipe, f"model.path={config_only}", "--chip", "M2 Pro", "--budget", "8h") == 0
+    shown = capsys.readouterr().out
+    assert "Predicted for M2 Pro, from its published figures and not measured" in shown
+    assert re.search(r"sft .* \d+ of 18,\d+ steps of 16 examples", shown) and "of 8h" in shown
+    assert run_stage(plan.main, recipe, f"model.path={config_only}", "--chip", "M2") == 0
+    shown = capsys.readouterr().out
+    assert "all 18," in shown and "For a night, set budget: 8h" in shown
+    assert run_stage(plan.main, recipe, "--chip", "M99") == 2
+    assert "'M99' is not a known chip; choose from M1, M1 Pro" in capsys.readouterr().err
+
+
+def test_the_table_of_macs(run_stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = [ROOT / f"recipes/llama31-8b-zh-{name}.yaml" for name in ("evening", "64gb")]
+    assert run_stage(plan.main, "--table", *recipes) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
+    assert by_name["`llama31-8b-zh-evening`"][:2] == ["9.2 GB", "16 GB"]
+    assert by_name["`llama31-8b-zh-64gb`"][:2] == ["33.2 GB", "48 GB"]
+    assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M4"][1] == "— |"  # at most 32 GB
+    assert by_name["M4 Max"][1] == "6 days |"

@@ -16,10 +16,14 @@ from mlx_zh.core.families import Config
 from mlx_zh.exams.catalog import NAMES, benchmark
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.language.notice import Notice
+from mlx_zh.planning.chips import Chip, predicted_pace
 from mlx_zh.planning.data_sizes import data_size
+from mlx_zh.planning.memory import trained_values
+from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.workload import SCORED, exam_size, stages_of
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
+from mlx_zh.stages.budgeting import decision_for, explained, record_of
 from mlx_zh.stages.data import registry_of
 from mlx_zh.stages.memory_check import Machine
 from mlx_zh.stages.needs import disk_bytes, downloads_of
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_zh.planning.search import Step
     from mlx_zh.planning.speed import Speed
 
+_ONE_BY_ONE = 10.0  # a generated token reads all weights, and takes about as long as so many tokens of a row
 _LONG = 24 * 3600.0  # seconds; a longer run is named as such
 
 
@@ -173,15 +178,58 @@ def show_total(seconds: float) -> None:
         console.say(Notice("outlook-long", hours=seconds / 3600))
 
 
-def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False) -> bool:
+def pace_of(recipe: Recipe, step: Step, speed: Speed) -> Pace:
+    """The pace of a machine of which one block was measured."""
+    model, checkpoint = step.model, recipe.memory.checkpoint_layers
+    training = speed.step_seconds(model, step.trained, tokens=1.0, scored=SCORED["sft"], checkpoint=checkpoint)
+    update = speed.update * trained_values(model, step.trained)
+    forward = speed.forward_seconds(model, tokens=1.0, scored=0.0)
+    return Pace(training - update, forward, update, _ONE_BY_ONE * forward)
+
+
+def show_predicted(recipe: Recipe, config: Config, machine: Machine, chip: Chip) -> None:
+    """Print how a run is spent on `chip`, by its published figures."""
+    step = memory_check.training_step(recipe, "sft", config, machine)
+    checkpoint = recipe.memory.checkpoint_layers
+    pace = predicted_pace(chip, step.model, step.trained, step.target, checkpoint=checkpoint, scored=SCORED["sft"])
+    console.say(
+        f"Predicted for {chip.name}, from its published figures and not measured: "
+        f"{1 / pace.training:,.3g} tokens/s in training, {1 / pace.forward:,.3g} when only read."
+    )
+    show_budget(recipe, config, machine, pace)
+
+
+def show_budget(recipe: Recipe, config: Config, machine: Machine, pace: Pace) -> None:
+    """Print how the time of a run is spent, with what its budget would decide at this pace."""
+    costs, decision = decision_for(recipe, config, machine, pace)
+    console.say(explained(recipe, record_of(recipe, costs, decision, pace)))
+    if recipe.budget:
+        console.say("The run itself measures before it decides.")
+    elif decision.total > _LONG:
+        console.say(Notice("outlook-long", hours=decision.total / 3600))
+
+
+def _roomy_enough(recipe: Recipe, config: Config, chip: Chip) -> int:
+    """The smallest memory in GB that is sold with `chip` and fits the recipe; the largest if none does."""
+    for size in chip.memory:
+        machine = memory_check.mac(size * 2.0**30)
+        steps = [memory_check.training_step(recipe, name, config, machine) for name in stages_of(recipe) or ("sft",)]
+        if all(step.memory(recipe.memory).peak <= machine.budget for step in steps):
+            return size
+    return chip.memory[-1]
+
+
+def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False, chip: Chip | None = None) -> bool:
     """Print the plan of a whole run, for this machine or a Mac with `memory` bytes; returns whether it fits.
 
-    `measured` measures this machine's speed, for the times. Raises MlxZhError.
+    `measured` measures this machine's speed for the times, `chip` predicts them. Raises MlxZhError.
     """
     from mlx_zh.models.load import find_config
     from mlx_zh.planning.speed import measure
 
     config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    if memory is None and chip is not None:
+        memory = _roomy_enough(recipe, config, chip) * 2.0**30
     machine = memory_check.this_machine() if memory is None else memory_check.mac(memory)
     stages = stages_of(recipe)
     fits, seconds, speed = True, 0.0, None
@@ -196,7 +244,11 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False)
     if speed is not None:
         seconds += show_exams(recipe, ("base", *stages), step, speed)
     show_needs(recipe, config)
-    if seconds:
+    if chip is not None:
+        show_predicted(recipe, config, machine, chip)
+    elif recipe.budget and speed is not None:
+        show_budget(recipe, config, machine, pace_of(recipe, step, speed))
+    elif seconds:
         show_total(seconds)
         console.say("Expect it within a third: other programs, heat and the lengths of your examples all count.")
     return fits
