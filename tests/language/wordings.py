@@ -54,7 +54,7 @@ def is_sentence(text: str) -> bool:
 
 _WORD = re.compile(r"[(“\"']*[A-Za-z][a-z’']+[.,;:!?)”\"'`]*")
 
-# Parts of other programs' messages, a licence's own words, and a sentence that has its Chinese beside it.
+# Parts of other programs' messages, sample text, a licence's own words, and a sentence beside its Chinese.
 NAMES = (
     "(?i:",
     "Caused GPU",
@@ -68,6 +68,7 @@ NAMES = (
     "[metal::malloc]",
     "failed: out of memory",
     "回答中断",
+    "请问怎样",
 )
 
 
