@@ -205,3 +205,34 @@ def test_a_config_is_enough_for_the_disk(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes/llama31-8b-zh-16gb.yaml", [f"model.path={tmp_path / 'model'}"])
     # Twice 4.5 GB; for SFT and DPO 0.17 GB of adapter, thrice in each of 3 checkpoints and twice more; 1 GB beside.
     assert re.search(r"takes up to 13\.7 GB", checkup.disk(recipe).text)
+
+
+# M1
+
+
+def on_an_m1(monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    monkeypatch.setattr(device, "back_end", lambda: "metal")
+    monkeypatch.setattr(device, "chip", lambda: chip)
+
+
+@pytest.mark.parametrize("chip", ["Apple M1", "Apple M1 Pro", "Apple M1 Max", "Apple M1 Ultra"])
+def test_an_m1_is_advised_to_use_float16(project: Project, monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    """By doctor and plan, and not if the model computes in float16 or float32 anyway."""
+    from mlx_zh import plan
+
+    on_an_m1(monkeypatch, chip)
+    told = f"{chip} has no bfloat16 arithmetic. With model.dtype=float16, products with 4-bit weights took 17.2 ms"
+    assert told in project.run(doctor.main, "--quick", "model.dtype=bfloat16").out
+    assert told in project.run(plan.main, "--quick", "model.dtype=bfloat16").out
+    for dtype in ("float16", "float32"):
+        assert "bfloat16 arithmetic" not in project.run(doctor.main, "--quick", f"model.dtype={dtype}").out
+        assert "bfloat16 arithmetic" not in project.run(plan.main, "--quick", f"model.dtype={dtype}").out
+    assert "bfloat16 arithmetic" not in project.run(plan.main, "--memory", "16GB", "model.dtype=bfloat16").out
+
+
+@pytest.mark.parametrize(
+    "chip", ["Apple M2", "Apple M3 Max", "Apple M4 Pro", "Apple M10", "", "Apple Paravirtual device"]
+)
+def test_other_chips_are_not(project: Project, monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
+    on_an_m1(monkeypatch, chip)
+    assert "bfloat16 arithmetic" not in project.run(doctor.main, "--quick", "model.dtype=bfloat16").out

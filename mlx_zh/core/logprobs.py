@@ -7,7 +7,7 @@ vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,14 +73,29 @@ def hidden_states(
     backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
     prefix.
     """
+    for hidden in residual_stream(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix):
+        last = hidden
+    return decoder(model).norm(last)
+
+
+def residual_stream(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    checkpoint: bool = False,
+    noise: TokenNoise | None = None,
+    prefix: Prefix | None = None,
+) -> Iterator[mx.array]:
+    """The embedded tokens (T, D), and then the output (T, D) of each block; for the options see `hidden_states`."""
     inner = decoder(model)
     hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
     if noise is not None:
         hidden = noise.embeddings(hidden)
+    yield hidden
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
         hidden = _run_block(layer, hidden, batch, checkpoint, noise, past)
-    return inner.norm(hidden)
+        yield hidden
 
 
 def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | None = None) -> Prefix:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +17,12 @@ import mlx.core as mx
 import psutil
 
 from mlx_zh import __version__
+from mlx_zh.core.families import Config
 from mlx_zh.errors import MlxZhError, first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
-from mlx_zh.stages import memory_check
+from mlx_zh.stages import half_precision, memory_check
 from mlx_zh.system import device, downloads, hub_choice, storage
 from mlx_zh.system import hub as hubs
 from mlx_zh.system.blas import blas_warning
@@ -49,6 +51,7 @@ def checks(recipe: Recipe | None = None) -> Iterator[Check]:
     yield from versions()
     yield back_end()
     yield processor()
+    yield from precision(recipe)
     yield memory()
     yield wired()
     if sys.platform == "linux":
@@ -99,6 +102,18 @@ def processor() -> Check:
     info = mx.device_info()
     name = str(info.get("device_name") or platform.processor() or "unknown")
     return Check("ok", "chip", f"{name} ({info.get('architecture', platform.machine())}), {free_cores()} cores")
+
+
+def precision(recipe: Recipe | None) -> Iterator[Check]:
+    """The advice to use float16, where bfloat16 is slow."""
+    from mlx_zh.models.load import find_config
+
+    config: Config | None = None
+    if recipe is not None:
+        with suppress(MlxZhError):
+            config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    if remark := half_precision.advice(recipe, config):
+        yield Check("ok", "precision", "bfloat16 works, but slowly", remark)
 
 
 def free_cores() -> int:

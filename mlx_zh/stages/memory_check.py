@@ -88,11 +88,16 @@ def target_of(recipe: Recipe, config: Config, machine: Machine) -> Target:
     """The precision of the loaded model, by the same rules as `models.load`."""
     if machine.cpu and recipe.model.dtype == "auto":
         return Target(4, None, fused_attention=False)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    size = _BYTES.get(stored if recipe.model.dtype == "auto" else recipe.model.dtype, 2)
+    size = _BYTES.get(dtype_of(recipe, config), 2)
     requested = recipe.model.quantization
     packing = Packing(*requested) if requested else _packing(config.get("quantization"))
     return Target(size, packing, not machine.cpu, machine.attention_tile)
+
+
+def dtype_of(recipe: Recipe, config: Config) -> str:
+    """The type that the model computes in on a GPU: the recipe's, or the one that its weights are stored in."""
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return stored if recipe.model.dtype == "auto" else recipe.model.dtype
 
 
 def _packing(described: Any) -> Packing | None:

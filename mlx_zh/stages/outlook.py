@@ -22,7 +22,7 @@ from mlx_zh.planning.memory import trained_values
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.workload import SCORED, exam_size, stages_of
 from mlx_zh.recipe import Recipe
-from mlx_zh.stages import memory_check
+from mlx_zh.stages import half_precision, memory_check
 from mlx_zh.stages.budgeting import decision_for, explained, record_of
 from mlx_zh.stages.data import registry_of
 from mlx_zh.stages.memory_check import Machine
@@ -243,6 +243,8 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
             seconds += show_time(recipe, name, step, speed) if stages else 0.0
     if speed is not None:
         seconds += show_exams(recipe, ("base", *stages), step, speed)
+    if memory is None and (remark := half_precision.advice(recipe, config)):
+        console.say(remark)
     show_needs(recipe, config)
     if chip is not None:
         show_predicted(recipe, config, machine, chip)

@@ -63,7 +63,7 @@ def _report(
             f"{model.layers} layers D={model.hidden} F={model.intermediate} A={model.queries} K={model.keys} "
             f"heads={model.heads} V={model.vocabulary} {packing} {8 * target.value_bytes}-bit values",
             f"{stage} {trained.kind} rank={trained.rank} layers={trained.num_layers} dropout={trained.dropout}",
-            f"{rows} rows, the largest {row.tokens} tokens in {len(row.segments)} segments up to {longest}, "
+            f"rows: {rows}, the largest {row.tokens} tokens in {len(row.segments)} segments up to {longest}, "
             f"{row.scored} scored",
             f"checkpoint_layers={memory.checkpoint_layers} logit_rows={memory.logit_rows}",
             f"{planned.phase}: {parts} MB",

@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import mlx.core as mx
-import numpy as np
-
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
-from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe, Training
-from mlx_zh.stages import device_check, memory_check, plan_check, setbacks
+from mlx_zh.stages import device_check, memory_check
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.forecast import Forecast
@@ -29,6 +25,7 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
 from mlx_zh.stages.run_models import open_model
 from mlx_zh.stages.sample_answers import Samples
+from mlx_zh.stages.step_warnings import StepWarnings
 from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
@@ -272,9 +269,8 @@ class Session:
         forecast = Forecast(
             self.stage, loop.total, loop.progress.step, section.eval_steps, expected(self.recipe, self.stage)
         )
-        before = dict(loop.weights)
+        warnings = StepWarnings(self.recipe, self.stage, self.loaded.config, self.spec, loop)
         finished: Finished | None = None
-        untouched = loop.progress.step == 0  # no step yet, and none that was given up: its peak is the plan's
         if watch is not None:
             for line in loop.log.read():
                 if "loss" in line:
@@ -287,21 +283,10 @@ class Session:
                     bar.end = clock(forecast.end) if forecast.said else ""
                     bar.update(event.figures)
                     trackers.log(event.figures)
-                    if untouched:
-                        self._compare_with_plan(loop, event)
-                    untouched = False
-                    if not event.result.applied:
-                        console.warn(_skipped(event))
-                    elif event.figures["step"] == 1 and _same(before, loop.weights):
-                        console.warn(Notice("first-step-changed-nothing", grad_norm=event.result.grad_norm))
-                    for warning in [] if watch is None else watch.step(event.figures):
+                    for warning in [*warnings.of(event), *([] if watch is None else watch.step(event.figures))]:
                         console.warn(warning)
-                elif isinstance(event, Shortened):
-                    setbacks.warn_shortened(event.work, event.micro_tokens, event.fault)
-                    untouched = False
-                elif isinstance(event, Repeated):
-                    setbacks.warn_repeated(event.work, event.fault)
-                    untouched = False
+                elif isinstance(event, Shortened | Repeated):
+                    warnings.given_up(event)
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
@@ -315,13 +300,6 @@ class Session:
             trackers.close()
         assert finished is not None
         return finished
-
-    def _compare_with_plan(self, loop: Loop, event: Stepped) -> None:
-        rows = loop.objective.rows(np.array(event.examples), 0)
-        measured = event.figures["peak_memory_gb"] * 1e9
-        warning = plan_check.deviation(self.recipe, self.stage, self.loaded.config, self.spec, rows, measured)
-        if warning is not None:
-            console.warn(warning)
 
     def _trackers(self, steps_done: int) -> Trackers:
         recipe = self.recipe
@@ -406,19 +384,10 @@ def _evaluation(figures: Mapping[str, object]) -> str:
     return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
 
 
-def _skipped(event: Stepped) -> Notice:
-    loss, norm = str(event.result.loss), str(event.result.grad_norm)  # as text, because JSON has no NaN or infinity
-    return Notice("step-skipped", step=event.figures["step"], loss=loss, grad_norm=norm, examples=event.examples)
-
-
 def _without_length(values: Values, stage: str) -> Values:
     """The settings without those that say how long the stage trains."""
     section = {key: value for key, value in values[stage].items() if key not in ("epochs", "max_steps")}
     return {"key": learning_key({**values, stage: section})}
-
-
-def _same(left: Arrays, right: Arrays) -> bool:
-    return all(bool(mx.array_equal(left[name], right[name])) for name in left)
 
 
 def _read_json(path: Path) -> dict[str, object] | None:

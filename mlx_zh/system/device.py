@@ -75,6 +75,18 @@ def attention_tile(name: str | None = None) -> int:
     return _rule(_ATTENTION_TILES, name or back_end())
 
 
+def chip() -> str:
+    """The name of the chip that MLX computes on, such as "Apple M1 Max"; empty where MLX has none."""
+    import mlx.core as mx
+
+    return str(mx.device_info().get("device_name", ""))
+
+
+def emulates_bfloat16() -> bool:
+    """Whether the GPU has float16 but no bfloat16 arithmetic, as those of the M1, M1 Pro, M1 Max and M1 Ultra."""
+    return back_end() == "metal" and chip().split()[:2] == ["Apple", "M1"]
+
+
 def _rule(table: tuple[tuple[str, tuple[int, ...], int], ...], name: str) -> int:
     """The value of the first rule of `table` for the back end `name` and this version of MLX; 0 if there is none."""
     return next((value for backend, since, value in table if backend == name and mlx_version() >= since), 0)

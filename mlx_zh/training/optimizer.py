@@ -90,7 +90,7 @@ def _parts(names: Sequence[str], weights: Arrays) -> Iterator[list[str]]:
         yield part
 
 
-_PART_BYTES = 2**28
+_PART_BYTES = 2**23
 
 
 def _update_part(

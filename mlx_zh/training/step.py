@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_zh.core.logprobs import decoder
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.system.accelerator import accelerator_errors, repeated
 from mlx_zh.training.objective import Objective, Row, Sums
@@ -42,6 +43,18 @@ def set_weights(model: nn.Module, weights: Arrays) -> None:
     model.update(tree_unflatten(list(weights.items())))
 
 
+def loss_scale(model: nn.Module, rows: list[Row]) -> float:
+    """The factor of the loss in the backward pass of a float16 model; 1 for any other.
+
+    The gradient of a position is divided by the step's count, so in float16, whose smallest number is 6e-8, it would
+    lose digits or become 0. The factor is a power of two, so taking it out again changes no digit. It is an eighth of
+    the count, because a row's gradients are summed, and they must stay below 65,504.
+    """
+    if not rows or decoder(model).norm.weight.dtype != mx.float16:
+        return 1.0
+    return 2.0 ** max(math.floor(math.log2(rows[0].count)) - 3, 0)
+
+
 def loss_and_gradients(
     model: nn.Module, objective: Objective, rows: list[Row], weights: Arrays
 ) -> tuple[mx.array, Sums, Arrays]:
@@ -51,14 +64,19 @@ def loss_and_gradients(
     those of `weights`, by name.
     """
 
+    scale = loss_scale(model, rows)
+
     def share(weights: Arrays, row: Row) -> tuple[mx.array, Sums]:
         set_weights(model, weights)
-        return objective.share(model, row)
+        loss, sums = objective.share(model, row)
+        return (loss if scale == 1 else loss * scale), sums
 
     value_and_grad: Any = mx.value_and_grad(share)
     total: tuple[mx.array, Sums, Arrays] | None = None
     for row in objective.prepared(model, rows):
         (loss, sums), gradients = value_and_grad(weights, row)
+        if scale != 1:
+            loss, gradients = loss / scale, {name: value / scale for name, value in gradients.items()}
         if total is not None:
             loss = total[0] + loss
             sums = {name: total[1][name] + value for name, value in sums.items()}

@@ -45,7 +45,7 @@ def test_a_deviation_is_told_once_and_the_report_has_it(
     notice = notice_of(record)
     assert notice is not None and notice.code == "plan-deviates" and "第一步的内存峰值" in notice.text("zh")
     line = notice.values["line"]
-    assert line.startswith(f"mlx {mx.__version__}") and "sft lora rank=4" in line and "2 rows, the largest" in line
+    assert line.startswith(f"mlx {mx.__version__}") and "sft lora rank=4" in line and "rows: 1, the largest " in line
     assert str(project.model) not in line and str(Path.cwd()) not in line
 
 
@@ -57,9 +57,7 @@ def test_a_step_that_was_given_up_is_not_compared(project: Project, monkeypatch:
     def victim(*arguments: object) -> object:
         calls.append(1)
         if len(calls) == 1:
-            raise RuntimeError(
-                "[METAL] Command buffer execution failed: (5:kIOGPUCommandBufferCallbackErrorInnocentVictim)"
-            )
+            raise RuntimeError("kIOGPUCommandBufferCallbackErrorInnocentVictim")
         return gradients(*arguments)
 
     monkeypatch.setattr(step, "loss_and_gradients", victim)
