@@ -78,6 +78,7 @@ def better_answers(guess: Guess, rows: Sequence[Row]) -> Guess | None:
         "orca": ("prompt-response", {"prompt": theirs["question"], **kept, "response": theirs["chosen"]}),
         "prompt": ("prompt-response", {"prompt": theirs["prompt"], **kept, "response": theirs["chosen"]}),
         "implicit": ("messages", {"messages": theirs["chosen"]}),
+        "swift": ("messages", {"messages": guess.columns.get("messages", "messages")}),
     }
     if guess.format not in forms:
         return None

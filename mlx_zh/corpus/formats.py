@@ -5,6 +5,10 @@
     messages         messages = [{role, content}, …]                     (OpenAI)
     belle-seed       instruction, instances = [{input, output}, …]       one conversation for each instance
     prompt-response  prompt, response (or completion), system?
+    query-response   query, response, system?, history?                  (ms-swift)
+    rounds           conversation = [{human, assistant}, …]              (Firefly), or [{system?, input, output}, …]
+    alternating      data = [question, answer, …]                        (UltraChat)
+    moss             meta_instruction, chat = {turn_1: {Human, MOSS}, …}
     mathglm          lines of text, expression=step=…=answer             only when named, never recognised
 
 A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
@@ -16,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
+from mlx_zh.corpus import dialogues
 from mlx_zh.corpus.conversation import Conversation, Message
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import (
@@ -113,6 +118,22 @@ FORMATS: dict[str, Format[Messages]] = {
         ("prompt", "response", "completion", "system"),
         lambda row: "prompt" in row and ("response" in row or "completion" in row),
         _prompt_response,
+    ),
+    "query-response": Format(
+        ("query", "response", "system", "history"),
+        lambda row: "query" in row and "response" in row,
+        dialogues.query_response,
+    ),
+    "rounds": Format(
+        ("conversation", "system"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
+    ),
+    "moss": Format(
+        ("meta_instruction", "chat"), lambda row: {"meta_instruction", "chat"} <= row.keys(), dialogues.moss
+    ),
+    "alternating": Format(
+        ("data", "system"),
+        lambda row: bool(row.get("data")) and dialogues.is_texts(row["data"]),
+        dialogues.alternating,
     ),
     "mathglm": Format(("text",), lambda row: False, _mathglm, lines=True),
 }

@@ -3,6 +3,8 @@
     openai    input = {messages}, preferred_output = [{role, content}], non_preferred_output
     sharegpt  conversations, chosen = {from, value}, rejected, system?
     messages  messages, chosen = {role, content}, rejected
+    swift     messages that end with the chosen answer, rejected_response          (ms-swift)
+    context   context = [{role, text}, …], chosen = {role, text}, rejected          (hh_rlhf_cn)
     alpaca    instruction, input?, system?, history?, and chosen, rejected or output = [best, next, …] (the first two)
     orca      question, chosen, rejected, system?
     prompt    prompt (text or messages), chosen, rejected (text or messages), system?
@@ -97,6 +99,16 @@ def _messages(row: Row) -> Iterator[Pair]:
     return _turns("messages", row)
 
 
+def _swift(row: Row) -> Iterator[Pair]:
+    messages = [*system_of(row), *messages_of(row.get("messages"), "'messages'")]
+    chosen = check_turns(messages, last="assistant")
+    yield _check_pair(chosen[:-1], chosen[-1].content, text_of(row, "rejected_response"))
+
+
+def _context(row: Row) -> Iterator[Pair]:
+    return _turns("context", row)
+
+
 def _alpaca(row: Row) -> Iterator[Pair]:
     prompt = [*system_of(row), *history_of(row), instruction_of(row)]
     if "chosen" in row:
@@ -173,6 +185,12 @@ FORMATS: dict[str, Format[Pair]] = {
         ("messages", *_BOTH),
         lambda row: "messages" in row and not _is_conversation(row.get("chosen")) and "chosen" in row,
         _messages,
+    ),
+    "swift": Format(("messages", "rejected_response", "system"), _has("messages", "rejected_response"), _swift),
+    "context": Format(
+        ("context", *_BOTH, "system"),
+        lambda row: isinstance(row.get("context"), list) and "chosen" in row,
+        _context,
     ),
     "alpaca": Format(
         ("instruction", "input", *_BOTH, "output", "system", "history"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,7 @@ _CHUNK = 1 << 20  # characters of a JSON array read at once
 _LONGEST = 1 << 24  # characters that a line or a value of an array may have; a longer one is a mistake
 _WORD = 16  # characters; longer than any word or escape of JSON
 _BLANK = " \t\r\n"
+_MARK_BYTES, _MARKED = "surrogateescape", re.compile("[\udc80-\udcff]")  # a byte that is no text becomes a surrogate
 _PARQUET, _PARQUET_ROWS = b"PAR1", 1024
 ZIP = b"PK\3\4"
 _DECODER = json.JSONDecoder()
@@ -33,21 +35,25 @@ class InvalidRow(Exception):
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row of a file with its place: "file:line" in JSON lines, "file[index]" in a JSON array or Parquet file.
 
-    The content decides how the file is read, not its name, because many `.json` files are JSON lines. A broken line
-    is yielded as an InvalidRow. Raises DataError for a broken array (with line and column), a missing or empty file,
-    a folder, and text that is not UTF-8 (a byte-order mark is allowed).
+    The content decides how the file is read, not its name, because many `.json` files are JSON lines. A broken line,
+    or one with bytes that are not UTF-8 in a file of UTF-8, is yielded as an InvalidRow.
+
+    Raises DataError for a broken array (with line and column), a missing or empty file, a folder, and text that is
+    not UTF-8 (a byte-order mark is allowed).
     """
     try:
         if check_file(path) == _PARQUET:
             yield from _parquet_rows(path)
             return
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", errors=_MARK_BYTES, newline="\n") as file:
             head = first_character(file)
+            if head == "{":
+                yield from _line_rows(path, file)
+                return
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             if head == "[":
                 yield from _array_rows(path, file)
-            elif head == "{":
-                yield from _line_rows(path, file)
-            elif head:
+            elif head := first_character(file):
                 raise DataError(
                     f"{path}: not JSON: it begins with {head!r}. A JSON array of rows or one JSON object per line "
                     "is expected"
@@ -140,10 +146,19 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
+    """The lines of `file`, which was opened with errors=_MARK_BYTES. Raises DataError if the file is not UTF-8."""
+    has_utf8 = False  # whether an earlier line has characters beyond ASCII, all of them UTF-8
     for number, line in enumerate(text_lines(path, file), start=1):
         if line.isspace():
             continue
         place = f"{path}:{number}"
+        marked, right = _beyond_ascii(line)
+        if marked:
+            if not has_utf8 and marked > right:
+                raise wrong_encoding(path)
+            yield place, InvalidRow("not UTF-8", f"{marked} bytes of the line are not UTF-8")
+            continue
+        has_utf8 = has_utf8 or right > 0
         try:
             row = json.loads(line.rstrip("\r\n"))
         except ValueError as error:
@@ -156,6 +171,17 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
         except RecursionError:
             row = InvalidRow("nested too deeply", "the JSON is nested too deeply")
         yield place, row
+
+
+def _beyond_ascii(line: str) -> tuple[int, int]:
+    """The bytes of a line beyond ASCII: those that are not UTF-8 (`_MARK_BYTES` marks them), and those that are."""
+    if line.isascii():
+        return 0, 0
+    try:
+        return 0, len(line.encode())
+    except UnicodeEncodeError:
+        right = _MARKED.sub("", line)
+        return len(line) - len(right), len(right.encode()) - len(right.encode("ascii", "ignore"))
 
 
 def _column(error: ValueError) -> str:

@@ -268,10 +268,12 @@ def _as_text(value: Any, label: str) -> str:
 
 
 def message_of(value: Any, label: str) -> Message:
-    """A message written as {role, content} or as {from, value}. Raises InvalidRow, which names `label`."""
+    """A message written as {role, content}, {role, text} or {from, value}. Raises InvalidRow, which names `label`."""
     if not isinstance(value, dict):
         raise InvalidRow("wrong type", f"{label} must be an object with role and content, got a {_kind(value)}")
     keys = ("from", "value") if "from" in value else ("role", "content")
+    if "text" in value and keys[1] not in value:
+        keys = (keys[0], "text")
     role = value.get(keys[0])
     if not isinstance(role, str) or role.lower() not in ROLES:
         if role in _TOOL_ROLES:

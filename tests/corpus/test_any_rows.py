@@ -13,8 +13,10 @@ from mlx_zh.corpus.normalize import map_texts, normalize
 
 said = st.sampled_from(["你好", "Hello", "3 + 4 = 7"]) | strategies.texts
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "USER"])
-message = st.fixed_dictionaries({"role": roles, "content": said}) | st.fixed_dictionaries(
-    {"from": roles, "value": said}
+message = (
+    st.fixed_dictionaries({"role": roles, "content": said})
+    | st.fixed_dictionaries({"from": roles, "value": said})
+    | st.fixed_dictionaries({"role": roles, "text": said})
 )
 parts = st.fixed_dictionaries(
     {"role": roles, "content": st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": said}), max_size=2)}
@@ -38,6 +40,17 @@ COLUMNS = {
     "rejected": said | message | dialogue,
     "preferred_output": st.lists(message, max_size=1),
     "non_preferred_output": st.lists(message, max_size=1),
+    "query": said,
+    "rejected_response": said,
+    "context": dialogue,
+    "conversation": st.lists(
+        st.dictionaries(st.sampled_from(["human", "assistant", "system", "input", "output"]), said), max_size=2
+    ),
+    "data": st.lists(said, max_size=4),
+    "meta_instruction": said,
+    "chat": st.dictionaries(
+        st.just("turn_1"), st.dictionaries(st.sampled_from(["Human", "MOSS", "Commands"]), said), max_size=1
+    ),
     "answer_zh": said,
     "answer_en": said,
 }

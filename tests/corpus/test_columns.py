@@ -36,7 +36,8 @@ def rows(*columns: str, values: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         (("question", "answer"), {"prompt": "question", "response": "answer"}),
         (("Question", "Answer"), {"prompt": "Question", "response": "Answer"}),
         (("Prompt", "Completion"), {"prompt": "Prompt", "response": "Completion"}),
-        (("query", "response"), {"prompt": "query"}),
+        (("query", "response"), {}),
+        (("Query", "Response"), {"prompt": "Query", "response": "Response"}),
         (("Ｑ", "Ａ"), {"prompt": "Ｑ", "response": "Ａ"}),
         (("指令", "输出"), {"prompt": "指令", "response": "输出"}),
         (("input", "output"), {"prompt": "input", "response": "output"}),
@@ -76,12 +77,11 @@ def test_a_dialogue_is_known_by_its_values() -> None:
 
 
 def test_history_is_used_where_it_is_a_list() -> None:
-    guess = guess_columns([{"query": Q, "response": A, "history": [["你好", "您好"]]}])
+    guess = guess_columns([{"问题": Q, "答案": A, "历史对话": [["你好", "您好"]]}])
     assert guess is not None
-    assert guess.columns == {"instruction": "query", "output": "response"}
-    assert guess.format == "alpaca"
-    written = guess_columns([{"query": Q, "response": A, "history": "无"}])
-    assert written is not None and written.format == "prompt-response"
+    assert guess.columns == {"instruction": "问题", "output": "答案", "history": "历史对话"}
+    written = guess_columns([{"问题": Q, "答案": A, "历史对话": "无"}])
+    assert written is not None and written.columns == {"prompt": "问题", "response": "答案"}
 
 
 def test_of_two_columns_the_one_with_shorter_texts_is_the_question() -> None:
@@ -146,6 +146,7 @@ def test_the_format_is_named_where_another_one_would_be_recognised() -> None:
         ({"question": Q, "chosen": A, "rejected": "不"}, {"prompt": "question", "response": "chosen"}),
         ({"instruction": Q, "chosen": A, "rejected": "不"}, {"output": "chosen"}),
         ({"问": Q, "好的回答": A, "差的回答": "不"}, {"prompt": "问", "response": "好的回答"}),
+        ({"messages": TURNS, "rejected_response": "不"}, {}),
         ({"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "不"}]}, {"messages": "chosen"}),
     ],
 )

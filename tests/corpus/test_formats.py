@@ -37,6 +37,40 @@ def lines(*rows) -> str:
             {"instruction": "再见", "output": "bye", "history": [["你好", "你好！"]], "system": " "},
             (Q, A, Message("user", "再见"), Message("assistant", "bye")),
         ),
+        ("query-response", {"query": "你好", "response": "你好！", "history": []}, (Q, A)),
+        (
+            "query-response",
+            {"query": "再见", "response": "bye", "history": [["你好", "你好！"]], "system": "s"},
+            (Message("system", "s"), Q, A, Message("user", "再见"), Message("assistant", "bye")),
+        ),
+        ("rounds", {"conversation": [{"human": "你好", "assistant": "你好！"}]}, (Q, A)),
+        (
+            "rounds",
+            {
+                "conversation": [
+                    {"system": "s", "input": "你好", "output": "你好！"},
+                    {"input": "再见", "output": "bye"},
+                ]
+            },
+            (Message("system", "s"), Q, A, Message("user", "再见"), Message("assistant", "bye")),
+        ),
+        ("alternating", {"id": "1", "data": ["你好", "你好！"]}, (Q, A)),
+        (
+            "moss",
+            {
+                "meta_instruction": "",
+                "num_turns": 1,
+                "chat": {
+                    "turn_1": {
+                        "Human": "<|Human|>: 你好<eoh>\n",
+                        "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n",
+                        "Commands": "<|Commands|>: None<eoc>\n",
+                        "MOSS": "<|MOSS|>: 你好！<eom>\n",
+                    }
+                },
+            },
+            (Q, A),
+        ),
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]},
@@ -191,6 +225,26 @@ def test_bad_rows(write, row, reason, message):
     assert [c.source for c in conversations] == [f"{path}:1", f"{path}:3"]
     assert report.dropped == {reason: 1} and report.examples == {reason: [f"{path}:2"]}
     assert (report.rows, report.kept) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [
+        ("rounds", {"conversation": [1]}, "'conversation' must be a list of objects with human and assistant"),
+        ("rounds", {"conversation": [{"human": "a"}]}, "'assistant' is missing"),
+        ("alternating", {"data": ["a"]}, "the last message must be of assistant, got user"),
+        ("alternating", {"data": ["a", 1]}, "'data' must be a list of texts, question and answer in turn"),
+        ("moss", {"meta_instruction": "", "chat": []}, "'chat' must be an object of turns with Human and MOSS"),
+        (
+            "moss",
+            {"meta_instruction": "", "chat": {"turn_1": {"Human": "a", "MOSS": "b", "Commands": "Search(1)<eoc>"}}},
+            "messages of tools are not supported",
+        ),
+    ],
+)
+def test_bad_rows_of_other_projects_forms(write, format, row, message):
+    with pytest.raises(DataError, match=message):
+        load_conversations(write(lines(row), "data.jsonl"), format=format)
 
 
 def test_all_errors_of_a_file_are_counted_and_ten_are_shown(write):

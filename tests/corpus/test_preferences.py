@@ -35,6 +35,16 @@ BOTH = {"chosen": "好", "rejected": " no\n"}
         ("sharegpt", {"conversations": [share(Q)], "chosen": share(GOOD), "rejected": share(BAD)}, (Q,)),
         ("sharegpt", {"conversations": [share(m) for m in (S, Q, A, R)], **BOTH}, (S, Q, A, R)),
         ("messages", {"messages": [role(Q)], "chosen": role(GOOD), "rejected": role(BAD)}, (Q,)),
+        ("swift", {"messages": [role(m) for m in (S, Q, GOOD)], "rejected_response": " no\n"}, (S, Q)),
+        (
+            "context",
+            {
+                "context": [{"role": "human", "text": "你好"}],
+                "chosen": {"role": "assistant", "text": "好"},
+                "rejected": {"role": "assistant", "text": " no\n"},
+            },
+            (Q,),
+        ),
         ("prompt", {"prompt": "你好", **BOTH}, (Q,)),
         ("prompt", {"prompt": "你好", "system": "s", **BOTH}, (S, Q)),
         ("prompt", {"prompt": [role(Q)], "chosen": [role(GOOD)], "rejected": [role(BAD)]}, (Q,)),

@@ -89,10 +89,17 @@ def test_broken_lines_are_rows_of_their_own(write):
 
 
 def test_gbk_is_named_with_the_line_and_the_remedy(write):
-    good = '{"a": "你好"}\n'.encode()
-    path = write(good * 3 + '{"a": "世界和平"}\n'.encode("gbk") + good)
-    with pytest.raises(DataError, match=r"data\.jsonl:4: .* looks like GBK; convert it: iconv -f GB18030 -t UTF-8"):
+    path = write('{"a": 1}\n{"a": "世界和平"}\n'.encode("gbk"))
+    with pytest.raises(DataError, match=r"data\.jsonl:2: .* looks like GBK; convert it: iconv -f GB18030 -t UTF-8"):
         rows_of(path)
+
+
+def test_a_line_in_gbk_among_others_is_one_bad_row(write):
+    """Of the eight bytes of 世界和平, the last two (c6 bd) happen to be a character in UTF-8."""
+    good = '{"a": "你好"}\n'.encode()
+    rows = rows_of(write(good * 3 + '{"a": "世界和平"}\n'.encode("gbk") + good))
+    assert [str(row) for row in rows if isinstance(row, InvalidRow)] == ["6 bytes of the line are not UTF-8"]
+    assert rows.count({"a": "你好"}) == 4
 
 
 def test_bytes_of_no_encoding(write):
@@ -123,3 +130,14 @@ def test_a_file_that_may_not_be_read(write, monkeypatch):
     monkeypatch.setattr(type(path), "open", refuse)
     with pytest.raises(DataError, match="cannot be read: Permission denied"):
         rows_of(path)
+
+
+def test_a_line_with_a_bad_byte_is_one_bad_row(tmp_path):
+    """Of a set with a million rows, one byte must not be the end."""
+    path = tmp_path / "a.jsonl"
+    lines = ['{"a": "你\udce5\udca5"}', '{"a": "好"}', '{"a": "caf\udce9"}', '{"a": "1"}']
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    (_, first), second, (_, third), fourth = read_rows(path)
+    assert (second, fourth) == ((f"{path}:2", {"a": "好"}), (f"{path}:4", {"a": "1"}))
+    assert (first.reason, str(first)) == ("not UTF-8", "2 bytes of the line are not UTF-8")
+    assert (third.reason, str(third)) == ("not UTF-8", "1 bytes of the line are not UTF-8")

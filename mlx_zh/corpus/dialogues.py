@@ -1,0 +1,69 @@
+"""Conversations as some Chinese projects publish them, each in a form of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.corpus.rows import Row, check_turns, history_of, system_of, text_of
+
+Messages = tuple[Message, ...]
+_MOSS_MARKS = re.compile(r"^\s*<\|[\w ]{1,20}\|>:\s?|<eo[a-z]>\s*$")
+
+
+def query_response(row: Row) -> Iterator[Messages]:
+    """ms-swift: query, response, system?, history? = [[question, answer], …]."""
+    turns = [Message("user", text_of(row, "query")), Message("assistant", text_of(row, "response"))]
+    yield check_turns([*system_of(row), *history_of(row), *turns], last="assistant")
+
+
+def rounds(row: Row) -> Iterator[Messages]:
+    """Firefly and XTuner: conversation = [{human, assistant}, …] or [{system?, input, output}, …]."""
+    turns = row.get("conversation")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise InvalidRow("wrong type", "'conversation' must be a list of objects with human and assistant")
+    messages = system_of(row) or system_of(turns[0])
+    for turn in turns:
+        question, answer = ("human", "assistant") if "human" in turn else ("input", "output")
+        messages += [Message("user", text_of(turn, question)), Message("assistant", text_of(turn, answer))]
+    yield check_turns(messages, last="assistant")
+
+
+def alternating(row: Row) -> Iterator[Messages]:
+    """UltraChat: data = [question, answer, question, answer, …]."""
+    texts = row.get("data")
+    if not is_texts(texts):
+        raise InvalidRow("wrong type", "'data' must be a list of texts, question and answer in turn")
+    turns = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts or ())]
+    yield check_turns([*system_of(row), *turns], last="assistant")
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def moss(row: Row) -> Iterator[Messages]:
+    """MOSS: meta_instruction, chat = {turn_1: {Human, MOSS}, …}; marks such as <|Human|>: and <eoh> are taken off.
+
+    A turn with a command to a tool is no conversation.
+    """
+    chat = row.get("chat")
+    if not isinstance(chat, Mapping) or not chat or not all(isinstance(turn, Mapping) for turn in chat.values()):
+        raise InvalidRow("wrong type", "'chat' must be an object of turns with Human and MOSS")
+    messages = system_of({"system": row.get("meta_instruction")})
+    for turn in chat.values():
+        if _without_marks(turn, "Commands", optional=True).strip() not in ("", "None"):
+            raise InvalidRow("tool message", "messages of tools are not supported ('Commands')")
+        messages += [
+            Message("user", _without_marks(turn, "Human")),
+            Message("assistant", _without_marks(turn, "MOSS")),
+        ]
+    yield check_turns(messages, last="assistant")
+
+
+def _without_marks(turn: Row, name: str, *, optional: bool = False) -> str:
+    return _MOSS_MARKS.sub("", text_of(turn, name, optional=optional))
