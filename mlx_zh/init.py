@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.language.reader import say
     from mlx_zh.stages import own_files, sample_rows
     from mlx_zh.stages.first_recipe import check_use, default_use, write_recipe
-    from mlx_zh.stages.own_models import machine_for, suggested_model
+    from mlx_zh.stages.own_models import fitting_memory, suggested_model
     from mlx_zh.system import console
 
     paths = [Path(name).expanduser() for name in arguments.files]
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         check_use(arguments.use, data.surveys)
     choices = _choices(arguments, data.surveys, default_use(data.surveys))
     target = _target(choices.name, arguments.force)
-    write_recipe(target, data.surveys, choices, machine_for(choices.model))
+    write_recipe(target, data.surveys, choices, fitting_memory)
     rows = sum(result.usable for result in data.surveys)
     console.say()
     console.say(say("init-written", recipe=target.name, rows=rows, model=choices.model))

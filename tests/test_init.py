@@ -21,8 +21,10 @@ from mlx_zh import init
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.mixing import is_validation
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe import load_recipe
+from mlx_zh.models import catalog
+from mlx_zh.recipe import Memory, load_recipe
 from mlx_zh.stages import interview, own_models
+from mlx_zh.stages.memory_check import mac, training_step
 from mlx_zh.system.entry import entry
 
 QA = [("问题", "答案"), *[(f"{i} 号店几点开门？", f"{i} 号店早上九点开门，欢迎光临。") for i in range(1, 31)]]
@@ -172,13 +174,26 @@ def test_a_guess_by_content_is_said_with_the_command_to_change_it(run) -> None:
     assert "GUESSED" in out and "--columns prompt=乙,response=甲" in out
 
 
-def test_long_rows_and_large_models_get_their_settings(run) -> None:
+def test_long_rows_and_small_data_get_their_settings(run) -> None:
     jsonl("a.jsonl", {"prompt": "长文", "response": "字" * 1500})
-    run("a.jsonl", "--yes", "--model", "llama3.1-8b", "--budget", "0")
+    run("a.jsonl", "--yes", "--budget", "0")
     recipe = load_recipe("a.yaml")
     assert (recipe.data.max_length, recipe.budget) == (2048, None)
-    assert (recipe.memory.micro_tokens, recipe.memory.checkpoint_layers) == (1024, True)
     assert recipe.data.validation_fraction == 0
+
+
+@pytest.mark.parametrize("model", ["qwen3-1.7b", "qwen3-4b", "llama3.1-8b"])
+def test_the_recipe_fits_into_the_memory_of_this_machine(run, model: str) -> None:
+    jsonl("pairs.jsonl", PAIR)
+    run("pairs.jsonl", "--yes", "--model", model)
+    recipe, config, machine = load_recipe("pairs.yaml"), catalog.planned_config(model), mac(17e9)
+    assert config is not None
+    for stage in ("sft", "dpo"):
+        step = training_step(recipe, stage, config, machine)
+        assert step.memory(recipe.memory).peak <= machine.budget
+        if model == "llama3.1-8b":
+            assert step.memory(Memory()).peak > machine.budget
+    assert ("memory:" in Path("pairs.yaml").read_text()) == (recipe.memory != Memory())
 
 
 def test_a_question_is_never_on_both_sides() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from mlx_zh.corpus.sources import Item
 from mlx_zh.corpus.survey import Survey
 from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.language.reader import say
-from mlx_zh.recipe import load_recipe
+from mlx_zh.recipe import Memory, Recipe, load_recipe
 from mlx_zh.recipe_text import inline
 from mlx_zh.system import storage
 
@@ -29,7 +29,6 @@ _ENOUGH, _LEAST = 200, 20  # rows from which 5 % for validation, and any, make s
 _SMALL_MODELS = {"smollm2-135m-instruct": "1e-3", "qwen3-0.6b": "2e-4"}  # learning rates above the default
 _LENGTHS = (1024, 2048, 4096)  # tokens; the first is the default
 _PROMPTS, _PROMPT_LENGTH = 3, 80  # questions that are asked, and characters of one
-_TIGHT, _LARGE = 20e9, 4.0  # bytes of memory of a machine, and GB of a model, with which memory is saved
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,6 @@ class Choices:
     model: str
     budget: str | None
     use: Use
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the settings depend on: the memory in bytes, and the model's size in GB if it is known."""
-
-    memory: float
-    model_gb: float | None = None
 
 
 def default_use(surveys: Sequence[Survey]) -> Use:
@@ -65,21 +56,25 @@ def check_use(use: Use, surveys: Sequence[Survey]) -> None:
         raise DataError(say("init-only-pairs"))
 
 
-def write_recipe(path: Path, surveys: Sequence[Survey], choices: Choices, machine: Machine) -> None:
-    """Write the recipe and check that it can be loaded. Nothing is left behind if it cannot. Raises MlxZhError."""
-    text = recipe_text(path, surveys, choices, machine)
+def write_recipe(
+    path: Path, surveys: Sequence[Survey], choices: Choices, fitting: Callable[[Recipe], Memory]
+) -> None:
+    """Write the recipe, with the memory settings that `fitting` gives for it.
+
+    Nothing is left behind if the recipe cannot be loaded. Raises MlxZhError.
+    """
     with storage.storage_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlx-zh-") as folder:
-        # One level deeper paths lead elsewhere, but whether a path exists makes no difference to the check.
-        draft = Path(folder) / path.name
-        draft.write_text(text, encoding="utf-8")
+        draft = Path(folder) / path.name  # not in the recipe's folder: its paths are not resolved, only checked
+        draft.write_text(recipe_text(path, surveys, choices, Memory()), encoding="utf-8")
         try:
-            load_recipe(draft)
+            memory = fitting(load_recipe(draft))
         except MlxZhError as error:
             raise DataError(str(error).replace(str(draft), path.name)) from error
+        draft.write_text(recipe_text(path, surveys, choices, memory), encoding="utf-8")
         draft.replace(path)
 
 
-def recipe_text(path: Path, surveys: Sequence[Survey], choices: Choices, machine: Machine) -> str:
+def recipe_text(path: Path, surveys: Sequence[Survey], choices: Choices, memory: Memory) -> str:
     """The recipe as YAML with comments."""
     lines = [f"# {say('init-recipe-title', recipe=path.name)}", ""]
     lines += [_line(f"name: {inline(choices.name)}", say("init-recipe-name", name=choices.name))]
@@ -90,9 +85,10 @@ def recipe_text(path: Path, surveys: Sequence[Survey], choices: Choices, machine
     lines += ["", "model:", _line(f"  path: {inline(choices.model)}", say("init-recipe-model"))]
     lines += ["", *_data(path.parent, surveys, choices)]
     lines += _training(surveys, choices)
-    if machine.memory < _TIGHT and (machine.model_gb or 0) >= _LARGE:
-        lines += ["", "memory:", "  micro_tokens: 1024"]
-        lines += [_line("  checkpoint_layers: true", say("init-recipe-memory"))]
+    saved = memory.model_dump(exclude_defaults=True)
+    if saved:
+        lines += ["", _line("memory:", say("init-recipe-memory"))]
+        lines += [f"  {key}: {inline(value)}" for key, value in saved.items()]
     prompts = _prompts(surveys)
     if prompts:
         lines += ["", "evaluate:", _line("  prompts:", say("init-recipe-prompts"))]

@@ -12,10 +12,10 @@ from mlx_zh.language.reader import reader_language, say
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.models import catalog
 from mlx_zh.stages import interview
-from mlx_zh.stages.first_recipe import Machine
 from mlx_zh.system import console
 
 if TYPE_CHECKING:
+    from mlx_zh.recipe import Memory, Recipe
     from mlx_zh.stages.tokenizer_cache import SnapshotTokenizer
 
 # The largest model of one family that a machine with less memory than this trains with room for other programs.
@@ -29,10 +29,23 @@ def suggested_model() -> str:
     return next((name for limit, name in _SUGGESTED if memory < limit), _LARGEST)
 
 
-def machine_for(model: str) -> Machine:
-    """This machine's memory, and the size of a model of the table."""
-    known = catalog.known_model(model)
-    return Machine(psutil.virtual_memory().total, known.size_gb if known is not None else None)
+def fitting_memory(recipe: Recipe) -> Memory:
+    """The fastest memory settings with which a Mac with this machine's memory trains the recipe.
+
+    Those of the recipe for a model that is not in the table, and if none fit: then the run says so.
+    """
+    from mlx_zh.planning.search import cheapest
+    from mlx_zh.stages.memory_check import mac, training_step
+
+    config, settings = catalog.planned_config(recipe.model.path), recipe.memory
+    if config is None:
+        return settings
+    machine = mac(psutil.virtual_memory().total)
+    for stage in ("sft", "dpo"):
+        if recipe.data.split(stage).train:
+            fitting = cheapest(training_step(recipe, stage, config, machine), settings, machine.budget)
+            settings = settings if fitting is None else fitting.settings
+    return settings
 
 
 def checked_model(answer: str) -> str:
