@@ -71,7 +71,7 @@ def test_the_same_command_measures_once_and_finds_nothing_to_do(budgeted: Projec
     assert budgeted.sft().status == 0
     again = budgeted.sft()
     assert again.status == 0 and "nothing is left to train" in again.out and len(measured) == 1
-    assert f"{record()['steps']['sft']} of 300 SFT steps" in again.out
+    assert f"steps SFT {record()['steps']['sft']}/300." in again.out
     # The stored recipe is what the decision gave, so it needs no other.
     Path("recipe.yaml").write_bytes(Path("runs/tiny/recipe.yaml").read_bytes())
     stored = budgeted.sft()

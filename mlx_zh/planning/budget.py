@@ -183,13 +183,21 @@ def smallest_budget(costs: Costs) -> int:
 
 
 def _too_small(costs: Costs, budget: float, least: float) -> str:
-    steps = " and ".join(f"{stage.least_steps} steps of {stage.name.upper()}" for stage in costs.trainings)
+    least_steps = {stage.name: stage.least_steps for stage in costs.trainings}
+    steps = "its stages"
+    if len(least_steps) == 2:
+        steps = f"{least_steps['sft']} steps of SFT and {least_steps['dpo']} steps of DPO"
+    elif "sft" in least_steps:
+        steps = f"{least_steps['sft']} steps of SFT"
+    elif "dpo" in least_steps:
+        steps = f"{least_steps['dpo']} steps of DPO"
     questions = f"{costs.limit or 1} questions a subject" if costs.limit else "one question a subject"
-    exams = f", exams with {questions}" if costs.exams and costs.examined else ""
+    exams = f"with exams of {questions}"
+    work = f"{steps}, {exams}" if costs.exams and costs.examined else steps
     fixed = sum(costs.fixed.values())
     return (
         f"budget: {time_text(round(budget))} is too little time for this recipe on this machine. Preparing, loading "
-        f"and writing take about {time_text(math.ceil(fixed))}, and {steps or 'its stages'}{exams} take "
+        f"and writing take about {time_text(math.ceil(fixed))}, and {work} take "
         f"{time_text(math.ceil(least))}. The smallest useful budget is {time_text(smallest_budget(costs))}."
     )
 

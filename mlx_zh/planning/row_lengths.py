@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 _SAMPLED_ROWS = 500  # of each file
 _TEMPLATE_TOKENS = 24.0  # of a chat template's headers, per row
@@ -46,17 +50,14 @@ def estimate_row_lengths(paths: Sequence[str]) -> RowLengths | None:
 
 def density(encode: Callable[[str], int]) -> float:
     """How many tokens a tokenizer makes of a mostly Chinese text where one is estimated; `encode` counts them."""
-    return encode(_SAMPLE) / _tokens(_SAMPLE)
+    return encode(_sample()) / _tokens(_sample())
 
 
-# Everyday Chinese with some English and digits, as in questions and answers.
-_SAMPLE = (
-    "请问怎样才能养成早起的习惯？首先，每天晚上十一点以前睡觉，睡前半小时不要看手机。"
-    "其次，把闹钟放在离床远一点的地方，这样必须起来才能关掉它。"
-    "第三，给早晨安排一件喜欢的事，比如喝一杯咖啡、散步或者读几页书。坚持 21 天以后，身体会逐渐适应新的作息。"
-    "Python is a popular programming language: it is easy to read, and many libraries exist for data analysis. "
-    "今天天气晴朗，适合去公园走走。"
-)
+@cache
+def _sample() -> str:
+    """Everyday Chinese with some English and digits, as in questions and answers."""
+    text = files(__package__).joinpath("sample_text.yaml").read_text(encoding="utf-8")
+    return "".join(yaml.safe_load(text))
 
 
 def _tokens(value: Any) -> float:

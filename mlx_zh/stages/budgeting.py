@@ -297,7 +297,7 @@ def _content(recipe: Recipe, record: BudgetRecord, name: str) -> str:
 
 def recalled(record: BudgetRecord) -> str:
     """A line about a decision that is there already."""
-    return f"Budget of {record['budget']}, decided {clock(record['made'], past=True)}: {_numbers(record)}."
+    return f"Budget of {record['budget']}, decided {clock(record['made'], past=True)}: steps {_numbers(record)}."
 
 
 def expected(recipe: Recipe, stage: str) -> Expected | None:
@@ -315,7 +315,7 @@ def _numbers(record: BudgetRecord) -> str:
     parts = []
     for stage, full in record["full_steps"].items():
         steps = record["steps"].get(stage, full)
-        parts.append(f"{steps:,} of {full:,} {stage.upper()} steps" if steps < full else f"all of {stage.upper()}")
+        parts.append(f"{stage.upper()} {min(steps, full):,}/{full:,}")
     if record["limit"] is not None:
-        parts.append(f"{record['limit']} exam questions a subject")
+        parts.append(f"exams of {record['limit']} questions a subject")
     return ", ".join(parts)

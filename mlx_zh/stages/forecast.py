@@ -79,11 +79,12 @@ class Forecast:
             f"{clock(end, now=self.now())}."
         )
         if end - self.now() > 0 and end > expected.end and ratio > _LATE:
-            line += (
-                f" That is {console.duration(end - expected.end)} after the budget of {expected.budget} ends: this "
+            late = (
+                f"That is {console.duration(end - expected.end)} after the budget of {expected.budget} ends: this "
                 "machine is slower now than when it was measured. Nothing is cut short, because the learning rate is "
                 "planned over all steps."
             )
+            return f"{line}\n{late}"
         return line
 
     def _pass(self, take: Callable[[float], object]) -> None:
