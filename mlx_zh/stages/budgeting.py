@@ -317,5 +317,5 @@ def _numbers(record: BudgetRecord) -> str:
         steps = record["steps"].get(stage, full)
         parts.append(f"{stage.upper()} {min(steps, full):,}/{full:,}")
     if record["limit"] is not None:
-        parts.append(f"exams of {record['limit']} questions a subject")
+        parts.append(f"exams of {record['limit']} a subject")
     return ", ".join(parts)

@@ -43,12 +43,15 @@ class Forecast:
         self._last = self.now()
         self._due = self.done + max(math.ceil(_SHARE * self.total), _FEWEST)
 
-    def stepped(self) -> str | None:
-        """Take in a step that has just ended; returns the corrected forecast once, after 5 % of the steps."""
+    def stepped(self) -> list[str]:
+        """Take in a step that has just ended; returns the corrected forecast once, after 5 % of the steps.
+
+        It has one sentence or, if the budget will not be kept, two.
+        """
         self._pass(self.steps.append)
         self.done += 1
         if self.said or self.expected is None or self.done < self._due or self.done >= self.total:
-            return None
+            return []
         self.said = True
         return self._corrected(self.expected)
 
@@ -69,7 +72,7 @@ class Forecast:
         passes = math.ceil(left / self.eval_steps) if self.eval_steps else min(left, 1)
         return self.now() + left * self.step_seconds + passes * self.validation
 
-    def _corrected(self, expected: Expected) -> str:
+    def _corrected(self, expected: Expected) -> list[str]:
         ratio = self.step_seconds / expected.step
         # What follows runs on the same machine, so it is as much slower or faster than expected.
         end = self.end + sum(expected.later.values()) * ratio
@@ -84,8 +87,8 @@ class Forecast:
                 "machine is slower now than when it was measured. Nothing is cut short, because the learning rate is "
                 "planned over all steps."
             )
-            return f"{line}\n{late}"
-        return line
+            return [line, late]
+        return [line]
 
     def _pass(self, take: Callable[[float], object]) -> None:
         moment = self.now()

@@ -278,8 +278,8 @@ class Session:
         try:
             for event in loop.run():
                 if isinstance(event, Stepped):
-                    if (corrected := forecast.stepped()) is not None:
-                        console.say(corrected)
+                    for sentence in forecast.stepped():
+                        console.say(sentence)
                     bar.end = clock(forecast.end) if forecast.said else ""
                     bar.update(event.figures)
                     trackers.log(event.figures)
