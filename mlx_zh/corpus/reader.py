@@ -156,7 +156,7 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
         if marked:
             if not has_utf8 and marked > right:
                 raise wrong_encoding(path)
-            yield place, InvalidRow("not UTF-8", f"{marked} bytes of the line are not UTF-8")
+            yield place, InvalidRow("not UTF-8", _not_utf8(line, marked, right))
             continue
         has_utf8 = has_utf8 or right > 0
         try:
@@ -182,6 +182,17 @@ def _beyond_ascii(line: str) -> tuple[int, int]:
     except UnicodeEncodeError:
         right = _MARKED.sub("", line)
         return len(line) - len(right), len(right.encode()) - len(right.encode("ascii", "ignore"))
+
+
+def _not_utf8(line: str, marked: int, right: int) -> str:
+    """What is wrong with a line that has `marked` bytes which are not UTF-8, and `right` beyond ASCII which are."""
+    try:
+        line.encode(errors=_MARK_BYTES).decode("gb18030")
+    except UnicodeDecodeError:
+        right = marked
+    if marked > right:
+        return f"the line is not UTF-8, it looks like GBK ({marked} bytes)"
+    return f"{marked} bytes of the line are not UTF-8"
 
 
 def _column(error: ValueError) -> str:

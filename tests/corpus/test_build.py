@@ -442,7 +442,7 @@ def test_a_tokenizer_survives_as_a_snapshot(tokenizer_of, renderer: Renderer, tm
         (
             "\n".join(['{"instruction": "问", "output": "答"}'] * 3).encode()
             + '\n{"instruction": "编码", "output": "混了"}\n'.encode("gbk"),
-            ["bad.jsonl:4", "looks like GBK", "iconv -f GB18030 -t UTF-8"],
+            ["bad.jsonl:4", "looks like GBK", "on_invalid=skip"],
         ),
         (b'{"instruction": "q", "output": "' + b"a" * 3_000_000 + b'"}\n', ["bad.jsonl:1", "is no row"]),
         (b'[{"instruction": "q", "output": "' + b"a" * 3_000_000 + b'"}]\n', ["bad.jsonl:1", "a value of more"]),

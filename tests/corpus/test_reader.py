@@ -98,7 +98,9 @@ def test_a_line_in_gbk_among_others_is_one_bad_row(write):
     """Of the eight bytes of 世界和平, the last two (c6 bd) happen to be a character in UTF-8."""
     good = '{"a": "你好"}\n'.encode()
     rows = rows_of(write(good * 3 + '{"a": "世界和平"}\n'.encode("gbk") + good))
-    assert [str(row) for row in rows if isinstance(row, InvalidRow)] == ["6 bytes of the line are not UTF-8"]
+    assert [str(row) for row in rows if isinstance(row, InvalidRow)] == [
+        "the line is not UTF-8, it looks like GBK (6 bytes)"
+    ]
     assert rows.count({"a": "你好"}) == 4
 
 
