@@ -65,10 +65,7 @@ def warn_repeated(work: str, fault: Fault) -> None:
 
 
 def _explain(fault: Fault) -> None:
-    """Say once what helps; in Chinese too, because the terminal has no other text about it."""
-    if fault.kind in _explained:
-        return
-    _explained.add(fault.kind)
-    helps = advice(fault)
-    console.warn(helps)
-    console.say(helps.text("zh"))
+    """Say once what helps."""
+    if fault.kind not in _explained:
+        _explained.add(fault.kind)
+        console.warn(advice(fault))
