@@ -188,7 +188,7 @@ class Kinds:
         gradients = {name: mx.ones_like(array) for name, array in weights.items()}
         mx.eval(weights, gradients)
         optimizer = GroupedAdamW(weights, weight_decay=0.0, betas=(0.9, 0.999))
-        return lambda: (optimizer.update(weights, gradients, 1e-4), optimizer.arrays())
+        return lambda: (optimizer.update(weights, dict(gradients), 1e-4), optimizer.arrays())
 
 
 def main() -> None:

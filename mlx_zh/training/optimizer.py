@@ -41,9 +41,10 @@ class GroupedAdamW:
     ) -> Arrays:
         """The weights after one step, computed; `gradients` are multiplied by `scale` first.
 
-        All names of `weights` must be in `gradients`. The update is computed part by part, and a part that the
-        accelerator gives up is done again, so that no old moments are kept for all weights. Raises DeviceError when
-        a part is given up again and again; weights and moments must then be read from a checkpoint.
+        All names of `weights` must be in `gradients`, which is emptied, so that each is freed after its use. The
+        update is computed part by part, and a part that the accelerator gives up is done again, so that old moments
+        are kept for one part only. Raises DeviceError when a part is given up again and again; weights and moments
+        must then be read from a checkpoint.
         """
         updated: Arrays = {}
         for ratio, names, adamw in self._groups:
@@ -58,6 +59,8 @@ class GroupedAdamW:
                         f"{advice(error.fault)} Then run the same command again; it goes on after its newest "
                         "checkpoint."
                     ) from error
+                for name in part:
+                    del gradients[name]
         return {name: updated[name] for name in weights}
 
     def arrays(self) -> Arrays:
@@ -90,7 +93,7 @@ def _parts(names: Sequence[str], weights: Arrays) -> Iterator[list[str]]:
         yield part
 
 
-_PART_BYTES = 2**23
+_PART_BYTES = 2**22
 
 
 def _update_part(
