@@ -418,7 +418,7 @@ def test_the_shipped_recipes_say_what_the_planner_predicts() -> None:
 def test_a_chip_is_predicted_by_hand() -> None:
     """An M4 has 10 cores of 128 multiply-adds at 1.47 GHz: 3.76 TFLOPS, of which training reaches 40 %."""
     from mlx_zh.planning.chips import chip_named, predicted_pace
-    from mlx_zh.planning.pace import training_flops
+    from mlx_zh.planning.flops import training_flops
 
     chip = chip_named("apple m4")
     assert chip is not None and chip.flops == pytest.approx(3.763e12, rel=1e-3)

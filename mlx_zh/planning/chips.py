@@ -12,8 +12,9 @@ from types import MappingProxyType
 import yaml
 
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.flops import training_flops
 from mlx_zh.planning.memory import trained_values, weight_bytes
-from mlx_zh.planning.pace import Pace, training_flops
+from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.shapes import ModelShape, Target
 
 # Share of a GPU's peak that is reached.

@@ -13,10 +13,11 @@ from mlx_zh.exams.protocols import protocols
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.budget import Costs, ExamCost, Training
 from mlx_zh.planning.data_sizes import DataSize, data_size
+from mlx_zh.planning.flops import training_flops
 from mlx_zh.planning.memory import trained_values, weight_bytes
-from mlx_zh.planning.pace import Pace, training_flops
+from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.shapes import ModelShape, Target
-from mlx_zh.recipe import Recipe, Source, Sources
+from mlx_zh.recipe import Recipe, Sources
 
 SCORED = {"sft": 0.6, "dpo": 0.8}  # share of an example's tokens that are scored
 
@@ -189,10 +190,3 @@ def thinned(recipe: Recipe, steps: Mapping[str, int], registry: Registry) -> dic
         if share < 1:
             chosen[name] = [max(math.ceil(source.rows * share), 1) for source in size.sources]
     return chosen
-
-
-def with_max_samples(source: Source, count: int | None) -> Source:
-    """The source with `max_samples` of at most `count`."""
-    if count is None or (source.max_samples is not None and source.max_samples <= count):
-        return source
-    return source.model_copy(update={"max_samples": count})

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.pipeline.steps import NAMES
 from mlx_zh.planning.pace import Pace
-from mlx_zh.recipe import Recipe
+from mlx_zh.recipe import Recipe, Source
 from mlx_zh.stages.forecast import Expected
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
@@ -127,12 +127,10 @@ def _with_decision(record: BudgetRecord, now: Mapping[str, Any]) -> dict[str, An
 
 def applied(recipe: Recipe, record: BudgetRecord) -> Recipe:
     """The recipe with the decision's numbers: `sft.max_steps`, `dpo.max_steps`, `max_samples`, `evaluate.limit`."""
-    from mlx_zh.planning.workload import with_max_samples
-
     data = recipe.data
     for stage, counts in record["max_samples"].items():
         split = data.split(stage)
-        train = tuple(with_max_samples(source, count) for source, count in zip(split.train, counts, strict=True))
+        train = tuple(_with_max_samples(source, count) for source, count in zip(split.train, counts, strict=True))
         data = data.model_copy(update={stage: split.model_copy(update={"train": train})})
     changes: dict[str, Any] = {"data": data}
     for stage, steps in record["steps"].items():
@@ -140,6 +138,13 @@ def applied(recipe: Recipe, record: BudgetRecord) -> Recipe:
     if record["limit"] is not None and recipe.evaluate.limit is None:
         changes["evaluate"] = recipe.evaluate.model_copy(update={"limit": record["limit"]})
     return recipe.model_copy(update=changes)
+
+
+def _with_max_samples(source: Source, count: int | None) -> Source:
+    """The source with `max_samples` of at most `count`."""
+    if count is None or (source.max_samples is not None and source.max_samples <= count):
+        return source
+    return source.model_copy(update={"max_samples": count})
 
 
 def within_epochs(recipe: Recipe, stage: str, examples: int) -> Recipe:
