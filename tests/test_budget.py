@@ -62,6 +62,10 @@ def test_the_decision_is_written_down_and_trained(budgeted: Project, measured: l
     assert json.loads(Path("runs/tiny/sft/summary.json").read_text())["steps"] == steps
     stored = yaml.safe_load(Path("runs/tiny/recipe.yaml").read_text(encoding="utf-8"))
     assert (stored["sft"]["max_steps"], stored["budget"]) == (steps, "10m")
+    first_line = Path("runs/tiny/recipe.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first_line.startswith("# Decided by the budget of 10m on 20")
+    assert first_line.endswith(f"from the measured speed: sft.max_steps {steps}.")
+    assert json.loads(Path("runs/tiny/manifest.json").read_text(encoding="utf-8"))["budget"] == record()
     # The learning rate is planned over the decided steps: it rises over 5 % of them and is near 0 in the last.
     rates = [line["learning_rate"] for line in metrics(Path("runs/tiny/sft")) if "loss" in line]
     assert rates.index(max(rates)) + 1 == -(-steps // 20) and rates[-1] < 0.01 * max(rates)

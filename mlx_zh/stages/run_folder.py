@@ -6,7 +6,8 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,7 +136,8 @@ class RunFolder:
         """
         from mlx_zh.system.hub import commit_of
 
-        write_text(self.recipe, redact(recipe.to_yaml()))
+        decision = self._decision() if recipe.budget is not None else None
+        write_text(self.recipe, redact(_origin(decision) + recipe.to_yaml()))
         manifest: dict[str, Any] = {}
         if self.manifest.exists():
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
@@ -151,7 +153,29 @@ class RunFolder:
             },
             "data": manifest.get("data", {}) | data,
         }
+        if decision is not None:
+            manifest["budget"] = decision
         write_json(self.manifest, hide_all(manifest, redact))
+
+    def _decision(self) -> dict[str, Any] | None:
+        """What the time budget decided, from `budget.json`."""
+        try:
+            decision = json.loads(self.budget.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return decision if isinstance(decision, dict) else None
+
+
+def _origin(decision: Mapping[str, Any] | None) -> str:
+    """A comment that says which of a recipe's numbers a time budget decided; empty without a decision."""
+    if decision is None:
+        return ""
+    numbers = [f"{stage}.max_steps {steps}" for stage, steps in decision["steps"].items()]
+    numbers += [f"data.{stage}.train max_samples" for stage in decision["max_samples"]]
+    numbers += [] if decision["limit"] is None else [f"evaluate.limit {decision['limit']}"]
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(decision["made"]))
+    decided = ", ".join(numbers) or "nothing had to be cut"
+    return f"# Decided by the budget of {decision['budget']} on {made}, from the measured speed: {decided}.\n"
 
 
 def _version(package: str) -> str | None:
