@@ -13,3 +13,13 @@ class Pace:
     forward: float  # per token, forward pass only: exams, validation, reference
     update: float  # per optimizer step, beside its tokens
     generation: float  # per generated token
+
+    @property
+    def rates(self) -> tuple[str, str]:
+        """Tokens per second in training and in the forward pass, as text of at least three digits."""
+        training, forward = (_digits(1 / seconds) for seconds in (self.training, self.forward))
+        return training, forward
+
+
+def _digits(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

@@ -213,8 +213,9 @@ def _measure_and_store(recipe: Recipe, run: RunFolder, world: World) -> BudgetRe
         write_json(run.budget, record)
         if not run.manifest.exists():
             run.write_manifest(applied(recipe, record), loaded, {})
+        training, forward = pace.rates
         console.say(
-            f"Measured: {1 / pace.training:,.3g} tokens/s in training, {1 / pace.forward:,.3g} when only read. The "
+            f"Measured: {training} tokens/s in training, {forward} when only read. The "
             f"budget of {recipe.budget} is spent so:"
         )
         console.say(explained(recipe, record))

@@ -192,9 +192,10 @@ def show_predicted(recipe: Recipe, config: Config, machine: Machine, chip: Chip)
     step = memory_check.training_step(recipe, "sft", config, machine)
     checkpoint = recipe.memory.checkpoint_layers
     pace = predicted_pace(chip, step.model, step.trained, step.target, checkpoint=checkpoint, scored=SCORED["sft"])
+    training, forward = pace.rates
     console.say(
         f"Predicted for {chip.name}, from its published figures and not measured: "
-        f"{1 / pace.training:,.3g} tokens/s in training, {1 / pace.forward:,.3g} when only read."
+        f"{training} tokens/s in training, {forward} when only read."
     )
     show_budget(recipe, config, machine, pace)
 
