@@ -101,7 +101,7 @@ def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot
         screen.note(f"model: {bot.loaded.source} · adapter: {adapter or 'none'} · context: {bot.context} tokens")
         if warning := blas.blas_warning():
             screen.note(warning)
-    return bot, recipe.data.system if recipe else None
+    return bot, recipe.system_message() if recipe else None
 
 
 def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:

@@ -243,7 +243,7 @@ class Decontaminate(Section):
 class Data(Section):
     """The training data, how it is cleaned and mixed, and how it is rendered.
 
-    `variables` are filled in where a row or one of `evaluate.prompts` says `{{name}}`.
+    `variables` are filled in where a row, `system` or one of `evaluate.prompts` says `{{name}}`.
     """
 
     sft: Split = Split()
@@ -476,6 +476,10 @@ class Recipe(Section):
         if stage == "sft":
             return self.sft.start or "base"
         return self.dpo.start or ("sft" if self.data.sft.train else "base")
+
+    def system_message(self) -> str | None:
+        """`data.system` with `data.variables` filled in."""
+        return None if self.data.system is None else filled(self.data.system, self.data.variables)
 
     def sample_prompts(self) -> tuple[SamplePrompt, ...]:
         """`evaluate.prompts` with `data.variables` filled in."""

@@ -782,7 +782,10 @@ def test_a_recipe_brings_its_model_its_system_prompt_and_its_newest_adapter(
     folder, adapter, tmp_path, monkeypatch, capsys
 ):
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(f"name: tiny\nruns: {tmp_path}\nmodel:\n  path: {folder}\ndata:\n  system: 你是诗人\n")
+    recipe.write_text(
+        f"name: tiny\nruns: {tmp_path}\nmodel:\n  path: {folder}\ndata:\n"
+        "  system: 你是{{who}}\n  variables: {who: 诗人}\n"
+    )
 
     def ask(*options: str) -> str:
         piped(monkeypatch, "你好")

@@ -68,8 +68,11 @@ def merging(project):
     project.write_recipe()
 
 
+SYSTEM = ("data.variables={x: 好}", "data.system=你{{x}}")
+
+
 def test_every_format(merging, project, run):
-    result = ran(run("export.formats=[mlx, hf, gguf, peft]", "export.gguf_type=f16", "data.system=你好"))
+    result = ran(run("export.formats=[mlx, hf, gguf, peft]", "export.gguf_type=f16", *SYSTEM))
     assert files(FUSED) == ["gguf", "hf", "mlx", "peft", "summary.json"]
     model = ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
     assert files(FUSED / "mlx") == files(FUSED / "hf") == [*model, "tokenizer.json", "tokenizer_config.json"]

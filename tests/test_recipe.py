@@ -210,10 +210,12 @@ def test_words_are_words():
     )
 
 
-def test_variables_are_filled_in_prompts_and_in_what_is_expected_of_them():
+def test_variables_are_filled_in_the_system_message_and_in_prompts_and_what_they_expect():
     judged = "{prompt: '{{name}}是谁？', expect: '我叫{{ name }}{{x}}'}"
-    text = f"data: {{variables: {{name: 小智}}}}\nevaluate: {{prompts: [你好, {judged}]}}"
+    text = f"data: {{variables: {{name: 小智}}, system: '你叫{{{{name}}}}'}}\nevaluate: {{prompts: [你好, {judged}]}}"
     recipe = read(BASE + text, 'data.variables.name="007"')
+    assert recipe.system_message() == "你叫007"
+    assert read(BASE).system_message() is None
     assert [(sample.prompt, sample.expect) for sample in recipe.sample_prompts()] == [
         ("你好", None),
         ("007是谁？", "我叫007{{x}}"),

@@ -143,7 +143,7 @@ def _fuse(recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
     tuned = next((stage for stage in ("dpo", "sft") if stage in before), None)
     if "export" not in recipe.model_fields_set or tuned is None:
         return None
-    keys = ("model", "export", "data.sft.validation", "data.system", "data.date_string")
+    keys = ("model", "export", "data.sft.validation", "data.system", "data.variables", "data.date_string")
     files = (recipe.model.path, *_paths(recipe.data.sft.validation))
     return Step("fuse", "fuse", keys=keys, files=files, after=(tuned,), outputs=(run.pattern(run.fused, "**", "*"),))
 

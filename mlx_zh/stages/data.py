@@ -244,7 +244,7 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
             data.train_on if stage == "sft" else "assistant",
             data.max_length,
             data.on_overflow if stage == "sft" else "drop",
-            data.system,
+            recipe.system_message(),
         ),
         choice=ChoiceSettings(
             exact=data.deduplicate.exact,

@@ -221,7 +221,7 @@ class Fuser:
             path.name,
             base.tokenizer,
             data.date_string,
-            system=data.system,
+            system=self.recipe.system_message(),
             context=int(base.config.get("max_position_embeddings", 2048)),
             notes=[f"{self.title}, written by mlx-zh. ollama create {self.title.lower()} -f Modelfile"],
         )

@@ -19,7 +19,8 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 
 _COLUMNS = 80  # of the narrowest terminal that is in common use
-_LOCATES = ("name=", "runs=", "model.", "data.system=")  # overrides that `chat` needs to find the same model
+# Overrides that `chat` needs to find the same model and to say the same system message.
+_LOCATES = ("name=", "runs=", "model.", "data.system=", "data.variables")
 
 
 def last_screen(recipe: Recipe, recipe_file: str, overrides: Sequence[str], language: Language) -> str:

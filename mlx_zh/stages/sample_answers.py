@@ -39,7 +39,8 @@ class Samples:
         from mlx_zh.models.generate import GenerationSession, Sampling
 
         sampling = Sampling(temperature=0.0, max_tokens=self._recipe.evaluate.max_new_tokens)
-        system = [Message("system", self._recipe.data.system)] if self._recipe.data.system else []
+        message = self._recipe.system_message()
+        system = [Message("system", message)] if message else []
         loaded = self._loaded
 
         def answer(prompt: str, chunk: int) -> str:
