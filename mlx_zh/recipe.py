@@ -412,7 +412,7 @@ class Evaluate(Section):
     prompts: tuple[str | SamplePrompt, ...] = ()
     max_new_tokens: PositiveInt = 64
     benchmarks: tuple[Annotated[str, Field(min_length=1), AfterValidator(_exam)], ...] = ()
-    protocol: Literal["official", "chat", "zero-shot-chat", "lm-eval", "generate"] = "official"
+    protocol: Literal["official", "chat", "zero-shot-chat", "lm-eval", "generate", "cloze"] = "official"
     shots: Annotated[int, Field(ge=0, le=5)] | None = None
     split: Literal["val", "test"] | None = None
     limit: PositiveInt | None = None

@@ -218,6 +218,16 @@ def test_other_protocols(ask: Ask, protocol: str):
     assert all(line["logprobs"] and line["mass"] <= 1 for line in lines("base"))
 
 
+def test_the_texts_of_options(ask: Ask):
+    status, out, err = ask("evaluate.protocol=cloze")
+    assert (status, err) == (0, "") and "protocol cloze" in out
+    assert "of the probability on average" not in out  # a warning about letters
+    for line in lines("base"):
+        assert line["mass"] is None and len(line["logprobs"]) == 4
+        assert line["choice"] == "ABCD"[int(np.argmax(line["logprobs"]))]
+    assert report("base")["mass"] is None and report("base")["calibration_error"] is None
+
+
 def test_generated_answers(ask: Ask):
     status, out, err = ask("evaluate.protocol=generate", "evaluate.limit=2")
     assert (status, err) == (0, "")

@@ -129,7 +129,7 @@ def test_dpo(
     assert metal.of("attention", gradient=False)  # the reference and the answer
 
 
-@pytest.mark.parametrize("protocol", ["official", "chat", "generate"])
+@pytest.mark.parametrize("protocol", ["official", "chat", "generate", "cloze"])
 def test_exams(on_metal: Project, metal: Watchman, protocol: str) -> None:
     well(on_metal.run(eval.main, f"evaluate.protocol={protocol}", "--stage", "base"))
     assert metal.of("attention", gradient=False) and not metal.of("attention", gradient=True)

@@ -29,8 +29,8 @@ class Answer:
     id: str  # of the question
     truth: str | None  # the right letter; None where it is not known
     choice: str | None  # the model's letter; None where a free answer gives none
-    logprobs: tuple[float, ...] | None  # of A, B, C and D; None for a free answer
-    mass: float | None  # probability of the four letters together; None for a free answer
+    logprobs: tuple[float, ...] | None  # of A, B, C and D, or of the options a character; None for a free answer
+    mass: float | None  # probability of the four letters together; None where no letters are scored
     tokens: int  # of the prompt
     truncated: bool  # whether the prompt did not fit and was cut
     text: str | None = None  # a free answer
@@ -69,11 +69,14 @@ class Examinee:
         if self.protocol.reply == "free":
             return self._answer_freely(subject, prompts, report)
         scores = letter_logprobs(self.model, prompts, micro_tokens=self.micro_tokens, report=report)
+        by_text = self.protocol.reply == "options"
         answers = []
         for question, prompt, row in zip(subject.questions, prompts, scores, strict=True):
+            if by_text:
+                row = row / [len(text) for text in self.protocol.candidates(question)]
             logprobs = tuple(round(float(value), 6) for value in row)
             choice = LETTERS[int(row.argmax())]  # of equal letters the first, as in the benchmarks' code
-            mass = round(sum(math.exp(value) for value in logprobs), 6)
+            mass = None if by_text else round(sum(math.exp(value) for value in logprobs), 6)
             answers.append(
                 Answer(
                     subject.key,

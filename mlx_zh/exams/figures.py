@@ -54,13 +54,13 @@ class Measured(TypedDict):
     questions: int
     expected: int | None  # questions of the whole split; None for an exam of one's own
     letters: LetterFigures
-    mass: float | None  # mean probability of the four letters together; None for free answers
+    mass: float | None  # mean probability of the four letters together; None where no letters are scored
     truncated: int  # prompts that were cut
     # Only where the answers are known:
     rows: NotRequired[list[FigureRow]]
     subjects: NotRequired[dict[str, SubjectFigures]]
     chance: NotRequired[list[float]]  # 95 % interval of the macro average of someone who guesses
-    calibration_error: NotRequired[float | None]  # None for free answers
+    calibration_error: NotRequired[float | None]  # None where no letters are scored
 
 
 class ExamFigures(Measured):
@@ -175,7 +175,7 @@ def _always(answers: Sequence[Answer], letter: str) -> float:
 
 
 def _calibration(answers: Sequence[Answer]) -> float | None:
-    logprobs = [answer.logprobs for answer in answers if answer.logprobs is not None]
+    logprobs = [answer.logprobs for answer in answers if answer.logprobs is not None and answer.mass is not None]
     if len(logprobs) < len(answers):
         return None
     confidence = statistics.letter_confidence(np.array(logprobs))

@@ -1,4 +1,4 @@
-"""The token ids of a subject's prompts, and of the four letters after them."""
+"""The token ids of a subject's prompts, and of the four letters (or options) after them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_zh.exams.exam import Exam, Subject
 from mlx_zh.exams.protocols import Protocol
 
 Ids = npt.NDArray[np.int32]
-Letters = tuple[tuple[int, ...], ...]  # token ids of A, B, C and D as they would follow
+Letters = tuple[tuple[int, ...], ...]  # token ids of A, B, C and D, or of the options, as they would follow
 
 # How many tokens before a letter can merge with it. Every prompt ends in `答案：` or `答案是：`, so these are enough.
 _TAIL = 3
@@ -61,7 +61,7 @@ class Prompter:
         """The prompt of one question, from its tokens with all worked examples."""
         shots, tokens = list(subject.dev), whole
         ask, answer = self._encoders(form, subject.entry.name, question)
-        letters = self._letters(whole, lambda letter: answer(shots, letter))
+        letters = self._letters(question, whole, lambda text: answer(shots, text))
         room = self._max_length - max(map(len, letters), default=1) + 1
         if self._protocol.overlong == "drop-shots":
             while len(tokens) > room and shots:
@@ -94,17 +94,28 @@ class Prompter:
         ids: list[list[int]] = self._tokenizer(texts, verbose=False)["input_ids"] if texts else []
         return ids
 
-    def _letters(self, prompt: list[int], answer: Callable[[str], list[int]]) -> Letters:
+    def _letters(self, question: Question, prompt: list[int], answer: Callable[[str], list[int]]) -> Letters:
         """Ids of the letters after `prompt`; `answer` gives the tokens of prompt and letter together.
 
         Prompts with the same last tokens have the same letters, so these are encoded once.
         """
         if self._protocol.reply == "free":
             return ()
+        if self._protocol.reply == "options":
+            return tuple(self._option(prompt, answer(text), text) for text in self._protocol.candidates(question))
         tail = tuple(prompt[-_TAIL:])
         if tail not in self._letters_after:
             self._letters_after[tail] = self._split(prompt, [answer(letter) for letter in LETTERS])
         return self._letters_after[tail]
+
+    def _option(self, prompt: list[int], answered: list[int], option: str) -> tuple[int, ...]:
+        """The tokens of an option after `prompt`, without those that close the turn."""
+        rest = answered[len(prompt) :]
+        if answered[: len(prompt)] == prompt:
+            for end in range(1, len(rest) + 1):
+                if self._tokenizer.decode(rest[:end]).strip() == option:
+                    return tuple(rest[:end])
+        raise self._error(f"its tokens do not separate the option {option!r} from what stands around it", "an option")
 
     def _split(self, prompt: list[int], answered: list[list[int]]) -> Letters:
         """What each of the four encodings has after the prompt."""
@@ -123,9 +134,9 @@ class Prompter:
                 raise self._error(f"the token after the prompt is {self._tokenizer.decode(list(rest))!r}")
         return tuple(rests)
 
-    def _error(self, reason: str) -> TemplateError:
+    def _error(self, reason: str, scored: str = "a letter") -> TemplateError:
         return TemplateError(
-            f"protocol {self._protocol.name} cannot be used with this model: {reason}, so the log-prob of a letter "
+            f"protocol {self._protocol.name} cannot be used with this model: {reason}, so the log-prob of {scored} "
             "is not defined. Choose another protocol (evaluate.protocol)."
         )
 

@@ -61,8 +61,17 @@ class Protocol:
         for number, asked in enumerate((*shots, question)):
             messages.append(Message("user", (header if number == 0 else "") + self._question(texts, asked)))
             if number < len(shots):
-                messages.append(Message("assistant", texts.answer.format(answer=asked.answer)))
+                messages.append(Message("assistant", texts.answer.format(answer=self._shown(asked))))
         return messages
+
+    def candidates(self, question: Question) -> tuple[str, ...]:
+        """The four texts that are scored as answers: the options' texts, or the letters."""
+        return tuple(option.strip() for option in question.options) if self.reply == "options" else LETTERS
+
+    def _shown(self, shot: Question) -> str:
+        """The answer of a worked example."""
+        assert shot.answer is not None  # worked examples have answers
+        return self.candidates(shot)[LETTERS.index(shot.answer)]
 
     def letter_in(self, answer: str) -> str | None:
         """The letter that a free answer gives: the last match of the first rule that matches; None without any."""

@@ -1,4 +1,4 @@
-"""Log-probs of the letters. A subject is a tree: its prefix is computed once, its questions are the branches."""
+"""Log-probs of letters or options. A subject is a tree: its prefix is computed once, its questions are branches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Report = Callable[[int], None]  # called with the number of questions just score
 def letter_logprobs(
     model: nn.Module, prompts: Sequence[Prompt], *, micro_tokens: int, report: Report = lambda _: None
 ) -> npt.NDArray[np.float64]:
-    """Log-probs (N, 4) of A, B, C and D after each of N prompts, over the whole vocabulary.
+    """Log-probs (N, 4) of the four letters or options after each of N prompts, over the whole vocabulary.
 
     The prefix that all prompts share is computed once, `micro_tokens` at a time. The rest is packed into rows of up
     to `micro_tokens` tokens, and only the last position of each question is projected on the vocabulary. Prompts that
@@ -47,7 +47,11 @@ def _score_group(
     shared = common_prefix([prompts[i].tokens for i in group])
     prefix = prefill(model, prompts[group[0]].tokens[:shared], chunk=micro_tokens) if shared else None
     rest = [prompts[i].tokens[shared:] for i in group]
-    for row in plan_rows([len(tokens) for tokens in rest], micro_tokens):
+    sizes = [
+        len(tokens) + sum(len(choice) - 1 for choice in prompts[i].letters)
+        for tokens, i in zip(rest, group, strict=True)
+    ]
+    for row in plan_rows(sizes, micro_tokens):
         branches, before = [rest[k] for k in row], prefix
         if len(row) == 1 and len(branches[0]) > micro_tokens:  # a long question is computed in pieces, like a prefix
             before = prefill(model, branches[0][:-1], chunk=micro_tokens, prefix=prefix)
@@ -60,7 +64,7 @@ def _score_group(
 def _score_row(
     model: nn.Module, branches: Sequence[Ids], letters: Sequence[Letters], prefix: Prefix | None
 ) -> npt.NDArray[np.float32]:
-    """Log-probs (N, 4) of a row of N questions; where a letter is several tokens, their log-probs are summed."""
+    """Log-probs (N, 4) of a row of N questions; where a choice is several tokens, their log-probs are summed."""
     row = RowBuilder()
     owner = 0
     for tokens, choices in zip(branches, letters, strict=True):

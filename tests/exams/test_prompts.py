@@ -88,6 +88,16 @@ def test_chat_goes_through_the_model_s_template(byte_tokenizer: Any):
     assert made("generate", byte_tokenizer, renderer=Renderer(byte_tokenizer))[0].letters == ()
 
 
+def test_options_are_scored_whole_and_without_what_closes_the_turn(byte_tokenizer: Any):
+    question = Question("0", "甲", ("1", "1。", " 23", "乙"), "A")
+    subject = Subject("s", Entry("自然"), (), (question,))
+    exam = Exam("e", "e", "ceval", "test", (Row("Average"),), (subject,), None)
+    prompt = Prompter(protocols()["cloze"], byte_tokenizer, Renderer(byte_tokenizer), 10**6).subject(exam, subject)[0]
+    assert byte_tokenizer.decode(prompt.tokens).endswith("<|im_start|>user\n甲<|im_end|>\n<|im_start|>assistant\n")
+    assert [byte_tokenizer.decode(list(ids)) for ids in prompt.letters] == ["1", "1。", "23", "乙"]
+    assert [len(ids) for ids in prompt.letters] == [1, 4, 2, 3]  # bytes
+
+
 def test_a_token_across_the_boundary_is_an_error():
     # "：A" is one token here, so what the model would see before "A" is not the prompt.
     with pytest.raises(TemplateError, match=r"official cannot .* stands across the boundary .*evaluate.protocol"):
@@ -107,20 +117,18 @@ def test_a_letter_of_several_tokens_is_an_error_where_one_is_scored():
         made("official", split)
 
 
-def test_chat_letters_that_are_not_one_token_are_an_error():
-    tokenizer = byte_level()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [("chat", "a letter is not one token"), ("cloze", "separate the option '1' .* log-prob of an option")],
+)
+def test_a_template_that_changes_what_is_scored_is_an_error(byte_tokenizer: Any, protocol: str, message: str):
     class Answers(Renderer):
         def conversation(self, messages: Any, **options: Any) -> Any:
             *others, last = messages
             return super().conversation([*others, type(last)(last.role, f"*{last.content}")], **options)
 
-    with pytest.raises(TemplateError, match="a letter is not one token"):
-        made("chat", tokenizer, renderer=Answers(tokenizer))
+    with pytest.raises(TemplateError, match=message):
+        made(protocol, byte_tokenizer, renderer=Answers(byte_tokenizer))
 
 
 def test_the_longest_example_is_left_out_first(byte_tokenizer: Any):

@@ -160,6 +160,19 @@ def test_zero_shot_chat_is_one_question(protocol: str):
     ]
 
 
+def test_cloze_shows_no_options_and_scores_their_texts():
+    cloze = protocols()["cloze"]
+    assert cloze.messages("ceval", "自然", SHOTS[1:], ASKED) == [
+        Message("system", "请用中文回答。"),
+        Message("user", "1+1等于"),
+        Message("assistant", "2"),
+        Message("user", " 下列属于{哺乳}动物的是\n"),
+    ]
+    assert cloze.messages("cmmlu", "自然", (), ASKED) == cloze.messages("ceval", "自然", (), ASKED)
+    assert cloze.candidates(ASKED) == ("鲨鱼", "海豚", "青蛙", "企鹅")
+    assert protocols()["chat"].candidates(ASKED) == ("A", "B", "C", "D")
+
+
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
@@ -203,6 +216,6 @@ def test_the_recipe_offers_exactly_these_protocols():
 def test_every_protocol_says_where_it_is_from_and_in_which_version():
     for protocol in protocols().values():
         assert protocol.version >= 1
-        assert "ceval" in protocol.source or "`chat`" in protocol.source
+        assert any(named in protocol.source for named in ("ceval", "`chat`", "lm_eval"))
         assert set(protocol.forms) == {"ceval", "cmmlu"}
     assert len({protocol.fingerprint() for protocol in protocols().values()}) == len(protocols())

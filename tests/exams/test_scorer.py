@@ -23,6 +23,7 @@ from mlx_zh.models.adapters.spec import AdapterSpec
 
 LETTERS = ((17,), (23,), (29,), (31,))
 LONG = ((17,), (23, 5, 5), (23, 5, 9), (31, 2))  # as some tokenizers write " A"
+OPTIONS = ((17, 4, 9, 9, 3, 8, 2), (23,), (29, 5), (17, 4, 9, 9, 3, 8, 1))
 
 
 def prompts(lengths: list[int], shared: int, letters: Any = LETTERS, truncated: tuple[int, ...] = ()) -> list[Prompt]:
@@ -65,7 +66,7 @@ def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("micro_tokens", [1, 7, 33, 4096])
-@pytest.mark.parametrize("letters", [LETTERS, LONG])
+@pytest.mark.parametrize("letters", [LETTERS, LONG, OPTIONS])
 def test_memory_settings_change_nothing(tiny_model: Callable[..., Any], micro_tokens: int, letters: Any):
     # Prefixes and single questions longer than micro_tokens are computed in pieces.
     model = tiny_model()
