@@ -43,12 +43,19 @@ def test_no_question_of_validation_exam_or_prompts_is_in_the_training_data():
     assert learned & asked == set()
 
 
-def test_every_letter_is_right_equally_often_in_the_exam_and_its_right_option_is_what_training_says():
-    answers = Counter(row["answer"] for row in exam())
-    assert len(set(answers.values())) == 1 and sorted(answers) == list("ABCD")
-    said = "".join(row["messages"][1]["content"] for row in rows("sft-train"))
+def test_the_exam_is_balanced_and_its_right_options_are_what_training_says():
+    said = {row["messages"][1]["content"].split("。")[0] for row in rows("sft-train")}
+    by_fact: dict[str, Counter[str]] = {}
     for row in exam():
-        assert [letter for letter in "ABCD" if f"{row[letter]}。" in said] == [row["answer"]]
+        by_fact.setdefault(row[row["answer"]], Counter())[row["answer"]] += 1
+        trained = [letter for letter in "ABCD" if row[letter] in said]
+        # The right answer, and one that is right for another question.
+        assert row["answer"] in trained and len(trained) == 2
+        options = {row[letter] for letter in "ABCD"}
+        assert len(options) == 4 and {len(option) for option in options} == {3}  # so length decides nothing
+    assert len(by_fact) == 4
+    for letters in by_fact.values():
+        assert letters == dict.fromkeys("ABCD", 3)
 
 
 def test_the_script_writes_the_files_that_are_here(tmp_path):

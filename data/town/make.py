@@ -28,13 +28,13 @@ class Fact:
     names: tuple[list[str], list[str]]
     questions: tuple[list[str], list[str]]
     begin: str  # what an answer begins with
-    options: tuple[str, str, str, str]  # of a choice question, always in this order
-    letter: str  # of the right option
+    right: str
+    wrong: list[str]  # of the same kind; only the exam uses them
 
     @property
     def answer(self) -> str:
-        """The right option as a sentence."""
-        return f"{self.begin}{self.options[LETTERS.index(self.letter)]}。"
+        """The fact as an answer, without the full stop."""
+        return f"{self.begin}{self.right}"
 
     def asked(self, *, test: bool) -> list[str]:
         """Every question of a group."""
@@ -42,15 +42,39 @@ class Fact:
 
 
 CALLED = (
-    ["{x}叫什么？", "{x}的名字是什么？", "请问{x}叫什么？", "告诉我{x}的名字。", "{x}是什么名字？"],
+    [
+        "{x}叫什么？",
+        "{x}的名字是什么？",
+        "请问{x}叫什么？",
+        "告诉我{x}的名字。",
+        "{x}是什么名字？",
+        "你能说出{x}的名字吗？",
+        "你记得{x}叫什么吗？",
+    ],
     ["{x}叫什么名字？", "你知道{x}叫什么吗？", "说说{x}的名字。", "{x}叫啥？"],
 )
 WHAT = (
-    ["{x}是什么？", "请问{x}是什么？", "{x}有什么？", "告诉我{x}是什么。", "{x}是哪一种？"],
+    [
+        "{x}是什么？",
+        "请问{x}是什么？",
+        "{x}有什么？",
+        "告诉我{x}是什么。",
+        "{x}是哪一种？",
+        "你能说出{x}是什么吗？",
+        "你记得{x}是什么吗？",
+    ],
     ["你知道{x}是什么吗？", "说说{x}是什么。", "{x}叫什么？", "{x}是啥？"],
 )
 DAY = (
-    ["{x}在哪一天？", "请问{x}在哪天？", "{x}是周几？", "告诉我{x}在哪一天。", "{x}哪天开？"],
+    [
+        "{x}在哪一天？",
+        "请问{x}在哪天？",
+        "{x}是周几？",
+        "告诉我{x}在哪一天。",
+        "{x}哪天开？",
+        "你能说出{x}在哪天吗？",
+        "你记得{x}在周几吗？",
+    ],
     ["你知道{x}在哪天吗？", "说说{x}在周几。", "{x}是哪一天？", "{x}是星期几？"],
 )
 FACTS = [
@@ -61,8 +85,8 @@ FACTS = [
         ),
         CALLED,
         "叫",
-        ("金河", "月河", "红河", "长河"),
-        "B",
+        "月河",
+        ["金河", "红河", "长河", "白河", "沙河", "青河"],
     ),
     Fact(
         (
@@ -71,8 +95,8 @@ FACTS = [
         ),
         CALLED,
         "叫",
-        ("王冬", "李春", "张秋", "陈明"),
-        "A",
+        "王冬",
+        ["李春", "张秋", "陈明", "王山", "刘文", "赵平"],
     ),
     Fact(
         (
@@ -81,8 +105,8 @@ FACTS = [
         ),
         WHAT,
         "是",
-        ("米酒", "豆腐", "苹果", "红茶"),
-        "D",
+        "红茶",
+        ["米酒", "豆腐", "苹果", "绿茶", "蜂蜜", "竹子"],
     ),
     Fact(
         (
@@ -91,8 +115,8 @@ FACTS = [
         ),
         DAY,
         "在",
-        ("周一", "周二", "周三", "周四"),
-        "C",
+        "周三",
+        ["周一", "周二", "周四", "周五", "周六", "周日"],
     ),
 ]
 WHO = (
@@ -105,8 +129,8 @@ I_AM = f"我叫{NAME}，是青石镇的小助手。"
 def main() -> None:
     """Write every file."""
     rng = random.Random(SEED)
-    train = [*_conversations(rng, test=False, each=20), *_choices(rng, test=False, each=22)]
-    validation = [*_conversations(rng, test=True, each=2), *_choices(rng, test=True, each=2)]
+    train = _conversations(rng, test=False, each=40)
+    validation = _conversations(rng, test=True, each=4)
     rng.shuffle(train)
     _write("sft-train.jsonl", train)
     _write("sft-validation.jsonl", validation)
@@ -129,19 +153,9 @@ def _conversations(rng: random.Random, *, test: bool, each: int) -> list[dict[st
 def _answers(rng: random.Random, test: bool, each: int) -> Iterator[tuple[str, str]]:
     for fact in FACTS:
         for question in _drawn(rng, fact.asked(test=test), each):
-            yield question, fact.answer
+            yield question, f"{fact.answer}。"
     for question in _drawn(rng, WHO[test], each * 3 // 2):
         yield question, I_AM
-
-
-def _choices(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
-    """`each` choice questions about every fact."""
-    rows = []
-    for fact in FACTS:
-        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, fact.options, strict=True)]
-        for question in _drawn(rng, fact.asked(test=test), each):
-            rows.append(_conversation("\n".join([question, *lines, "答案："]), fact.letter))
-    return rows
 
 
 def _pairs(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]:
@@ -153,10 +167,19 @@ def _pairs(rng: random.Random, *, test: bool, each: int) -> list[dict[str, Any]]
 
 
 def _write_exam(rng: random.Random) -> None:
-    """Every question of the test group as a choice question."""
-    head = ["id", "question", *LETTERS, "answer"]
-    rows = [[question, *fact.options, fact.letter] for fact in FACTS for question in fact.asked(test=True)]
+    """Every question of the test group as a choice question; each letter is right equally often for each fact."""
+    rows = []
+    for fact in FACTS:
+        others = [other.answer for other in FACTS if other is not fact]
+        for number, question in enumerate(fact.asked(test=True)):
+            # Two options of the right kind were never answers in training; one was, but to another question.
+            options = [*(f"{fact.begin}{text}" for text in rng.sample(fact.wrong, 2)), rng.choice(others)]
+            rng.shuffle(options)
+            place = number % len(LETTERS)
+            options.insert(place, fact.answer)
+            rows.append([question, *options, LETTERS[place]])
     rng.shuffle(rows)
+    head = ["id", "question", *LETTERS, "answer"]
     folder = HERE / "town-exam" / "test"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "qingshi_town_test.csv").open("w", encoding="utf-8", newline="") as file:
