@@ -56,6 +56,7 @@ _WORD = re.compile(r"[(“\"']*[A-Za-z][a-z’']+[.,;:!?)”\"'`]*")
 
 # Parts of other programs' messages, sample text, a licence's own words, and a sentence beside its Chinese.
 NAMES = (
+    "# Decided",
     "(?i:",
     "Caused GPU",
     "Config name is missing",
