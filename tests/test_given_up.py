@@ -186,7 +186,7 @@ def test_an_exam_is_given_up_and_asked_again(
     failed = fail(monkeypatch, module, name, message, lambda number, _: number == (5 if free else 2))
     result = project.run(eval.main)
     assert (result.status, result.err, len(failed)) == (0, "", 1)
-    assert "warning: exam was stopped: " in result.out
+    assert "warning: the exam exam was stopped: " in result.out
     answers = [Path(f"runs/{run}/eval/base-exam.jsonl").read_text().splitlines() for run in ("tiny", "straight")]
     for found, expected in zip(*(map(json.loads, lines) for lines in answers), strict=True):
         assert (found["id"], found["choice"], found["text"]) == (expected["id"], expected["choice"], expected["text"])

@@ -151,7 +151,7 @@ def test_a_run_does_everything_in_order_and_a_second_one_nothing(stages, capsys)
         ("evaluate.prompts=[你好]", ["report"]),
         ("evaluate.max_new_tokens=9", ["report"]),
         ("evaluate.prompts=[{prompt: 你好, expect: 好}]", ["report"]),
-        ("data.variables.name=小明", ["prepare", "sft", "dpo", "report"]),  # neither an exam nor the base names it
+        ("data.variables.name=小明", ["prepare", "sft", "dpo", "fuse", "report"]),  # no exam and no base names it
         ("export.bits=8", ["fuse", "report"]),
         ("data.dpo.train=[{path: dpo.jsonl, max_samples: 1}]", ["prepare", "dpo", "report"]),
         ("seed=1", ["prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "report"]),

@@ -111,7 +111,7 @@ def _update(recipe: Recipe, weights: Arrays) -> None:
     section = recipe.sft
     betas = section.adam_beta1, section.adam_beta2
     optimizer = GroupedAdamW(weights, weight_decay=section.weight_decay, betas=betas)
-    updated = optimizer.update(weights, weights, 0.0)
+    updated = optimizer.update(weights, dict(weights), 0.0)  # which empties its gradients
     mx.eval(updated, optimizer.arrays())
 
 
