@@ -123,6 +123,7 @@ def _exams(recipe: Recipe, shots: int) -> list[Exam]:
 def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
     """Print an exam's tables and warnings, and the paths of its files."""
     from mlx_zh.exams import tables
+    from mlx_zh.language.translation import in_readers_language
     from mlx_zh.system import console
 
     stages = examination.side_by_side(exam)
@@ -137,7 +138,7 @@ def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
     console.say(f"\n{console.table(tables.letters(stages, form))}")
     for name, metrics in stages.items():
         for warning in metrics["tripwires"]:
-            console.warn(f"{exam.title}, {name}: {warning}")
+            console.warn(f"{exam.title}, {name}: {in_readers_language(warning)}")
     for path in examination.write(exam):
         console.say(f"  {path}")
 

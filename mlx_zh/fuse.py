@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.language.notice import Notice
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.stages import command
 from mlx_zh.system.arguments import Parser
 
@@ -133,7 +134,7 @@ def _conclude(fuser: Fuser, written: list[Written]) -> None:
         if w.assessment.unmeasured:
             console.warn(Notice("fused-not-compared", format=w.kind, reason=w.assessment.unmeasured))
         for warning in w.assessment.warnings:
-            console.warn(f"{w.kind}, {w.result.detail}: {warning}.{_remedy(fuser, w)}")
+            console.warn(f"{w.kind}, {w.result.detail}: {in_readers_language(warning)}.{_remedy(fuser, w)}")
 
 
 def _remedy(fuser: Fuser, written: Written) -> str:

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     import time
 
     from mlx_zh.errors import DataError
+    from mlx_zh.language.reader import reader_language
     from mlx_zh.reporting.findings import gather
     from mlx_zh.reporting.markdown import markdown
     from mlx_zh.reporting.page import page
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))
     write_text(run.page, page(findings, written_at))
     for alarm in findings.alarms:
-        console.warn(f"{alarm.where.en}: {alarm.what.en}")
+        where, what = (getattr(text, reader_language()) for text in (alarm.where, alarm.what))
+        console.warn(f"{where}: {what}")
     paths = [("page", str(run.page)), ("text", str(run.text)), ("plots", f"{run.plots}/")]
     console.say(console.table(paths))
     return 0

@@ -15,12 +15,12 @@ from importlib.resources import files
 from string import Formatter
 from typing import NamedTuple
 
-from mlx_zh.language.catalogue import Language
+from mlx_zh.language.catalogue import Language, catalogue
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 
 _DEEPEST = 6  # sentences within sentences, such as the reason within an error
-_JOINTS = ("\n", ". ", ": ", "; ", ", ")  # between sentences that the code puts together
+_JOINTS = ("\n", ". ", ": ", "; ")  # between sentences that the code puts together
 
 
 def in_readers_language(text: str, language: Language | None = None) -> str:
@@ -37,6 +37,8 @@ def _chinese(text: str, depth: int) -> str:
     whole = _whole(text, depth)
     if whole is not None:
         return whole
+    if (labelled := _after_label(text, depth)) is not None:
+        return labelled
     for joint in _JOINTS:
         parts = text.split(joint)
         if len(parts) > 1:
@@ -45,6 +47,22 @@ def _chinese(text: str, depth: int) -> str:
             chinese = [_chinese(part, depth - 1) for part in english]
             return _joined(chinese, joint.removeprefix(stop)) if chinese != english else text
     return text
+
+
+def _after_label(text: str, depth: int) -> str | None:
+    """A whole wording, which may hold full stops, after a label such as a path; None if there is none."""
+    position = -1
+    for _ in range(_LABELS):
+        position = text.find(": ", position + 1)
+        if position < 0:
+            return None
+        label, rest = text[:position], text[position + 2 :]
+        if (whole := _whole(rest, depth)) is not None:
+            return f"{_chinese(label, depth - 1)}：{whole}"
+    return None
+
+
+_LABELS = 3  # labels before a sentence, such as a file's and a key's
 
 
 def _joined(sentences: Sequence[str], joint: str) -> str:
@@ -91,14 +109,41 @@ _HEAD = 4  # characters of the beginning by which sentences are looked up
 
 @cache
 def _table() -> Mapping[str, Sequence[_Sentence]]:
-    """The wordings by the beginning of their English text, the longest first."""
+    """The wordings by the beginning of their English text, the longest first.
+
+    Those of notices are among them: a notice within an f-string is there as its English sentence.
+    """
     table: dict[str, list[_Sentence]] = defaultdict(list)
-    for english, chinese in wordings().items():
+    for english, chinese in [*wordings().items(), *_of_notices()]:
         texts = literals(english)
         table[texts[0][:_HEAD] if len(texts[0]) >= _HEAD else ""].append(_Sentence(texts, chinese))
     for sentences in table.values():
         sentences.sort(key=lambda sentence: -sentence.size)
     return table
+
+
+def _of_notices() -> Iterator[tuple[str, str]]:
+    """The wordings of the catalogue, with numbered fields in place of the named ones."""
+    for wording in catalogue().values():
+        names = [name for _, name, _, _ in Formatter().parse(wording.en) if name]
+        if len(names) == len(set(names)):
+            numbers = {name: f"{{{number}}}" for number, name in enumerate(names)}
+            english = _renamed(wording.en, numbers)
+            if sum(map(len, literals(english))) >= _LEAST:
+                yield english, _renamed(wording.zh, numbers)
+
+
+_LEAST = 12  # characters around its fields by which a notice is recognised within another sentence
+
+
+def _renamed(wording: str, names: Mapping[str, str]) -> str:
+    """A format string whose fields have the texts of `names`; literal braces stay doubled."""
+    parts = []
+    for literal, name, _, _ in Formatter().parse(wording):
+        parts.append(literal.replace("{", "{{").replace("}", "}}"))
+        if name is not None:
+            parts.append(names[name])
+    return "".join(parts)
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 from wcwidth import wcswidth
 
 from mlx_zh.language.notice import Notice
+from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system.arguments import wrapped
 from mlx_zh.system.redaction import hide_all, printable, redact
@@ -261,8 +262,11 @@ class DownloadBar:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text for people: `42 s`, `3 min 05 s` or `2 h 10 min`."""
+    """Seconds as text in the reader's language: `42 s`, `3 min 05 s` or `2 h 10 min`."""
+    second, minute, hour = ("秒", "分", "小时") if reader_language() == "zh" else ("s", "min", "h")
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} {second}"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} {minute} {rest:02d} {second}"
+    return f"{minutes // 60} {hour} {minutes % 60:02d} {minute}"

@@ -9,16 +9,19 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from sentences import WARNINGS, example
 from wcwidth import wcswidth
 from wordings import PACKAGE, sentences
 
 from mlx_zh import cli
 from mlx_zh.language import translation
-from mlx_zh.language.catalogue import Language
+from mlx_zh.language.catalogue import Language, catalogue
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, literals, wordings
 from mlx_zh.system.arguments import wrapped
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,16 @@ def test_a_long_text_is_translated_in_linear_time() -> None:
 def test_a_notice_is_worded_by_its_code() -> None:
     notice = Notice("no-locks", folder="runs/x")
     assert in_readers_language(notice, "zh") == notice.text("zh") != str(notice)
+
+
+@pytest.mark.parametrize("code", WARNINGS)
+def test_a_notice_within_a_sentence_is_worded_too(code: str) -> None:
+    notice = example(code)
+    shown = in_readers_language(f"runs/x: {notice}", "zh")
+    names = [name for _, name, _, _ in string.Formatter().parse(catalogue()[code].en) if name]
+    if len(notice) - sum(len(f"<{name}>") for name in names) >= 12 and len(names) == len(set(names)):
+        words = [text.strip("，。：； ") for text in literals(catalogue()[code].zh) if CHINESE.search(text)]
+        assert words[0] in shown
 
 
 def test_help_and_errors_of_the_command_line(
