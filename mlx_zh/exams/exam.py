@@ -227,13 +227,17 @@ def _name(value: Any) -> str | None:
 
 
 def _rows(subjects: list[Subject]) -> tuple[Row, ...]:
-    """The table of an exam of one's own: the average, the average of hard subjects, and a row a category."""
+    """The table of an exam of one's own: the average, the average of hard subjects, and a row for each of several
+    categories.
+    """
     rows = [Row("Average")]
     if any("hard" in subject.entry.flags for subject in subjects):
         rows.append(Row("Average (hard)", flag="hard"))
     categories = dict.fromkeys(subject.entry.category for subject in subjects if subject.entry.category)
     usual = [name for name in ("STEM", "Social Sciences", "Humanities", "Other") if name in categories]
     ordered = usual + [name for name in categories if name not in usual]
+    if len(ordered) == 1 and all(subject.entry.category for subject in subjects):
+        return tuple(rows)  # its row would equal the average
     return (*rows, *(Row(name, category=name) for name in ordered))
 
 
