@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from os.path import expanduser, isdir
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,20 @@ _RUNS, _WARNINGS = 5, 20  # runs and warnings that are listed: the last ones
 
 def destination(path: str) -> Path:
     """The file to write. Raises StorageError if that would replace a file which is no earlier report."""
-    file = Path(path).expanduser()
-    if file.is_dir():
+    file = Path(expanduser(path))
+    if isdir(file):
         file = file / DEFAULT
     if file.suffix not in (".md", ".txt"):
         raise StorageError(f"--report {path}: the name must end with .md or .txt, for example {DEFAULT}.")
-    if file.exists():
-        with storage_errors(file):
-            ours = file.read_bytes().startswith(_TITLE.encode())
-        if not ours:
+    with storage_errors(file):
+        if file.exists() and not _is_report(file):
             raise StorageError(f"{file} exists and is not a report of doctor. Choose another name.")
     return file
+
+
+def _is_report(file: Path) -> bool:
+    """Whether an earlier report is there; a pipe or device is not read, because that may wait for ever."""
+    return file.is_file() and file.read_bytes().startswith(_TITLE.encode())
 
 
 def write_report(file: Path, checks: Sequence[Check], runs: Path, run: str | None) -> None:
@@ -75,8 +79,8 @@ def write_report(file: Path, checks: Sequence[Check], runs: Path, run: str | Non
 
 def run_folder(runs: Path, run: str) -> RunFolder:
     """The folder of a run by its name or path. Raises StorageError if there is none."""
-    for path in (runs / run, Path(run).expanduser()):
-        if path.is_dir():
+    for path in (runs / run, Path(expanduser(run))):
+        if isdir(path):
             return RunFolder(path)
     names = ", ".join(folder.path.name for folder in _folders(runs)) or "none"
     raise StorageError(f"there is no run {run!r} in {runs}; the runs there are: {names}.")

@@ -15,6 +15,8 @@ _NAMES = re.compile(
     r"(^|[_-])(token|secret|password|passwd|credentials?|authorization|cookie|(api|access|secret|private)[_-]?key)$",
     re.IGNORECASE,
 )
+# Variables are secrets under more names, such as OPENAI_KEY, GITHUB_PAT and PGPASSWORD.
+_VARIABLES = re.compile(r"(token|secret|passw(or)?d|credentials?|api_?key)$|(^|_)(key|pat|pass|auth)$", re.IGNORECASE)
 _WORDS = (
     # A value after a name such as `token`: in a command line, the query of a URL or a header.
     (
@@ -27,7 +29,7 @@ _WORDS = (
     ),
     (re.compile(r"(--?(?:hf-)?(?:token|password|secret|api-key)\s+)\S+", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
     (re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
-    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE), rf"\g<1>{HIDDEN}@"),
+    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/\"<>]+@", re.IGNORECASE), rf"\g<1>{HIDDEN}@"),
     # Tokens with a known form: Hugging Face, GitHub, OpenAI and similar services, ModelScope, AWS, JSON web tokens.
     (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
     (re.compile(r"\b(?:ghp|gho|ghs|ghu|github_pat)_\w{20,}"), HIDDEN),
@@ -49,7 +51,7 @@ _CONTROLS = re.compile(
 def redact(text: str) -> str:
     """The text without anything that looks like a secret, and without the secrets in this process's environment."""
     for name, value in os.environ.items():
-        if len(value) >= _MIN_LENGTH and _NAMES.search(name):
+        if len(value) >= _MIN_LENGTH and (_NAMES.search(name) or _VARIABLES.search(name)):
             text = text.replace(value, HIDDEN)
     for pattern, replacement in _WORDS:
         text = pattern.sub(replacement, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 from project import Project
 
 from mlx_zh import doctor
+from mlx_zh.errors import StorageError
 from mlx_zh.stages import bug_report, checkup
 from mlx_zh.stages.checkup import Check
 from mlx_zh.system import device
+from mlx_zh.system.redaction import hide
 from mlx_zh.training.check_cases import ON_CPU, Case
 
 FUSED = mx.fast.scaled_dot_product_attention
@@ -108,6 +111,37 @@ def test_no_other_file_is_replaced(project: Project, path: str, message: str) ->
     result = project.run(doctor.main, "--quick", "--report", path)
     assert result.status == 2 and result.err.startswith(message)
     assert Path(path).read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--report", "--run"])
+@pytest.mark.parametrize("name", ["~nobody-of-this-name", "a" * 300])
+def test_impossible_names_are_one_line(project: Project, option: str, name: str) -> None:
+    names = ("--report", f"{name}.txt/x") if option == "--report" else ("--report", "x.md", "--run", name)
+    result = project.run(doctor.main, "--quick", *names)
+    assert result.status == 2 and result.err.startswith("error: ") and "Traceback" not in result.err
+    if option == "--report":
+        with pytest.raises(StorageError):
+            bug_report.destination("a" * 300 + ".md")
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.md")
+    with pytest.raises(StorageError, match="is not a report of doctor"):
+        bug_report.destination(str(tmp_path / "pipe.md"))
+
+
+@pytest.mark.parametrize("name", ["OPENAI_KEY", "GITHUB_PAT", "PGPASSWORD", "MYSQL_PASS", "SOMEAPIKEY", "NPM_AUTH"])
+def test_secrets_of_any_variable_are_hidden_in_texts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "plantedplanted")
+    monkeypatch.setenv("HARMLESS_PATH", "a-folder-of-mine")
+    assert hide("got plantedplanted in a-folder-of-mine") == "got ••• in a-folder-of-mine"
+
+
+def test_a_password_with_an_at_sign_is_hidden() -> None:
+    assert hide('see "https://me:pass@word@mirror.example/a", me@b.example') == (
+        'see "https://•••@mirror.example/a", me@b.example'
+    )
+    assert hide("https://mirror.example/@scope/a") == "https://mirror.example/@scope/a"
 
 
 def test_a_folder_gets_the_file(tmp_path: Path) -> None:
