@@ -78,7 +78,7 @@ def _checked(case: Case, about: dict[str, Any], *, force: bool) -> dict[str, Any
         unfused = check(case)
     if unfused.passed:
         warning = Notice("attention-unfused", problem=fused.problem)
-        return result | {"attention": "unfused", "warning": warning.as_dict()}
+        return result | {"attention": "unfused", "warning": warning.as_dict(), "remember": not fused.fault}
     warning = Notice("self-check-failed", problem=unfused.problem)
     if not force:
         raise TrainingError(f"{warning} To start anyway, add --force.")
@@ -94,7 +94,9 @@ def _remembered(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(result, dict) or result.get("about") != about:
         return None
-    return result if result.get("attention") in ("fused", "unfused") and "warning" in result else None
+    warning = result.get("warning", "")
+    whole = result.get("attention") in ("fused", "unfused") and (warning is None or notice_of(warning) is not None)
+    return result if whole else None
 
 
 def _remember(path: Path, result: dict[str, Any]) -> None:

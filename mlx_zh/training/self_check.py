@@ -16,6 +16,7 @@ import numpy as np
 from mlx_zh.errors import first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.system import device
+from mlx_zh.system.accelerator import AcceleratorError, repeated
 from mlx_zh.training.check_cases import LENGTHS, Case, Scored
 from mlx_zh.training.check_model import LAYERS, Pair, Values
 
@@ -42,6 +43,7 @@ class Outcome:
     differences: tuple[Difference, ...]  # empty if MLX raised an error
     error: str = ""  # what MLX raised
     where: tuple[Notice, ...] = ()  # the segments that fail alone
+    fault: bool = False  # whether the accelerator gave the case up, which may be by chance: nothing was compared
 
     @property
     def passed(self) -> bool:
@@ -117,10 +119,13 @@ def _rounding(case: Case) -> float:
 
 
 def check(case: Case) -> Outcome:
-    """Compare the device with the reference. An error that MLX raises is the outcome, and is not raised here."""
+    """Compare the device with the reference. An error that MLX raises is the outcome, and is not raised here.
+
+    What the accelerator gives up, such as for lack of memory or because of another program, is tried again.
+    """
     pair = Pair(case)
     outcome = _compare(pair, case.segments)
-    if outcome.passed:
+    if outcome.passed or outcome.fault:
         return outcome
     failed = [segment for segment in case.segments if not _compare(pair, [segment]).passed]
     return Outcome(case, outcome.differences, outcome.error, _listed(failed))
@@ -130,7 +135,9 @@ def _compare(pair: Pair, segments: Sequence[Scored]) -> Outcome:
     """The outcome of a row of these segments."""
     case = pair.case
     try:
-        measured = pair.on_device(segments)
+        measured = repeated(lambda: pair.on_device(segments))
+    except AcceleratorError as error:
+        return Outcome(case, (), first_line(error)[:_LONGEST], fault=True)
     except Exception as error:  # MLX's back ends raise several types, and each says that the device cannot do it
         return Outcome(case, (), first_line(error)[:_LONGEST])
     expected = pair.reference(segments)

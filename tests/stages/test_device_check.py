@@ -13,9 +13,10 @@ from project import Project, losses
 
 from mlx_zh.language.notice import notice_of
 from mlx_zh.stages import device_check
-from mlx_zh.system import device, storage
+from mlx_zh.system import accelerator, device, storage
 from mlx_zh.training import self_check
 from mlx_zh.training.check_cases import Case
+from mlx_zh.training.check_model import Pair
 
 FUSED = mx.fast.scaled_dot_product_attention
 GIB = 2**30
@@ -104,6 +105,41 @@ def test_a_damaged_file_is_checked_again(project: Project, metal: Metal, damage:
     file.write_bytes(damage)
     assert project.sft("--fresh").status == 0
     assert len(metal.checked) == 2 and remembered() == [file] and file.read_bytes() == whole
+
+
+def test_a_warning_that_cannot_be_read_is_checked_again(project: Project, metal: Metal) -> None:
+    project.train()
+    (file,) = remembered()
+    for warning in (5, "text", {"code": "no-such-code", "values": {}}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"warning": warning}))
+        result = project.sft("--fresh")
+        assert (result.status, result.err) == (0, "") and "warning: " not in result.out
+    assert len(metal.checked) == 4
+
+
+def test_what_another_program_caused_is_not_remembered(
+    project: Project, metal: Metal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault by chance is tried again. One that stays sends this run the unfused way, and the next checks again."""
+    monkeypatch.setattr(accelerator, "PAUSE", 0.0)
+    on_device, calls = Pair.on_device, []
+
+    def victim(pair: Pair, segments: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= failing:
+            raise RuntimeError("kIOGPUCommandBufferCallbackErrorInnocentVictim")
+        return on_device(pair, segments)
+
+    monkeypatch.setattr(Pair, "on_device", victim)
+    failing = 4
+    result = project.sft()
+    assert result.status == 0 and "computed in the unfused way" in result.out and remembered() == []
+    assert len(calls) == 4 + 1  # four tries of the whole row and none of its segments, then the unfused way
+    calls.clear()
+    failing = 1
+    result = project.sft("--fresh")
+    assert (result.status, len(calls)) == (0, 2) and "warning: " not in result.out
+    assert [json.loads(file.read_text())["attention"] for file in remembered()] == ["fused"]
 
 
 def test_another_version_or_system_is_checked_again(
