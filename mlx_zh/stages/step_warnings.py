@@ -12,6 +12,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, plan_check, setbacks
+from mlx_zh.system.accelerator import AcceleratorError, repeated, settle
 from mlx_zh.training.loop import Loop, Repeated, Shortened, Stepped
 from mlx_zh.training.optimizer import Arrays
 
@@ -53,7 +54,11 @@ class StepWarnings:
             return
         self._searched = True
         rows = self._loop.objective.rows(np.array(event.examples), None)
-        place = half_precision.overflow(self._loop.model, rows)
+        try:
+            place = repeated(lambda: half_precision.overflow(self._loop.model, rows))
+        except AcceleratorError:  # the place is only advice, and the run can go on without it
+            settle()
+            return
         if place is not None:
             yield place
 

@@ -18,6 +18,7 @@ from project import Project, losses
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.stages import half_precision
+from mlx_zh.system import accelerator
 from mlx_zh.training import step
 from mlx_zh.training.objective import Row
 from mlx_zh.training.optimizer import Arrays
@@ -121,3 +122,22 @@ def test_repeated_overflow_ends_with_the_way_out(project: Project) -> None:
     assert result.out.count("exceeded 65,504, the largest number of float16") == 1
     assert "set model.dtype=bfloat16 and start over with --fresh" in result.out.replace("\n", " ")
     assert not (Path("runs/tiny/sft/adapters")).exists()
+
+
+def test_a_search_that_the_gpu_gives_up_does_not_end_the_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place of the overflow is only advice. An error that is not the GPU's is a bug, and is not hidden."""
+
+    def given_up(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(accelerator, "PAUSE", 0.0)
+    monkeypatch.setattr(half_precision, "overflow", given_up)
+    settings = ("model.dtype=float16", "sft.learning_rate=1e5", "sft.max_skipped_steps=3")
+    message = "kIOGPUCommandBufferCallbackErrorInnocentVictim"
+    result = project.sft(*settings)
+    assert result.status == 2 and "3 steps in a row, up to step 4, were skipped" in result.err
+    message = "something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        project.sft("--fresh", *settings)
