@@ -11,7 +11,7 @@ from mlx_zh.recipe import Source, Sources
 
 _ROWS = 10_000  # assumed for a set that states no number
 _TOKENS = {"sft": 200.0, "dpo": 700.0}  # assumed for an example or a pair of unknown length
-_BYTES_PER_TOKEN = 3.5  # of a file in UTF-8 that is not JSON lines, with its punctuation
+_BYTES_PER_TOKEN = 3.5  # of a folder's files in UTF-8, with their punctuation
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float,
     """Rows, mean tokens, and whether the rows were counted, without `max_samples`."""
     path = None if source.path is None else Path(source.path).expanduser()
     if path is not None and path.exists():
-        lengths = estimate_row_lengths([str(path)])
+        lengths = estimate_row_lengths(path, source.columns.values(), source.sheet) if path.is_file() else None
         if lengths is not None:
             return lengths.rows, lengths.tokens, True
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.corpus.rows import open_rows
+from mlx_zh.errors import MlxZhError
 
 _SAMPLED_ROWS = 500  # of each file
 _TEMPLATE_TOKENS = 24.0  # of a chat template's headers, per row
@@ -26,26 +30,36 @@ class RowLengths:
     tokens: float
 
 
-def estimate_row_lengths(paths: Sequence[str]) -> RowLengths | None:
-    """Estimate the length of the rows of JSON-lines files from the first rows of each.
+def estimate_row_lengths(path: Path, columns: Collection[str] = (), sheet: str | None = None) -> RowLengths | None:
+    """Count the rows of a data file, and estimate their length from the first ones.
 
-    None when a file is missing, cannot be read or has another format, and when there are no rows.
+    `columns` are those of the file that are used; without them, all are. None for a file that cannot be read, and for
+    one without rows.
     """
     rows = sampled = 0
     tokens = 0.0
-    for path in map(Path, paths):
-        if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json"):
-            return None
-        try:
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(line for line in file if line.strip()):
-                    rows += 1
-                    if number < _SAMPLED_ROWS:
-                        tokens += _TEMPLATE_TOKENS + _tokens(json.loads(line))
-                        sampled += 1
-        except (OSError, ValueError):
-            return None
+    try:
+        for row in _json_lines(path) if path.suffix.lower() == ".jsonl" else _rows(path, sheet):
+            rows += 1
+            if sampled < _SAMPLED_ROWS:
+                used = json.loads(row) if isinstance(row, str) else row
+                if columns and isinstance(used, dict):
+                    used = [used.get(column) for column in columns]
+                tokens += _TEMPLATE_TOKENS + _tokens(used)
+                sampled += 1
+    except (MlxZhError, OSError, ValueError):
+        return None
     return RowLengths(rows, sampled, tokens / sampled) if sampled else None
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    """The lines as text: to parse all of a large file would take minutes."""
+    with path.open(encoding="utf-8-sig") as file:
+        yield from (line for line in file if line.strip())
+
+
+def _rows(path: Path, sheet: str | None) -> Iterator[Any]:
+    return (row for _, row in open_rows(path, sheet=sheet) if not isinstance(row, InvalidRow))
 
 
 def density(encode: Callable[[str], int]) -> float:
