@@ -31,6 +31,15 @@ def in_readers_language(text: str, language: Language | None = None) -> str:
     return text if language == "en" else _chinese(text, _DEEPEST)
 
 
+def label(text: str, language: Language | None = None) -> str:
+    """A cell of a table in the reader's language.
+
+    `console.yaml` has short labels in brackets, `[time]`: elsewhere the bare word may be the name of a key or a file.
+    """
+    chinese = wordings().get(f"[{text}]") if (language or reader_language()) == "zh" else None
+    return chinese.strip("[]") if chinese else in_readers_language(text, language)
+
+
 def _chinese(text: str, depth: int) -> str:
     if depth == 0 or not any("a" <= letter.lower() <= "z" for letter in text):
         return text

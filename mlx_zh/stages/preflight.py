@@ -83,7 +83,8 @@ def show(recipe: Recipe, stages: Sequence[str]) -> bool:
     """Print all problems as one list; returns whether nothing stands in the way."""
     found = problems(recipe, stages)
     for problem in found:
-        console.say(f"{'error: ' if problem.is_error else 'note: '}{in_readers_language(problem.text)}")
+        kind = in_readers_language("error: " if problem.is_error else "note: ")
+        console.say(f"{kind}{in_readers_language(problem.text)}")
     if not found:
         console.say("Checked: data, model, packages, network, disk and memory. Nothing stands in the way.")
     return not any(problem.is_error for problem in found)

@@ -17,7 +17,7 @@ from wcwidth import wcswidth
 
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
-from mlx_zh.language.translation import in_readers_language
+from mlx_zh.language.translation import in_readers_language, label
 from mlx_zh.system.arguments import wrapped
 from mlx_zh.system.redaction import hide_all, printable, redact
 
@@ -105,7 +105,7 @@ def _write(text: str, path: Path) -> None:
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
     """Rows as aligned columns; a Chinese character counts as two terminal cells."""
-    rows = [[in_readers_language(cell) for cell in row] for row in rows]
+    rows = [[label(cell) for cell in row] for row in rows]
     widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -19,6 +19,7 @@ from mlx_zh.language.catalogue import Language, catalogue
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, literals, wordings
+from mlx_zh.system import console
 from mlx_zh.system.arguments import wrapped
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -54,7 +55,8 @@ def test_every_sentence_of_the_code_has_a_chinese_wording() -> None:
 def test_every_wording_is_of_a_sentence_in_the_code() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     said = sentences()
-    stale = [text for text in wordings() if text not in said and max(literals(text), key=len).strip() not in code]
+    texts = [text.strip("[]") for text in wordings()]  # of a label, `[time]`, the word
+    stale = [text for text in texts if text not in said and max(literals(text), key=len).strip() not in code]
     assert not [text for text in stale if text not in ARGPARSE]
 
 
@@ -81,6 +83,14 @@ def test_no_english_sentence_is_there_twice() -> None:
     text = (translation.files("mlx_zh.language") / "console.yaml").read_text(encoding="utf-8")
     keys = [key.value for key, _ in yaml.compose(text).value]
     assert len(keys) == len(set(keys)) == len(wordings())
+
+
+def test_a_label_is_translated_only_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_ZH_LANG", "zh")
+    assert console.table([("total", "memory")], indent="") == "合计  内存"
+    assert "memory" in in_readers_language("memory must be a list, found 3.", "zh"), "here it is a key's name"
+    monkeypatch.setenv("MLX_ZH_LANG", "en")
+    assert console.table([("total", "memory")], indent="") == "total  memory"
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_rows_are_counted_and_only_the_used_columns_measured(name: str, tmp_path
     assert size.tokens == pytest.approx(USED)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\3\4 no archive", "[{'a'".encode(), "问题".encode("utf-16")])
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 no archive", b"[{'a'", "问题".encode("utf-16")])
 def test_a_file_that_cannot_be_read_has_no_lengths(content: bytes, tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl", "a.csv", "a.xlsx"):
         (tmp_path / name).write_bytes(content)
