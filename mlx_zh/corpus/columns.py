@@ -129,6 +129,11 @@ def _names() -> Mapping[str, list[str]]:
     return {role: [_plain(str(name)) for name in names] for role, names in yaml.safe_load(text).items()}
 
 
+def is_column_name(text: str) -> bool:
+    """Whether people call a column so."""
+    return any(_plain(text) in map(_plain, names) for names in _names().values())
+
+
 def _plain(name: str) -> str:
     """A column's name without case, width, spaces, underscores, marks, and anything in brackets."""
     name = re.sub(r"[(\[【〔].*?[)\]】〕]", "", unicodedata.normalize("NFKC", name).lower())

@@ -47,7 +47,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class SheetInfo:
-    """A sheet of a workbook: its name, and the rows above its column names that a merged title fills."""
+    """A sheet of a workbook: its name, and the titles above its column names."""
 
     name: str
     alone: bool  # whether it is the only visible sheet
@@ -82,7 +82,7 @@ def read_excel(path: Path, sheet: str | None = None) -> Iterator[tuple[str, Any]
 
     Without `sheet`, the first visible sheet with such rows is read. Cells are text as Excel shows them: 1.0 is "1",
     dates are 2024-05-01, and a formula is its stored result. Rows without any text are left out, and so are titles
-    in merged cells above the names of the columns.
+    above the names of the columns.
 
     Raises DataError for a damaged or locked workbook, an unknown sheet and a sheet without rows.
     """
@@ -144,16 +144,35 @@ def _chosen(
 def _below_titles(sheet: CalamineSheet) -> tuple[tuple[str, ...], Iterator[tuple[int, list[str]]]]:
     """The titles above the names of the columns, and all rows with text from those names on.
 
-    A title is the only text of its row and stands in merged cells.
+    A title is the only text of its row. It stands in merged cells, or it is one of up to `_TITLES` rows above one
+    with several texts, and no usual name of a column.
     """
     merged = {first[0] + 1 for first, last in sheet.merged_cell_ranges or () if last[1] > first[1]}
     rows = _rows_with_text(sheet)
     titles: list[str] = []
+    kept: list[tuple[int, list[str]]] = []  # rows with a single text that are no titles unless names follow
     for number, cells in rows:
-        if number not in merged or sum(map(bool, cells)) != 1:
-            return tuple(titles), chain([(number, cells)], rows)
-        titles.append("".join(cells))
-    return tuple(titles), rows
+        if sum(map(bool, cells)) > 1:
+            alone = ["".join(row) for _, row in kept]
+            if not any(map(_is_column_name, alone)):
+                titles, kept = [*titles, *alone], []
+            return tuple(titles), chain(kept, [(number, cells)], rows)
+        if number in merged and not kept:
+            titles.append("".join(cells))
+        else:
+            kept.append((number, cells))
+        if len(kept) > _TITLES:
+            break
+    return tuple(titles), chain(kept, rows)
+
+
+_TITLES = 3
+
+
+def _is_column_name(text: str) -> bool:
+    from mlx_zh.corpus.columns import is_column_name  # which imports the formats, and they the reader of this file
+
+    return is_column_name(text)
 
 
 def _rows_with_text(sheet: CalamineSheet) -> Iterator[tuple[int, list[str]]]:

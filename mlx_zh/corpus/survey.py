@@ -37,7 +37,7 @@ class Head(NamedTuple):
 
     rows: Sequence[Row]
     sheet: str | None  # of a workbook with several sheets
-    titles: tuple[str, ...]  # in merged cells above the names of the columns
+    titles: tuple[str, ...]  # above the names of the columns
 
     @property
     def columns(self) -> list[str]:

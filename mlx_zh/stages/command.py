@@ -98,6 +98,9 @@ def _nothing_at(target: str, overrides: Sequence[str]) -> str:
         return f"there is no recipe at {target}."
     if isdir(target):
         return f"{target} is a folder without a recipe, so it is no run. Give a recipe file or the name of a run."
+    for ending in (".yaml", ".yml"):
+        if isfile(target + ending):
+            return f"there is no recipe at {target}. Did you mean {target}{ending}?"
     runs = _runs(overrides)
     names = sorted(path.name for path in Path(runs).glob("*") if isfile(RunFolder(path).recipe))
     near = difflib.get_close_matches(target, names, n=1)

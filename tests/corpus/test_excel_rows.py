@@ -92,6 +92,19 @@ def test_titles_in_merged_cells_stand_above_the_names_of_the_columns(tmp_path: P
     assert next(read_excel(path)) == (f"{path}:4", {"问题": "几点开门？", "答案": "九点。"})
 
 
+def test_a_title_need_not_be_merged(tmp_path: Path) -> None:
+    path = workbook(tmp_path / "a.xlsx", Sheet1=[["公司问答表"], ["2024 年"], *QA])
+    assert sheet_info(path).titles == ("公司问答表", "2024 年")
+    assert next(read_excel(path)) == (f"{path}:4", {"问题": "几点开门？", "答案": "九点。"})
+
+
+def test_a_column_without_a_second_name_is_no_title(tmp_path: Path) -> None:
+    path = workbook(tmp_path / "a.xlsx", Sheet1=[["问题"], ["几点开门？", "九点。"]])
+    assert sheet_info(path).titles == ()
+    texts = workbook(tmp_path / "b.xlsx", Sheet1=[["正文"], *[[f"第 {i} 段"] for i in range(6)], ["又一段", "附注"]])
+    assert sheet_info(texts).titles == ()
+
+
 def test_a_formula_is_its_stored_result(tmp_path: Path) -> None:
     path = workbook(tmp_path / "a.xlsx", Sheet1=[["a", "b"], ["x", '=A2&"y"']])
     assert [row for _, row in read_excel(path)] == [{"a": "x", "b": ""}]  # openpyxl stores no result
