@@ -59,3 +59,9 @@ def test_it_waits_before_it_tries_again(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(accelerator.time, "sleep", waited.append)
     repeated(failing(2)[1])
     assert waited == [2.0, 2.0]
+
+
+def test_another_error_of_late_work_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "synchronize", failing(1, "[matmul] shapes")[1])
+    with pytest.raises(RuntimeError, match="shapes"):
+        settle()
