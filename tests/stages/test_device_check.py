@@ -151,9 +151,10 @@ def test_another_version_or_system_is_checked_again(
     for name in ("mlx", "device", "system"):
         monkeypatch.setattr(device, "identity", lambda name=name: identity | {name: "other"})
         assert project.sft("--fresh").status == 0
-    monkeypatch.setenv("MLX_SDPA_VJP_FALLBACK", "1")
-    assert project.sft("--fresh").status == 0
-    assert len(metal.checked) == 5 and len(remembered()) == 5
+    for variable in ("MLX_SDPA_VJP_FALLBACK", "MLX_ENABLE_TF32"):
+        monkeypatch.setenv(variable, "1")
+        assert project.sft("--fresh").status == 0
+    assert len(metal.checked) == 6 and len(remembered()) == 6
 
 
 def test_what_fused_attention_refuses_goes_the_unfused_way(project: Project, metal: Metal) -> None:
