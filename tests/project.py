@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import yaml
 
 from mlx_zh import sft
 from mlx_zh.system.entry import entry
+from mlx_zh.system.locks import Lock
 
 Pair = tuple[str, str]
 TRAIN: tuple[Pair, ...] = tuple((f"第{n}个字？", "好的" * (1 + n % 3)) for n in range(12))
@@ -117,3 +120,32 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(StepBar, "update", shown)
+
+
+def run_stages_here(
+    monkeypatch: pytest.MonkeyPatch,
+    modules: Sequence[ModuleType],
+    name: Callable[[str, Sequence[str]], str] = lambda stage, arguments: stage,
+) -> Callable[[], list[str]]:
+    """Let the pipeline run stages in this process, which spares their imports.
+
+    `run_stage` is replaced in each of `modules`. Returns a function that gives what ran since its last call, each as
+    `name` of a stage and its arguments.
+    """
+    names: list[str] = []
+
+    def run_here(stage: str, arguments: list[str], lock: Lock) -> int:
+        names.append(name(stage, arguments))
+        with monkeypatch.context() as stage_only:
+            for variable, value in lock.environment.items():
+                stage_only.setenv(variable, value)
+            return importlib.import_module(f"mlx_zh.{stage}").main(list(arguments)) or 0
+
+    def taken() -> list[str]:
+        ran = names[:]
+        names.clear()
+        return ran
+
+    for module in modules:
+        monkeypatch.setattr(module, "run_stage", run_here)
+    return taken

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from project import Project, interrupt_after, losses, message, metrics
+from project import Project, interrupt_after, losses, message, metrics, run_stages_here
 
 from mlx_zh import dpo, prepare, run, sft
 from mlx_zh import eval as evaluation
@@ -19,7 +18,6 @@ from mlx_zh.planning.pace import Pace
 from mlx_zh.recipe import load_recipe
 from mlx_zh.stages import budgeting, measuring
 from mlx_zh.stages.run_folder import RunFolder
-from mlx_zh.system.locks import Lock
 
 EXAM = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "exam"
 PACE = Pace(training=0.02, forward=0.005, update=0.1, generation=0.01)
@@ -199,23 +197,7 @@ def whole(budgeted: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
     budgeted.recipe["dpo"] = {"batch_size": 4, "epochs": 100, "learning_rate": 1e-3}
     budgeted.recipe["budget"] = "30m"
     budgeted.write_recipe()
-    names: list[str] = []
-
-    def run_here(stage: str, arguments: list[str], lock: Lock) -> int:
-        names.append(stage)
-        with monkeypatch.context() as stage_only:
-            for name, value in lock.environment.items():
-                stage_only.setenv(name, value)
-            return importlib.import_module(f"mlx_zh.{stage}").main(list(arguments)) or 0
-
-    def taken() -> list[str]:
-        ran = names[:]
-        names.clear()
-        return ran
-
-    monkeypatch.setattr(runner, "run_stage", run_here)
-    monkeypatch.setattr(process, "run_stage", run_here)
-    return taken
+    return run_stages_here(monkeypatch, [runner, process])
 
 
 def test_a_whole_run_decides_first_and_a_second_has_nothing_to_do(

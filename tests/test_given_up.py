@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from metal_messages import IGNORED, PREFIX, VICTIM, WATCHDOG
 from project import Project, losses, metrics
 from test_dpo import preferring  # noqa: F401  (a fixture)
 from test_eval import write_exam
@@ -21,15 +22,6 @@ from mlx_zh.models import generate
 from mlx_zh.models.export import fidelity
 from mlx_zh.stages import setbacks
 from mlx_zh.training import dpo_objective, reference, sft_objective
-
-PREFIX = "[METAL] Command buffer execution failed: "
-WATCHDOG = PREFIX + "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
-VICTIM = (
-    PREFIX + "Discarded (victim of GPU error/recovery) (00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim)."
-)
-IGNORED = PREFIX + (
-    "Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)."
-)
 
 
 @pytest.fixture(autouse=True)

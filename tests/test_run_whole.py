@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import Project, message
+from project import Project, message, run_stages_here
 
 from mlx_zh import run
 from mlx_zh.pipeline import runner
 from mlx_zh.pipeline.steps import steps
 from mlx_zh.recipe import load_recipe
 from mlx_zh.stages.run_folder import RunFolder
-from mlx_zh.system.locks import Lock
 
 EXAM = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "exam"
 ONLY_SFT = """
@@ -63,22 +61,11 @@ def whole(project: Project) -> Project:
 def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[str]]:
     """Stages run in this process, which spares their imports; gives what ran since the last look."""
     monkeypatch.setenv("MLX_ZH_CACHE", str(tmp_path / "cache"))
-    names: list[str] = []
 
-    def run_here(stage: str, arguments: list[str], lock: Lock) -> int:
-        names.append(f"{stage}-{arguments[-1]}" if "--stage" in arguments else stage)
-        with monkeypatch.context() as stage_only:
-            for name, value in lock.environment.items():
-                stage_only.setenv(name, value)
-            return importlib.import_module(f"mlx_zh.{stage}").main(list(arguments)) or 0
+    def name(stage: str, arguments: Sequence[str]) -> str:
+        return f"{stage}-{arguments[-1]}" if "--stage" in arguments else stage
 
-    def taken() -> list[str]:
-        found = names[:]
-        names.clear()
-        return found
-
-    monkeypatch.setattr(runner, "run_stage", run_here)
-    return taken
+    return run_stages_here(monkeypatch, [runner], name)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mlx_zh.stages.first_adapter import choose_start
 from mlx_zh.stages.run_folder import TUNED
 from mlx_zh.system import console, hub, hub_choice, storage
 from mlx_zh.system.downloads import LIMITS
+from mlx_zh.system.environment import python
 
 _TRACKERS = {"tensorboard": "tensorboardX", "swanlab": "swanlab", "wandb": "wandb"}
 
@@ -127,7 +127,7 @@ def _source(recipe: Recipe, source: Source, registry: Registry, stage: str) -> I
 
 
 def _packages(recipe: Recipe) -> Iterator[Problem]:
-    pip = f"{sys.executable} -m pip install"
+    pip = f"{python()} -m pip install"
     for name in recipe.track:
         if importlib.util.find_spec(_TRACKERS[name]) is None:
             command = f"{pip} {_TRACKERS[name]}"

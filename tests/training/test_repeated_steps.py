@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from lab import Lab, Make, assert_same, bits, finish, lines, until
+from metal_messages import IGNORED, PREFIX, VICTIM, WATCHDOG
 from oracles import moved_apart
 from tolerances import MOVED, later_loss
 
@@ -18,14 +19,6 @@ from mlx_zh.training.loop import Event, Loop, Repeated, Saved, Shortened, Steppe
 from mlx_zh.training.objective import Row, Sums
 from mlx_zh.training.sft_objective import SftObjective
 
-PREFIX = "[METAL] Command buffer execution failed: "
-WATCHDOG = PREFIX + "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
-VICTIM = (
-    PREFIX + "Discarded (victim of GPU error/recovery) (00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim)."
-)
-IGNORED = PREFIX + (
-    "Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)."
-)
 PAGE_FAULT = PREFIX + "Caused GPU Address Fault Error (0000000b:kIOGPUCommandBufferCallbackErrorPageFault)."
 
 
