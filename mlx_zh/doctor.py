@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", metavar="NAME", help="with --report: add the state and the last warnings of a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.run and not arguments.report:
+    if arguments.run and arguments.report is None:
         parser.error("--run adds a run to the report; give --report too")
     recipe: Recipe | None = None
     if arguments.recipe:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.system.redaction import hide
 
     runs = Path("runs" if recipe is None else recipe.runs)
-    file = bug_report.destination(arguments.report) if arguments.report else None
+    file = None if arguments.report is None else bug_report.destination(arguments.report)
     if arguments.run:
         bug_report.run_folder(runs, arguments.run)  # raises before the checks, which take a while
     done: list[Check] = []

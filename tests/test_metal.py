@@ -17,8 +17,9 @@ from metal_rules import FLOATS, RULES, Call, check
 from project import Project, Result, message
 from watchman import Watchman, simulated_metal
 
-from mlx_zh import chat, dpo, eval, fuse
+from mlx_zh import chat, dpo, eval, fuse, plan
 from mlx_zh.core.losses import LOSSES
+from mlx_zh.planning import speed
 from mlx_zh.stages import device_check
 from mlx_zh.system import device
 from mlx_zh.training import self_check
@@ -84,9 +85,10 @@ def queries(metal: Watchman) -> set[int]:
         ({"quantized": 4}, []),
         ({}, ["lora.type=dora", "lora.dropout=0.1", "memory.checkpoint_layers=true", "memory.micro_tokens=60"]),
         ({}, ["model.dtype=bfloat16", "sft.neftune_alpha=5"]),
+        ({}, ["model.dtype=float16", "memory.checkpoint_layers=true"]),
         ({"family": "qwen3", "tied": True}, []),
     ],
-    ids=["answers", "4-bit", "dora", "bfloat16", "qwen3"],
+    ids=["answers", "4-bit", "dora", "bfloat16", "float16", "qwen3"],
 )
 def test_sft(
     on_metal: Project, metal: Watchman, model_folder: Any, model: dict[str, Any], settings: list[str]
@@ -97,7 +99,8 @@ def test_sft(
     products = {call["transpose"] for call in metal.of("quantized_matmul")}
     assert products == ({True, False} if "quantized" in model else set())  # forward, and the head's backward
     halves = {dtype for call in metal.of("attention") for dtype in call.dtypes}
-    assert halves == ({"bfloat16"} if "model.dtype=bfloat16" in settings else {"float32"})
+    half = next((setting for setting in settings if setting.startswith("model.dtype=")), "model.dtype=float32")
+    assert halves == {half.removeprefix("model.dtype=")}
     assert 0 < metal.most_alive < metal.most_evaluated
 
 
@@ -127,6 +130,17 @@ def test_dpo(
     assert set(range(1, 10)) <= queries(metal)
     assert metal.fewest_queries() == {"bool": 1, "causal": 9}
     assert metal.of("attention", gradient=False)  # the reference and the answer
+
+
+def test_what_measures_this_machine(on_metal: Project, metal: Watchman, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget takes a few real steps before the first one, and `plan` times one block: both with a gradient."""
+    well(on_metal.sft("--budget", "3m", "sft.max_steps=null", "sft.epochs=1"))
+    assert metal.of("attention", gradient=True)
+    metal.calls.clear()
+    measure = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda *a, **k: measure(*a, **k | {"length": 5, "seconds": 0.2}))
+    well(on_metal.run(plan.main))
+    assert queries(metal) == {5} and metal.fewest_queries() == {"bool": 5}
 
 
 @pytest.mark.parametrize("protocol", ["official", "chat", "generate", "cloze"])

@@ -98,6 +98,11 @@ def test_a_run_is_added_when_asked(
     )
 
 
+def test_an_empty_name_is_not_taken_for_no_report(project: Project) -> None:
+    assert f"The report is in {bug_report.DEFAULT}." in project.run(doctor.main, "--quick", "--report", "").out
+    assert Path(bug_report.DEFAULT).is_file()
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
