@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from project import Project
@@ -97,7 +98,14 @@ def test_the_share_of_chinese_counts_letters_only():
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_the_last_screen_is_80_columns_wide_and_names_the_commands(project: Project, language: Language):
+def test_the_last_screen_is_80_columns_wide_and_names_the_commands(
+    project: Project, language: Language, monkeypatch: pytest.MonkeyPatch
+):
+    program = Path("bin/mlx-zh")
+    program.parent.mkdir()
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent.absolute()))
     recipe = load_recipe("recipe.yaml")
     run = recipe.run_folder()
     run.mkdir(parents=True)

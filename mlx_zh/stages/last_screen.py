@@ -24,7 +24,10 @@ _LOCATES = ("name=", "runs=", "model.", "data.system=", "data.variables")
 
 
 def last_screen(recipe: Recipe, recipe_file: str, overrides: Sequence[str], language: Language) -> str:
-    """The screen as text, at most 80 columns wide; empty parts are left out."""
+    """The screen as text; empty parts are left out.
+
+    It is at most 80 columns wide, but a command is never cut: one that names a long path may be wider.
+    """
     run = RunFolder.of(recipe)
     findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=recipe.evaluate.bootstrap, seed=recipe.seed)
     ending = Ending(findings, language)
