@@ -122,10 +122,12 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
             dtype=source.dtype,
             quantize=(source.quantize.bits, source.quantize.group_size) if source.quantize else None,
             progress=console.DownloadBar(),
+            reading=console.say_reading,
         )
         renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
     else:
-        loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=console.DownloadBar())
+        bar = console.DownloadBar()
+        loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=bar, reading=console.say_reading)
         renderer = Renderer(loaded.tokenizer)
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)

@@ -58,7 +58,7 @@ def test_a_run_leaves_what_the_design_says(project: Project):
 
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["versions"]["mlx"] and manifest["machine"]["device"] and manifest["command"]
-    assert manifest["model"]["source"] == str(project.model) and len(manifest["model"]["fingerprint"]) == 16
+    assert manifest["model"]["source"] == str(project.model) and len(manifest["model"]["fingerprint"]) == 64
     assert manifest["data"].keys() == {"train.jsonl", "validation.jsonl"}
 
     answers = json.loads((run / "samples.json").read_text())

@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from filelock import FileLock
@@ -25,7 +26,7 @@ from filelock import FileLock
 from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
 from mlx_zh.corpus.contamination import ExamIndex, read_questions
-from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards
+from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
@@ -82,6 +83,7 @@ class Manifest(TypedDict):
     files: list[str]  # Arrow files in the folder, in order
     made_of: CorpusContent
     report: CorpusReport
+    content: NotRequired[str]  # `content_digest` of the splits; earlier versions did not write it
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Corpus:
     manifest: Manifest
     splits: dict[str, Conversations | Pairs]  # train and validation
     ready: bool  # whether it came from the cache
+
+    @cached_property
+    def content(self) -> str:
+        """A digest of what came out: all tokens and which of them are trained, in order; 64 hex digits."""
+        return self.manifest.get("content") or content_digest(self.splits)
 
     def conversations(self, split: str) -> Conversations:
         """The examples of a split ("train" or "validation") of a corpus for SFT."""
@@ -315,7 +322,7 @@ def _finish(
         path.rename(work / name)
         path.with_suffix(".json").unlink()
     _write_datasets_files(work, folder.name, kind, names)
-    manifest: Manifest = {"files": names, "made_of": values, "report": report}
+    manifest: Manifest = {"files": names, "made_of": values, "report": report, "content": content_digest(opened)}
     write_json(work / "manifest.json", manifest)
     with storage_errors(folder):
         work.replace(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, overload
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mlx_zh.corpus.render import Rendered, RenderedPair
+from mlx_zh.system.digests import value_digest
 
 Ints = npt.NDArray[np.int32]
 Example = TypeVar("Example", Rendered, RenderedPair)
@@ -119,6 +121,15 @@ class Examples(Sequence[Example], Generic[Example]):
         """The example number `index`; its token arrays are views of the files."""
         raise NotImplementedError
 
+    def digest(self) -> str:
+        """SHA-256 of the examples in their order, 64 hex digits; it does not depend on how they lie in files."""
+        digest = hashlib.sha256(self.sources.astype("<i4").tobytes())
+        for index in range(len(self)):
+            for values in self._lists(index):
+                digest.update(len(values).to_bytes(8, "little"))
+                digest.update(values.astype("<i4", copy=False).tobytes())
+        return digest.hexdigest()
+
     def _lists(self, index: int) -> list[Ints]:
         return [column.row(int(self._file[index]), int(self._index[index])) for column in self._columns]
 
@@ -153,3 +164,8 @@ class Pairs(Examples[RenderedPair]):
     def example(self, index: int) -> RenderedPair:
         """The pair number `index`."""
         return RenderedPair(*self._lists(index))
+
+
+def content_digest(splits: Mapping[str, Conversations | Pairs]) -> str:
+    """SHA-256 of the examples of all splits, 64 hex digits."""
+    return value_digest({split: examples.digest() for split, examples in splits.items()})

@@ -5,7 +5,6 @@ Pickles are never loaded, and code in a folder is never run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -112,11 +111,11 @@ class TensorFile:
     tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
-def folder_weights(path: Path) -> tuple[dict[str, mx.array], str]:
-    """All tensors (lazy) and a fingerprint of their content. Raises ModelError if a file is missing or damaged."""
+def folder_weights(path: Path) -> dict[str, mx.array]:
+    """All tensors (lazy). Raises ModelError if a file is missing or damaged."""
     import mlx.core as mx
 
-    files = [read_table(file) for file in _weight_files(path)]
+    files = [read_table(file) for file in weight_files(path)]
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
@@ -125,10 +124,11 @@ def folder_weights(path: Path) -> tuple[dict[str, mx.array], str]:
             raise ModelError(f"{file.path} cannot be read ({str(error).strip()}). Download it again.") from error
         assert isinstance(loaded, dict)
         weights.update(loaded)
-    return weights, _fingerprint(path, files)
+    return weights
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The *.safetensors files of a model folder. Raises ModelError if there are none, or if one is missing."""
     if (path / _INDEX).is_file():
         mapping = read_json(path / _INDEX).get("weight_map")
         names = list(mapping.values()) if isinstance(mapping, dict) else []
@@ -218,19 +218,6 @@ def _check_types(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int,
             f"{path} is damaged: {len(wrong)} tensors have a size that is not that of their shape, first {wrong[0]}. "
             "Download it again."
         )
-
-
-def _fingerprint(path: Path, files: list[TensorFile]) -> str:
-    """A digest of config.json, the tables, and three samples of every tensor; training changes all of a tensor."""
-    digest = hashlib.sha256(json.dumps(read_json(path / "config.json"), sort_keys=True).encode())
-    for entry in files:
-        with entry.path.open("rb") as file:
-            for name, (kind, shape, first, last) in sorted(entry.tensors.items()):
-                digest.update(f"{name} {kind} {shape}".encode())
-                for at in (first, (first + last) // 2, max(first, last - 128)):
-                    file.seek(at)
-                    digest.update(file.read(min(128, last - at)))
-    return digest.hexdigest()[:16]
 
 
 def folder_tokenizer(path: Path) -> Any:

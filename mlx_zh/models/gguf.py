@@ -9,7 +9,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
 import struct
@@ -62,7 +61,7 @@ class GGUFFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    fingerprint: str
+    header: int  # bytes before the weights and their padding
 
     @property
     def architecture(self) -> str:
@@ -85,8 +84,7 @@ def read_gguf(path: Path) -> GGUFFile:
             cursor = _Cursor(path, data)
             metadata, rows = _header(cursor)
             tensors = _table(cursor, metadata, rows)
-            fingerprint = _fingerprint(data, cursor.offset, tensors)
-    return GGUFFile(path, metadata, tensors, fingerprint)
+            return GGUFFile(path, metadata, tensors, cursor.offset)
 
 
 class _Cursor:
@@ -208,15 +206,6 @@ def _row(cursor: _Cursor) -> tuple[str, str, tuple[int, ...], int]:
     shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
     number = cursor.scalar("I")
     return name, _TYPE_NAMES.get(number, f"number {number}"), shape, cursor.scalar("Q")
-
-
-def _fingerprint(data: mmap.mmap, header: int, tensors: dict[str, TensorInfo]) -> str:
-    """A digest of the header and three samples of every tensor; training changes all of a tensor."""
-    digest = hashlib.sha256(data[:header])
-    for tensor in tensors.values():
-        for at in (0, tensor.size // 2, max(0, tensor.size - 128)):
-            digest.update(data[tensor.offset + at : tensor.offset + min(at + 128, tensor.size)])
-    return digest.hexdigest()[:16]
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,9 @@ from mlx_zh.core.families import Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models import catalog, folder, gguf, gguf_model, gguf_tokenizer, wheel
 from mlx_zh.models.build import DTYPES, build_model
+from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.system import device, hub
+from mlx_zh.system.digests import Reading
 from mlx_zh.system.downloads import Progress
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class LoadedModel:
     config: Config  # config.json; "quantization" only if the weights in memory are quantized
     path: Path  # the folder or .gguf file
     source: str  # as the user wrote it
-    fingerprint: str  # 16 hex digits that identify the content on disk
+    fingerprint: str  # of config and weights on disk, see `models.identity`
     eos_token_ids: tuple[int, ...]  # every id that ends a turn, the tokenizer's own first
 
 
@@ -153,39 +155,43 @@ def load_model(
     dtype: str = "auto",
     quantize: tuple[int, int] | None = None,
     progress: Progress | None = None,
+    reading: Reading | None = None,
 ) -> LoadedModel:
     """Find, check and load a model and its tokenizer.
 
     With the `dtype` "auto" on Metal and CUDA, weights stay as stored, also quantized ones; those of a GGUF file get
     bfloat16 scales, because float16 overflows in training. On the CPU, where MLX is slow with every other type,
     "auto" makes all weights float32. A named dtype casts floating-point parameters and leaves quantized weights
-    quantized. `quantize` is (bits, group size) for a full-precision model. Raises ModelError, DownloadError.
+    quantized. `quantize` is (bits, group size) for a full-precision model. `reading` is called before a large file
+    is read for its digest. Raises ModelError, DownloadError.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
     resolved = resolve_model(path, hub=hub, revision=revision, progress=progress)
     try:
-        return _load(resolved, path, dtype, quantize)
+        return _load(resolved, path, dtype, quantize, reading)
     except OSError as error:
         raise ModelError(f"{resolved} cannot be read: {error}. Check the file and its permissions.") from error
 
 
-def _load(path: Path, source: str, dtype: str, quantize: tuple[int, int] | None) -> LoadedModel:
+def _load(
+    path: Path, source: str, dtype: str, quantize: tuple[int, int] | None, reading: Reading | None
+) -> LoadedModel:
     if path.is_file():
         file = gguf.read_gguf(path)
         config = gguf_model.gguf_config(file)
         tokenizer = gguf_tokenizer.gguf_tokenizer(file)
-        weights, fingerprint = gguf_model.gguf_weights(file, config), file.fingerprint
+        weights = gguf_model.gguf_weights(file, config)
     else:
         config = folder.folder_config(path)
         tokenizer = folder.folder_tokenizer(path)
-        weights, fingerprint = folder.folder_weights(path)
+        weights = folder.folder_weights(path)
         quantize = quantize or catalog.packing_on_loading(source, config)
     target, keep_quantized = _precision(dtype, weights, path.is_file())
     model = build_model(config, weights, str(path), dtype=target, keep_quantized=keep_quantized, quantize=quantize)
     _check_vocabulary(tokenizer, model, path)
     ends = end_of_turn_ids(tokenizer, config, path)
-    return LoadedModel(model, tokenizer, config, path, source, fingerprint, ends)
+    return LoadedModel(model, tokenizer, config, path, source, fingerprint_of(path, reading), ends)
 
 
 def _precision(dtype: str, weights: dict[str, mx.array], from_gguf: bool) -> tuple[mx.Dtype | None, bool]:

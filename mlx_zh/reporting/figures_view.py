@@ -35,7 +35,7 @@ def machine(findings: Findings) -> list[tuple[Text, Text]]:
     pairs: list[tuple[Text, Text]] = []
     model = mapped(manifest.get("model"))
     if model:
-        pairs.append((say("model"), Text.same(f"{model.get('source')} ({model.get('fingerprint')})")))
+        pairs.append((say("model"), Text.same(f"{model.get('source')} ({str(model.get('fingerprint'))[:16]})")))
     described = mapped(manifest.get("machine"))
     if described:
         details = ", ".join(f"{value}" for key, value in described.items() if key != "device" and value)

@@ -77,6 +77,8 @@ def prepare_stage(
         corpus = prepare(sources, settings, renderer, storage.cache_folder() / "corpus", bars.event, vocabulary)
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
+    # A cached corpus may come from a run that did not ask for these exams, or had other reasons.
+    corpus.manifest["report"]["exam_questions"]["missing"] = settings.exams.missing
     for name, reason in settings.exams.missing.items():
         warning = Notice("stage-exam-questions-not-checked", stage=stage, exam=name, reason=reason)
         console.warn(warning, keep=False)  # the corpus's report records it

@@ -13,6 +13,7 @@ from mlx_zh.models.adapters.files import load_adapter, read_adapter
 from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
 from mlx_zh.models.adapters.peft import is_peft
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
+from mlx_zh.models.identity import is_model
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.recipe import Lora, Recipe
 from mlx_zh.stages.run_folder import RunFolder, StageFolder
@@ -57,7 +58,7 @@ class Start:
         spec, _ = read_adapter(self.folder)
         spec = replace(spec, num_layers=min(spec.num_layers, layers))
         about = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
-        if about.get("base_fingerprint", loaded.fingerprint) != loaded.fingerprint:
+        if not is_model(about.get("base_fingerprint", loaded.fingerprint), loaded.path, loaded.fingerprint):
             raise AdapterError(
                 f"{self.name} was trained on {about.get('base', 'another model')}, whose files are not those of "
                 f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."

@@ -20,6 +20,7 @@ from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
 from mlx_zh.models.export.source import open_source
+from mlx_zh.models.identity import is_model
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.run_folder import TUNED, RunFolder
@@ -102,7 +103,7 @@ class Fuser:
         bar = console.DownloadBar()
         path = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=bar)
         quantize = model.quantization or packing_on_loading(model.path, load_config(path))
-        base = open_source(path, model.path, quantize=quantize)
+        base = open_source(path, model.path, quantize=quantize, reading=console.say_reading)
         # The path of a model that is quantized on load holds its full-precision original.
         original = original or (model.path if quantize else None)
         full = None
@@ -124,7 +125,7 @@ class Fuser:
             trained_on = config["mlx_zh"]["base_fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return bool(trained_on != self.fusion.base.fingerprint)
+        return not is_model(trained_on, self.fusion.base.path, self.fusion.base.fingerprint)
 
     # What will be written -------------------------------------------------------------------------------------
 

@@ -1,21 +1,27 @@
-"""The key of a training run: a digest of everything that it learns from, stored in its checkpoints."""
+"""The identity of a training run: everything that it learns from. Its digest is stored in the run's checkpoints."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from mlx_zh.pipeline.state import flat
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import value_digest
 
+if TYPE_CHECKING:
+    from mlx_zh.corpus.build import Corpus
+
 Values = dict[str, Any]
+_NAMED = 8  # differences that are named
 
 
 def learning_values(recipe: Recipe, stage: str, digests: Values) -> Values:
-    """Everything that can change what `stage` learns: parts of the recipe, and digests of the files that it names.
+    """Everything that can change what `stage` learns: parts of the recipe, and digests of what it names.
 
-    `digests` holds `base`, `rendering`, `files` (by path) and, for a stage that starts from an adapter, `start`.
+    `digests` holds `base`, `rendering`, `files` (by path), `corpus` (see `corpus_values`) and, for a stage that
+    starts from an adapter, `start`.
     """
     values: Values = recipe.model_dump(mode="json", include={"model", "lora", "data", "seed", stage}) | digests
     values["data"] = {name: value for name, value in values["data"].items() if name not in {"sft", "dpo"} - {stage}}
@@ -23,9 +29,24 @@ def learning_values(recipe: Recipe, stage: str, digests: Values) -> Values:
     return values
 
 
+def corpus_values(corpus: Corpus) -> Values:
+    """The prepared data: a digest of what came out, and what went in, from which differences are named."""
+    return {"content": corpus.content, "made_of": corpus.manifest["made_of"]}
+
+
 def learning_key(values: Values) -> str:
     """A digest of `learning_values` without paths, so that a moved folder keeps its key; 16 hex digits."""
     return value_digest(_content(values))[:16]
+
+
+def is_earlier(values: Values) -> bool:
+    """Whether a version wrote these values that did not know the prepared data and sampled the model's weights."""
+    return "corpus" not in values
+
+
+def as_earlier(values: Values, sampled: str) -> Values:
+    """The values as such a version would write them; `sampled` is its fingerprint of the model."""
+    return {name: value for name, value in values.items() if name != "corpus"} | {"base": sampled}
 
 
 def _content(values: Values) -> Values:
@@ -41,6 +62,8 @@ def _content(values: Values) -> Values:
             for source in sources:
                 _drop(source, "path")
     content["files"] = list(content.get("files", {}).values())
+    for source in content.get("corpus", {}).get("made_of", {}).get("sources", []):
+        _drop(source, "name")  # a path, or a name whose entry and files stand here
     return content
 
 
@@ -51,7 +74,8 @@ def _drop(section: Values | None, *names: str) -> None:
 
 def changes(old: Values, new: Values) -> str:
     """The keys whose values differ, as `key old -> new` for the user; for digests, what has changed."""
-    before, now = flat(_content(old)), flat(_content(new))
+    sides = [_content(values) for values in (old, new)]
+    before, now = (flat({name: value for name, value in side.items() if name != "corpus"}) for side in sides)
     changed = []
     for key in sorted(before.keys() | now.keys()):
         values = [json.dumps(side.get(key), ensure_ascii=False) for side in (before, now)]
@@ -61,14 +85,47 @@ def changes(old: Values, new: Values) -> str:
             changed.append(f"the content of {_changed_files(old['files'], new['files'])}")
         else:
             changed.append(_DIGESTS.get(key.partition(".")[0], f"{key} {values[0]} -> {values[1]}"))
+    if "corpus" in old and "corpus" in new:
+        prepared = [values["corpus"]["made_of"] for values in (old, new)]
+        changed += _source_changes(prepared[0]["sources"], prepared[1]["sources"])
+        changed += _exam_changes(prepared[0]["exams"], prepared[1]["exams"])
+        if not changed and sides[0]["corpus"] != sides[1]["corpus"]:
+            changed += _other_changes(prepared[0], prepared[1])
     changed = list(dict.fromkeys(changed))
-    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-    return "; ".join(changed[:8]) + more
+    more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+    return "; ".join(changed[:_NAMED]) + more
 
 
 def _changed_files(old: dict[str, str], new: dict[str, str]) -> str:
     old_digests = set(old.values())
     return ", ".join(path for path, digest in new.items() if digest not in old_digests) or "the list of data files"
+
+
+def _source_changes(old: list[Values], new: list[Values]) -> Iterator[str]:
+    """How sources are read, where that differs: an entry of the registry may have changed, or a column."""
+    for before, now in zip(old, new, strict=False):
+        for key in sorted((before.keys() | now.keys()) - {"name", "files"}):
+            if before.get(key) != now.get(key):
+                values = [json.dumps(side.get(key), ensure_ascii=False) for side in (before, now)]
+                yield f"{key} of {now['name']} {values[0]} -> {values[1]}"
+
+
+def _exam_changes(old: Values, new: Values) -> Iterator[str]:
+    """The exams that are kept out of the data, where they differ."""
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old:
+            yield f"questions of {name} are kept out of the data now"
+        elif name not in new:
+            yield f"questions of {name} are not kept out of the data any more"
+        elif old[name] != new[name]:
+            yield f"the questions of {name} that are kept out of the data"
+
+
+def _other_changes(old: Values, new: Values) -> Iterator[str]:
+    """What else went into the prepared data, where nothing else is named."""
+    before, now = (flat({key: side[key] for key in ("version", "settings")}) for side in (old, new))
+    named = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(now) if before.get(key) != now[key]]
+    yield from named or ["the prepared data itself"]
 
 
 _DIGESTS = {

@@ -95,6 +95,7 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
         dtype=source.dtype,
         quantize=source.quantization,
         progress=console.DownloadBar(),
+        reading=console.say_reading,
     )
     check_supported(loaded.model, loaded.config)
     if world and world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
 from mlx_zh.system import console, storage
-from mlx_zh.system.digests import text_digest
+from mlx_zh.system.digests import known_digests, text_digest
 from mlx_zh.system.storage import write_json, write_text
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ def _in_a_process(*arguments: str) -> None:
 def _key(model: Path) -> str:
     """A snapshot's name: it changes with the tokenizer's files and with the packages that read them."""
     files = [model] if model.is_file() else sorted({path for name in _FILES for path in model.glob(name)})
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    state = (2, str(model.resolve()), states, version("transformers"), version("tokenizers"))
+    digests = known_digests(console.say_reading).digests(map(str, files))
+    states = [(path.name, digests[str(path)]) for path in files]
+    state = (3, str(model.resolve()), states, version("transformers"), version("tokenizers"))
     return text_digest(repr(state))[:24]
 
 

@@ -16,13 +16,22 @@ from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.recipe import Recipe, Training
 from mlx_zh.stages import device_check, memory_check
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.forecast import Forecast
 from mlx_zh.stages.run_folder import RunFolder
-from mlx_zh.stages.run_key import Values, changes, learning_key, learning_values
+from mlx_zh.stages.run_key import (
+    Values,
+    as_earlier,
+    changes,
+    corpus_values,
+    is_earlier,
+    learning_key,
+    learning_values,
+)
 from mlx_zh.stages.run_models import open_model
 from mlx_zh.stages.sample_answers import Samples
 from mlx_zh.stages.step_warnings import StepWarnings
@@ -84,7 +93,8 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     corpus = prepare_stage(recipe, stage, renderer)
     recipe = within_epochs(recipe, stage, len(method.examples(corpus, "train")))
     digests = file_digests(corpus)
-    content = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
+    content: Values = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
+    content["corpus"] = corpus_values(corpus)
     if stage == "dpo" or start.folder is not None:
         content["start"] = start.fingerprint
     values = learning_values(recipe, stage, content)
@@ -134,7 +144,7 @@ class Session:
         """
         if (settings := self._other_settings()) is not None:
             raise RecipeError(
-                f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}. "
+                f"{self.folder.path} holds a run with other settings: {self._differences(settings)}. "
                 f"{self._remedy(settings)}"
             )
         if not any(self.folder.checkpoints.glob("step-*")):
@@ -150,10 +160,38 @@ class Session:
         settings = _read_json(self.folder.settings)
         return settings if settings is not None and learning_key(settings) != self.key else None
 
+    def _differences(self, settings: Values) -> str:
+        return changes(settings, self._in_the_form_of(settings))
+
+    def _in_the_form_of(self, settings: Values) -> Values:
+        """This run's values, without what the version that wrote `settings` did not know."""
+        if not is_earlier(settings):
+            return self.values
+        return as_earlier(self.values, sampled_fingerprint(self.loaded.path))
+
+    def _adopt_earlier(self) -> None:
+        """Go on with a run that an earlier version began, if all that it recorded is the same."""
+        settings = self._other_settings()
+        if settings is None or not is_earlier(settings):
+            return
+        values = self._in_the_form_of(settings)
+        if learning_key(values) != learning_key(settings):
+            return
+        self.values, self.key = values, learning_key(values)
+        console.say(
+            f"{self.folder.path} was begun by an earlier version, which did not record everything. Recipe, data "
+            "files and samples of the model's weights are the same. Whether registry entries, exams kept out of the "
+            "data and the other weights are, could not be checked."
+        )
+
     def _remedy(self, settings: Values | None) -> str:
         """What to do when the folder holds a run with other settings, if they are known."""
         fresh = "start over with --fresh (the old folder is kept beside it)"
-        if settings is None or not self.folder.is_finished or settings.get("base") != self.values["base"]:
+        if (
+            settings is None
+            or not self.folder.is_finished
+            or settings.get("base") != self._in_the_form_of(settings)["base"]
+        ):
             return f"Give this recipe another name, or {fresh}."
         longer = ""
         if _without_length(settings, self.stage) == _without_length(self.values, self.stage):
@@ -178,8 +216,10 @@ class Session:
         return self.world.broadcast_result(lambda: self._begin(fresh, renew))
 
     def _begin(self, fresh: bool, renew: bool) -> bool:
+        if not fresh:
+            self._adopt_earlier()
         if renew and not fresh and (settings := self._other_settings()) is not None:
-            console.say(f"{self.folder.path} holds a run with other settings: {changes(settings, self.values)}.")
+            console.say(f"{self.folder.path} holds a run with other settings: {self._differences(settings)}.")
             fresh = True
         if fresh and (aside := set_aside(self.folder.path)):
             console.say(f"The earlier run is kept in {aside}.")

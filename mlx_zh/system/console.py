@@ -22,6 +22,11 @@ from mlx_zh.system.arguments import wrapped
 from mlx_zh.system.redaction import hide_all, printable, redact
 
 
+def say_reading(path: Path, size: int) -> None:
+    """Say that a large file of `size` bytes is read for its digest."""
+    say(f"Reading {path.name} once for its SHA-256 ({size / 1e9:.1f} GB); it is remembered until the file changes.")
+
+
 def say(text: str = "") -> None:
     """Print a line for the user, above any progress bar."""
     from tqdm import tqdm

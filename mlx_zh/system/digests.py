@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.errors import DataError
-from mlx_zh.system.storage import write_json
+from mlx_zh.errors import DataError, StorageError
+from mlx_zh.system.storage import cache_folder, write_json
 
 _FRESH = 2.0  # seconds; a file that changed this recently may change again without a new time stamp
+_SLOW = 1 << 30  # bytes; reading that many may take longer than a second
+
+Reading = Callable[[Path, int], None]  # called with a file and its size in bytes before it is read whole
 
 
 def file_digest(path: Path) -> str:
@@ -32,36 +36,55 @@ def value_digest(value: Any) -> str:
 
 
 class FileDigests:
-    """File digests cached in a JSON file. A file is read again when its size, time stamp or inode has changed."""
+    """File digests remembered in a JSON file. A file is read again when anything that the system notes of it differs.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    That is its size, both time stamps and its inode. No program can set the time stamp of the last change (ctime), so
+    an edit that keeps size and modification time is seen too. `reading` is called with the path and the size of a
+    large file before it is read.
+    """
+
+    def __init__(self, path: Path, reading: Reading | None = None) -> None:
+        self._path, self._reading = path, reading
         try:
-            self._cache: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+            cache = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._cache = {}
+            cache = {}
+        self._cache: dict[str, list[Any]] = cache if isinstance(cache, dict) else {}
 
     def digests(self, paths: Iterable[str]) -> dict[str, str]:
         """The digest of each file, by path. Raises DataError for a file that cannot be read."""
         digests, changed = {}, False
         for path in paths:
             try:
-                file = Path(path).resolve()
-                stat = file.stat()
-                state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-                entry = self._cache.get(str(file))
-                if entry is None or entry[:3] != state:
-                    entry = [*state, file_digest(file)]
-                    if time.time() - stat.st_mtime > _FRESH:
-                        self._cache[str(file)] = entry
-                        changed = True
+                digests[path], is_new = self._digest(Path(path).resolve())
+                changed = changed or is_new
             except IsADirectoryError:
                 raise DataError(f"{path} is a folder; give the path of one file in it") from None
             except FileNotFoundError:
                 raise DataError(f"{path}: no such file; check the path") from None
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-            digests[path] = str(entry[3])
         if changed:
-            write_json(self._path, self._cache)
+            with suppress(StorageError):  # without a cache that can be written, files are read each time
+                write_json(self._path, self._cache)
         return digests
+
+    def _digest(self, file: Path) -> tuple[str, bool]:
+        """A file's digest, and whether it was added to the cache."""
+        stat = file.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = self._cache.get(str(file))
+        if isinstance(entry, list) and entry[:-1] == state:
+            return str(entry[-1]), False
+        if self._reading is not None and stat.st_size >= _SLOW:
+            self._reading(file, stat.st_size)
+        digest = file_digest(file)
+        if time.time() - max(stat.st_mtime, stat.st_ctime) <= _FRESH:
+            return digest, False
+        self._cache[str(file)] = [*state, digest]
+        return digest, True
+
+
+def known_digests(reading: Reading | None = None) -> FileDigests:
+    """The digests of models, results and other large files, remembered in the cache folder."""
+    return FileDigests(cache_folder() / "digests.json", reading)

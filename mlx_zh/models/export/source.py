@@ -11,7 +11,9 @@ import mlx.core as mx
 from mlx_zh.core.families import Config
 from mlx_zh.models import folder, gguf, gguf_model
 from mlx_zh.models.build import Outline, Weights, outline
+from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.models.load import end_of_turn_ids, load_tokenizer
+from mlx_zh.system.digests import Reading
 
 _HALF = (mx.bfloat16, mx.float16)
 
@@ -25,7 +27,7 @@ class Source:
     config: Config  # without "quantization"
     tokenizer: Any
     outline: Outline
-    fingerprint: str
+    fingerprint: str  # see `models.identity`
     dtype: mx.Dtype  # the half-precision type of its weights; bfloat16 if they have none or several
     quantize: tuple[int, int] | None = None  # (bits, group size) with which it is quantized when read
 
@@ -42,22 +44,24 @@ class Source:
 
     def stored(self) -> Weights:
         """Every tensor as stored, quantized or not, in a new table; lazy if the file is safetensors."""
-        weights, _ = _read(self.path, self.config)
+        weights = _read(self.path, self.config)
         outline(dict(self.config), weights, str(self.path), quantize=self.quantize)
         return weights
 
 
-def open_source(path: Path, name: str, *, quantize: tuple[int, int] | None = None) -> Source:
+def open_source(
+    path: Path, name: str, *, quantize: tuple[int, int] | None = None, reading: Reading | None = None
+) -> Source:
     """Describe the model at `path`, a folder or .gguf file, without reading its weights.
 
-    `quantize` is (bits, group size) for a full-precision model that is to be quantized when it is read. Raises
-    ModelError.
+    `quantize` is (bits, group size) for a full-precision model that is to be quantized when it is read; `reading` is
+    called before a large file is read for its digest. Raises ModelError.
     """
     from mlx_zh.models.load import load_config
 
     config = load_config(path)
     tokenizer = load_tokenizer(path)
-    weights, fingerprint = _read(path, config)
+    weights = _read(path, config)
     halves = {array.dtype for array in weights.values()} & set(_HALF)
     # GGUF's scales are float16 even if the model was trained in bfloat16, and some models overflow in float16.
     dtype = halves.pop() if len(halves) == 1 and path.is_dir() else mx.bfloat16
@@ -65,12 +69,11 @@ def open_source(path: Path, name: str, *, quantize: tuple[int, int] | None = Non
     ends = list(end_of_turn_ids(tokenizer, config, path))
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    return Source(path, name, config, tokenizer, model_outline, fingerprint, dtype, quantize)
+    return Source(path, name, config, tokenizer, model_outline, fingerprint_of(path, reading), dtype, quantize)
 
 
-def _read(path: Path, config: Config) -> tuple[Weights, str]:
-    """The tensors and the fingerprint of the model."""
+def _read(path: Path, config: Config) -> Weights:
+    """The tensors of the model."""
     if path.is_file():
-        file = gguf.read_gguf(path)
-        return gguf_model.gguf_weights(file, config), file.fingerprint
+        return gguf_model.gguf_weights(gguf.read_gguf(path), config)
     return folder.folder_weights(path)
