@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     undecided = recipe.budget is not None and budgeting.matching(recipe, run) is None
     all_steps = steps(recipe, run)
     forced = forced_from(arguments.start, all_steps)
-    planned = plan(State.of(run), recipe, all_steps, forced)
+    planned = plan(State.of(run, console.say_reading), recipe, all_steps, forced)
     if arguments.dry_run and undecided:
         console.say(
             f"The budget of {recipe.budget} is decided when the run starts, by this machine's measured speed. "
@@ -82,7 +82,7 @@ def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step]
             elif (status := run_stage("stages.deciding", arguments, lock)) != 0:
                 return status
             recipe = budgeting.decided(recipe)
-        state = State.of(run)
+        state = State.of(run, console.say_reading)
         status = Pipeline(recipe, arguments, steps, state, lock, console.say).run(forced)
     if status == 0:
         console.say(f"\n{_times(state, steps)}")

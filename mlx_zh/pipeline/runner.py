@@ -10,7 +10,7 @@ from mlx_zh.errors import RecipeError
 from mlx_zh.pipeline.energy import Meter
 from mlx_zh.pipeline.outdated import peak_memory, reason
 from mlx_zh.pipeline.process import run_stage
-from mlx_zh.pipeline.state import Record, State
+from mlx_zh.pipeline.state import VERSION, Record, State
 from mlx_zh.pipeline.steps import NAMES, Step
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.locks import Lock
@@ -54,13 +54,15 @@ class Pipeline:
     def _run(self, step: Step, *, fresh: bool) -> int:
         inputs = self.state.inputs(step, self.recipe)
         earlier = self.state.records.get(step.name)
+        if earlier is not None and earlier.version != VERSION:
+            earlier = None  # its inputs cannot be compared; a training stage compares its own folder
         resumed = earlier is not None and earlier.inputs == inputs and not fresh
         # With --fresh, a stage renames its folder and starts anew. A folder that this pipeline did not begin may hold
         # a run with the same settings, which goes on, or one with others, which --renew renames.
         fresh = step.trains and (fresh or (earlier is not None and not resumed))
         seconds_before = earlier.seconds if earlier and resumed and earlier.outputs is None else 0.0
         joules_before = earlier.joules if earlier and resumed and earlier.outputs is None else None
-        record = self.state.records[step.name] = Record(inputs, None, seconds_before, joules_before)
+        record = self.state.records[step.name] = Record(inputs, None, seconds_before, joules_before, version=VERSION)
         self.state.write()
         start = time.monotonic()
         with Meter() as meter:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mlx_zh.pipeline.steps import RunFiles, Step
-from mlx_zh.recipe import Recipe
-from mlx_zh.system.digests import file_digest, text_digest
+from mlx_zh.recipe import DataSet, Recipe
+from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest
 from mlx_zh.system.storage import write_json
 
-_LARGE = 64 * 2**20  # bytes; larger files are compared by size and time, because reading them takes minutes
+_LARGE = 2**20  # bytes; the digests of larger files are remembered
+VERSION = 2  # of a record; the digests of version 1 stand for sizes and times, and lack what registries name
+_TOLD = {"mean_tokens", "size_mb", "source", "licence", "note"}  # what an entry of the registry only tells its reader
 
 Inputs = dict[str, object]  # what a step depends on: a recipe's key or "file PATH", "after STEP" ... -> JSON value
 
@@ -26,6 +28,7 @@ class Record:
     seconds: float = 0.0
     joules: float | None = None
     peak_memory_gb: float | None = None
+    version: int = 1
 
 
 @dataclass
@@ -34,15 +37,20 @@ class State:
 
     run: RunFiles
     records: dict[str, Record] = field(default_factory=dict)
+    known: FileDigests = field(default_factory=known_digests)
 
     @staticmethod
-    def of(run: RunFiles) -> State:
-        """The records in the folder's `pipeline.json`; none when it is missing or damaged, so every step runs."""
+    def of(run: RunFiles, reading: Reading | None = None) -> State:
+        """The records in the folder's `pipeline.json`; none when it is missing or damaged, so every step runs.
+
+        `reading` is called before a large file is read for its digest.
+        """
+        known = known_digests(reading)
         try:
             records = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
-            return State(run, {name: Record(**record) for name, record in records.items()})
+            return State(run, {name: Record(**record) for name, record in records.items()}, known)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return State(run)
+            return State(run, {}, known)
 
     def write(self) -> None:
         """Write `pipeline.json`."""
@@ -53,14 +61,16 @@ class State:
         values: Inputs = step.inputs(flat(recipe.model_dump(mode="json")))
         for path in step.files:
             if (local := Path(path).expanduser()).exists():
-                values[f"file {path}"] = digest(local)
+                values[f"file {path}"] = self._digest(local)
+        for name, entry in step.entries.items():
+            values |= {f"registry {name} {key}": value for key, value in _read_from(entry).items()}
         for name in step.after:
             record = self.records.get(name)
             if name != "prepare":
                 values[f"after {name}"] = None if record is None else record.outputs
         if step.prepared is not None:
             values["data prepared"] = self._prepared(step.prepared)
-        for path, content in digests(self.run.path, step.reads).items():
+        for path, content in self._digests(step.reads).items():
             if path != self.run.pattern(self.run.pipeline):
                 values[f"file {path}"] = content
         return values
@@ -70,10 +80,30 @@ class State:
 
         Training stages add to the report on the prepared data, so of that file only the data's keys are compared.
         """
-        contents = digests(self.run.path, step.outputs)
+        contents = self._digests(step.outputs)
         if (prepared := self.run.pattern(self.run.prepared)) in contents:
             contents[prepared] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
         return contents
+
+    def _digests(self, patterns: Sequence[str]) -> dict[str, str]:
+        """The digest of every file in the run folder that matches a pattern, by path relative to the folder.
+
+        Files whose names begin with a dot are left out.
+        """
+        folder = self.run.path
+        paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+        return {
+            path.relative_to(folder).as_posix(): self._digest(path) for path in sorted(paths) if path.name[0] != "."
+        }
+
+    def _digest(self, path: Path) -> str:
+        """A digest of a file's whole content, or of all files in a folder."""
+        if path.is_dir():
+            parts = [f"{file.relative_to(path).as_posix()} {self._digest(file)}" for file in _files(path)]
+            return text_digest("\n".join(parts))[:16]
+        if path.stat().st_size > _LARGE:
+            return self.known.digests([str(path)])[str(path)][:16]
+        return file_digest(path)[:16]
 
     def _prepared(self, stage: str) -> object:
         """The key of the prepared data of one stage; the data of the other stage does not matter for it."""
@@ -87,6 +117,8 @@ class State:
         record = self.records.get(step.name)
         if record is None:
             return "first run"
+        if record.version != VERSION:
+            return "an earlier version recorded it"
         if record.inputs != inputs:
             return changes(record.inputs, inputs)
         if record.outputs is None:
@@ -96,6 +128,12 @@ class State:
         now = self.outputs(step)
         changed = [path for path in record.outputs if now.get(path) != record.outputs[path]]
         return f"{_listed(changed)} {'was' if len(changed) == 1 else 'were'} changed or removed" if changed else None
+
+
+def _read_from(entry: DataSet) -> Inputs:
+    """The fields of a registry's entry that decide which rows are read, and how."""
+    told = _TOLD if entry.hub == "generated" else _TOLD | {"rows"}
+    return flat(entry.model_dump(mode="json", exclude=told))
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> Inputs:
@@ -119,6 +157,9 @@ def changes(old: Inputs, new: Inputs) -> str:
         kind, _, name = key.partition(" ")
         if kind == "file" and name:
             phrases.append(f"{name} {'changed' if before and now else 'is new' if now else 'is gone'}")
+        elif kind == "registry" and name:
+            data_set, _, field_name = name.rpartition(" ")
+            phrases.append(f"{field_name} of {data_set} {_shown(before)} -> {_shown(now)}")
         elif kind == "after" and name:
             phrases.append(f"{name} gave another result")
         elif kind == "data" and name:
@@ -136,26 +177,6 @@ def _shown(value: object) -> str:
 def _listed(items: Sequence[str], most: int = 3) -> str:
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
-
-
-def digests(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """The digest of every file in `folder` that matches a pattern, by path relative to `folder`.
-
-    Files whose names begin with a dot are left out.
-    """
-    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(paths) if path.name[0] != "."}
-
-
-def digest(path: Path) -> str:
-    """A digest of a file's content, or of all files in a folder. For a large file, its size and time."""
-    if path.is_dir():
-        parts = [f"{file.relative_to(path).as_posix()} {digest(file)}" for file in _files(path)]
-        return text_digest("\n".join(parts))[:16]
-    status = path.stat()
-    if status.st_size > _LARGE:
-        return f"{status.st_size} bytes at {status.st_mtime_ns}"
-    return file_digest(path)[:16]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from mlx_zh.recipe import Recipe, Sources
+from mlx_zh.corpus.registry import Registry, load_registry
+from mlx_zh.exams.catalog import NAMES as EXAMS
+from mlx_zh.recipe import DataSet, Recipe, Source
 
 NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report")
 
@@ -17,9 +19,10 @@ NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "
 class Step:
     """A stage as the pipeline runs it: `python -m mlx_zh.STAGE RECIPE ARGUMENTS`.
 
-    The step is up to date while nothing that it depends on has changed: the recipe's `keys`, the `files`, the outputs
-    of the steps in `after`, and the files of the run folder that match `reads`. Keys are dotted. A section's name
-    stands for all of its keys, and `without` excludes some of them. `outputs` are patterns in the run folder.
+    The step is up to date while nothing that it depends on has changed: the recipe's `keys`, the `files`, the
+    `entries` of data sets that the recipe names, the outputs of the steps in `after`, and the files of the run folder
+    that match `reads`. Keys are dotted. A section's name stands for all of its keys, and `without` excludes some of
+    them. `outputs` are patterns in the run folder.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Step:
     keys: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    entries: Mapping[str, DataSet] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -76,34 +80,44 @@ class RunFiles(Protocol):
 
 
 def steps(recipe: Recipe, run: RunFiles) -> list[Step]:
-    """The steps of this recipe, in order."""
+    """The steps of this recipe, in order. Raises DataError for a registry that cannot be read."""
     chosen: list[Step] = []
+    file = recipe.data.registry_file
+    registry = load_registry(recipe.data.registry, None if file is None else Path(file))
     for name in NAMES:
-        step = _MAKERS[name](recipe, run, {step.name for step in chosen})
+        step = _MAKERS[name](recipe, run, {step.name for step in chosen}, registry)
         if step is not None and find_spec(f"mlx_zh.{step.stage}") is not None:
             chosen.append(step)
     return chosen
 
 
-def _prepare(recipe: Recipe, run: RunFiles, _: set[str]) -> Step | None:
-    if not (recipe.data.sft.train or recipe.data.dpo.train):
+def _prepare(recipe: Recipe, run: RunFiles, _: set[str], registry: Registry) -> Step | None:
+    sft, dpo = recipe.data.sft, recipe.data.dpo
+    if not (sft.train or dpo.train):
         return None
-    sources = (
-        *recipe.data.sft.train,
-        *recipe.data.sft.validation,
-        *recipe.data.dpo.train,
-        *recipe.data.dpo.validation,
-    )
+    data = _Data.of((*sft.train, *sft.validation, *dpo.train, *dpo.validation), registry)
     exams = tuple(f"evaluate.{name}" for name in ("benchmarks", "folder", "hub"))  # decontamination reads the exams
     keys = ("model.path", "model.hub", "model.revision", "data", *exams, "seed")
-    return Step("prepare", "prepare", keys=keys, files=_paths(sources), outputs=(run.pattern(run.prepared),))
+    files = (*data.files, *_exam_copies(recipe))
+    outputs = (run.pattern(run.prepared),)
+    return Step("prepare", "prepare", keys=keys, files=files, entries=data.entries, outputs=outputs)
 
 
-def _train(stage: str, other_stage: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
+def _exam_copies(recipe: Recipe) -> tuple[str, ...]:
+    """The user's own copies of exams whose questions are kept out of the data."""
+    kept_out = recipe.data.decontaminate.benchmarks
+    names = recipe.evaluate.benchmarks if kept_out is None else kept_out
+    return tuple(folder for name, folder in recipe.evaluate.folder.items() if name in names and name in EXAMS)
+
+
+def _train(
+    stage: str, other_stage: str, recipe: Recipe, run: RunFiles, before: set[str], registry: Registry
+) -> Step | None:
     split = getattr(recipe.data, stage)
     if not split.train:
         return None
-    files = [recipe.model.path, *_paths((*split.train, *split.validation))]
+    data = _Data.of((*split.train, *split.validation), registry)
+    files = [recipe.model.path, *data.files]
     start = recipe.start(stage)
     after = {"prepare"} | ({"sft"} if start == "sft" else set())
     if start not in ("sft", "base"):
@@ -114,6 +128,7 @@ def _train(stage: str, other_stage: str, recipe: Recipe, run: RunFiles, before: 
         keys=("model", "lora", "data", "seed", stage),
         without=(f"data.{other_stage}", f"{stage}.max_skipped_steps"),
         files=tuple(files),
+        entries=data.entries,
         after=tuple(sorted(after & before)),
         outputs=(run.pattern(run.stage(stage).adapter, "*"),),
         prepared=stage if "prepare" in before else None,
@@ -139,16 +154,24 @@ def _eval(model: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step |
     )
 
 
-def _fuse(recipe: Recipe, run: RunFiles, before: set[str]) -> Step | None:
+def _fuse(recipe: Recipe, run: RunFiles, before: set[str], registry: Registry) -> Step | None:
     tuned = next((stage for stage in ("dpo", "sft") if stage in before), None)
     if "export" not in recipe.model_fields_set or tuned is None:
         return None
     keys = ("model", "export", "data.sft.validation", "data.system", "data.variables", "data.date_string")
-    files = (recipe.model.path, *_paths(recipe.data.sft.validation))
-    return Step("fuse", "fuse", keys=keys, files=files, after=(tuned,), outputs=(run.pattern(run.fused, "**", "*"),))
+    data = _Data.of(recipe.data.sft.validation, registry)
+    return Step(
+        "fuse",
+        "fuse",
+        keys=keys,
+        files=(recipe.model.path, *data.files),
+        entries=data.entries,
+        after=(tuned,),
+        outputs=(run.pattern(run.fused, "**", "*"),),
+    )
 
 
-def _report(recipe: Recipe, run: RunFiles, before: set[str]) -> Step:
+def _report(recipe: Recipe, run: RunFiles, before: set[str], _: Registry) -> Step:
     any_stage = run.stage("*")
     files = (any_stage.metrics, any_stage.summary, any_stage.warnings, run.prepared)
     reads = ("*.json", *map(run.pattern, files), run.pattern(run.exams, "*.json*"))
@@ -157,18 +180,37 @@ def _report(recipe: Recipe, run: RunFiles, before: set[str]) -> Step:
     return Step("report", "report", keys=sections, after=tuple(sorted(before)), reads=reads, outputs=outputs)
 
 
-_MAKERS: dict[str, Callable[[Recipe, RunFiles, set[str]], Step | None]] = {
+_MAKERS: dict[str, Callable[[Recipe, RunFiles, set[str], Registry], Step | None]] = {
     "prepare": _prepare,
-    "eval-base": lambda recipe, run, before: _eval("base", recipe, run, before),
-    "sft": lambda recipe, run, before: _train("sft", "dpo", recipe, run, before),
-    "eval-sft": lambda recipe, run, before: _eval("sft", recipe, run, before),
-    "dpo": lambda recipe, run, before: _train("dpo", "sft", recipe, run, before),
-    "eval-dpo": lambda recipe, run, before: _eval("dpo", recipe, run, before),
+    "eval-base": lambda recipe, run, before, _: _eval("base", recipe, run, before),
+    "sft": lambda recipe, run, before, registry: _train("sft", "dpo", recipe, run, before, registry),
+    "eval-sft": lambda recipe, run, before, _: _eval("sft", recipe, run, before),
+    "dpo": lambda recipe, run, before, registry: _train("dpo", "sft", recipe, run, before, registry),
+    "eval-dpo": lambda recipe, run, before, _: _eval("dpo", recipe, run, before),
     "fuse": _fuse,
     "report": _report,
 }
 
 
-def _paths(sources: Sources) -> tuple[str, ...]:
-    """The local files and folders of data sources. A registered name has none."""
-    return tuple(source.path for source in sources if source.path and Path(source.path).expanduser().exists())
+@dataclass(frozen=True)
+class _Data:
+    """What is on this disk of data sources: files and folders, and entries of the registry by name."""
+
+    files: tuple[str, ...]
+    entries: dict[str, DataSet]
+
+    @staticmethod
+    def of(sources: Iterable[Source], registry: Registry) -> _Data:
+        files: list[str] = []
+        entries: dict[str, DataSet] = {}
+        for source in sources:
+            if source.path and Path(source.path).expanduser().exists():
+                files.append(source.path)
+            # A source with a name and a path reads the path in the way that the entry says.
+            name = source.name or (source.path if source.path not in files else None)
+            if name is None or (entry := registry.get(name)) is None:
+                continue
+            entries[name] = entry
+            if entry.hub == "file" and not source.path:
+                files.append(entry.id)
+        return _Data(tuple(files), entries)

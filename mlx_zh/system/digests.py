@@ -66,7 +66,7 @@ class FileDigests:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         if changed:
             with suppress(StorageError):  # without a cache that can be written, files are read each time
-                write_json(self._path, self._cache)
+                write_json(self._path, {name: entry for name, entry in self._cache.items() if Path(name).exists()})
         return digests
 
     def _digest(self, file: Path) -> tuple[str, bool]:
