@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_zh.errors import StorageError
-from mlx_zh.system.storage import storage_errors
+from mlx_zh.system.storage import storage_errors, working_in
 
 _NAME = ".lock"
 _INHERITED = (
@@ -49,11 +49,12 @@ def locked(folder: Path, work: str) -> Iterator[Lock]:
     At the end the lock file is removed, and so is a folder that was created for it and is still empty. The kernel's
     lock decides, not whether the file exists: a file that a killed process left behind is taken over.
 
-    Raises StorageError if another process holds the lock.
+    Raises StorageError if another process holds the lock. Writes below the folder fail once it was moved or removed.
     """
     path = folder / _NAME
     if (shared := _shared(path)) is not None:
-        yield Lock(shared)
+        with working_in(folder):
+            yield Lock(shared)
         return
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with storage_errors(folder):
@@ -64,7 +65,8 @@ def locked(folder: Path, work: str) -> Iterator[Lock]:
         with suppress(OSError):  # only information: the run itself reports a full disk better
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(about).encode(), 0)
-        yield Lock(descriptor, left_by, works)
+        with working_in(folder):
+            yield Lock(descriptor, left_by, works)
     finally:
         with suppress(OSError):
             path.unlink()  # still held: `_acquire` of another process checks that its file still exists

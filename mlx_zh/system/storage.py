@@ -1,12 +1,16 @@
-"""Write files and folders atomically: under a temporary name, then fsync, then rename."""
+"""Write files and folders atomically: under a temporary name, then fsync, then rename, then fsync of the folder.
+
+A temporary name is `.NAME.PROCESS.tmp`, and `.NAME.PROCESS.old` for a folder that is being replaced. `sweep` removes
+those of processes that were killed.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +26,8 @@ from mlx_zh.errors import StorageError
 if TYPE_CHECKING:
     import mlx.core as mx
 
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)")
+_CLOCK = 60.0  # seconds by which the time stamps of files and of processes may differ
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,6 +54,60 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
+Identity = tuple[int, int]  # device and inode
+
+_works: dict[Path, Identity] = {}  # the folders that this process works in, by absolute path
+
+
+def identity(path: Path) -> Identity | None:
+    """What tells a file or folder from another one that has its path later; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Inside this context, writes below `folder` fail once the folder was moved or removed.
+
+    Otherwise it would be made anew, and a run would lie in two halves.
+    """
+    place = Path(os.path.abspath(folder))
+    inner = place in _works
+    if not inner and (known := identity(place)) is not None:
+        _works[place] = known
+    try:
+        yield
+    finally:
+        if not inner:
+            _works.pop(place, None)
+
+
+def require_in_place(path: Path) -> None:
+    """Raise StorageError if `path` lies in a folder that this process works in and that was moved or removed."""
+    for folder, known in _works.items():
+        if Path(os.path.abspath(path)).is_relative_to(folder) and identity(folder) != known:
+            raise moved(folder)
+
+
+def moved(path: Path) -> StorageError:
+    """The error for a file or folder that is no longer where this process has begun to write it."""
+    return StorageError(
+        f"{path} was moved, removed or replaced while this command was writing there, so it stops. What it had saved "
+        "is in the moved folder: move that back, then run the same command again."
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, so that they survive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_folder(path.parent)
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that becomes `path` when the block ends; if the block fails, it is removed.
@@ -56,13 +116,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        require_in_place(path)
+        make_folder(path.parent)
+        sweep(path.parent, path.name)
         try:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
                 sync(file.fileno())
+            require_in_place(path)
             temporary.replace(path)
             sync_folder(path.parent)
         finally:
@@ -70,12 +132,44 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove temporary files of `path` that killed processes left; those of living processes stay."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = temporary.name.split(".")[-2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            temporary.unlink(missing_ok=True)
+def append(path: Path, data: bytes, *, flush: bool = False) -> None:
+    """Add bytes at the end of a file; `flush` makes them survive a power cut. Raises StorageError."""
+    with storage_errors(path):
+        require_in_place(path)
+        make_folder(path.parent)
+        with path.open("ab") as file:
+            file.write(data)
+            if flush:
+                file.flush()
+                sync(file.fileno())
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left half-written in `folder`, or only what was to become `name` in it.
+
+    A folder that was to be replaced is put back if its successor is not there.
+    """
+    for leftover in sorted(folder.glob(".*")):
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match is None or name not in (None, match["name"]) or _is_owned(leftover, int(match["process"])):
+            continue
+        with suppress(OSError):
+            if match["kind"] == "old" and not (target := folder / match["name"]).exists():
+                leftover.rename(target)
+            elif leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _is_owned(leftover: Path, process: int) -> bool:
+    """Whether the process that wrote this still runs: one of this number that is older than the file."""
+    try:
+        return psutil.Process(process).create_time() <= leftover.lstat().st_ctime + _CLOCK
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.Error:  # another user's process
+        return True
 
 
 def sync(descriptor: int) -> None:
@@ -134,19 +228,54 @@ def folder_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        require_in_place(path)
+        make_folder(path.parent)
+        sweep(path.parent, path.name)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
+            sync_tree(temporary)
+            require_in_place(path)
             if path.exists():
                 path.replace(aside)  # rename cannot replace a folder that is not empty
             temporary.replace(path)
             sync_folder(path.parent)
         finally:
+            if aside.exists() and not path.exists():
+                aside.replace(path)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all that is in it survive a power cut."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                sync(file.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def set_damaged_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to `damaged-NAME`, in place of an earlier one; returns the new path."""
+    aside = path.with_name(f"damaged-{path.name}")
+    with storage_errors(path):
+        remove(aside)
+        path.rename(aside)
+        sync_folder(path.parent)
+    return aside
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def empty(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict
 
 from mlx_zh.errors import TrainingError
-from mlx_zh.system.storage import storage_errors, sync, write_text
+from mlx_zh.system.storage import Identity, append, identity, moved, storage_errors, sync, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.training.checkpoints import Progress
@@ -90,24 +90,30 @@ def validation_figures(line: MetricsLine) -> dict[str, float]:
 class MetricsLog:
     """Appends lines to a file. `cut` shortens it to an earlier length when a run resumes.
 
-    With `keep` false, as on all ranks but rank 0, `append` writes nothing.
+    With `keep` false, as on all ranks but rank 0, `append` writes nothing. A file that was moved or removed meanwhile
+    is not made anew: `append` and `size` raise StorageError.
     """
 
     def __init__(self, path: Path, *, keep: bool = True) -> None:
         self._path, self._keep = path, keep
+        self._file: Identity | None = None  # of the file that was appended to
 
     def append(self, figures: MetricsLine) -> None:
         """Write one line. Raises StorageError."""
         if not self._keep:
             return
+        self._require_same_file()
         line = json.dumps(figures, ensure_ascii=False, allow_nan=True) + "\n"
-        with storage_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(line.encode())
+        append(self._path, line.encode())
+        self._file = identity(self._path)
+
+    def _require_same_file(self) -> None:
+        if self._file is not None and identity(self._path) != self._file:
+            raise moved(self._path)
 
     def size(self) -> int:
-        """Size of the file in bytes, after flushing it to disk."""
+        """Size of the file in bytes, after flushing it to disk. Raises StorageError."""
+        self._require_same_file()
         if not self._path.exists():
             return 0
         with self._path.open("rb") as file:

@@ -27,7 +27,7 @@ from mlx_zh.errors import ModelError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system.accelerator import AcceleratorError, accelerator_errors
 from mlx_zh.system.device import Fault
-from mlx_zh.system.storage import storage_errors, sync
+from mlx_zh.system.storage import append, storage_errors
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
 
@@ -104,12 +104,7 @@ class ReferenceStore:
         for digest, values in entries.items():
             text = _VALUES.pack(*values.tolist()).hex()
             lines.append(f"{digest} {text} {zlib.crc32((digest + text).encode()):08x}\n")
-        with storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(("\n" + "".join(lines)).encode())  # the last line may lack its newline
-                file.flush()
-                sync(file.fileno())
+        append(self.path, ("\n" + "".join(lines)).encode(), flush=True)  # the last line may lack its newline
 
 
 class Reference:
