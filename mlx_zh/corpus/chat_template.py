@@ -59,8 +59,13 @@ class ChatTemplate:
             return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # untrusted code may raise anything
             where = f"{source}: " if source else ""
-            roles = ", ".join(message.role for message in messages)
+            roles = listed([message.role for message in messages])
             raise TemplateError(f"{where}the chat template refuses the roles {roles}: {_reason(error)}") from error
+
+
+def listed(roles: Sequence[str]) -> str:
+    """Roles in an error message: the first few, and how many there are."""
+    return ", ".join(roles) if len(roles) <= 12 else f"{', '.join(roles[:12])} … ({len(roles)} messages)"
 
 
 def template_source(tokenizer: Any, chosen: str | None = None) -> str:

@@ -22,6 +22,7 @@ FORMATS: Mapping[Kind, Mapping[str, Format[Any]]] = {"dpo": preferences.FORMATS,
 _FEW = 10  # among fewer rows, texts that occur again say nothing
 _FILLED = 0.6  # share of the rows in which a column of questions or answers has text
 _VARIED = 0.5  # share of different texts below which a column holds categories
+_LONGEST_NAME = 200  # characters of a column's name that are looked at
 _NUMBER = re.compile(r"[-+\d\s.,:/%年月日时分]*")
 _CODE = re.compile(r"[A-Za-z0-9_.:/-]+")
 
@@ -136,7 +137,7 @@ def is_column_name(text: str) -> bool:
 
 def _plain(name: str) -> str:
     """A column's name without case, width, spaces, underscores, marks, and anything in brackets."""
-    name = re.sub(r"[(\[【〔].*?[)\]】〕]", "", unicodedata.normalize("NFKC", name).lower())
+    name = re.sub(r"[(\[【〔].*?[)\]】〕]", "", unicodedata.normalize("NFKC", name[:_LONGEST_NAME]).lower())
     return re.sub(r"[\s_*:.'\"#-]", "", name)
 
 

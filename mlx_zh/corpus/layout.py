@@ -3,7 +3,12 @@
 For each sequence of roles the template is rendered once with a placeholder character as each message's content. The
 text between the placeholders are the template's literals. A real conversation is then the literals joined by the
 contents, which the template may have stripped. Every time this join is compared with the real rendering. Where they
-differ, the template rewrites contents; then `find_replies` locates each reply by rendering it with a mark at its end.
+differ, the template rewrites contents; then `find_replies` locates the replies by rendering them with a mark at their
+ends.
+
+Where a reply begins is known from rendering the messages before it. Doing this for every reply would take time that
+grows with the square of their number. So it is done for the first replies, for the last one, at distances that double,
+and wherever the text around a reply is not that of a reply known already.
 """
 
 from __future__ import annotations
@@ -11,12 +16,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from mlx_zh.corpus.chat_template import ChatTemplate
+from mlx_zh.corpus.chat_template import ChatTemplate, listed
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import TemplateError
 
-_PLACEHOLDER = 0xF0000  # the first code point of a private-use plane: one character per message
+# Placeholders: a character of private-use plane 15 for each message, after one of plane 16 from message 65,534 on.
+_PLANE = 0xFFFE
+_LOW, _HIGH = 0xF0000, 0x100000
+_MARK = re.compile(f"[{chr(_HIGH)}-{chr(_HIGH + _PLANE - 1)}]?[{chr(_LOW)}-{chr(_LOW + _PLANE - 1)}]")
+_DIGITS = re.compile(r"\d+")
+_CHECKED = 16  # first replies whose beginning is found by rendering the messages before them
+_REPEATED = 64  # replies up to which each is looked for by itself if they cannot be found together
 _SPACE = "\t\v\t"  # white space that no template writes itself
 _STRIPS: dict[tuple[bool, bool], Callable[[str], str]] = {
     (False, False): str,
@@ -63,6 +75,24 @@ class Layout:
         return [(ends[r.slot] + r.opens, ends[r.slot + 1] + r.closes) for r in self.replies]
 
 
+def _placeholder(number: int) -> str:
+    high, low = divmod(number, _PLANE)
+    return (chr(_HIGH + high) if high else "") + chr(_LOW + low)
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of the placeholders in a text, in their order."""
+    return [
+        ord(mark[-1]) - _LOW + (_PLANE * (ord(mark[0]) - _HIGH) if len(mark) > 1 else 0)
+        for mark in _MARK.findall(text)
+    ]
+
+
+def _is_checked(number: int, count: int) -> bool:
+    """Whether the messages before reply `number` of `count` are rendered in any case."""
+    return number < _CHECKED or number == count - 1 or number & (number - 1) == 0
+
+
 def find_layout(
     template: ChatTemplate, roles: Sequence[str], added: re.Pattern[str], *, add_generation_prompt: bool
 ) -> Layout | None:
@@ -70,44 +100,72 @@ def find_layout(
 
     Raises TemplateError if the template leaves out a message or ends a reply without a token that `added` matches.
     """
-    placeholders = [chr(_PLACEHOLDER + i) for i in range(len(roles))]
-    messages = [Message(role, mark) for role, mark in zip(roles, placeholders, strict=True)]
+    messages = [Message(role, _placeholder(i)) for i, role in enumerate(roles)]
     text = template.render(messages, add_generation_prompt=add_generation_prompt)
-    for message in messages:
-        if message.content not in text:
+    order = tuple(_numbers(text))
+    shown = set(order)
+    for i, role in enumerate(roles):
+        if i not in shown:
             raise TemplateError(
-                f"the chat template leaves out the {message.role} message (roles: {', '.join(roles)}); set a "
+                f"the chat template leaves out the {role} message (roles: {listed(roles)}); set a "
                 "template that shows it, or put its text into another message"
             )
-    if any(text.count(mark) != 1 for mark in placeholders):
+    if len(order) != len(roles):
         return None
-    order = tuple(sorted(range(len(roles)), key=lambda i: text.index(placeholders[i])))
-    literals = tuple(re.split(f"[{placeholders[0]}-{placeholders[-1]}]", text))
+    literals = tuple(_MARK.split(text))
     spaced = template.render(
         [Message(m.role, _SPACE + m.content + _SPACE) for m in messages], add_generation_prompt=add_generation_prompt
     )
-    strips = _find_strips(literals, [placeholders[i] for i in order], spaced)
+    strips = _find_strips(literals, order, spaced)
     if strips is None:
         return None
+    replies = _find_layout_replies(template, messages, literals, order, added)
+    return None if replies is None else Layout(literals, order, strips, tuple(replies))
+
+
+def _find_layout_replies(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    literals: Sequence[str],
+    order: Sequence[int],
+    added: re.Pattern[str],
+) -> list[Reply] | None:
+    """Where each reply begins and ends; None if this cannot be told, or not in time that is linear in the messages.
+
+    Raises TemplateError if no end-of-turn token follows a reply.
+    """
+    slots = {message: slot for slot, message in enumerate(order)}
+    numbers = [k for k, message in enumerate(messages) if message.role == "assistant"]
+    known: dict[tuple[str, str, str], tuple[str, str]] = {}  # surroundings -> literal after `opens`, before `closes`
+    allowance = 16 * len(messages) + 4 * _CHECKED**2
     replies = []
-    for k, role in enumerate(roles):
-        if role == "assistant":
-            reply = _find_reply(template, messages, k, literals, order, added)
-            if reply is None:
-                return None
-            replies.append(reply)
-    return Layout(literals, order, strips, tuple(replies))
+    for number, k in enumerate(numbers):
+        slot = slots[k]
+        before, after = literals[slot], literals[slot + 1]
+        role = messages[order[slot - 1]].role if slot else ""
+        surroundings = (role, _DIGITS.sub("0", before), _DIGITS.sub("0", after))
+        rest, head = known.get(surroundings, ("", ""))
+        if head and before.endswith(rest) and after.startswith(head) and not _is_checked(number, len(numbers)):
+            replies.append(Reply(slot, len(before) - len(rest), len(head)))
+            continue
+        allowance -= k
+        reply = _find_reply(template, messages, k, slot, literals, order, added) if allowance > 0 else None
+        if reply is None:
+            return None
+        known[surroundings] = (before[reply.opens :], after[: reply.closes])
+        replies.append(reply)
+    return replies
 
 
-def _find_strips(literals: Sequence[str], marks: Sequence[str], spaced: str) -> tuple[tuple[bool, bool], ...] | None:
+def _find_strips(literals: Sequence[str], order: Sequence[int], spaced: str) -> tuple[tuple[bool, bool], ...] | None:
     """For each gap, whether white space is stripped on the left and on the right; None if this cannot be told.
 
     `spaced` is a rendering of contents with white space on both sides.
     """
-    gaps = re.split("|".join(marks), spaced)
-    last = len(gaps) - 1
-    if last != len(marks):
+    if _numbers(spaced) != list(order):
         return None
+    gaps = _MARK.split(spaced)
+    last = len(order)
     strips_left, strips_right = [False] * last, [False] * last
     for i, (gap, literal) in enumerate(zip(gaps, literals, strict=True)):
         before = {_SPACE: False, "": True} if i > 0 else {"": True}
@@ -126,6 +184,7 @@ def _find_reply(
     template: ChatTemplate,
     messages: Sequence[Message],
     k: int,
+    slot: int,
     literals: Sequence[str],
     order: Sequence[int],
     added: re.Pattern[str],
@@ -134,13 +193,12 @@ def _find_reply(
 
     Raises TemplateError if no end-of-turn token follows the reply.
     """
-    slot = order.index(k)
     if k == 0 or slot == 0:
         return None
     before, mark = messages[order[slot - 1]].content, messages[k].content
     prompt = template.render(messages[:k], add_generation_prompt=True)
     _, separator, header = prompt.rpartition(before)
-    if not separator or _has_placeholder(header, messages) or not literals[slot].startswith(header):
+    if not separator or _MARK.search(header) or not literals[slot].startswith(header):
         return None
     answered = template.render(messages[: k + 1])
     tail = answered.rpartition(mark)[2]
@@ -154,10 +212,6 @@ def _find_reply(
     if not literals[slot + 1].startswith(tail[: end.end()]):
         return None
     return Reply(slot, len(header), end.end())
-
-
-def _has_placeholder(text: str, messages: Sequence[Message]) -> bool:
-    return any(message.content in text for message in messages)
 
 
 def find_replies(
@@ -175,13 +229,17 @@ def find_replies(
     `render` is the function that made `text` from `messages`. Raises TemplateError, with `source` in front, if the
     position of a reply is not certain.
     """
-    spans, cursor = [], 0
-    for k, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        content_end = _content_end(render, messages, k, text)
-        start = None if content_end is None else _reply_start(template, messages[:k], text, cursor, content_end)
-        end = None if content_end is None else added.search(text, content_end)
+    replies = [k for k, message in enumerate(messages) if message.role == "assistant"]
+    allowance = 16 * len(messages) + 4 * _REPEATED**2  # messages that may be rendered to find beginnings
+    spans, cursor, header = [], 0, ""
+    for number, (k, content_end) in enumerate(zip(replies, _content_ends(render, messages, replies, text), strict=True)):
+        start = None
+        if content_end is not None and header and not _is_checked(number, len(replies)):
+            start = _after_header(text, header, cursor, content_end)
+        if content_end is not None and start is None and allowance > 0:
+            allowance -= k
+            start, header = _reply_start(template, messages[:k], text, cursor, content_end)
+        end = None if start is None or content_end is None else added.search(text, content_end)
         if start is None or end is None or end.group() != end_of_turn:
             where = f"{source}: " if source else ""
             raise TemplateError(
@@ -193,13 +251,66 @@ def find_replies(
     return spans
 
 
-def _content_end(
-    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], k: int, text: str
-) -> int | None:
+Render = Callable[[Sequence[Message]], str]
+
+
+def _content_ends(
+    render: Render, messages: Sequence[Message], replies: Sequence[int], text: str
+) -> Sequence[int | None]:
+    """Where each reply's content ends in `text`; None where this is not certain."""
+    ends = _ends_together(render, messages, replies, text)
+    if ends is not None:
+        return ends
+    if len(replies) > _REPEATED:
+        return [None] * len(replies)
+    return [_content_end(render, messages, k, text) for k in replies]
+
+
+def _ends_together(
+    render: Render, messages: Sequence[Message], replies: Sequence[int], text: str
+) -> list[int] | None:
+    """Where the replies end in `text`: where the marks that are put at their ends appear. None if not all do so.
+
+    White space before a mark is not stripped, so where the template strips it, the mark is put before it.
+    """
+    if _MARK.search(text):
+        return None
+    contents = [messages[k].content for k in replies]
+    parts = _marked(render, messages, replies, contents)
+    if parts is None:
+        return None
+    cursor = 0
+    for number, part in enumerate(parts[:-1]):
+        strip = next((s for s in _ENDINGS if text.startswith(s(part), cursor)), None)
+        if strip is None:
+            return None
+        contents[number] = strip(contents[number])
+        cursor += len(strip(part))
+    parts = _marked(render, messages, replies, contents)
+    if parts is None or "".join(parts) != text:
+        return None
+    return list(accumulate(map(len, parts[:-1])))
+
+
+_ENDINGS: tuple[Callable[[str], str], ...] = (str, lambda text: text.rstrip("\n"), str.rstrip)
+
+
+def _marked(
+    render: Render, messages: Sequence[Message], replies: Sequence[int], contents: Sequence[str]
+) -> list[str] | None:
+    """The text around the marks when these contents of the replies each have a mark at the end; None if one is lost."""
+    marked = list(messages)
+    for number, (k, content) in enumerate(zip(replies, contents, strict=True)):
+        marked[k] = Message(messages[k].role, content + _placeholder(number))
+    rendered = render(marked)
+    return _MARK.split(rendered) if _numbers(rendered) == list(range(len(replies))) else None
+
+
+def _content_end(render: Render, messages: Sequence[Message], k: int, text: str) -> int | None:
     """Where message `k` ends in `text`: where a mark that is put at its end appears. None if this is not unique."""
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     content = messages[k].content
-    for ending in dict.fromkeys((content, content.rstrip("\n"), content.rstrip())):
+    for ending in dict.fromkeys(strip(content) for strip in _ENDINGS):
         marked = [*messages[:k], Message(messages[k].role, ending + mark), *messages[k + 1 :]]
         parts = render(marked).split(mark)
         if len(parts) == 2 and "".join(parts) == text:
@@ -209,12 +320,21 @@ def _content_end(
 
 def _reply_start(
     template: ChatTemplate, prompt: Sequence[Message], text: str, cursor: int, content_end: int
-) -> int | None:
-    """Where the generation prompt of a reply ends in `text`; None if this is not certain."""
+) -> tuple[int | None, str]:
+    """Where the generation prompt of a reply ends in `text`, None if this is not certain; and its last line's header.
+
+    The header is what a generation prompt adds to the prompt's text; "" if it changes the text.
+    """
     with_header = template.render(prompt, add_generation_prompt=True)
-    if text.startswith(with_header):
-        return len(with_header)
     header = with_header.removeprefix(template.render(prompt))
-    if not header or header == with_header or text.count(header, cursor, content_end) != 1:
+    header = "" if header == with_header else header
+    if text.startswith(with_header):
+        return len(with_header), header
+    return (_after_header(text, header, cursor, content_end) if header else None), header
+
+
+def _after_header(text: str, header: str, cursor: int, content_end: int) -> int | None:
+    """Where a header ends that stands once in this part of the text; None if it is not there once."""
+    if text.count(header, cursor, content_end) != 1:
         return None
     return text.index(header, cursor, content_end) + len(header)

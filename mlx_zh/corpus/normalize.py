@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,19 +41,42 @@ _TABLE: dict[int, str | None] = {
     0x2028: "\n",  # line separator
     0x2029: "\n",  # paragraph separator
 }
+# Sorting a long run of combining marks takes time that grows with its square, and in C, where Ctrl-C does not end it.
+# So runs are cut as Unicode's stream-safe text format says (UAX #15, section 13): after 30 marks stands U+034F. No
+# text of any language has so many.
+_JOINER, _LONGEST_RUN = "\u034f", 30
+_MARK_CLASS = "".join(
+    re.escape(chr(code)) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code))
+)
+_RUN = re.compile(f".?[{_MARK_CLASS}]{{{_LONGEST_RUN // 4},}}", re.DOTALL)  # one mark can stand for several
 _SUSPECT = re.compile("[\r" + "".join(map(re.escape, map(chr, sorted(_TABLE)))) + "]")
 
 
 def normalize(text: str) -> str:
     """The text in NFC, with ASCII letters and digits for full-width ones, no invisible characters, and \\n line ends.
 
-    Punctuation, superscripts and everything else that NFKC would change stay as they are.
+    Punctuation, superscripts and everything else that NFKC would change stay as they are. In a text that is not in
+    NFC, a run of more than 30 combining marks gets a U+034F after every 30.
     """
     if not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
+        text = unicodedata.normalize("NFC", _RUN.sub(_shorter_runs, text))
     if _SUSPECT.search(text) is None:
         return text
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
+
+
+def _shorter_runs(match: re.Match[str]) -> str:
+    """A run of combining marks, with a joiner after every 30; a shorter one stays as it is."""
+    decomposed = "".join(unicodedata.normalize("NFD", character) for character in match.group())
+    pieces: list[str] = []
+    length = 0
+    for character in decomposed:
+        length = length + 1 if unicodedata.combining(character) else 0
+        if length > _LONGEST_RUN:
+            pieces.append(_JOINER)
+            length = 1
+        pieces.append(character)
+    return "".join(pieces) if len(pieces) > len(decomposed) else match.group()
 
 
 def simplifier() -> Callable[[str], str]:

@@ -32,6 +32,8 @@ CHOSEN_OVERFLOW = "chosen response does not fit into max_length"
 REJECTED_OVERFLOW = "rejected response does not fit into max_length"
 
 _BATCH = 512  # texts given to the tokenizer at once; this limits the memory of its encodings
+_FIRST_REPLIES = 64  # a longer conversation is rendered up to here first, to see whether max_length ends it before
+_CACHED_MESSAGES = 1 << 17  # of all layouts that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Renderer:
         self._encoder = PieceEncoder(tokenizer)
         self._backend = tokenizer.backend_tokenizer
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[Layout, int] | None] = {}
+        self._cached_messages = 0
 
     def encode_with(self, joined: JoinedEncoder | None) -> None:
         """Encode by `joined`, which gives the same tokens faster; None switches it off."""
@@ -173,17 +176,17 @@ class Renderer:
         truncate = on_overflow == "truncate" and train_on != "last"
         results: list[Rendered | None] = []
         for first in range(0, len(batch), _BATCH):
-            part = [_messages_and_source(item) for item in batch[first : first + _BATCH]]
-            encoded = self._encode([self._cut(messages, source) for messages, source in part])
-            for (messages, source), pieces in zip(part, encoded, strict=True):
+            part = [self._limited(*_messages_and_source(item), max_length) for item in batch[first : first + _BATCH]]
+            encoded = self._encode([cut for _, cut, _ in part])
+            for (messages, cut, beyond), pieces in zip(part, encoded, strict=True):
                 length = sum(map(len, pieces))
                 if not pieces:
                     dropped[NO_REPLY] += 1
                     results.append(None)
-                elif max_length is None or length <= max_length:
+                elif not beyond and (max_length is None or length <= max_length):
                     results.append(_assemble(pieces, train_on, truncated=False))
-                elif truncate:
-                    results.append(self._truncated(messages, source, pieces, train_on, max_length, dropped))
+                elif truncate and max_length is not None:
+                    results.append(self._truncated(messages, cut.source, pieces, train_on, max_length, dropped))
                 else:
                     dropped[OVERFLOW] += 1
                     results.append(None)
@@ -225,6 +228,26 @@ class Renderer:
             for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
                 results.append(_pair(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
         return results
+
+    def _limited(
+        self, messages: Sequence[Message], source: str, max_length: int | None
+    ) -> tuple[Sequence[Message], _Cut, bool]:
+        """The messages that can matter, rendered, and whether others were left out because max_length ends before.
+
+        A long conversation is taken up to twice as many replies each time, until one more than fit are there. The
+        last reply taken does not count: a template may write the last turn differently.
+        """
+        if max_length is not None:
+            ends = [k + 1 for k, message in enumerate(messages) if message.role == "assistant"]
+            count = _FIRST_REPLIES
+            while count < len(ends):
+                taken = messages[: ends[count - 1]]
+                cut = self._cut(taken, source)
+                [pieces] = self._encode([cut])
+                if sum(map(len, pieces[:-2])) > max_length:
+                    return taken, cut, True
+                count *= 2
+        return messages, self._cut(messages, source), False
 
     def _truncated(
         self,
@@ -280,14 +303,19 @@ class Renderer:
     def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[Layout, int] | None:
         """The layout of these roles and the number of control tokens in its literals; computed once and cached."""
         key = (roles, add_generation_prompt)
-        if key not in self._layouts:
-            layout = find_layout(
-                self._template, roles, self._encoder.added, add_generation_prompt=add_generation_prompt
-            )
-            self._layouts[key] = (
-                None if layout is None else (layout, len(self._encoder.control.findall("\n".join(layout.literals))))
-            )
-        return self._layouts[key]
+        layouts = self._layouts  # another thread may put a new one in its place
+        if key in layouts:
+            return layouts[key]
+        layout = find_layout(self._template, roles, self._encoder.added, add_generation_prompt=add_generation_prompt)
+        result = None if layout is None else (layout, self._controls(layout))
+        self._cached_messages += len(roles)
+        if self._cached_messages > _CACHED_MESSAGES:
+            self._layouts, self._cached_messages = {}, len(roles)
+        self._layouts[key] = result
+        return result
+
+    def _controls(self, layout: Layout) -> int:
+        return len(self._encoder.control.findall("\n".join(layout.literals)))
 
     def _encode(self, cuts: Sequence[_Cut]) -> list[list[Tokens]]:
         """Tokens of each piece of each text."""
