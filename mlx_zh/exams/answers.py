@@ -99,7 +99,7 @@ class Examinee:
         answers = []
         for question, prompt in zip(subject.questions, prompts, strict=True):
             text = "".join(session.stream(prompt.tokens.tolist(), sampling)).strip()
-            choice = self.protocol.letter_in(text)
+            choice = self.protocol.letter_in(text, question.options)
             size = len(prompt.tokens)
             answers.append(
                 Answer(subject.key, question.id, question.answer, choice, None, None, size, prompt.truncated, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -13,6 +12,7 @@ import yaml
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.exams.csvfile import LETTERS, Question
+from mlx_zh.exams.free_answers import free_answer_letter, free_answer_rules
 from mlx_zh.system.digests import text_digest
 
 
@@ -40,7 +40,7 @@ class Protocol:
     forms: Mapping[str, Form]  # of C-Eval and of CMMLU
     continuation: str = "{answer}"
     strip: bool = False
-    extract: tuple[str, ...] = ()
+    extract: tuple[str, ...] = ()  # all that decides how a free answer is read
 
     def fingerprint(self) -> str:
         """A digest of everything that can change an answer."""
@@ -73,13 +73,9 @@ class Protocol:
         assert shot.answer is not None  # worked examples have answers
         return self.candidates(shot)[LETTERS.index(shot.answer)]
 
-    def letter_in(self, answer: str) -> str | None:
-        """The letter that a free answer gives: the last match of the first rule that matches; None without any."""
-        answer = answer.strip()
-        for rule in self.extract:
-            if matches := re.findall(rule, answer):
-                return str(matches[-1])
-        return None
+    def letter_in(self, answer: str, options: Sequence[str] = ()) -> str | None:
+        """The letter that a free answer to a question with these options gives; None where it gives none."""
+        return free_answer_letter(answer, options)
 
     def _question(self, texts: Form, question: Question) -> str:
         options = dict(zip(LETTERS, question.options, strict=True))
@@ -96,6 +92,7 @@ def protocols() -> Mapping[str, Protocol]:
     by_name = {}
     for name, fields in data.items():
         forms = {form: Form(**texts) for form, texts in fields.pop("forms").items()}
-        extract = tuple(fields.pop("extract", ()))
+        free = fields["reply"] == "free"
+        extract = tuple(rule.text for rule in free_answer_rules().all()) if free else ()
         by_name[name] = Protocol(name=name, forms=forms, extract=extract, **fields)
     return by_name
