@@ -20,10 +20,11 @@ _LETTERS = (
     + _JOIN
     + r"[a-d](?![a-z0-9]|'[a-z])|[a-d](?=[a-d]{0,4}(?![a-z0-9]))){0,5}))"
     r"(?![a-z0-9+#%°℃=]|'[a-z]|\s*[-=]\s*[a-z0-9])(?!\s?(?:" + _TERMS + r"))"
-    r"(?!(?<=(?-i:[Aa-d]))\s+(?!because|since|as\b|is\b|and\b|or\b|but\b|would\b|due\b|option|[a-d]\b)[a-z])"
+    r"(?!(?<=(?-i:[Aa-d]))[ \t]+(?!because|since|as\b|is\b|and\b|or\b|but\b|would\b|due\b|option|[a-d]\b)[a-z])"
 )
 _END = r"(?:\Z|[.。,;!?\n)]|吧|了|哦|呢|\s)"
 _MARK = r"[.、:)]"
+_SIMPLIFIED = str.maketrans("選擇應確項為錯對認會還誤當∶", "选择应确项为错对认会还误当:")
 _LONGEST = 8_000  # characters; of a longer answer the end is read
 
 
@@ -90,9 +91,10 @@ def free_answer_letter(answer: str, options: Sequence[str] = ()) -> str | None:
 
 
 def _plain(answer: str) -> str:
-    """The answer in NFKC form and without markup."""
+    """The answer in NFKC form, in simplified characters as far as the rules name them, and without markup."""
     text = unicodedata.normalize("NFKC", answer[-_LONGEST:])
     text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    text = text.translate(_SIMPLIFIED)
     text = _one_blank(text)
     for rule in free_answer_rules().clean:
         text = _compiled(rule.pattern).sub(rule.replace, text)
