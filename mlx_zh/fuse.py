@@ -110,7 +110,7 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
             written.append(fuser.write(kind, yardstick, partial(bar.update, 1)))
         finally:
             bar.close()
-    write_json(fuser.run.fused_summary, {w.kind: w.as_dict() for w in written})
+    write_json(fuser.run.fused_summary, {w.kind: w.as_dict() | fuser.made_of for w in written})
     return written
 
 

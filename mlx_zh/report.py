@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.reporting.page import page
     from mlx_zh.reporting.plots import write_plots
     from mlx_zh.stages.budgeting import decided
+    from mlx_zh.stages.current_models import current_models
     from mlx_zh.stages.run_folder import TUNED, RunFolder
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_text
@@ -35,7 +36,15 @@ def main(argv: list[str] | None = None) -> int:
         )
     bootstrap = recipe.evaluate.bootstrap
     trains = [stage for stage in TUNED if recipe.data.split(stage).train]
-    findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=bootstrap, seed=recipe.seed, trains=trains)
+    findings = gather(
+        run,
+        recipe.to_yaml(),
+        name=recipe.name,
+        bootstrap=bootstrap,
+        seed=recipe.seed,
+        trains=trains,
+        current=current_models(run),
+    )
     written_at = time.strftime("%Y-%m-%d %H:%M")
     plots = write_plots(findings, run.plots)
     write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))

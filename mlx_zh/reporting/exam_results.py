@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from mlx_zh.exams import statistics
+from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import notices_of
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
@@ -68,16 +70,29 @@ class ExamResult:
     unlike: list[tuple[str, str]] = field(default_factory=list)  # stages that cannot be compared
 
 
-def gather(folder: Path, stages: Sequence[str], *, bootstrap: int, seed: int) -> list[ExamResult]:
-    """Every exam in `runs/NAME/eval`, C-Eval and CMMLU first; `bootstrap` samples and `seed` are of the intervals."""
+Current = Mapping[str, Mapping[str, str]]  # stage -> digests of the model as it is now, see `exams.figures.About`
+
+
+def gather(
+    folder: Path, stages: Sequence[str], *, bootstrap: int, seed: int, current: Current = MappingProxyType({})
+) -> tuple[list[ExamResult], list[tuple[str, str]]]:
+    """Every exam in `runs/NAME/eval`, C-Eval and CMMLU first; `bootstrap` samples and `seed` are of the intervals.
+
+    Figures of models that are not `current` are left out; the second result is the exam and stage of each.
+    """
     exams: dict[str, dict[str, _Report]] = {}
+    outdated: list[tuple[str, str]] = []
     for stage in stages:
         for path in sorted(folder.glob(f"{stage}-*.json")):
             key = path.stem.removeprefix(f"{stage}-")
-            if not path.stem.endswith("-submission") and (report := _read_report(path, key)):
+            if path.stem.endswith("-submission") or (report := _read_report(path, key)) is None:
+                continue
+            if is_current(report.about, current.get(stage, {})):
                 exams.setdefault(key, {})[stage] = report
+            else:
+                outdated.append((report.title, stage))
     keys = sorted(exams, key=lambda key: (_ORDER.get(key, 2), key))
-    return [_Exam(folder, key, exams[key], bootstrap, seed).result() for key in keys]
+    return [_Exam(folder, key, exams[key], bootstrap, seed).result() for key in keys], outdated
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,7 @@ class _Report:
     chance: tuple[float, float] | None
     tripwires: list[str]
     asked: tuple[object, object, object]  # equal for models that were asked the same questions in the same way
+    about: object  # what was asked of which model
 
 
 def _read_report(path: Path, key: str) -> _Report | None:
@@ -127,6 +143,7 @@ def _checked(report: Any, key: str) -> _Report:
         chance=(chance[0], chance[1]) if chance else None,
         tripwires=_tripwires(report),
         asked=(about.get("asked"), about.get("protocol"), report.get("questions")),
+        about=about,
     )
 
 

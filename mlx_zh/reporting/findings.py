@@ -7,11 +7,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeGuard
 
+from mlx_zh.exams.current import outdated as outdated_notice
 from mlx_zh.language.notice import Notice, notices_of
 from mlx_zh.reporting import exam_results
-from mlx_zh.reporting.exam_results import ExamResult
+from mlx_zh.reporting.exam_results import Current, ExamResult
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.system.redaction import hide, hide_all
 
@@ -125,12 +127,19 @@ class RunFiles(Protocol):
 
 
 def gather(
-    run: RunFiles, recipe: str, *, name: str, bootstrap: int, seed: int, trains: Collection[str] = ()
+    run: RunFiles,
+    recipe: str,
+    *,
+    name: str,
+    bootstrap: int,
+    seed: int,
+    trains: Collection[str] = (),
+    current: Current = MappingProxyType({}),
 ) -> Findings:
     """Everything in a run folder.
 
     `recipe` is its recipe as YAML, `trains` are the training stages (sft, dpo) that it has; `bootstrap` samples and
-    `seed` give intervals.
+    `seed` give intervals; `current` has the digests of the models as they are now.
     """
     findings = Findings(name, hide(recipe))
     reading = _Reading(run.path, findings.alarms)
@@ -153,7 +162,10 @@ def gather(
             warned = dict.fromkeys(notices_of([line.get("text") for line in lines], lines))
             findings.alarms += [Alarm(named(stage), Text.of(text)) for text in warned]
     findings.alarms += _missing_alarms(findings, pipeline, trains)
-    findings.exams = exam_results.gather(run.exams, STAGES, bootstrap=bootstrap, seed=seed)
+    options: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed, "current": current}
+    findings.exams, outdated = exam_results.gather(run.exams, STAGES, **options)
+    for title, stage in outdated:
+        findings.alarms.append(Alarm(Text.same(title), Text.of(outdated_notice(stage, title))))
     for exam in findings.exams:
         findings.alarms += _exam_alarms(exam)
     for stage, report in findings.data.items():

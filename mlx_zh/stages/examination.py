@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, TypedDict
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
 from mlx_zh.exams import answers as asking
-from mlx_zh.exams import figures, statistics
+from mlx_zh.exams import current, figures, statistics
 from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.records import Records
 from mlx_zh.language.notice import Notice
 from mlx_zh.stages import setbacks
+from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_models import NAMES
 from mlx_zh.system import console
@@ -47,6 +48,7 @@ class About(TypedDict):
     adapter: str | None  # digest of the adapter; None for a model without one
     dtype: str
     quantize: tuple[int, int] | None  # bits and group size
+    ends: list[int]  # the ids of tokens that end an answer
     rendering: str  # digest of the chat template's work, or of the tokenizer if the protocol uses no chat template
 
 
@@ -181,9 +183,9 @@ class Examination:
         if not isinstance(about, Mapping):  # missing, or written by another version
             return
         same = about.get("asked") == self._questions_digest(exam, exam.subjects)
-        same = same and about.get("adapter") == self._candidates.adapter_digest(name)
-        if name != "fused" and self._base is not None:
-            same = same and about.get("base") == self._base
+        if same and not current.is_current(about, current_models(self._run, self._base)[name]):
+            console.warn(current.outdated(name, exam.title), keep=False)
+            return
         if same and len(answers) == len(exam):
             self._answers[exam.key, name] = about, answers
 
@@ -199,6 +201,7 @@ class Examination:
             "adapter": self._candidates.adapter_digest(name),
             "dtype": model.dtype,
             "quantize": None if name == "fused" else model.quantization,
+            "ends": list(loaded.eos_token_ids),
             "rendering": renderer.fingerprint if renderer else text_digest(tokenizer),
         }
 

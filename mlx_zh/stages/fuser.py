@@ -11,18 +11,19 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError
+from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
-from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.models.catalog import packing_on_loading
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
 from mlx_zh.models.export.source import open_source
-from mlx_zh.models.identity import is_model
+from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages.current_models import adapter_digest, current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
@@ -120,12 +121,15 @@ class Fuser:
     @property
     def adapter_is_foreign(self) -> bool:
         """Whether the adapter says that it was trained on another model than the recipe's."""
-        try:
-            config = json.loads((self.fusion.adapter.folder / CONFIG_FILE).read_text(encoding="utf-8"))
-            trained_on = config["mlx_zh"]["base_fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return not is_model(trained_on, self.fusion.base.path, self.fusion.base.fingerprint)
+        base = self.fusion.base
+        return is_foreign(self.fusion.adapter.folder, base.path, base.fingerprint)
+
+    @property
+    def made_of(self) -> dict[str, str | None]:
+        """The adapter that is merged, for summary.json: its stage if it is the run's own, and its digest."""
+        folder = self.fusion.adapter.folder.resolve()
+        stage = next((name for name in TUNED if self.run.stage(name).adapter.resolve() == folder), None)
+        return {"stage": stage, "adapter": None if stage is None else adapter_digest(folder)}
 
     # What will be written -------------------------------------------------------------------------------------
 
@@ -289,14 +293,21 @@ def _data_lines(run: RunFolder) -> list[str]:
 
 
 def _scores(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Exam, model and accuracy of each finished evaluation."""
+    """Exam, model and accuracy of each finished evaluation of the run's models as they are now.
+
+    Figures of a fused model are of the one that is about to be replaced.
+    """
+    current = current_models(run)
     scores = []
     for path in sorted(run.exams.glob("*.json")):
         model, _, exam = path.stem.partition("-")
         try:
-            row = json.loads(path.read_text(encoding="utf-8"))["rows"][0]
+            report = json.loads(path.read_text(encoding="utf-8"))
+            if model == "fused" or not is_current(report.get("about"), current.get(model, {})):
+                continue
+            row = report["rows"][0]
             low, high = row["interval"]
             scores.append((exam, model, f"{row['macro']:.1%} ({low:.1%} to {high:.1%})"))
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             continue  # a file for submission, or one of another program
     return scores

@@ -15,6 +15,7 @@ from mlx_zh.language.catalogue import Language
 from mlx_zh.recipe import Recipe
 from mlx_zh.reporting.ending import Ending
 from mlx_zh.reporting.findings import gather
+from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 
@@ -29,7 +30,14 @@ def last_screen(recipe: Recipe, recipe_file: str, overrides: Sequence[str], lang
     It is at most 80 columns wide, but a command is never cut: one that names a long path may be wider.
     """
     run = RunFolder.of(recipe)
-    findings = gather(run, recipe.to_yaml(), name=recipe.name, bootstrap=recipe.evaluate.bootstrap, seed=recipe.seed)
+    findings = gather(
+        run,
+        recipe.to_yaml(),
+        name=recipe.name,
+        bootstrap=recipe.evaluate.bootstrap,
+        seed=recipe.seed,
+        current=current_models(run),
+    )
     ending = Ending(findings, language)
     chat = ["chat", recipe_file, *(text for text in overrides if text.startswith(_LOCATES))]
     blocks = ["\n".join(ending.verdict())]

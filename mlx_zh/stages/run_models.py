@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.adapters.layers import remove_adapter
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
+from mlx_zh.models.identity import is_foreign
+from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import blas, console, device
-from mlx_zh.system.digests import file_digest, value_digest
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -56,7 +58,11 @@ class RunModels:
             remove_adapter(self._loaded.model)
             self._state = "base"
         if name != "base":
-            spec = load_adapter(self._loaded.model, self._world.folder(self._run.stage(name).adapter, _ADAPTER))
+            folder = self._world.folder(self._run.stage(name).adapter, _ADAPTER)
+            spec = load_adapter(self._loaded.model, folder)
+            if is_foreign(folder, self._loaded.path, self._loaded.fingerprint):
+                adapter = str(self._run.stage(name).adapter)
+                console.warn(Notice("adapter-of-another-model", adapter=adapter, model=self._recipe.model.path))
             # Full fine-tuning replaces the base's weights, so the base must be loaded again next time.
             self._state = "fused" if spec.kind == "full" else name
         self._loaded.model.freeze()
@@ -67,8 +73,7 @@ class RunModels:
         """A digest of a stage's adapter, 16 hex digits; None for a model without an adapter of its own."""
         if name not in TUNED:
             return None
-        folder = self._run.stage(name).adapter
-        return value_digest([file_digest(folder / name) for name in _ADAPTER])[:16]
+        return adapter_digest(self._run.stage(name).adapter)
 
     def _of_fused(self) -> Recipe:
         model = self._recipe.model.model_copy(update={"path": str(self._run.fused_model()), "quantize": None})
