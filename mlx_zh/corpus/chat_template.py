@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,10 +10,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.template_sandbox import Sandbox
 from mlx_zh.errors import TemplateError
 
 NO_TEMPLATE = (
@@ -22,7 +20,8 @@ NO_TEMPLATE = (
     "tokenizer.json"
 )
 
-_LARGEST = 1_000_000  # characters, items or number that a product may reach
+_LONGEST = 1 << 17  # characters of a template; the longest of known models have a tenth of it
+_SHOWN = 500  # characters of what a template says in an error
 
 
 class ChatTemplate:
@@ -35,18 +34,23 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, date_string: str, variables: dict[str, Any]):
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
-        environment.filters["tojson"] = _tojson
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
         environment.globals.update(
             raise_exception=_raise_exception,
             strftime_now=lambda form: _pinned_date(date_string, form),
             dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the class itself would expose its attributes
             namespace=_Namespace,
         )
+        if len(source) > _LONGEST:
+            raise TemplateError(
+                f"the chat template has {len(source):,} characters, more than {_LONGEST:,}; take the one of the "
+                "original model"
+            )
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # untrusted code: RecursionError, SyntaxError, OverflowError, …
             raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
+        self._environment = environment
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
@@ -54,6 +58,7 @@ class ChatTemplate:
 
         Raises TemplateError if the template refuses it; the message begins with `source` ("file:line").
         """
+        self._environment.start(len(messages), sum(len(message.content) for message in messages))
         rows = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
@@ -87,29 +92,6 @@ def template_source(tokenizer: Any, chosen: str | None = None) -> str:
     return source
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox with a limit on the size of values, so that a template cannot exhaust memory.
-
-    Jinja's sandbox already limits `range`. Here products and powers are limited too, including those that Jinja
-    computes while it compiles.
-    """
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        del self.globals["lipsum"]  # writes filler text of any length
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The product or power. Raises SecurityError if it would be too large."""
-        if operator == "**" or isinstance(left, Sized) or isinstance(right, Sized):
-            sizes = [len(side) if isinstance(side, Sized) else abs(side) for side in (left, right)]
-            large = sizes[0] * sizes[1] > _LARGEST if operator == "*" else sizes[0] > _LARGEST or sizes[1] > 64
-            if large:
-                raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large for a chat template")
-        return super().call_binop(context, operator, left, right)
-
-
 class _GenerationBlock(Extension):
     """`{% generation %} … {% endgeneration %}` marks a reply for transformers' loss mask; here it does nothing."""
 
@@ -133,9 +115,12 @@ class _Namespace(jinja2.utils.Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # values that hold each other could be written without end
+
 
 def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return str(error)[:_SHOWN] or type(error).__name__
 
 
 def _check_name(name: object) -> None:
@@ -145,17 +130,6 @@ def _check_name(name: object) -> None:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter would escape HTML characters.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _pinned_date(date_string: str, form: str) -> str:

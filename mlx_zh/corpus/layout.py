@@ -7,8 +7,8 @@ differ, the template rewrites contents; then `find_replies` locates the replies 
 ends.
 
 Where a reply begins is known from rendering the messages before it. Doing this for every reply would take time that
-grows with the square of their number. So it is done for the first replies, for the last one, at distances that double,
-and wherever the text around a reply is not that of a reply known already.
+grows with the square of their number. So it is done for the first replies, for the last one, at distances that
+double, and wherever the text around a reply is not that of a reply known already.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ def find_replies(
     replies = [k for k, message in enumerate(messages) if message.role == "assistant"]
     allowance = 16 * len(messages) + 4 * _REPEATED**2  # messages that may be rendered to find beginnings
     spans, cursor, header = [], 0, ""
-    for number, (k, content_end) in enumerate(zip(replies, _content_ends(render, messages, replies, text), strict=True)):
+    ends = _content_ends(render, messages, replies, text)
+    for number, (k, content_end) in enumerate(zip(replies, ends, strict=True)):
         start = None
         if content_end is not None and header and not _is_checked(number, len(replies)):
             start = _after_header(text, header, cursor, content_end)
@@ -298,7 +299,7 @@ _ENDINGS: tuple[Callable[[str], str], ...] = (str, lambda text: text.rstrip("\n"
 def _marked(
     render: Render, messages: Sequence[Message], replies: Sequence[int], contents: Sequence[str]
 ) -> list[str] | None:
-    """The text around the marks when these contents of the replies each have a mark at the end; None if one is lost."""
+    """The text around the marks if each of these contents of the replies gets one at its end; None if one is lost."""
     marked = list(messages)
     for number, (k, content) in enumerate(zip(replies, contents, strict=True)):
         marked[k] = Message(messages[k].role, content + _placeholder(number))

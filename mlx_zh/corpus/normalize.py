@@ -45,9 +45,7 @@ _TABLE: dict[int, str | None] = {
 # So runs are cut as Unicode's stream-safe text format says (UAX #15, section 13): after 30 marks stands U+034F. No
 # text of any language has so many.
 _JOINER, _LONGEST_RUN = "\u034f", 30
-_MARK_CLASS = "".join(
-    re.escape(chr(code)) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code))
-)
+_MARK_CLASS = "".join(re.escape(chr(code)) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code)))
 _RUN = re.compile(f".?[{_MARK_CLASS}]{{{_LONGEST_RUN // 4},}}", re.DOTALL)  # one mark can stand for several
 _SUSPECT = re.compile("[\r" + "".join(map(re.escape, map(chr, sorted(_TABLE)))) + "]")
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.models.adapters.patterns import read_patterns
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.storage import write_arrays, write_json
@@ -104,7 +105,7 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         mx.eval(stored)
         _check(config, folder)
         rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
-        ranks, alphas = (_patterns(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))
+        ranks, alphas = (read_patterns(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))
         dropout = float(config.get("lora_dropout", 0.0))
         if not (rank > 0 and 0 < alpha < math.inf):
             raise ValueError(f"r {rank} and lora_alpha {alpha} are not usable")
@@ -121,7 +122,7 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     scale = AdapterSpec.scale_of(alpha, rank, rslora=rslora)
     weights: dict[str, mx.array] = {}
     for path, parts in modules.items():
-        own = AdapterSpec.scale_of(_pattern(alphas, path, alpha), int(_pattern(ranks, path, rank)), rslora=rslora)
+        own = AdapterSpec.scale_of(alphas.value(path, alpha), int(ranks.value(path, rank)), rslora=rslora)
         # mlx-lm has one rank and one scale for all layers: smaller ranks get rows of zeros, other scales go into B.
         padding = [(0, largest_rank - stored_ranks[path]), (0, 0)]
         weights[f"{path}.lora_a"] = mx.contiguous(mx.pad(parts["lora_a"].astype(mx.float32), padding).T)
@@ -167,28 +168,3 @@ def _by_module(stored: dict[str, mx.array], folder: Path) -> dict[str, dict[str,
             "merge it with PEFT (merge_and_unload) and take the merged model."
         )
     return modules
-
-
-Patterns = list[tuple[re.Pattern[str], float]]
-
-
-def _patterns(config_patterns: dict[str, Any]) -> Patterns:
-    """PEFT's rank_pattern or alpha_pattern, compiled: each matches a path or the end of it.
-
-    Raises ValueError for a pattern that is not a regular expression, or that could take hours to match.
-    """
-    patterns = []
-    for pattern, value in config_patterns.items():
-        if len(pattern) > 400 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
-            raise ValueError(f"the pattern {pattern[:80]!r} is too complex")
-        try:
-            patterns.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), float(value)))
-        except re.error as error:
-            raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
-    if not all(value > 0 and math.isfinite(value) for _, value in patterns):
-        raise ValueError("ranks and alphas must be positive numbers")
-    return patterns
-
-
-def _pattern(patterns: Patterns, path: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.fullmatch(path)), default)
