@@ -133,7 +133,7 @@ def test_stages_side_by_side(ask: Ask, project: Project):
     assert header.split() == ["%", "base", "sft", "dpo", "questions"]
     for sentence in ("sft against base: ", "dpo against base: ", "dpo against sft: "):
         assert sentence in out
-    assert "McNemar p" in out and ("within noise" in out or "better" in out)
+    assert "lost, p" in out and ("within noise" in out or "better" in out)
     assert set(report("dpo")["against"]) == {"base", "sft"}
     won = report("sft")["against"]["base"]["won"]
     assert won == report("base")["against"]["sft"]["lost"]

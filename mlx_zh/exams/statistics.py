@@ -1,10 +1,9 @@
-"""What a score means: confidence intervals, paired tests, calibration. Pure functions of arrays."""
+"""What a score means: confidence intervals, paired comparisons, calibration. Pure functions of arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import TypedDict
 
 import numpy as np
@@ -14,7 +13,7 @@ Booleans = npt.NDArray[np.bool_]
 Interval = tuple[float, float]
 
 LEVEL = 0.95  # of the intervals
-NOISE = 0.05  # a difference is called noise unless its p is below this
+NOISE = 0.05  # p of a difference whose interval ends at 0: 1 - LEVEL
 
 
 def macro(correct: Mapping[str, Booleans]) -> float:
@@ -66,15 +65,15 @@ class Comparison:
     """One model against another on the same questions."""
 
     difference: float  # of the macro averages, fractions of 1
-    interval: Interval  # of the difference: paired bootstrap, stratified by subject
+    interval: Interval  # of the difference: 95 %, see `compare`
     won: int  # questions that only this model answers right
     lost: int  # questions that only the other model answers right
-    p: float  # McNemar's exact test
+    p: float  # two-sided, of the same draws as the interval
 
     @property
     def noise(self) -> bool:
-        """Whether McNemar's test sees no difference between the two models."""
-        return self.p >= NOISE
+        """Whether 0 is inside the interval, which is the case where p is `NOISE` or more."""
+        return self.interval[0] <= 0 <= self.interval[1]
 
     def as_dict(self) -> ComparisonFigures:
         """Plain values."""
@@ -88,32 +87,41 @@ class Comparison:
 
 
 def compare(before: Mapping[str, Booleans], after: Mapping[str, Booleans], samples: int, seed: int) -> Comparison:
-    """`after` against `before`, which must have the same subjects, and the same questions in the same order."""
+    """`after` against `before`, which must have the same subjects, and the same questions in the same order.
+
+    Interval and p are of one statistic, the difference of the macro averages, and of the same `samples` draws of a
+    paired bootstrap that is stratified by subject. Before drawing, one question won and one lost are added, shared
+    out among the subjects by their sizes (Bonett and Price 2012, J. Educ. Behav. Stat. 37(4)): the plain bootstrap
+    takes two questions, both won, for a certain gain. For one subject p is then close to McNemar's exact test.
+    """
     won = {key: int((after[key] & ~before[key]).sum()) for key in before}
     lost = {key: int((before[key] & ~after[key]).sum()) for key in before}
+    total = sum(map(len, before.values()))
     generator = np.random.default_rng(seed)
     drawn = []
     for key, subject in before.items():
         size = len(subject)
-        rates = [won[key] / size, lost[key] / size]
+        added = size / total  # of one question won and one lost
+        rates = [(won[key] + added) / (size + 2 * added), (lost[key] + added) / (size + 2 * added)]
         counts = generator.multinomial(size, [*rates, max(0.0, 1 - sum(rates))], samples)  # (samples, 3)
         drawn.append((counts[:, 0] - counts[:, 1]) / size)
-    total_won, total_lost = sum(won.values()), sum(lost.values())
-    return Comparison(
-        difference=macro(after) - macro(before),
-        interval=_percentiles(np.mean(drawn, axis=0)),
-        won=total_won,
-        lost=total_lost,
-        p=mcnemar_exact(total_won, total_lost),
-    )
+    differ = any(won.values()) or any(lost.values())
+    interval, p = _interval_and_p(np.mean(drawn, axis=0)) if differ else ((0.0, 0.0), 1.0)
+    return Comparison(macro(after) - macro(before), interval, sum(won.values()), sum(lost.values()), p)
 
 
-def mcnemar_exact(won: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test: the chance that of won + lost fair coins one side shows at most
-    min(won, lost) times."""
-    tosses, fewer = won + lost, min(won, lost)
-    tail = sum(comb(tosses, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**tosses)
+def _interval_and_p(drawn: npt.NDArray[np.float64]) -> tuple[Interval, float]:
+    """The percentile interval of draws (samples,), and the two-sided p; it is below `NOISE` where 0 is outside.
+
+    Of n draws, k of them at 0 or below, p is 2 (k + 1) / (n + 1), or that of the other side where it is smaller. So p
+    is at least `NOISE` from the `tail`-th draw on, which is the end of the interval.
+    """
+    ordered = np.sort(np.round(drawn, 12))  # rounded, because sums of fractions miss 0 by a rounding error
+    samples = len(ordered)
+    tail = next(k for k in range(samples + 1) if 2 * (k + 1) / (samples + 1) >= NOISE)
+    interval = (float(ordered[tail - 1]), float(ordered[samples - tail])) if tail else (-1.0, 1.0)
+    fewer = min(int((ordered <= 0).sum()), int((ordered >= 0).sum()))
+    return interval, min(1.0, 2 * (fewer + 1) / (samples + 1))
 
 
 def calibration_error(confidence: npt.NDArray[np.float64], correct: Booleans, bins: int = 10) -> float:

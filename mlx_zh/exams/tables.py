@@ -10,7 +10,7 @@ from wcwidth import wcswidth
 
 from mlx_zh.exams.csvfile import LETTERS
 from mlx_zh.exams.figures import ExamFigures, FigureRow
-from mlx_zh.exams.statistics import NOISE, Comparison
+from mlx_zh.exams.statistics import Comparison
 
 Rows = list[list[str]]
 
@@ -29,11 +29,11 @@ class Form:
         if self.micro:
             return (
                 "macro average over subjects [95 % bootstrap interval] (micro average over questions); a difference "
-                f"is called noise where McNemar's p is {NOISE} or more"
+                "is called noise where its interval contains 0"
             )
         return (
-            "macro average over subjects [95 % bootstrap interval]; a difference is called noise where McNemar's p "
-            f"is {NOISE} or more"
+            "macro average over subjects [95 % bootstrap interval]; a difference is called noise where its interval "
+            "contains 0"
         )
 
 
@@ -102,11 +102,11 @@ def verdict(before: str, after: str, comparison: Comparison) -> str:
     """One sentence on whether a stage changed anything."""
     low, high = (100 * value for value in comparison.interval)
     p = f"p = {comparison.p:.3f}" if comparison.p >= 0.001 else "p < 0.001"
-    changed = "better" if comparison.won > comparison.lost else "worse"
+    changed = "better" if comparison.difference > 0 else "worse"
     judged = "within noise" if comparison.noise else changed
     return (
         f"{after} against {before}: {100 * comparison.difference:+.2f} points [{low:+.1f}, {high:+.1f}], "
-        f"{comparison.won} questions won, {comparison.lost} lost, McNemar {p}: {judged}"
+        f"{comparison.won} questions won, {comparison.lost} lost, {p}: {judged}"
     )
 
 

@@ -37,9 +37,9 @@ class Change:
     difference: float
     low: float
     high: float
-    noise: bool  # whether the difference may be chance
+    noise: bool  # whether the interval contains 0
     paired: bool  # whether it was computed question by question
-    p: float | None = None  # McNemar's exact p, where it is paired
+    p: float | None = None  # two-sided, where it is paired
 
 
 @dataclass(frozen=True)
@@ -232,4 +232,5 @@ def _unpaired(before: Cell, after: Cell) -> Change:
     """The change from the two intervals alone, as if the questions were different: wider than a paired interval."""
     half = math.hypot(before.high - before.low, after.high - after.low) / 2
     difference = after.macro - before.macro
-    return Change(difference, difference - half, difference + half, abs(difference) <= half, False)
+    low, high = difference - half, difference + half
+    return Change(difference, low, high, low <= 0 <= high, False)
