@@ -1,7 +1,7 @@
 """The errors that a user can cause.
 
-Entry points catch `MlxZhError`, print it as one paragraph and exit with status 2. Any other exception is a bug and is
-shown with its traceback.
+Entry points catch `MlxZhError`, print it as one paragraph and exit with status 2. Any other exception is a bug: its
+traceback goes to a file, and the status is 70.
 """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -497,9 +497,9 @@ class Recipe(Section):
         """The folder of all results of this run."""
         return Path(self.runs) / self.name
 
-    def to_yaml(self) -> str:
-        """The recipe as YAML, with every key and its value."""
-        return dump(self.model_dump(mode="json", by_alias=True))
+    def to_yaml(self, change: Callable[[Any], Any] = lambda values: values) -> str:
+        """The recipe as YAML, with every key and its value; `change` is applied to the values before."""
+        return dump(change(self.model_dump(mode="json", by_alias=True)))
 
 
 def filled(text: str, variables: Mapping[str, str]) -> str:

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.stages.current_models import current_models
     from mlx_zh.stages.run_folder import TUNED, RunFolder
     from mlx_zh.system import console
+    from mlx_zh.system.redaction import redacted
     from mlx_zh.system.storage import write_text
 
     recipe = decided(recipe)
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     trains = [stage for stage in TUNED if recipe.data.split(stage).train]
     findings = gather(
         run,
-        recipe.to_yaml(),
+        recipe.to_yaml(redacted),
         name=recipe.name,
         bootstrap=bootstrap,
         seed=recipe.seed,

@@ -81,12 +81,59 @@ def test_an_interruption_is_status_130_and_silent(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_bug_keeps_its_traceback():
+class Panic(BaseException):
+    """As libraries in Rust raise it: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RecursionError, OSError, UnicodeError, AssertionError, Panic])
+def test_a_bug_is_status_70_and_its_traceback_is_in_a_file_without_secrets(kind, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_ZH_CACHE", str(tmp_path))
+    monkeypatch.setenv("OPENAI_KEY", "Zq4mJ7w2Lx9vB1nK")
+
+    def broken(argv):
+        raise kind("at https://me:pass@host with Zq4mJ7w2Lx9vB1nK\nsecond line")
+
+    assert status_of(broken, []) == 70
+    out, err = capsys.readouterr()
+    (file,) = (tmp_path / "crashes").iterdir()
+    text = file.read_text(encoding="utf-8")
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and str(file) in err
+    assert kind.__name__ in err and "Traceback" not in err and "second line" not in err
+    assert "in broken" in text and "second line" in text
+    assert "pass@" not in text + err and "Zq4m" not in text + err
+
+
+def test_debug_shows_the_traceback_of_a_bug_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_ZH_CACHE", str(tmp_path))
+
     def broken(argv):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        entry(broken, [])
+    assert status_of(broken, ["--debug"]) == 70
+    assert "in broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["close(1)", "close(2)", "close(0)", "closerange(0, 3)"])
+def test_standard_streams_that_are_closed_are_no_error(command):
+    code = f"import os; os.{command}; os.execv({str(SCRIPT)!r}, ['mlx-zh', 'sft', {str(QUICKSTART)!r}, '--print'])"
+    shown = run(sys.executable, "-c", code)
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: no space is left where this command writes. Free some space, then run the same command again.\n"
+
+
+def test_a_reader_of_errors_that_went_away_changes_no_status():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([SCRIPT, "sft", "none.yaml"], stdout=writing, stderr=writing, timeout=60)
+    os.close(writing)
+    assert done.returncode == 2
 
 
 # The command

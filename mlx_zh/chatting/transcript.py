@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DataError, MlxZhError, StorageError
-from mlx_zh.system.storage import write_text
+from mlx_zh.system.storage import json_line, write_text
 
 
 class ContextError(MlxZhError):
@@ -105,7 +105,7 @@ class Transcript:
         if not turns:
             raise MlxZhError("nothing to save: no question has been answered yet")
         messages = [{"role": m.role, "content": m.content} for m in [*self._system(), *turns]]
-        write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        write_text(path, json_line({"messages": messages}))
         return len(turns)
 
     @classmethod

@@ -35,7 +35,7 @@ from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
 from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.system.digests import FileDigests, value_digest
-from mlx_zh.system.storage import storage_errors, sync_folder, write_json, written_whole
+from mlx_zh.system.storage import storage_errors, sync_folder, write_exact_json, written_whole
 
 VERSION = 2  # part of the key; raise it when the same input would give another corpus
 _LARGE = 32 << 20  # data files of this many bytes or more are scanned by one process a source
@@ -252,7 +252,9 @@ def _scan_in_processes(
 
     def run(index: int) -> None:
         task = folders[index].with_suffix(".task.json")
-        write_json(task, {"sources": [(asdict(sources[index]), str(folders[index]))], "settings": asdict(settings)})
+        write_exact_json(
+            task, {"sources": [(asdict(sources[index]), str(folders[index]))], "settings": asdict(settings)}
+        )
         command = [sys.executable, "-m", "mlx_zh.corpus.scan", str(task)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             running.append(process)
@@ -323,7 +325,7 @@ def _finish(
         path.with_suffix(".json").unlink()
     _write_datasets_files(work, folder.name, kind, names)
     manifest: Manifest = {"files": names, "made_of": values, "report": report, "content": content_digest(opened)}
-    write_json(work / "manifest.json", manifest)
+    write_exact_json(work / "manifest.json", manifest)
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)
@@ -365,7 +367,7 @@ def _write_datasets_files(folder: Path, key: str, kind: str, names: Sequence[str
         value = {"dtype": "int32", "_type": "Value"}
         whole = {"dtype": str(field.type), "_type": "Value"}
         features[field.name] = {"feature": value, "_type": "List"} if "list" in str(field.type) else whole
-    write_json(folder / "dataset_info.json", {"features": features})
+    write_exact_json(folder / "dataset_info.json", {"features": features})
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": key[:16],
@@ -375,4 +377,4 @@ def _write_datasets_files(folder: Path, key: str, kind: str, names: Sequence[str
         "_output_all_columns": False,
         "_split": None,
     }
-    write_json(folder / "state.json", state)
+    write_exact_json(folder / "state.json", state)

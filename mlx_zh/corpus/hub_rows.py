@@ -28,7 +28,7 @@ from mlx_zh.recipe import DataSet
 from mlx_zh.system import hub, storage
 from mlx_zh.system.digests import value_digest
 from mlx_zh.system.downloads import reason_of
-from mlx_zh.system.storage import write_json, written_whole
+from mlx_zh.system.storage import write_exact_json, written_whole
 
 _EVERY_REPOSITORY_HAS = ".gitattributes"
 _REPORTED = 100  # rows between two reports of progress
@@ -60,7 +60,7 @@ def rows_file(
     path = folder / "rows.jsonl"
     if not path.is_file():
         written = _write(where, path, _rows(where, entry, commit, count), progress)
-        write_json(folder / "about.json", rows_key | {"revision": entry.revision, "kept": written})
+        write_exact_json(folder / "about.json", rows_key | {"revision": entry.revision, "kept": written})
     return path
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.system.storage import write_text
+from mlx_zh.system.storage import write_exact_text
 
 _CUT = "\ufdd0\ufdd1\ufdd0"  # written between pieces; Unicode noncharacters, which ordinary text never contains
 
@@ -36,7 +36,7 @@ class Vocabulary:
         words = [
             base64.b64encode(token).decode() for token, _ in sorted(self.ranks.items(), key=lambda item: item[1])
         ]
-        write_text(path, json.dumps({"pattern": self.pattern, "added": self.added, "words": words}))
+        write_exact_text(path, json.dumps({"pattern": self.pattern, "added": self.added, "words": words}))
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:

@@ -28,7 +28,7 @@ from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
-from mlx_zh.system.storage import storage_errors, write_json, written_whole
+from mlx_zh.system.storage import storage_errors, write_exact_json, written_whole
 
 PART = 4096  # rows of one spool file
 _BATCH = 512  # rows whose n-grams are computed at once
@@ -85,7 +85,7 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
         columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in writer.columns.items()}
         np.savez(file, **columns)
     progress(source.name, report.rows)
-    write_json(folder / "scan.json", asdict(report))
+    write_exact_json(folder / "scan.json", asdict(report))
 
 
 def open_scan(folder: Path, near: bool) -> Scan:
@@ -229,7 +229,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from mlx_zh.system.entry import entry
+
+    entry(lambda arguments: main(arguments or []))

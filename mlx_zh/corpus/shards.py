@@ -26,7 +26,7 @@ from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import PART, Scan
 from mlx_zh.corpus.sources import Item
-from mlx_zh.system.storage import write_json, written_whole
+from mlx_zh.system.storage import write_exact_json, written_whole
 
 ROWS = 16384  # chosen rows for each file
 _BATCH = 512  # rows rendered by one thread at a time
@@ -121,7 +121,7 @@ def _write(
             writer.write_batch(_record_batch(rendered, source, rows, schema))
             done += len(items)
             progress(done)
-    write_json(path.with_suffix(".json"), counts)
+    write_exact_json(path.with_suffix(".json"), counts)
 
 
 _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.figures import ExamReport, submission
-from mlx_zh.system.storage import write_json, write_text
+from mlx_zh.system.storage import json_line, write_json, write_text
 
 
 class Records:
@@ -42,7 +42,7 @@ class Records:
 
     def save_exam(self, answers: Sequence[Answer], report: ExamReport, *, labelled: bool) -> list[Path]:
         """Write a line for each question, and the report; for a split without answers also C-Eval's submission."""
-        lines = [json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" for answer in answers]
+        lines = [json_line(answer.as_dict()) for answer in answers]
         paths = [self._folder / f"{self._name}.jsonl", self._folder / f"{self._name}.json"]
         write_text(paths[0], "".join(lines))
         write_json(paths[1], report)

@@ -10,7 +10,7 @@ from mlx_zh.errors import RecipeError
 from mlx_zh.pipeline.energy import Meter
 from mlx_zh.pipeline.outdated import peak_memory, reason
 from mlx_zh.pipeline.process import run_stage
-from mlx_zh.pipeline.state import VERSION, Record, State
+from mlx_zh.pipeline.state import VERSION, Record, State, keys_of
 from mlx_zh.pipeline.steps import NAMES, Step
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.locks import Lock
@@ -56,7 +56,7 @@ class Pipeline:
         earlier = self.state.records.get(step.name)
         if earlier is not None and earlier.version != VERSION:
             earlier = None  # its inputs cannot be compared; a training stage compares its own folder
-        resumed = earlier is not None and earlier.inputs == inputs and not fresh
+        resumed = earlier is not None and earlier.keys == keys_of(inputs) and not fresh
         # With --fresh, a stage renames its folder and starts anew. A folder that this pipeline did not begin may hold
         # a run with the same settings, which goes on, or one with others, which --renew renames.
         fresh = step.trains and (fresh or (earlier is not None and not resumed))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import DataSet, Recipe
-from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest
+from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest, value_digest
+from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
 
 _LARGE = 2**20  # bytes; the digests of larger files are remembered
@@ -29,6 +30,10 @@ class Record:
     joules: float | None = None
     peak_memory_gb: float | None = None
     version: int = 1
+    keys: dict[str, str] = field(default_factory=dict)  # digests of the inputs, which are stored without secrets
+
+    def __post_init__(self) -> None:
+        self.keys = self.keys or keys_of(self.inputs)
 
 
 @dataclass
@@ -49,7 +54,7 @@ class State:
         try:
             records = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
             return State(run, {name: Record(**record) for name, record in records.items()}, known)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return State(run, {}, known)
 
     def write(self) -> None:
@@ -119,8 +124,8 @@ class State:
             return "first run"
         if record.version != VERSION:
             return "an earlier version recorded it"
-        if record.inputs != inputs:
-            return changes(record.inputs, inputs)
+        if record.keys != keys_of(inputs):
+            return changes(record.inputs, inputs) or "a value that is not shown because it holds a secret changed"
         if record.outputs is None:
             return "not finished"
         if not record.outputs:
@@ -134,6 +139,11 @@ def _read_from(entry: DataSet) -> Inputs:
     """The fields of a registry's entry that decide which rows are read, and how."""
     told = _TOLD if entry.hub == "generated" else _TOLD | {"rows"}
     return flat(entry.model_dump(mode="json", exclude=told))
+
+
+def keys_of(inputs: Inputs) -> dict[str, str]:
+    """A digest of each input, 16 hex digits."""
+    return {name: value_digest(value)[:16] for name, value in inputs.items()}
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> Inputs:
@@ -150,6 +160,7 @@ def flat(values: Mapping[str, object], prefix: str = "") -> Inputs:
 def changes(old: Inputs, new: Inputs) -> str:
     """A phrase that names the inputs which differ, at most three of them."""
     phrases = []
+    old, new = redacted(old), redacted(new)
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
         if before == now:

@@ -147,11 +147,11 @@ def gather(
     findings.data = hide_all(reading.mapping(run.prepared))
     findings.export = hide_all(reading.mapping(run.fused_summary))
     samples = reading.mapping(run.samples)
-    findings.prompts = [str(prompt) for prompt in listed(samples.get("prompts"))]
+    findings.prompts = [hide(str(prompt)) for prompt in listed(samples.get("prompts"))]
     expected = listed(samples.get("expected"))[: len(findings.prompts)]
-    findings.expected = [text if isinstance(text, str) else None for text in expected]
+    findings.expected = [hide(text) if isinstance(text, str) else None for text in expected]
     answers = mapped(samples.get("answers"))
-    findings.answers = {stage: [str(a) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
+    findings.answers = {stage: [hide(str(a)) for a in listed(answers[stage])] for stage in STAGES if stage in answers}
     pipeline = reading.mapping(run.pipeline)
     findings.times = _times(pipeline)
     for stage in ("sft", "dpo"):

@@ -22,6 +22,7 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
 from mlx_zh.system.locks import in_pipeline
+from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def asked_of(recipe: Recipe) -> dict[str, Any]:
         values[stage] = recipe.training(stage).model_dump(
             mode="json", include={"epochs", "max_steps", "batch_size", "eval_steps"}
         )
-    return {"budget": recipe.budget, **flat(values)}
+    return redacted({"budget": recipe.budget, **flat(values)})  # it is stored
 
 
 def _with_decision(record: BudgetRecord, now: Mapping[str, Any]) -> dict[str, Any]:

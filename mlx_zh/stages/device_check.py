@@ -14,7 +14,7 @@ from mlx_zh.language.notice import Notice, notice_of
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system import console, device
 from mlx_zh.system.digests import value_digest
-from mlx_zh.system.storage import cache_folder, write_json
+from mlx_zh.system.storage import cache_folder, write_exact_json
 from mlx_zh.training.check_cases import Case
 from mlx_zh.training.self_check import check
 
@@ -101,6 +101,6 @@ def _remembered(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
 
 def _remember(path: Path, result: dict[str, Any]) -> None:
     try:
-        write_json(path, result)
+        write_exact_json(path, result)
     except StorageError as error:  # the check then runs again next time
         console.say(f"The result of the check cannot be kept: {error}")

@@ -18,6 +18,7 @@ from mlx_zh.reporting.findings import gather
 from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
+from mlx_zh.system.redaction import redacted
 
 _COLUMNS = 80  # of the narrowest terminal that is in common use
 # Overrides that `chat` needs to find the same model and to say the same system message.
@@ -32,7 +33,7 @@ def last_screen(recipe: Recipe, recipe_file: str, overrides: Sequence[str], lang
     run = RunFolder.of(recipe)
     findings = gather(
         run,
-        recipe.to_yaml(),
+        recipe.to_yaml(redacted),
         name=recipe.name,
         bootstrap=recipe.evaluate.bootstrap,
         seed=recipe.seed,

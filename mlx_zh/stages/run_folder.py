@@ -17,7 +17,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.system import console, device
 from mlx_zh.system.locks import Lock, locked
-from mlx_zh.system.redaction import hide_all, redact
+from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json, write_text
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class RunFolder:
         from mlx_zh.system.hub import commit_of
 
         decision = self._decision() if recipe.budget is not None else None
-        write_text(self.recipe, redact(_origin(decision) + recipe.to_yaml()))
+        write_text(self.recipe, _origin(decision) + recipe.to_yaml(redacted))
         manifest: dict[str, Any] = {}
         if self.manifest.exists():
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ class RunFolder:
         }
         if decision is not None:
             manifest["budget"] = decision
-        write_json(self.manifest, hide_all(manifest, redact))
+        write_json(self.manifest, manifest)
 
     def _decision(self) -> dict[str, Any] | None:
         """What the time budget decided, from `budget.json`."""

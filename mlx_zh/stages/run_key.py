@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.pipeline.state import flat
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import value_digest
+from mlx_zh.system.redaction import redacted
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.build import Corpus
@@ -36,7 +37,12 @@ def corpus_values(corpus: Corpus) -> Values:
 
 def learning_key(values: Values) -> str:
     """A digest of `learning_values` without paths, so that a moved folder keeps its key; 16 hex digits."""
-    return value_digest(_content(values))[:16]
+    return str(values.get("key") or value_digest(_content(values))[:16])
+
+
+def without_secrets(values: Values) -> Values:
+    """The values as they are stored: with their key, because it cannot be computed once secrets are taken out."""
+    return {**redacted(values), "key": learning_key(values)}
 
 
 def is_earlier(values: Values) -> bool:
@@ -52,6 +58,7 @@ def as_earlier(values: Values, sampled: str) -> Values:
 def _content(values: Values) -> Values:
     """A copy of the values without paths; the digests of the files stand for these."""
     content: Values = json.loads(json.dumps(values))
+    content.pop("key", None)
     _drop(content.get("model"), "path", "hub", "revision")
     for stage in ("sft", "dpo"):
         _drop(content.get(stage), "start")
@@ -74,7 +81,7 @@ def _drop(section: Values | None, *names: str) -> None:
 
 def changes(old: Values, new: Values) -> str:
     """The keys whose values differ, as `key old -> new` for the user; for digests, what has changed."""
-    sides = [_content(values) for values in (old, new)]
+    sides = [redacted(_content(values)) for values in (old, new)]
     before, now = (flat({name: value for name, value in side.items() if name != "corpus"}) for side in sides)
     changed = []
     for key in sorted(before.keys() | now.keys()):
@@ -93,7 +100,7 @@ def changes(old: Values, new: Values) -> str:
             changed += _other_changes(prepared[0], prepared[1])
     changed = list(dict.fromkeys(changed))
     more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
-    return "; ".join(changed[:_NAMED]) + more
+    return "; ".join(changed[:_NAMED]) + more or "a value that is not shown because it holds a secret"
 
 
 def _changed_files(old: dict[str, str], new: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.stages import setbacks
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
+from mlx_zh.system.digests import value_digest
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Samples:
             console.warn(Notice("answers-left-out", reason=str(error)))
             return
         stored = {"prompts": prompts, "expected": self._expected, "answers": answered | {name: answers}}
+        stored["key"] = value_digest(prompts)[:16]  # the prompts are stored without secrets
         write_json(self._path, stored)
 
     def shown(self, *names: str) -> str:
@@ -74,8 +76,12 @@ class Samples:
         """The stored answers by model; empty if they belong to other prompts."""
         if not self._path.exists():
             return {}
-        stored = json.loads(self._path.read_text(encoding="utf-8"))
-        return stored["answers"] if stored["prompts"] == self._prompts else {}
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            key = stored.get("key") or value_digest(stored["prompts"])[:16]
+            return dict(stored["answers"]) if key == value_digest(self._prompts)[:16] else {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: ask again
+            return {}
 
 
 def _one_line(text: str, max_length: int = 150) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.errors import ModelError
 from mlx_zh.system import console, storage
 from mlx_zh.system.digests import known_digests, text_digest
-from mlx_zh.system.storage import write_json, write_text
+from mlx_zh.system.storage import write_exact_json, write_exact_text
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.joined_encoding import Vocabulary
@@ -52,11 +52,11 @@ def save_snapshot(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer into a snapshot folder; `save_vocabulary` completes it."""
     from mlx_zh.corpus.render import Renderer
 
-    write_text(folder / "tokenizer.json", Renderer(tokenizer).tokenizer_json())
+    write_exact_text(folder / "tokenizer.json", Renderer(tokenizer).tokenizer_json())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     about = {"chat_template": tokenizer.chat_template, "special_tokens_map": special}
     ends = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}
-    write_json(folder / "about.json", about | ends)
+    write_exact_json(folder / "about.json", about | ends)
 
 
 def save_vocabulary(folder: Path) -> None:
@@ -65,7 +65,7 @@ def save_vocabulary(folder: Path) -> None:
 
     if (vocabulary := vocabulary_of((folder / "tokenizer.json").read_text(encoding="utf-8"))) is not None:
         vocabulary.save(folder / "vocabulary.json")
-    write_text(folder / "whole", "")
+    write_exact_text(folder / "whole", "")
 
 
 def open_tokenizer(model: Model) -> SnapshotTokenizer:

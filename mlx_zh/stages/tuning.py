@@ -31,6 +31,7 @@ from mlx_zh.stages.run_key import (
     is_earlier,
     learning_key,
     learning_values,
+    without_secrets,
 )
 from mlx_zh.stages.run_models import open_model
 from mlx_zh.stages.sample_answers import Samples
@@ -39,6 +40,7 @@ from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt
+from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
@@ -290,7 +292,7 @@ class Session:
         if checkpoint is None:
             loop.log.cut(0)
             self.folder.warnings.unlink(missing_ok=True)
-            write_json(self.folder.settings, self.values)
+            write_json(self.folder.settings, without_secrets(self.values))
             console.log_held_warnings()
             return
         if checkpoint.state["key"] != self.key:
@@ -427,7 +429,9 @@ def _evaluation(figures: Mapping[str, object]) -> str:
 def _without_length(values: Values, stage: str) -> Values:
     """The settings without those that say how long the stage trains."""
     section = {key: value for key, value in values[stage].items() if key not in ("epochs", "max_steps")}
-    return {"key": learning_key({**values, stage: section})}
+    return {
+        "key": learning_key(redacted({name: values[name] for name in values if name != "key"} | {stage: section}))
+    }
 
 
 def _read_json(path: Path) -> dict[str, object] | None:

@@ -15,11 +15,13 @@ from typing import Any
 
 from wcwidth import wcswidth
 
+from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, label
 from mlx_zh.system.arguments import wrapped
-from mlx_zh.system.redaction import hide_all, printable, redact
+from mlx_zh.system.redaction import printable
+from mlx_zh.system.storage import append_json
 
 
 def say_reading(path: Path, size: int) -> None:
@@ -102,10 +104,9 @@ def _logged_codes(path: Path) -> set[str]:
 
 
 def _write(text: str, path: Path) -> None:
-    coded = hide_all(text.as_dict(), redact) if isinstance(text, Notice) else {}
-    line = json.dumps({"text": redact(text), **coded}, ensure_ascii=False, default=str)
-    with suppress(OSError), path.open("a", encoding="utf-8") as file:  # other writes report a full disk
-        file.write(line + "\n")
+    coded = text.as_dict() if isinstance(text, Notice) else {}
+    with suppress(StorageError):  # other writes report a full disk
+        append_json(path, {"text": str(text), **coded})
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.errors import DataError, StorageError
-from mlx_zh.system.storage import cache_folder, write_json
+from mlx_zh.system.storage import cache_folder, write_exact_json
 
 _FRESH = 2.0  # seconds; a file that changed this recently may change again without a new time stamp
 _SLOW = 1 << 30  # bytes; reading that many may take longer than a second
@@ -66,7 +66,9 @@ class FileDigests:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         if changed:
             with suppress(StorageError):  # without a cache that can be written, files are read each time
-                write_json(self._path, {name: entry for name, entry in self._cache.items() if Path(name).exists()})
+                write_exact_json(
+                    self._path, {name: entry for name, entry in self._cache.items() if Path(name).exists()}
+                )
         return digests
 
     def _digest(self, file: Path) -> tuple[str, bool]:

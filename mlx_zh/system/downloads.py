@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlx_zh.errors import DownloadError, StorageError, first_line
-from mlx_zh.system.storage import sync, sync_folder, write_json
+from mlx_zh.system.storage import sync, sync_folder, write_exact_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ class _Part:
         self.file.seek(0)
         self.file.truncate()
         if validator:
-            write_json(self._note, {"validator": validator})
+            write_exact_json(self._note, {"validator": validator})
 
     def write(self, piece: bytes) -> None:
         """Append bytes. The file is unbuffered, so `size` is exact and a full disk raises here."""

@@ -352,7 +352,7 @@ def _modelscope(wanted: _Wanted) -> Path:
         if downloads.is_full(error):
             raise
         raise _explained(error, wanted, modelscope.endpoint()) from error
-    storage.write_json(_record(wanted), {"folder": str(folder), "files": files})
+    storage.write_exact_json(_record(wanted), {"folder": str(folder), "files": files})
     return folder
 
 

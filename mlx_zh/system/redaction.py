@@ -1,43 +1,128 @@
-"""Remove from texts what must not be shown or stored: tokens, passwords, credentials in URLs, the home folder."""
+"""Remove from texts what must not be shown or stored: tokens, passwords, credentials in URLs, the home folder.
+
+Every pattern takes time in proportion to the text: it begins at a fixed word, and what may follow that word is bounded
+or cannot contain the word again.
+"""
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "•••"
 _MIN_LENGTH = 8  # characters of a secret; replacing shorter values would garble other words
 
+# Names whose values are secrets: of variables of the environment, and of keys of recipes and JSON files.
 _NAMES = re.compile(
-    r"(^|[_-])(token|secret|password|passwd|credentials?|authorization|cookie|(api|access|secret|private)[_-]?key)$",
+    r"(^|[_-])(token|secret|password|passwd|passphrase|credentials?|authorization|cookie"
+    r"|(api|access|secret|private)[_-]?key)$",
     re.IGNORECASE,
 )
-# Variables are secrets under more names, such as OPENAI_KEY, GITHUB_PAT and PGPASSWORD.
-_VARIABLES = re.compile(r"(token|secret|passw(or)?d|credentials?|api_?key)$|(^|_)(key|pat|pass|auth)$", re.IGNORECASE)
+_SPECIAL_TOKENS = re.compile(r"(^|[_-])(bos|eos|pad|unk|sep|cls|mask)[_-]token$", re.IGNORECASE)
+_VARIABLES = re.compile(
+    r"(token|secret|passw(or)?d|passphrase|credentials?|cookie|authorization|(api|access|secret|private)_?key)s?(_?\d+)?$"
+    r"|(^|_)(key|pat|pass|pwd|pw|auth|sk|ak)(_?\d+)?$|^(sshpass|pgpassword)$|secret",
+    re.IGNORECASE,
+)
+_NO_SECRETS = frozenset({"PWD", "OLDPWD", "HF_TOKEN_PATH"})
+_NUMBER = re.compile(r"[0-9.]+")
+
+_A = re.ASCII | re.IGNORECASE  # a Chinese character before or after a token is no part of it
+_START = r"(?<![A-Za-z0-9])"
 _WORDS = (
-    # A value after a name such as `token`: in a command line, the query of a URL or a header.
+    # A value after a name such as `token`: in a command line, the query of a URL, a header or a sentence.
     (
         re.compile(
-            r"((?:^|[\s?&;,'\"_.-])(?:hf_token|token|secret|password|passwd|signature|(?:api|access|secret|private)"
-            r"[_-]?key)['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;]+",
-            re.IGNORECASE,
+            _START + r"((?:password|passwd|passphrase|(?:api|access|secret|private)[_-]?key|(?:client|app)[_-]?secret"
+            r"|secret)['\"]?\s{0,9}[=:：]\s{0,9}['\"]?)(?![\s<{\[•])[^\s&'\",;<>]+",
+            _A,
         ),
         rf"\g<1>{HIDDEN}",
     ),
-    (re.compile(r"(--?(?:hf-)?(?:token|password|secret|api-key)\s+)\S+", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
-    (re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\g<1>{HIDDEN}"),
-    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/\"<>]+@", re.IGNORECASE), rf"\g<1>{HIDDEN}@"),
-    # Tokens with a known form: Hugging Face, GitHub, OpenAI and similar services, ModelScope, AWS, JSON web tokens.
-    (re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}"), HIDDEN),
-    (re.compile(r"\b(?:ghp|gho|ghs|ghu|github_pat)_\w{20,}"), HIDDEN),
-    (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), HIDDEN),
-    (re.compile(r"\bms-[0-9a-f]{8}-[0-9a-f-]{20,}"), HIDDEN),
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
-    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+"), HIDDEN),
+    # `token` is also a word of prose: after a space, only a value that holds a digit, or a long one, is a secret.
+    (
+        re.compile(
+            _START + r"((?:(?:hf|auth|access|refresh|bearer|api)[_-]?)?(?:token|signature)['\"]?"
+            r"(?:[=：]|\s{0,9}[=:：]['\"]|\s{0,9}[=:：]\s{0,9}['\"]?"
+            r"(?=[^\s&'\",;<>]{16}|[^\s&'\",;<>0-9]{0,16}[0-9][^\s&'\",;<>]{5})))"
+            r"(?![\s<{\[•])(?![0-9.]{1,7}(?![0-9A-Za-z]))[^\s&'\",;<>]{3,}",
+            _A,
+        ),
+        rf"\g<1>{HIDDEN}",
+    ),
+    (
+        re.compile(r"((?:密码|口令|密钥|令牌)\s{0,9}(?:[=:：]|是|为)\s{0,9}['\"“「]?)[!-~]{6,}", _A),
+        rf"\g<1>{HIDDEN}",
+    ),
+    (
+        re.compile(
+            r"((?<![A-Za-z0-9_])[A-Z][A-Z0-9_]{0,60}(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|PAT|PASS)=['\"]?)"
+            r"[^\s&'\",;<>]{6,}"
+        ),
+        rf"\g<1>{HIDDEN}",
+    ),
+    (re.compile(r"(--?(?:hf-)?(?:token|password|secret|api-key)\s{1,9})\S+", _A), rf"\g<1>{HIDDEN}"),
+    (
+        re.compile(r"(authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:bearer|basic|token)\s{1,9})[^\s'\",<>]+", _A),
+        rf"\g<1>{HIDDEN}",
+    ),
+    (
+        re.compile(
+            _START
+            + r"((?:bearer|basic)\s{1,9})(?=[A-Za-z._~/-]{0,60}[0-9+=]|[A-Za-z._~/-]{20})[A-Za-z0-9._~+/=-]{8,}",
+            _A,
+        ),
+        rf"\g<1>{HIDDEN}",
+    ),
+    # Credentials in a URL. A password may hold a slash or an @ that should have been percent-encoded.
+    (
+        re.compile(
+            r"(://)[^\s/\"<>@:]{0,256}:(?![0-9]{1,5}/)[^\s\"<>]{1,256}@(?=[^\s/@]{1,256}(?:[/\s\"'<>?#,;)]|$))", _A
+        ),
+        rf"\g<1>{HIDDEN}@",
+    ),
+    (re.compile(r"(://)[^\s/\"<>]*@", _A), rf"\g<1>{HIDDEN}@"),
+    # Tokens with a known form: Hugging Face, GitHub, GitLab, OpenAI and similar services, Slack, Google, ModelScope,
+    # AWS, Alibaba Cloud, Tencent Cloud, JSON web tokens.
+    (re.compile(_START + r"(?:hf_|api_org_)[A-Za-z0-9]{16,}", re.ASCII), HIDDEN),
+    (
+        re.compile(
+            _START + r"(?:gh[opsur]|github_pat|glpat|npm|gsk|nvapi|dop_v1|r8|pypi)[_-][A-Za-z0-9_-]{20,}", re.ASCII
+        ),
+        HIDDEN,
+    ),
+    (
+        re.compile(
+            _START + r"(?:sk|pk|rk)[-_](?:(?:proj|ant|live|test|or|svcacct)[-_]){0,3}[A-Za-z0-9]{16,}[A-Za-z0-9_-]*",
+            re.ASCII,
+        ),
+        HIDDEN,
+    ),
+    (re.compile(_START + r"sk-(?=[a-z_-]{0,60}[A-Z0-9])[A-Za-z0-9_-]{16,}", re.ASCII), HIDDEN),
+    (re.compile(_START + r"xox[abeprs]-[A-Za-z0-9-]{10,}", re.ASCII), HIDDEN),
+    (re.compile(_START + r"AIza[A-Za-z0-9_-]{35}", re.ASCII), HIDDEN),
+    (re.compile(_START + r"ms-[0-9A-Fa-f]{8}-[0-9A-Za-z-]{20,}", re.ASCII), HIDDEN),
+    (re.compile(_START + r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])", re.ASCII), HIDDEN),
+    (re.compile(_START + r"(?:LTAI|AKID)[A-Za-z0-9]{12,60}(?![A-Za-z0-9])", re.ASCII), HIDDEN),
+    (re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]++(?:\.[A-Za-z0-9_-]*+)?", re.ASCII), HIDDEN),
 )
+# A quick look at whether any of the patterns above can match.
+_TRIGGER = re.compile(
+    r"token|secret|passw|passphrase|signature|key|密码|口令|密钥|令牌|=|bearer|basic|authorization|://|hf_|api_org_"
+    r"|gh[opsur]_|github_pat|glpat|npm_|gsk_|nvapi|dop_v1|r8_|pypi-|[spr]k[-_]|xox|AIza|ms-|AKIA|ASIA|LTAI|AKID|eyJ"
+    r"|--BEGIN",
+    _A,
+)
+_KEY_BEGINS = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_ENDS = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_LINES = re.compile(r"(?:(?:\s|\\[nr]){0,9}+[A-Za-z0-9+/=]{16,}+)*+")
 
 
 # All control characters except tab, line feed and the codes of bold, dim, underlined and coloured text. They can move
@@ -50,26 +135,24 @@ _CONTROLS = re.compile(
 
 def redact(text: str) -> str:
     """The text without anything that looks like a secret, and without the secrets in this process's environment."""
-    for name, value in os.environ.items():
-        if len(value) >= _MIN_LENGTH and (_NAMES.search(name) or _VARIABLES.search(name)):
-            text = text.replace(value, HIDDEN)
-    for pattern, replacement in _WORDS:
-        text = pattern.sub(replacement, text)
-    return text
+    return _redact(text, list(_secrets()))
+
+
+def redacted(value: Any) -> Any:
+    """As `redact`, for plain values: texts, and lists and mappings of them."""
+    return hide_all(value, partial(_redact, secrets=list(_secrets())))
 
 
 def hide(text: str) -> str:
     """As `redact`, and the home folder becomes `~`. For texts that the user may pass on."""
-    text = redact(text)
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text
+    return _without_home(redact(text))
 
 
 def hide_all(value: Any, hidden: Callable[[str], str] = hide) -> Any:
     """Plain values with `hidden` applied to every text; a value whose key names a secret is replaced as a whole."""
     if isinstance(value, dict):
         return {
-            hidden(str(k)): HIDDEN if isinstance(v, str) and v and _NAMES.search(str(k)) else hide_all(v, hidden)
+            hidden(str(k)): HIDDEN if v and isinstance(v, str) and _is_secret(str(k)) else hide_all(v, hidden)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
@@ -82,9 +165,72 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("\ufffd", redact(text.replace("\r\n", "\n")))
 
 
+def cut(text: str, length: int) -> str:
+    """The beginning of a text, for a redaction whose result is cut at `length`: so much more that no token is cut."""
+    return text if len(text) <= length + _LONGEST_SECRET else text[: length + _LONGEST_SECRET]
+
+
+_LONGEST_SECRET = 4096  # characters of a token or private key
+
+
+def _redact(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
+        if secret not in text:
+            continue
+        if _NUMBER.fullmatch(secret):  # a longer number may contain it
+            text = re.sub(rf"(?<![0-9A-Za-z.]){re.escape(secret)}(?![0-9A-Za-z.])", HIDDEN, text)
+        else:
+            text = text.replace(secret, HIDDEN)
+    if _TRIGGER.search(text) is None:
+        return text
+    text = _without_private_keys(text)
+    for pattern, replacement in _WORDS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _secrets() -> Iterator[str]:
+    """The secrets in the environment, the longest first, each also as JSON, HTML and URLs write it."""
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _MIN_LENGTH and name not in _NO_SECRETS and _VARIABLES.search(name)
+    }
+    forms = {
+        form
+        for value in values
+        for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1], html.escape(value), quote(value, safe=""))
+    }
+    forms |= {quote(value) for value in values}
+    yield from sorted(forms, key=len, reverse=True)
+
+
+def _without_private_keys(text: str) -> str:
+    """The text without blocks of private keys; of a block without an end, the lines that look like a key are gone."""
+    if "PRIVATE KEY" not in text:
+        return text
+    parts, at, ends = [], 0, True
+    while (begin := _KEY_BEGINS.search(text, at)) is not None:
+        end = _KEY_ENDS.search(text, begin.end()) if ends else None
+        ends = end is not None
+        lines = _KEY_LINES.match(text, begin.end())
+        parts += [text[at : begin.start()], HIDDEN]
+        at = end.end() if end is not None else lines.end() if lines is not None else begin.end()
+    return "".join([*parts, text[at:]])
+
+
+def _is_secret(name: str) -> bool:
+    return _NAMES.search(name) is not None and _SPECIAL_TOKENS.search(name) is None
+
+
+def _without_home(text: str) -> str:
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
 def _hide_command(values: list[Any]) -> list[Any]:
     """Hide the value after an option such as `--token` in a list of command-line words."""
     for at, word in enumerate(values[:-1]):
-        if isinstance(word, str) and word.startswith("-") and "=" not in word and _NAMES.search(word.lstrip("-")):
+        if isinstance(word, str) and word.startswith("-") and "=" not in word and _is_secret(word.lstrip("-")):
             values[at + 1] = HIDDEN
     return values

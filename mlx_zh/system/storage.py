@@ -2,6 +2,9 @@
 
 A temporary name is `.NAME.PROCESS.tmp`, and `.NAME.PROCESS.old` for a folder that is being replaced. `sweep` removes
 those of processes that were killed.
+
+`write_text`, `write_json` and `append_json` write what a user may pass on, so secrets are taken out first. The exact
+writers are for what must come back unchanged: the cache, tokenizers and checkpoints.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import platformdirs
 import psutil
 
 from mlx_zh.errors import StorageError
+from mlx_zh.system.redaction import redact, redacted
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -201,14 +205,37 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically. Raises StorageError."""
-    with written_whole(path) as file:
-        file.write(text.encode("utf-8"))
+    """Write a text file in UTF-8 without secrets, atomically. Raises StorageError."""
+    write_exact_text(path, redact(text))
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with readable Chinese, without secrets, atomically. Raises StorageError."""
+    write_exact_json(path, redacted(value))
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Append a value without secrets to a file of JSON lines. Raises StorageError."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(json_line(value).encode("utf-8", errors="replace"))
+
+
+def json_line(value: Any) -> str:
+    """A value without secrets as a line of JSON with readable Chinese; texts stand for what JSON has no form for."""
+    return json.dumps(redacted(value), ensure_ascii=False, default=str) + "\n"
+
+
+def write_exact_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, atomically; half of a surrogate pair becomes a question mark. Raises StorageError."""
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8", errors="replace"))
+
+
+def write_exact_json(path: Path, value: Any) -> None:
     """Write indented JSON with readable Chinese, atomically. Raises StorageError."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_exact_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:

@@ -17,7 +17,15 @@ import mlx.core as mx
 from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
 from mlx_zh.system.digests import file_digest
-from mlx_zh.system.storage import make_folder, require_in_place, storage_errors, sweep, sync_folder, write_arrays, write_json
+from mlx_zh.system.storage import (
+    make_folder,
+    require_in_place,
+    storage_errors,
+    sweep,
+    sync_folder,
+    write_arrays,
+    write_exact_json,
+)
 from mlx_zh.training.optimizer import Arrays
 
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
@@ -76,8 +84,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             temporary.mkdir(exist_ok=True)
             write_arrays(temporary / "weights.safetensors", checkpoint.weights)
             write_arrays(temporary / "optimizer.safetensors", checkpoint.optimizer)
-            write_json(temporary / "state.json", checkpoint.state)
-            write_json(temporary / _DIGESTS, {name: file_digest(temporary / name) for name in _FILES})
+            write_exact_json(temporary / "state.json", checkpoint.state)
+            write_exact_json(temporary / _DIGESTS, {name: file_digest(temporary / name) for name in _FILES})
             require_in_place(target)
             if target.exists():
                 shutil.rmtree(target)

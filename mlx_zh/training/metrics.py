@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict
 
 from mlx_zh.errors import TrainingError
-from mlx_zh.system.storage import Identity, append, identity, moved, storage_errors, sync, write_text
+from mlx_zh.system.storage import Identity, append_json, identity, json_line, moved, storage_errors, sync, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.training.checkpoints import Progress
@@ -103,8 +103,7 @@ class MetricsLog:
         if not self._keep:
             return
         self._require_same_file()
-        line = json.dumps(figures, ensure_ascii=False, allow_nan=True) + "\n"
-        append(self._path, line.encode())
+        append_json(self._path, figures)
         self._file = identity(self._path)
 
     def _require_same_file(self) -> None:
@@ -152,7 +151,7 @@ class Skipped:
             {"step": f["step"], "loss": f["loss"], "grad_norm": f["grad_norm"], "examples": f["skipped_examples"]}
             for f in lines
         ]
-        write_text(self._path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
+        write_text(self._path, "".join(map(json_line, entries)))
 
     def check(self, progress: Progress, total: int) -> None:
         """Raises TrainingError after too many skipped steps in a row, or when a whole run was skipped."""

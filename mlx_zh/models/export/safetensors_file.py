@@ -15,7 +15,7 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_zh.system.storage import write_json, written_whole
+from mlx_zh.system.storage import write_exact_json, written_whole
 
 INDEX = "model.safetensors.index.json"
 
@@ -65,7 +65,9 @@ def write_shards(
     if count > 1:
         file_of = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.size for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
+        write_exact_json(
+            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        )
 
 
 def _write(file: BinaryIO, entry: Entry, array: mx.array) -> None:
