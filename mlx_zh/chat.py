@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,7 +151,7 @@ def _recipe(target: str, overrides: list[str]) -> Recipe | None:
 def _adapter(chosen: str | None, recipe: Recipe | None) -> Path | None:
     """The chosen adapter, else the recipe's newest: DPO's before SFT's."""
     if chosen:
-        return None if chosen == "none" else Path(chosen).expanduser()
+        return None if chosen == "none" else Path(expanduser(chosen))
     if recipe is None:
         return None
     from mlx_zh.stages.run_folder import RunFolder

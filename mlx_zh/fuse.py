@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from mlx_zh.stages.fuser import Fuser, newest_adapter
     from mlx_zh.system import console
 
-    adapter = Path(arguments.adapter).expanduser() if arguments.adapter else newest_adapter(recipe)
+    adapter = Path(expanduser(arguments.adapter)) if arguments.adapter else newest_adapter(recipe)
     fuser = Fuser(recipe, adapter, arguments.original or recipe.export.original)
     fuser.check()
     hub = arguments.hub or (recipe.model.hub if recipe.model.hub != "auto" else "huggingface")

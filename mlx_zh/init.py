@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.stages.own_models import fitting_memory, suggested_model
     from mlx_zh.system import console
 
-    paths = [Path(name).expanduser() for name in arguments.files]
+    paths = [Path(expanduser(name)) for name in arguments.files]
     columns = None if arguments.columns is None else columns_of(arguments.columns)
     if arguments.name is not None:
         _target(arguments.name, arguments.force)  # before the files are read, which may take a while

@@ -64,10 +64,16 @@ Located = Annotated[str, Field(min_length=1), AfterValidator(_resolved_path)]
 def _folder_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
         raise ValueError("a folder name of letters, digits, '-', '_' and '.', beginning with a letter or digit")
+    if len(value) > _LONGEST_NAME:
+        raise ValueError(f"a folder name of at most {_LONGEST_NAME} characters")
     return value
 
 
+_LONGEST_NAME = 150  # file systems take 255 bytes, and what is made from the name is longer
+
+
 _SWITCHES = (bool, bool | None)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Section(BaseModel):
@@ -82,6 +88,8 @@ class Section(BaseModel):
             raise ValueError("something other than true or false")
         if isinstance(value, str) and "\0" in value:
             raise ValueError("text without NUL characters")
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise ValueError("text without halves of surrogate pairs")
         return value
 
 

@@ -158,7 +158,7 @@ def _wide_colon(text: str) -> str:
 
 
 # PyYAML's constructors raise KeyError and AttributeError for some values with explicit tags.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError)
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
 
 
 def _reason(error: BaseException) -> str:

@@ -125,7 +125,10 @@ def test_an_output_that_cannot_be_written_is_one_line():
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([SCRIPT, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "error: no space is left where this command writes. Free some space, then run the same command again.\n"
+    assert (
+        done.stderr
+        == "error: no space is left where this command writes. Free some space, then run the same command again.\n"
+    )
 
 
 def test_a_reader_of_errors_that_went_away_changes_no_status():

@@ -15,7 +15,9 @@ from mlx_zh.chatting.chatbot import Answer, Chatbot
 from mlx_zh.chatting.terminal import Screen, side_by_side, text_width, unechoed_keys, wrap
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.models.generate import Statistics
+from mlx_zh.system.crashes import record_crash
 from mlx_zh.system.interrupts import stop_on_interrupt
 
 # Command -> usage, Chinese and English description, method of Repl.
@@ -83,6 +85,10 @@ class Repl:
                 self.screen.note("Ctrl-D 或 /exit 退出 · leaves")
             except MlxZhError as problem:
                 self.screen.error(str(problem))
+            except (SystemExit, BrokenPipeError):
+                raise
+            except BaseException as problem:  # the chat goes on; libraries in Rust raise what is no Exception
+                self.screen.error(in_readers_language(record_crash(problem)))
 
     def handle(self, text: str) -> None:
         """Run a command, or ask the model. Raises MlxZhError."""
@@ -265,4 +271,8 @@ def temperature(text: str) -> float:
 def _path(text: str, usage: str) -> Path:
     if not text:
         raise MlxZhError(f"a path is missing: {usage}")
-    return Path(text.strip("'\"")).expanduser()
+    path = Path(text.strip("'\""))
+    try:
+        return path.expanduser()
+    except RuntimeError as problem:  # ~NAME of a user who does not exist
+        raise MlxZhError(f"{path}: there is no user of that name; write the folder out") from problem

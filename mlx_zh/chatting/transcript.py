@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DataError, MlxZhError, StorageError
-from mlx_zh.system.storage import json_line, write_text
+from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.storage import json_line, storage_errors, write_text
 
 
 class ContextError(MlxZhError):
@@ -96,7 +96,9 @@ class Transcript:
         A question that waits for its answer is left out. Only a saved chat is overwritten: raises StorageError for
         any other file, and MlxZhError if nothing has been answered.
         """
-        if path.exists():
+        with storage_errors(path):
+            exists = path.exists()
+        if exists:
             try:
                 Transcript.load(path)
             except DataError as problem:
@@ -112,24 +114,29 @@ class Transcript:
     def load(cls, path: Path) -> Transcript:
         """Read a file that `save` wrote, or a list of messages. Raises DataError."""
         try:
-            document = json.loads(path.read_text(encoding="utf-8-sig"))
+            document = parse_json(path.read_text(encoding="utf-8-sig"))
         except OSError as problem:
             raise DataError(f"cannot read {path}: {problem.strerror or problem}") from problem
         except UnicodeDecodeError as problem:
             raise DataError(f"{path} is not UTF-8 text (byte {problem.start}); convert it to UTF-8") from problem
-        except (json.JSONDecodeError, RecursionError) as problem:
+        except ValueError as problem:
             raise DataError(f"{path} is not JSON: {problem}") from problem
         rows = document.get("messages") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise DataError(f'{path}: expected {{"messages": [...]}} or a list of messages')
         if problems := _problems(rows):
             raise DataError(f"{path}: " + "; ".join(problems[:5]) + (" …" if len(problems) > 5 else ""))
-        messages = [Message(row["role"], row["content"]) for row in rows]
+        messages = [Message(row["role"], _whole(row["content"])) for row in rows]
         system = messages.pop(0).content if messages and messages[0].role == "system" else None
         return cls(system, messages)
 
     def _system(self) -> list[Message]:
         return [Message("system", self.system)] if self.system else []
+
+
+def _whole(text: str) -> str:
+    """The text with half of a surrogate pair replaced: JSON may hold one, and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _problems(rows: list[object]) -> list[str]:

@@ -7,7 +7,6 @@ it holds the finished parts of an interrupted run, so the next run continues fro
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -35,6 +34,7 @@ from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
 from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.system.digests import FileDigests, value_digest
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import storage_errors, sync_folder, write_exact_json, written_whole
 
 VERSION = 2  # part of the key; raise it when the same input would give another corpus
@@ -171,7 +171,7 @@ def prepare(
 
 def open_corpus(folder: Path, kind: str, *, ready: bool) -> Corpus:
     """A finished corpus; its rows stay on disk."""
-    manifest: Manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest: Manifest = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
     shards = Shards([folder / name for name in manifest["files"]])
     open_as = Conversations if kind == "sft" else Pairs
     splits = {split: open_as(shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}
@@ -260,7 +260,7 @@ def _scan_in_processes(
             running.append(process)
             assert process.stdout is not None
             for line in process.stdout:
-                message = json.loads(line)
+                message = parse_json(line)
                 if "error" in message:
                     raise getattr(errors, message["error"])(message["message"])
                 event("scan", message["name"], message["rows"])

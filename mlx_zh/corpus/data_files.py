@@ -6,6 +6,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -166,8 +167,8 @@ def _from_address(name: str, entry: DataSet, progress: Progress | None, _: str) 
 
 
 def _from_disk(name: str, entry: DataSet, progress: Progress | None, _: str) -> list[Path]:
-    if entry.id and Path(entry.id).expanduser().exists():
-        path = Path(entry.id).expanduser()
+    if entry.id and Path(expanduser(entry.id)).exists():
+        path = Path(expanduser(entry.id))
         return folder_files(path, entry.files, entry.split) if path.is_dir() else [path]
     raise DataError(f"{name} must be fetched by hand ({entry.id}); then write {{name: {name}, path: FILE}}")
 

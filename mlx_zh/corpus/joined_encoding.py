@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_exact_text
 
 _CUT = "\ufdd0\ufdd1\ufdd0"  # written between pieces; Unicode noncharacters, which ordinary text never contains
@@ -41,14 +42,14 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read what `save` wrote."""
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         ranks = {base64.b64decode(word): index for index, word in enumerate(content["words"])}
         return cls(content["pattern"], ranks, content["added"])
 
 
 def vocabulary_of(tokenizer_json: str) -> Vocabulary | None:
     """The vocabulary of a tokenizer.json (its text), or None if tiktoken could give other tokens."""
-    tokenizer = json.loads(tokenizer_json)
+    tokenizer = parse_json(tokenizer_json)
     pattern = _pattern(tokenizer)
     added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     model = tokenizer["model"]

@@ -6,7 +6,6 @@ columns, tags, num_samples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from mlx_zh.corpus.columns import Guess
 from mlx_zh.corpus.rows import ROLES
 from mlx_zh.errors import DataError, first_line
+from mlx_zh.system.json_text import parse_json
 
 NAME = "dataset_info.json"
 _TAGS = {
@@ -55,7 +55,7 @@ def is_dataset_info(path: Path) -> bool:
     if path.suffix.lower() != ".json" or not path.is_file() or path.stat().st_size > 1 << 24:
         return False
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return False
     entries = list(document.values()) if isinstance(document, dict) else []
@@ -65,7 +65,7 @@ def is_dataset_info(path: Path) -> bool:
 def read_entries(path: Path) -> list[Entry]:
     """The entries of a `dataset_info.json`. Raises DataError if none of them can be used, with a reason for each."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from error
     entries = [_entry(path.parent, str(name), keys) for name, keys in document.items()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_zh.errors import DataError
+from mlx_zh.system.json_text import NestedTooDeeply, parse_json
 
 _CHUNK = 1 << 20  # characters of a JSON array read at once
 _LONGEST = 1 << 24  # characters that a line or a value of an array may have; a longer one is a mistake
@@ -160,7 +161,9 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
             continue
         has_utf8 = has_utf8 or right > 0
         try:
-            row = json.loads(line.rstrip("\r\n"))
+            row = parse_json(line.rstrip("\r\n"))
+        except NestedTooDeeply:
+            row = InvalidRow("nested too deeply", "the JSON is nested too deeply")
         except ValueError as error:
             if line.strip() == "{":
                 raise DataError(
@@ -168,8 +171,6 @@ def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
                     "expected"
                 ) from error
             row = InvalidRow("broken JSON", f"broken JSON{_column(error)}")
-        except RecursionError:
-            row = InvalidRow("nested too deeply", "the JSON is nested too deeply")
         yield place, row
 
 

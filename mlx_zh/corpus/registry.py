@@ -32,11 +32,17 @@ def load_registry(own: Mapping[str, DataSet] | None = None, file: Path | None = 
     return entries | dict(own or {})
 
 
+# PyYAML raises the others for values with explicit tags, and for dates that do not exist.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
+
+
 def _entries(text: str, place: str) -> Registry:
     try:
         document = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise DataError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: not valid YAML: nested too deeply") from error
     if not isinstance(document, dict):
         raise DataError(
             f"{place}: a registry must be a mapping from names to data sets, got a {type(document).__name__}"
@@ -47,7 +53,7 @@ def _entries(text: str, place: str) -> Registry:
             entries[str(name)] = DataSet.model_validate(value)
         except pydantic.ValidationError as error:
             for problem in error.errors():
-                key = ".".join(map(str, (name, *problem["loc"])))
+                key = ".".join(str(part)[:80] for part in (name, *problem["loc"]))
                 problems.append(f"{place}: {key}: {problem['msg']}{_near(str((*problem['loc'], '')[0]))}")
     if problems:
         raise DataError("\n".join(problems))

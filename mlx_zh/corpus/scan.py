@@ -28,6 +28,7 @@ from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import storage_errors, write_exact_json, written_whole
 
 PART = 4096  # rows of one spool file
@@ -64,7 +65,7 @@ class Scan:
     def items(self, part: int) -> list[Item]:
         """The rows of spool file number `part`: those from number PART * part on."""
         text = (self.folder / f"part-{part:05d}.spool").read_text(encoding="utf-8")
-        return [_item(row) for row in json.loads(text)]
+        return [_item(row) for row in parse_json(text)]
 
 
 def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Progress) -> None:
@@ -90,7 +91,7 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
 
 def open_scan(folder: Path, near: bool) -> Scan:
     """The finished scan in `folder`; `near` says whether it has signatures for near duplicates."""
-    report = LoadReport(**json.loads((folder / "scan.json").read_text(encoding="utf-8")))
+    report = LoadReport(**parse_json((folder / "scan.json").read_text(encoding="utf-8")))
     with np.load(folder / "scan.npz") as arrays:
         columns = {name: arrays[name] for name in arrays.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"
@@ -208,7 +209,7 @@ def _item(row: tuple[Any, ...]) -> Item:
 
 def main(argv: list[str]) -> int:
     """Scan the sources of a task file; write progress and errors to standard output, one JSON object a line."""
-    task = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    task = parse_json(Path(argv[0]).read_text(encoding="utf-8"))
 
     def report(**values: Any) -> None:
         sys.stdout.write(json.dumps(values, ensure_ascii=True) + "\n")

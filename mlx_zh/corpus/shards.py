@@ -6,7 +6,6 @@ again.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import PART, Scan
 from mlx_zh.corpus.sources import Item
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_exact_json, written_whole
 
 ROWS = 16384  # chosen rows for each file
@@ -87,7 +87,7 @@ def counts_of(paths: Sequence[Path]) -> list[dict[int, Counter[str]]]:
     """For each file, by source: how many rows were dropped for each reason, and how many were cut short."""
     counts_by_file = []
     for path in paths:
-        counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        counts = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))
         counts_by_file.append({int(source): Counter(reasons) for source, reasons in counts.items()})
     return counts_by_file
 

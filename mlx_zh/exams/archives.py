@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import shutil
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,10 @@ def _extract(archive: Path, folder: Path) -> None:
                     raise DownloadError(f"{archive}: {member.filename} is there twice.")
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(data)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    # A damaged bzip2 stream is an OSError without a number; those of the disk have one.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DownloadError(
             f"{archive} is damaged or incomplete ({error}). Delete it and run the same command again."
         ) from error
@@ -137,7 +142,7 @@ def open_exam(
     Raises DataError for a name or files that cannot be used, and DownloadError.
     """
     if name not in NAMES:
-        path = Path(name).expanduser()
+        path = Path(expanduser(name))
         if not path.exists():
             raise DataError(
                 f"{name!r} is no benchmark; give {', '.join(NAMES)}, or the path of an exam or a CSV file."

@@ -7,7 +7,6 @@ own has either form. A `subjects.json` beside its splits gives its subjects name
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx_zh.errors import DataError
 from mlx_zh.exams.catalog import Benchmark, Entry, Row
 from mlx_zh.exams.csvfile import Question, read_questions
 from mlx_zh.system.digests import text_digest
+from mlx_zh.system.json_text import parse_json
 
 _SHOWN = 20  # problems listed in one error
 
@@ -201,7 +201,7 @@ def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
     if not path.is_file():
         return {}
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         problems.append(f"{path}: not valid JSON: {error}.")
         return {}

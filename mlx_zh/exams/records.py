@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.figures import ExamReport, submission
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import json_line, write_json, write_text
 
 
@@ -21,7 +21,7 @@ class Records:
         """The answers of a finished subject; None where there are none, or they were given under another `key`."""
         path = self._subject(subject)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_text(encoding="utf-8"))
             return [Answer.of(fields) for fields in record["answers"]] if record["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of another version: ask again
             return None
@@ -35,8 +35,8 @@ class Records:
         answers, report = (self._folder / f"{self._name}.{kind}" for kind in ("jsonl", "json"))
         try:
             lines = answers.read_text(encoding="utf-8").splitlines()
-            values: dict[str, object] = dict(json.loads(report.read_text(encoding="utf-8")))
-            return values, [Answer.of(json.loads(line)) for line in lines]
+            values: dict[str, object] = dict(parse_json(report.read_text(encoding="utf-8")))
+            return values, [Answer.of(parse_json(line)) for line in lines]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import as_file, files
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,9 +109,9 @@ def own_table() -> Path:
     """The user's own table: MLX_ZH_MODELS, else `~/.config/mlx-zh/models.yaml`. The file need not exist."""
     named = os.environ.get("MLX_ZH_MODELS")
     if named:
-        return Path(named).expanduser()
+        return Path(expanduser(named))
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(base).expanduser() / "mlx-zh" / "models.yaml"
+    return Path(expanduser(base)) / "mlx-zh" / "models.yaml"
 
 
 def catalog() -> Catalog:

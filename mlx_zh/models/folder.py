@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
+from mlx_zh.system.json_text import parse_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -73,7 +74,7 @@ def as_ids(value: Any, where: Path) -> list[int]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError if the file does not contain one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 text ({error.reason}). Download it again.") from error
     except json.JSONDecodeError as error:
@@ -180,7 +181,7 @@ def read_table(path: Path) -> TensorFile:
             )
         raw = file.read(length)
     try:
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in parse_json(raw).items() if name != "__metadata__"}
         tensors = {name: _entry(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: its header cannot be parsed ({error}). Download it again.") from error

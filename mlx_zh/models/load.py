@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def resolve_model(
     if path == BUILT_IN:
         return wheel.small_model()
     try:
-        local = Path(path).expanduser()
+        local = Path(expanduser(path))
         local.stat()
     except FileNotFoundError:
         pass
@@ -118,7 +119,7 @@ def find_config(path: str, *, hub: str = "auto", revision: str | None = None) ->
 
     For a GGUF file "quantization" says how its matrices are stored. Raises ModelError, DownloadError.
     """
-    local = Path(path).expanduser()
+    local = Path(expanduser(path))
     if path == BUILT_IN:
         cached = wheel.location()
         if cached.is_file():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from mlx_zh.pipeline.state import Record, State
 from mlx_zh.pipeline.steps import StageFiles, Step
 from mlx_zh.recipe import Recipe
+from mlx_zh.system.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,6 @@ def peak_memory(folder: StageFiles) -> float | None:
     """The highest `peak_memory_gb` in a training stage's metrics, or None without readable metrics."""
     try:
         lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-        return max((float(json.loads(line).get("peak_memory_gb") or 0) for line in lines), default=None)
+        return max((float(parse_json(line).get("peak_memory_gb") or 0) for line in lines), default=None)
     except (OSError, ValueError, TypeError):
         return None

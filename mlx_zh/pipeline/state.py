@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import DataSet, Recipe
 from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest, value_digest
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
 
@@ -52,7 +54,7 @@ class State:
         """
         known = known_digests(reading)
         try:
-            records = json.loads(run.pipeline.read_text(encoding="utf-8"))["stages"]
+            records = parse_json(run.pipeline.read_text(encoding="utf-8"))["stages"]
             return State(run, {name: Record(**record) for name, record in records.items()}, known)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return State(run, {}, known)
@@ -65,7 +67,7 @@ class State:
         """Everything that `step` depends on, by name, as it is now: recipe keys, and digests of files and outputs."""
         values: Inputs = step.inputs(flat(recipe.model_dump(mode="json")))
         for path in step.files:
-            if (local := Path(path).expanduser()).exists():
+            if (local := Path(expanduser(path))).exists():
                 values[f"file {path}"] = self._digest(local)
         for name, entry in step.entries.items():
             values |= {f"registry {name} {key}": value for key, value in _read_from(entry).items()}
@@ -113,7 +115,7 @@ class State:
     def _prepared(self, stage: str) -> object:
         """The key of the prepared data of one stage; the data of the other stage does not matter for it."""
         try:
-            return json.loads(self.run.prepared.read_text(encoding="utf-8"))[stage]["key"]
+            return parse_json(self.run.prepared.read_text(encoding="utf-8"))[stage]["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import Protocol
 
@@ -204,7 +205,7 @@ class _Data:
         files: list[str] = []
         entries: dict[str, DataSet] = {}
         for source in sources:
-            if source.path and Path(source.path).expanduser().exists():
+            if source.path and Path(expanduser(source.path)).exists():
                 files.append(source.path)
             # A source with a name and a path reads the path in the way that the entry says.
             name = source.name or (source.path if source.path not in files else None)

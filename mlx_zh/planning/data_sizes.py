@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_zh.corpus.registry import Registry
@@ -80,7 +81,7 @@ def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:
 
 def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float, bool]:
     """Rows, mean tokens, and whether the rows were counted, without `max_samples`."""
-    path = None if source.path is None else Path(source.path).expanduser()
+    path = None if source.path is None else Path(expanduser(source.path))
     if path is not None and path.exists():
         lengths = estimate_row_lengths(path, source.columns.values(), source.sheet) if path.is_file() else None
         if lengths is not None:

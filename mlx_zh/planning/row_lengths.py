@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ import yaml
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import open_rows
 from mlx_zh.errors import MlxZhError
+from mlx_zh.system.json_text import parse_json
 
 _SAMPLED_ROWS = 500  # of each file
 _TEMPLATE_TOKENS = 24.0  # of a chat template's headers, per row
@@ -42,7 +42,7 @@ def estimate_row_lengths(path: Path, columns: Collection[str] = (), sheet: str |
         for row in _json_lines(path) if path.suffix.lower() == ".jsonl" else _rows(path, sheet):
             rows += 1
             if sampled < _SAMPLED_ROWS:
-                used = json.loads(row) if isinstance(row, str) else row
+                used = parse_json(row) if isinstance(row, str) else row
                 if columns and isinstance(used, dict):
                     used = [used.get(column) for column in columns]
                 tokens += _TEMPLATE_TOKENS + _tokens(used)

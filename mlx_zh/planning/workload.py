@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_zh.corpus.registry import Registry
@@ -131,7 +132,7 @@ def exam_size(recipe: Recipe, name: str) -> ExamSize:
         questions = published.splits[settings.split or published.default_split]
         subjects, (question, worked) = len(published.subjects), _EXAM_TOKENS[name]
     else:
-        subjects, questions = _own_exam(Path(name).expanduser())
+        subjects, questions = _own_exam(Path(expanduser(name)))
         question = worked = _OWN_QUESTION
     return ExamSize(subjects, questions, question, shots * worked, protocol.reply == "free")
 

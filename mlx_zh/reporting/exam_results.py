@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import numpy as np
 from mlx_zh.exams import statistics
 from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import notices_of
+from mlx_zh.system.json_text import parse_json
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}
@@ -123,7 +123,7 @@ class _Report:
 def _read_report(path: Path, key: str) -> _Report | None:
     """The result file of the exam `key`; None where it is damaged. Files of older versions have fewer keys."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_text(encoding="utf-8"))
         return _checked(report, key) if report["letters"]["predicted"] else None
     except _DAMAGED:
         return None
@@ -220,7 +220,7 @@ def _answers(path: Path) -> Answers:
     answers: Answers = {}
     try:
         for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
+            line = parse_json(text)
             right = line["choice"] is not None and line["choice"] == line["truth"]
             answers.setdefault(line["subject"], {})[line["id"]] = right
     except _DAMAGED:

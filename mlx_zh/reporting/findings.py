@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from mlx_zh.language.notice import Notice, notices_of
 from mlx_zh.reporting import exam_results
 from mlx_zh.reporting.exam_results import Current, ExamResult
 from mlx_zh.reporting.messages import Text, named, say
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import hide, hide_all
 
 OVER_LONG = 0.05  # from this share of over-long rows on, there is an alarm
@@ -183,7 +183,7 @@ class _Reading:
 
     def mapping(self, path: Path) -> dict[str, object]:
         """A JSON object; empty where it is missing or damaged."""
-        content = self._parsed(path, lambda text: json.loads(text), {})
+        content = self._parsed(path, parse_json, {})
         if isinstance(content, dict):
             return content
         self._damaged(path)
@@ -191,7 +191,7 @@ class _Reading:
 
     def objects(self, path: Path) -> list[dict[str, object]]:
         """The objects of a JSON lines file."""
-        lines = self._parsed(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
+        lines = self._parsed(path, lambda text: [parse_json(line) for line in text.splitlines() if line.strip()], [])
         return [line for line in lines if isinstance(line, dict)]
 
     def _parsed(self, path: Path, parse: Any, empty: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from mlx_zh.errors import StorageError
 from mlx_zh.stages.checkup import Check
 from mlx_zh.stages.run_folder import TUNED, RunFolder, StageFolder
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import hide, hide_all
 from mlx_zh.system.storage import storage_errors, write_text
 
@@ -152,7 +152,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     for line in lines:
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             continue
         if isinstance(value, dict):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -24,6 +24,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import DataSet, Recipe, Source
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, storage
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def save_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
     """Write the corpus's report into `data/report.json` of the run folder, under its stage; returns the path."""
     path = RunFolder.of(recipe).prepared
     try:
-        reports: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        reports: dict[str, object] = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         reports = {}
     report = corpus.manifest["report"]
@@ -143,7 +144,7 @@ def resolve_source(
     Raises DataError, DownloadError.
     """
     entry: DataSet | None = None
-    path = None if source.path is None else Path(source.path).expanduser()
+    path = None if source.path is None else Path(expanduser(source.path))
     if source.name is not None:
         entry = find_data_set(source.name, registry)
     elif path is not None and not path.exists():
@@ -204,7 +205,7 @@ def _files_at(path: Path, source: Source, entry: DataSet | None) -> list[Path]:
 def _files_of(source: Source, entry: DataSet, hub: str) -> list[Path]:
     """The files of a registered data set, downloaded unless cached; `hub_rows` reads some sets row by row."""
     require_fitting_keys(source, entry)
-    if entry.hub == "file" and is_saved(folder := Path(entry.id).expanduser()):
+    if entry.hub == "file" and is_saved(folder := Path(expanduser(entry.id))):
         return saved_files(folder, source.split or entry.split)
     given = source.model_dump(include={"subset", "split", "revision", "streaming"}, exclude_none=True)
     entry = entry.model_copy(update=given)

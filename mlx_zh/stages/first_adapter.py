@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from mlx_zh.recipe import Lora, Recipe
 from mlx_zh.stages.run_folder import RunFolder, StageFolder
 from mlx_zh.system import console
 from mlx_zh.system.digests import file_digest
+from mlx_zh.system.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Start:
             return wanted
         spec, _ = read_adapter(self.folder)
         spec = replace(spec, num_layers=min(spec.num_layers, layers))
-        about = json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
+        about = parse_json((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
         if not is_model(about.get("base_fingerprint", loaded.fingerprint), loaded.path, loaded.fingerprint):
             raise AdapterError(
                 f"{self.name} was trained on {about.get('base', 'another model')}, whose files are not those of "

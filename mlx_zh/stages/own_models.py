@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def checked_model(answer: str) -> str:
 
 def _exists(path: str) -> bool:
     try:
-        return bool(path.strip()) and Path(path).expanduser().exists()
+        return bool(path.strip()) and Path(expanduser(path)).exists()
     except (OSError, RuntimeError, ValueError):
         return False
 

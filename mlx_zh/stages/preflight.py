@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_zh.core.families import Config
@@ -109,7 +110,7 @@ def _data(recipe: Recipe, registry: Registry, stages: Sequence[str]) -> Iterator
 
 def _source(recipe: Recipe, source: Source, registry: Registry, stage: str) -> Iterator[Problem]:
     entry = needs.registered(source, registry)
-    local = source.path is not None and Path(source.path).expanduser().exists()
+    local = source.path is not None and Path(expanduser(source.path)).exists()
     if not local and (entry is None or entry.hub in ("file", "generated")):
         if entry is None:
             find_data_set(source.name or str(source.path), registry)
@@ -139,7 +140,7 @@ def _packages(recipe: Recipe) -> Iterator[Problem]:
 def _exams(recipe: Recipe) -> Iterator[Problem]:
     settings = recipe.evaluate
     for exam, folder in settings.folder.items():
-        if exam in settings.benchmarks and not Path(folder).expanduser().is_dir():
+        if exam in settings.benchmarks and not Path(expanduser(folder)).is_dir():
             yield Problem(Notice("preflight-folder", exam=str(exam), folder=folder))
     for name in settings.benchmarks:
         if name not in NAMES:

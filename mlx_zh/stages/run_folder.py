@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.system import console, device
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.locks import Lock, locked
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json, write_text
@@ -140,7 +140,7 @@ class RunFolder:
         write_text(self.recipe, _origin(decision) + recipe.to_yaml(redacted))
         manifest: dict[str, Any] = {}
         if self.manifest.exists():
-            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+            manifest = parse_json(self.manifest.read_text(encoding="utf-8"))
         manifest |= {
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             "machine": {"system": platform.platform(), "processor": platform.machine(), "device": device.name()},
@@ -160,7 +160,7 @@ class RunFolder:
     def _decision(self) -> dict[str, Any] | None:
         """What the time budget decided, from `budget.json`."""
         try:
-            decision = json.loads(self.budget.read_text(encoding="utf-8"))
+            decision = parse_json(self.budget.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return decision if isinstance(decision, dict) else None

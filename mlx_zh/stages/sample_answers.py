@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from mlx_zh.stages import setbacks
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 from mlx_zh.system.digests import value_digest
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Samples:
         if not self._path.exists():
             return {}
         try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            stored = parse_json(self._path.read_text(encoding="utf-8"))
             key = stored.get("key") or value_digest(stored["prompts"])[:16]
             return dict(stored["answers"]) if key == value_digest(self._prompts)[:16] else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: ask again

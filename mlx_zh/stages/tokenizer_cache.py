@@ -6,7 +6,6 @@ prepared text has the same tokens, and the same fingerprint, as in the training 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.errors import ModelError
 from mlx_zh.system import console, storage
 from mlx_zh.system.digests import known_digests, text_digest
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_exact_json, write_exact_text
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class SnapshotTokenizer:
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = parse_json((folder / "about.json").read_text(encoding="utf-8"))
         self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.chat_template = about["chat_template"]
         self.special_tokens_map: dict[str, Any] = about["special_tokens_map"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
 from mlx_zh.training import checkpoints
@@ -393,7 +393,7 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
 
 def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
     """Print a stage's result: sample answers of the models `names`, validation before and after, paths of files."""
-    summary: TrainingSummary = json.loads(session.folder.summary.read_text(encoding="utf-8"))
+    summary: TrainingSummary = parse_json(session.folder.summary.read_text(encoding="utf-8"))
     before, after = summary["before"], summary["after"]
     console.say()
     if answers := samples.shown(*names):
@@ -436,7 +436,7 @@ def _without_length(values: Values, stage: str) -> Values:
 
 def _read_json(path: Path) -> dict[str, object] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -5,7 +5,6 @@ Only commands and stages use it.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, label
 from mlx_zh.system.arguments import wrapped
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import printable
 from mlx_zh.system.storage import append_json
 
@@ -98,13 +98,13 @@ def log_held_warnings(*, again: bool = True) -> None:
 
 def _logged_codes(path: Path) -> set[str]:
     try:
-        return {str(json.loads(line).get("code")) for line in path.read_text(encoding="utf-8").split("\n") if line}
+        return {str(parse_json(line).get("code")) for line in path.read_text(encoding="utf-8").split("\n") if line}
     except (OSError, ValueError, AttributeError):
         return set()
 
 
 def _write(text: str, path: Path) -> None:
-    coded = text.as_dict() if isinstance(text, Notice) else {}
+    coded: dict[str, Any] = {**text.as_dict()} if isinstance(text, Notice) else {}
     with suppress(StorageError):  # other writes report a full disk
         append_json(path, {"text": str(text), **coded})
 

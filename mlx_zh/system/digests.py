@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.errors import DataError, StorageError
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import cache_folder, write_exact_json
 
 _FRESH = 2.0  # seconds; a file that changed this recently may change again without a new time stamp
@@ -46,7 +47,7 @@ class FileDigests:
     def __init__(self, path: Path, reading: Reading | None = None) -> None:
         self._path, self._reading = path, reading
         try:
-            cache = json.loads(path.read_text(encoding="utf-8"))
+            cache = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             cache = {}
         self._cache: dict[str, list[Any]] = cache if isinstance(cache, dict) else {}

@@ -73,6 +73,9 @@ def _reported(error: BaseException, debug: bool) -> int:
         _say("".join(map(in_readers_language, parts)))
     elif isinstance(error, OSError) and error.errno in _FULL:
         _say("no space is left where this command writes. Free some space, then run the same command again.")
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        _say(f"{path} cannot be used: {error.strerror}. Check the path, and who may read and write it.")
     elif isinstance(error, MemoryError):
         _say("the memory of this machine is exhausted. Close other programs, or give less data or a smaller model.")
     else:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_zh.errors import StorageError
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import storage_errors, working_in
 
 _NAME = ".lock"
@@ -119,7 +120,7 @@ def _acquire(path: Path) -> tuple[int, bool]:
 def _holder(descriptor: int) -> str | None:
     """The holder that the lock file names, as text for people."""
     try:
-        about = json.loads(os.pread(descriptor, 1000, 0))
+        about = parse_json(os.pread(descriptor, 1000, 0))
         return f"{about['what']}, process {about['process']}, since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return None

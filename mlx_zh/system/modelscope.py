@@ -11,6 +11,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterator, Sequence
+from os.path import expanduser
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -39,7 +40,7 @@ def endpoint() -> str:
 
 def cache_root() -> Path:
     """The cache folder of ModelScope's tools: MODELSCOPE_CACHE, else `~/.cache/modelscope`."""
-    return Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    return Path(expanduser(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"))
 
 
 def snapshot_folder(name: str, kind: str, revision: str | None) -> Path:

@@ -1,7 +1,7 @@
 """Remove from texts what must not be shown or stored: tokens, passwords, credentials in URLs, the home folder.
 
-Every pattern takes time in proportion to the text: it begins at a fixed word, and what may follow that word is bounded
-or cannot contain the word again.
+Every pattern takes time in proportion to the text: it begins at a fixed word, and what may follow is bounded or
+cannot contain that word.
 """
 
 from __future__ import annotations
@@ -91,27 +91,21 @@ _WORDS = (
     (re.compile(r"(://)[^\s/\"<>]*@", _A), rf"\g<1>{HIDDEN}@"),
     # Tokens with a known form: Hugging Face, GitHub, GitLab, OpenAI and similar services, Slack, Google, ModelScope,
     # AWS, Alibaba Cloud, Tencent Cloud, JSON web tokens.
-    (re.compile(_START + r"(?:hf_|api_org_)[A-Za-z0-9]{16,}", re.ASCII), HIDDEN),
-    (
-        re.compile(
-            _START + r"(?:gh[opsur]|github_pat|glpat|npm|gsk|nvapi|dop_v1|r8|pypi)[_-][A-Za-z0-9_-]{20,}", re.ASCII
-        ),
-        HIDDEN,
+    *(
+        (re.compile(_START + form, re.ASCII), HIDDEN)
+        for form in (
+            r"(?:hf_|api_org_)[A-Za-z0-9]{16,}",
+            r"(?:gh[opsur]|github_pat|glpat|npm|gsk|nvapi|dop_v1|r8|pypi)[_-][A-Za-z0-9_-]{20,}",
+            r"(?:sk|pk|rk)[-_](?:(?:proj|ant|live|test|or|svcacct)[-_]){0,3}[A-Za-z0-9]{16,}[A-Za-z0-9_-]*",
+            r"sk-(?=[a-z_-]{0,60}[A-Z0-9])[A-Za-z0-9_-]{16,}",
+            r"xox[abeprs]-[A-Za-z0-9-]{10,}",
+            r"AIza[A-Za-z0-9_-]{35}",
+            r"ms-[0-9A-Fa-f]{8}-[0-9A-Za-z-]{20,}",
+            r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+            r"(?:LTAI|AKID)[A-Za-z0-9]{12,60}(?![A-Za-z0-9])",
+            r"(?<![_-])eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]++(?:\.[A-Za-z0-9_-]*+)?",
+        )
     ),
-    (
-        re.compile(
-            _START + r"(?:sk|pk|rk)[-_](?:(?:proj|ant|live|test|or|svcacct)[-_]){0,3}[A-Za-z0-9]{16,}[A-Za-z0-9_-]*",
-            re.ASCII,
-        ),
-        HIDDEN,
-    ),
-    (re.compile(_START + r"sk-(?=[a-z_-]{0,60}[A-Z0-9])[A-Za-z0-9_-]{16,}", re.ASCII), HIDDEN),
-    (re.compile(_START + r"xox[abeprs]-[A-Za-z0-9-]{10,}", re.ASCII), HIDDEN),
-    (re.compile(_START + r"AIza[A-Za-z0-9_-]{35}", re.ASCII), HIDDEN),
-    (re.compile(_START + r"ms-[0-9A-Fa-f]{8}-[0-9A-Za-z-]{20,}", re.ASCII), HIDDEN),
-    (re.compile(_START + r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])", re.ASCII), HIDDEN),
-    (re.compile(_START + r"(?:LTAI|AKID)[A-Za-z0-9]{12,60}(?![A-Za-z0-9])", re.ASCII), HIDDEN),
-    (re.compile(r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]++(?:\.[A-Za-z0-9_-]*+)?", re.ASCII), HIDDEN),
 )
 # A quick look at whether any of the patterns above can match.
 _TRIGGER = re.compile(

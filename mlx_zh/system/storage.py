@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -38,9 +39,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def cache_folder() -> Path:
     """This program's cache folder: `MLX_ZH_CACHE`, else the usual place of the platform."""
     if chosen := os.environ.get("MLX_ZH_CACHE"):
-        return Path(chosen).expanduser()
+        return Path(expanduser(chosen))
     if base := os.environ.get("XDG_CACHE_HOME"):  # platformdirs ignores a path that begins with ~
-        return Path(base).expanduser() / "mlx-zh"
+        return Path(expanduser(base)) / "mlx-zh"
     return platformdirs.user_cache_path("mlx-zh")
 
 
@@ -228,7 +229,10 @@ def json_line(value: Any) -> str:
 
 
 def write_exact_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically; half of a surrogate pair becomes a question mark. Raises StorageError."""
+    """Write a text file in UTF-8, atomically. Raises StorageError.
+
+    Half of a surrogate pair becomes a question mark.
+    """
     with written_whole(path) as file:
         file.write(text.encode("utf-8", errors="replace"))
 

@@ -5,7 +5,6 @@ A checkpoint is written to a temporary folder and then renamed, so a folder of i
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import mlx.core as mx
 from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
 from mlx_zh.system.digests import file_digest
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import (
     make_folder,
     require_in_place,
@@ -120,11 +120,11 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
 
 
 def _load(path: Path) -> Checkpoint:
-    digests = json.loads((path / _DIGESTS).read_text(encoding="utf-8"))
+    digests = parse_json((path / _DIGESTS).read_text(encoding="utf-8"))
     for name in _FILES:  # an array with a flipped bit would load without an error
         if file_digest(path / name) != digests[name]:
             raise ValueError(f"{name} is not what was written")
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = parse_json((path / "state.json").read_text(encoding="utf-8"))
     arrays = [mx.load(str(path / f"{name}.safetensors")) for name in ("weights", "optimizer")]
     mx.eval(arrays)
     weights, optimizer = arrays

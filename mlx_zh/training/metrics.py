@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict
 
 from mlx_zh.errors import TrainingError
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import Identity, append_json, identity, json_line, moved, storage_errors, sync, write_text
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class MetricsLog:
         """All lines, parsed."""
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        return [parse_json(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
 
 
 class Skipped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install, linear_layers, new_layers
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_arrays, write_json
 
 _LEAVES = ("lora_a", "lora_b", "m")
@@ -78,7 +78,7 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
                 f"{ADAPTER_FILE}."
             )
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         parameters = config.get("lora_parameters") or {}
         spec = AdapterSpec(
             kind=config.get("fine_tune_type", "lora"),
@@ -127,7 +127,7 @@ def _check_vocabulary(model: nn.Module, folder: Path) -> None:
     Its shapes cannot show this, because most adapters do not touch the embedding; ours record the vocabulary's size.
     """
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
     about = config.get("mlx_zh") if isinstance(config, dict) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from mlx_zh.errors import ModelError
 from mlx_zh.models.export.source import Source
 from mlx_zh.models.folder import as_ids
 from mlx_zh.models.gguf_tokenizer import cutting_rule
+from mlx_zh.system.json_text import parse_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_attr
 
@@ -16,7 +16,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_at
 def tokenizer_metadata(source: Source) -> dict[str, Any]:
     """The metadata `tokenizer.*` of a model. Raises ModelError if llama.cpp cannot split text as its tokenizer."""
     tokenizer = source.tokenizer
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = parse_json(tokenizer.backend_tokenizer.to_str())
     rule = cutting_rule(tokenizer)
     model = state["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges") or rule is None:

@@ -1,0 +1,38 @@
+"""Reading JSON that others wrote: a text that cannot be read is a ValueError, however deep or long it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+DEEPEST = 200  # levels; what walks through the values calls itself once a level
+
+
+class NestedTooDeeply(ValueError):
+    """A text with more levels than `DEEPEST`."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for any text that is not JSON, or is nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise NestedTooDeeply("nested too deeply") from None
+    openings = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, openings)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
+        raise NestedTooDeeply(f"nested more than {DEEPEST} levels deep")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
