@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system.digests import known_digests, value_digest
+from mlx_zh.system.json_text import parse_json
 
 
 def adapter_digest(folder: Path) -> str:
@@ -62,7 +62,7 @@ def _recorded_base(run: RunFolder) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
