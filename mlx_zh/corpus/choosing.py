@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mlx_zh.corpus import mixing
 from mlx_zh.corpus.duplicates import find_exact, find_near
-from mlx_zh.corpus.scan import PART, Scan
+from mlx_zh.corpus.scan import Scan
 from mlx_zh.corpus.sources import DataSource
 
 DUPLICATE = "duplicate"
@@ -170,4 +170,5 @@ def _split(
 
 def _place(scan: Scan, number: int) -> str:
     """Where a source's row number `number` stands: "file:line"."""
-    return scan.items(number // PART)[number % PART].source
+    part = int(scan.parts_of(number))
+    return scan.items(part)[number - int(scan.parts[part])].source

@@ -31,8 +31,9 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import storage_errors, write_exact_json, written_whole
 
-PART = 4096  # rows of one spool file
-_BATCH = 512  # rows whose n-grams are computed at once
+PART = 4096  # rows of one spool file at most
+_BATCH = 512  # rows whose n-grams are computed at once, at most
+_PART_CHARACTERS, _BATCH_CHARACTERS = 1 << 22, 1 << 19  # with these, or more, a part or a batch ends earlier
 _DIGITS = re.compile(r"\d+")
 _REPORTED = 2000  # rows between two reports of progress
 
@@ -61,9 +62,14 @@ class Scan:
     prompts: npt.NDArray[np.uint64]  # (N,) hash of the first question
     exam: npt.NDArray[np.int32]  # (N,) index of the exam question that the row contains, or -1
     overlap: npt.NDArray[np.float32]  # (N,) largest share of a question's n-grams that the row contains
+    parts: npt.NDArray[np.int64]  # (P,) number of the first row of each spool file
+
+    def parts_of(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The number of the spool file that holds each of these rows."""
+        return np.searchsorted(self.parts, rows, side="right") - 1
 
     def items(self, part: int) -> list[Item]:
-        """The rows of spool file number `part`: those from number PART * part on."""
+        """The rows of spool file number `part`: those from number parts[part] on."""
         text = (self.folder / f"part-{part:05d}.spool").read_text(encoding="utf-8")
         return [_item(row) for row in parse_json(text)]
 
@@ -96,7 +102,9 @@ def open_scan(folder: Path, near: bool) -> Scan:
         columns = {name: arrays[name] for name in arrays.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"
     rows = Rows(columns["exact"], columns["numbers"], signatures if near else None, bands if near else None)
-    return Scan(folder, report, rows, columns["prompts"], columns["exam"], columns["overlap"])
+    # Earlier versions wrote parts of 4096 rows; their work may be taken up.
+    parts = columns.get("parts", np.arange(0, len(columns["prompts"]), 4096))
+    return Scan(folder, report, rows, columns["prompts"], columns["exam"], columns["overlap"], parts)
 
 
 def _normalized_items(source: DataSource, settings: ScanSettings, report: LoadReport) -> Iterator[Item]:
@@ -121,12 +129,14 @@ class _ScanWriter:
             "prompts": [np.empty(0, np.uint64)],
             "exam": [np.empty(0, np.int32)],
             "overlap": [np.empty(0, np.float32)],
+            "parts": [np.empty(0, np.int64)],
         }
-        self._folder, self._parts = folder, 0
+        self._folder, self._parts, self._rows = folder, 0, 0
         self._ngram = settings.near_ngram if source.near_duplicates else None
         self._exams = ExamFilter(ExamIndex.load(Path(settings.exam_index))) if settings.exam_index else None
         self._batch: list[Item] = []
         self._spool: list[Any] = []
+        self._batch_characters = self._spool_characters = 0
         self._files: list[BinaryIO] = []
         if self._ngram is not None:
             for name in ("signatures.u16", "bands.u32"):
@@ -136,9 +146,12 @@ class _ScanWriter:
         """Add one row."""
         self._batch.append(item)
         self._spool.append(_row(item))
-        if len(self._batch) == _BATCH:
+        characters = characters_of(item)
+        self._batch_characters += characters
+        self._spool_characters += characters
+        if len(self._batch) >= _BATCH or self._batch_characters >= _BATCH_CHARACTERS:
             self._hash_batch()
-        if len(self._spool) == PART:
+        if len(self._spool) >= PART or self._spool_characters >= _PART_CHARACTERS:
             self._write_spool()
 
     def flush(self) -> None:
@@ -168,14 +181,16 @@ class _ScanWriter:
         if self._exams is None:
             self.columns["exam"].append(np.full(len(texts), -1, np.int32))
             self.columns["overlap"].append(np.zeros(len(texts), np.float32))
-        self._batch = []
+        self._batch, self._batch_characters = [], 0
 
     def _write_spool(self) -> None:
         path = self._folder / f"part-{self._parts:05d}.spool"
         with storage_errors(path):
             path.write_text(json.dumps(self._spool, ensure_ascii=False), encoding="utf-8")
+        self.columns["parts"].append(np.array([self._rows], np.int64))
         self._parts += 1
-        self._spool = []
+        self._rows += len(self._spool)
+        self._spool, self._spool_characters = [], 0
 
 
 def _hashes(texts: list[str]) -> npt.NDArray[np.uint64]:
@@ -192,6 +207,12 @@ def _texts(item: Item) -> list[str]:
     """The texts of a row without the system message: rows that differ only in that are duplicates."""
     texts = [message.content.strip() for message in _prompt(item) if message.role != "system"]
     return texts if isinstance(item, Conversation) else [*texts, item.chosen.strip(), item.rejected.strip()]
+
+
+def characters_of(item: Item) -> int:
+    """The characters of all texts of a row."""
+    length = sum(len(message.content) for message in _prompt(item))
+    return length if isinstance(item, Conversation) else length + len(item.chosen) + len(item.rejected)
 
 
 def _row(item: Item) -> tuple[Any, ...]:

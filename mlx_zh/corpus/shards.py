@@ -23,13 +23,14 @@ import pyarrow as pa
 from mlx_zh.corpus.conversation import Conversation, Preference, prompt_with_system, with_system
 from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
-from mlx_zh.corpus.scan import PART, Scan
+from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_exact_json, written_whole
 
 ROWS = 16384  # chosen rows for each file
-_BATCH = 512  # rows rendered by one thread at a time
+_BATCH = 512  # rows rendered by one thread at a time, at most
+_BATCH_CHARACTERS = 1 << 18  # with these, or more, a batch ends earlier
 _THREADS = 4
 
 Indices = npt.NDArray[np.int64]
@@ -128,15 +129,22 @@ _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
 
 
 def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
-    """The chosen rows, read from the spool files, in batches of one source with at most _BATCH rows."""
+    """The chosen rows, read from the spool files, in batches of one source that have limited rows and characters."""
     for source in np.unique(chosen.sources).tolist():
-        rows = chosen.rows[chosen.sources == source]
-        for part in np.unique(rows // PART).tolist():
-            items = scans[source].items(part)
-            within = (rows[rows // PART == part]).tolist()
-            for first in range(0, len(within), _BATCH):
-                numbers = within[first : first + _BATCH]
-                yield source, numbers, [items[number - part * PART] for number in numbers]
+        scan, rows = scans[source], chosen.rows[chosen.sources == source]
+        part_of = scan.parts_of(rows)
+        for part in np.unique(part_of).tolist():
+            items, first = scan.items(part), int(scan.parts[part])
+            numbers: list[int] = []
+            characters = 0
+            for number in rows[part_of == part].tolist():
+                numbers.append(number)
+                characters += characters_of(items[number - first])
+                if len(numbers) == _BATCH or characters >= _BATCH_CHARACTERS:
+                    yield source, numbers, [items[n - first] for n in numbers]
+                    numbers, characters = [], 0
+            if numbers:
+                yield source, numbers, [items[n - first] for n in numbers]
 
 
 def _render(

@@ -20,12 +20,13 @@ from mlx_zh.corpus.render import (
     REJECTED_OVERFLOW,
     Renderer,
 )
-from mlx_zh.corpus.scan import PART, Scan
+from mlx_zh.corpus.scan import Scan
 from mlx_zh.corpus.shards import CUT_SHORT
 from mlx_zh.corpus.sources import DataSource, Item
 
 BINS = 24  # of the histogram of lengths
 _SAMPLED = 512  # rows on which tokens per Chinese character are measured
+_SAMPLED_CHARACTERS = 2000  # of each of them
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]{2,}")
 _TOO_LONG = (
     OVERFLOW,
@@ -174,9 +175,11 @@ def tokens_per_character(scans: Sequence[Scan], choice: Choice, renderer: Render
     for row in sample.tolist():
         source = int(np.searchsorted(choice.starts, row, side="right")) - 1
         number = row - int(choice.starts[source])
-        if loaded != (source, number // PART):
-            loaded, items = (source, number // PART), scans[source].items(number // PART)
-        runs += _HAN.findall("\n".join(_texts(items[number % PART])))
+        scan = scans[source]
+        part = int(scan.parts_of(number))
+        if loaded != (source, part):
+            loaded, items = (source, part), scan.items(part)
+        runs += _HAN.findall("\n".join(_texts(items[number - int(scan.parts[part])]))[:_SAMPLED_CHARACTERS])
     characters = sum(map(len, runs))
     return sum(renderer.lengths(runs)) / characters if characters else None
 

@@ -337,7 +337,7 @@ def test_large_sources_are_read_in_processes_of_their_own(save, run, renderer, m
 
 
 def small_files(monkeypatch) -> None:
-    for module, name, value in ((shards, "ROWS", 64), (scan, "PART", 32), (shards, "PART", 32)):
+    for module, name, value in ((shards, "ROWS", 64), (scan, "PART", 32)):
         monkeypatch.setattr(module, name, value)
 
 
@@ -345,10 +345,7 @@ def small_files(monkeypatch) -> None:
 def test_an_interrupted_run_is_taken_up_and_never_served(save, run, monkeypatch, tmp_path: Path, moment: str):
     """Interrupted anywhere, nothing is there to be served; the next run keeps what was finished."""
     small_files(monkeypatch)
-    from mlx_zh.corpus import choosing, statistics
 
-    monkeypatch.setattr(choosing, "PART", 32)
-    monkeypatch.setattr(statistics, "PART", 32)
     sources = save("a", rows(150, 1)), save("b", rows(150, 2))
     whole = run(*sources)
     expected = [example.tokens.tolist() for example in whole.conversations("train")]
