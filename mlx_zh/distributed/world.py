@@ -26,7 +26,6 @@ from mlx_zh.distributed import launching
 from mlx_zh.distributed.heartbeat import PATIENCE, Heartbeat, Listener, connect
 from mlx_zh.errors import DistributedError, MlxZhError
 from mlx_zh.language.notice import Notice
-from mlx_zh.system.json_text import parse_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -136,7 +135,7 @@ class World:
         whole = np.zeros(int(ends[-1]), dtype=np.uint8)
         whole[ends[self.rank] - data.size : ends[self.rank]] = data
         merged = np.array(self._all_sum(mx.array(whole)))
-        return [parse_json(part.tobytes()) for part in np.split(merged, ends[:-1])]
+        return [json.loads(part.tobytes()) for part in np.split(merged, ends[:-1])]
 
     def broadcast_result(self, make: Callable[[], T]) -> T:
         """The JSON-serializable result of `make`, which is called on rank 0 only.
@@ -312,7 +311,7 @@ def _launched() -> bool:
 def _address_of_rank_0() -> str:
     """The address at which the back end reaches rank 0; empty where it is not known, as with MPI."""
     if ring := os.environ.get("MLX_HOSTFILE"):
-        address: str = parse_json(Path(ring).read_text(encoding="utf-8"))[0][0]
+        address: str = json.loads(Path(ring).read_text(encoding="utf-8"))[0][0]
     else:
         address = os.environ.get("MLX_JACCL_COORDINATOR") or os.environ.get("NCCL_HOST_IP") or ""
     return address.partition(":")[0]
