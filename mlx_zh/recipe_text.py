@@ -47,6 +47,39 @@ for _tag, _pattern, _first in _PLAIN:
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
+_LONGEST = 200_000  # characters of a document; PyYAML takes some seconds for them
+_MOST_NODES = 100_000  # values of a document, those that aliases repeat included
+
+
+def load(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> tuple[Any, Any]:
+    """The node and the value of a YAML document. Raises YAMLError, also if it is too long or its aliases repeat much.
+
+    Aliases of aliases would make gigabytes of a few lines.
+    """
+    if len(text) > _LONGEST:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, more than {_LONGEST:,}")
+    opened = loader(text)
+    try:
+        node = opened.get_single_node()
+        if _repeated_size(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError(f"it has more than {_MOST_NODES:,} values, or aliases that repeat so many")
+        return node, None if node is None else opened.construct_document(node)
+    finally:
+        opened.dispose()
+
+
+def _repeated_size(node: Any, sizes: dict[int, int]) -> int:
+    """The nodes below a node, each as often as aliases repeat it; a node within itself counts once."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        else:
+            inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        sizes[id(node)] = min(1 + sum(_repeated_size(part, sizes) for part in inner), 2 * _MOST_NODES)
+    return sizes[id(node)]
+
+
 def dump(value: Any) -> str:
     """Plain values as YAML. `parse` reads the same values from it."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -134,8 +167,7 @@ def parse(path: Path, form: str = "a recipe is a mapping of sections (name, mode
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        value = yaml.load(text, Loader=_Loader)
+        node, value = load(text, _Loader)
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -190,7 +222,7 @@ def _note_lines(node: Any, key: Key, document: Document, seen: set[int]) -> None
 def parse_value(text: str, context: str) -> Any:
     """The value of an override, read as YAML. Raises RecipeError, which names the override `context`."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return load(text, _Loader)[1]
     except (*_YAML_ERRORS, RecursionError) as error:
         reason = f"the value is not valid YAML: {_reason(error)}"
         raise RecipeError(f"{context!r}: {reason}. Put text in quotes.") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -139,7 +140,7 @@ def _columns(place: str, path: Path, header: Sequence[str]) -> list[str]:
     columns = [name.strip().lstrip(_MARK) for name in header]
     if not any(columns):
         raise DataError(f"{path}: the file holds no rows")
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    twice = sorted(name for name, count in Counter(columns).items() if name and count > 1)
     if twice:
         raise DataError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
     if re.fullmatch(r'"?sep=.?"?', "".join(columns)):

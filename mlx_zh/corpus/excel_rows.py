@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 EXCEL_SUFFIXES = (".xlsx", ".xlsm", ".xls")
 _OLE = b"\xd0\xcf\x11\xe0"  # the container of .xls, and of an encrypted .xlsx
 _CHUNK = 1 << 20  # bytes unpacked at once
-_MAX_CELLS = 1 << 24  # cells of a sheet's rectangle; calamine keeps all of them in memory, 32 bytes each
-_MAX_UNPACKED = 1 << 29  # bytes of a workbook's parts
+# Cells of a sheet's rectangle, which calamine keeps in memory, 32 bytes each, and bytes of a workbook's parts: so many
+# at most, and of a small file fewer: so many, and so many more for each of its bytes.
+_MAX_CELLS, _SMALL_CELLS, _CELLS_A_BYTE = 1 << 24, 1 << 22, 2
+_MAX_UNPACKED, _SMALL_UNPACKED, _RATIO = 1 << 29, 1 << 26, 50
 _ROW, _CELL = re.compile("[0-9]{1,9}"), re.compile("([A-Za-z]{1,7})([0-9]{1,9})")
 _DIGITS = 15  # significant digits that Excel keeps of a number
 
@@ -205,18 +207,20 @@ def _check_size(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != ZIP:
             return  # the older format has at most 65,536 x 256 cells
+    size = path.stat().st_size
+    most = min(_MAX_UNPACKED, _SMALL_UNPACKED + _RATIO * size)
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = 0
             for part in archive.infolist():
                 is_sheet = re.fullmatch(r"/?xl/worksheets/[^/]+\.xml", part.filename, re.I)
-                box = _Box(path) if is_sheet else None
+                box = _Box(path, min(_MAX_CELLS, _SMALL_CELLS + _CELLS_A_BYTE * size)) if is_sheet else None
                 with archive.open(part) as file:
                     while chunk := file.read(_CHUNK):
                         unpacked += len(chunk)
-                        if unpacked > _MAX_UNPACKED:
+                        if unpacked > most:
                             raise DataError(
-                                f"{path}: the workbook unpacks to more than {_MAX_UNPACKED >> 20} MB; save its sheet "
+                                f"{path}: the workbook unpacks to more than {most >> 20} MB; save its sheet "
                                 "as “CSV UTF-8”, and name that file"
                             )
                         if box is not None:
@@ -231,8 +235,8 @@ def _check_size(path: Path) -> None:
 class _Box:
     """The rectangle that a sheet's cells fill, from its XML. `feed` raises DataError as soon as it is too large."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, most: int) -> None:
+        self._path, self._most = path, most
         self._rows = self._columns = self._row = self._column = 0
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.StartElementHandler = self._start
@@ -240,7 +244,7 @@ class _Box:
     def feed(self, chunk: bytes) -> None:
         """Read the next part of the XML. Raises ExpatError."""
         self._parser.Parse(chunk)
-        if self._rows * self._columns > _MAX_CELLS:
+        if self._rows * self._columns > self._most:
             raise DataError(
                 f"{self._path}: a sheet has cells up to row {self._rows} and column {self._columns}, too far apart "
                 "to be read; delete the empty rows and columns around the table, or save the sheet as “CSV UTF-8”"

@@ -18,6 +18,7 @@ _WORD = 16  # characters; longer than any word or escape of JSON
 _BLANK = " \t\r\n"
 _MARK_BYTES, _MARKED = "surrogateescape", re.compile("[\udc80-\udcff]")  # a byte that is no text becomes a surrogate
 _PARQUET, _PARQUET_ROWS = b"PAR1", 1024
+_FEW_ROWS, _SMALL, _RATIO = 10_000, 1 << 26, 50  # what a Parquet file may unpack to: rows, bytes, times its size
 ZIP = b"PK\3\4"
 _DECODER = json.JSONDecoder()
 
@@ -134,6 +135,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _check_parquet(path, file.metadata)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     yield f"{path}[{index}]", row
@@ -144,6 +146,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
     if not index:
         raise DataError(f"{path}: the file holds no rows")
+
+
+def _check_parquet(path: Path, metadata: Any) -> None:
+    """Refuse a file that unpacks to many times its size, before a row group of it is read. Raises DataError."""
+    size = path.stat().st_size
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
+    if metadata.num_rows > _FEW_ROWS + size // 2 or unpacked > _SMALL + _RATIO * size:
+        raise DataError(
+            f"{path}: {size:,} bytes unpack to {metadata.num_rows:,} rows of {unpacked:,} bytes, and no data set of "
+            "texts does so; leave the file out"
+        )
 
 
 def _line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import yaml
 
 from mlx_zh.errors import DataError
 from mlx_zh.recipe import DataSet
+from mlx_zh.recipe_text import load
 
 Registry = dict[str, DataSet]
 
@@ -38,7 +39,7 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 
 def _entries(text: str, place: str) -> Registry:
     try:
-        document = yaml.safe_load(text) or {}
+        document = load(text)[1] or {}
     except _YAML_ERRORS as error:
         raise DataError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:

@@ -23,6 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _BYTE_SCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 Weights = dict[str, "mx.array"]
+_TENSORS_OF_A_LAYER = 9  # seven matrices and two norms, in all families; some have more
 
 
 def build_model(
@@ -140,7 +141,8 @@ def _resolve_config(config: Config, weights: Weights, source: str) -> None:
 def _lazy_model(config: Config, weights: Weights, source: str) -> Any:
     """The model with lazy random parameters, which take no memory before they are evaluated."""
     layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(weights):
+    # A layer takes memory before its tensors are compared, so there must be at least enough of them.
+    if isinstance(layers, int) and layers * _TENSORS_OF_A_LAYER > len(weights) + _TENSORS_OF_A_LAYER:
         raise ModelError(
             f"{source}: its config.json says {layers:,} layers, but there are only {len(weights)} tensors. Download "
             "the model again."

@@ -27,6 +27,7 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _MOST = 1 << 22  # entries that a table or an array may have; the largest vocabularies have a sixteenth of it
+_ROW, _ENTRY = 24, 13  # bytes that a tensor's row and an entry of metadata take at least
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 # Names of all tensor types, so that an error can name a type that is not supported.
@@ -153,7 +154,7 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], int]:
             "model again with a current llama.cpp."
         )
     rows, entries = cursor.scalar("Q"), cursor.scalar("Q")
-    if max(rows, entries) > _MOST:
+    if max(rows, entries) > _MOST or rows * _ROW + entries * _ENTRY > cursor.size:
         raise ModelError(
             f"{cursor.path} is damaged: its header says {entries:,} entries of metadata and {rows:,} tensors. "
             "Download it again."
