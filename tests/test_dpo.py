@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import sentences
 from project import Project, Result, interrupt_after, losses, message, metrics
@@ -16,6 +17,7 @@ from project import Project, Result, interrupt_after, losses, message, metrics
 from mlx_zh import dpo
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.models.adapters.peft import write_peft
+from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.training import reference
 
 LN2 = math.log(2)
@@ -408,3 +410,21 @@ def test_a_system_message_is_put_before_prompts_that_have_none(preferring: Proje
     longer = metrics(prefer(preferring, "dpo.max_steps=1", "data.system=你好", name="system"))[1]["tokens"]
     turn = 1 + len(b"system\n") + len("你好".encode()) + 1 + len(b"\n")
     assert longer - plain == 4 * turn
+
+
+def test_weights_between_the_samples_of_earlier_versions_make_another_reference(
+    preferring: Project, forwards: list[int]
+) -> None:
+    """Few rows of the embedding differ, nothing at the beginning, middle and end of a tensor."""
+    shutil.copytree(preferring.model, "patched")
+    path = Path("patched/model.safetensors")
+    arrays = dict(mx.load(str(path)))
+    table = arrays["model.embed_tokens.weight"]
+    patched = np.array(table)
+    patched[len(patched) // 4] *= 2
+    mx.save_safetensors(str(path), arrays | {"model.embed_tokens.weight": mx.array(patched)})
+    assert sampled_fingerprint(Path("patched")) == sampled_fingerprint(preferring.model)
+    prefer(preferring, name="one")
+    computed = sum(forwards)
+    prefer(preferring, "model.path=patched", name="two")
+    assert sum(forwards) == 2 * computed

@@ -13,6 +13,7 @@ import pytest
 from project import Project
 
 from mlx_zh import eval
+from mlx_zh import report as report_stage
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams.records import Records
 from mlx_zh.language.notice import notice_of
@@ -282,6 +283,35 @@ def test_a_fused_model_is_a_model_of_its_own(ask: Ask, project: Project):
     status, out, _ = ask("--stage", "fused")
     assert status == 0 and "fused against base: +0.00 points [+0.0, +0.0], 0 questions won, 0 lost" in out
     assert [line["logprobs"] for line in lines("fused")] == [line["logprobs"] for line in lines("base")]
+
+
+def test_figures_of_an_earlier_model_are_left_out(ask: Ask, project: Project, model_folder: Callable[..., Path]):
+    """After the model was fused again, and after the adapter was trained again, until each is asked again."""
+    import shutil
+
+    write_adapter(project, "sft")
+    shutil.copytree(project.model, "runs/tiny/fused/mlx")
+    ask()
+    ask("--stage", "fused")
+
+    def write_report() -> str:
+        assert report_stage.main(["recipe.yaml"]) == 0
+        return Path("runs/tiny/report.md").read_text(encoding="utf-8")
+
+    assert "fused against base" in ask("--stage", "base")[1]
+    assert "so its earlier figures are left out" not in write_report()
+
+    shutil.rmtree("runs/tiny/fused/mlx")
+    shutil.copytree(model_folder("qwen3"), "runs/tiny/fused/mlx")
+    status, out, _ = ask("--stage", "base")
+    assert status == 0 and "fused against" not in out and "sft against base" in out
+    assert "the fused model, or the adapter in it, has changed since it was asked exam" in out
+    assert "mlx-zh eval RECIPE --stage fused" in write_report()
+
+    write_adapter(project, "sft", seed=1)
+    status, out, _ = ask("--stage", "base")
+    assert "sft has changed since it was asked exam" in out and "sft against" not in out
+    assert "mlx-zh eval RECIPE --stage sft" in write_report()
 
 
 @pytest.mark.parametrize(

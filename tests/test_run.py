@@ -176,6 +176,66 @@ def test_a_changed_data_file_redoes_its_stages(stages):
     assert stages.taken() == ["prepare", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]
 
 
+def entry(**values: Any) -> str:
+    fields = {"hub": "file", "id": "rows.jsonl", "kind": "sft", "columns": {"prompt": "q", "response": "good"}}
+    return yaml.safe_dump({"mine": fields | values})
+
+
+def keeping_time(path: str, text: str) -> None:
+    """Write a file again with the same size and time of modification."""
+    stat = Path(path).stat()
+    Path(path).write_text(text)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert Path(path).stat().st_size == stat.st_size
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda: keeping_time("rows.jsonl", "b" * 2**21), "rows.jsonl changed"),
+        (lambda: Path("registry.yaml").write_text(entry(format="pairs")), 'format of mine "auto" -> "pairs"'),
+        (lambda: Path("registry.yaml").write_text(entry(columns={"prompt": "q", "response": "poor"})), '-> "poor"'),
+        (lambda: Path("registry.yaml").write_text(entry(id="sft.jsonl")), 'id of mine "rows.jsonl" -> "sft.jsonl"'),
+        (lambda: keeping_time("exam/val/law_val.csv", "two"), "exam changed"),
+        (lambda: Path("registry.yaml").write_text(entry(note="read me")), None),
+    ],
+)
+def test_what_stands_behind_a_name_is_an_input_too(stages, change, reason, capsys):
+    """The same size and time as before hide nothing, also of files beyond a megabyte."""
+    Path("exam/val").mkdir(parents=True)
+    Path("exam/val/law_val.csv").write_text("one")
+    Path("rows.jsonl").write_text("a" * 2**21)
+    Path("registry.yaml").write_text(entry())
+    data = {"sft": {"train": ["sft.jsonl"], "validation": [{"name": "mine"}]}, "registry_file": "registry.yaml"}
+    write_recipe(data=data, evaluate={"benchmarks": ["ceval"], "folder": {"ceval": "exam"}})
+    go()
+    stages.taken()
+    assert go() == 0 and not stages.taken()
+    capsys.readouterr()
+    change()
+    go()
+    if reason is None:
+        assert not stages.taken()
+    else:
+        assert stages.taken()[0] == "prepare" and reason in capsys.readouterr().out
+
+
+def test_the_records_of_an_earlier_version_are_made_again_without_a_new_training(stages, capsys):
+    """A training stage compares its own folder, so it is not told to start over."""
+    go()
+    path = Path("runs/r/pipeline.json")
+    records = json.loads(path.read_text())
+    for record in records["stages"].values():
+        del record["version"]
+    path.write_text(json.dumps(records))
+    stages.taken(), stages.renewed.clear()
+    capsys.readouterr()
+    go()
+    assert "an earlier version recorded it" in capsys.readouterr().out
+    assert stages.taken() == ALL and not stages.fresh and stages.renewed == ["sft", "dpo"]
+    assert go() == 0 and not stages.taken()
+
+
 def test_a_result_that_is_gone_or_was_changed_is_made_again(stages):
     go()
     stages.taken()

@@ -14,14 +14,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from mlx_zh.errors import DistributedError
 
 INTERVAL, PATIENCE = 0.5, 30.0  # seconds
 Peers = dict[int, tuple[str, socket.socket]]  # host name and connection, by rank
+TOLD_AFTER = 5.0  # seconds of waiting before it is said for whom
 _CONNECT_SECONDS = 5.0
+_STRANGERS, _LONGEST = 64, 1000  # connections that have not said who they are, and bytes of what they say
 _ALIVE, _LEAVING, _LOST, _END = b"alive", b"leaving", b"lost", b"end"  # messages, one a line
 
 
@@ -40,26 +42,73 @@ class Listener:
         hosts = [host] if loopback else list(dict.fromkeys([host, *_addresses()]))
         self.key = " ".join([str(self._socket.getsockname()[1]), self._secret, *filter(None, hosts)])
 
-    def accept(self, count: int) -> Peers:
-        """Accept `count` ranks. Raises DistributedError when they do not connect within `PATIENCE` seconds."""
+    def accept(self, ranks: Collection[int], waiting: Callable[[list[int]], None] = lambda _: None) -> Peers:
+        """Accept these ranks. Whoever else connects is sent away and ends nothing.
+
+        `waiting` is called once with the ranks that have not connected after `TOLD_AFTER` seconds. Raises
+        DistributedError when they have not within `PATIENCE` seconds.
+        """
         peers: Peers = {}
-        self._socket.settimeout(PATIENCE)
+        strangers: dict[socket.socket, bytes] = {}  # connections that have not said who they are: what was received
+        begun, told = time.monotonic(), False
+        self._socket.setblocking(False)
         try:
-            while len(peers) < count:
-                connection, _ = self._socket.accept()
-                connection.settimeout(PATIENCE)
-                secret, rank, name = _line(connection).split(" ", 2)
-                if secrets.compare_digest(secret, self._secret):
-                    peers[int(rank)] = name, connection
-        except (OSError, ValueError) as error:
-            missing = count - len(peers)
-            raise DistributedError(
-                f"{missing} of {count} ranks did not connect to rank 0 ({error}). Check the network between the "
-                "machines and start the run again."
-            ) from error
+            while missing := sorted(set(ranks) - peers.keys()):
+                seconds = time.monotonic() - begun
+                if seconds > PATIENCE:
+                    for _, connection in peers.values():
+                        connection.close()
+                    raise DistributedError(
+                        f"rank {', '.join(map(str, missing))} of {len(ranks) + 1} ranks did not connect to rank 0 "
+                        f"within {PATIENCE:.0f} s. Check the network between the machines and start the run again."
+                    )
+                if seconds > TOLD_AFTER and not told:
+                    told = True
+                    waiting(missing)
+                ready, _, _ = select.select([self._socket, *strangers], [], [], INTERVAL)
+                for connection in ready:
+                    if connection is self._socket:
+                        self._admit(strangers)
+                    else:
+                        self._introduce(connection, strangers, peers, missing)
         finally:
             self._socket.close()
+            for connection in strangers:
+                connection.close()
         return peers
+
+    def _admit(self, strangers: dict[socket.socket, bytes]) -> None:
+        """Take a new connection; of too many, the oldest is closed."""
+        with suppress(OSError):  # it was closed meanwhile
+            connection, _ = self._socket.accept()
+            connection.setblocking(False)
+            strangers[connection] = b""
+        if len(strangers) > _STRANGERS:
+            oldest = next(iter(strangers))
+            del strangers[oldest]
+            oldest.close()
+
+    def _introduce(
+        self, connection: socket.socket, strangers: dict[socket.socket, bytes], peers: Peers, missing: Collection[int]
+    ) -> None:
+        """Read what a connection sends; a missing rank becomes a peer, anything else is closed."""
+        try:
+            received = connection.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        line, end, _ = (strangers.pop(connection) + received).partition(b"\n")
+        if received and not end and len(line) < _LONGEST:
+            strangers[connection] = line
+            return
+        secret, _, rest = line.decode(errors="replace").partition(" ")
+        rank, _, name = rest.partition(" ")
+        known = end and secrets.compare_digest(secret.encode(), self._secret.encode())
+        if known and rank.isascii() and rank.isdigit() and int(rank) in missing and int(rank) not in peers:
+            peers[int(rank)] = name.strip(), connection
+        else:
+            connection.close()
 
 
 def connect(key: str, rank: int) -> Peers:
@@ -81,15 +130,6 @@ def _addresses() -> list[str]:
         outward.connect(("192.0.2.1", 9))  # sends nothing, but selects the outward network interface
         addresses.append(str(outward.getsockname()[0]))
     return [*addresses, name, f"{name}.local"]
-
-
-def _line(connection: socket.socket) -> str:
-    data = b""
-    while not data.endswith(b"\n") and len(data) < 1000:
-        if not (more := connection.recv(1)):
-            raise ValueError("a connection closed")
-        data += more
-    return data.decode(errors="replace").strip()
 
 
 def exit_now(text: str) -> None:

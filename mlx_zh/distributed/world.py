@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.distributed import launching
-from mlx_zh.distributed.heartbeat import PATIENCE, Heartbeat, Listener, connect
+from mlx_zh.distributed.heartbeat import PATIENCE, TOLD_AFTER, Heartbeat, Listener, connect
 from mlx_zh.errors import DistributedError, MlxZhError
 from mlx_zh.language.notice import Notice
+from mlx_zh.language.translation import in_readers_language
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -268,7 +270,8 @@ def joined(warn: Callable[[str], None]) -> Iterator[World]:
 
     launching.listen()
     try:
-        world = World(mx.distributed.init())
+        with _saying_for_whom():
+            world = World(mx.distributed.init())
     except RuntimeError as error:
         raise DistributedError(
             f"the ranks could not connect to each other: {error}. Check the hostfile and the network between the "
@@ -294,10 +297,49 @@ def _heartbeat(world: World, warn: Callable[[str], None]) -> Heartbeat:
     peers = {} if listener else connect(key, world.rank)
     reached = world.collect(listener is not None or bool(peers))
     if listener:
-        peers = listener.accept(sum(reached) - 1)
+        ranks = [rank for rank, connected in enumerate(reached) if connected and rank != 0]
+        peers = listener.accept(ranks, lambda missing: warn(Notice("waiting-for-ranks", ranks=_named(missing))))
         for rank in [rank for rank, connected in enumerate(reached) if not connected]:
             warn(Notice("rank-without-heartbeat", rank=rank))
     return Heartbeat(peers)
+
+
+@contextmanager
+def _saying_for_whom() -> Iterator[None]:
+    """Inside this context, say after `TOLD_AFTER` seconds for which ranks this one waits.
+
+    MLX waits in silence and lets no other thread of Python run meanwhile, so another process says it.
+    """
+    text = Notice("waiting-for-ranks", ranks=_named(_other_ranks()))
+    code = f"__import__('time').sleep({TOLD_AFTER}); print({in_readers_language(text)!r})"
+    command = [sys.executable, "-Sc", code]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONIOENCODING": "utf-8:replace"}) as speaker:
+        try:
+            yield
+        finally:
+            speaker.kill()
+
+
+def _other_ranks() -> list[int]:
+    """The ranks beside this one, as far as the environment tells."""
+    own = int(os.environ.get("MLX_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+    count = len(_hosts()) or int(os.environ.get("MLX_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+    return [rank for rank in range(count) if rank != own]
+
+
+def _named(ranks: Sequence[int]) -> list[str]:
+    """Ranks with their addresses where these are known: `1 (10.0.0.2)`."""
+    hosts = _hosts()
+    return [f"{rank} ({hosts[rank]})" if rank < len(hosts) else str(rank) for rank in ranks]
+
+
+def _hosts() -> list[str]:
+    """The address of each rank by MLX's ring; empty with another back end."""
+    try:
+        rows = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
+        return [str(addresses[0]).partition(":")[0] for addresses in rows]
+    except (KeyError, OSError, ValueError, TypeError, IndexError):
+        return []
 
 
 def _launched() -> bool:

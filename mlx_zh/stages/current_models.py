@@ -25,7 +25,7 @@ def current_models(run: RunFolder, base: str | None = None) -> dict[str, dict[st
     A digest that is not known is left out. `base` is the fingerprint of the base model, by default the one that
     training recorded.
     """
-    base = base or _recorded_base(run)
+    base = base or recorded_base(run)
     current: dict[str, dict[str, str]] = {}
     for name in ("base", *TUNED):
         current[name] = {} if base is None else {"base": base}
@@ -54,7 +54,8 @@ def _fused_fingerprint(run: RunFolder, current: dict[str, dict[str, str]]) -> st
         return None
 
 
-def _recorded_base(run: RunFolder) -> str | None:
+def recorded_base(run: RunFolder) -> str | None:
+    """The fingerprint of the base model in the run's manifest, None if there is none."""
     model = _read(run.manifest).get("model")
     fingerprint = model.get("fingerprint") if isinstance(model, dict) else None
     return fingerprint if isinstance(fingerprint, str) else None

@@ -15,7 +15,7 @@ from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.records import Records
 from mlx_zh.language.notice import Notice
 from mlx_zh.stages import setbacks
-from mlx_zh.stages.current_models import current_models
+from mlx_zh.stages.current_models import current_models, recorded_base
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_models import NAMES
 from mlx_zh.system import console
@@ -69,10 +69,11 @@ class Examination:
         """
         world, first = self._world, self._world.first
         loaded = self._candidates.take(name)
-        if first and not self._run.manifest.exists():
-            self._run.write_manifest(self._recipe, loaded, {})
         if name != "fused":
             self._base = loaded.fingerprint
+        recorded = recorded_base(self._run)
+        if first and (recorded is None or self._base not in (None, recorded)):
+            self._run.write_manifest(self._recipe, loaded, {})
         renderer = self._renderer(loaded)
         examinee = self._examinee(loaded, renderer)
         about = world.broadcast_result(lambda: self._about(name, exam, loaded, renderer))

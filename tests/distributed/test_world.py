@@ -26,6 +26,7 @@ from mlx_zh import eval, sft
 from mlx_zh.distributed import heartbeat
 from mlx_zh.distributed.heartbeat import Heartbeat, Listener, connect
 from mlx_zh.distributed.world import World
+from mlx_zh.errors import DistributedError
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.system import storage
 
@@ -180,6 +181,22 @@ def test_ranks_that_would_do_different_things_do_nothing(make: Make):
     assert "error: rank 1 (" in first[2] and not (folder / "runs/tiny/sft").exists()
 
 
+def test_ranks_with_other_copies_of_an_exam_do_nothing(make: Make):
+    """Both have the same recipe and data files; the rows that an exam's questions remove differ."""
+    folder = make("exams")
+    for copy, question in (("one", "第3个字？第3个字？第3个字？"), ("two", "宪法规定公民享有哪些权利？")):
+        for split in ("dev", "val", "test"):
+            path = folder / copy / split / f"law_{split}.csv"
+            path.parent.mkdir(parents=True)
+            path.write_text(f"id,question,A,B,C,D,answer\n0,{question},甲,乙,丙,丁,A\n", encoding="utf-8")
+    stage = [*STAGES[0], "data.decontaminate.benchmarks=[ceval]", "evaluate.folder={ceval: one}"]
+    own = "evaluate.folder={ceval: two}"
+    first, second = ranks.finish(ranks.start(2, stage, folder=folder, LAST_RANK=own))
+    assert first[0] == second[0] == 2
+    assert "rank 1 differs from rank 0: the questions of ceval that are kept out of the data" in second[2]
+    assert not (folder / "runs/tiny/sft").exists()
+
+
 # The short form
 
 
@@ -247,7 +264,7 @@ def connected(monkeypatch: pytest.MonkeyPatch):
     def join(count: int) -> list[heartbeat.Peers]:
         listener = Listener("127.0.0.1")
         others = [connect(listener.key, rank) for rank in range(1, count + 1)]
-        made.extend([listener.accept(count), *others])
+        made.extend([listener.accept(range(1, count + 1)), *others])
         return made
 
     yield join
@@ -317,3 +334,64 @@ def test_a_heartbeat_is_not_answered_at_once(connected, monkeypatch: pytest.Monk
     assert sent[19] - sent[0] >= 8 * heartbeat.INTERVAL  # ten each; a late one delays the next
     for each in both:
         each.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *(b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xfe\n", b"x" * 5000, b"secret\n", b"secret 1 me\n", b"KEY\n"),
+        *(b"KEY x me\n", b"KEY -1 me\n", b"KEY 9 me\n", b"KEY 0 me\n", "KEY ² me\n".encode()),
+    ],
+)
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_stranger_at_the_port_ends_nothing_and_is_no_rank(connected, sent: bytes, stays: bool):
+    """Port scanners connect to every port; with the secret, a rank that is not expected is no rank either."""
+    listener = Listener("127.0.0.1")
+    port, secret, host = listener.key.split(" ")
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(sent.replace(b"KEY", secret.encode()))
+        if not stays:
+            stranger.close()
+        (theirs,) = connect(listener.key, 1).values()
+        peers = listener.accept([1])
+    try:
+        assert {rank: name for rank, (name, _) in peers.items()} == {1: socket.gethostname()}
+    finally:
+        theirs[1].close()
+        peers[1][1].close()
+
+
+def test_the_same_rank_twice_is_once(connected):
+    listener = Listener("127.0.0.1")
+    made = [connect(listener.key, rank)[0][1] for rank in (1, 1, 2)]
+    peers = listener.accept([1, 2])
+    assert sorted(peers) == [1, 2]
+    for connection in (*made, *(connection for _, connection in peers.values())):
+        connection.close()
+
+
+def test_rank_0_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(heartbeat, "TOLD_AFTER", 0.0)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 0.2)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.02)
+    listener = Listener("127.0.0.1")
+    theirs = connect(listener.key, 2)[0][1]
+    told: list[list[int]] = []
+    with pytest.raises(DistributedError, match=r"rank 1, 3 of 4 ranks did not connect to rank 0"):
+        listener.accept([1, 2, 3], told.append)
+    assert told[0][-1] == 3 and 1 in told[0] and len(told) == 1
+    theirs.close()
+
+
+def test_a_rank_that_starts_alone_says_for_whom_it_waits(make: Make, monkeypatch: pytest.MonkeyPatch):
+    """MLX itself waits in silence."""
+    folder = make("alone")
+    (waiting, never) = ranks.start(2, ["sft", "recipe.yaml"], folder=folder)
+    never.kill()
+    never.communicate()
+    assert waiting.stdout is not None
+    try:
+        assert "waiting for rank 1 (127.0.0.1)" in waiting.stdout.readline()
+    finally:
+        waiting.kill()
+        waiting.communicate()
