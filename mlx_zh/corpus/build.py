@@ -3,24 +3,30 @@
 A prepared corpus is a folder of Arrow files, which `datasets.load_from_disk` opens too. The folder is named by a
 digest of everything that the corpus depends on, and it appears only when it is complete. The folder `KEY.work` beside
 it holds the finished parts of an interrupted run, so the next run continues from there.
+
+A corpus is read only if each file's SHA-256 is that in the manifest; else it is set aside and made again. This check
+reads all files once when a stage starts.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
@@ -32,12 +38,23 @@ from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
 from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
-from mlx_zh.errors import DataError, MlxZhError
-from mlx_zh.system.digests import FileDigests, value_digest
+from mlx_zh.errors import DataError
+from mlx_zh.language.notice import Notice
+from mlx_zh.system.digests import FileDigests, damage, digests_of, value_digest
 from mlx_zh.system.json_text import parse_json
-from mlx_zh.system.storage import storage_errors, sync_folder, write_exact_json, written_whole
+from mlx_zh.system.storage import (
+    make_folder,
+    remove,
+    set_damaged_aside,
+    storage_errors,
+    sync_folder,
+    write_exact_json,
+    written_whole,
+)
 
-VERSION = 2  # part of the key; raise it when the same input would give another corpus
+VERSION = 3  # part of the key; raise it when the same input would give another corpus
+_WORK_KEPT = 30 * 24 * 3600.0  # seconds for which the parts of an interrupted run are kept
+_MANIFEST = "manifest.json"
 _LARGE = 32 << 20  # data files of this many bytes or more are scanned by one process a source
 _MANY = 20_000  # with more rows than this, the faster encoder saves more time than its setup costs
 
@@ -81,9 +98,12 @@ class Manifest(TypedDict):
     """`manifest.json` of a prepared corpus. The key that names its folder says which version wrote it."""
 
     files: list[str]  # Arrow files in the folder, in order
+    digests: dict[str, str]  # SHA-256 of each Arrow file and of the files with the rows of each split
+    digest: str  # of `digests`: the identity of the prepared data
     made_of: CorpusContent
     report: CorpusReport
     content: NotRequired[str]  # `content_digest` of the splits; earlier versions did not write it
+    check: str  # digest of all the other values
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,12 @@ class Corpus:
     manifest: Manifest
     splits: dict[str, Conversations | Pairs]  # train and validation
     ready: bool  # whether it came from the cache
+    remarks: tuple[Notice, ...] = ()  # about an earlier copy that was damaged
+
+    @property
+    def digest(self) -> str:
+        """The identity of the prepared data: a digest of the SHA-256 of its files."""
+        return self.manifest["digest"]
 
     @cached_property
     def content(self) -> str:
@@ -156,22 +182,64 @@ def prepare(
     template refuses, StorageError if the cache folder cannot be written.
     """
     key, values = corpus_key(sources, settings, renderer, cache)
-    folder = cache / key
-    if (folder / "manifest.json").exists():
-        return open_corpus(folder, settings.render.kind, ready=True)
+    folder, kind = cache / key, settings.render.kind
+    _sweep(cache)
+    if damage_of(folder) is None:
+        return open_corpus(folder, kind, ready=True)
     with storage_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{key}.lock"):
-        if not (folder / "manifest.json").exists():
-            get_vocabulary = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
-            _build(sources, settings, renderer, folder, values, event, get_vocabulary)
-            return open_corpus(folder, settings.render.kind, ready=False)
-    return open_corpus(folder, settings.render.kind, ready=True)
+        make_folder(cache)
+        lock = FileLock(cache / f".{key}.lock")
+        lock.acquire()
+    try:
+        reason = damage_of(folder)  # another process may have made it meanwhile
+        if reason is None:
+            return open_corpus(folder, kind, ready=True)
+        remarks: tuple[Notice, ...] = ()
+        if folder.exists():
+            set_damaged_aside(folder)
+            remarks = (Notice("corpus-damaged", folder=str(folder), reason=reason),)
+        get_vocabulary = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
+        _build(sources, settings, renderer, folder, values, event, get_vocabulary)
+        remove(folder.with_name(f"damaged-{key}"))
+        return replace(open_corpus(folder, kind, ready=False), remarks=remarks)
+    finally:
+        lock.release()
+
+
+def damage_of(folder: Path) -> str | None:
+    """Why a prepared corpus cannot be used: it is missing, incomplete, or not what was written. None if it can."""
+    try:
+        manifest = parse_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+        check = manifest.pop("check")
+        if value_digest(manifest) != check:
+            return f"{_MANIFEST} is not what was written"
+        return damage(folder, manifest["digests"])
+    except OSError as error:
+        return f"{_MANIFEST}: {error.strerror or error}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{_MANIFEST} cannot be read"
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes left: work whose corpus is finished, or that nobody went on with for weeks."""
+    for left in (*cache.glob("*.work"), *cache.glob("damaged-*")):
+        key = left.name.removesuffix(".work").removeprefix("damaged-")
+        with suppress(OSError, Timeout):
+            unfinished = left.suffix == ".work" and not (cache / key / _MANIFEST).exists()
+            if unfinished and time.time() - _changed(left) < _WORK_KEPT:
+                continue
+            with FileLock(cache / f".{key}.lock", timeout=0):
+                remove(left)
+
+
+def _changed(folder: Path) -> float:
+    """When something in a folder was changed last, in seconds since the epoch."""
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def open_corpus(folder: Path, kind: str, *, ready: bool) -> Corpus:
     """A finished corpus; its rows stay on disk."""
-    manifest: Manifest = parse_json((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest: Manifest = parse_json((folder / _MANIFEST).read_text(encoding="utf-8"))
     shards = Shards([folder / name for name in manifest["files"]])
     open_as = Conversations if kind == "sft" else Pairs
     splits = {split: open_as(shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}
@@ -190,7 +258,7 @@ def _build(
     work = folder.with_name(f"{folder.name}.work")
     try:
         with storage_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
+            make_folder(work)
         exam_places, exam_report = _index_exams(settings.exams, work)
         scans = _scan_all(sources, settings, bool(exam_places), work, event)
         choice = choosing.choose(sources, scans, settings.choice, exam_places)
@@ -203,9 +271,9 @@ def _build(
             scans, chosen, renderer, settings.render, work / "shards", lambda name, done: event("render", name, done)
         )
         _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, folder)
-    except MlxZhError:
+    except Exception:
         # After an error the user changes the data or the settings, so the key changes and this folder is of no use.
-        # A run that was interrupted raises no MlxZhError: its folder stays.
+        # A run that was interrupted raises no Exception: its folder stays.
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
@@ -320,12 +388,16 @@ def _finish(
         "tokens_per_chinese_character": statistics.tokens_per_character(scans, choice, renderer),
     }
     names = [f"data-{i:05d}-of-{len(paths):05d}.arrow" for i in range(len(paths))]
-    for path, name in zip(paths, names, strict=True):
-        path.rename(work / name)
-        path.with_suffix(".json").unlink()
+    with storage_errors(folder):
+        for path, name in zip(paths, names, strict=True):
+            path.rename(work / name)
+            path.with_suffix(".json").unlink()
+        digests = digests_of(work, [*names, *(f"{split}.npy" for split in splits)])
     _write_datasets_files(work, folder.name, kind, names)
-    manifest: Manifest = {"files": names, "made_of": values, "report": report, "content": content_digest(opened)}
-    write_exact_json(work / "manifest.json", manifest)
+    manifest = {"files": names, "digests": digests, "digest": value_digest(digests), "made_of": values}
+    manifest |= {"report": report, "content": content_digest(opened)}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    write_exact_json(work / "manifest.json", manifest | {"check": value_digest(manifest)})
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 EXCEL_SUFFIXES = (".xlsx", ".xlsm", ".xls")
 _OLE = b"\xd0\xcf\x11\xe0"  # the container of .xls, and of an encrypted .xlsx
 _CHUNK = 1 << 20  # bytes unpacked at once
-# Cells of a sheet's rectangle, which calamine keeps in memory, 32 bytes each, and bytes of a workbook's parts: so many
-# at most, and of a small file fewer: so many, and so many more for each of its bytes.
+# Cells of a sheet's rectangle, which calamine keeps in memory, 32 bytes each, and bytes of a workbook's parts: so
+# many at most, and of a small file fewer: so many, and so many more for each of its bytes.
 _MAX_CELLS, _SMALL_CELLS, _CELLS_A_BYTE = 1 << 24, 1 << 22, 2
 _MAX_UNPACKED, _SMALL_UNPACKED, _RATIO = 1 << 29, 1 << 26, 50
 _ROW, _CELL = re.compile("[0-9]{1,9}"), re.compile("([A-Za-z]{1,7})([0-9]{1,9})")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,8 +30,9 @@ from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
+from mlx_zh.system.digests import damage, digests_of
 from mlx_zh.system.json_text import parse_json
-from mlx_zh.system.storage import storage_errors, write_exact_json, written_whole
+from mlx_zh.system.storage import make_folder, storage_errors, sync_tree, write_exact_json, written_whole
 
 PART = 4096  # rows of one spool file at most
 _BATCH = 512  # rows whose n-grams are computed at once, at most
@@ -75,11 +78,15 @@ class Scan:
 
 
 def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Progress) -> None:
-    """Scan a source into `folder`, unless an earlier run has finished it. Raises DataError, StorageError."""
-    if (folder / "scan.json").exists():
+    """Scan a source into `folder`, unless an earlier run has finished it. Raises DataError, StorageError.
+
+    `scan.json` comes last. It has the digests of the other files, so a scan that a power cut spoilt is done again.
+    """
+    if _is_whole(folder):
         return
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder)
     report = LoadReport()
     with storage_errors(folder), ExitStack() as stack:
         writer = _ScanWriter(folder, source, settings, stack)
@@ -92,12 +99,24 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
         columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in writer.columns.items()}
         np.savez(file, **columns)
     progress(source.name, report.rows)
-    write_exact_json(folder / "scan.json", asdict(report))
+    with storage_errors(folder):
+        sync_tree(folder)
+        digests = digests_of(folder, sorted(os.listdir(folder)))
+    write_exact_json(folder / "scan.json", {"report": asdict(report), "digests": digests})
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `folder` has a finished scan whose files are what was written."""
+    try:
+        digests = parse_json((folder / "scan.json").read_text(encoding="utf-8"))["digests"]
+        return damage(folder, digests) is None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def open_scan(folder: Path, near: bool) -> Scan:
     """The finished scan in `folder`; `near` says whether it has signatures for near duplicates."""
-    report = LoadReport(**parse_json((folder / "scan.json").read_text(encoding="utf-8")))
+    report = LoadReport(**parse_json((folder / "scan.json").read_text(encoding="utf-8"))["report"])
     with np.load(folder / "scan.npz") as arrays:
         columns = {name: arrays[name] for name in arrays.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"

@@ -1,7 +1,7 @@
 """The second pass: chosen rows are rendered, tokenized and written as Arrow files, several batches at a time.
 
-A file appears only when it is complete, with a JSON file of counts beside it. Files of an interrupted run are used
-again.
+A file appears only when it is complete, with a JSON file of its digest and counts beside it. Files of an interrupted
+run are used again if they are what was written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
+from mlx_zh.system.digests import file_digest
 from mlx_zh.system.json_text import parse_json
-from mlx_zh.system.storage import write_exact_json, written_whole
+from mlx_zh.system.storage import make_folder, storage_errors, write_exact_json, written_whole
 
 ROWS = 16384  # chosen rows for each file
 _BATCH = 512  # rows rendered by one thread at a time, at most
@@ -70,13 +71,14 @@ def write_shards(
     progress: Progress,
 ) -> list[Path]:
     """Render the chosen rows into Arrow files in `folder`. Raises TemplateError, DataError or StorageError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder):
+        make_folder(folder)
     paths = []
     with ThreadPoolExecutor(max(1, min(_THREADS, os.cpu_count() or 1))) as threads:
         for number, start in enumerate(range(0, len(chosen), ROWS)):
             path = folder / f"data-{number:05d}.arrow"
             stop = min(start + ROWS, len(chosen))
-            if not path.with_suffix(".json").exists():
+            if not _is_whole(path):
                 part = Chosen(chosen.sources[start:stop], chosen.rows[start:stop])
                 _write(scans, part, renderer, settings, path, threads, partial(_report_from, progress, start))
             paths.append(path)
@@ -84,11 +86,20 @@ def write_shards(
     return paths
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether an earlier run has finished this file, and it is what was written."""
+    try:
+        digest = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))["digest"]
+        return bool(file_digest(path) == digest)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def counts_of(paths: Sequence[Path]) -> list[dict[int, Counter[str]]]:
     """For each file, by source: how many rows were dropped for each reason, and how many were cut short."""
     counts_by_file = []
     for path in paths:
-        counts = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))
+        counts = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))["counts"]
         counts_by_file.append({int(source): Counter(reasons) for source, reasons in counts.items()})
     return counts_by_file
 
@@ -122,7 +133,7 @@ def _write(
             writer.write_batch(_record_batch(rendered, source, rows, schema))
             done += len(items)
             progress(done)
-    write_exact_json(path.with_suffix(".json"), counts)
+    write_exact_json(path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts})
 
 
 _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows

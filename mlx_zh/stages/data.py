@@ -76,6 +76,8 @@ def prepare_stage(
     settings = _settings(recipe, stage)
     with _Bars() as bars:
         corpus = prepare(sources, settings, renderer, storage.cache_folder() / "corpus", bars.event, vocabulary)
+    for remark in corpus.remarks:
+        console.warn(remark, keep=False)  # the data is as it was
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
     # A cached corpus may come from a run that did not ask for these exams, or had other reasons.

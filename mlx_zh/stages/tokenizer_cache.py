@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import ModelError
+from mlx_zh.language.notice import Notice
 from mlx_zh.system import console, storage
-from mlx_zh.system.digests import known_digests, text_digest
+from mlx_zh.system.digests import damage, digests_of, known_digests, text_digest
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_exact_json, write_exact_text
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from mlx_zh.recipe import Model
 
 _FILES = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+
+
+_SNAPSHOT = ("tokenizer.json", "about.json", "vocabulary.json")  # files of a snapshot; the last is not always there
 
 
 class SnapshotTokenizer:
@@ -60,12 +64,13 @@ def save_snapshot(tokenizer: Any, folder: Path) -> None:
 
 
 def save_vocabulary(folder: Path) -> None:
-    """Add what the faster encoder needs, then the file `whole`, which marks the snapshot as complete."""
+    """Add what the faster encoder needs, then `whole.json`, the digests of all files: the snapshot is complete."""
     from mlx_zh.corpus.joined_encoding import vocabulary_of
 
     if (vocabulary := vocabulary_of((folder / "tokenizer.json").read_text(encoding="utf-8"))) is not None:
         vocabulary.save(folder / "vocabulary.json")
-    write_exact_text(folder / "whole", "")
+    names = [name for name in _SNAPSHOT if (folder / name).exists()]
+    write_exact_json(folder / "whole.json", digests_of(folder, names))
 
 
 def open_tokenizer(model: Model) -> SnapshotTokenizer:
@@ -74,10 +79,22 @@ def open_tokenizer(model: Model) -> SnapshotTokenizer:
 
     path = resolve_model(model.path, hub=model.hub, revision=model.revision, progress=console.DownloadBar())
     folder = storage.cache_folder() / "tokenizers" / _key(path)
-    if not (folder / "whole").exists():
+    if (reason := _damage(folder)) is not None:
+        if (folder / "whole.json").exists():
+            console.warn(Notice("tokenizer-damaged", folder=str(folder), reason=reason), keep=False)
+            storage.remove(folder)
         _in_a_process(str(folder), str(path))
         _in_a_process(str(folder))  # a second process, because the first needs 500 MB for Transformers
     return SnapshotTokenizer(folder)
+
+
+def _damage(folder: Path) -> str | None:
+    """Why a snapshot cannot be used; None if it is complete and what was written."""
+    try:
+        digests = parse_json((folder / "whole.json").read_text(encoding="utf-8"))
+        return damage(folder, dict.fromkeys(_SNAPSHOT[:2], "") | digests)
+    except (OSError, ValueError, TypeError) as error:
+        return f"whole.json: {error}"
 
 
 def _in_a_process(*arguments: str) -> None:
@@ -93,7 +110,7 @@ def _key(model: Path) -> str:
     files = [model] if model.is_file() else sorted({path for name in _FILES for path in model.glob(name)})
     digests = known_digests(console.say_reading).digests(map(str, files))
     states = [(path.name, digests[str(path)]) for path in files]
-    state = (3, str(model.resolve()), states, version("transformers"), version("tokenizers"))
+    state = (4, str(model.resolve()), states, version("transformers"), version("tokenizers"))
     return text_digest(repr(state))[:24]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,22 @@ def text_digest(text: str) -> str:
 def value_digest(value: Any) -> str:
     """SHA-256 of a plain value, written as JSON with sorted keys, 64 hex digits."""
     return text_digest(json.dumps(value, sort_keys=True, ensure_ascii=False))
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files in a folder, by name."""
+    return {name: file_digest(folder / name) for name in names}
+
+
+def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """What differs from the `digests` by name that were taken when the files were written; None if nothing does."""
+    for name, digest in digests.items():
+        try:
+            if file_digest(folder / name) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+    return None
 
 
 class FileDigests:
