@@ -148,9 +148,9 @@ def test_a_run_does_everything_in_order_and_a_second_one_nothing(stages, capsys)
         ("sft.epochs=2", ["sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report"]),
         ("memory.micro_tokens=64", ["report"]),  # memory settings never change a result
         ("evaluate.protocol=chat", ["eval-base", "eval-sft", "eval-dpo", "report"]),
-        ("evaluate.prompts=[你好]", ["report"]),
-        ("evaluate.max_new_tokens=9", ["report"]),
-        ("evaluate.prompts=[{prompt: 你好, expect: 好}]", ["report"]),
+        ("evaluate.prompts=[你好]", ["sft", "dpo", "report"]),
+        ("evaluate.max_new_tokens=9", ["sft", "dpo", "report"]),  # both ask their models again
+        ("evaluate.prompts=[{prompt: 你好, expect: 好}]", ["sft", "dpo", "report"]),
         ("data.variables.name=小明", ["prepare", "sft", "dpo", "fuse", "report"]),  # no exam and no base names it
         ("export.bits=8", ["fuse", "report"]),
         ("data.dpo.train=[{path: dpo.jsonl, max_samples: 1}]", ["prepare", "dpo", "report"]),

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlx_zh.errors import DistributedError
+from mlx_zh.system.interrupts import leave_terminal, stopping
 
 INTERRUPT = b"\x03"  # the byte that Ctrl-C sends in a terminal; `mlx.launch` passes its input on to every rank
 LISTEN = "MLX_ZH_LISTEN"  # environment variable of ranks that read INTERRUPT from their standard input
@@ -51,11 +52,13 @@ def launch(stage: str, arguments: argparse.Namespace, argv: Sequence[str] | None
         assert child.stdin is not None and child.stderr is not None
         child_input = child.stdin.fileno()
 
-        def forward(_number: int, _frame: object) -> None:
+        def forward(number: int, _frame: object) -> None:
+            if number == signal.SIGHUP:
+                leave_terminal()
             with suppress(OSError):
                 os.write(child_input, INTERRUPT)
 
-        handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, forward) for number in stopping()}
         codes: list[int] = []  # exit codes of the ranks that `mlx.launch` has reported
         try:
             for line in child.stderr:

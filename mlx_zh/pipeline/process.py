@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from mlx_zh.system.interrupts import leave_terminal, stopping
 from mlx_zh.system.locks import Lock
 
 
@@ -30,7 +31,7 @@ def run_stage(stage: str, arguments: Sequence[str], lock: Lock) -> int:
 
 
 class _Forwarding:
-    """Passes SIGINT and SIGTERM on to a child process.
+    """Passes SIGINT, SIGTERM and SIGHUP on to a child process.
 
     A terminal sends Ctrl-C to the child as well. That SIGINT is not passed on, because a second one would stop the
     child before it has saved its work.
@@ -39,7 +40,7 @@ class _Forwarding:
     def __enter__(self) -> _Forwarding:
         self._child: subprocess.Popen[bytes] | None = None
         self._early: list[int] = []  # signals received before the child existed
-        self._handlers = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._forward) for number in stopping()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,6 +54,8 @@ class _Forwarding:
             child.send_signal(number)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         if number == signal.SIGINT and in_foreground():
             return
         if self._child is None:

@@ -56,7 +56,7 @@ class Pipeline:
         earlier = self.state.records.get(step.name)
         if earlier is not None and earlier.version != VERSION:
             earlier = None  # its inputs cannot be compared; a training stage compares its own folder
-        resumed = earlier is not None and earlier.keys == keys_of(inputs) and not fresh
+        resumed = earlier is not None and step.learned(earlier.keys) == step.learned(keys_of(inputs)) and not fresh
         # With --fresh, a stage renames its folder and starts anew. A folder that this pipeline did not begin may hold
         # a run with the same settings, which goes on, or one with others, which --renew renames.
         fresh = step.trains and (fresh or (earlier is not None and not resumed))

@@ -74,7 +74,9 @@ class State:
         for name in step.after:
             record = self.records.get(name)
             if name != "prepare":
-                values[f"after {name}"] = None if record is None else record.outputs
+                samples = self.run.pattern(self.run.samples)  # these answers change nothing that comes after
+                outputs = None if record is None or record.outputs is None else dict(record.outputs)
+                values[f"after {name}"] = outputs and {k: v for k, v in outputs.items() if k != samples}
         if step.prepared is not None:
             values["data prepared"] = self._prepared(step.prepared)
         for path, content in self._digests(step.reads).items():
@@ -85,11 +87,14 @@ class State:
     def outputs(self, step: Step) -> dict[str, str]:
         """Digests of the files that `step` has written, by path.
 
-        Training stages add to the report on the prepared data, so of that file only the data's keys are compared.
+        Training stages add to the report on the prepared data, so of that file only the data's keys are compared, and
+        of the sample answers only the stage's own.
         """
         contents = self._digests(step.outputs)
         if (prepared := self.run.pattern(self.run.prepared)) in contents:
             contents[prepared] = " ".join(f"{name} {self._prepared(name)}" for name in ("sft", "dpo"))
+        if step.trains:
+            contents[self.run.pattern(self.run.samples)] = self._answers(step.stage)
         return contents
 
     def _digests(self, patterns: Sequence[str]) -> dict[str, str]:
@@ -111,6 +116,14 @@ class State:
         if path.stat().st_size > _LARGE:
             return self.known.digests([str(path)])[str(path)][:16]
         return file_digest(path)[:16]
+
+    def _answers(self, stage: str) -> str:
+        """A digest of a training stage's sample answers."""
+        try:
+            answers = json.loads(self.run.samples.read_text(encoding="utf-8"))["answers"].get(stage)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            answers = None
+        return value_digest(answers)[:16]
 
     def _prepared(self, stage: str) -> object:
         """The key of the prepared data of one stage; the data of the other stage does not matter for it."""

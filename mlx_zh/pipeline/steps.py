@@ -36,12 +36,18 @@ class Step:
     after: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()  # keys that change only the sample answers, not what is learned
     prepared: str | None = None  # the stage (sft or dpo) whose prepared data it reads
     trains: bool = False  # it writes checkpoints, can resume, and has the option --fresh
 
     def inputs(self, values: Mapping[str, object]) -> dict[str, object]:
         """The keys of a recipe that this step depends on. `values` has dotted keys."""
-        return {k: v for k, v in values.items() if _under(k, self.keys) and not _under(k, self.without)}
+        keys = self.keys + self.asks
+        return {k: v for k, v in values.items() if _under(k, keys) and not _under(k, self.without)}
+
+    def learned(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """The inputs without those that change only the sample answers."""
+        return {k: v for k, v in inputs.items() if not _under(k, self.asks)}
 
 
 def _under(key: str, sections: tuple[str, ...]) -> bool:
@@ -63,6 +69,7 @@ class RunFiles(Protocol):
 
     path: Path
     pipeline: Path
+    samples: Path
     prepared: Path
     exams: Path
     fused: Path
@@ -132,6 +139,7 @@ def _train(
         entries=data.entries,
         after=tuple(sorted(after & before)),
         outputs=(run.pattern(run.stage(stage).adapter, "*"),),
+        asks=("evaluate.prompts", "evaluate.max_new_tokens"),
         prepared=stage if "prepare" in before else None,
         trains=True,
     )

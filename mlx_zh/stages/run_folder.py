@@ -18,7 +18,7 @@ from mlx_zh.system import console, device
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.locks import Lock, locked
 from mlx_zh.system.redaction import redacted
-from mlx_zh.system.storage import write_json, write_text
+from mlx_zh.system.storage import cache_folder, sweep, write_json, write_text
 
 if TYPE_CHECKING:
     from mlx_zh.distributed.world import World
@@ -107,13 +107,15 @@ class RunFolder:
     def at_work(self, command: str) -> Iterator[Lock]:
         """Hold the folder's lock and keep the machine awake inside this context; `command` is its name, for messages.
 
-        Raises StorageError if another command holds the lock.
+        What killed commands left half-written here and in the cache folder is removed first. Raises StorageError if another command holds the lock.
         """
         with locked(self.path, command) as lock, device.awake(), console.hold_warnings():
             if lock.left_by:
                 console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it saved.")
             if not lock.works:
                 console.warn(Notice("no-locks", folder=str(self.path)))
+            for folder in (self.path, *self.path.glob("**/"), cache_folder(), *cache_folder().glob("*/")):
+                sweep(folder)
             yield lock
 
     @contextmanager

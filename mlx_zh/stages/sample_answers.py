@@ -1,16 +1,21 @@
-"""Answers of the base and of each tuned model to the same prompts, stored in the run folder."""
+"""Answers of the base and of each tuned model to the same prompts, stored in the run folder.
+
+Beside the answers of a model is a key of all that can change them. Answers under another key are asked again.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import DeviceError
 from mlx_zh.language.notice import Notice
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.stages import setbacks
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
-from mlx_zh.system.digests import value_digest
+from mlx_zh.system.digests import file_digest, value_digest
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import write_json
 
@@ -29,12 +34,15 @@ class Samples:
         self._prompts = [sample.prompt for sample in recipe.sample_prompts()]
         self._expected = [sample.expect for sample in recipe.sample_prompts()]
 
-    def ask(self, name: str, *, again: bool = True) -> None:
-        """Store the current model's answers under `name`; with `again=False`, keep answers that exist."""
-        prompts = self._prompts
-        answered = self._read()
-        if not prompts or (not again and name in answered):
+    def lacks(self, name: str, adapter: Path | None = None) -> bool:
+        """Whether the model `name`, the base with `adapter`, has not answered the prompts."""
+        return bool(self._prompts) and self._read("keys").get(name) != self._key(adapter)
+
+    def ask(self, name: str, adapter: Path | None = None) -> None:
+        """Store the current model's answers under `name`, unless they are there; `adapter` is the adapter it has."""
+        if not self.lacks(name, adapter):
             return
+        prompts = self._prompts
 
         from mlx_zh.corpus.conversation import Message
         from mlx_zh.models.generate import GenerationSession, Sampling
@@ -57,13 +65,13 @@ class Samples:
         except DeviceError as error:
             console.warn(Notice("answers-left-out", reason=str(error)))
             return
-        stored = {"prompts": prompts, "expected": self._expected, "answers": answered | {name: answers}}
+        stored = {"prompts": prompts, "expected": self._expected, "answers": self._read("answers") | {name: answers}}
         stored["key"] = value_digest(prompts)[:16]  # the prompts are stored without secrets
-        write_json(self._path, stored)
+        write_json(self._path, stored | {"keys": self._read("keys") | {name: self._key(adapter)}})
 
     def shown(self, *names: str) -> str:
         """The prompts, each with the answers of the models `names`, as text; empty if there are none."""
-        answered = self._read()
+        answered = self._read("answers")
         if not answered:
             return ""
         lines = []
@@ -72,16 +80,23 @@ class Samples:
             lines += [f"    {name:<5} {_one_line(answered[name][index])}" for name in names if name in answered]
         return "\n".join(lines)
 
-    def _read(self) -> dict[str, list[str]]:
-        """The stored answers by model; empty if they belong to other prompts."""
-        if not self._path.exists():
-            return {}
+    def _key(self, adapter: Path | None) -> str:
+        """A digest of everything that can change the answers of the base with `adapter`."""
+        recipe, loaded = self._recipe, self._loaded
+        model = (loaded.fingerprint, recipe.model.dtype, recipe.model.quantization, self._renderer.fingerprint)
+        asked = (self._prompts, self._expected, recipe.system_message(), recipe.evaluate.max_new_tokens)
+        files = [] if adapter is None else [file_digest(adapter / name) for name in (CONFIG_FILE, ADAPTER_FILE)]
+        return value_digest([*model, *asked, files])[:32]
+
+    def _read(self, part: str) -> dict[str, Any]:
+        """A part of what is stored (answers or keys), by model; empty if it belongs to other prompts."""
         try:
             stored = parse_json(self._path.read_text(encoding="utf-8"))
             key = stored.get("key") or value_digest(stored["prompts"])[:16]
-            return dict(stored["answers"]) if key == value_digest(self._prompts)[:16] else {}
+            values = stored[part] if key == value_digest(self._prompts)[:16] else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: ask again
             return {}
+        return values if isinstance(values, dict) else {}
 
 
 def _one_line(text: str, max_length: int = 150) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.adapters.files import read_adapter, save_adapter, vocabulary_size
+from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.recipe import Recipe, Training
@@ -38,7 +37,7 @@ from mlx_zh.stages.step_warnings import StepWarnings
 from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
-from mlx_zh.system.interrupts import stop_on_interrupt
+from mlx_zh.system.interrupts import stop_on_interrupt, stopping
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
@@ -109,17 +108,29 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
         if world.first:
             session.run.write_manifest(recipe, loaded, digests)
             save_report(recipe, stage, corpus)
-            samples.ask("base", again=fresh and stage == "sft")  # DPO shows the base answers that SFT stored
+            samples.ask("base")
         with device.unfused_attention(unfused):
             finished = session.train(method.objectives(session, loaded, start, corpus))
         if finished.reason == "interrupted":
             return 130
         if world.first:
             loaded.model.eval()
-            samples.ask(stage)
+            samples.ask(stage, session.folder.adapter)
+    elif world.first:
+        _complete(samples, session)
     if world.first:
         report(session, samples, method.answers)
     return 0
+
+
+def _complete(samples: Samples, session: Session) -> None:
+    """Ask a finished run's models what they have not answered: a kill took the answers, or the prompts are new."""
+    samples.ask("base")
+    adapter = session.folder.adapter
+    if samples.lacks(session.stage, adapter):
+        load_adapter(session.loaded.model, adapter)
+        session.loaded.model.eval()
+        samples.ask(session.stage, adapter)
 
 
 @dataclass
@@ -149,15 +160,24 @@ class Session:
                 f"{self.folder.path} holds a run with other settings: {self._differences(settings)}. "
                 f"{self._remedy(settings)}"
             )
-        if not any(self.folder.checkpoints.glob("step-*")):
-            return None
         summary = _read_json(self.folder.summary)
-        finished = self.folder.is_finished
-        return summary if summary is not None and summary["key"] == self.key and finished else None
+        if summary is None or not self.folder.is_finished:
+            return None
+        if summary.get("key") == self.key:
+            return summary
+        if self._holds_checkpoints:  # the newest one has the key of its settings
+            return None
+        raise RecipeError(
+            f"{self.folder.path} holds a run with other settings: its key is another. {self._remedy(None)}"
+        )
+
+    @property
+    def _holds_checkpoints(self) -> bool:
+        return any(self.folder.checkpoints.glob("step-*"))
 
     def _other_settings(self) -> Values | None:
         """The settings of the run in the folder if they differ from this run's."""
-        if not any(self.folder.checkpoints.glob("step-*")):
+        if not self._holds_checkpoints and not self.folder.is_finished:
             return None
         settings = _read_json(self.folder.settings)
         return settings if settings is not None and learning_key(settings) != self.key else None
@@ -226,6 +246,8 @@ class Session:
         if fresh and (aside := set_aside(self.folder.path)):
             console.say(f"The earlier run is kept in {aside}.")
         if self.check() is None:
+            if self.folder.is_finished and not self._holds_checkpoints and (aside := set_aside(self.folder.path)):
+                console.say(f"The earlier run is kept in {aside}.")  # its adapter would be overwritten
             return True
         console.say(f"{self.folder.path} is finished: nothing is left to train. To train again, add --fresh.")
         return False
@@ -240,7 +262,7 @@ class Session:
             console.say(f"Keeping up to {wired / 1e9:.1f} GB resident in memory; the rest is left to other programs.")
         first = self.world.first
         warning_log = console.log_warnings(self.folder.warnings) if first else nullcontext()
-        with warning_log, stop_on_interrupt((signal.SIGINT, signal.SIGTERM), _say_stopping) as stop:
+        with warning_log, stop_on_interrupt(stopping(), _say_stopping) as stop:
             loop = Loop(
                 model=self.loaded.model,
                 objective=objectives.training,

@@ -14,6 +14,7 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system import crashes, device, hub_choice
 from mlx_zh.system.accelerator import AcceleratorError, advice, cause
+from mlx_zh.system.interrupts import ended_by_signals
 from mlx_zh.system.redaction import cut, printable
 
 _LONGEST = 8000  # characters of an error that are shown
@@ -46,7 +47,8 @@ def _status(main: Callable[[list[str] | None], int | None], arguments: list[str]
     """The exit status of a `main` that returns or exits."""
     status: Any
     try:
-        status = main(arguments) or 0
+        with ended_by_signals():
+            status = main(arguments) or 0
     except SystemExit as stop:  # from argparse, or from a command within `mlx-zh`
         status = stop.code
     sys.stdout.flush()
