@@ -1,5 +1,6 @@
 """The soak: stages killed at random instants until they have been killed often enough, then compared with a run that
 nobody disturbed. `make soak`, or `pytest -s tests/soak.py`; SOAK_KILLS and SOAK_SEED change how many, and where.
+A second test kills every stage before its file operations: SOAK_POINTS says at how many of them.
 
 A round is a run folder and a cache of its own, taken from `prepare` to the last `eval`. Each stage of it is killed as
 `kill -9` does, at a random moment of its processor time, or at one that is hard to meet by chance: while a checkpoint
@@ -27,8 +28,12 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from kill_points import STAGES as POINT_STAGES
+from kill_points import KillPoints, small_project
+from kill_points import server as kill_points_server
 
 KILLS = int(os.environ.get("SOAK_KILLS", "60"))
+POINTS = int(os.environ.get("SOAK_POINTS", "320"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 STAGES = ("prepare", "eval base", "sft", "eval sft", "dpo", "eval dpo")
 
@@ -307,6 +312,34 @@ def test_soak(project: Any) -> None:
         for what, count in sorted(kills.items()):
             print(f"  {what:<24} {count}")
         print(f"{lines} metrics lines and {compared} bytes compared with the undisturbed run: no difference")
+
+
+@pytest.mark.slow
+def test_every_stage_killed_before_its_file_operations(project: Any, tmp_path: Path) -> None:
+    """SOAK_POINTS kills, spread over all stages by their numbers of operations; every third is a power cut."""
+    small_project(project.recipe)
+    wrong: list[str] = []
+    kills: Counter[str] = Counter()
+    with kill_points_server() as forks:
+        points = KillPoints(forks, tmp_path / "points")
+        points.straight()
+        total = sum(points.operations.values())
+        stride = max(1, total // POINTS)
+        for stage in reversed(POINT_STAGES):
+            for number in range(1 + SEED % stride, points.operations[stage] + 1, stride):
+                power = None if kills.total() % 3 else number
+                difference = points.kill(stage, number, power=power)
+                kills[f"{stage}, {'power cut' if power else 'kill'}"] += 1
+                if difference is not None:
+                    wrong.append(difference)
+                    with project.capsys.disabled():
+                        print(difference, flush=True)
+            with project.capsys.disabled():
+                print(f"{stage}: {points.operations[stage]} file operations; {kills.total()} kills so far", flush=True)
+    with project.capsys.disabled():
+        for what, count in sorted(kills.items()):
+            print(f"  {what:<24} {count}")
+    assert wrong == []
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ class RunFolder:
     def at_work(self, command: str) -> Iterator[Lock]:
         """Hold the folder's lock and keep the machine awake inside this context; `command` is its name, for messages.
 
-        What killed commands left half-written here and in the cache folder is removed first. Raises StorageError if another command holds the lock.
+        What killed commands left half-written here and in the cache folder is removed first.
+
+        Raises StorageError if another command holds the lock.
         """
         with locked(self.path, command) as lock, device.awake(), console.hold_warnings():
             if lock.left_by:
