@@ -21,7 +21,17 @@ from typing import Any
 STAGES = ("prepare", "eval base", "sft", "eval sft", "dpo", "eval dpo", "fuse", "report")
 _SHARED = ("blas", "tokenizers")  # of the cache; made by processes of their own, which take seconds
 # What a stage measures, and what depends on the folder that a test runs in
-_OWN = {"tokens_per_second", "peak_memory_gb", "elapsed_seconds", "seconds", "folder", "command", "check", "made"}
+_OWN = {
+    "tokens_per_second",
+    "peak_memory_gb",
+    "elapsed_seconds",
+    "seconds",
+    "folder",
+    "command",
+    "check",
+    "made",
+    "git_commit",
+}
 
 
 def serve() -> None:

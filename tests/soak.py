@@ -335,7 +335,9 @@ def test_every_stage_killed_before_its_file_operations(project: Any, tmp_path: P
                     with project.capsys.disabled():
                         print(difference, flush=True)
             with project.capsys.disabled():
-                print(f"{stage}: {points.operations[stage]} file operations; {kills.total()} kills so far", flush=True)
+                print(
+                    f"{stage}: {points.operations[stage]} file operations; {kills.total()} kills so far", flush=True
+                )
     with project.capsys.disabled():
         for what, count in sorted(kills.items()):
             print(f"  {what:<24} {count}")

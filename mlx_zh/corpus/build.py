@@ -21,9 +21,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -99,10 +98,9 @@ class Manifest(TypedDict):
 
     files: list[str]  # Arrow files in the folder, in order
     digests: dict[str, str]  # SHA-256 of each Arrow file and of the files with the rows of each split
-    digest: str  # of `digests`: the identity of the prepared data
     made_of: CorpusContent
     report: CorpusReport
-    content: NotRequired[str]  # `content_digest` of the splits; earlier versions did not write it
+    content: str  # `content_digest` of the splits
     check: str  # digest of all the other values
 
 
@@ -118,14 +116,9 @@ class Corpus:
     remarks: tuple[Notice, ...] = ()  # about an earlier copy that was damaged
 
     @property
-    def digest(self) -> str:
-        """The identity of the prepared data: a digest of the SHA-256 of its files."""
-        return self.manifest["digest"]
-
-    @cached_property
     def content(self) -> str:
         """A digest of what came out: all tokens and which of them are trained, in order; 64 hex digits."""
-        return self.manifest.get("content") or content_digest(self.splits)
+        return self.manifest["content"]
 
     def conversations(self, split: str) -> Conversations:
         """The examples of a split ("train" or "validation") of a corpus for SFT."""
@@ -394,10 +387,9 @@ def _finish(
             path.with_suffix(".json").unlink()
         digests = digests_of(work, [*names, *(f"{split}.npy" for split in splits)])
     _write_datasets_files(work, folder.name, kind, names)
-    manifest = {"files": names, "digests": digests, "digest": value_digest(digests), "made_of": values}
-    manifest |= {"report": report, "content": content_digest(opened)}
-    manifest = json.loads(json.dumps(manifest))  # as it will be read
-    write_exact_json(work / "manifest.json", manifest | {"check": value_digest(manifest)})
+    manifest = {"files": names, "digests": digests, "made_of": values, "report": report}
+    manifest = json.loads(json.dumps(manifest | {"content": content_digest(opened)}))  # as it will be read
+    write_exact_json(work / _MANIFEST, manifest | {"check": value_digest(manifest)})
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import lzma
 import re
-import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -13,19 +11,23 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.catalog import NAMES, Benchmark, benchmark
 from mlx_zh.exams.exam import Exam, load_benchmark, load_exam
 from mlx_zh.system import hub as hubs
 from mlx_zh.system import storage
-from mlx_zh.system.digests import file_digest
+from mlx_zh.system.digests import damage, digests_of, file_digest
 from mlx_zh.system.downloads import Progress
-from mlx_zh.system.storage import storage_errors, sync_folder
+from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.storage import folder_whole, make_folder, storage_errors, write_json
 
 # Only these members are unpacked, under names made here, so that no file can be written outside the folder.
 _MEMBER = re.compile(r"(?:^|/)(dev|val|test)/([a-z0-9_]+)\.csv$")
 _LARGEST_FILE = 8 * 2**20  # bytes; C-Eval's and CMMLU's largest files are well below 1 MB
 _LARGEST_ARCHIVE = 128 * 2**20
+_DIGESTS = "digests.json"  # SHA-256 of each unpacked file, by name
 _MOST_FILES = 1000  # C-Eval has 156
 
 
@@ -63,23 +65,31 @@ def _request(benchmark: Benchmark) -> dict[str, Any]:
 def unpack(benchmark: Benchmark, archive: Path, cache: Path) -> Path:
     """Unpack the archive's CSV files as `SPLIT/NAME.csv` into a folder of `cache`, which appears whole or not at all.
 
+    Files that are no longer what was unpacked are unpacked again.
+
     Raises DownloadError where the archive is damaged or lacks files of the benchmark, and StorageError.
     """
     target = cache / f"{benchmark.key}-{file_digest(archive)[:16]}"
-    if target.is_dir():
+    if _is_whole(target):
         return target
     with storage_errors(target):
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".unpack-"))
-        try:
-            _extract(archive, temporary)
-            _check(benchmark, archive, temporary)
-            if not target.is_dir():  # another process may have been faster
-                temporary.replace(target)
-                sync_folder(cache)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        make_folder(cache)
+        with FileLock(cache.with_name(f".{cache.name}.lock")):
+            if not _is_whole(target):  # another process may have been faster
+                with folder_whole(target) as folder:
+                    _extract(archive, folder)
+                    _check(benchmark, archive, folder)
+                    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.csv"))]
+                    write_json(folder / _DIGESTS, digests_of(folder, names))
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the unpacked files are here, and are what was written."""
+    try:
+        return damage(folder, parse_json((folder / _DIGESTS).read_text(encoding="utf-8"))) is None
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _extract(archive: Path, folder: Path) -> None:

@@ -63,10 +63,11 @@ class FileDigests:
     def __init__(self, path: Path, reading: Reading | None = None) -> None:
         self._path, self._reading = path, reading
         try:
-            cache = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            cache = {}
-        self._cache: dict[str, list[Any]] = cache if isinstance(cache, dict) else {}
+            stored = parse_json(path.read_text(encoding="utf-8"))
+            whole = stored["check"] == value_digest(stored["files"])  # one flipped bit would look like other data
+            self._cache: dict[str, list[Any]] = stored["files"] if whole else {}
+        except (OSError, ValueError, LookupError, TypeError):
+            self._cache = {}
 
     def digests(self, paths: Iterable[str]) -> dict[str, str]:
         """The digest of each file, by path. Raises DataError for a file that cannot be read."""
@@ -82,10 +83,9 @@ class FileDigests:
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         if changed:
+            files = {name: entry for name, entry in self._cache.items() if Path(name).exists()}
             with suppress(StorageError):  # without a cache that can be written, files are read each time
-                write_exact_json(
-                    self._path, {name: entry for name, entry in self._cache.items() if Path(name).exists()}
-                )
+                write_exact_json(self._path, {"files": files, "check": value_digest(files)})
         return digests
 
     def _digest(self, file: Path) -> tuple[str, bool]:

@@ -108,6 +108,8 @@ def moved(path: Path) -> StorageError:
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents, so that they survive a power cut."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if not missing:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
         sync_folder(path.parent)
