@@ -388,7 +388,7 @@ def _finish(
         digests = digests_of(work, [*names, *(f"{split}.npy" for split in splits)])
     _write_datasets_files(work, folder.name, kind, names)
     manifest = {"files": names, "digests": digests, "made_of": values, "report": report}
-    manifest = json.loads(json.dumps(manifest | {"content": content_digest(opened)}))  # as it will be read
+    manifest = parse_json(json.dumps(manifest | {"content": content_digest(opened)}))  # as it will be read
     write_exact_json(work / _MANIFEST, manifest | {"check": value_digest(manifest)})
     with storage_errors(folder):
         work.replace(folder)

@@ -1,8 +1,9 @@
 """Exact and near duplicates among all rows of all sources.
 
 Near duplicates are found by MinHash (Broder, 1997) and banded locality-sensitive hashing: rows that agree in all
-hashes of a band are compared by their whole signatures. Signatures stay on disk and one band is sorted at a time, so
-memory grows by only a few bytes a row.
+hashes of a band are compared by their whole signatures, and then by the letters of prompts and of answers: many
+questions with one answer, or many about one long text, are no repeats. Signatures and letters stay on disk and one
+band is sorted at a time, so memory grows by only a few bytes a row.
 """
 
 from __future__ import annotations
@@ -25,8 +26,15 @@ SIGNATURE_BYTES = HASHES * 2
 _SEED = 20240726
 _BLOCK = 2048  # pairs compared, or rows read, at once
 _MIX = np.uint32(0x9E3779B1)
+SIDES = 2  # of a row: what the user says, and everything else
+SIDE_LETTERS = 1000  # of each side that are kept to compare it
+SIDE_BYTES = 2  # of a letter
+_SIDE_NGRAM = 3
+# A side may differ more than the whole row, because one changed letter changes three n-grams of a short question.
+_SIDE_SHARE = 0.6  # of the threshold
 
 Kept = npt.NDArray[np.bool_]
+Pairs = npt.NDArray[np.int64]  # (P, 2) numbers of rows: a later one, an earlier one
 
 
 def sketch(texts: Letters, ngram: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
@@ -49,6 +57,8 @@ class Rows:
     numbers: npt.NDArray[np.uint64]  # (N,) hash of the numbers in the prompt; exercises with other numbers differ
     signatures: Path | None  # N x HASHES uint16; None if near duplicates are not searched for
     bands: Path | None  # N x BANDS uint32
+    letters: Path | None = None  # uint16 hashes of the first letters of each side, row after row
+    sizes: npt.NDArray[np.uint16] | None = None  # (N, SIDES) how many letters of each side `letters` has
 
 
 def find_exact(sources: Sequence[Rows], kept: Kept) -> npt.NDArray[np.int64]:
@@ -70,7 +80,8 @@ def find_exact(sources: Sequence[Rows], kept: Kept) -> npt.NDArray[np.int64]:
 def find_near(sources: Sequence[Rows], kept: Kept, threshold: float) -> npt.NDArray[np.int64]:
     """For each row (N,) an earlier row with an estimated Jaccard similarity of at least `threshold`, or -1.
 
-    Only the rows where `kept` (N,) is true are compared, and the earlier row is never a near duplicate itself.
+    Where the letters of both rows are known, their prompts and their answers must be alike too. Only the rows where
+    `kept` (N,) is true are compared, and the earlier row is never a near duplicate itself.
     """
     starts = np.concatenate([[0], np.cumsum([len(rows.exact) for rows in sources])])
     numbers = np.concatenate([rows.numbers for rows in sources])
@@ -82,21 +93,30 @@ def find_near(sources: Sequence[Rows], kept: Kept, threshold: float) -> npt.NDAr
         ]
         or [np.empty(0, dtype=np.int64)]
     )
-    similar: set[tuple[int, int]] = set()
+    similar = np.empty((0, 2), dtype=np.int64)
     with _SignatureFiles([rows.signatures for rows in sources], starts, SIGNATURE_BYTES) as signatures:
         for band in range(BANDS):
+            close = [similar]
             for later, earlier in _bucket_pairs(_band(sources, starts, members, band), members):
                 alike = numbers[later] == numbers[earlier]
                 pairs = np.stack([later[alike], earlier[alike]], axis=1)
                 for first in range(0, len(pairs), _BLOCK):
                     block = pairs[first : first + _BLOCK]
                     equal = signatures.read(block[:, 0]) == signatures.read(block[:, 1])
-                    close = equal.mean(axis=1) >= threshold
-                    similar.update(map(tuple, block[close].tolist()))
-    repeats = np.full(len(kept), -1, dtype=np.int64)
-    for row, before in sorted(similar):
-        if repeats[before] < 0 and repeats[row] < 0:
-            repeats[row] = before
+                    close.append(block[equal.mean(axis=1) >= threshold])
+            similar = np.unique(np.concatenate(close), axis=0)
+    return _first_alike(similar, _Sides(sources, starts), _SIDE_SHARE * threshold, len(kept))
+
+
+def _first_alike(pairs: Pairs, sides: _Sides, threshold: float, count: int) -> npt.NDArray[np.int64]:
+    """For each of `count` rows the first row of its `pairs` (P, 2), sorted, whose sides are alike, or -1."""
+    repeats = np.full(count, -1, dtype=np.int64)
+    for first in range(0, len(pairs), _BLOCK):
+        block = pairs[first : first + _BLOCK]
+        block = block[(repeats[block] < 0).all(axis=1)]
+        for row, before in block[sides.alike(block, threshold)].tolist():
+            if repeats[before] < 0 and repeats[row] < 0:
+                repeats[row] = before
     return repeats
 
 
@@ -160,3 +180,48 @@ class _SignatureFiles:
             file.seek((row - int(self._starts[source])) * self._size)
             signatures[i] = np.frombuffer(file.read(self._size), dtype=np.uint16)
         return signatures
+
+
+class _Sides:
+    """The letters of the rows' sides, read by row number."""
+
+    def __init__(self, sources: Sequence[Rows], starts: npt.NDArray[np.int64]) -> None:
+        self._sources, self._starts = sources, starts
+        self._ends = [
+            None if rows.sizes is None else np.cumsum(rows.sizes.sum(axis=1, dtype=np.int64)) for rows in sources
+        ]
+
+    def alike(self, pairs: Pairs, threshold: float) -> npt.NDArray[np.bool_]:
+        """Whether both sides of each pair (P, 2) have a Jaccard similarity of at least `threshold`, (P,).
+
+        A pair whose letters are not known is alike.
+        """
+        alike = np.ones(len(pairs), dtype=bool)
+        grams = {row: self._grams(row) for row in np.unique(pairs).tolist()}
+        for number, (row, before) in enumerate(pairs.tolist()):
+            both = zip(grams[row], grams[before], strict=False)
+            alike[number] = all(_jaccard(one, other) >= threshold for one, other in both)
+        return alike
+
+    def _grams(self, row: int) -> list[frozenset[bytes]]:
+        """The n-grams of each side; empty where the letters are not known."""
+        source = int(np.searchsorted(self._starts, row, side="right")) - 1
+        rows, ends, number = self._sources[source], self._ends[source], row - int(self._starts[source])
+        if rows.letters is None or rows.sizes is None or ends is None:
+            return []
+        sizes = rows.sizes[number].tolist()
+        with rows.letters.open("rb") as file:
+            file.seek((int(ends[number]) - sum(sizes)) * SIDE_BYTES)
+            letters = file.read(sum(sizes) * SIDE_BYTES)
+        border = sizes[0] * SIDE_BYTES
+        return [_ngrams(letters[:border]), _ngrams(letters[border:])]
+
+
+def _ngrams(letters: bytes) -> frozenset[bytes]:
+    """The n-grams of a side; a side shorter than an n-gram is its only one."""
+    size = _SIDE_NGRAM * SIDE_BYTES
+    return frozenset(letters[i : i + size] for i in range(0, max(len(letters) - size, 0) + 1, SIDE_BYTES))
+
+
+def _jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
+    return len(one & other) / len(one | other)

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from mlx_zh.corpus.contamination import ExamFilter, ExamIndex
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
-from mlx_zh.corpus.duplicates import Rows, sketch
+from mlx_zh.corpus.duplicates import SIDE_LETTERS, SIDES, Rows, sketch
 from mlx_zh.corpus.normalize import map_texts, normalize, simplifier
 from mlx_zh.corpus.rows import LoadReport
-from mlx_zh.corpus.shingles import letters
+from mlx_zh.corpus.shingles import Letters, letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
 from mlx_zh.system.digests import damage, digests_of
@@ -120,10 +120,12 @@ def open_scan(folder: Path, near: bool) -> Scan:
     with np.load(folder / "scan.npz") as arrays:
         columns = {name: arrays[name] for name in arrays.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"
-    rows = Rows(columns["exact"], columns["numbers"], signatures if near else None, bands if near else None)
-    # Earlier versions wrote parts of 4096 rows; their work may be taken up.
-    parts = columns.get("parts", np.arange(0, len(columns["prompts"]), 4096))
-    return Scan(folder, report, rows, columns["prompts"], columns["exam"], columns["overlap"], parts)
+    rows = Rows(columns["exact"], columns["numbers"], None, None)
+    if near:
+        rows = replace(
+            rows, signatures=signatures, bands=bands, letters=folder / "letters.u16", sizes=columns["sizes"]
+        )
+    return Scan(folder, report, rows, columns["prompts"], columns["exam"], columns["overlap"], columns["parts"])
 
 
 def _normalized_items(source: DataSource, settings: ScanSettings, report: LoadReport) -> Iterator[Item]:
@@ -145,6 +147,7 @@ class _ScanWriter:
         self.columns: dict[str, list[npt.NDArray[Any]]] = {
             "exact": [np.empty((0, 2), np.uint64)],
             "numbers": [np.empty(0, np.uint64)],
+            "sizes": [np.empty((0, SIDES), np.uint16)],
             "prompts": [np.empty(0, np.uint64)],
             "exam": [np.empty(0, np.int32)],
             "overlap": [np.empty(0, np.float32)],
@@ -158,7 +161,7 @@ class _ScanWriter:
         self._batch_characters = self._spool_characters = 0
         self._files: list[BinaryIO] = []
         if self._ngram is not None:
-            for name in ("signatures.u16", "bands.u32"):
+            for name in ("signatures.u16", "bands.u32", "letters.u16"):
                 self._files.append(stack.enter_context((folder / name).open("wb")))
 
     def add(self, item: Item) -> None:
@@ -188,8 +191,10 @@ class _ScanWriter:
         self.columns["prompts"].append(_hashes(["".join(asked[0].split()) for asked in questions]))
         self.columns["numbers"].append(_hashes([",".join(_DIGITS.findall(" ".join(asked))) for asked in questions]))
         if self._ngram is not None or self._exams is not None:
-            batch_letters = letters(["".join(parts) for parts in texts])
+            sides = letters(["".join(side) for item in self._batch for side in _sides(item)])
+            batch_letters = Letters(sides.hashes, sides.ends[::SIDES])
             if self._ngram is not None:
+                self._write_sides(sides)
                 signatures, bands = sketch(batch_letters, self._ngram)
                 self._files[0].write(signatures.tobytes())
                 self._files[1].write(bands.tobytes())
@@ -201,6 +206,13 @@ class _ScanWriter:
             self.columns["exam"].append(np.full(len(texts), -1, np.int32))
             self.columns["overlap"].append(np.zeros(len(texts), np.float32))
         self._batch, self._batch_characters = [], 0
+
+    def _write_sides(self, sides: Letters) -> None:
+        """Write the first letters of each side."""
+        sizes = np.diff(sides.ends)
+        inside = np.arange(len(sides.hashes)) - np.repeat(sides.ends[:-1], sizes) < SIDE_LETTERS
+        self._files[2].write((sides.hashes[inside] >> np.uint64(48)).astype(np.uint16).tobytes())
+        self.columns["sizes"].append(np.minimum(sizes, SIDE_LETTERS).astype(np.uint16).reshape(-1, SIDES))
 
     def _write_spool(self) -> None:
         path = self._folder / f"part-{self._parts:05d}.spool"
@@ -232,6 +244,13 @@ def characters_of(item: Item) -> int:
     """The characters of all texts of a row."""
     length = sum(len(message.content) for message in _prompt(item))
     return length if isinstance(item, Conversation) else length + len(item.chosen) + len(item.rejected)
+
+
+def _sides(item: Item) -> tuple[list[str], list[str]]:
+    """What the user says, and everything else but the system message: the two sides of a near duplicate."""
+    asked = [message.content for message in _prompt(item) if message.role == "user"]
+    said = [message.content for message in _prompt(item) if message.role not in ("user", "system")]
+    return asked, said if isinstance(item, Conversation) else [*said, item.chosen, item.rejected]
 
 
 def _row(item: Item) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_zh.corpus.duplicates import BANDS, HASHES, Rows, find_exact, find_near, sketch
+from mlx_zh.corpus.scan import ScanSettings, open_scan, scan
 from mlx_zh.corpus.shingles import letters
+from mlx_zh.corpus.sources import DataSource
 
 CHARACTERS = [chr(code) for code in range(0x4E00, 0x5200)]
 
@@ -100,3 +103,58 @@ def test_sources_that_are_not_looked_at(rows):
     blind = rows([same, same])
     blind = Rows(blind.exact, blind.numbers, None, None)
     assert near([blind, rows([same], name="b")]) == [-1, -1, -1]
+
+
+def scanned(folder: Path, rows: list[tuple[str, str]]) -> Rows:
+    """The hashes of rows of a question and an answer, from the first pass itself."""
+    path = folder / "rows.jsonl"
+    lines = (json.dumps({"prompt": asked, "response": answer}, ensure_ascii=False) + "\n" for asked, answer in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    scan(DataSource("a", (str(path),)), ScanSettings("sft"), folder / "scan", lambda *_: None)
+    return open_scan(folder / "scan", near=True).rows
+
+
+def kept_of(folder: Path, rows: list[tuple[str, str]]) -> list[int]:
+    """The numbers of the rows that stay."""
+    return [number for number, earlier in enumerate(near([scanned(folder, rows)])) if earlier < 0]
+
+
+WHO = [
+    "你是谁？",
+    "你叫什么名字？",
+    "请介绍一下你自己。",
+    "是哪家公司开发了你？",
+    "你是人还是机器？",
+    "你能做什么？",
+    "Who are you?",
+]
+NAMED = "您好，我是小明，由小明科技开发的人工智能助手，可以回答各种问题，提供实用的建议和帮助，很高兴为您服务。"
+
+
+def test_many_questions_with_one_answer_stay(tmp_path: Path):
+    rows = [(question, NAMED) for question in WHO]
+    assert similarity(WHO[0] + NAMED, WHO[5] + NAMED) > 0.75  # as whole rows they are alike
+    assert kept_of(tmp_path, rows) == list(range(len(WHO)))
+
+
+def test_many_questions_about_one_text_stay(tmp_path: Path):
+    rng = random.Random(6)
+    context = text(rng, 900)
+    rows = [(context + question, text(rng, 20)) for question in WHO]
+    assert kept_of(tmp_path, rows) == list(range(len(WHO)))
+
+
+def test_a_question_that_is_asked_again_goes(tmp_path: Path):
+    """With other punctuation, with a polite frame, and with another end of the answer."""
+    question = "请用三句话说明海豚为什么是哺乳动物而不是鱼"
+    again = [(f"{question}。", NAMED), (f"您好，{question}？", NAMED), (question, NAMED[:-3] + "乐意效劳")]
+    assert kept_of(tmp_path, [(question, NAMED), *again, (WHO[0], NAMED)]) == [0, 4]
+
+
+@pytest.mark.parametrize("answer", ["", "好"])
+def test_sides_without_an_n_gram_are_compared_as_they_are(tmp_path: Path, answer: str):
+    question = text(random.Random(7), 100)
+    assert kept_of(tmp_path, [(question, answer + "是"), (question + "的", answer + "是"), (question, "否")]) == [
+        0,
+        2,
+    ]
