@@ -1,11 +1,12 @@
 """Character n-grams of many texts at once, as 64-bit hashes. They identify near duplicates and exam questions.
 
 Only letters and digits count, in lower case: white space, punctuation and the boundaries of messages make no
-difference.
+difference, nor do full-width, circled and raised forms.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -76,7 +77,7 @@ def _fold(hashes: Hashes) -> np.uint64:
 
 @cache
 def _tables() -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint32]]:
-    """Whether each character of the basic plane is a letter or digit, and its lower case: (65537,) each.
+    """Whether each character of the basic plane is a letter or digit, and its plain lower case: (65537,) each.
 
     The last entry stands for all characters beyond the basic plane.
     """
@@ -84,7 +85,7 @@ def _tables() -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint32]]:
     alphanumeric = np.fromiter(map(str.isalnum, characters), dtype=bool, count=_BEYOND)
     lower = np.arange(_BEYOND + 1, dtype=np.uint32)
     for code in np.flatnonzero(alphanumeric):
-        small = characters[code].lower()
+        small = unicodedata.normalize("NFKC", characters[code]).lower()
         if small != characters[code] and len(small) == 1:
             lower[code] = ord(small)
     return np.append(alphanumeric, False), lower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def exam(tmp_path: Path) -> Path:
 
 def test_questions_are_read_with_their_places(exam: Path):
     first, second = read_questions(exam, "ceval")
-    assert first == Question("ceval val/law_val 1", (f"{LONG}____。",))
+    assert first == Question("ceval val/law_val 1", (f"{LONG}____。",), True, ("一年", "两年", "三年", "四年"), 0)
     # Eight letters alone are no question: only with the options, with and without their letters.
     assert second.texts == (
         "我国最大的岛屿是____ 台湾岛和钓鱼岛 海南岛 香港岛 崇明岛",
@@ -45,14 +46,53 @@ def test_the_share_of_a_question_that_a_row_holds(exam: Path):
     index = ExamIndex.build(read_questions(exam, "ceval"), ngram=10, overlap=0.4)
     assert index.checked == 2
     half = LONG[:21]  # 12 of the 24 ten-grams
-    assert find(index, f"请看：{LONG}。", half, LONG[:18], LONG[:9], "毫不相干的一句话而已而已而已") == [
+    asked = f"{half}____。一年还是两年？"  # with two options
+    assert find(
+        index, f"请看：{LONG}。", asked, half, LONG[:18] + "一年，两年", LONG[:9], "毫不相干的一句话而已而已"
+    ) == [
         ("ceval val/law_val 1", 1.0),
         ("ceval val/law_val 1", 0.5),
+        (None, 0.5),
         (None, 0.375),
         (None, 0.0),
         (None, 0.0),
     ]
     assert find(index, half * 2)[0][1] == 0.5  # said twice counts once
+
+
+SHORT = "在标准大气压下纯水的沸点摄氏温度"  # 16 letters: 7 ten-grams, one common sentence
+CASES = {
+    "one common sentence": (f"我们都知道，{SHORT}会随着海拔升高而下降，请解释原因。", False),
+    "with other options far away": (f"{SHORT}{'不一样' * 100}，八十度，九十度。", False),
+    "with its options": (f"{SHORT}是\nA. 八十度\nB. 九十度\nC. 一百度\nD. 一百一十度", True),
+    "with its options in another order": (f"{SHORT}是\nA. 一百度\nB. 八十度\nC. 九十度\nD. 一百一十度", True),
+    "with two of its options": (f"{SHORT}是八十度还是一百度？", True),
+    "with its answer": (f"{SHORT}是多少？答案是一百度。", True),
+    "with a wrong answer": (f"{SHORT}是多少？答案是一千度。", False),
+    "in full width and with blanks": (f"{' '.join(SHORT)}是 Ａ．八十度 Ｂ．九十度", True),
+}
+
+
+@pytest.mark.parametrize(("row", "contained"), CASES.values(), ids=CASES)
+def test_a_sentence_is_a_question_only_with_its_options_or_its_answer(row: str, contained: bool):
+    options = ("八十度", "九十度", "一百度", "一百一十度")
+    index = ExamIndex.build([Question("水", (SHORT,), True, options, 2)], ngram=10, overlap=0.4)
+    assert (find(index, row)[0][0] is not None) == contained
+
+
+@pytest.mark.parametrize(("letters_of_it", "contained"), [(24, False), (25, True), (33, True)])
+def test_a_long_stem_is_a_question_by_itself(letters_of_it: int, contained: bool):
+    """From 16 ten-grams on, which are 25 letters."""
+    index = ExamIndex.build(
+        [Question("设备", (LONG,), True, ("一年", "两年", "三年", "四年"), 0)], ngram=10, overlap=0.4
+    )
+    assert (find(index, f"请问{LONG[:letters_of_it]}呢")[0][0] is not None) == contained
+
+
+@pytest.mark.parametrize(("row", "contained"), [("1234", True), ("A. 1 B. 2 C. 3 D. 4", True), ("1，3", False)])
+def test_options_of_one_letter_count_only_all_together(row: str, contained: bool):
+    index = ExamIndex.build([Question("数", (SHORT,), True, ("1", "2", "3", "4"), None)], ngram=10, overlap=0.4)
+    assert (find(index, f"{SHORT}是 {row}")[0][0] is not None) == contained
 
 
 def test_options_belong_to_a_short_question(exam: Path):
@@ -72,9 +112,10 @@ def test_the_exams_own_phrases_prove_nothing():
         "唐代的三省六部制度的变迁吗",
         "牛顿第二定律的适用的范围吗",
     ]
-    index = ExamIndex.build([Question(s, (s + phrase,)) for s in subjects], ngram=10, overlap=0.4)
-    assert find(index, f"请回答：{phrase}哪些？") == [(None, 0.0)]
-    assert find(index, subjects[1] + phrase) == [(subjects[1], 1.0)]
+    options = ("它的内容", "它的意义", "它的影响", "它的来源")
+    index = ExamIndex.build([Question(s, (s + phrase,), True, options) for s in subjects], ngram=10, overlap=0.4)
+    assert find(index, f"请回答：{phrase}：它的内容，它的意义？") == [(None, 0.0)]
+    assert find(index, f"{subjects[1]}{phrase}：它的内容，它的意义") == [(subjects[1], 1.0)]
 
 
 def test_an_index_survives_the_disk(exam: Path, tmp_path: Path):
@@ -82,7 +123,7 @@ def test_an_index_survives_the_disk(exam: Path, tmp_path: Path):
     index.save(tmp_path / "index.npz")
     again = ExamIndex.load(tmp_path / "index.npz")
     assert (again.ngram, again.overlap) == (8, 0.6)
-    for name in ("places", "question_of", "sizes", "grams", "variants"):
+    for name in (field.name for field in fields(ExamIndex) if field.name not in ("ngram", "overlap")):
         np.testing.assert_array_equal(getattr(again, name), getattr(index, name))
 
 
@@ -100,13 +141,13 @@ def test_a_folder_without_questions(tmp_path: Path):
 
 
 def test_real_questions_and_real_rows(samples: Path):
-    """Every real question is found as it stands; of the real training rows none is taken for one."""
+    """Every real question is found with its options; of the real training rows none is taken for one."""
     from mlx_zh.corpus.formats import load_conversations
 
     questions = read_questions(samples / "ceval", "ceval")[::7]
     index = ExamIndex.build(questions, ngram=10, overlap=0.4)
     assert index.checked == len(questions)
-    found = find(index, *(question.texts[-1] for question in questions))
+    found = find(index, *(" ".join([question.texts[0], *question.options]) for question in questions))
     assert all(place is not None and share == 1.0 for place, share in found)
     rows, _ = load_conversations(samples / "sft" / "ruozhiba_qa2449_gpt4o.json")
     assert not any(place for place, _ in find(index, *("".join(m.content for m in row.messages) for row in rows)))
