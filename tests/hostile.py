@@ -21,6 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -481,10 +482,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         (resource.RLIMIT_CPU, SECONDS + int(time.process_time())),
         (resource.RLIMIT_AS, MEGABYTES << 20),
     ):
-        try:
+        with suppress(OSError, ValueError):  # macOS has no limit on the address space
             resource.setrlimit(kind, (limit, limit))
-        except (OSError, ValueError):
-            pass  # macOS has no limit on the address space
     from mlx_zh.errors import MlxZhError
 
     before, start = peak(), time.process_time()
