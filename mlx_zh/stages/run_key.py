@@ -93,7 +93,7 @@ def changes(old: Values, new: Values) -> str:
         else:
             changed.append(_DIGESTS.get(key.partition(".")[0], f"{key} {values[0]} -> {values[1]}"))
     if "corpus" in old and "corpus" in new:
-        prepared = [values["corpus"]["made_of"] for values in (old, new)]
+        prepared = [redacted(values["corpus"]["made_of"]) for values in (old, new)]
         changed += _source_changes(prepared[0]["sources"], prepared[1]["sources"])
         changed += _exam_changes(prepared[0]["exams"], prepared[1]["exams"])
         if not changed and sides[0]["corpus"] != sides[1]["corpus"]:
