@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
 from mlx_zh.corpus.contamination import ExamIndex, read_questions
+from mlx_zh.corpus.exam_table import exam_files
 from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
@@ -137,7 +138,7 @@ def corpus_key(
     sources: Sequence[DataSource], settings: CorpusSettings, renderer: Renderer, cache: Path
 ) -> tuple[str, CorpusContent]:
     """A digest of everything that the corpus depends on, and the values that went into the digest."""
-    exams = {name: sorted(map(str, Path(folder).rglob("*.csv"))) for name, folder in settings.exams.folders.items()}
+    exams = {name: list(map(str, exam_files(Path(folder)))) for name, folder in settings.exams.folders.items()}
     every = [path for source in sources for path in source.files] + [
         path for paths in exams.values() for path in paths
     ]

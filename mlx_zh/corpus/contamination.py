@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.corpus.exam_table import read_table
+from mlx_zh.corpus.exam_table import exam_files, read_table
 from mlx_zh.corpus.shingles import Hashes, Letters, Offsets, letters
 from mlx_zh.errors import DataError
 from mlx_zh.system.storage import written_whole
@@ -53,7 +53,7 @@ def read_questions(folder: Path, exam: str) -> list[Question]:
     Raises DataError if a file cannot be read or there is no question.
     """
     questions = []
-    for path in sorted(folder.rglob("*.csv")):
+    for path in exam_files(folder):
         problems: list[str] = []
         table = read_table(path, problems)
         if table is not None and table.rows and "question" not in table.columns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import re
 from collections.abc import Callable, Sequence
 from os.path import expanduser
@@ -18,6 +17,7 @@ from mlx_zh.system import hub as hubs
 from mlx_zh.system import storage
 from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
+from mlx_zh.system.links import check_file
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 TABLE_SUFFIXES = (
@@ -66,19 +66,13 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
 
 
 def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]:
-    root = folder.resolve()
     files = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         # A name that begins with "~$" is a note of Excel that the workbook is open.
         if any(part.startswith((".", "~$")) for part in inside.parts) or not _is_data(str(inside), patterns):
             continue
-        if not path.resolve().is_relative_to(root):
-            target = os.readlink(path) if path.is_symlink() else path.resolve()
-            raise DataError(
-                f"{path} is a link out of the folder, to {target}. "
-                "Name that file itself in the recipe, or copy it into the folder"
-            )
+        check_file(folder, path, DataError)
         if path.is_file():
             files.append(path)
     return _of_split(files, folder, split)
@@ -137,10 +131,12 @@ def _from_hub(name: str, entry: DataSet, progress: Progress | None, hub: str) ->
 
 
 def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
-    """The data files of a snapshot from a hub; its files may be links into the hub's cache."""
+    """The data files of a snapshot from a hub. Raises DataError for a link that leads out of the hub's cache."""
     every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in every if _is_data(path.relative_to(folder).as_posix(), entry.files)]
     files = _of_split(files, folder, entry.split)
+    for path in files:
+        check_file(folder, path, DataError)
     if not files:
         present = ", ".join(path.relative_to(folder).as_posix() for path in every[:8]) or "no such file at all"
         raise NoDataFiles(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_zh.errors import DataError
+from mlx_zh.system.links import check_file, check_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,14 @@ class Table:
     def columns(self) -> dict[str, int]:
         """The index of each column by its name in lower case; of equal names the first one counts."""
         return {name.casefold(): number for number, name in reversed(list(enumerate(self.header)))}
+
+
+def exam_files(folder: Path, pattern: str = "**/*.csv") -> list[Path]:
+    """The CSV files of an exam's folder, sorted. Raises DataError for a link that leads out of it."""
+    paths = sorted(folder.glob(pattern))
+    for path in paths:
+        check_file(folder, path, DataError)
+    return paths
 
 
 def read_table(path: Path, problems: list[str]) -> Table | None:
@@ -38,6 +47,7 @@ def read_table(path: Path, problems: list[str]) -> Table | None:
 
 
 def _text(path: Path, problems: list[str]) -> str | None:
+    check_regular(path, DataError)
     try:
         data = path.read_bytes()
     except OSError as error:

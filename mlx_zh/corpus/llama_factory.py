@@ -15,6 +15,7 @@ from mlx_zh.corpus.columns import Guess
 from mlx_zh.corpus.rows import ROLES
 from mlx_zh.errors import DataError, first_line
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import target_outside
 
 NAME = "dataset_info.json"
 _TAGS = {
@@ -88,6 +89,8 @@ def _entry(folder: Path, name: str, keys: Mapping[str, Any]) -> Entry:
         return Entry(name, path, reason="it names no file (file_name); only files on this disk are read")
     if not path.exists():
         return Entry(name, path, reason=f"there is no file {path}")
+    if path.is_relative_to(folder) and (target := target_outside(folder, path)) is not None:
+        return Entry(name, path, reason=f"{path} is a link out of the folder, to {target}")
     texts = _texts(keys.get("columns")), _texts(keys.get("tags"))
     if texts[0] is None or texts[1] is None:
         return Entry(name, path, reason="columns and tags must be mappings of text")

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from mlx_zh.errors import DataError
 from mlx_zh.system.json_text import NestedTooDeeply, parse_json
+from mlx_zh.system.links import check_regular
 
 _CHUNK = 1 << 20  # characters of a JSON array read at once
 _LONGEST = 1 << 24  # characters that a line or a value of an array may have; a longer one is a mistake
@@ -83,13 +84,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def check_file(path: Path) -> bytes:
-    """The first four bytes of a file. Raises DataError if it is missing, a folder, UTF-16 or a zip archive."""
+    """The first four bytes of a file. Raises DataError if it is missing, no regular file, UTF-16 or a zip archive."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
         hint = f"; it has {', '.join(names)}" if names else ""
         raise DataError(f"{path}: a folder; name one file in it{hint}")
     if not path.exists():
         raise DataError(f"{path}: no such file")
+    check_regular(path, DataError)
     with path.open("rb") as file:
         head = file.read(4)
     # UTF-16 begins with a byte-order mark, or has a zero byte next to the first ASCII character.

@@ -17,6 +17,7 @@ from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.system.downloads import reason_of
 from mlx_zh.system.hub import endpoint
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_folder, target_outside
 
 CONVERTED = "refs/convert/parquet"  # the branch with the hub's own conversion of a set
 _BATCH = 256  # rows that become Python objects at once
@@ -60,6 +61,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
     `split` None is "train". Raises DataError if there is no such split, or if the folder is damaged or was written by
     another version.
     """
+    check_folder(folder, DataError)
     part = folder
     if (folder / "dataset_dict.json").is_file():
         splits = _splits(folder)
@@ -80,7 +82,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
             "it again with save_to_disk"
         ) from error
     for file in files:
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if target_outside(folder, file) is not None:
             raise DataError(f"{folder}: its state.json names {file}, which is not in the folder; copy it there")
     return files
 

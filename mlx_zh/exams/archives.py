@@ -21,6 +21,7 @@ from mlx_zh.system import storage
 from mlx_zh.system.digests import damage, digests_of, file_digest
 from mlx_zh.system.downloads import Progress
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import folder_whole, make_folder, storage_errors, write_json
 
 # Only these members are unpacked, under names made here, so that no file can be written outside the folder.
@@ -47,6 +48,7 @@ def benchmark_folder(benchmark: Benchmark, hub: str = "auto", progress: Progress
     archive = next((folder / name for name in sorted(names) if (folder / name).is_file()), None)
     if archive is None:
         raise DownloadError(f"{benchmark.title}: the download in {folder} holds no {' or '.join(sorted(names))}.")
+    check_file(folder, archive, DownloadError)
     return unpack(benchmark, archive, storage.cache_folder() / "benchmarks")
 
 

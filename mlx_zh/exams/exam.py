@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_zh.corpus.exam_table import exam_files
 from mlx_zh.errors import DataError
 from mlx_zh.exams.catalog import Benchmark, Entry, Row
 from mlx_zh.exams.csvfile import Question, read_questions
 from mlx_zh.system.digests import text_digest
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_file
 
 _SHOWN = 20  # problems listed in one error
 
@@ -74,6 +76,7 @@ def load_benchmark(benchmark: Benchmark, folder: Path, *, split: str | None, sho
     if chosen not in benchmark.splits:
         raise DataError(f"{benchmark.title} has no split {chosen!r}; choose from {', '.join(benchmark.splits)}.")
     root = _inside(folder, chosen)
+    check_file(folder, root, DataError)
     asked, problems = _read_split(root, chosen, need_answer=chosen != "test" or benchmark.default_split == "test")
     for key in sorted(set(asked) - set(benchmark.subjects)):
         problems.append(f"{root / chosen}: {benchmark.title} has no subject {key!r}.")
@@ -103,6 +106,7 @@ def load_exam(path: Path, *, split: str | None, shots: int) -> Exam:
         return _single(path, shots)
     chosen = split or next((name for name in ("test", "val") if _has(path, name)), "test")
     problems: list[str] = []
+    check_file(path, path / "subjects.json", DataError)
     entries = _entries(path / "subjects.json", problems)
     asked, more = _read_split(path, chosen, need_answer=False)
     problems += more
@@ -123,6 +127,7 @@ def _single(path: Path, shots: int) -> Exam:
     candidates = [path.parent / f"{key}_dev.csv", path.parent.parent / "dev" / f"{key}_dev.csv"]
     candidates.append(path.parent.parent / "dev" / f"{key}.csv")
     dev_file = next((file for file in candidates if file.is_file() and file != path), candidates[0])
+    check_file(path.parent if dev_file.parent == path.parent else path.parent.parent, dev_file, DataError)
     dev = _dev(dev_file, key, shots, problems)
     _raise(problems)
     subject = Subject(key, Entry(key), dev, questions)
@@ -143,7 +148,7 @@ def _has(folder: Path, split: str) -> bool:
 
 def _read_split(folder: Path, split: str, *, need_answer: bool) -> tuple[dict[str, tuple[Question, ...]], list[str]]:
     """Questions by subject, and every problem with file and line."""
-    paths = sorted((folder / split).glob("*.csv"))
+    paths = exam_files(folder, f"{split}/*.csv")
     if not paths:
         raise DataError(f"{folder / split} holds no CSV files; {folder} must have {split}/SUBJECT_{split}.csv.")
     problems: list[str] = []
@@ -172,6 +177,7 @@ def _with_dev(
         path = folder / "dev" / f"{key}_dev.csv"
         if not path.is_file():
             path = path.with_name(f"{key}.csv")
+        check_file(folder, path, DataError)
         subjects.append(Subject(key, entries[key], _dev(path, key, shots, problems), questions))
     return subjects
 

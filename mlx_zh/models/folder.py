@@ -15,6 +15,7 @@ from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_folder
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -28,8 +29,10 @@ _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 def folder_config(path: Path) -> Config:
     """config.json, with the end-of-turn ids of generation_config.json added, in the form that mlx-lm 0.32 reads.
 
-    Raises ModelError if there is none, if it cannot be parsed, or if the model's family is not supported.
+    Raises ModelError if there is none, if it cannot be parsed, if the model's family is not supported, or if a link
+    in the folder leads out of it.
     """
+    check_folder(path, ModelError)
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{path} has no config.json, so it is not a model folder. Give the folder with config.json and the "
@@ -116,6 +119,7 @@ def folder_weights(path: Path) -> dict[str, mx.array]:
     """All tensors (lazy). Raises ModelError if a file is missing or damaged."""
     import mlx.core as mx
 
+    check_folder(path, ModelError)
     files = [read_table(file) for file in weight_files(path)]
     weights: dict[str, mx.array] = {}
     for file in files:
@@ -224,8 +228,9 @@ def _check_types(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int,
 def folder_tokenizer(path: Path) -> Any:
     """The folder's fast tokenizer, with its chat template if it has one.
 
-    Raises ModelError if there is no tokenizer, or none that is fast.
+    Raises ModelError if there is no tokenizer, or none that is fast, or if a link in the folder leads out of it.
     """
+    check_folder(path, ModelError)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Download the model again with all of "

@@ -15,6 +15,7 @@ from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.system import device, hub
 from mlx_zh.system.digests import Reading
 from mlx_zh.system.downloads import Progress
+from mlx_zh.system.links import check_file
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -103,6 +104,8 @@ def _inside(path: Path) -> Path:
             f"{path} holds {len(files)} .gguf files: {', '.join(f.name for f in files[:8])}. Give the path of one of "
             "them."
         )
+    for file in files:
+        check_file(path, file, ModelError)
     return files[0] if files else path
 
 

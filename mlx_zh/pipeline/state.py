@@ -12,6 +12,7 @@ from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import DataSet, Recipe
 from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest, value_digest
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import is_readable
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
 
@@ -120,7 +121,7 @@ class State:
     def _answers(self, stage: str) -> str:
         """A digest of a training stage's sample answers."""
         try:
-            answers = json.loads(self.run.samples.read_text(encoding="utf-8"))["answers"].get(stage)
+            answers = parse_json(self.run.samples.read_text(encoding="utf-8"))["answers"].get(stage)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             answers = None
         return value_digest(answers)[:16]
@@ -207,5 +208,5 @@ def _listed(items: Sequence[str], most: int = 3) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if is_readable(folder, path) and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path

@@ -19,6 +19,7 @@ from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.shapes import ModelShape, Target
 from mlx_zh.recipe import Recipe, Sources
+from mlx_zh.system.links import is_readable
 
 SCORED = {"sft": 0.6, "dpo": 0.8}  # share of an example's tokens that are scored
 
@@ -147,7 +148,7 @@ def _exam(recipe: Recipe, name: str, machine: Machine) -> ExamCost:
 def _own_exam(path: Path) -> tuple[int, int]:
     """Subjects and about how many questions an exam of the user's own has: a question is a line of a CSV file."""
     folder = next((path / split for split in ("test", "val") if (path / split).is_dir()), path)
-    tables = [path] if path.is_file() else sorted(folder.glob("*.csv"))
+    tables = [path] if path.is_file() else [table for table in folder.glob("*.csv") if is_readable(path, table)]
     try:
         lines = sum(max(table.read_bytes().count(b"\n") - 1, 1) for table in tables)
     except OSError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_zh.errors import DataError, StorageError
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_regular
 from mlx_zh.system.storage import cache_folder, write_exact_json
 
 _FRESH = 2.0  # seconds; a file that changed this recently may change again without a new time stamp
@@ -74,7 +75,9 @@ class FileDigests:
         digests, changed = {}, False
         for path in paths:
             try:
-                digests[path], is_new = self._digest(Path(path).resolve())
+                file = Path(path).resolve()
+                check_regular(file, DataError)
+                digests[path], is_new = self._digest(file)
                 changed = changed or is_new
             except IsADirectoryError:
                 raise DataError(f"{path} is a folder; give the path of one file in it") from None

@@ -21,6 +21,7 @@ from mlx_zh.system import downloads, hub_choice, modelscope, storage
 from mlx_zh.system.digests import FileDigests, value_digest
 from mlx_zh.system.downloads import STATUS, Progress, RemoteFile, chain, fetch_file, full_disk
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import is_readable
 
 _MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
@@ -151,7 +152,8 @@ def check_digests(folder: Path, kind: str = "model") -> None:
 
     The library checks only sizes. A damaged file is removed, so that it is fetched again; then raises DownloadError.
     """
-    blobs = [path for path in folder.rglob("*") if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
+    links = [path for path in folder.rglob("*") if path.is_symlink() and is_readable(folder, path)]
+    blobs = [path for path in links if _SHA256.fullmatch(path.resolve().name)]
     digests = FileDigests(storage.cache_folder() / f"{kind}s.json").digests(str(path) for path in blobs)
     for path in blobs:
         if digests[str(path)] != path.resolve().name:

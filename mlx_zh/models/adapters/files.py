@@ -16,6 +16,7 @@ from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import write_arrays, write_json
 
 _LEAVES = ("lora_a", "lora_b", "m")
@@ -67,6 +68,8 @@ def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpe
 
 def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     """The settings and the arrays of an adapter folder, in mlx-lm's terms also for PEFT's. Raises AdapterError."""
+    for name in (CONFIG_FILE, ADAPTER_FILE, PEFT_FILE):
+        check_file(folder, folder / name, AdapterError)
     if peft.is_peft(folder):
         return peft.read_peft(folder)
     if pickled := pickle_hint(folder):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_zh.core.families import FAMILIES
+from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, describe_packing
 from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
 from mlx_zh.models.export.safetensors_file import Entry, write_shards
 from mlx_zh.models.export.source import Source
 from mlx_zh.models.folder import read_json
+from mlx_zh.system.links import check_file, copy_file
 from mlx_zh.system.storage import write_json
 
 _TOKENIZER_FILES = (
@@ -152,7 +154,10 @@ def write_configs(folder: Path, layout: Layout) -> None:
         config["quantization"] = config["quantization_config"] = described
     write_json(folder / "config.json", dict(sorted(config.items())))
     own = source.path / "generation_config.json"
-    generation = read_json(own) if source.path.is_dir() and own.is_file() else {}
+    generation: dict[str, Any] = {}
+    if source.path.is_dir() and own.is_file():
+        check_file(source.path, own, ModelError)
+        generation = read_json(own)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation[name] = config[name]
@@ -164,6 +169,6 @@ def write_tokenizer(folder: Path, base: Source) -> None:
     if base.path.is_dir():
         for name in _TOKENIZER_FILES:
             if (base.path / name).is_file():
-                shutil.copyfile(base.path / name, folder / name)
+                copy_file(base.path, base.path / name, folder / name, ModelError)
         return
     base.tokenizer.save_pretrained(str(folder))

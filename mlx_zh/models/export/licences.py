@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_zh.errors import UploadError
+from mlx_zh.errors import ModelError, UploadError
 from mlx_zh.models.export.source import Source
+from mlx_zh.system.links import copy_file
 
 _LLAMA3_VOCABULARY = 128256  # the same for every model with Llama 3's tokenizer, also for distilled ones
 _FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*")
@@ -91,7 +91,7 @@ def write_licence_files(folder: Path, licence: Licence, base: Source) -> list[st
         for pattern in _FILES:
             for file in sorted(base.path.glob(pattern)):
                 if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+                    copy_file(base.path, file, folder / file.name, ModelError)
                     copied.append(file.name)
     if licence.notice is None:
         return []

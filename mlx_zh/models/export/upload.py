@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_zh.errors import UploadError, first_line
 from mlx_zh.system.environment import pip_install
+from mlx_zh.system.links import check_folder
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SECRET = re.compile(r"(hf_|ms-|Bearer )[\w-]+")
@@ -34,8 +35,9 @@ def check(repository: str, hub: str) -> None:
 def push(folder: Path, repository: str, hub: str, *, public: bool) -> str:
     """Upload everything in `folder` and return the repository's address; the repository is created if needed.
 
-    A new repository is private unless `public`. Raises UploadError.
+    A new repository is private unless `public`. Raises UploadError, also for a link that leads out of the folder.
     """
+    check_folder(folder, UploadError)
     try:
         return _HUBS[hub](folder, repository, public)
     except UploadError:
