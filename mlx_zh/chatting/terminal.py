@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,21 +13,20 @@ from typing import TYPE_CHECKING, TextIO
 
 from wcwidth import iter_graphemes, wcswidth
 
+from mlx_zh.system import escaping
+
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
-# A model may write any character; with escape sequences it could control the terminal, with bidirectional controls
-# turn a text around.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Characters that must not begin a line (a part of the lists in JIS X 4051 and CLREQ).
 _CLOSING = frozenset("，。、；：！？）》」』】〕…—·”’,.;:!?)]}")
 NARROWEST_COLUMN = 30
 
 
 def without_controls(text: str) -> str:
-    """The text without the control characters that a terminal would obey."""
-    return _CONTROL.sub("", text)
+    """The text without the characters that a terminal would obey; a model may write any."""
+    return escaping.without_controls(text, "")
 
 
 @dataclass
@@ -110,7 +108,7 @@ def fit_width(text: str, width: int) -> str:
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` columns. Breaks are at spaces and next to Chinese characters, never before a 。"""
     lines: list[str] = []
-    for paragraph in _CONTROL.sub("", text.expandtabs(4)).split("\n"):
+    for paragraph in without_controls(text.expandtabs(4)).split("\n"):
         line, used = "", 0
         for piece in _pieces(paragraph, width):
             columns = text_width(piece.rstrip())

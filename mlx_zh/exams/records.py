@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.figures import ExamReport, submission
+from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import json_line, write_json, write_text
 
@@ -34,7 +35,7 @@ class Records:
         """The report and the answers of a finished exam, or None; another version may have written the report."""
         answers, report = (self._folder / f"{self._name}.{kind}" for kind in ("jsonl", "json"))
         try:
-            lines = answers.read_text(encoding="utf-8").splitlines()
+            lines = list(text_lines(answers.read_text(encoding="utf-8")))
             values: dict[str, object] = dict(parse_json(report.read_text(encoding="utf-8")))
             return values, [Answer.of(parse_json(line)) for line in lines]
         except (OSError, ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mlx_zh.pipeline.state import Record, State
 from mlx_zh.pipeline.steps import StageFiles, Step
 from mlx_zh.recipe import Recipe
+from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 
 
@@ -63,7 +64,7 @@ def _earlier(state: State, recipe: Recipe, step: Step) -> Record | None:
 def peak_memory(folder: StageFiles) -> float | None:
     """The highest `peak_memory_gb` in a training stage's metrics, or None without readable metrics."""
     try:
-        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
+        lines = list(text_lines(folder.metrics.read_text(encoding="utf-8")))
         return max((float(parse_json(line).get("peak_memory_gb") or 0) for line in lines), default=None)
     except (OSError, ValueError, TypeError):
         return None

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_zh.exams import statistics
 from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import notices_of
+from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
@@ -219,7 +220,7 @@ def _answers(path: Path) -> Answers:
     """Whether each question was answered right, from STAGE-EXAM.jsonl; empty where it is missing or damaged."""
     answers: Answers = {}
     try:
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in text_lines(path.read_text(encoding="utf-8")):
             line = parse_json(text)
             right = line["choice"] is not None and line["choice"] == line["truth"]
             answers.setdefault(line["subject"], {})[line["id"]] = right

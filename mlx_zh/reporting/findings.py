@@ -14,6 +14,7 @@ from mlx_zh.language.notice import Notice, notices_of
 from mlx_zh.reporting import exam_results
 from mlx_zh.reporting.exam_results import Current, ExamResult
 from mlx_zh.reporting.messages import Text, named, say
+from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import hide, hide_all
 
@@ -191,7 +192,7 @@ class _Reading:
 
     def objects(self, path: Path) -> list[dict[str, object]]:
         """The objects of a JSON lines file."""
-        lines = self._parsed(path, lambda text: [parse_json(line) for line in text.splitlines() if line.strip()], [])
+        lines = self._parsed(path, lambda text: [parse_json(line) for line in text_lines(text)], [])
         return [line for line in lines if isinstance(line, dict)]
 
     def _parsed(self, path: Path, parse: Any, empty: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from mlx_zh.reporting import data_view, words
 from mlx_zh.reporting.exam_results import Cell, ExamResult
@@ -11,12 +11,9 @@ from mlx_zh.reporting.exam_view import columns, head_line, interval, percent
 from mlx_zh.reporting.figures_view import exports, flat
 from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import named, say
-
-_SPECIAL = re.compile(r"[\\`*_\[\]|~$]")
-# What begins a heading, a quotation, a list, a rule or the underline of a heading.
-_FIRST = re.compile(r"^(?=[#>]|[+-](?: |$)|[=-]+$)")
-_NUMBER = re.compile(r"^(\d+)(?=[.)](?: |$))")  # begins a numbered list
-_LINK = re.compile(r"(?i)\b(https?:|ftp:|www\.)")  # some viewers turn addresses into links
+from mlx_zh.system.escaping import markdown as safe
+from mlx_zh.system.escaping import markdown_block, without_controls
+from mlx_zh.system.escaping import markdown_table as _table
 
 
 def markdown(findings: Findings, created: str, plots: Sequence[str]) -> str:
@@ -32,14 +29,6 @@ def markdown(findings: Findings, created: str, plots: Sequence[str]) -> str:
         parts += [f"## {say('export').both()}", exported.note.both(), _table(heads, exported.rows)]
     parts += _machine(findings)
     return "\n\n".join(parts) + "\n"
-
-
-def safe(text: object) -> str:
-    """The text on one line, escaped so that it is neither Markdown nor HTML nor a link."""
-    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    # A backslash is an escape before punctuation alone (CommonMark 0.31, section 2.4), so never before a digit.
-    line = _NUMBER.sub(r"\1\\", _FIRST.sub(r"\\", _SPECIAL.sub(r"\\\g<0>", line)))
-    return _LINK.sub("\\g<1>\u200b", line)
 
 
 def _summary(findings: Findings) -> list[str]:
@@ -84,7 +73,7 @@ def _cell(cell: Cell | None) -> str:
 
 def _pictures(plots: Sequence[str], prefix: str) -> list[str]:
     names = {path: path.rpartition("/")[2].removesuffix(".png") for path in plots}
-    shown = [f"![{name}]({path})" for path, name in names.items() if name.startswith(prefix)]
+    shown = [f"![{safe(name)}]({quote(path)})" for path, name in names.items() if name.startswith(prefix)]
     return ["\n".join(shown)] if shown else []
 
 
@@ -109,7 +98,7 @@ def _answers(findings: Findings) -> list[str]:
             right = findings.is_right(stage, index)
             name = named(stage).both() if right is None else f"{words.mark(right)} {named(stage).both()}"
             rows.append([name, answers[index] if index < len(answers) else ""])
-        parts += [f"**{safe(prompt)}**", _table(["", ""], rows)]
+        parts += [f"**{safe(prompt) or '–'}**", _table(["", ""], rows)]
     return parts
 
 
@@ -137,16 +126,6 @@ def _machine(findings: Findings) -> list[str]:
     if rows:
         parts.append(_table([say("setting").both(), say("value").both()], rows))
     if findings.recipe:
-        fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", findings.recipe)), default=0))
-        parts += [f"### {say('recipe').both()}", f"{fence}yaml\n{findings.recipe.rstrip()}\n{fence}"]
+        recipe = markdown_block(without_controls(findings.recipe.rstrip()), "yaml")
+        parts += [f"### {say('recipe').both()}", recipe]
     return parts if len(parts) > 1 else []
-
-
-def _table(head: list[str], rows: list[list[str]], *, right: bool = False) -> str:
-    rule = ["---", *["---:" if right else "---"] * (len(head) - 1)]
-    lines = [_row(head, escape=False), "|" + "|".join(rule) + "|", *(_row(row) for row in rows)]
-    return "\n".join(lines)
-
-
-def _row(cells: list[str], *, escape: bool = True) -> str:
-    return "| " + " | ".join(safe(cell) if escape else cell for cell in cells) + " |"

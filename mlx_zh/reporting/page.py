@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +17,7 @@ from mlx_zh.reporting import data_view, exam_view, figures_view, svg, words
 from mlx_zh.reporting.charts import exam_charts, training_charts
 from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import Text, named, say
-
-# C0 and C1 controls are not allowed in HTML; bidirectional controls could disguise a text.
-_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from mlx_zh.system.escaping import without_controls
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ def page(findings: Findings, created: str) -> str:
         alarms=findings.alarms,
         sections=list(_sections(findings)),
     )
-    return _CONTROLS.sub("\ufffd", html)
+    return without_controls(html)  # HTML allows no control characters
 
 
 def _csp_hash(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_zh.errors import StorageError
 from mlx_zh.stages.checkup import Check
 from mlx_zh.stages.run_folder import TUNED, RunFolder, StageFolder
+from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import hide, hide_all
 from mlx_zh.system.storage import storage_errors, write_text
@@ -147,7 +148,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none of a file that is missing, and not those of damaged lines."""
     objects = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = list(text_lines(path.read_text(encoding="utf-8", errors="replace")))
     except OSError:
         return []
     for line in lines:

@@ -265,7 +265,7 @@ class Fuser:
             original=None if self.fusion.original is None else Path(self.fusion.original.name).name,
             licence=self.licence,
             method=f"{kind}{rank}" + (f" by {', then '.join(s.upper() for s in stages)}" if stages else ""),
-            data=_data_lines(self.run),
+            data=_data_files(self.run),
             settings=settings,
             scores=_scores(self.run),
             missing=missing,
@@ -284,11 +284,11 @@ def _type_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _data_lines(run: RunFolder) -> list[str]:
-    """A line for each data file of a run: its name, without folders, and the beginning of its SHA-256."""
+def _data_files(run: RunFolder) -> list[tuple[str, str]]:
+    """The name, without folders, and the SHA-256 of each data file of a run."""
     try:
         digests = parse_json(run.manifest.read_text(encoding="utf-8"))["data"]
-        return [f"`{Path(path).name}` (SHA-256 {str(digest)[:12]}…)" for path, digest in digests.items()]
+        return [(Path(path).name, str(digest)) for path, digest in digests.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 

@@ -44,7 +44,7 @@ def last_screen(recipe: Recipe, recipe_file: str, overrides: Sequence[str], lang
     blocks = ["\n".join(ending.verdict())]
     for prompt, shown in ending.answers():
         table = console.table([answer.cells for answer in shown], indent="    ")
-        blocks.append("\n".join([_cut(f"  {prompt}"), *map(_cut, table.splitlines())]))
+        blocks.append("\n".join([_cut(f"  {prompt}"), *map(_cut, table.split("\n"))]))
     if style := ending.style():
         blocks.append(console.table(style))
     commands = ending.commands(_command(*chat), str(run.page), _command("init", "FILE"))

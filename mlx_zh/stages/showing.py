@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Segment = tuple[str, bool]  # text, and whether it is learned
 _LEARNED, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # controls, private use, separators of lines
 _PICTURES = 0x2400  # Unicode's pictures of the control characters 0 to 31
 
 
@@ -37,7 +38,7 @@ def visible(text: str) -> str:
 
 def _shown(character: str) -> str:
     code = ord(character)
-    if character in "\n\t" or (code >= 32 and unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co")):
+    if character in "\n\t" or (code >= 32 and unicodedata.category(character) not in _INVISIBLE):
         return character
     if code < 32 or code == 127:
         return chr(_PICTURES + (code if code < 32 else 33))

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mlx_zh.system.escaping import CONTROLS
+
 HIDDEN = "•••"
 _MIN_LENGTH = 8  # characters of a secret; replacing shorter values would garble other words
 
@@ -122,9 +124,7 @@ _KEY_LINES = re.compile(r"(?:(?:\s|\\[nr]){0,9}+[A-Za-z0-9+/=]{16,}+)*+")
 # All control characters except tab, line feed and the codes of bold, dim, underlined and coloured text. They can move
 # the cursor, set the clipboard, hide a text, or make it look like another one.
 _STYLE = r"(?:[0-4]|2[2-4]|3[1-69]|9[1-6])"
-_CONTROLS = re.compile(
-    rf"\x1b(?!\[(?:{_STYLE}(?:;{_STYLE})*)?m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-)
+_CONTROLS = re.compile(rf"\x1b(?!\[(?:{_STYLE}(?:;{_STYLE})*)?m)|(?!\x1b)[{CONTROLS}]")
 
 
 def redact(text: str) -> str:

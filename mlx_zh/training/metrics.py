@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict
 
 from mlx_zh.errors import TrainingError
+from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import Identity, append_json, identity, json_line, moved, storage_errors, sync, write_text
 
@@ -129,7 +130,7 @@ class MetricsLog:
         """All lines, parsed."""
         if not self._path.exists():
             return []
-        return [parse_json(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        return [parse_json(line) for line in text_lines(self._path.read_text(encoding="utf-8"))]
 
 
 class Skipped:

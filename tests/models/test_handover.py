@@ -143,7 +143,7 @@ def test_a_card(source):
         original=None,
         licence=licence,
         method="LoRA of rank 16 by SFT, then DPO",
-        data=["`train.jsonl` (SHA-256 abc…)"],
+        data=[("train.jsonl", "abc" * 9)],
         settings=[("sft.learning_rate", "0.0001")],
         scores=[("ceval", "dpo", "50.0% (49.0% to 51.0%)")],
         missing=["a copy of the licence must go with the model"],

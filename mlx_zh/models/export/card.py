@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from json import dumps
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -11,6 +13,7 @@ import yaml
 from mlx_zh.models.export.fidelity import Fidelity
 from mlx_zh.models.export.licences import Licence
 from mlx_zh.models.export.merge import SurvivalSummary
+from mlx_zh.system.escaping import markdown, markdown_code, markdown_table, one_line
 
 _LIBRARIES = {"mlx": "mlx", "hf": "transformers", "gguf": "gguf", "peft": "peft"}
 _USE = {
@@ -26,7 +29,7 @@ _USE = {
     ),
     "peft": (
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
+        'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")\n'
         'model = PeftModel.from_pretrained(base, ".")\n```'
     ),
 }
@@ -42,7 +45,7 @@ class RunFacts:
     original: str | None  # the full-precision model that the adapter was merged into, if not the base
     licence: Licence
     method: str  # for example "LoRA (rank 16) by SFT, then DPO"
-    data: Sequence[str]  # one line for each data set
+    data: Sequence[tuple[str, str]]  # name and SHA-256 of each data file
     settings: Sequence[tuple[str, str]]  # key and value of the recipe
     scores: Sequence[tuple[str, str, str]] = ()  # exam, model, accuracy
     missing: Sequence[str] = ()  # sentences on what the licence demands and the folder does not have
@@ -62,19 +65,19 @@ class FormatFacts:
 
 def model_card(run: RunFacts, exported: FormatFacts) -> str:
     """The text of README.md, with the hub's metadata at its head."""
-    parts = [_metadata(run, exported), f"# {run.title}"]
+    parts = [_metadata(run, exported), f"# {markdown(run.title)}"]
     if run.licence.version is not None:
         parts.append("**Built with Llama**")
-    origin = f"`{run.base}`"
-    description = f"{origin}, tuned with mlx-zh: {run.method}. Format: {exported.kind}, {exported.detail}."
+    description = f"{markdown_code(run.base)}, tuned with mlx-zh: {markdown(run.method)}. "
+    description += f"Format: {exported.kind}, {markdown(exported.detail)}."
     if run.original:
-        description += f" The adapter was merged into `{run.original}`, the base in full precision."
+        description += f" The adapter was merged into {markdown_code(run.original)}, the base in full precision."
     parts += [description, "## Use", _use(run, exported)]
-    parts += ["## Training", _table(("key", "value"), run.settings)]
+    parts += ["## Training", markdown_table(["key", "value"], run.settings)]
     if run.data:
-        parts.append("Data:\n\n" + "\n".join(f"- {line}" for line in run.data))
+        parts.append("Data:\n\n" + "\n".join(_data_line(*data) for data in run.data))
     if run.scores:
-        parts += ["## Scores", _table(("exam", "model", "accuracy"), run.scores)]
+        parts += ["## Scores", markdown_table(["exam", "model", "accuracy"], run.scores)]
     if text := fidelity_text(exported):
         parts += ["## Fidelity", text]
     parts += ["## Licence", _licence(run)]
@@ -92,19 +95,19 @@ def _metadata(run: RunFacts, exported: FormatFacts) -> str:
     if run.licence.tag == "other":
         data["license_name"] = "see-base-model"
     if run.base_hub_id:
-        data["base_model"] = run.base_hub_id
+        data["base_model"] = one_line(run.base_hub_id)
     return f"---\n{yaml.safe_dump(data, allow_unicode=True, sort_keys=False)}---"
 
 
 def _use(run: RunFacts, exported: FormatFacts) -> str:
-    text = _USE[exported.kind].format(file=exported.file, name=run.title.lower(), base=run.base)
+    file, name, base = quote(one_line(exported.file)), quote(one_line(run.title.lower())), one_line(run.base)
+    text = _USE[exported.kind].format(file=file, name=name, base=dumps(base, ensure_ascii=False))
     on_hub = "" if exported.kind == "gguf" else "; elsewhere, write its path or its name on a hub in place of the dot"
     return f"In this folder{on_hub}:\n\n{text}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _data_line(name: str, digest: str) -> str:
+    return f"- {markdown_code(name)} (SHA-256 {markdown(digest[:12])}…)"
 
 
 def fidelity_text(exported: FormatFacts) -> str:
@@ -122,15 +125,16 @@ def fidelity_text(exported: FormatFacts) -> str:
             f"{left.kept_least:.1%}); the rounding error is {left.error_mean:.2f} times the size of the change "
             f"(maximum: {left.error_largest:.2f})."
         )
-    sentences += [f"**Note:** {warning}." for warning in exported.warnings]
+    sentences += [f"**Note:** {markdown(warning)}." for warning in exported.warnings]
     return " ".join(sentences)
 
 
 def _licence(run: RunFacts) -> str:
-    text = f"This model is made from {run.base} and is under {run.licence.title}."
+    base = markdown_code(run.base)
+    text = f"This model is made from {base} and is under {run.licence.title}."
     if run.licence.notice:
         text += f" {run.licence.notice.strip()}"
     if run.licence.tag == "other":
-        text = f"This model is made from {run.base}; that model's licence holds for this one too."
+        text = f"This model is made from {base}; that model's licence holds for this one too."
     text += " The training data may have licences of their own."
-    return text + "".join(f"\n\n**Before you share it:** {line}." for line in run.missing)
+    return text + "".join(f"\n\n**Before you share it:** {markdown(line)}." for line in run.missing)
