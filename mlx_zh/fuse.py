@@ -132,10 +132,29 @@ def _conclude(fuser: Fuser, written: list[Written]) -> None:
             f"measured from it, in nats per token; tuning moved the base by {fidelity.moved:.4f}."
         )
     for w in written:
+        _say_llama_cpp(w)
         if w.assessment.unmeasured:
             console.warn(Notice("fused-not-compared", format=w.kind, reason=w.assessment.unmeasured))
         for warning in w.assessment.warnings:
             console.warn(f"{w.kind}, {w.result.detail}: {in_readers_language(warning)}.{_remedy(fuser, w)}")
+
+
+def _say_llama_cpp(written: Written) -> None:
+    """What the fidelity of a GGUF file's weights does not show: how llama.cpp computes with them."""
+    from mlx_zh.models.export.in_llama_cpp import USUAL_KL
+    from mlx_zh.system import console
+
+    if measured := written.assessment.llama_cpp:
+        console.say(
+            f"{written.kind}, {written.result.detail}, as llama.cpp computes it: KL {measured.kl:.4f}, top-1 "
+            f"{measured.top1:.1%}, perplexity {measured.perplexity:.3f}."
+        )
+    elif written.assessment.fidelity and written.result.detail == "Q8_0":
+        console.say(
+            "gguf, Q8_0: the table shows the fidelity of the weights alone. On a CPU and with CUDA, llama.cpp also "
+            f"rounds the activations to 8 bits, which moves the predictions by a KL of about {USUAL_KL}. With the "
+            "package llama-cpp-python installed, fuse measures it."
+        )
 
 
 def _remedy(fuser: Fuser, written: Written) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from mlx_zh.errors import ModelError
+from mlx_zh.models.chat_templates import DEFAULT
 from mlx_zh.models.gguf import GGUFFile
 from mlx_zh.models.gguf_model import token_id
 
@@ -26,6 +28,7 @@ _CUTS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
+TEMPLATE = "tokenizer.chat_template"  # the key of the template; others are at TEMPLATE.NAME
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -116,6 +119,18 @@ def cutting_rule(tokenizer: Any) -> str | None:
     return next((name for name in _CUTS if _cutter(name).pre_tokenize_str(_PROBE) == pieces), None)
 
 
+def _chat_template(metadata: Mapping[str, Any]) -> Any:
+    """The file's chat template; with several, all of them by name."""
+    default = metadata.get(TEMPLATE)
+    others = {
+        key.removeprefix(f"{TEMPLATE}."): text for key, text in metadata.items() if key.startswith(f"{TEMPLATE}.")
+    }
+    others = {name: text for name, text in others.items() if name and isinstance(text, str)}
+    if not others:
+        return default
+    return others | ({DEFAULT: default} if isinstance(default, str) else {})
+
+
 def _wrap(file: GGUFFile, tokenizer: Any, tokens: list[str]) -> Any:
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
@@ -139,7 +154,7 @@ def _wrap(file: GGUFFile, tokenizer: Any, tokens: list[str]) -> Any:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_template(metadata),
         clean_up_tokenization_spaces=False,
         model_max_length=int(metadata.get(f"{file.architecture}.context_length", 2**31)),
         **names,

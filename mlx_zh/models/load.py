@@ -11,6 +11,7 @@ from mlx_zh.core.families import Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models import catalog, folder, gguf, gguf_model, gguf_tokenizer, wheel
 from mlx_zh.models.build import DTYPES, build_model
+from mlx_zh.models.chat_templates import default_template
 from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.system import device, hub
 from mlx_zh.system.digests import Reading
@@ -231,6 +232,6 @@ def end_of_turn_ids(tokenizer: Any, config: Config, path: Path) -> tuple[int, ..
     Raises ModelError, naming `path`, if an id is not a whole number.
     """
     ids = [*folder.as_ids(tokenizer.eos_token_id, path), *folder.as_ids(config.get("eos_token_id"), path)]
-    template, vocabulary = str(tokenizer.chat_template or ""), tokenizer.get_vocab()
+    template, vocabulary = default_template(tokenizer.chat_template), tokenizer.get_vocab()
     ids += [vocabulary[mark] for mark in _TURN_ENDS if mark in vocabulary and mark in template]
     return tuple(dict.fromkeys(ids))

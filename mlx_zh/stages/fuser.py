@@ -16,6 +16,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.catalog import packing_on_loading
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
+from mlx_zh.models.export.fidelity import Distance
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
@@ -51,6 +52,7 @@ class Result:
     bits: int | None
     survivals: list[Survival]  # what is left of the adapter's change to each matrix
     model: Path | None  # the folder or file that can be loaded; None for an adapter
+    warnings: tuple[Notice, ...] = ()  # on what could not be written
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Assessment:
     fidelity: fidelity.Fidelity | None
     unmeasured: Notice | None  # why `fidelity` is None
     warnings: list[Notice]
+    llama_cpp: Distance | None = None  # of a GGUF file, as llama.cpp computes it
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,13 @@ class Written:
         file = self.result.model.name if self.result.model else ""
         measured = self.assessment
         return card.FormatFacts(
-            self.kind, self.result.detail, file, measured.left, measured.fidelity, measured.warnings
+            self.kind,
+            self.result.detail,
+            file,
+            measured.left,
+            measured.fidelity,
+            measured.warnings,
+            measured.llama_cpp,
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -114,6 +123,8 @@ class Fuser:
         self.fusion = Fusion(base, open_adapter(adapter, base), full)
         self.fusion.check_original()
         self.licence = licences.find_licence(base)
+        if self.licence.tag == "other" and full is not None:
+            self.licence = licences.find_licence(full)
         self.wanted_name = self.export.name or recipe.name
         self.title = licences.display_name(self.licence, self.wanted_name)
         self.run = RunFolder.of(recipe)
@@ -195,20 +206,24 @@ class Fuser:
                 result = self._write_mlx(folder, step)
                 assessment = self._assess(folder, result, yardstick)
             written = Written(kind, self.folder / kind, result, assessment)
-            missing = licences.write_licence_files(folder, self.licence, self.fusion.base)
+            missing = licences.write_licence_files(folder, self.licence, self.fusion.base, self.fusion.original)
             write_text(folder / "README.md", card.model_card(self.run_facts(missing), written.format_facts))
         return written
 
     def _assess(self, folder: Path, result: Result, yardstick: Yardstick | None) -> Assessment:
         """Measure what was written; its fidelity only with a yardstick, and if the model fits into memory."""
         left, size = summarize(result.survivals), sum(file.stat().st_size for file in folder.iterdir())
-        measured, reason = None, None
-        warnings: list[Notice] = []
+        measured, reason, in_llama_cpp = None, None, None
+        warnings = list(result.warnings)
         if result.model is not None and yardstick is not None:
             reason = self._too_large(size)
             if reason is None:
-                measured, warnings = yardstick.measure(result.model)
-        return Assessment(size, left, measured, reason, [*warnings, *fidelity.shortcomings(measured, left)])
+                measured, differing = yardstick.measure(result.model)
+                warnings += differing
+                if result.model.suffix == ".gguf":
+                    in_llama_cpp = yardstick.measure_in_llama_cpp(result.model)
+        warnings += fidelity.shortcomings(measured, left, in_llama_cpp)
+        return Assessment(size, left, measured, reason, warnings, in_llama_cpp)
 
     def _write_mlx(self, folder: Path, step: Callable[[], None]) -> Result:
         layout, number = self.mlx_layouts[0]
@@ -223,16 +238,19 @@ class Fuser:
         kind, data, base = self.export.gguf_type.upper(), self.recipe.data, self.fusion.base
         path = folder / f"{self.title}-{kind}.gguf"
         survivals = write_gguf(path, self.gguf_plan, step=step)
+        system = self.recipe.system_message()
         text = ollama.modelfile(
             path.name,
             base.tokenizer,
             data.date_string,
-            system=self.recipe.system_message(),
+            system=system,
             context=int(base.config.get("max_position_embeddings", 2048)),
             notes=[f"{self.title}, written by mlx-zh. ollama create {self.title.lower()} -f Modelfile"],
         )
         write_text(folder / "Modelfile", text)
-        return Result(kind, 16 if kind == "F16" else 8, survivals, path)
+        left_out = system is not None and ollama.quoted(system) is None
+        warnings = (Notice("modelfile-without-system"),) if left_out else ()
+        return Result(kind, 16 if kind == "F16" else 8, survivals, path, warnings)
 
     def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
         adapter, base = self.fusion.adapter, self.fusion.source

@@ -10,10 +10,10 @@ from typing import Any
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
-from mlx_zh.errors import DataError, DownloadError, TemplateError
+from mlx_zh.errors import DataError, DownloadError, TemplateError, first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter
-from mlx_zh.models.export import fidelity
+from mlx_zh.models.export import fidelity, in_llama_cpp
 from mlx_zh.models.export.held_out import bundled_conversations
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import Recipe
@@ -48,6 +48,16 @@ class Yardstick:
         different = sum(before != after for before, after in zip(self.probes, probes, strict=True))
         warning = Notice("fused-tokenizer-differs", count=different, texts=len(probes))
         return measured, [warning] if different else []
+
+    def measure_in_llama_cpp(self, path: Path) -> fidelity.Distance | None:
+        """How far a GGUF file is from base + adapter in llama.cpp; None if its package is missing or fails."""
+        if not in_llama_cpp.is_installed():
+            return None
+        try:
+            return in_llama_cpp.measure(path, self.text, self.tuned)
+        except Exception as error:  # the package raises errors of many types, also while it is imported
+            console.warn(Notice("llama-cpp-failed", reason=first_line(error)))
+            return None
 
 
 def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:

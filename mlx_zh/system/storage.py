@@ -312,9 +312,12 @@ def remove(path: Path) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Remove the files in a folder."""
-    for file in folder.iterdir():
-        file.unlink()
+    """Remove the files and folders in a folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def need_space(folder: Path, size: int, purpose: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from mlx_zh.models.export.fidelity import Fidelity
+from mlx_zh.models.export.fidelity import Distance, Fidelity
+from mlx_zh.models.export.in_llama_cpp import USUAL_KL
 from mlx_zh.models.export.licences import Licence
 from mlx_zh.models.export.merge import SurvivalSummary
 from mlx_zh.system.escaping import markdown, markdown_code, markdown_table, one_line
@@ -61,6 +62,7 @@ class FormatFacts:
     left: SurvivalSummary | None = None  # what is left of the adapter's change
     fidelity: Fidelity | None = None
     warnings: Sequence[str] = field(default_factory=list)
+    llama_cpp: Distance | None = None  # of a GGUF file, as llama.cpp computes it
 
 
 def model_card(run: RunFacts, exported: FormatFacts) -> str:
@@ -118,6 +120,16 @@ def fidelity_text(exported: FormatFacts) -> str:
             f"Against base + adapter on {f.tokens} tokens of held-out text: mean KL {f.kl:.4f} nats a token (tuning "
             f"itself moved the model by {f.moved:.4f}), the same most likely token {f.top1:.1%} of the time, "
             f"perplexity {f.fused_perplexity:.3f} where base + adapter has {f.perplexity:.3f}."
+        )
+    if measured := exported.llama_cpp:
+        sentences.append(
+            f"As llama.cpp itself computes it, activations rounded too: mean KL {measured.kl:.4f}, the same most "
+            f"likely token {measured.top1:.1%} of the time, perplexity {measured.perplexity:.3f}."
+        )
+    elif exported.fidelity and exported.kind == "gguf" and exported.detail == "Q8_0":
+        sentences.append(
+            "This is the fidelity of the weights alone. On a CPU and with CUDA, llama.cpp also rounds the "
+            f"activations to 8 bits, which moves the predictions by a KL of about {USUAL_KL}."
         )
     if left := exported.left:
         sentences.append(

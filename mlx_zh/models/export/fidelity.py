@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,6 +42,13 @@ class Predictions:
         """The logits of the scored tokens from `start` to `stop`: (stop - start, V), float32."""
         project = getattr(self.head, "as_linear", self.head)
         return project(self.hidden[start:stop]).astype(mx.float32)
+
+
+class Logits(Protocol):
+    """A model's logits before every scored token of a text."""
+
+    def logits(self, start: int, stop: int) -> mx.array:
+        """Those of the scored tokens from `start` to `stop`: (stop - start, V), float32."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Distance:
     perplexity: float  # of the compared model on the text
 
 
-def distance(reference: Predictions, compared: Predictions, targets: mx.array) -> Distance:
+def distance(reference: Logits, compared: Logits, targets: mx.array) -> Distance:
     """Compare two models on the scored tokens `targets` (S,), a few rows of logits at a time."""
     count = targets.size
     kl = agreed = likelihood = 0.0
@@ -121,7 +128,9 @@ class Fidelity:
     moved: float  # mean KL(base + adapter || base): how far tuning changed the model, to compare `kl` with
 
 
-def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> list[Notice]:
+def shortcomings(
+    fidelity: Fidelity | None, left: SurvivalSummary | None, llama_cpp: Distance | None = None
+) -> list[Notice]:
     """Warnings for values beyond the limits; none if the fused model can replace base + adapter.
 
     What is left of the adapter's change (`left`) counts only if predictions were not compared. Predictions matter
@@ -134,4 +143,6 @@ def shortcomings(fidelity: Fidelity | None, left: SurvivalSummary | None) -> lis
         warnings.append(Notice("fused-rounding-large", kl=fidelity.kl, moved=fidelity.moved, limit=LOST_LIMIT))
     if fidelity is None and left is not None and abs(1 - left.kept_mean) > 1 - KEPT_LIMIT:
         warnings.append(Notice("fused-change-lost", kept=left.kept_mean, limit=KEPT_LIMIT))
+    if llama_cpp is not None and llama_cpp.kl > KL_LIMIT:
+        warnings.append(Notice("far-from-tuned-in-llama-cpp", kl=llama_cpp.kl, limit=KL_LIMIT))
     return warnings

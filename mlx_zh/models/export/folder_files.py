@@ -23,6 +23,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates"  # the folder of templates beside the default one
 DEFAULT_GROUP = 64
 
 
@@ -167,8 +168,17 @@ def write_configs(folder: Path, layout: Layout) -> None:
 def write_tokenizer(folder: Path, base: Source) -> None:
     """Write the base's tokenizer: a copy of its files, or for GGUF the files that transformers saves."""
     if base.path.is_dir():
-        for name in _TOKENIZER_FILES:
+        templates = sorted(path.relative_to(base.path) for path in base.path.glob(f"{_MORE_TEMPLATES}/*.jinja"))
+        for name in (*map(Path, _TOKENIZER_FILES), *templates):
             if (base.path / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 copy_file(base.path, base.path / name, folder / name, ModelError)
-        return
-    base.tokenizer.save_pretrained(str(folder))
+    else:
+        base.tokenizer.save_pretrained(str(folder))
+    _name_known_class(folder / "tokenizer_config.json")
+
+
+def _name_known_class(path: Path) -> None:
+    """Name a class that transformers 4 knows too. Transformers 5 writes a new name for the same class."""
+    if path.is_file() and (config := read_json(path)).get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

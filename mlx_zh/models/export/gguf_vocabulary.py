@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mlx_zh.errors import ModelError
+from mlx_zh.models.chat_templates import DEFAULT, named_templates
 from mlx_zh.models.export.source import Source
 from mlx_zh.models.folder import as_ids
-from mlx_zh.models.gguf_tokenizer import cutting_rule
+from mlx_zh.models.gguf_tokenizer import TEMPLATE, cutting_rule
 from mlx_zh.system.json_text import parse_json
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's llama_token_attr
@@ -37,9 +39,18 @@ def tokenizer_metadata(source: Source) -> dict[str, Any]:
     }
     for name, index in _special_ids(source).items():
         metadata[f"tokenizer.ggml.{name}_token_id"] = index
-    if tokenizer.chat_template:
-        metadata["tokenizer.chat_template"] = str(tokenizer.chat_template)
-    return metadata
+    return metadata | _templates(tokenizer)
+
+
+def _templates(tokenizer: Any) -> dict[str, Any]:
+    """The chat templates as llama.cpp's converter writes them: `default` under the key itself, others below it."""
+    templates = named_templates(tokenizer.chat_template)
+    default = templates.pop(DEFAULT, "")
+    others = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in sorted(templates.items()) if text}
+    metadata: dict[str, Any] = {f"{TEMPLATE}.{name}": text for name, text in others.items()}
+    if others:
+        metadata["tokenizer.chat_templates"] = list(others)
+    return metadata | ({TEMPLATE: default} if default else {})
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_zh.errors import ModelError, UploadError
 from mlx_zh.models.export.source import Source
-from mlx_zh.system.links import copy_file
+from mlx_zh.system.links import check_file, copy_file
 
 _LLAMA3_VOCABULARY = 128256  # the same for every model with Llama 3's tokenizer, also for distilled ones
 _FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*")
@@ -84,18 +85,35 @@ def check_repository(licence: Licence, repository: str) -> None:
         )
 
 
-def write_licence_files(folder: Path, licence: Licence, base: Source) -> list[str]:
-    """Copy the base's licence files and write NOTICE; returns sentences on what is still missing."""
-    copied = []
-    if base.path.is_dir():
-        for pattern in _FILES:
-            for file in sorted(base.path.glob(pattern)):
-                if file.is_file():
-                    copy_file(base.path, file, folder / file.name, ModelError)
-                    copied.append(file.name)
+def write_licence_files(folder: Path, licence: Licence, base: Source, original: Source | None = None) -> list[str]:
+    """Copy the licence files of the base and of its original, and write NOTICE.
+
+    Returns sentences on what is still missing. Raises ModelError for a link that leads out of a model's folder.
+    """
+    copied: list[str] = []
+    for source in (base, original):
+        if source is not None and source.path.is_dir():
+            copied += [_copy_licence(source.path, file, folder) for file in _licence_files(source.path)]
     if licence.notice is None:
         return []
-    (folder / "NOTICE").write_text(licence.notice, encoding="utf-8")
+    notice = folder / "NOTICE"
+    present = notice.read_bytes() if notice.is_file() else b""
+    if licence.notice.strip().encode() not in present:
+        notice.write_bytes(licence.notice.encode() + (b"\n" + present if present else b""))
     if any(name.upper().startswith("LICENSE") for name in copied):
         return []
     return [f"a copy of the Llama {licence.version} Community License (LICENSE) must go with the model"]
+
+
+def _licence_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def _copy_licence(source: Path, file: Path, folder: Path) -> str:
+    """Copy a licence file; beside another one of the same name it gets a name of its own. Returns the name."""
+    check_file(source, file, ModelError)
+    target = folder / file.name
+    if target.exists() and not filecmp.cmp(file, target, shallow=False):
+        target = folder / f"{file.stem}-original{file.suffix}"
+    copy_file(source, file, target, ModelError)
+    return target.name

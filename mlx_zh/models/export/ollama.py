@@ -2,15 +2,21 @@
 
 The tokenizer's chat template is rendered with marks as messages. The text between the marks gives Ollama's template,
 for every family of models.
+
+How Ollama reads a Modelfile (its parser/parser.go): a command's value that begins with three quotes ends at the first
+end of a line at which the text so far, without white space around it, also ends with three quotes; nothing escapes
+them. Characters that Go's strconv.IsPrint refuses, such as U+3000, are dropped. So not every text can be written.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_zh.models.export.gguf_vocabulary import adds_bos
+from mlx_zh.system.escaping import one_line
 
 _SYSTEM, _USER, _ANSWER = "\ue000S\ue000", "\ue000U\ue000", "\ue000A\ue000"
 _STOPS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "</s>")
@@ -28,11 +34,45 @@ class Turns:
 
     def template(self) -> str:
         """Ollama's template, in Go's template language."""
-        start = f"{{{{ if .System }}}}{self.system[0]}{{{{ .System }}}}{self.system[1]}"
-        start += f"{{{{ else }}}}{self.opening}{{{{ end }}}}" if self.opening else "{{ end }}"
-        user = f'{{{{ if eq .Role "user" }}}}{self.user[0]}{{{{ .Content }}}}{self.user[1]}'
-        answer = f'{{{{ else if eq .Role "assistant" }}}}{self.assistant[0]}{{{{ .Content }}}}{self.assistant[1]}'
-        return f"{start}{{{{ range .Messages }}}}{user}{answer}{{{{ end }}}}{{{{ end }}}}{self.reply}"
+        system, user, answer = (tuple(map(go_text, pair)) for pair in (self.system, self.user, self.assistant))
+        start = f"{{{{ if .System }}}}{system[0]}{{{{ .System }}}}{system[1]}"
+        start += f"{{{{ else }}}}{go_text(self.opening)}{{{{ end }}}}" if self.opening else "{{ end }}"
+        turn = f'{{{{ if eq .Role "user" }}}}{user[0]}{{{{ .Content }}}}{user[1]}'
+        turn += f'{{{{ else if eq .Role "assistant" }}}}{answer[0]}{{{{ .Content }}}}{answer[1]}'
+        return f"{start}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{{{{ end }}}}{go_text(self.reply)}"
+
+
+_LINE_BREAKS = "\n\r\t"  # of the characters that are not printable, those that Ollama keeps
+
+
+def _kept(character: str) -> bool:
+    """Whether Ollama keeps a character of a Modelfile. Python's idea of a printable character is Go's."""
+    return character.isprintable() or character in _LINE_BREAKS
+
+
+def quoted(text: str) -> str | None:
+    """The text as the value of a Modelfile's command; None if Ollama would not read the same text from it."""
+    if not all(map(_kept, text)):
+        return None
+    closed_early = re.search(r'"""[ \t]*[\n\r]', text)
+    return None if closed_early else f'"""{text}"""'
+
+
+def go_text(text: str) -> str:
+    """A literal text inside a template in Go's template language, so that `quoted` can write the template.
+
+    What Go or Ollama would take for something else becomes a string constant: `{{ "{" }}`.
+    """
+    risky = "{(?={)|(?<={){|{$"  # a brace beside another one, or beside the action that may follow the text
+    return re.sub(rf'{risky}|"{{3,}}|[^\n\r\t -~]', _go_constant, text)
+
+
+def _go_constant(match: re.Match[str]) -> str:
+    piece = match[0]
+    if _kept(piece[0]) and piece[0] not in '{"':
+        return piece
+    escaped = [f"\\{c}" if c == '"' else c if c == "{" else f"\\U{ord(c):08X}" for c in piece]
+    return '{{ "' + "".join(escaped) + '" }}'
 
 
 def find_turns(tokenizer: Any, date_string: str) -> Turns | None:
@@ -98,16 +138,22 @@ def _rendered(turns: Turns, *, with_system: bool) -> str:
 def modelfile(
     file_name: str, tokenizer: Any, date_string: str, *, system: str | None, context: int, notes: Sequence[str] = ()
 ) -> str:
-    """The text of the Modelfile; without TEMPLATE if `find_turns` is None: Ollama then uses the GGUF file's own."""
-    lines = [f"# {note}" for note in notes] + [f"FROM ./{file_name}", ""]
+    """The text of the Modelfile.
+
+    Without TEMPLATE if `find_turns` is None: Ollama then uses the GGUF file's own. Without SYSTEM if `quoted` is None
+    for it; a comment says so.
+    """
+    lines = [f"# {one_line(note)}" for note in notes] + [f"FROM ./{one_line(file_name)}", ""]
     turns = find_turns(tokenizer, date_string)
     vocabulary = tokenizer.get_vocab()
     stops = [mark for mark in _STOPS if mark in vocabulary]
-    if turns is not None:
-        lines += [f'TEMPLATE """{turns.template()}"""', ""]
+    if turns is not None and (template := quoted(turns.template())) is not None:
+        lines += [f"TEMPLATE {template}", ""]
         stops = [mark for mark in stops if mark in turns.template()] or stops
     lines += [f'PARAMETER stop "{mark}"' for mark in stops]
     lines.append(f"PARAMETER num_ctx {min(context, 8192)}")
     if system:
-        lines += ["", f'SYSTEM """{system}"""']
+        value = quoted(system)
+        left_out = "# The system message is left out: a Modelfile cannot hold it. Set it where you use the model."
+        lines += ["", left_out if value is None else f"SYSTEM {value}"]
     return "\n".join(lines) + "\n"
