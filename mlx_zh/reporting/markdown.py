@@ -73,7 +73,9 @@ def _cell(cell: Cell | None) -> str:
 
 def _pictures(plots: Sequence[str], prefix: str) -> list[str]:
     names = {path: path.rpartition("/")[2].removesuffix(".png") for path in plots}
-    shown = [f"![{safe(name)}]({quote(path)})" for path, name in names.items() if name.startswith(prefix)]
+    shown = [
+        f"![{safe(name)}]({quote(path, errors='replace')})" for path, name in names.items() if name.startswith(prefix)
+    ]
     return ["\n".join(shown)] if shown else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from os.path import expanduser, isdir, isfile, join
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlx_zh.distributed import launching
 from mlx_zh.errors import DataError, RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.system.arguments import Parser, missing_recipe
+from mlx_zh.system.escaping import without_controls
 
 if TYPE_CHECKING:
     from mlx_zh.stages.run_folder import RunFolder
@@ -51,7 +53,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
         arguments.overrides.append(f"budget={arguments.budget}")
     recipe = find_recipe(arguments.recipe, arguments.overrides)
     if arguments.print:
-        print(recipe.to_yaml(), end="")
+        text = recipe.to_yaml()
+        print(without_controls(text) if sys.stdout.isatty() else text, end="")
         return None
     return recipe
 

@@ -19,8 +19,9 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, label
 from mlx_zh.system.arguments import wrapped
+from mlx_zh.system.escaping import one_line
 from mlx_zh.system.json_text import parse_json
-from mlx_zh.system.redaction import printable
+from mlx_zh.system.redaction import printable, redact
 from mlx_zh.system.storage import append_json
 
 
@@ -136,6 +137,11 @@ def _width(text: str) -> int:
     return max(wcswidth(text), 0)
 
 
+def _bar_name(name: str) -> str:
+    """The name of a bar, on one line, in the reader's language; it may be that of a file."""
+    return one_line(redact(in_readers_language(name)))
+
+
 class StepBar:
     """A progress bar over optimizer steps: loss, tokens per second and time left."""
 
@@ -146,7 +152,7 @@ class StepBar:
         self._bar: Any = tqdm(
             total=total,
             initial=done,
-            desc=in_readers_language(name),
+            desc=_bar_name(name),
             unit="step",
             dynamic_ncols=True,
             file=sys.stdout,
@@ -169,7 +175,7 @@ class StepBar:
 
     def note(self, text: str) -> None:
         """Show `text` after the bar until the next step."""
-        self._bar.set_postfix_str(in_readers_language(text))
+        self._bar.set_postfix_str(_bar_name(text))
 
     def close(self) -> None:
         """End the bar's line, with the metrics of the last step."""
@@ -185,7 +191,7 @@ class CountBar:
 
         self._bar: Any = tqdm(
             total=total,
-            desc=in_readers_language(name),
+            desc=_bar_name(name),
             unit=unit,
             dynamic_ncols=True,
             file=sys.stdout,
@@ -210,7 +216,7 @@ class RowBar:
 
         self._bar: Any = tqdm(
             total=total,
-            desc=in_readers_language(name),
+            desc=_bar_name(name),
             unit="row",
             delay=1,
             leave=False,
@@ -256,7 +262,7 @@ class DownloadBar:
         self._bar = tqdm(
             total=total,
             initial=here,
-            desc=printable(name),
+            desc=_bar_name(name),
             unit="B",
             unit_scale=True,
             delay=1,

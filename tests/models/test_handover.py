@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import html
 import re
+import shlex
 import sys
 import types
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from tuned import make_tuned
 
 from mlx_zh.errors import UploadError
 from mlx_zh.models.export import card, licences, ollama, upload
-from mlx_zh.models.export.fidelity import Fidelity
+from mlx_zh.models.export.fidelity import Distance, Fidelity
 from mlx_zh.models.export.merge import SurvivalSummary
+from mlx_zh.system.escaping import one_line
 
 LLAMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
@@ -261,3 +268,93 @@ def test_upload_to_modelscope(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", module)
     assert upload.push(tmp_path, "me/zh", "modelscope", public=False) == "me/zh on ModelScope"
     assert calls == [("me/zh", 1), ("me/zh", str(tmp_path))]
+
+
+HOSTILE = st.text(
+    st.one_of(st.sampled_from("\\`*_[]()|~$#>+-=.!&<:;'\"{}%@ \n\t\x1b\u2028\u202ea中"), st.characters())
+)
+SEEN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+LICENCE = licences.Licence("other", "its base's licence")
+
+
+def hostile_card(kind: str, texts: list[str]) -> tuple[dict[str, Any], str]:
+    """The metadata and the page of a card that has these texts everywhere."""
+    title, base, original, method, name, key, value, warning = texts
+    story = card.RunFacts(
+        title, base, base, original, LICENCE, method, [(name, "ab")], [(key, value)], [(key, name, value)], [warning]
+    )
+    text = card.model_card(story, card.FormatFacts(kind, value, f"{title}.gguf", warnings=[warning]))
+    # How the hub finds the metadata: between two lines of three dashes.
+    head = re.match(r"---\n([\s\S]*?)\n---(?:\n|$)", text)
+    assert head is not None
+    return yaml.safe_load(head[1]), SEEN.render(text[head.end() :])
+
+
+@given(st.sampled_from(["mlx", "hf", "gguf", "peft"]), st.lists(HOSTILE, min_size=8, max_size=8))
+@example(
+    "peft",
+    ['"); import os; os.system("x") #', '"""\n```\n# x', "`", "<script>", "a|b", "---\nlicense: mit", "|", "**"],
+)
+@example("gguf", ["a; rm -rf ~", "x\n---\nlicense: mit\n", "``", "\\", "[a](b)", "- x", "", "\u2028# x"])
+def test_a_card_shows_hostile_texts_as_texts(kind: str, texts: list[str]):
+    metadata, page = hostile_card(kind, texts)
+    title, base, original, method, name, key, value, warning = map(one_line, texts)
+    assert metadata["license"] == "other" and metadata.get("base_model", "") == base
+    assert set(metadata) <= {
+        "license", "language", "library_name", "pipeline_tag", "tags", "license_name", "base_model"
+    }  # fmt: skip
+    tags = set(re.findall(r"</?([a-z0-9]+)", page))
+    assert tags <= set(
+        ["h1", "h2", "p", "pre", "code", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "strong"]
+    ), page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Use", "Training", "Scores", "Fidelity", "Licence"]
+    seen = html.unescape(page).replace("\u200b", "")
+    assert f"<h1>{title}</h1>".replace("\u200b", "") in seen
+    for text in (base, original, name):
+        assert f"<code>{text}</code>".replace("\u200b", "") in seen or not text
+    for text in (method, key, value, warning):
+        assert text.replace("\u200b", "") in seen
+    if kind == "peft":  # the program text is still one that names the base
+        code = html.unescape(re.search('<code class="language-python">(.*?)</code>', page, re.DOTALL)[1])
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        assert len(calls) == 2 and calls[0].args[0].value == base
+    if kind == "gguf":
+        lines = html.unescape(re.search('<code class="language-bash">(.*?)</code>', page, re.DOTALL)[1]).splitlines()
+        assert shlex.split(lines[0], comments=True) == ["llama-cli", "-m", one_line(f"{texts[0]}.gguf")]
+
+
+def test_the_licence_files_of_the_original_go_along(source, tmp_path):
+    original = replace(source, path=tmp_path / "original", name="meta-llama/Llama-3.1-8B")
+    original.path.mkdir()
+    for name, text in {"LICENSE": "Llama", "USE_POLICY.md": "policy", "NOTICE": "of others"}.items():
+        (original.path / name).write_text(text)
+    out = tmp_path / "out"
+    out.mkdir()
+    licence = licences.find_licence(original)
+    assert licences.write_licence_files(out, licence, source, original) == []
+    assert (out / "LICENSE").read_text() == "Llama" and (out / "USE_POLICY.md").read_text() == "policy"
+    notice = (out / "NOTICE").read_text(encoding="utf-8")
+    assert notice.startswith("Llama 3.1 is licensed under") and notice.endswith("\n\nof others")
+
+
+def test_two_licences_of_one_name_are_both_kept(source, tmp_path):
+    original = replace(source, path=tmp_path / "original")
+    original.path.mkdir()
+    (original.path / "LICENSE.txt").write_text("original")
+    (source.path / "LICENSE.txt").write_text("base")
+    out = tmp_path / "out"
+    out.mkdir()
+    licences.write_licence_files(out, LICENCE, source, original)
+    assert (out / "LICENSE.txt").read_text() == "base"
+    assert (out / "LICENSE-original.txt").read_text() == "original"
+
+
+def test_a_card_says_what_q8_0s_fidelity_is_of():
+    exact = Fidelity(1000, 0.0001, 0.99, 5.0, 5.0, 0.3)
+    alone = card.fidelity_text(card.FormatFacts("gguf", "Q8_0", fidelity=exact))
+    assert "the fidelity of the weights alone" in alone and "a KL of about 0.005" in alone
+    assert "weights alone" not in card.fidelity_text(card.FormatFacts("gguf", "F16", fidelity=exact))
+    measured = card.FormatFacts("gguf", "Q8_0", fidelity=exact, llama_cpp=Distance(0.0051, 0.97, 5.02))
+    text = card.fidelity_text(measured)
+    assert "mean KL 0.0051, the same most likely token 97.0% of the time, perplexity 5.020" in text
+    assert "weights alone" not in text

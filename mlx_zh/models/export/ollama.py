@@ -63,15 +63,16 @@ def go_text(text: str) -> str:
 
     What Go or Ollama would take for something else becomes a string constant: `{{ "{" }}`.
     """
-    risky = "{(?={)|(?<={){|{$"  # a brace beside another one, or beside the action that may follow the text
-    return re.sub(rf'{risky}|"{{3,}}|[^\n\r\t -~]', _go_constant, text)
+    plain = all(map(_kept, text)) and not re.search('{{|{$|"""', text)
+    return text if plain else re.sub(r'{+|"{3,}|[^\n\r\t -~]', _go_constant, text)
 
 
 def _go_constant(match: re.Match[str]) -> str:
     piece = match[0]
     if _kept(piece[0]) and piece[0] not in '{"':
         return piece
-    escaped = [f"\\{c}" if c == '"' else c if c == "{" else f"\\U{ord(c):08X}" for c in piece]
+    whole = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # Go refuses halves of pairs
+    escaped = [f"\\{c}" if c == '"' else c if c == "{" else f"\\U{ord(c):08X}" for c in whole]
     return '{{ "' + "".join(escaped) + '" }}'
 
 
