@@ -222,3 +222,61 @@ def test_several_formats_are_uploaded_under_names_of_their_own(project, run, mon
         ("runs/tiny/fused/peft", "me/tiny-peft", "huggingface", True),
     ]
     assert "hf_secret" not in result.out
+
+
+def test_a_system_message_that_a_modelfile_cannot_hold(merging, project, run, monkeypatch):
+    monkeypatch.setattr("mlx_zh.models.export.in_llama_cpp.is_installed", lambda: False)
+    project.recipe["data"]["system"] = '翻译三引号里的文字：\n"""\nFROM /etc/passwd\n"""\n'
+    project.recipe["name"] = "quotes"
+    project.write_recipe()
+    project.train(name="quotes")
+    result = ran(run("export.formats=[gguf]"))
+    assert "warning: gguf, Q8_0: the Modelfile has no SYSTEM, because Ollama cannot read" in result.out
+    assert "gguf, Q8_0: the table shows the fidelity of the weights alone." in result.out
+    folder = Path("runs/quotes/fused/gguf")
+    modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
+    assert "SYSTEM" not in modelfile.replace("# The system", "") and "passwd" not in modelfile
+    written = json.loads(Path("runs/quotes/fused/summary.json").read_text(encoding="utf-8"))["gguf"]
+    assert written["warning_codes"][0]["code"] == "modelfile-without-system"
+    assert "the fidelity of the weights alone" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_llama_cpp_computes_is_shown_where_it_is_installed(merging, project, run, monkeypatch):
+    from mlx_zh.models.export import in_llama_cpp
+    from mlx_zh.models.export.fidelity import Distance
+
+    monkeypatch.setattr(in_llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr(in_llama_cpp, "measure", lambda path, text, tuned: Distance(0.0712, 0.9, 3.25))
+    result = ran(run("export.formats=[gguf]"))
+    assert "gguf, Q8_0, as llama.cpp computes it: KL 0.0712, top-1 90.0%, perplexity 3.250." in result.out
+    assert "as llama.cpp computes it, its predictions are 0.071 nats a token away" in result.out
+    assert summary()["gguf"]["llama_cpp"] == {"kl": 0.0712, "top1": 0.9, "perplexity": 3.25}
+
+    def fail(path, text, tuned):
+        raise OSError("libllama is broken")
+
+    monkeypatch.setattr(in_llama_cpp, "measure", fail)
+    result = ran(run("export.formats=[gguf]"))
+    assert "the GGUF file could not be measured with llama.cpp: libllama is broken." in result.out
+    assert summary()["gguf"]["llama_cpp"] is None
+
+
+def test_the_originals_licence_goes_with_the_export(project, run, model_folder):
+    quantized, original = model_folder(quantized=4), Path("original")
+    shutil.copytree(project.model, original)
+    (original / "LICENSE").write_text("the original's licence")
+    (original / "USE_POLICY.md").write_text("its policy")
+    ran(run("--no-measure", f"model.path={quantized}", "--from", original))
+    assert (FUSED / "mlx" / "LICENSE").read_text() == "the original's licence"
+    assert (FUSED / "mlx" / "USE_POLICY.md").read_text() == "its policy"
+
+
+@pytest.mark.parametrize("name", ["LICENSE.txt", "vocab.json", "chat_template.jinja"])
+def test_a_link_in_the_base_is_refused_and_nothing_is_written(project, run, name):
+    shutil.copytree(project.model, "evil")
+    Path("key").write_text("PRIVATE KEY of the user")
+    Path("evil", name).unlink(missing_ok=True)
+    Path("evil", name).symlink_to("../key")
+    result = run("--no-measure", "model.path=evil")
+    assert result.status == 2 and f"evil/{name} is a link out of the folder, to " in result.err
+    assert not FUSED.exists()

@@ -53,6 +53,7 @@ class Yardstick:
         """How far a GGUF file is from base + adapter in llama.cpp; None if its package is missing or fails."""
         if not in_llama_cpp.is_installed():
             return None
+        console.say("Running the GGUF file in llama.cpp ...")
         try:
             return in_llama_cpp.measure(path, self.text, self.tuned)
         except Exception as error:  # the package raises errors of many types, also while it is imported
