@@ -59,14 +59,19 @@ def while_shown(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], o
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_once_and_twice(
     project: Project, straight: Path, monkeypatch: pytest.MonkeyPatch, number: int, times: int
 ) -> None:
-    """Once: the step in hand is saved. Twice: out at once, and the last checkpoint counts."""
+    """Once: the step in hand is saved. Twice: out at once, and the last checkpoint counts.
+
+    A closed terminal may send its signal twice, which counts as once.
+    """
+    monkeypatch.setattr("mlx_zh.system.interrupts.leave_terminal", lambda: None)  # pytest reads the output
+    sent, times = times, 1 if number == signal.SIGHUP else times
     with monkeypatch.context() as patch:
-        while_shown(patch, 5, lambda: [signal.raise_signal(number) for _ in range(times)])
+        while_shown(patch, 5, lambda: [signal.raise_signal(number) for _ in range(sent)])
         result = project.sft(*EVERY_TWO)
     assert (result.status, result.err) == (130, "")
     assert ("Stopped after step 5; run the same command to go on from there." in result.out) == (times == 1)
@@ -332,3 +337,72 @@ def test_resume_never_starts_over(project: Project, straight: Path) -> None:
     assert result.status == 0 and "The earlier run is kept in runs/tiny/sft-old1." in result.out
     assert "Going on" not in result.out and "is finished" not in result.out
     assert adapter(Path("runs/tiny/sft")) == adapter(straight)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("moved", ["runs", "runs/tiny", "runs/tiny/sft"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_folder_that_is_moved_or_removed_while_a_run_writes_there(
+    project: Project, straight: Path, monkeypatch: pytest.MonkeyPatch, moved: str, gone: bool
+) -> None:
+    """The run ends with an error, makes nothing anew, and goes on once the folder is back."""
+    with monkeypatch.context() as patch:
+        while_shown(patch, 3, lambda: Path(moved).rename("elsewhere"))
+        result = project.sft(*EVERY_TWO)
+    assert result.status == 2 and "was moved, removed or replaced while this command was writing there" in result.err
+    assert not Path("runs/tiny/sft").exists()
+    if gone:
+        shutil.rmtree("elsewhere")
+        if moved == "runs":
+            return  # with the undisturbed run in it
+    else:
+        shutil.rmtree(moved, ignore_errors=True)
+        Path("elsewhere").rename(moved)
+    assert_undisturbed(project, straight)
+
+
+# What a finished run lacks
+
+
+def answers() -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(Path("runs/tiny/samples.json").read_text(encoding="utf-8"))
+    return stored["answers"]
+
+
+def test_answers_that_a_kill_took_and_new_prompts_are_asked_of_a_finished_run(project: Project) -> None:
+    """Nothing is trained for it; the answers are those that the run would have stored."""
+    prompts = ["evaluate.prompts=[你好]", "evaluate.max_new_tokens=4"]
+    folder = project.train(*prompts)
+    expected, trained = answers(), adapter(folder)
+    assert expected.keys() == {"base", "sft"}
+    path = Path("runs/tiny/samples.json")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    del stored["answers"]["sft"], stored["keys"]["sft"]
+    for left in (json.dumps(stored), "{", ""):
+        path.write_text(left, encoding="utf-8")
+        result = project.sft(*prompts)
+        assert result.status == 0 and "nothing is left to train" in result.out
+        assert answers() == expected
+    path.unlink()
+    assert project.sft("evaluate.prompts=[第1个字？, 你好]", "evaluate.max_new_tokens=4").status == 0
+    assert [found[1:] for found in answers().values()] == list(expected.values())
+    assert adapter(folder) == trained
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(project: Project) -> None:
+    """Deleting them frees space. The adapter stays, also where other settings are asked for, or nothing is known."""
+    folder = project.train()
+    trained = adapter(folder)
+    shutil.rmtree(folder / "checkpoints")
+    assert "is finished: nothing is left to train" in project.sft().out
+    result = project.sft("sft.learning_rate=3e-4")
+    assert result.status == 2 and "holds a run with other settings: sft.learning_rate" in result.err
+    (folder / "settings.json").unlink()
+    assert project.sft("sft.learning_rate=3e-4").status == 2
+    assert adapter(folder) == trained
+    (folder / "summary.json").unlink()
+    result = project.sft()
+    assert result.status == 0 and "The earlier run is kept in runs/tiny/sft-old1." in result.out
+    assert adapter(Path("runs/tiny/sft-old1")) == trained

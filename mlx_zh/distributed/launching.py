@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlx_zh.errors import DistributedError
-from mlx_zh.system.interrupts import leave_terminal, stopping
 
 INTERRUPT = b"\x03"  # the byte that Ctrl-C sends in a terminal; `mlx.launch` passes its input on to every rank
 LISTEN = "MLX_ZH_LISTEN"  # environment variable of ranks that read INTERRUPT from their standard input
@@ -52,25 +51,30 @@ def launch(stage: str, arguments: argparse.Namespace, argv: Sequence[str] | None
         assert child.stdin is not None and child.stderr is not None
         child_input = child.stdin.fileno()
 
-        def forward(number: int, _frame: object) -> None:
-            if number == signal.SIGHUP:
-                leave_terminal()
+        def forward(_number: int, _frame: object) -> None:
             with suppress(OSError):
                 os.write(child_input, INTERRUPT)
 
-        handlers = {number: signal.signal(number, forward) for number in stopping()}
+        handlers = {number: signal.signal(number, forward) for number in _stopping()}
         codes: list[int] = []  # exit codes of the ranks that `mlx.launch` has reported
         try:
             for line in child.stderr:
                 codes += [int(code) for _, code in _RANK_EXITED.findall(line)]
-                sys.stderr.write(line.decode(errors="replace"))
-                sys.stderr.flush()
+                with suppress(OSError):  # the terminal may have been closed
+                    sys.stderr.write(line.decode(errors="replace"))
+                    sys.stderr.flush()
             status = child.wait()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     failed = [code for code in codes if code > 0] or [1 for _ in codes] or [status]
     return failed[0]
+
+
+def _stopping() -> tuple[int, ...]:
+    """The signals that ask the ranks to stop; without SIGHUP where that is ignored, as `nohup` asks for."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if ignored else (signal.SIGHUP,)))
 
 
 def _launcher() -> list[str]:

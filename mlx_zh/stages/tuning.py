@@ -40,7 +40,7 @@ from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt, stopping
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import redacted
-from mlx_zh.system.storage import write_json
+from mlx_zh.system.storage import working_in, write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
 from mlx_zh.training.metrics import MetricsLine, TrainingSummary, validation_figures
@@ -262,7 +262,8 @@ class Session:
             console.say(f"Keeping up to {wired / 1e9:.1f} GB resident in memory; the rest is left to other programs.")
         first = self.world.first
         warning_log = console.log_warnings(self.folder.warnings) if first else nullcontext()
-        with warning_log, stop_on_interrupt(stopping(), _say_stopping) as stop:
+        in_place = working_in(self.folder.path)
+        with warning_log, in_place, stop_on_interrupt(stopping(), _say_stopping) as stop:
             loop = Loop(
                 model=self.loaded.model,
                 objective=objectives.training,

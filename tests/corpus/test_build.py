@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mlx_zh.corpus import build, reader, scan, shards
 from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
@@ -490,3 +493,79 @@ def test_rows_with_mistakes_can_be_left_out_and_are_counted(save, run):
 def test_a_file_that_is_not_there(run, tmp_path: Path):
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         run(DataSource("a", (str(tmp_path / "none.jsonl"),)))
+
+
+# ---- damage
+
+
+def spoil(path: Path, how: str, at: float) -> None:
+    """Remove a file, empty it, cut it short or flip one of its bits, at a place between 0 and 1."""
+    content = bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+        return
+    place = min(int(at * len(content)), len(content) - 1)
+    if how == "flipped":
+        content[place] ^= 1 << (place % 8)
+    else:
+        del content[0 if how == "emptied" else place :]
+    path.write_bytes(content)
+
+
+HOW = st.sampled_from(["removed", "emptied", "cut short", "flipped"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), how=HOW, at=st.floats(0, 1))
+def test_a_damaged_corpus_is_made_again(save, run, tmp_path: Path, data: st.DataObject, how: str, at: float):
+    """Whatever happened to whichever of its files, and it is said in one line."""
+    source = save("a", rows(40))
+    whole = run(source)
+    expected = [example.tokens.tolist() for example in whole.conversations("train")]
+    names = ["manifest.json", *whole.manifest["digests"]]
+    spoil(whole.folder / data.draw(st.sampled_from(names)), how, at)
+    again = run(source)
+    assert [remark.code for remark in again.remarks] == ["corpus-damaged"] and not again.ready
+    assert [example.tokens.tolist() for example in again.conversations("train")] == expected
+    assert left(tmp_path / "cache") == [whole.key]
+    ready = run(source)
+    assert ready.ready and ready.remarks == ()
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "cut short", "flipped"])
+def test_what_an_interrupted_run_left_is_used_only_as_it_was_written(
+    save, run, monkeypatch, tmp_path: Path, how: str
+):
+    """A power cut may take the ends of its files; each file in turn is spoilt."""
+    small_files(monkeypatch)
+    from mlx_zh.corpus import choosing, statistics
+
+    monkeypatch.setattr(choosing, "PART", 32)
+    monkeypatch.setattr(statistics, "PART", 32)
+    source = save("a", rows(150, 1))
+    whole = run(source)
+    expected = [example.tokens.tolist() for example in whole.conversations("train")]
+    with monkeypatch.context() as patch:
+        (tmp_path / "cache" / whole.key).rename(tmp_path / "whole")
+        interrupt(patch, "rendering")
+        with pytest.raises(KeyboardInterrupt):
+            run(source)
+    work = tmp_path / "cache" / f"{whole.key}.work"
+    shutil.copytree(work, tmp_path / "kept")
+    for file in sorted(path.relative_to(work) for path in work.rglob("*") if path.is_file()):
+        shutil.rmtree(tmp_path / "cache")
+        shutil.copytree(tmp_path / "kept", work)
+        spoil(work / file, how, 0.5)
+        assert [example.tokens.tolist() for example in run(source).conversations("train")] == expected, file
+        assert left(tmp_path / "cache") == [whole.key]
+
+
+def test_work_beside_a_finished_corpus_and_old_work_are_removed(save, run, tmp_path: Path):
+    """A kill between the corpus's rename and the clean-up leaves it. Recent work of another corpus is kept."""
+    whole = run(source := save("a", rows(40)))
+    cache = tmp_path / "cache"
+    for name, age in ((f"{whole.key}.work", 0.0), (f"{'0' * 32}.work", 0.0), (f"{'1' * 32}.work", 31 * 86400.0)):
+        (cache / name).mkdir()
+        os.utime(cache / name, (time.time() - age, time.time() - age))
+    assert run(source).ready
+    assert sorted(left(cache)) == sorted([whole.key, f"{'0' * 32}.work"])

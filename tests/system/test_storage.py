@@ -22,7 +22,16 @@ from platformdirs.unix import Unix
 
 from mlx_zh.errors import StorageError
 from mlx_zh.system.digests import file_digest
-from mlx_zh.system.storage import cache_folder, storage_errors, write_arrays, write_json, write_text, written_whole
+from mlx_zh.system.storage import (
+    cache_folder,
+    folder_whole,
+    storage_errors,
+    sweep,
+    write_arrays,
+    write_json,
+    write_text,
+    written_whole,
+)
 
 WRITERS = {
     "text": lambda path: write_text(path, "好" * 100_000),
@@ -190,3 +199,52 @@ def test_digest(tmp_path: Path) -> None:
     content = np.random.default_rng(0).bytes(3_000_000)
     (tmp_path / "large").write_bytes(content)
     assert file_digest(tmp_path / "large") == hashlib.sha256(content).hexdigest()
+
+
+def ended_process() -> int:
+    """The number of a process that has just ended, and that nobody else has yet."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def test_a_kill_between_two_renames_loses_no_folder(tmp_path: Path) -> None:
+    """The older folder is put back if the newer one is not there, and removed if it is."""
+    dead = ended_process()
+    for name in ("lost", "replaced"):
+        (tmp_path / f".{name}.{dead}.old").mkdir()
+        (tmp_path / f".{name}.{dead}.old" / "x").write_text("older")
+        (tmp_path / f".{name}.{dead}.tmp").mkdir()
+    (tmp_path / "replaced").mkdir()
+    (tmp_path / "replaced" / "x").write_text("newer")
+    alive = tmp_path / f".other.{os.getppid()}.tmp"
+    alive.mkdir()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, "lost", "replaced"])
+    assert [(tmp_path / name / "x").read_text() for name in ("lost", "replaced")] == ["older", "newer"]
+
+
+def test_a_number_that_another_process_has_now_owns_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container every command may have the same number: the file is older than the process."""
+    left = tmp_path / f".x.{os.getpid()}.tmp"
+    left.write_text("half")
+    monkeypatch.setattr("psutil.Process.create_time", lambda self: left.stat().st_ctime + 3600)
+    sweep(tmp_path)
+    assert not left.exists()
+
+
+def test_a_folder_whose_rename_fails_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with folder_whole(tmp_path / "x") as folder:
+        (folder / "a").write_text("older")
+    replace, calls = Path.replace, []
+
+    def refuse_second(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_second)
+    with pytest.raises(StorageError, match="x cannot be written: Input/output error"), folder_whole(tmp_path / "x"):
+        pass
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x" / "a").read_text() == "older"
