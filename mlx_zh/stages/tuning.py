@@ -249,6 +249,7 @@ class Session:
             if self.folder.is_finished and not self._holds_checkpoints and (aside := set_aside(self.folder.path)):
                 console.say(f"The earlier run is kept in {aside}.")  # its adapter would be overwritten
             return True
+        checkpoints.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)
         console.say(f"{self.folder.path} is finished: nothing is left to train. To train again, add --fresh.")
         return False
 

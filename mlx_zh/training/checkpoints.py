@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -93,10 +94,18 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             sync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    sweep(folder)
+    prune(folder, keep)
     return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what killed runs left; each is renamed as unfinished first."""
+    for old in _folders(folder)[:-keep]:
+        leaving = folder / f".{old.name}.{os.getpid()}.tmp"
+        with suppress(OSError):
+            old.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+    sweep(folder)
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
