@@ -99,7 +99,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed runs left; each is renamed as unfinished first."""
+    """Remove all but the newest `keep` checkpoints and what kills left. Each is first renamed as unfinished."""
     for old in _folders(folder)[:-keep]:
         leaving = folder / f".{old.name}.{os.getpid()}.tmp"
         with suppress(OSError):
