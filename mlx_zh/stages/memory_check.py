@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_zh.core.families import Config
-from mlx_zh.errors import ModelError, PlanError
+from mlx_zh.errors import ModelError, PlanError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.largest_row import Examples, uniform_examples
@@ -70,6 +70,8 @@ def training_step(
             f"the config of {recipe.model.path} lacks a usable {error}. Download the model again."
         ) from error
     lora = recipe.lora
+    if lora.type != "full" and lora.targets != "all" and not set(lora.targets) & set(LINEAR):
+        raise RecipeError(f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(LINEAR)}")
     trained = AdapterSpec(
         kind=lora.type,
         num_layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),
