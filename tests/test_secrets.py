@@ -43,7 +43,7 @@ FORMS = {
     "hf_OtherTokenOtherToken": "hf_OtherTokenOtherToken",
     "sk-proj-abcdefABCDEF0123456789": "sk-proj-abcdefABCDEF0123456789",
     "ghp_abcdefghijABCDEFGHIJ0123456789": "令牌ghp_abcdefghijABCDEFGHIJ0123456789",
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NSJ9.c2lnbmF0dXJl": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NSJ9.c2lnbmF0dXJl",
+    "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0NSJ9.c2lnbmF0": "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0NSJ9.c2lnbmF0",
     "MIIEpAIBAAKCAQEAsecretkey": "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEAsecretkey\n"
     "-----END RSA PRIVATE KEY-----",
 }
@@ -155,7 +155,7 @@ def test_a_secret_that_changed_is_a_difference_that_is_not_shown(planted: Projec
     planted.write_recipe()
     planted.train()
     result = planted.sft("data.system=https://a:other-secret@host")
-    assert result.status == 2 and "holds a secret" in result.err and "other" not in result.err
+    assert result.status == 2 and "holds a secret" in result.err and "other-secret" not in result.err
 
 
 def test_a_saved_chat_holds_no_secret(tmp_path: Path, environment: None):
@@ -284,8 +284,8 @@ OTHERS = {
     "distributed/world.py": "/dev/null",
     "distributed/launching.py": "a pipe",
 }
-WRITES = {"write_text", "write_bytes", "savez", "savez_compressed", "copyfile", "copytree", "copy2", "save_pretrained",
-          "mkstemp", "NamedTemporaryFile", "save_safetensors", "written_whole"}  # fmt: skip
+WRITES = {"write_text", "write_bytes", "savez", "savez_compressed", "copyfile", "copytree", "copy2",
+          "save_pretrained", "mkstemp", "NamedTemporaryFile", "save_safetensors", "written_whole"}  # fmt: skip
 REDACTING = {"write_text", "write_json", "append_json", "write_arrays"}
 
 
@@ -324,7 +324,7 @@ def test_json_is_read_by_one_function_that_knows_no_recursion_error():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in ("json.loads", "json.load")
     }
-    assert readers == {"json_text.py", "run_key.py"}  # the latter copies its own values
+    assert readers == {"json_text.py", "run_key.py", "world.py"}  # the latter two read what they wrote
 
 
 def test_recipes_are_stored_without_secrets_and_can_be_read(planted: Project):

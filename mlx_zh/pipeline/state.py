@@ -13,7 +13,7 @@ from mlx_zh.recipe import DataSet, Recipe
 from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest, value_digest
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import is_readable
-from mlx_zh.system.redaction import redacted
+from mlx_zh.system.redaction import redact, redacted
 from mlx_zh.system.storage import write_json
 
 _LARGE = 2**20  # bytes; the digests of larger files are remembered
@@ -158,8 +158,11 @@ def _read_from(entry: DataSet) -> Inputs:
 
 
 def keys_of(inputs: Inputs) -> dict[str, str]:
-    """A digest of each input, 16 hex digits."""
-    return {name: value_digest(value)[:16] for name, value in inputs.items()}
+    """A digest of each input, 16 hex digits; a name that holds a secret, such as a path, is a digest too."""
+    return {
+        name if redact(name) == name else text_digest(name)[:16]: value_digest(value)[:16]
+        for name, value in inputs.items()
+    }
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> Inputs:

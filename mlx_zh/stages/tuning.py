@@ -216,7 +216,10 @@ class Session:
         ):
             return f"Give this recipe another name, or {fresh}."
         longer = ""
-        if _without_length(settings, self.stage) == _without_length(self.values, self.stage):
+        lengths = [redacted(values[self.stage]) for values in (settings, self.values)]
+        if lengths[0] != lengths[1] and _without_length(settings, self.stage) == _without_length(
+            self.values, self.stage
+        ):
             longer = "Its learning rate was planned for its own number of steps, so it cannot be made longer. "
         return (
             f"{longer}Give this recipe another name, or {fresh}. To train the adapter that is here for "
