@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
-from mlx_zh.errors import DataError, ModelError, TemplateError
+from mlx_zh.errors import DataError, ModelError, TemplateError, first_line
 
 Tokens = list[int] | npt.NDArray[np.int32]
 Part = tuple[str, bool]  # text, and whether it is a message's content (True) or the template's own (False)
@@ -64,7 +65,8 @@ class PieceEncoder:
             tokens = iter(encoded)
             return [[next(tokens) for _ in pieces] for pieces in texts]
         self._disable_padding_and_truncation()
-        whole = self._backend.encode_batch(["".join(pieces) for pieces in texts], add_special_tokens=False)
+        with _panics_told():
+            whole = self._backend.encode_batch(["".join(pieces) for pieces in texts], add_special_tokens=False)
         return [self._cut(encoding, pieces) for encoding, pieces in zip(whole, texts, strict=True)]
 
     def encode_guarded(self, pieces: Sequence[Sequence[Part]], *, source: str) -> list[Tokens]:
@@ -108,7 +110,8 @@ class PieceEncoder:
             before = self._backend.encode_special_tokens
             self._backend.encode_special_tokens = True
             try:
-                tokens: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+                with _panics_told():
+                    tokens: list[int] = self._backend.encode(text, add_special_tokens=False).ids
             finally:
                 self._backend.encode_special_tokens = before
         if not self._control_ids.isdisjoint(tokens):
@@ -116,7 +119,8 @@ class PieceEncoder:
         return tokens
 
     def _encode_all(self, pieces: Sequence[str]) -> list[Tokens]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
+        with _panics_told():
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
 
     def _cut(self, encoding: Any, pieces: Sequence[str]) -> list[Tokens]:
         ids, offsets = encoding.ids, encoding.offsets
@@ -152,6 +156,20 @@ class PieceEncoder:
         texts = [text for left, right in joints for text in (left + right, left, right)]
         tokens = self._encode_all(texts)
         return all(tokens[i] == tokens[i + 1] + tokens[i + 2] for i in range(0, len(tokens), 3))
+
+
+@contextmanager
+def _panics_told() -> Iterator[None]:
+    """Raise ModelError where the tokenizer's library gives up, e.g. because a regular expression takes too long."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which is no Exception, and cannot be imported
+            raise
+        raise ModelError(
+            f"the tokenizer cannot encode a text ({first_line(error)[:200]}); take the tokenizer.json of the original "
+            "model"
+        ) from error
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -238,6 +238,7 @@ def folder_tokenizer(path: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
+    _check_growth(path / "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), trust_remote_code=False, local_files_only=True, use_fast=True
@@ -251,3 +252,29 @@ def folder_tokenizer(path: Path) -> Any:
             "Take a version of the model that has a tokenizer.json."
         )
     return tokenizer
+
+
+_MOST_GROWTH = 64  # times as long as its text may the normalized text be
+
+
+def _check_growth(path: Path) -> None:
+    """Refuse a tokenizer.json whose replacements, one after another, make a text much longer. Raises ModelError."""
+    if not path.is_file():
+        return
+    about = read_json(path)
+    growth, waiting = 1.0, [about.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting.extend(part)
+        elif isinstance(part, dict):
+            pattern, content = part.get("pattern"), part.get("content")
+            if part.get("type") == "Replace" and isinstance(content, str):
+                text = pattern.get("String") if isinstance(pattern, dict) else pattern
+                growth *= max(1.0, len(content) / max(len(text), 1) if isinstance(text, str) else len(content))
+            waiting.extend(value for value in part.values() if isinstance(value, list | dict))
+        if growth > _MOST_GROWTH:
+            raise ModelError(
+                f"{path}: its replacements could make a text more than {_MOST_GROWTH} times as long. Take the "
+                "tokenizer.json of the original model."
+            )
