@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what reads strangers' files, with Atheris: `make fuzz`.
 
-    python fuzz/parsers.py gguf|recipe|data|template [options of libFuzzer]
+    python fuzz/parsers.py gguf|recipe|data|template|adapter|safetensors|parquet|archive|redaction [options of libFuzzer]
 
 A target may work or raise one of the program's own errors; anything else, and more than ten seconds, is a crash, and
 its input is kept as `crash-…` in the current folder. Each one mended becomes a test.
@@ -115,11 +115,64 @@ def recipe_seeds() -> list[bytes]:
     return [path.read_bytes() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
 
 
+def adapter(data: bytes) -> None:
+    """PEFT's and mlx-lm's settings of an adapter, over weights that are right."""
+    from mlx_zh.models.adapters.patterns import read_patterns
+
+    try:
+        value = json.loads(data)
+        patterns = read_patterns({str(key): 1 for key in value} if isinstance(value, dict) else {str(value): 1})
+        patterns.value("model.layers.11.self_attn.q_proj", 1)
+    except (ValueError, RecursionError):
+        return  # `read_peft` makes an AdapterError of it
+
+
+def safetensors(data: bytes) -> None:
+    """The table of a safetensors file."""
+    from mlx_zh.models.folder import read_table
+
+    FILE.write_bytes(data)
+    read_table(FILE)
+
+
+def parquet(data: bytes) -> None:
+    """Rows of a Parquet file."""
+    FILE.write_bytes(b"PAR1" + data)
+    for _ in formats.load_conversations(FILE):
+        pass
+
+
+def archive(data: bytes) -> None:
+    """An archive of an exam."""
+    from mlx_zh.exams import archives
+    from mlx_zh.exams.catalog import benchmark
+
+    FILE.write_bytes(data)
+    archives.unpack(benchmark("ceval"), FILE, FILE.parent / "cache")
+
+
+def redaction(data: bytes) -> None:
+    """What is shown and stored of any text; twice redacted is once redacted."""
+    from mlx_zh.system.redaction import printable, redact
+
+    text = data.decode(errors="surrogateescape")
+    printable(text)
+    redact(redact(text))
+
+
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
     "gguf": (gguf, gguf_seeds),
     "recipe": (recipe, recipe_seeds),
     "data": (rows, row_seeds),
     "template": (template, template_seeds),
+    "adapter": (adapter, lambda: [b'{"q_proj": 2, "layers\\\\.1[0-9]\\\\..*(q|k)_proj": 4}']),
+    "safetensors": (
+        safetensors,
+        lambda: [b"\x40" + b"\0" * 7 + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(68)],
+    ),
+    "parquet": (parquet, lambda: [b"\x15\0" * 20 + b"PAR1"]),
+    "archive": (archive, lambda: [b"PK\3\4" + b"\0" * 40]),
+    "redaction": (redaction, lambda: [b"token=abcdefgh http://a:b@c hf_" + b"a" * 20]),
 }
 
 

@@ -32,7 +32,7 @@ _CHUNK = 1 << 20  # bytes unpacked at once
 # many at most, and of a small file fewer: so many, and so many more for each of its bytes.
 _MAX_CELLS, _SMALL_CELLS, _CELLS_A_BYTE = 1 << 24, 1 << 22, 2
 _MAX_UNPACKED, _SMALL_UNPACKED, _RATIO = 1 << 29, 1 << 26, 50
-_MAX_TEXT = 1 << 33  # cells times bytes of the longest shared text; Excel's longest text has 32,767 characters
+_MAX_TEXT = 1 << 18  # bytes of a shared text, which calamine copies for each cell; Excel allows 32,767 characters
 _ROW, _CELL = re.compile("[0-9]{1,9}"), re.compile("([A-Za-z]{1,7})([0-9]{1,9})")
 _DIGITS = 15  # significant digits that Excel keeps of a number
 
@@ -212,7 +212,7 @@ def _check_size(path: Path) -> None:
     most = min(_MAX_UNPACKED, _SMALL_UNPACKED + _RATIO * size)
     try:
         with zipfile.ZipFile(path) as archive:
-            unpacked = longest = cells = 0  # longest: bytes of a text that cells may share
+            unpacked = longest = 0  # longest: bytes of a text, which many cells may share
             for part in archive.infolist():
                 is_sheet = re.fullmatch(r"/?xl/worksheets/[^/]+\.xml", part.filename, re.I)
                 is_strings = part.filename.lower().endswith("sharedstrings.xml")
@@ -227,13 +227,12 @@ def _check_size(path: Path) -> None:
                             )
                         if box is not None:
                             box.feed(chunk)
-                            cells = max(cells, box.cells)
                         if is_strings:
                             longest = max(longest, *map(len, chunk.split(b"<si")))
-                        if longest * cells > _MAX_TEXT:
+                        if longest > _MAX_TEXT:
                             raise DataError(
-                                f"{path}: the workbook has {cells:,} cells and a text of {longest:,} bytes that all of "
-                                "them may show; save its sheet as “CSV UTF-8”, and name that file"
+                                f"{path}: the workbook has a text of more than {_MAX_TEXT:,} bytes, longer than Excel "
+                                "allows; save its sheet as “CSV UTF-8”, and name that file"
                             )
     except _DAMAGED as error:
         raise DataError(
@@ -248,7 +247,6 @@ class _Box:
     def __init__(self, path: Path, most: int) -> None:
         self._path, self._most = path, most
         self._rows = self._columns = self._row = self._column = 0
-        self.cells = 0
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.StartElementHandler = self._start
 
@@ -269,7 +267,6 @@ class _Box:
             self._column = 0
             self._rows = max(self._rows, self._row)
         elif kind == "c":
-            self.cells += 1
             match = _CELL.fullmatch(reference)
             self._column = _column_number(match[1]) if match else self._column + 1
             self._columns = max(self._columns, self._column)
