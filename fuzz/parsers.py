@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what reads strangers' files, with Atheris: `make fuzz`.
 
-    python fuzz/parsers.py gguf|recipe|data|template|adapter|safetensors|parquet|archive|redaction [options of libFuzzer]
+    python fuzz/parsers.py TARGET [options of libFuzzer]        TARGET: a key of TARGETS
 
 A target may work or raise one of the program's own errors; anything else, and more than ten seconds, is a crash, and
 its input is kept as `crash-…` in the current folder. Each one mended becomes a test.

@@ -164,7 +164,7 @@ def _panics_told() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # which is no Exception, and cannot be imported
+        if type(error).__name__ != "PanicException":  # no Exception
             raise
         raise ModelError(
             f"the tokenizer cannot encode a text ({first_line(error)[:200]}); take the tokenizer.json of the original "

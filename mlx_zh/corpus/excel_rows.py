@@ -231,8 +231,8 @@ def _check_size(path: Path) -> None:
                             longest = max(longest, *map(len, chunk.split(b"<si")))
                         if longest > _MAX_TEXT:
                             raise DataError(
-                                f"{path}: the workbook has a text of more than {_MAX_TEXT:,} bytes, longer than Excel "
-                                "allows; save its sheet as “CSV UTF-8”, and name that file"
+                                f"{path}: the workbook has a text of more than {_MAX_TEXT:,} bytes, longer than "
+                                "Excel allows; save its sheet as “CSV UTF-8”, and name that file"
                             )
     except _DAMAGED as error:
         raise DataError(

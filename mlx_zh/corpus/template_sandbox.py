@@ -24,7 +24,7 @@ from jinja2.visitor import NodeTransformer
 
 _LARGEST = 1_000_000  # characters or items of a value, and the size of a number given to a filter or method
 _STEPS = 300_000  # rounds and calls; a template for chats needs some tens a message
-_STEPS_A_MESSAGE = 500
+_STEPS_A_MESSAGE, _TEXT_A_MESSAGE = 500, 1000
 _UNIT = 1024  # characters or items of an operand that count as one step
 _BITS = 4096  # of a product
 _DEEPEST = 100  # lists within lists
@@ -83,7 +83,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def start(self, messages: int, characters: int) -> None:
         """Allow the work of one rendering, in this thread, of so many messages and characters."""
         self._work.steps = _STEPS + _STEPS_A_MESSAGE * messages + characters // 16
-        self._work.largest = _LARGEST + 4 * characters
+        self._work.largest = _LARGEST + _TEXT_A_MESSAGE * messages + 4 * characters
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Guard().visit(super()._parse(source, name, filename))
