@@ -167,8 +167,8 @@ def _panics_told() -> Iterator[None]:
         if type(error).__name__ != "PanicException":  # no Exception
             raise
         raise ModelError(
-            f"the tokenizer cannot encode a text ({first_line(error)[:200]}); take the tokenizer.json of the original "
-            "model"
+            f"the tokenizer cannot encode a text ({first_line(error)[:200]}); take the tokenizer.json of the "
+            "original model"
         ) from error
 
 
