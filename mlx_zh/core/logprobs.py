@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
+from mlx_zh.core.sums import exponentials, log_sum_exp
 from mlx_zh.errors import ModelError
 from mlx_zh.system import device
 
@@ -267,22 +268,37 @@ def _project(head: Any, hidden: mx.array) -> mx.array:
 
 
 def _logprobs(logits: mx.array, targets: mx.array) -> mx.array:
-    at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return at_target - mx.logsumexp(logits, axis=-1)
+    """Log-probs (C,) of `targets` (C,) in `logits` (C, V), whose gradient is onehot - softmax."""
+    column = targets[:, None]
+
+    @mx.custom_function
+    def logprobs(logits: mx.array) -> mx.array:
+        return mx.take_along_axis(logits, column, axis=-1)[:, 0] - log_sum_exp(logits)
+
+    @logprobs.vjp
+    def vjp(logits: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        values, divisor, _ = exponentials(logits)  # softmax = values / divisor
+        factor = cotangent[:, None]
+        weighted = values * (-factor / divisor)  # (C, V)
+        at_target = mx.take_along_axis(weighted, column, axis=-1) + factor
+        return mx.put_along_axis(weighted, column, at_target, axis=-1)
+
+    result: Any = logprobs(logits)
+    return result
 
 
 def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Log-probs (C,), and their gradient with respect to `hidden`: (onehot - softmax) @ W, (C, D)."""
     logits = _project(head, hidden)  # (C, D) -> (C, V)
     column = targets[:, None]
-    probabilities = mx.softmax(logits, axis=-1)  # (C, V)
-    # The largest probability is 1 / sum(exp(logits - max)). So log-sum-exp needs no second exponential, and the
-    # logarithm is accurate, since that probability is at least 1 / V.
-    log_sum_exp = logits.max(axis=-1) - mx.log(probabilities.max(axis=-1))
-    logprobs = mx.take_along_axis(logits, column, axis=-1)[:, 0] - log_sum_exp
-    at_target = mx.take_along_axis(probabilities, column, axis=-1)
-    error = mx.put_along_axis(probabilities, column, at_target - 1, axis=-1)  # softmax - onehot
-    return logprobs, -_project_back(head, error.astype(hidden.dtype))
+    values, divisor, normalizer = exponentials(logits)  # softmax = values / divisor
+    logprobs = (mx.take_along_axis(logits, column, axis=-1) - normalizer)[:, 0]
+    if hidden.dtype != mx.float32:  # a divisor may be as large as the vocabulary, and float16 ends at 65504
+        values, divisor = values / divisor, mx.ones_like(divisor)
+    at_target = mx.take_along_axis(values, column, axis=-1)
+    error = mx.put_along_axis(values, column, at_target - divisor, axis=-1)  # (softmax - onehot) * divisor
+    gradient = _project_back(head, error.astype(hidden.dtype)) / divisor  # (C, V) -> (C, D)
+    return logprobs, -gradient.astype(hidden.dtype)
 
 
 def _project_back(head: Any, rows: mx.array) -> mx.array:

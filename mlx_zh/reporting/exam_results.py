@@ -68,7 +68,8 @@ class ExamResult:
     compared: tuple[str, str] | None  # (before, after) of every row's change
     chance: tuple[float, float] | None  # 95 % interval of the macro average of someone who guesses
     tripwires: dict[str, list[str]]  # stage -> what looks wrong
-    unlike: list[tuple[str, str]] = field(default_factory=list)  # stages that cannot be compared
+    unlike: list[tuple[str, str]] = field(default_factory=list)  # stages that were not asked the same
+    rescored: list[tuple[str, str]] = field(default_factory=list)  # stages with other versions of the numbers
 
 
 Current = Mapping[str, Mapping[str, str]]  # stage -> digests of the model as it is now, see `exams.figures.About`
@@ -119,6 +120,7 @@ class _Report:
     tripwires: list[str]
     asked: tuple[object, object, object]  # equal for models that were asked the same questions in the same way
     about: object  # what was asked of which model
+    numbers: object  # equal where the same version of log-probs decided
 
 
 def _read_report(path: Path, key: str) -> _Report | None:
@@ -145,6 +147,7 @@ def _checked(report: Any, key: str) -> _Report:
         tripwires=_tripwires(report),
         asked=(about.get("asked"), about.get("protocol"), report.get("questions")),
         about=about,
+        numbers=about.get("numbers"),
     )
 
 
@@ -170,7 +173,8 @@ class _Exam:
         tuned = [stage for stage in stages[1:] if stage != "fused"] or stages[1:]
         compared = (stages[0], tuned[-1]) if tuned else None
         unlike = [(stages[0], stage) for stage in stages[1:] if self._reports[stage].asked != first.asked]
-        if compared in unlike:
+        rescored = [(stages[0], stage) for stage in stages[1:] if self._reports[stage].numbers != first.numbers]
+        if compared in [*unlike, *rescored]:
             compared = None
         return ExamResult(
             key=self._key,
@@ -184,6 +188,7 @@ class _Exam:
             chance=first.chance,
             tripwires={stage: report.tripwires for stage, report in self._reports.items()},
             unlike=unlike,
+            rescored=[stages for stages in rescored if stages not in unlike],
         )
 
     def _rows(self, compared: tuple[str, str] | None) -> list[ExamRow]:

@@ -285,6 +285,9 @@ def _exam_alarms(exam: ExamResult) -> list[Alarm]:
     for before, after in exam.unlike:
         unlike = say("exam-not-comparable", before=named(before), after=named(after))
         alarms.append(Alarm(Text.same(exam.title), unlike))
+    for before, after in exam.rescored:
+        rescored = say("exam-other-numbers", before=named(before), after=named(after))
+        alarms.append(Alarm(Text.same(exam.title), rescored))
     return alarms
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+from mlx_zh.core import numbers
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DistributedError
 from mlx_zh.exams import answers as asking
@@ -38,7 +39,13 @@ class ProtocolName(TypedDict):
     version: int
 
 
-class About(TypedDict):
+class Numbers(TypedDict):
+    """Beside `About`: which version of the log-probs decided. Results without it have version 1."""
+
+    numbers: NotRequired[int]  # `core.numbers.version`
+
+
+class About(Numbers):
     """Everything that can change a model's answers to an exam; the result file stores it."""
 
     asked: str  # digest of the questions and of how they are asked
@@ -187,6 +194,7 @@ class Examination:
         if same and not current.is_current(about, current_models(self._run, self._base)[name]):
             console.warn(current.outdated(name, exam.title), keep=False)
             return
+        same = same and about.get("numbers") == self._numbers().get("numbers")
         if same and len(answers) == len(exam):
             self._answers[exam.key, name] = about, answers
 
@@ -194,7 +202,7 @@ class Examination:
         """Everything that can change an answer; memory settings are not part of it."""
         model = self._recipe.model
         tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
-        return {
+        about: About = {
             "asked": self._questions_digest(exam, exam.subjects),
             "protocol": {"name": self._protocol.name, "version": self._protocol.version},
             "source": loaded.source,
@@ -205,6 +213,12 @@ class Examination:
             "ends": list(loaded.eos_token_ids),
             "rendering": renderer.fingerprint if renderer else text_digest(tokenizer),
         }
+        return {**about, **self._numbers()}
+
+    def _numbers(self) -> Numbers:
+        """The version of the numbers. A free answer has none: it is the most likely token, whatever the sum is."""
+        version = numbers.version()
+        return {"numbers": version} if version > 1 and self._protocol.reply != "free" else {}
 
     def _questions_digest(self, exam: Exam, subjects: Sequence[Subject]) -> str:
         """A digest of the questions and of how they are asked."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.core import numbers
 from mlx_zh.pipeline.state import flat
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import value_digest
@@ -27,7 +28,7 @@ def learning_values(recipe: Recipe, stage: str, digests: Values) -> Values:
     values: Values = recipe.model_dump(mode="json", include={"model", "lora", "data", "seed", stage}) | digests
     values["data"] = {name: value for name, value in values["data"].items() if name not in {"sft", "dpo"} - {stage}}
     del values[stage]["max_skipped_steps"]  # it only says when to give up
-    return values
+    return values | numbers.recorded()
 
 
 def corpus_values(corpus: Corpus) -> Values:
@@ -53,6 +54,12 @@ def is_earlier(values: Values) -> bool:
 def as_earlier(values: Values, sampled: str) -> Values:
     """The values as such a version would write them; `sampled` is its fingerprint of the model."""
     return {name: value for name, value in values.items() if name != "corpus"} | {"base": sampled}
+
+
+def with_numbers_of(values: Values, recorded: Values) -> Values:
+    """The values with the version of the numbers that is `recorded`."""
+    kept = {name: value for name, value in values.items() if name != "numbers"}
+    return kept | {name: value for name, value in recorded.items() if name == "numbers"}
 
 
 def _content(values: Values) -> Values:
@@ -137,6 +144,7 @@ def _other_changes(old: Values, new: Values) -> Iterator[str]:
 
 _DIGESTS = {
     "base": "the base model's files",
+    "numbers": "how this version of mlx-zh computes sums",
     "rendering": "the tokenizer or its chat template",
     "start": "the adapter to start from",
 }

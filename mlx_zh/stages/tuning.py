@@ -29,6 +29,7 @@ from mlx_zh.stages.run_key import (
     is_earlier,
     learning_key,
     learning_values,
+    with_numbers_of,
     without_secrets,
 )
 from mlx_zh.stages.run_models import open_model
@@ -186,20 +187,28 @@ class Session:
         return changes(settings, self._in_the_form_of(settings))
 
     def _in_the_form_of(self, settings: Values) -> Values:
-        """This run's values, without what the version that wrote `settings` did not know."""
-        if not is_earlier(settings):
-            return self.values
-        return as_earlier(self.values, sampled_fingerprint(self.loaded.path))
+        """This run's values, without what the version that wrote `settings` did not know.
+
+        A finished run keeps the version of its numbers, because nothing is added to it.
+        """
+        values = self.values
+        if is_earlier(settings):
+            values = as_earlier(values, sampled_fingerprint(self.loaded.path))
+        if self.folder.is_finished and _read_json(self.folder.summary) is not None:
+            values = with_numbers_of(values, settings)
+        return values
 
     def _adopt_earlier(self) -> None:
         """Go on with a run that an earlier version began, if all that it recorded is the same."""
         settings = self._other_settings()
-        if settings is None or not is_earlier(settings):
+        if settings is None:
             return
         values = self._in_the_form_of(settings)
         if learning_key(values) != learning_key(settings):
             return
         self.values, self.key = values, learning_key(values)
+        if not is_earlier(settings):
+            return
         console.say(
             f"{self.folder.path} was begun by an earlier version, which did not record everything. Recipe, data "
             "files and samples of the model's weights are the same. Whether registry entries, exams kept out of the "
@@ -209,6 +218,11 @@ class Session:
     def _remedy(self, settings: Values | None) -> str:
         """What to do when the folder holds a run with other settings, if they are known."""
         fresh = "start over with --fresh (the old folder is kept beside it)"
+        if settings is not None and settings.get("numbers") != self._in_the_form_of(settings).get("numbers"):
+            return (
+                "Its numbers and the new ones would be mixed. Finish it with the version of mlx-zh that began it, "
+                f"give this recipe another name, or {fresh}."
+            )
         if (
             settings is None
             or not self.folder.is_finished

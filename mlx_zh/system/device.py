@@ -59,6 +59,15 @@ def kernels_ahead() -> int:
     return 60 if is_cpu() else 0
 
 
+def summed_at_once() -> int:
+    """The number of terms that a sum may give to one accumulator; 0 if there is no such rule.
+
+    MLX's CPU kernels add a whole row up in a few lanes of one vector, or in one number. The kernels of Metal and CUDA
+    give each of up to 1,024 threads its part of a row, so their sums are in groups already.
+    """
+    return 256 if is_cpu() else 0
+
+
 def max_masked_queries() -> int:
     """The number of queries up to which attention must get a boolean array as its mask; 0 if there is no such rule.
 

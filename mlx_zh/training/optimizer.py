@@ -9,6 +9,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from mlx_zh.core.sums import total
 from mlx_zh.errors import DeviceError
 from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, repeated
 
@@ -121,7 +122,7 @@ def _update_part(
 
 def global_norm(gradients: Arrays) -> mx.array:
     """The Euclidean norm of all gradients together, float32."""
-    return mx.sqrt(mx.stack([mx.square(g.astype(mx.float32)).sum() for g in gradients.values()]).sum())
+    return mx.sqrt(mx.stack([total(mx.square(g.astype(mx.float32))) for g in gradients.values()]).sum())
 
 
 def learning_rate(step: int, total: int, *, peak: float, kind: str, warmup: int) -> float:

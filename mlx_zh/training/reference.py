@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core import numbers
 from mlx_zh.core.logprobs import batch_logprobs, decoder
 from mlx_zh.core.packing import plan_rows
 from mlx_zh.corpus.render import RenderedPair
@@ -53,11 +54,12 @@ def pair_digest(pair: RenderedPair) -> str:
 def model_key(base: str, model: nn.Module, adapter: tuple[AdapterSpec, Arrays] | None) -> str:
     """A digest of everything that a model's log-probs depend on, 32 hex digits.
 
-    `base` is the fingerprint of the base model's files. The digest also covers the precision and the adapter.
+    `base` is the fingerprint of the base model's files. The digest also covers the precision, the adapter and
+    the version of the numbers.
     """
     weight = _linear(decoder(model).layers[0].self_attn.q_proj)
     precision = (str(decoder(model).norm.weight.dtype), getattr(weight, "bits", 0), getattr(weight, "group_size", 0))
-    digest = hashlib.blake2b(repr((_FORMAT, base, precision)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((_FORMAT, base, precision, *numbers.recorded().values())).encode(), digest_size=16)
     if adapter is not None:
         spec, arrays = adapter
         digest.update(repr((spec.kind, spec.scale)).encode())

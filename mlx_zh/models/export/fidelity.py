@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mlx_zh.core.logprobs import CHUNK_BYTES, hidden_states, output_head
 from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
+from mlx_zh.core.sums import log_sum_exp, sum_last
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.export.merge import SurvivalSummary
 from mlx_zh.system.accelerator import repeated
@@ -105,7 +106,7 @@ def distance(reference: Logits, compared: Logits, targets: mx.array) -> Distance
         stop = min(start + rows, count)
         p, q = (_log_softmax(model.logits(start, stop)) for model in (reference, compared))  # (rows, V) each
         at_target = mx.take_along_axis(q, targets[start:stop, None], axis=-1)
-        divergence = mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0)  # a KL below 0 is a rounding error
+        divergence = mx.maximum(sum_last(mx.exp(p) * (p - q)), 0)  # a KL below 0 is a rounding error
         kl += float(divergence.sum())
         agreed += float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum())
         likelihood += float(at_target.sum())
@@ -113,7 +114,7 @@ def distance(reference: Logits, compared: Logits, targets: mx.array) -> Distance
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logits - log_sum_exp(logits)[..., None]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_zh.core.sums import norm, total
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -152,7 +153,7 @@ class Fusion:
         original_weights = self.stored()
         for name in sample:
             a, b = base_weights[name].astype(mx.float32), original_weights[name].astype(mx.float32)
-            cosine = float((a * b).sum() / (mx.linalg.norm(a) * mx.linalg.norm(b)))
+            cosine = float(total(a * b) / (norm(a) * norm(b)))
             if cosine < _SAME_MODEL:
                 raise ModelError(
                     f"{self.original.name} is not the original of {self.base.name}: {name} has a cosine of "
@@ -176,11 +177,11 @@ class Survival:
 def survival(before: mx.array, merged: mx.array, written: mx.array) -> Survival | None:
     """Compare the written change of a matrix (out, in) with the intended one; None if nothing was changed."""
     intended, actual = merged - before, written - before
-    size = (intended * intended).sum()
+    size = total(intended * intended)
     if float(size) == 0:
         return None
-    kept = (actual * intended).sum() / size
-    error = mx.linalg.norm(actual - intended) / mx.sqrt(size)
+    kept = total(actual * intended) / size
+    error = norm(actual - intended) / mx.sqrt(size)
     return Survival(float(kept), float(error))
 
 
