@@ -14,7 +14,7 @@ define install
 		echo "    PIP_INDEX_URL=https://MIRROR/simple make $(MAKECMDGOALS)"; exit 1; }
 endef
 
-.PHONY: quickstart test test-cores metal-calls soak bench lint format oracle audit fuzz clean
+.PHONY: quickstart test test-cores metal-calls soak search bench lint format oracle audit fuzz clean
 
 # NAME=小明 make quickstart: the assistant's name. WSL sets NAME to the name of the computer, which is not meant.
 quickstart: $(INSTALLED)
@@ -37,6 +37,11 @@ metal-calls: $(DEVELOP)
 # Kills every stage again and again, and compares the result with an undisturbed run (docs/reliability.md).
 soak: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/soak.py
+
+# Random configurations whose result may not depend on memory settings (docs/reliability.md). For example
+# OPTIONS="--kinds dpo --seconds 600 --seed 7".
+search: $(DEVELOP)
+	OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests:tests/training:tests/models $(BIN)/python tests/search.py $(OPTIONS)
 
 # Compares with other programs on the same samples, in turns (docs/performance.md). OPTIONS="--device gpu" goes to each
 # script that compares steps. CEVAL is a folder with C-Eval's CSV files. Figures: benchmarks/results/*.json
