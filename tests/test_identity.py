@@ -12,6 +12,7 @@ import pytest
 import yaml
 from project import Project, contents, interrupt_after
 
+from mlx_zh.core import numbers
 from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.stages.run_key import as_earlier, learning_key
 
@@ -170,3 +171,30 @@ def test_exams_that_could_not_be_fetched_are_reported_with_a_corpus_of_the_cache
     everything.sft("evaluate.folder={}", "name=asked")
     report = json.loads(Path("runs/asked/data/report.json").read_text(encoding="utf-8"))["sft"]
     assert set(report["exam_questions"]["missing"]) == {"ceval"}
+
+
+def test_an_unfinished_run_is_not_finished_with_other_numbers(everything: Project, monkeypatch) -> None:
+    """Begun with version 1, whose records name no version; a finished run of version 1 stays finished."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(numbers, "version", lambda: 1)
+        everything.train(name="finished")
+        interrupt_after(earlier, 1)
+        assert everything.sft().status == 130
+    assert "numbers" not in json.loads(Path("runs/tiny/sft/settings.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(numbers, "version", lambda: 2)
+    refused = everything.sft()
+    assert refused.status == 2
+    assert "holds a run with other settings: how this version of mlx-zh computes sums." in refused.err
+    assert "Finish it with the version of mlx-zh that began it, give this recipe another name" in refused.err
+    finished = everything.sft("name=finished")
+    assert finished.status == 0 and "is finished: nothing is left to train" in finished.out
+    assert everything.sft("--fresh").status == 0
+    assert json.loads(Path("runs/tiny/sft/settings.json").read_text(encoding="utf-8"))["numbers"] == 2
+
+
+def test_numbers_have_a_version_for_the_back_ends_that_they_change_on(monkeypatch) -> None:
+    monkeypatch.setattr(numbers, "CHANGES", {2: frozenset({"cpu"}), 3: frozenset({"metal"})})
+    for back_end, version in (("cpu", 2), ("metal", 3), ("cuda", 1)):
+        monkeypatch.setattr(numbers.device, "back_end", lambda name=back_end: name)
+        assert numbers.version() == version
+        assert numbers.recorded() == ({"numbers": version} if version > 1 else {})

@@ -118,6 +118,18 @@ def test_results_that_do_not_say_their_subjects_are_compared_by_their_intervals(
     assert "not paired" in page(found, "now")
 
 
+def test_results_of_different_numbers_are_shown_and_not_compared(tmp_path):
+    fabricated.write_run(tmp_path, steps=5, questions={"ceval": 2})
+    path = tmp_path / "eval" / "dpo-ceval.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"about": told["about"] | {"numbers": 2}}))
+    found = gathered(tmp_path)
+    assert found.exams[0].compared is None and all(row.change is None for row in found.exams[0].rows)
+    assert all("dpo" in row.cells for row in found.exams[0].rows)
+    assert any("differ by up to 3e-4 a token" in alarm.what.en for alarm in found.alarms)
+    assert not any("were not asked the same questions" in alarm.what.en for alarm in found.alarms)
+
+
 def test_results_of_different_questions_are_not_compared(tmp_path):
     fabricated.write_run(tmp_path, steps=5, questions={"ceval": 2})
     path = tmp_path / "eval" / "dpo-ceval.json"

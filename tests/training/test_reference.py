@@ -14,6 +14,7 @@ import pytest
 from preferences import own_sums, pair, pairs, reference_of
 from tolerances import LOGPROBS
 
+from mlx_zh.core import numbers
 from mlx_zh.corpus.render import RenderedPair
 from mlx_zh.errors import ModelError, StorageError
 from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
@@ -188,7 +189,7 @@ def test_a_pair_is_named_by_its_tokens() -> None:
     assert len({pair_digest(p) for p in (one, moved, swapped)}) == 3
 
 
-def test_a_model_is_named_by_what_it_computes(tiny_model: Make) -> None:
+def test_a_model_is_named_by_what_it_computes(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base, precision and adapter content count; an adapter that is off, or dropout in its settings, does not."""
     model = tiny_model()
     base = model_key("files", model, None)
@@ -214,6 +215,12 @@ def test_a_model_is_named_by_what_it_computes(tiny_model: Make) -> None:
     assert model_key("files", model, (quieter, trainable(model))) == others[3]
     remove_adapter(model)
     assert model_key("files", model, None) == base
+    for version in (1, 9):
+        monkeypatch.setattr(numbers, "version", lambda version=version: version)
+        others.append(model_key("files", model, None))
+    assert others[-1] != others[-2]
+    if device.is_cpu():
+        assert base not in others[-2:]
 
 
 def test_free_memory_is_less_than_what_is_built_in() -> None:
