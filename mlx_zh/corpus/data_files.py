@@ -18,6 +18,7 @@ from mlx_zh.system import storage
 from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 from mlx_zh.system.links import check_file
+from mlx_zh.system.storage import visible
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 TABLE_SUFFIXES = (
@@ -132,7 +133,7 @@ def _from_hub(name: str, entry: DataSet, progress: Progress | None, hub: str) ->
 
 def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
     """The data files of a snapshot from a hub. Raises DataError for a link that leads out of the hub's cache."""
-    every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    every = [path for path in visible(folder.rglob("*")) if path.is_file()]
     files = [path for path in every if _is_data(path.relative_to(folder).as_posix(), entry.files)]
     files = _of_split(files, folder, entry.split)
     for path in files:

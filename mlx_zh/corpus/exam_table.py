@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_zh.errors import DataError
 from mlx_zh.system.links import check_file, check_regular
+from mlx_zh.system.storage import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,8 @@ class Table:
 
 
 def exam_files(folder: Path, pattern: str = "**/*.csv") -> list[Path]:
-    """The CSV files of an exam's folder, sorted. Raises DataError for a link that leads out of it."""
-    paths = sorted(folder.glob(pattern))
+    """The CSV files of an exam's folder, sorted, without hidden ones. Raises DataError for a link that leads out of it."""
+    paths = visible(folder.glob(pattern))
     for path in paths:
         check_file(folder, path, DataError)
     return paths

@@ -256,8 +256,8 @@ def text_of(row: Row, name: str, *, optional: bool = False) -> str:
 
 
 def _as_text(value: Any, label: str) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(_as_text(part.get("text"), label) for part in value)  # OpenAI's content parts
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        value = "".join(_as_text(_part_text(part, label), label) for part in value)
     if not isinstance(value, str):
         raise InvalidRow("wrong type", f"{label} must be text, got a {_kind(value)}")
     try:
@@ -265,6 +265,17 @@ def _as_text(value: Any, label: str) -> str:
     except UnicodeEncodeError:
         raise InvalidRow("broken Unicode", f"{label} holds half of a surrogate pair") from None
     return value
+
+
+def _part_text(part: Mapping[str, Any], label: str) -> Any:
+    """The text of one part of a message's content: `text` in OpenAI's form, `value` in LLaMA-Factory's v1."""
+    kind = part.get("type", "text")
+    if kind != "text":
+        raise InvalidRow("wrong type", f"{label} must be text, got a list with a part of type {kind!r}")
+    texts = [part[key] for key in ("text", "value", "content") if part.get(key) is not None]
+    if len(texts) != 1:
+        raise InvalidRow("wrong type", f"{label} must be text, got a list with a part that has {len(texts)} texts")
+    return texts[0]
 
 
 def message_of(value: Any, label: str) -> Message:
@@ -281,7 +292,10 @@ def message_of(value: Any, label: str) -> Message:
         raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
     if value.get(keys[1]) is None:
         raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
-    return Message(ROLES[role.lower()], _as_text(value[keys[1]], f"{label}: '{keys[1]}'"))
+    said = value[keys[1]]
+    if isinstance(said, list) and all(isinstance(part, str) for part in said):
+        said = "".join(said)
+    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"))
 
 
 def messages_of(value: Any, label: str) -> list[Message]:

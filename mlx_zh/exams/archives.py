@@ -22,7 +22,7 @@ from mlx_zh.system.digests import damage, digests_of, file_digest
 from mlx_zh.system.downloads import Progress
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import check_file
-from mlx_zh.system.storage import folder_whole, make_folder, storage_errors, write_json
+from mlx_zh.system.storage import folder_whole, make_folder, storage_errors, visible, write_json
 
 # Only these members are unpacked, under names made here, so that no file can be written outside the folder.
 _MEMBER = re.compile(r"(?:^|/)(dev|val|test)/([a-z0-9_]+)\.csv$")
@@ -127,7 +127,7 @@ def _check(benchmark: Benchmark, archive: Path, folder: Path) -> None:
     """Raises DownloadError where a subject has no file in a split. Questions are counted when they are read."""
     missing = []
     for split in benchmark.splits:
-        names = {path.stem.removesuffix(f"_{split}") for path in (folder / split).glob("*.csv")}
+        names = {path.stem.removesuffix(f"_{split}") for path in visible((folder / split).glob("*.csv"))}
         missing += [f"{split}/{key}" for key in benchmark.subjects if key not in names]
     if missing:
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""

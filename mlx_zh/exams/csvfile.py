@@ -41,6 +41,12 @@ def read_questions(path: Path, problems: list[str], *, need_answer: bool) -> tup
         present = ", ".join(name for name in header if name) or "none"
         problems.append(f"{path}:1: column {shown} is missing; the columns are: {present}.")
         return ()
+    if "e" in columns and any(row[columns["e"]].strip() for _, row in table.rows if columns["e"] < len(row)):
+        problems.append(f"{path}:1: column E: a question has the four choices A, B, C and D.")
+        return ()
+    for name in dict.fromkeys(name.casefold() for name in header if name.casefold() in (*wanted, "answer")):
+        if sum(other.casefold() == name for other in header) > 1:
+            problems.append(f"{path}:1: column {name} is there twice.")
     questions: list[Question] = []
     seen: dict[str, int] = {}
     for line, row in table.rows:

@@ -19,6 +19,7 @@ from mlx_zh.exams.csvfile import Question, read_questions
 from mlx_zh.system.digests import text_digest
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import check_file
+from mlx_zh.system.storage import visible
 
 _SHOWN = 20  # problems listed in one error
 
@@ -143,7 +144,7 @@ def _inside(folder: Path, split: str) -> Path:
 
 
 def _has(folder: Path, split: str) -> bool:
-    return next((folder / split).glob("*.csv"), None) is not None
+    return bool(visible((folder / split).glob("*.csv")))
 
 
 def _read_split(folder: Path, split: str, *, need_answer: bool) -> tuple[dict[str, tuple[Question, ...]], list[str]]:

@@ -16,6 +16,7 @@ from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import check_folder
+from mlx_zh.system.storage import visible
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -148,12 +149,11 @@ def weight_files(path: Path) -> list[Path]:
             )
         return [path / name for name in names]
     # consolidated*.safetensors is a second copy of the weights with Mistral's own names.
-    others = (
-        p for p in path.glob("*.safetensors") if not p.name.startswith(("adapter", "consolidated", "checkpoint"))
-    )
-    if files := sorted(path.glob("model*.safetensors")) or sorted(others):
+    every = visible(path.glob("*.safetensors"))
+    others = [file for file in every if not file.name.startswith(("adapter", "consolidated", "checkpoint"))]
+    if files := visible(path.glob("model*.safetensors")) or others:
         return files
-    if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
+    if pickles := [p.name for p in visible(p for pattern in _PICKLES for p in path.glob(pattern))]:
         raise ModelError(
             f"{path} has its weights only as {', '.join(pickles[:3])}. Such files are Python pickles, which can run "
             "any program when they are opened, so they are not read. Take the *.safetensors files of the same model, "

@@ -17,6 +17,7 @@ from mlx_zh.system import device, hub
 from mlx_zh.system.digests import Reading
 from mlx_zh.system.downloads import Progress
 from mlx_zh.system.links import check_file
+from mlx_zh.system.storage import visible
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -99,7 +100,7 @@ def _inside(path: Path) -> Path:
     """The only .gguf file of a folder without config.json, else the folder itself."""
     if (path / "config.json").exists():
         return path
-    files = sorted(path.glob("*.gguf"))
+    files = visible(path.glob("*.gguf"))
     if len(files) > 1:
         raise ModelError(
             f"{path} holds {len(files)} .gguf files: {', '.join(f.name for f in files[:8])}. Give the path of one of "

@@ -20,6 +20,7 @@ from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.shapes import ModelShape, Target
 from mlx_zh.recipe import Recipe, Sources
 from mlx_zh.system.links import is_readable
+from mlx_zh.system.storage import visible
 
 SCORED = {"sft": 0.6, "dpo": 0.8}  # share of an example's tokens that are scored
 
@@ -148,7 +149,9 @@ def _exam(recipe: Recipe, name: str, machine: Machine) -> ExamCost:
 def _own_exam(path: Path) -> tuple[int, int]:
     """Subjects and about how many questions an exam of the user's own has: a question is a line of a CSV file."""
     folder = next((path / split for split in ("test", "val") if (path / split).is_dir()), path)
-    tables = [path] if path.is_file() else [table for table in folder.glob("*.csv") if is_readable(path, table)]
+    tables = (
+        [path] if path.is_file() else [table for table in visible(folder.glob("*.csv")) if is_readable(path, table)]
+    )
     try:
         lines = sum(max(table.read_bytes().count(b"\n") - 1, 1) for table in tables)
     except OSError:

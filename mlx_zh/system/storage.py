@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from os.path import expanduser
 from pathlib import Path
@@ -279,6 +279,11 @@ def folder_whole(path: Path) -> Iterator[Path]:
                 aside.replace(path)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """The paths, sorted, without hidden files such as the `._NAME` that macOS writes beside a file on some disks."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def sync_tree(folder: Path) -> None:

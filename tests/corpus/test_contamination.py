@@ -151,3 +151,8 @@ def test_real_questions_and_real_rows(samples: Path):
     assert all(place is not None and share == 1.0 for place, share in found)
     rows, _ = load_conversations(samples / "sft" / "ruozhiba_qa2449_gpt4o.json")
     assert not any(place for place, _ in find(index, *("".join(m.content for m in row.messages) for row in rows)))
+
+
+def test_notes_of_macos_are_no_exam(exam: Path):
+    (exam / "val" / "._law_val.csv").write_bytes(b"\0\5\x16\7\xff")
+    assert len(read_questions(exam, "ceval")) == 2

@@ -95,6 +95,27 @@ def lines(*rows) -> str:
             },
             (Message("system", "s"), Q, A),
         ),
+        (  # LLaMA-Factory's v1
+            "messages",
+            {
+                "messages": [
+                    {"role": "system", "content": [{"type": "text", "value": "s"}]},
+                    {"role": "user", "content": [{"type": "text", "value": "你"}, {"type": "text", "value": "好"}]},
+                    {"role": "assistant", "content": [{"type": "text", "value": "你好！"}]},
+                ]
+            },
+            (Message("system", "s"), Q, A),
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": ["你", "好"]},
+                    {"role": "assistant", "content": [{"type": "text", "content": "你"}, {"text": "好！"}]},
+                ]
+            },
+            (Q, A),
+        ),
         (
             "messages",
             {
@@ -203,6 +224,18 @@ def turns(*pairs):
             "wrong type",
             "'content' must be text, got a list",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "value": "a"}, {"type": "reasoning"}]}]},
+            "wrong type",
+            "'content' must be text, got a list with a part of type 'reasoning'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}]},
+            "wrong type",
+            "'content' must be text, got a list with a part that has 2 texts",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong type", "a part that has 0 texts"),
+        ({"messages": [{"role": "user", "content": ["a", 1]}]}, "wrong type", "'content' must be text, got a list"),
         ({"messages": [{"content": "x"}]}, "unknown role", "unknown role None"),
         ({"instruction": "a", "instances": []}, "wrong type", "'instances' must be a list of objects"),
     ],

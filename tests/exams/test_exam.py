@@ -147,6 +147,12 @@ def test_questions_without_answers_are_unlabelled(put: Callable[..., Path]):
         (HEADER + "0,一,甲,乙,丙,A\n", ":2: 6 fields where the header has 7."),
         (HEADER + "0,一,甲,乙,丙,丁,A\n0,二,甲,乙,丙,丁,A\n", ":3: id '0' is there twice (first on line 2)."),
         (HEADER + '0,"一,甲,乙,丙,丁,A\n1,二,甲,乙,丙,丁,A\n', ":2: "),
+        (
+            "id,question,A,B,C,D,E,answer\n0,一,甲,乙,丙,丁,戊,A\n",
+            ":1: column E: a question has the four choices A, B, C and D.",
+        ),
+        ("id,question,A,B,C,D,Answer,answer\n0,一,甲,乙,丙,丁,A,B\n", ":1: column answer is there twice."),
+        (HEADER + "0,一,甲,乙,丙,丁,Ａ\n", ":2: the answer must be A, B, C or D, found 'Ａ'."),
         (HEADER, ": holds no questions."),
         ("", ":1: column question, A, B, C, D is missing; the columns are: none."),
         (GOOD.replace("question", "题").encode("gb18030"), ":1: not UTF-8 text; it looks like GBK"),
@@ -188,6 +194,13 @@ def test_all_problems_of_all_files_are_told_at_once(put: Callable[..., Path]):
         load(folder, shots=1)
     lines = str(caught.value).splitlines()
     assert len(lines) == 7 and sum("dev questions" in line for line in lines) == 3
+
+
+def test_notes_of_macos_and_columns_of_one_s_own_are_passed_over(put: Callable[..., Path]):
+    folder = put(test__a_test_csv="id,question,A,B,C,D,answer,source\n0,一,甲,乙,丙,丁,A,书\n1,二,甲,乙,丙,丁,D,书\n")
+    (folder / "test" / "._a_test.csv").write_bytes(b"\0\5\x16\7\xff")
+    (folder / "test" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1\xff")
+    assert [subject.key for subject in load(folder).subjects] == ["a"] and len(load(folder)) == 2
 
 
 def test_a_long_list_of_problems_is_cut(put: Callable[..., Path]):

@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_zh.errors import ModelError, UploadError
 from mlx_zh.models.export.source import Source
 from mlx_zh.system.links import check_file, copy_file
+from mlx_zh.system.storage import visible
 
 _LLAMA3_VOCABULARY = 128256  # the same for every model with Llama 3's tokenizer, also for distilled ones
 _FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*")
@@ -106,7 +107,7 @@ def write_licence_files(folder: Path, licence: Licence, base: Source, original: 
 
 
 def _licence_files(folder: Path) -> list[Path]:
-    return sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
+    return visible({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
 
 
 def _copy_licence(source: Path, file: Path, folder: Path) -> str:
