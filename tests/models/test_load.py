@@ -13,6 +13,7 @@ import pytest
 import tiny_models as tiny
 
 from mlx_zh.errors import ModelError
+from mlx_zh.models.folder import weight_files
 from mlx_zh.models.load import LoadedModel, load_config, load_model, load_tokenizer, resolve_model
 
 FAMILIES = [(kind, tied) for kind in ("llama", "mistral", "qwen2", "qwen3") for tied in (True, False)]
@@ -350,3 +351,9 @@ def test_tokenizer_problems(folder: Path) -> None:
     refused(folder, "tokenizer", str(folder))
     (folder / "tokenizer.json").unlink()
     refused(folder, "has no tokenizer")
+
+
+def test_notes_of_macos_are_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "._weights.safetensors").write_bytes(b"\0\5\x16\7\xff")
+    assert [path.name for path in weight_files(folder)] == ["weights.safetensors"]
