@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -443,7 +444,9 @@ class Export(Section):
 
 
 def _length_of_time(value: Any) -> Any:
-    """A length of time in its usual form: `90 min` becomes `1h30m`."""
+    """A length of time in its usual form: `90 min` becomes `1h30m`. 0 is no limit, as for `mlx-zh init`."""
+    if str(value).strip() == "0":
+        return None
     seconds = seconds_of(value) if isinstance(value, str) else None
     if value is not None and seconds is None:
         raise ValueError("a length of time, such as 90m, 8h, 1h30m, 8小时 or 2d")
@@ -469,6 +472,18 @@ class Recipe(Section):
     resume: Literal["auto", "never"] = "auto"  # never: training starts anew each time, as with --fresh
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     runs: Annotated[str, Field(min_length=1), AfterValidator(_in_home)] = "runs"
+    _words: str = PrivateAttr("RECIPE")
+
+    @property
+    def words(self) -> str:
+        """The recipe and its overrides as they stand on the command line, to be repeated in a command to type."""
+        return self._words
+
+    def called(self, words: str) -> Recipe:
+        """This recipe, which the command line names with `words`."""
+        recipe = self.model_copy()
+        recipe._words = words
+        return recipe
 
     def training(self, stage: str) -> Training:
         """The section of training stage `stage` (sft or dpo)."""

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     run = RunFolder.of(recipe)
     if not run.path.is_dir():
         raise DataError(
-            f"{run.path} does not exist: nothing has been run yet. Run `mlx-zh run RECIPE` first, then "
+            f"{run.path} does not exist: nothing has been run yet. Run `mlx-zh run {recipe.words}` first, then "
             "write the report."
         )
     bootstrap = recipe.evaluate.bootstrap

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = budgeting.decided(recipe)
     undecided = recipe.budget is not None and budgeting.matching(recipe, run) is None
     all_steps = steps(recipe, run)
-    forced = forced_from(arguments.start, all_steps)
+    forced = forced_from(arguments.start or _first_training(arguments, all_steps), all_steps)
     planned = plan(State.of(run, console.say_reading), recipe, all_steps, forced)
     if arguments.dry_run and undecided:
         console.say(
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         console.say(f"\nNothing to do: {run.path} is up to date. `--from STEP` repeats a step and those after it.")
         _conclude(recipe, arguments)
         return 0
-    status = _run(recipe, run, [arguments.recipe, *arguments.overrides], all_steps, forced)
+    options = ["--force"] if arguments.force else []
+    status = _run(recipe, run, [arguments.recipe, *arguments.overrides], all_steps, forced, options)
     if status == 0:
         _conclude(recipe, arguments)
     return status
@@ -63,11 +64,25 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser("run", "Run all steps of a recipe. Steps that are up to date are not repeated.")
     command.add_budget(parser)
     parser.add_argument("--from", dest="start", metavar="STEP", help="repeat this step and those after it")
+    parser.add_argument(
+        "--fresh", action="store_true", help="train anew: short for --from with the first training step"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="start even if memory will not be enough or the self-check fails"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show which steps would run and why, and stop")
     return parser.parse_intermixed_args(argv)
 
 
-def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step], forced: set[str]) -> int:
+def _first_training(arguments: argparse.Namespace, steps: list[Step]) -> str | None:
+    """The step that `--fresh` begins with."""
+    return next((step.name for step in steps if step.trains), None) if arguments.fresh else None
+
+
+def _run(
+    recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step], forced: set[str], options: list[str]
+) -> int:
+    """Run the steps; `options` are given to the training stages. Returns the exit status."""
     from mlx_zh.pipeline.process import run_stage
     from mlx_zh.pipeline.runner import Pipeline
     from mlx_zh.pipeline.state import State
@@ -79,13 +94,15 @@ def _run(recipe: Recipe, run: RunFolder, arguments: list[str], steps: list[Step]
         if recipe.budget is not None:
             if (decision := budgeting.matching(recipe, run)) is not None:
                 console.say(budgeting.recalled(decision))
-            elif (status := run_stage("stages.deciding", arguments, lock)) != 0:
+            elif (status := run_stage("stages.deciding", [*arguments, *options], lock)) != 0:
                 return status
             recipe = budgeting.decided(recipe)
         state = State.of(run, console.say_reading)
-        status = Pipeline(recipe, arguments, steps, state, lock, console.say).run(forced)
+        status = Pipeline(recipe, arguments, steps, state, lock, console.say, options).run(forced)
     if status == 0:
         console.say(f"\n{_times(state, steps)}")
+    elif status == 2:  # the stage has said what is wrong
+        console.say("Not finished. Once the error above is corrected, the same command goes on from here.")
     else:
         console.say("Not finished; the same command goes on from here.")
     return status

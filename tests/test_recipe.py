@@ -292,7 +292,7 @@ def test_an_override_has_a_key_and_a_value(override):
             "sft.gradient_accumulation_steps is not a key. Here it is sft.batch_size. Accumulation is automatic: set "
             "sft.batch_size to per_device_train_batch_size × gradient_accumulation_steps.",
         ),
-        ("report_to=wandb", "report_to is not a key. Here it is track. For example track=[wandb]."),
+        ("report_to=wandb", "report_to is not a key. Here it is track. For example 'track=[wandb]'."),
         (
             "resume_from_checkpoint=x",
             "resume_from_checkpoint is not a key. Here it is resume. The same command goes on from the newest",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ class Table:
 
 
 def exam_files(folder: Path, pattern: str = "**/*.csv") -> list[Path]:
-    """The CSV files of an exam's folder, sorted, without hidden ones. Raises DataError for a link that leads out of it."""
+    """The CSV files of an exam's folder, sorted, without hidden ones.
+
+    Raises DataError for a link that leads out of it.
+    """
     paths = visible(folder.glob(pattern))
     for path in paths:
         check_file(folder, path, DataError)
@@ -58,9 +62,19 @@ def _text(path: Path, problems: list[str]) -> str | None:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         other = _other_encoding(data)
-        remedy = f"it looks like {other}: convert it, `iconv -f {other} -t UTF-8`" if other else "save it as UTF-8"
+        remedy = f"it looks like {other}: convert it, {_conversion(path, other)}" if other else "save it as UTF-8"
         problems.append(f"{path}:{line}: not UTF-8 text; {remedy}.")
         return None
+
+
+def _conversion(path: Path, encoding: str) -> str:
+    """The command that makes a UTF-8 file of it and keeps the old one."""
+    old = path.with_name(path.name + ".old")
+    file, kept = shlex.quote(str(path)), shlex.quote(str(old))
+    return f"`mv {file} {kept} && iconv -f {_ICONV[encoding]} -t UTF-8 {kept} > {file}`"
+
+
+_ICONV = {"GBK": "GB18030", "UTF-16": "UTF-16"}  # GB18030 holds all of GBK
 
 
 def _other_encoding(data: bytes) -> str | None:

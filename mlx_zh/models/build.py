@@ -134,7 +134,7 @@ def _resolve_config(config: Config, weights: Weights, source: str) -> None:
         method = foreign.get("quant_method", "unknown")
         raise ModelError(
             f"{source} is quantized by {method!r}; only the formats of MLX and GGUF can be read. Take the "
-            "full-precision model and set `quantize`, or a version quantized by mlx-lm."
+            "full-precision model and set `model.quantize`, or a version quantized by mlx-lm."
         )
 
 
@@ -169,8 +169,8 @@ def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int,
         )
     if any(name.endswith(".scales") for name in weights):
         raise ModelError(
-            f"{source} is quantized already, and quantizing it a second time would lose quality. Remove `quantize`, "
-            "or give the full-precision model."
+            f"{source} is quantized already, and quantizing it a second time would lose quality. Leave out "
+            "`model.quantize`, or give the full-precision model."
         )
     quantized = 0
     for path, module in modules.items():

@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 class Pipeline:
     """The steps of a recipe. `command` is the recipe's path and overrides, which are passed to every stage.
 
-    `say` shows a line of progress.
+    `say` shows a line of progress; `options` are passed to the stages that train.
     """
 
     recipe: Recipe
@@ -31,6 +31,7 @@ class Pipeline:
     state: State
     lock: Lock
     say: Say
+    options: Sequence[str] = ()
 
     def run(self, forced: set[str]) -> int:
         """Run the steps that are out of date or `forced`; returns 0, or the exit status of a stage that failed."""
@@ -66,7 +67,7 @@ class Pipeline:
         self.state.write()
         start = time.monotonic()
         with Meter() as meter:
-            options = ["--fresh"] if fresh else ["--renew"] if step.trains else []
+            options = [*self.options, "--fresh" if fresh else "--renew"] if step.trains else []
             status = run_stage(step.stage, [*self.command, *step.arguments, *options], self.lock)
         record.seconds = round(seconds_before + time.monotonic() - start, 1)
         if meter.joules is not None:

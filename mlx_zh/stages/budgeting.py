@@ -61,7 +61,7 @@ def settle(recipe: Recipe, world: World = ALONE, *, force: bool = False) -> Reci
         if world.first and (earlier := read_record(run)) is not None:
             console.say(
                 f"{run.path} was begun with a budget of {earlier['budget']}, and this command has none. To go on "
-                f"with it, add --budget {earlier['budget']} or write `budget: {earlier['budget']}` into the recipe."
+                f"with it, add budget={earlier['budget']} or write `budget: {earlier['budget']}` into the recipe."
             )
         return recipe
     record = world.broadcast_result(lambda: _stored(recipe, run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 import sys
 from collections.abc import Sequence
 from os.path import expanduser, isdir, isfile, join
@@ -64,6 +65,10 @@ def find_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError if there is none, or if it is not valid.
     """
+    return _find_recipe(target, overrides).called(shlex.join([target, *overrides]))
+
+
+def _find_recipe(target: str, overrides: Sequence[str]) -> Recipe:
     run = run_of(target, overrides)
     if run is None:
         if not isfile(target):

@@ -1,6 +1,6 @@
 """Decide a run's time budget, in a process of its own so that the model's memory is freed: the first part of `run`.
 
-`python -m mlx_zh.stages.deciding RECIPE [KEY=VALUE ...]`
+`python -m mlx_zh.stages.deciding RECIPE [--force] [KEY=VALUE ...]`
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.stages.budgeting import settle
     from mlx_zh.stages.run_folder import RunFolder
 
-    recipe_path, *overrides = argv or []
-    recipe = find_recipe(recipe_path, overrides)
+    recipe_path, *rest = argv or []
+    recipe = find_recipe(recipe_path, [text for text in rest if text != "--force"])
     with RunFolder.of(recipe).at_work("run"):
-        settle(recipe)
+        settle(recipe, force="--force" in rest)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def _adapter_folder(recipe: Recipe, stage: str) -> tuple[str | None, tuple[str, 
     if run.stage(stage).path.resolve() in folder.resolve().parents:
         raise RecipeError(
             f"{key} is {start}, the adapter that this run made itself. Give the new run another name, for example "
-            f"name={recipe.name}-2, and its results go beside it."
+            f"name={RunFolder.of(recipe).unused_name()}, and its results go beside it."
         )
     files = adapter_files(folder)
     if all((folder / name).is_file() for name in files):
@@ -131,10 +132,13 @@ def _adapter_folder(recipe: Recipe, stage: str) -> tuple[str | None, tuple[str, 
     inner = [
         path for path in (StageFolder(folder).adapter, run.at(folder).newest_adapter()) if path and path.is_dir()
     ]
-    if own:
-        hint = "run the SFT stage of this recipe first, or set dpo.start=base"
+    if own and recipe.data.sft.train:
+        hint = f"run `mlx-zh sft {recipe.words}` first, or set dpo.start=base"
+    elif own:
+        hint = "the recipe has no SFT data, so set dpo.start=base"
     elif inner:
-        hint = f"it is in {inner[0]}, so set {key}={inner[0]}"
+        setting = shlex.quote(f"{key}={inner[0]}")
+        hint = f"it is in {inner[0]}, so set {setting}"
     else:
         hint = f"set it to the folder that holds {ADAPTER_FILE} or {PEFT_FILE}, or to base"
     raise AdapterError(f"{key} is {start}, but there is no adapter in {folder}: {hint}.")

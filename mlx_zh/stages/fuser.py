@@ -38,8 +38,14 @@ def newest_adapter(recipe: Recipe) -> Path:
     """DPO's adapter if there is one, else SFT's. Raises AdapterError if there is neither."""
     run = RunFolder.of(recipe)
     if (adapter := run.newest_adapter()) is None:
+        stage = next((name for name in TUNED if recipe.data.split(name).train), None)
+        if stage is None:
+            raise AdapterError(
+                f"{run.path} has no adapter, and the recipe has no data to train one: give one with --adapter DIR."
+            )
         raise AdapterError(
-            f"{run.path} has no adapter yet. Run `mlx-zh sft RECIPE` first, or give an adapter with --adapter DIR."
+            f"{run.path} has no adapter yet. Run `mlx-zh {stage} {recipe.words}` first, or give an adapter with "
+            "--adapter DIR."
         )
     return adapter
 

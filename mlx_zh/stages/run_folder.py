@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,12 @@ class RunFolder:
         """The folder of the fused model in MLX's format, else in another format that can be loaded."""
         folders = [self.fused / kind for kind in ("mlx", "hf", "gguf")]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+    def unused_name(self) -> str:
+        """A name for a run beside this one: its own with the first number that no run has, from 2 on."""
+        return next(
+            name for number in count(2) if not self.path.with_name(name := f"{self.path.name}-{number}").exists()
+        )
 
     def pattern(self, path: Path, *more: str) -> str:
         """A path inside the run folder, relative to it, with `more` parts added; with `/` on every system."""

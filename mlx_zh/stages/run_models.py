@@ -36,14 +36,21 @@ class RunModels:
         self.present = world.broadcast_result(lambda: self._present(requested))
         self.names = ["base", *self.present] if requested is None else [requested]
         if requested == "fused" and not self._run.fused_model().is_dir():
-            raise ModelError(f"there is no fused model at {self._run.fused_model()}; run `mlx-zh fuse RECIPE` first.")
+            loadable = "" if set(recipe.export.formats) - {"peft"} else " 'export.formats=[mlx]'"
+            raise ModelError(
+                f"there is no fused model at {self._run.fused_model()}; run `mlx-zh fuse {recipe.words}{loadable}` "
+                "first."
+            )
 
     def _present(self, requested: str | None) -> list[str]:
         present = [name for name in TUNED if self._run.stage(name).has_adapter]
         if requested in TUNED and requested not in present:
-            raise AdapterError(
-                f"{self._run.stage(requested).adapter} holds no adapter yet; run `mlx-zh {requested} RECIPE` first."
-            )
+            adapter, recipe = self._run.stage(requested).adapter, self._recipe
+            if not recipe.data.split(requested).train:
+                raise AdapterError(
+                    f"{adapter} holds no adapter, and the recipe has no data to train it (data.{requested}.train)."
+                )
+            raise AdapterError(f"{adapter} holds no adapter yet; run `mlx-zh {requested} {recipe.words}` first.")
         return present
 
     def take(self, name: str) -> LoadedModel:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
-from mlx_zh.errors import DataError, DownloadError, TemplateError, first_line
+from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.export import fidelity, in_llama_cpp
@@ -45,7 +46,7 @@ class Yardstick:
             self.text.targets.size, distance.kl, distance.top1, self.perplexity, distance.perplexity, self.moved
         )
         probes = [_tokens(r) for r in _bundled(_renderer(self.recipe, loaded.tokenizer))]
-        different = sum(before != after for before, after in zip(self.probes, probes, strict=True))
+        different = sum(before != after for before, after in zip_longest(self.probes, probes))
         warning = Notice("fused-tokenizer-differs", count=different, texts=len(probes))
         return measured, [warning] if different else []
 
@@ -61,15 +62,18 @@ class Yardstick:
             return None
 
 
-def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick:
+def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick | None:
     """Run the base and base + adapter over the recipe's validation data, or else over the bundled text.
 
-    Raises ModelError, AdapterError, TemplateError.
+    None, with a warning, if the chat template renders none of it. Raises ModelError, AdapterError, TemplateError.
     """
     loaded = open_model(recipe)
     renderer = _renderer(recipe, loaded.tokenizer)
     bundled = _bundled(renderer)
     examples = [e for e in _validation(recipe, renderer) or bundled if e.trained[1:].any()]
+    if not examples:
+        console.warn(Notice("fused-nothing-rendered"))
+        return None
     text = fidelity.held_out(
         [(e.tokens, e.trained) for e in examples],
         max_tokens=HELD_OUT_TOKENS,
@@ -103,13 +107,7 @@ def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
 
 def _bundled(renderer: Renderer) -> list[Rendered]:
     conversations = [[Message(role, text) for role, text in turns] for turns in bundled_conversations()]
-    examples = [rendered for rendered in renderer.conversations(conversations) if rendered is not None]
-    if not examples:
-        raise TemplateError(
-            "the chat template renders none of the bundled conversations, so the fused model cannot be measured; use "
-            "--no-measure, or a tokenizer with another chat template"
-        )
-    return examples
+    return [rendered for rendered in renderer.conversations(conversations) if rendered is not None]
 
 
 def _tokens(rendered: Rendered) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def _hint(option: str) -> str | None:
 
     option = option.partition("=")[0]
     if option == "--fresh":
-        return "To run steps again, name the first of them with --from STEP."
+        return "--fresh is an option of the commands that train: run, sft and dpo."
     meaning = other_name(option)
     return meaning and f"{option} is a setting, written as KEY=VALUE. {meaning}"
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from project import Project
 
-from mlx_zh import chat, dpo, fuse, plan, report, run, sft
+from mlx_zh import chat, dpo, fuse, plan, report, sft
 from mlx_zh.errors import RecipeError
 from mlx_zh.stages.command import find_recipe
 from mlx_zh.system.entry import entry
@@ -96,10 +96,10 @@ def test_an_option_of_another_program_is_said_in_this_ones_words(capsys: pytest.
     assert "--num_train_epochs is a setting, written as KEY=VALUE. Here it is sft.epochs." in said
 
 
-def test_run_says_how_to_run_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_does_not_train_says_what_fresh_belongs_to(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        entry(run.main, ["r.yaml", "--fresh"])
-    assert "To run steps again, name the first of them with --from STEP." in capsys.readouterr().err
+        entry(report.main, ["r.yaml", "--fresh"])
+    assert "--fresh is an option of the commands that train: run, sft and dpo." in capsys.readouterr().err
 
 
 def test_the_commands_take_a_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def _modelscope_api() -> Any:
     except ImportError as error:
         raise UploadError(
             "uploading to ModelScope needs a package that is not installed. Run "
-            f"`{pip_install('mlx-zh[modelscope]')}` and `modelscope login`."
+            f"`{pip_install('mlx-zh[modelscope]')}` and `modelscope login --token TOKEN`."
         ) from error
     return HubApi()
 
@@ -84,7 +84,7 @@ def _reason(error: BaseException) -> str:
 
 def _remedy(status: int | None, hub: str) -> str:
     if status in (401, 403):
-        login = "`hf auth login`" if hub == "huggingface" else "`modelscope login`"
+        login = "`hf auth login`" if hub == "huggingface" else "`modelscope login --token TOKEN`"
         return f" The token is not valid or has no write permission there: run {login} with a token that can write."
     if status is not None:
         return " The model itself is whole on this disk; try again later."
