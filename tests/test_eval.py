@@ -322,7 +322,7 @@ def test_figures_of_an_earlier_model_are_left_out(ask: Ask, project: Project, mo
         (["evaluate.protocol=offical"], "evaluate.protocol must be 'official', 'chat'"),
         (["--benchmark", "exam", "copy/exam"], "two exams called exam"),
         (["evaluate.shots=5"], "has 2 dev questions, and 5 are shown"),
-        (["--stage", "dpo"], "run `mlx-zh dpo RECIPE` first"),
+        (["--stage", "dpo"], "the recipe has no data to train it (data.dpo.train)"),
         (["evaluate.folder={mmlu: exam}"], "evaluate.folder"),
     ],
 )

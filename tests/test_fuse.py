@@ -171,7 +171,7 @@ def test_what_is_refused_before_anything_is_written(project, run, monkeypatch):
         assert result.status == 2 and not FUSED.exists(), result
         return result.err
 
-    assert "has no adapter yet. Run `mlx-zh sft RECIPE` first" in refused("name=nothing")
+    assert "has no adapter yet. Run `mlx-zh sft recipe.yaml name=nothing` first" in refused("name=nothing")
     assert "nowhere is not an adapter folder" in refused("--adapter", "nowhere")
     assert "There is no model at 'nowhere'" in refused("--from", "nowhere")
     assert "export.formats" in refused("export.formats=[onnx]")
