@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh.language.translation import in_readers_language
+from mlx_zh.language.translation import in_readers_language, label
 from mlx_zh.system.arguments import Parser
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     done: list[Check] = []
     for check in checks(recipe) if arguments.quick else chain(checks(recipe), self_checks(), measurements()):
         done.append(check)
-        console.say(hide(f"{check.level:<5} {check.name:<10} {in_readers_language(check.text)}"))
+        level, name = (console.padded(label(text), width) for text, width in ((check.level, 5), (check.name, 10)))
+        console.say(hide(f"{level} {name} {in_readers_language(check.text)}"))
         if check.remedy:
             console.say(hide(f"{'':<16} -> {in_readers_language(check.remedy)}"))
     if file is not None:

@@ -36,9 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     if recipe is None:
         return 0
 
-    from mlx_zh.stages import outlook
+    from mlx_zh.stages import outlook, preflight
     from mlx_zh.system import console
 
+    for problem in preflight.starts(recipe):  # only told: another run may make the adapter first
+        console.warn(problem.text)
     chip = arguments.chip
     here = arguments.memory is None and chip is None
     fits = outlook.show(recipe, arguments.memory, measured=here and not arguments.quick, chip=chip)

@@ -64,9 +64,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command.parser("run", "Run all steps of a recipe. Steps that are up to date are not repeated.")
     command.add_budget(parser)
     parser.add_argument("--from", dest="start", metavar="STEP", help="repeat this step and those after it")
-    parser.add_argument(
-        "--fresh", action="store_true", help="train anew: short for --from with the first training step"
-    )
+    parser.add_argument("--fresh", action="store_true", help="train anew: --from with the first training step")
     parser.add_argument(
         "--force", action="store_true", help="start even if memory will not be enough or the self-check fails"
     )

@@ -307,7 +307,8 @@ def test_a_short_name_is_planned_without_a_network(
     assert "the whole run: about 35 min 48 s" in shown and "budget" not in shown
     assert run_stage(plan.main, recipe, "sft.epochs=100") in (0, 1)
     assert (
-        "That is 30 hours, more than a day. For a night, set budget: 8h, or --budget 8h." in capsys.readouterr().out
+        "That is 30 hours, more than a day. For a night, add budget=8h, or write `budget: 8h`"
+        in capsys.readouterr().out
     )
 
 
@@ -448,7 +449,7 @@ def test_a_plan_with_a_budget_shows_the_decision(
     assert re.search(r"sft .* \d+ of 18,\d+ steps of 16 examples", shown) and "of 8h" in shown
     assert run_stage(plan.main, recipe, f"model.path={config_only}", "--chip", "M2") == 0
     shown = capsys.readouterr().out
-    assert "all 18," in shown and "For a night, set budget: 8h" in shown
+    assert "all 18," in shown and "For a night, add budget=8h" in shown
     assert run_stage(plan.main, recipe, "--chip", "M99") == 2
     assert "'M99' is not a known chip; choose from M1, M1 Pro" in capsys.readouterr().err
 

@@ -54,7 +54,7 @@ def problems(recipe: Recipe, stages: Sequence[str]) -> list[Problem]:
     found += _packages(recipe)
     if "eval" in stages:
         found += _exams(recipe)
-    found += _starts(recipe, stages)
+    found += starts(recipe, stages)
     config, model_problems = _model(recipe)
     found += model_problems
     downloads: list[needs.Download] = []
@@ -150,10 +150,10 @@ def _exams(recipe: Recipe) -> Iterator[Problem]:
                 yield _of(error)
 
 
-def _starts(recipe: Recipe, stages: Sequence[str]) -> Iterator[Problem]:
+def starts(recipe: Recipe, stages: Sequence[str] = TUNED) -> Iterator[Problem]:
     """Whether the adapters that training starts from are there; SFT's own may come yet."""
     for stage in stages:
-        if stage in TUNED and recipe.start(stage) not in ("sft", "base"):
+        if stage in TUNED and recipe.data.split(stage).train and recipe.start(stage) not in ("sft", "base"):
             try:
                 choose_start(recipe, stage)
             except MlxZhError as error:

@@ -133,6 +133,11 @@ def paragraph(text: str, *, indent: str = "  ") -> str:
     return "\n".join(indent + line for line in lines)
 
 
+def padded(text: str, width: int) -> str:
+    """The text with spaces up to `width` terminal columns; a Chinese character takes two."""
+    return text + " " * max(width - _width(text), 0)
+
+
 def _width(text: str) -> int:
     return max(wcswidth(text), 0)
 
