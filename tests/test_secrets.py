@@ -155,7 +155,8 @@ def test_a_secret_that_changed_is_a_difference_that_is_not_shown(planted: Projec
     planted.write_recipe()
     planted.train()
     result = planted.sft("data.system=https://a:other-secret@host")
-    assert result.status == 2 and "holds a secret" in result.err and "other-secret" not in result.err
+    assert result.status == 2 and "holds a run with other settings" in result.err
+    assert "other-secret" not in result.err and "first-secret" not in result.err
 
 
 def test_a_saved_chat_holds_no_secret(tmp_path: Path, environment: None):
@@ -278,6 +279,7 @@ BINARY = {
 OTHERS = {
     "models/export/folder_files.py": "tokenizer files of the base",
     "models/export/licences.py": "licence files of the base",
+    "system/links.py": "files of the base model",
     "stages/first_recipe.py": "the user's own recipe",
     "system/blas.py": "names of functions",
     "system/entry.py": "/dev/null",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from mlx_zh.errors import MlxZhError
+from mlx_zh.errors import MlxZhError, first_line
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system import crashes, device, hub_choice
 from mlx_zh.system.accelerator import AcceleratorError, advice, cause
@@ -78,6 +78,11 @@ def _reported(error: BaseException, debug: bool) -> int:
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         _say(f"{path} cannot be used: {error.strerror}. Check the path, and who may read and write it.")
+    elif type(error).__name__ == "PanicException":  # each library in Rust has its own class of this name
+        _say(
+            f"a library gave up on a file that it could not work with ({first_line(error)}). Most likely it is the "
+            "model's tokenizer.json: download the model again, or take another one."
+        )
     elif isinstance(error, MemoryError):
         _say("the memory of this machine is exhausted. Close other programs, or give less data or a smaller model.")
     else:
