@@ -40,7 +40,8 @@ def test_a_recipe_that_cannot_be_read_is_one_paragraph(text, project):
 @pytest.mark.parametrize(
     "override",
     [f"name={'a' * 300}", f"model.path={'a' * 300}", "model.path=~nobody/x", f"sft.start={'a/' * 3000}",
-     "sft.start=~nobody/x", f"runs={'a' * 300}", f"data.registry_file={'a' * 300}", "lora.targets=[nix]", 'data.system="\\ud800"'],
+     "sft.start=~nobody/x", f"runs={'a' * 300}", f"data.registry_file={'a' * 300}", "lora.targets=[nix]",
+     'data.system="\\ud800"'],
 )  # fmt: skip
 def test_a_name_that_no_file_can_have_is_one_paragraph(override, project):
     result = project.run(sft.main, override)
