@@ -120,7 +120,6 @@ def folder_weights(path: Path) -> dict[str, mx.array]:
     """All tensors (lazy). Raises ModelError if a file is missing or damaged."""
     import mlx.core as mx
 
-    check_folder(path, ModelError)
     files = [read_table(file) for file in weight_files(path)]
     weights: dict[str, mx.array] = {}
     for file in files:
@@ -134,7 +133,11 @@ def folder_weights(path: Path) -> dict[str, mx.array]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The *.safetensors files of a model folder. Raises ModelError if there are none, or if one is missing."""
+    """The *.safetensors files of a model folder.
+
+    Raises ModelError if there are none, if one is missing, or if a link in the folder leads out of it.
+    """
+    check_folder(path, ModelError)
     if (path / _INDEX).is_file():
         mapping = read_json(path / _INDEX).get("weight_map")
         names = list(mapping.values()) if isinstance(mapping, dict) else []

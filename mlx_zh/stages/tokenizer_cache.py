@@ -18,6 +18,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.system import console, storage
 from mlx_zh.system.digests import damage, digests_of, known_digests, text_digest
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_folder
 from mlx_zh.system.storage import write_exact_json, write_exact_text
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _in_a_process(*arguments: str) -> None:
 
 def _key(model: Path) -> str:
     """A snapshot's name: it changes with the tokenizer's files and with the packages that read them."""
+    check_folder(model, ModelError)
     files = [model] if model.is_file() else sorted({path for name in _FILES for path in model.glob(name)})
     digests = known_digests(console.say_reading).digests(map(str, files))
     states = [(path.name, digests[str(path)]) for path in files]
