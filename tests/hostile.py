@@ -202,7 +202,7 @@ def conversation(name: str, messages: int, max_length: int | None, template: str
 THINK = CHATML.replace("m.content +", "(m.content.split('</think>')[-1] if not loop.last else m.content) +")
 conversation("Chat: 32,000 messages, 2,048 tokens", 32_000, 2048)
 conversation("Chat: 32,000 messages, no limit", 32_000, None)
-conversation("Chat: 140,000 messages", 140_000, None)
+conversation("Chat: 66,000 messages", 66_000, None)
 conversation("Chat: 20,000 messages, rewritten by the template", 20_000, None, THINK, "<think>x</think>")
 conversation("Chat: numbered rounds", 20_000, None, CHATML.replace("m.role +", "m.role ~ loop.index +"))
 
