@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from oracles import distance
+from tolerances import LOGPROBS
 
 from mlx_zh.core.losses import LOSSES
 from mlx_zh.corpus.render import RenderedPair
@@ -97,7 +98,7 @@ def ours(tiny_model: Callable[..., Any], tmp_path: Path) -> Ours:
 
 
 def test_log_probs_loss_and_gradient_equal_those_of_transformers(ours: Ours) -> None:
-    compare_with_transformers(ours, tolerance=1e-4)
+    compare_with_transformers(ours, tolerance=LOGPROBS)
 
 
 @pytest.mark.network
@@ -105,7 +106,7 @@ def test_log_probs_loss_and_gradient_equal_those_of_transformers(ours: Ours) -> 
 def test_the_same_on_smollm2(smollm2_path: Path, tmp_path: Path) -> None:
     from mlx_zh.models.load import BUILT_IN, load_model
 
-    compare_with_transformers(Ours(load_model(BUILT_IN).model, tmp_path), tolerance=1e-3)
+    compare_with_transformers(Ours(load_model(BUILT_IN).model, tmp_path), tolerance=1e-4)
 
 
 def compare_with_transformers(ours: Ours, tolerance: float) -> None:
