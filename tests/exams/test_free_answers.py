@@ -81,6 +81,8 @@ READ = {
         "首先，A选项描述的是鱼类，不符合题意。其次，B选项描述的是海豚，符合题意。综上，选B。",
         r"根据题意，答案是 $B$。",
         "**答案**：B",
+        "答案是A。不对，应该是B。",
+        "The answer is A. Wait, actually it's B.",
     ],
     "C": [
         "c。",
@@ -97,6 +99,8 @@ READ = {
         "A项正确，B项正确，C项错误，D项正确，故选C。",
         "The answer is C because A and B are wrong.",
         "说法不正确的是C",
+        "答案是A……等等，重新计算，答案应为C。",
+        "A选项不能选，故选C",
         "\\mathrm{C}",
     ],
     "D": [
@@ -144,6 +148,12 @@ READ = {
         "I'm not sure",
         "C语言",
         "答案是B超",
+        "答案是A，B",
+        "B不是正确答案",
+        "A不能选",
+        "没有选A的理由",
+        "选B还是选C？",
+        "I would not choose B",
     ],
 }
 
