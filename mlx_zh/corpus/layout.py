@@ -7,8 +7,8 @@ differ, the template rewrites contents; then `find_replies` locates the replies 
 ends.
 
 Where a reply begins is known from rendering the messages before it. Doing this for every reply would take time that
-grows with the square of their number. So it is done for the first replies, for the last one, at distances that
-double, and wherever the text around a reply is not that of a reply known already.
+grows with the square of their number. So it is done for the first replies, for the last one, at distances that grow
+fourfold, and wherever the text around a reply is not that of a reply known already.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _numbers(text: str) -> list[int]:
 
 def _is_checked(number: int, count: int) -> bool:
     """Whether the messages before reply `number` of `count` are rendered in any case."""
-    return number < _CHECKED or number == count - 1 or number & (number - 1) == 0
+    power_of_four = number & (number - 1) == 0 and number.bit_length() % 2 == 1
+    return number < _CHECKED or number == count - 1 or power_of_four
 
 
 def find_layout(
@@ -119,12 +120,18 @@ def find_layout(
     strips = _find_strips(literals, order, spaced)
     if strips is None:
         return None
-    replies = _find_layout_replies(template, messages, literals, order, added)
+
+    def prefix(count: int, ask: bool) -> str:
+        if count == len(messages) and ask == add_generation_prompt:
+            return text
+        return template.render(messages[:count], add_generation_prompt=ask)
+
+    replies = _find_layout_replies(prefix, messages, literals, order, added)
     return None if replies is None else Layout(literals, order, strips, tuple(replies))
 
 
 def _find_layout_replies(
-    template: ChatTemplate,
+    prefix: Callable[[int, bool], str],
     messages: Sequence[Message],
     literals: Sequence[str],
     order: Sequence[int],
@@ -132,6 +139,7 @@ def _find_layout_replies(
 ) -> list[Reply] | None:
     """Where each reply begins and ends; None if this cannot be told, or not in time that is linear in the messages.
 
+    `prefix` renders the first so many messages, with a generation prompt if asked for.
     Raises TemplateError if no end-of-turn token follows a reply.
     """
     slots = {message: slot for slot, message in enumerate(order)}
@@ -149,7 +157,7 @@ def _find_layout_replies(
             replies.append(Reply(slot, len(before) - len(rest), len(head)))
             continue
         allowance -= k
-        reply = _find_reply(template, messages, k, slot, literals, order, added) if allowance > 0 else None
+        reply = _find_reply(prefix, messages, k, slot, literals, order, added) if allowance > 0 else None
         if reply is None:
             return None
         known[surroundings] = (before[reply.opens :], after[: reply.closes])
@@ -181,7 +189,7 @@ def _find_strips(literals: Sequence[str], order: Sequence[int], spaced: str) -> 
 
 
 def _find_reply(
-    template: ChatTemplate,
+    prefix: Callable[[int, bool], str],
     messages: Sequence[Message],
     k: int,
     slot: int,
@@ -196,11 +204,11 @@ def _find_reply(
     if k == 0 or slot == 0:
         return None
     before, mark = messages[order[slot - 1]].content, messages[k].content
-    prompt = template.render(messages[:k], add_generation_prompt=True)
+    prompt = prefix(k, True)
     _, separator, header = prompt.rpartition(before)
     if not separator or _MARK.search(header) or not literals[slot].startswith(header):
         return None
-    answered = template.render(messages[: k + 1])
+    answered = prefix(k + 1, False)
     tail = answered.rpartition(mark)[2]
     end = added.search(tail)
     if end is None:
@@ -239,7 +247,7 @@ def find_replies(
             start = _after_header(text, header, cursor, content_end)
         if content_end is not None and start is None and allowance > 0:
             allowance -= k
-            start, header = _reply_start(template, messages[:k], text, cursor, content_end)
+            start, header = _reply_start(template, messages[:k], text, cursor, content_end, header)
         end = None if start is None or content_end is None else added.search(text, content_end)
         if start is None or end is None or end.group() != end_of_turn:
             where = f"{source}: " if source else ""
@@ -320,13 +328,16 @@ def _content_end(render: Render, messages: Sequence[Message], k: int, text: str)
 
 
 def _reply_start(
-    template: ChatTemplate, prompt: Sequence[Message], text: str, cursor: int, content_end: int
+    template: ChatTemplate, prompt: Sequence[Message], text: str, cursor: int, content_end: int, known: str
 ) -> tuple[int | None, str]:
     """Where the generation prompt of a reply ends in `text`, None if this is not certain; and its last line's header.
 
-    The header is what a generation prompt adds to the prompt's text; "" if it changes the text.
+    The header is what a generation prompt adds to the prompt's text; "" if it changes the text. `known` is that of
+    an earlier reply.
     """
     with_header = template.render(prompt, add_generation_prompt=True)
+    if known and with_header.endswith(known) and text.startswith(with_header):
+        return len(with_header), known
     header = with_header.removeprefix(template.render(prompt))
     header = "" if header == with_header else header
     if text.startswith(with_header):

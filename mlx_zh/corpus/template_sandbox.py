@@ -27,6 +27,7 @@ _STEPS = 300_000  # rounds and calls; a template for chats needs some tens a mes
 _STEPS_A_MESSAGE, _TEXT_A_MESSAGE = 500, 1000
 _UNIT = 1024  # characters or items of an operand that count as one step
 _BITS = 4096  # of a product
+_FEW = 16  # items of a list
 _DEEPEST = 100  # lists within lists
 _WIDEST = 16  # indentation and separators of JSON
 _ABSENT = ("urlize", "striptags", "wordwrap", "xmlattr", "pprint")  # slow, and no template for chats needs them
@@ -110,7 +111,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """The result of a call. Raises SecurityError if the call is not safe, or its values are too large."""
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, str | bytes | int):
+        if isinstance(owner, (str, bytes, int)):
             args = __self._check_method(owner, getattr(method, "__name__", ""), args, kwargs)
         for value in (*args, *kwargs.values()) if kwargs else args:
             if not _is_small(value):
@@ -148,6 +149,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._spend(len(value) // _UNIT)
             self._check(len(value) <= self._work.largest, "the text")
             return _Extent(len(value), 1, 0)
+        if type(value) is list and len(value) <= _FEW and all(map(_is_short, value)):  # what `split` gives
+            self._spend(1 + len(value))
+            return _Extent(1 + len(value) + sum(map(len, value)), 1 + len(value), 1)
         size = items = deepest = 0
         waiting = [(value, 0)]
         while waiting:
@@ -157,10 +161,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 size += 1 + len(part)
                 continue
             size += 1
-            if isinstance(part, Mapping):
-                inner: Sequence[Any] = [*part.keys(), *part.values()]
-            elif isinstance(part, list | tuple | set | frozenset):
-                inner = list(part)
+            if isinstance(part, list | tuple | set | frozenset):
+                inner: Sequence[Any] = list(part)
+            elif isinstance(part, Mapping):
+                inner = [*part.keys(), *part.values()]
             else:
                 continue
             deepest = max(deepest, depth + 1)
@@ -293,10 +297,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 def _is_small(value: Any) -> bool:
     """Whether a value needs no further look: what templates work with most."""
     kind = type(value)
-    return kind is bool or value is None or (kind is str and len(value) < _UNIT) or kind in _NEVER_LARGE
+    if kind is str:
+        return len(value) < _UNIT
+    return kind in _NEVER_LARGE or (kind is dict and not value)  # Jinja passes the variables of loops so
 
 
-_NEVER_LARGE = frozenset((Context, nodes.EvalContext, float))
+def _is_short(value: Any) -> bool:
+    return type(value) is str and len(value) < _UNIT
+
+
+_NEVER_LARGE = frozenset((bool, type(None), Context, nodes.EvalContext, float))
 
 
 class _Counted:
