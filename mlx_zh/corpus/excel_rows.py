@@ -234,6 +234,8 @@ def _check_size(path: Path) -> None:
                                 f"{path}: the workbook has a text of more than {_MAX_TEXT:,} bytes, longer than "
                                 "Excel allows; save its sheet as “CSV UTF-8”, and name that file"
                             )
+                if box is not None:
+                    box.end(part.filename)
     except _DAMAGED as error:
         raise DataError(
             f"{path}: the workbook is damaged ({first_line(error)}); open it in Excel and save it again, or copy it "
@@ -247,6 +249,7 @@ class _Box:
     def __init__(self, path: Path, most: int) -> None:
         self._path, self._most = path, most
         self._rows = self._columns = self._row = self._column = 0
+        self._has_table = False
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.StartElementHandler = self._start
 
@@ -259,9 +262,19 @@ class _Box:
                 "to be read; delete the empty rows and columns around the table, or save the sheet as “CSV UTF-8”"
             )
 
+    def end(self, part: str) -> None:
+        """Say that the XML has ended. Raises ExpatError if it was cut short, ValueError if it is no sheet's.
+
+        calamine takes the XML of anything else for a sheet without cells.
+        """
+        self._parser.Parse(b"", True)
+        if not self._has_table:
+            raise ValueError(f"{part} has no sheetData")
+
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         kind = name.rpartition(" ")[2]
         reference = attributes.get("r", "")
+        self._has_table = self._has_table or kind == "sheetData"
         if kind == "row":
             self._row = int(reference) if _ROW.fullmatch(reference) else self._row + 1
             self._column = 0

@@ -84,7 +84,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def check_file(path: Path) -> bytes:
-    """The first four bytes of a file. Raises DataError if it is missing, no regular file, UTF-16 or a zip archive."""
+    """The first four bytes of a file. Raises DataError if it is missing, damaged, UTF-16, a zip archive or no file."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
         hint = f"; it has {', '.join(names)}" if names else ""
@@ -94,6 +94,8 @@ def check_file(path: Path) -> bytes:
     check_regular(path, DataError)
     with path.open("rb") as file:
         head = file.read(4)
+    if head == bytes(4):
+        raise DataError(f"{path}: the file begins with zero bytes, so it is damaged; copy or download it again")
     # UTF-16 begins with a byte-order mark, or has a zero byte next to the first ASCII character.
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or 0 in head[:2]:
         raise DataError(f"{path}: the text is UTF-16; convert it: {_convert(path, 'UTF-16')}")

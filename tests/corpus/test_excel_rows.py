@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,34 @@ def test_a_sheet_with_cells_far_apart_is_refused_before_it_fills_the_memory(tmp_
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return workbook(tmp_path_factory.mktemp("whole") / "a.xlsx", Sheet1=QA).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda xml: b"<a/>",
+        lambda xml: b"",
+        lambda xml: xml[: len(xml) // 2],
+        lambda xml: xml.replace(b"sheetData", b"sheetDate"),
+        lambda xml: bytes(len(xml)),
+    ],
+    ids=["another root", "empty", "cut", "no table", "zeros"],
+)
+def test_a_damaged_sheet_is_not_told_as_an_empty_one(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    whole, path = workbook(tmp_path / "whole.xlsx", Sheet1=QA), tmp_path / "damaged.xlsx"
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            part = source.read(name)
+            target.writestr(name, change(part) if name == "xl/worksheets/sheet1.xml" else part)
+    with pytest.raises(DataError, match="the workbook is damaged"):
+        list(read_excel(path))
+
+
+def test_a_workbook_of_zero_bytes_is_damaged_and_not_utf_16(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.xlsx"
+    path.write_bytes(bytes(9000))
+    with pytest.raises(DataError, match="zero bytes, so it is damaged"):
+        list(open_rows(path))
 
 
 @hypothesis.given(data=st.data())
