@@ -335,3 +335,9 @@ def test_recipes_are_stored_without_secrets_and_can_be_read(planted: Project):
     planted.train("sft.max_steps=1")
     text = Path("runs/tiny/recipe.yaml").read_text(encoding="utf-8")
     assert isinstance(yaml.safe_load(text), dict) and leaks(Path("runs")) == []
+
+
+def test_a_printed_recipe_shows_no_secret(planted: Project):
+    shown = planted.sft("--print").out
+    assert yaml.safe_load(shown)["data"]["variables"] == {"secret": HIDDEN}
+    assert [secret for secret in SECRETS if secret in shown] == []

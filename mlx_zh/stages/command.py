@@ -16,6 +16,7 @@ from mlx_zh.errors import DataError, RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.system.arguments import Parser, missing_recipe
 from mlx_zh.system.escaping import without_controls
+from mlx_zh.system.redaction import redacted
 
 if TYPE_CHECKING:
     from mlx_zh.stages.run_folder import RunFolder
@@ -54,7 +55,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe | None:
         arguments.overrides.append(f"budget={arguments.budget}")
     recipe = find_recipe(arguments.recipe, arguments.overrides)
     if arguments.print:
-        text = recipe.to_yaml()
+        text = recipe.to_yaml(redacted)
         print(without_controls(text) if sys.stdout.isatty() else text, end="")
         return None
     return recipe
