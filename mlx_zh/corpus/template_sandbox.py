@@ -36,6 +36,12 @@ _CHEAP_TESTS = frozenset(
 )
 # Methods of texts whose result is not much longer than the text; those with a check stand in `_check_method`.
 _REFUSED_METHODS = ("translate", "maketrans")
+_FROM_THE_END = ("rfind", "rindex", "rsplit", "rpartition")  # their time may be the product of both lengths
+_CODECS = ("utf-8", "utf8", "ascii")  # some others, such as punycode, are slow
+# Filters that work on a text's characters or words one by one, in Python.
+_BY_CHARACTER = frozenset(
+    ("batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice")
+) | {"sort", "sum", "title", "unique", "wordcount"}
 _NUMBER = re.compile(r"\d{1,18}")
 # Filters that `_Guard` writes; no template can write these names.
 _ROUNDS, _USED, _MEASURED, _JOINED = " rounds", " used", " measured", " joined"
@@ -209,7 +215,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 if not _is_small(value):
                     self._check(not isinstance(value, int) or abs(value) <= self._work.largest, name)
                     self._extent(value)
-            if name == "indent":
+            if name in _BY_CHARACTER:
+                self._spend(sum(len(value) for value in args if isinstance(value, str | bytes)) // 16)
+            elif name == "indent":
                 self._check_indent(args, kwargs)
             result = function(*args, **kwargs)
             return result if _is_small(result) else self._measured(result)
@@ -233,6 +241,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if name == "expandtabs":
             tabs = owner.count("\t") if isinstance(owner, str) else owner.count(b"\t")
             self._check(tabs * max(numbers, default=8) <= self._work.largest, name)
+        elif name in _FROM_THE_END:
+            wanted = args[0] if args else kwargs.get("sep")
+            self._spend(len(owner) * (len(wanted) if isinstance(wanted, str | bytes) else 1) // (8 * _UNIT))
+        elif name in ("encode", "decode"):
+            self._check({*args[:1], *kwargs.values()} <= {*_CODECS}, name)
         elif name == "replace" and len(args) > 1:
             self._check_replace(owner, *args[:3])
         elif name == "join" and args:
