@@ -58,13 +58,13 @@ def rows(name: str, content: Callable[[], str | bytes], suffix: str = ".jsonl") 
 
     @case(name)
     def write(folder: Path) -> Callable[[], Any]:
-        from mlx_zh.corpus.normalize import map_texts, normalize
+        from mlx_zh.corpus.normalize import normalize
         from mlx_zh.corpus.rows import LoadReport
         from mlx_zh.corpus.sources import DataSource
 
         path = put(folder / f"data{suffix}", content)
         source = DataSource("data", (str(path),))
-        return lambda: sum(bool(map_texts(item, normalize)) for item in source.items("sft", "skip", LoadReport()))
+        return lambda: sum(1 for _ in source.items("sft", "skip", LoadReport(), normalize))
 
 
 def pair(question: str, answer: str = "b") -> str:

@@ -24,10 +24,12 @@ from mlx_zh.corpus import dialogues
 from mlx_zh.corpus.conversation import Conversation, Message
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import (
+    Change,
     Format,
     LoadReport,
     Reading,
     Row,
+    changed,
     check_turns,
     history_of,
     instruction_of,
@@ -51,10 +53,17 @@ def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Con
 
 
 def iter_conversations(
-    path: Path, report: LoadReport | None = None, **reading: Unpack[Reading]
+    path: Path, report: LoadReport | None = None, *, change: Change | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Conversation]:
-    """Like `load_conversations`, one at a time. Fills `report`; an error about rows is raised after the last row."""
-    for place, messages in iter_rows(path, FORMATS, report=report, **reading):
+    """Like `load_conversations`, one at a time. Fills `report`; an error about rows is raised after the last row.
+
+    `change` is applied to every text before the rows are checked.
+    """
+
+    def finish(messages: Messages) -> Messages:
+        return messages if change is None else check_turns(changed(messages, change), last="assistant")
+
+    for place, messages in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
         yield Conversation(messages, place)
 
 

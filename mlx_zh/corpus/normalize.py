@@ -6,9 +6,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable
-from dataclasses import replace
 
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.errors import DataError
 from mlx_zh.system.environment import pip_install
 
@@ -91,19 +89,3 @@ def simplifier() -> Callable[[str], str]:
         ) from error
     convert: Callable[[str], str] = OpenCC("t2s").convert
     return convert
-
-
-def map_texts(item: Conversation | Preference, change: Callable[[str], str]) -> Conversation | Preference:
-    """The item with `change` applied to every text."""
-    if isinstance(item, Conversation):
-        return replace(item, messages=_messages(item.messages, change))
-    return replace(
-        item,
-        prompt=_messages(item.prompt, change),
-        chosen=change(item.chosen),
-        rejected=change(item.rejected),
-    )
-
-
-def _messages(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:
-    return tuple(Message(message.role, change(message.content)) for message in messages)

@@ -23,13 +23,16 @@ from typing import Any, Unpack
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import (
+    Change,
     Format,
     LoadReport,
     Reading,
     Row,
+    changed,
     check_turns,
     history_of,
     instruction_of,
+    is_blank,
     iter_rows,
     message_of,
     messages_of,
@@ -50,17 +53,27 @@ def load_preferences(path: Path, **reading: Unpack[Reading]) -> tuple[list[Prefe
 
 
 def iter_preferences(
-    path: Path, report: LoadReport | None = None, **reading: Unpack[Reading]
+    path: Path, report: LoadReport | None = None, *, change: Change | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Preference]:
-    """Like `load_preferences`, one at a time. Fills `report`; an error about rows is raised after the last row."""
-    for place, (prompt, chosen, rejected) in iter_rows(path, FORMATS, report=report, **reading):
+    """Like `load_preferences`, one at a time. Fills `report`; an error about rows is raised after the last row.
+
+    `change` is applied to every text before the rows are checked.
+    """
+
+    def finish(pair: Pair) -> Pair:
+        if change is None:
+            return pair
+        prompt, chosen, rejected = pair
+        return _check_pair(changed(prompt, change), change(chosen), change(rejected))
+
+    for place, (prompt, chosen, rejected) in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
         yield Preference(prompt, chosen, rejected, place)
 
 
 def _check_pair(prompt: Sequence[Message], chosen: str, rejected: str) -> Pair:
     turns = check_turns(prompt, last="user")
     for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response.strip():
+        if is_blank(response):
             raise InvalidRow("empty response", f"the {name} response is empty")
     if chosen.strip() == rejected.strip():
         raise InvalidRow("identical responses", "the chosen and the rejected response are the same")

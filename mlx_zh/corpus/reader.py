@@ -84,7 +84,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def check_file(path: Path) -> bytes:
-    """The first four bytes of a file. Raises DataError if it is missing, damaged, UTF-16, a zip archive or no file."""
+    """The first four bytes of a file. Raises DataError for a missing or damaged file, UTF-16 and a zip archive."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".json", ".jsonl"))[:5]
         hint = f"; it has {', '.join(names)}" if names else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -20,6 +21,7 @@ from mlx_zh.errors import DataError
 
 Row = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
+Change = Callable[[str], str]
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -92,8 +94,11 @@ def iter_rows(
     columns: Mapping[str, str] | None = None,
     sheet: str | None = None,
     report: LoadReport | None = None,
+    finish: Callable[[Parsed], Parsed] | None = None,
 ) -> Iterator[tuple[str, Parsed]]:
     """The items of each usable row, each with the row's place ("file:line"). Fills `report`.
+
+    `finish` changes an item; it raises InvalidRow if the row cannot be used then.
 
     Raises DataError if the file cannot be read, has no known format, or, after the last row, has rows that cannot be
     used.
@@ -108,7 +113,7 @@ def iter_rows(
         format, rows = _detect(path, rows, formats)
     report.format = format
     errors: list[str] = []
-    for place, parsed in parse_rows(rows, formats[format]):
+    for place, parsed in parse_rows(rows, formats[format], finish):
         report.rows += 1
         if isinstance(parsed, InvalidRow):
             report.drop(parsed.reason, place)
@@ -137,12 +142,13 @@ def open_rows(
 
 
 def parse_rows(
-    rows: Iterable[tuple[str, Any]], form: Format[Parsed]
+    rows: Iterable[tuple[str, Any]], form: Format[Parsed], finish: Callable[[Parsed], Parsed] | None = None
 ) -> Iterator[tuple[str, list[Parsed] | InvalidRow]]:
     """The place and the items of each row, or why it cannot be used."""
     for place, row in rows:
         try:
-            yield place, list(form.parse(_as_row(row)))
+            items = list(form.parse(_as_row(row)))
+            yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:
             yield place, invalid
 
@@ -303,9 +309,29 @@ def messages_of(value: Any, label: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
     messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
-    if messages[0].role == "system" and not messages[0].content.strip():
-        return messages[1:]
-    return messages
+    return without_blank_system(messages)
+
+
+def without_blank_system(messages: list[Message]) -> list[Message]:
+    """The messages without a first system message that is blank."""
+    return messages[1:] if messages[0].role == "system" and is_blank(messages[0].content) else messages
+
+
+def changed(messages: Iterable[Message], change: Change) -> list[Message]:
+    """The messages with `change` applied to every text, and without a system message that is blank then."""
+    return without_blank_system([Message(message.role, change(message.content)) for message in messages])
+
+
+# White space, control characters, and characters that Unicode gives no width or ignores by default.
+_VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\xa0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no character that can be seen."""
+    return _VISIBLE.search(text) is None
 
 
 def history_of(row: Row) -> list[Message]:
@@ -325,7 +351,7 @@ def history_of(row: Row) -> list[Message]:
 def system_of(row: Row) -> list[Message]:
     """The system message of the row's optional `system` column, as a list of none or one."""
     system = text_of(row, "system", optional=True)
-    return [Message("system", system)] if system.strip() else []
+    return [] if is_blank(system) else [Message("system", system)]
 
 
 def instruction_of(row: Row) -> Message:
@@ -346,7 +372,7 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
         if message.role != expected:
             number = i + 1 + len(messages) - len(turns)
             raise InvalidRow("roles out of order", f"message {number} must be of {expected}, got {message.role}")
-        if not message.content.strip():
+        if is_blank(message.content):
             reason = "empty reply" if expected == "assistant" else "empty user message"
             raise InvalidRow(reason, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
     if not turns or turns[-1].role != last:

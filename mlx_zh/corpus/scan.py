@@ -25,7 +25,7 @@ import numpy.typing as npt
 from mlx_zh.corpus.contamination import ExamFilter, ExamIndex
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.duplicates import SIDE_LETTERS, SIDES, Rows, sketch
-from mlx_zh.corpus.normalize import map_texts, normalize, simplifier
+from mlx_zh.corpus.normalize import normalize, simplifier
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import Letters, letters
 from mlx_zh.corpus.sources import DataSource, Item
@@ -131,13 +131,10 @@ def open_scan(folder: Path, near: bool) -> Scan:
 def _normalized_items(source: DataSource, settings: ScanSettings, report: LoadReport) -> Iterator[Item]:
     simplify = simplifier() if settings.simplify else None
 
-    def change(text: str) -> str:
-        text = normalize(text) if settings.normalize else text
-        return text if simplify is None else simplify(text)
+    def both(text: str) -> str:
+        return normalize(text) if simplify is None else simplify(normalize(text))
 
-    plain = not settings.normalize and simplify is None
-    for item in source.items(settings.kind, settings.on_invalid, report):
-        yield item if plain else map_texts(item, change)
+    return source.items(settings.kind, settings.on_invalid, report, both if settings.normalize else simplify)
 
 
 class _ScanWriter:

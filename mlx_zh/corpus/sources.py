@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.arithmetic import problems
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
-from mlx_zh.corpus.rows import LoadReport
+from mlx_zh.corpus.conversation import Conversation, Preference
+from mlx_zh.corpus.rows import Change, LoadReport
 from mlx_zh.recipe import filled
 
 Item = Conversation | Preference
-
-
-def with_variables(item: Item, variables: Mapping[str, str]) -> Item:
-    """The item with `variables` filled in all of its texts."""
-
-    def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return tuple(Message(message.role, filled(message.content, variables)) for message in messages)
-
-    if isinstance(item, Conversation):
-        return replace(item, messages=turns(item.messages))
-    chosen, rejected = (filled(text, variables) for text in (item.chosen, item.rejected))
-    return replace(item, prompt=turns(item.prompt), chosen=chosen, rejected=rejected)
 
 
 @dataclass(frozen=True)
@@ -44,20 +32,31 @@ class DataSource:
     generate: tuple[int, int] | None = None  # seed and count of generated problems, instead of files
     variables: dict[str, str] = field(default_factory=dict)  # name -> text that replaces {{name}} in every message
 
-    def items(self, kind: str, on_invalid: str, report: LoadReport) -> Iterator[Item]:
-        """Every usable conversation (kind "sft") or preference ("dpo"). Fills `report`. Raises DataError."""
+    def items(self, kind: str, on_invalid: str, report: LoadReport, change: Change | None = None) -> Iterator[Item]:
+        """Every usable conversation (kind "sft") or preference ("dpo"). Fills `report`. Raises DataError.
+
+        The variables are filled in every text, then `change` is applied to it, and then the row is checked.
+        """
         if self.generate is not None:
             yield from self._generated(report)
             return
         for path in self.files:
             file_report = LoadReport()
             options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "sheet": self.sheet}
+            options["change"] = self._change(change)
             read = formats.iter_conversations if kind == "sft" else preferences.iter_preferences
             try:
-                for item in read(Path(path), format=self.format, report=file_report, **options):
-                    yield with_variables(item, self.variables) if self.variables else item
+                yield from read(Path(path), format=self.format, report=file_report, **options)
             finally:
                 report.add(file_report)
+
+    def _change(self, change: Change | None) -> Change | None:
+        """The variables filled in, and then `change`; None if neither does anything."""
+        if not self.variables:
+            return change
+        if change is None:
+            return lambda text: filled(text, self.variables)
+        return lambda text: change(filled(text, self.variables))
 
     def _generated(self, report: LoadReport) -> Iterator[Item]:
         assert self.generate is not None

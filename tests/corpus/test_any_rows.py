@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.conversation import Conversation
-from mlx_zh.corpus.normalize import map_texts, normalize
 
 said = st.sampled_from(["你好", "Hello", "3 + 4 = 7"]) | strategies.texts
 roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", "USER"])
@@ -84,7 +83,6 @@ def test_any_rows(told, tmp_path_factory, kind, data):
         items, report = load(path, **options)
         assert report.kept + sum(report.dropped.values()) == report.rows
         for item in items:
-            map_texts(item, normalize)
             said = [m.content for m in (item.messages if isinstance(item, Conversation) else item.prompt)]
             assert all(text.encode() for text in said[1:])  # none is empty, all can be written
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
-from mlx_zh.corpus.normalize import map_texts, normalize, simplifier
+from mlx_zh.corpus.normalize import normalize, simplifier
 from mlx_zh.errors import DataError
 
 
@@ -30,13 +29,6 @@ from mlx_zh.errors import DataError
 def test_normalize(written: str, expected: str):
     assert normalize(written) == expected
     assert normalize(expected) == expected
-
-
-def test_every_text_of_a_row_is_changed():
-    talk = Conversation((Message("user", "Ａ"), Message("assistant", "Ｂ")), "x:1")
-    assert map_texts(talk, normalize) == Conversation((Message("user", "A"), Message("assistant", "B")), "x:1")
-    pair = Preference((Message("user", "Ａ"),), "Ｂ", "Ｃ", "x:1")
-    assert map_texts(pair, normalize) == Preference((Message("user", "A"),), "B", "C", "x:1")
 
 
 def test_traditional_characters_by_phrase():
