@@ -128,7 +128,7 @@ def test_a_forgotten_budget_is_mentioned(budgeted: Project) -> None:
     del budgeted.recipe["budget"]
     budgeted.write_recipe()
     result = budgeted.sft()
-    assert result.status == 2 and "add --budget 10m" in result.out
+    assert result.status == 2 and "add budget=10m or write" in result.out
 
 
 def test_a_budget_that_is_too_small_names_one_that_is_not(budgeted: Project) -> None:

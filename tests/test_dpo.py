@@ -167,7 +167,7 @@ def test_sft_that_was_not_run_is_missed(preferring: Project) -> None:
     preferring.recipe["data"]["sft"] = {"train": ["train.jsonl"]}
     preferring.write_recipe()
     result = run(preferring)
-    assert result.status == 2 and "run the SFT stage of this recipe first, or set dpo.start=base" in result.err
+    assert result.status == 2 and "run `mlx-zh sft recipe.yaml` first, or set dpo.start=base" in result.err
     assert not Path("runs").exists()
     assert run(preferring, "dpo.start=base").status == 0
 

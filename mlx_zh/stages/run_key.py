@@ -144,7 +144,7 @@ def _other_changes(old: Values, new: Values) -> Iterator[str]:
 
 _DIGESTS = {
     "base": "the base model's files",
-    "numbers": "how this version of mlx-zh computes sums",
+    "numbers": "how this version computes sums",
     "rendering": "the tokenizer or its chat template",
     "start": "the adapter to start from",
 }

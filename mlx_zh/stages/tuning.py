@@ -220,7 +220,7 @@ class Session:
         fresh = "start over with --fresh (the old folder is kept beside it)"
         if settings is not None and settings.get("numbers") != self._in_the_form_of(settings).get("numbers"):
             return (
-                "Its numbers and the new ones would be mixed. Finish it with the version of mlx-zh that began it, "
+                "Its numbers and the new ones would be mixed. Finish it with the version that began it, "
                 f"give this recipe another name, or {fresh}."
             )
         if (

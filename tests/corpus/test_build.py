@@ -538,10 +538,7 @@ def test_what_an_interrupted_run_left_is_used_only_as_it_was_written(
 ):
     """A power cut may take the ends of its files; each file in turn is spoilt."""
     small_files(monkeypatch)
-    from mlx_zh.corpus import choosing, statistics
 
-    monkeypatch.setattr(choosing, "PART", 32)
-    monkeypatch.setattr(statistics, "PART", 32)
     source = save("a", rows(150, 1))
     whole = run(source)
     expected = [example.tokens.tolist() for example in whole.conversations("train")]

@@ -69,7 +69,7 @@ def test_files_that_are_gone_are_forgotten(tmp_path: Path, reads: list[Path]) ->
         FileDigests(tmp_path / "cache.json").digests([str(path)])
         if path == first:
             first.unlink()
-    assert list(json.loads((tmp_path / "cache.json").read_text())) == [str(second)]
+    assert list(json.loads((tmp_path / "cache.json").read_text())["files"]) == [str(second)]
 
 
 def test_a_large_file_is_announced_once(tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
