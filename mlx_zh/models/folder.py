@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.npz")
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WEIGHTS = re.compile(r"[^./\\][^/\\]*\.safetensors")  # `check_folder` does not look at hidden files
+_VERSIONED = "fast_tokenizer_files"  # the key by which Transformers takes another file instead of tokenizer.json
+_ONE = ["tokenizer.json"]
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -141,8 +145,7 @@ def weight_files(path: Path) -> list[Path]:
     if (path / _INDEX).is_file():
         mapping = read_json(path / _INDEX).get("weight_map")
         names = list(mapping.values()) if isinstance(mapping, dict) else []
-        bad = [n for n in names if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors")]
-        if bad or not names:
+        if not names or not all(isinstance(name, str) and _WEIGHTS.fullmatch(name) for name in names):
             raise ModelError(f"{path / _INDEX} is damaged: its weight_map is not usable. Download it again.")
         names = sorted(set(names))
         if missing := [name for name in names if not (path / name).is_file()]:
@@ -239,6 +242,7 @@ def folder_tokenizer(path: Path) -> Any:
             f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Download the model again with all of "
             "its files."
         )
+    _check_names(path / "tokenizer_config.json")
     from transformers import AutoTokenizer
 
     _check_growth(path / "tokenizer.json")
@@ -255,6 +259,18 @@ def folder_tokenizer(path: Path) -> Any:
             "Take a version of the model that has a tokenizer.json."
         )
     return tokenizer
+
+
+def _check_names(path: Path) -> None:
+    """Refuse a tokenizer_config.json that names other files than tokenizer.json. Raises ModelError.
+
+    They could lie anywhere on this disk, and an exported model would not have them.
+    """
+    if path.is_file() and read_json(path).get(_VERSIONED, _ONE) != _ONE:
+        raise ModelError(
+            f"{path}: {_VERSIONED} names other files than tokenizer.json, which are not read. Remove this key if "
+            "tokenizer.json is the right one."
+        )
 
 
 _MOST_GROWTH = 64  # times as long as its text may the normalized text be

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -311,6 +312,31 @@ def test_every_reader_of_a_folder_refuses(
     expected = "is a pipe, a socket" if way == "socket" else "is a link out of the folder"
     with pytest.raises(error, match=expected):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    "name", [".kept.safetensors", "../kept.safetensors", "/kept.safetensors", "a/kept.safetensors"]
+)
+def test_an_index_names_only_visible_files_of_its_folder(tmp_path: Path, name: str):
+    folder = model(tmp_path)
+    (folder / "model.safetensors").rename(tmp_path / "kept.safetensors")
+    (folder / ".kept.safetensors").symlink_to(tmp_path / "kept.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match="its weight_map is not usable"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../tokenizer.4.0.json", "tokenizer.4.0.json"])
+def test_a_tokenizer_of_another_name_is_not_read(tmp_path: Path, name: str):
+    """Transformers takes the file of the highest version that `fast_tokenizer_files` lists, wherever it is."""
+    folder = model(tmp_path)
+    shutil.copy(folder / "tokenizer.json", folder / name)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": [name]}))
+    with pytest.raises(ModelError, match="fast_tokenizer_files names other files"):
+        load_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": ["tokenizer.json"]}))
+    load_tokenizer(folder)
 
 
 def test_links_inside_are_copied_as_files(tmp_path: Path):
