@@ -140,6 +140,27 @@ def test_nothing_changed_is_nothing_to_refuse(everything: Project) -> None:
     assert result.status == 0 and "is finished: nothing is left to train" in result.out
 
 
+def test_what_registries_only_tell_and_other_entries_are_nothing_to_refuse(
+    everything: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = yaml.safe_load(Path("registry.yaml").read_text(encoding="utf-8"))["mine"]
+    del everything.recipe["data"]["registry_file"]
+    registry = everything.recipe["data"]["registry"] = {"mine": entry}
+    everything.write_recipe()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step=1)
+        assert everything.sft().status == 130
+    registry["mine"] = entry | {"note": "checked in May", "licence": "MIT"}
+    registry["other"] = {"hub": "file", "id": "other.jsonl", "kind": "sft"}
+    everything.write_recipe()
+    result = everything.sft()
+    assert result.status == 0 and "Going on after step 1 of 2." in result.out
+    registry["mine"] = entry | {"columns": {"prompt": "q", "response": "poor"}}
+    everything.write_recipe()
+    refused = everything.sft()
+    assert refused.status == 2 and "columns of mine" in refused.err
+
+
 def by_an_earlier_version(folder: Path, model: Path) -> None:
     """Make a run folder what the version before this one left."""
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))

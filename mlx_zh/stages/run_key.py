@@ -75,6 +75,8 @@ def _content(values: Values) -> Values:
         for sources in (split or {}).values():
             for source in sources:
                 _drop(source, "path")
+    if "corpus" in content:  # it says how each set is read; notes and entries of other sets change nothing
+        _drop(data, "registry")
     content["files"] = list(content.get("files", {}).values())
     for source in content.get("corpus", {}).get("made_of", {}).get("sources", []):
         _drop(source, "name")  # a path, or a name whose entry and files stand here
