@@ -26,10 +26,12 @@ from mlx_zh.corpus.tables import CONVERTED, MadeByScript, hub_rows
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet
 from mlx_zh.system import hub, storage
-from mlx_zh.system.digests import value_digest
+from mlx_zh.system.digests import damage, file_digest, value_digest
 from mlx_zh.system.downloads import reason_of
+from mlx_zh.system.json_text import read_object
 from mlx_zh.system.storage import write_exact_json, written_whole
 
+_ABOUT = "about.json"  # written last
 _EVERY_REPOSITORY_HAS = ".gitattributes"
 _REPORTED = 100  # rows between two reports of progress
 
@@ -58,10 +60,19 @@ def rows_file(
     }
     folder = storage.cache_folder() / "hub-rows" / value_digest(rows_key)[:32]
     path = folder / "rows.jsonl"
-    if not path.is_file():
+    if not _is_whole(path):
         written = _write(where, path, _rows(where, entry, commit, count), progress)
-        write_exact_json(folder / "about.json", rows_key | {"revision": entry.revision, "kept": written})
+        about = {"revision": entry.revision, "kept": written, "sha256": file_digest(path)}
+        write_exact_json(path.with_name(_ABOUT), rows_key | about)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the rows are those that were written. Earlier versions noted no digest; their rows are taken as they are."""
+    about = read_object(path.with_name(_ABOUT))
+    if about is None or not path.is_file():
+        return False
+    return "sha256" not in about or damage(path.parent, {path.name: about["sha256"]}) is None
 
 
 def _commit(where: str, id: str, revision: str | None) -> str:

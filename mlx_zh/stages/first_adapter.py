@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, RecipeError
 from mlx_zh.language.notice import Notice
-from mlx_zh.models.adapters.files import load_adapter, read_adapter
+from mlx_zh.models.adapters.files import adapter_about, load_adapter, read_adapter
 from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
 from mlx_zh.models.adapters.peft import is_peft
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
@@ -19,7 +19,6 @@ from mlx_zh.recipe import Lora, Recipe
 from mlx_zh.stages.run_folder import RunFolder, StageFolder
 from mlx_zh.system import console
 from mlx_zh.system.digests import file_digest
-from mlx_zh.system.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Start:
             return wanted
         spec, _ = read_adapter(self.folder)
         spec = replace(spec, num_layers=min(spec.num_layers, layers))
-        about = parse_json((self.folder / CONFIG_FILE).read_text(encoding="utf-8")).get("mlx_zh") or {}
+        about = adapter_about(self.folder)
         if not is_model(about.get("base_fingerprint", loaded.fingerprint), loaded.path, loaded.fingerprint):
             raise AdapterError(
                 f"{self.name} was trained on {about.get('base', 'another model')}, whose files are not those of "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.system import console, device
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import read_object
 from mlx_zh.system.locks import Lock, locked
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import cache_folder, sweep, write_json, write_text
@@ -149,9 +149,8 @@ class RunFolder:
 
         decision = self._decision() if recipe.budget is not None else None
         write_text(self.recipe, _origin(decision) + recipe.to_yaml(redacted))
-        manifest: dict[str, Any] = {}
-        if self.manifest.exists():
-            manifest = parse_json(self.manifest.read_text(encoding="utf-8"))
+        manifest = read_object(self.manifest) or {}
+        earlier = manifest.get("data")
         manifest |= {
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             "machine": {"system": platform.platform(), "processor": platform.machine(), "device": device.name()},
@@ -162,19 +161,20 @@ class RunFolder:
                 "fingerprint": loaded.fingerprint,
                 "revision": commit_of(loaded.path),
             },
-            "data": manifest.get("data", {}) | data,
+            "data": (earlier if isinstance(earlier, dict) else {}) | data,
         }
         if decision is not None:
             manifest["budget"] = decision
         write_json(self.manifest, manifest)
 
     def _decision(self) -> dict[str, Any] | None:
-        """What the time budget decided, from `budget.json`."""
+        """What the time budget decided, from `budget.json`; None if that is damaged."""
+        decision = read_object(self.budget)
         try:
-            decision = parse_json(self.budget.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            _origin(decision)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             return None
-        return decision if isinstance(decision, dict) else None
+        return decision
 
 
 def _origin(decision: Mapping[str, Any] | None) -> str:

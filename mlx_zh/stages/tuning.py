@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
-from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter, vocabulary_size
+from mlx_zh.models.adapters.files import load_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.recipe import Recipe, Training
-from mlx_zh.stages import device_check, memory_check
+from mlx_zh.stages import adapter_repair, device_check, memory_check
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.forecast import Forecast
@@ -39,12 +39,12 @@ from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt, stopping
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import read_object
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import working_in, write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
-from mlx_zh.training.metrics import MetricsLine, TrainingSummary, validation_figures
+from mlx_zh.training.metrics import MetricsLine, TrainingSummary, read_summary, validation_figures
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
@@ -151,7 +151,7 @@ class Session:
         self.run = RunFolder.of(self.recipe)
         self.folder = self.run.stage(self.stage)
 
-    def check(self) -> Mapping[str, object] | None:
+    def check(self) -> TrainingSummary | None:
         """The summary of a finished run with the same settings; None if there is work to do. Writes nothing.
 
         Raises RecipeError if the folder holds a run with other settings.
@@ -161,7 +161,7 @@ class Session:
                 f"{self.folder.path} holds a run with other settings: {self._differences(settings)}. "
                 f"{self._remedy(settings)}"
             )
-        summary = _read_json(self.folder.summary)
+        summary = read_summary(self.folder.summary)
         if summary is None or not self.folder.is_finished:
             return None
         if summary.get("key") == self.key:
@@ -180,8 +180,15 @@ class Session:
         """The settings of the run in the folder if they differ from this run's."""
         if not self._holds_checkpoints and not self.folder.is_finished:
             return None
-        settings = _read_json(self.folder.settings)
-        return settings if settings is not None and learning_key(settings) != self.key else None
+        settings = read_object(self.folder.settings)
+        if settings is None or self._recorded_key() == self.key:  # settings.json alone may be damaged
+            return None
+        return settings if learning_key(settings) != self.key else None
+
+    def _recorded_key(self) -> object:
+        """The key of the finished run in the folder; None if it is not finished or its summary is damaged."""
+        summary = read_summary(self.folder.summary)
+        return None if summary is None else summary.get("key")
 
     def _differences(self, settings: Values) -> str:
         return changes(settings, self._in_the_form_of(settings))
@@ -194,7 +201,7 @@ class Session:
         values = self.values
         if is_earlier(settings):
             values = as_earlier(values, sampled_fingerprint(self.loaded.path))
-        if self.folder.is_finished and _read_json(self.folder.summary) is not None:
+        if self.folder.is_finished and read_summary(self.folder.summary) is not None:
             values = with_numbers_of(values, settings)
         return values
 
@@ -262,10 +269,13 @@ class Session:
             fresh = True
         if fresh and (aside := set_aside(self.folder.path)):
             console.say(f"The earlier run is kept in {aside}.")
-        if self.check() is None:
+        if self._recorded_key() == self.key:
+            adapter_repair.set_result_aside(self.folder)
+        if (summary := self.check()) is None:
             if self.folder.is_finished and not self._holds_checkpoints and (aside := set_aside(self.folder.path)):
                 console.say(f"The earlier run is kept in {aside}.")  # its adapter would be overwritten
             return True
+        adapter_repair.mend_best(self.folder, summary["best"]["step"], self._save_best)
         checkpoints.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)
         console.say(f"{self.folder.path} is finished: nothing is left to train. To train again, add --fresh.")
         return False
@@ -304,10 +314,11 @@ class Session:
         if finished.reason == "interrupted" or not first:
             return finished
         if self.section.load_best and loop.progress.best_step is not None:
-            _, best = read_adapter(self.folder.best)
-            set_weights(self.loaded.model, best)
-            console.say(f"Restored the weights with the lowest validation loss: step {loop.progress.best_step}.")
-            loop.weights = best
+            best = adapter_repair.mend_best(self.folder, loop.progress.best_step, self._save_best)
+            if best is not None:
+                set_weights(self.loaded.model, best)
+                console.say(f"Restored the weights with the lowest validation loss: step {loop.progress.best_step}.")
+                loop.weights = best
         self._save_adapter(self.folder.adapter, loop.weights)
         self._summarize(loop, finished)
         return finished
@@ -434,7 +445,9 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
 
 def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
     """Print a stage's result: sample answers of the models `names`, validation before and after, paths of files."""
-    summary: TrainingSummary = parse_json(session.folder.summary.read_text(encoding="utf-8"))
+    summary = read_summary(session.folder.summary)
+    if summary is None:
+        return  # it was removed or damaged meanwhile
     before, after = summary["before"], summary["after"]
     console.say()
     if answers := samples.shown(*names):
@@ -473,14 +486,6 @@ def _without_length(values: Values, stage: str) -> Values:
     return {
         "key": learning_key(redacted({name: values[name] for name in values if name != "key"} | {stage: section}))
     }
-
-
-def _read_json(path: Path) -> dict[str, object] | None:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 DEEPEST = 200  # levels; what walks through the values calls itself once a level
@@ -22,6 +23,15 @@ def parse_json(text: str | bytes) -> Any:
     if sum(map(text.count, openings)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
         raise NestedTooDeeply(f"nested more than {DEEPEST} levels deep")
     return value
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, or it cannot be read, or holds another value."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _is_deep(value: Any) -> bool:

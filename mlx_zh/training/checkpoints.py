@@ -31,6 +31,7 @@ from mlx_zh.training.optimizer import Arrays
 
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _DIGESTS = "digests.json"
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 class CheckpointState(TypedDict):
@@ -117,7 +118,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
     for path in reversed(_folders(folder)):
         try:
             return _load(path), remarks
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except _DAMAGED as error:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             try:
@@ -126,6 +127,14 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
                 raise StorageError(f"{path} is damaged ({error}) and cannot be moved aside.") from error
             remarks.append(Notice("checkpoint-damaged", name=path.name, reason=str(error), aside=aside.name))
     return None, remarks
+
+
+def weights_after(folder: Path, step: int) -> Arrays | None:
+    """The trained weights of the checkpoint after `step`; None if there is none, or if it is damaged."""
+    try:
+        return _load(folder / f"step-{step:06d}").weights
+    except _DAMAGED:
+        return None
 
 
 def _load(path: Path) -> Checkpoint:

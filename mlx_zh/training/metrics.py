@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Required, TypedDict
+from typing import TYPE_CHECKING, Required, TypedDict, cast
 
 from mlx_zh.errors import TrainingError
 from mlx_zh.system.escaping import text_lines
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import parse_json, read_object
 from mlx_zh.system.storage import Identity, append_json, identity, json_line, moved, storage_errors, sync, write_text
 
 if TYPE_CHECKING:
@@ -86,6 +86,19 @@ def validation_figures(line: MetricsLine) -> dict[str, float]:
     return {
         name: value for name, value in line.items() if name.startswith("eval_") and isinstance(value, int | float)
     }
+
+
+def read_summary(path: Path) -> TrainingSummary | None:
+    """The summary of a finished stage; None if there is none, or if the file is damaged."""
+    summary = read_object(path) or {}
+    before, after, best = summary.get("before"), summary.get("after"), summary.get("best")
+    if not isinstance(before, dict) or not isinstance(after, dict) or not isinstance(best, dict):
+        return None
+    figures = [summary.get("steps"), summary.get("seconds"), *before.values(), *after.values()]
+    if not all(isinstance(figure, int | float) for figure in figures) or before.keys() != after.keys():
+        return None
+    whole = isinstance(best.get("step"), int | None) and (not before or "eval_loss" in before)
+    return cast(TrainingSummary, summary) if whole else None
 
 
 class MetricsLog:

@@ -256,6 +256,7 @@ def test_rows_are_kept_for_a_run_without_a_network(server: Hub, tmp_path: Path):
         "files": [],
         "rows": 2,
         "kept": 2,
+        "sha256": hashlib.sha256(Path(found[0]).read_bytes()).hexdigest(),
     }
     asked = len(data_asked(server))
     server.asked.clear()
@@ -264,6 +265,23 @@ def test_rows_are_kept_for_a_run_without_a_network(server: Hub, tmp_path: Path):
     assert ask(server.url, tmp_path, *sources, HF_HUB_OFFLINE="1") == found
     (error,) = ask(server.url, tmp_path, (streamed, {"max_samples": 3}), HF_HUB_OFFLINE="1")
     assert error.startswith("DownloadError: mine: org/set ")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "about", "about gone"])
+def test_damaged_rows_are_fetched_again(server: Hub, tmp_path: Path, damage: str):
+    streamed = ({"id": "org/set", "subset": "zh", "streaming": True}, {"max_samples": 2})
+    path = Path(ask(server.url, tmp_path, streamed)[0])
+    whole, about = path.read_bytes(), path.with_name("about.json")
+    if damage == "flipped":
+        path.write_bytes(whole.replace(b"10", b"18", 1))
+    elif damage == "cut":
+        path.write_bytes(whole[:-5])
+    elif damage == "about":
+        about.write_text("[]")
+    else:
+        (about if damage == "about gone" else path).unlink()
+    assert ask(server.url, tmp_path, streamed) == [str(path)]
+    assert path.read_bytes() == whole
 
 
 def test_another_revision_is_another_file(server: Hub, tmp_path: Path):

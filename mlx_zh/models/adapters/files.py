@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,64 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_zh.errors import AdapterError, ModelError
+from mlx_zh.errors import AdapterError, ModelError, first_line
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install, linear_layers, new_layers
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
+from mlx_zh.system.digests import damage, file_digest, value_digest
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import check_file
+from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_arrays, write_json
 
 _LEAVES = ("lora_a", "lora_b", "m")
 _PICKLE = "adapter_model.bin"  # how PEFT wrote adapters before version 0.5
 _LARGEST_RANK = 1 << 20
+_SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters")
 
 
 def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, about: dict[str, Any]) -> None:
-    """Write an adapter folder that mlx-lm can load. `about` (base model, run) is stored beside the settings."""
+    """Write an adapter folder that mlx-lm can load. `about` (base model, run) is stored beside the settings.
+
+    So are the SHA-256 of the weights and a digest of the settings, by which `adapter_damage` sees a flipped bit.
+    """
     write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
     keys = sorted({_key(name.rpartition(".")[0]) for name in weights})
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "fine_tune_type": spec.kind,
-            "num_layers": spec.num_layers,
-            "lora_parameters": {
-                "rank": spec.rank,
-                "scale": spec.scale,
-                "dropout": spec.dropout,
-                "keys": keys,
-            },
-            "mlx_zh": about,
-        },
-    )
+    parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": keys}
+    settings = redacted({"fine_tune_type": spec.kind, "num_layers": spec.num_layers, "lora_parameters": parameters})
+    digests = {"weights": file_digest(folder / ADAPTER_FILE), "settings": value_digest(settings)}
+    write_json(folder / CONFIG_FILE, settings | {"mlx_zh": about | {"sha256": digests}})
+
+
+def adapter_damage(folder: Path) -> str | None:
+    """What differs in an adapter folder of ours from what was written; None if nothing does.
+
+    Adapters of other programs and of earlier versions have no digests, and nothing is compared.
+    """
+    try:
+        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{CONFIG_FILE} cannot be read ({first_line(error)})"
+    digests = _about(config).get("sha256")
+    if not isinstance(digests, dict):
+        return None
+    if digests.get("settings") != value_digest({name: config.get(name) for name in _SETTINGS}):
+        return f"{CONFIG_FILE} is not what was written"
+    return damage(folder, {ADAPTER_FILE: digests.get("weights", "")})
+
+
+def adapter_about(folder: Path) -> dict[str, Any]:
+    """What mlx-zh stored in an adapter's config beside the settings; empty if another program wrote it."""
+    try:
+        return _about(parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _about(config: Any) -> dict[str, Any]:
+    about = config.get("mlx_zh") if isinstance(config, dict) else None
+    return about if isinstance(about, dict) else {}
 
 
 def _key(module: str) -> str:
@@ -94,7 +121,9 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         weights = mx.load(str(folder / ADAPTER_FILE))
         mx.eval(weights)  # read the data now, so that an error is raised here
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
-        raise AdapterError(f"{folder} is damaged: {error}. Copy or download it again.") from error
+        raise AdapterError(f"{folder} is damaged: {first_line(error)}. {_remedy(folder)}") from error
+    if (reason := adapter_damage(folder)) is not None:
+        raise AdapterError(f"{folder} is damaged: {reason}. {_remedy(folder)}")
     if spec.kind not in (*LAYERS, "full") or not isinstance(weights, dict) or not weights:
         raise AdapterError(
             f"{folder}: fine_tune_type {spec.kind!r} with {len(weights)} tensors is no usable adapter. Types that "
@@ -102,10 +131,21 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         )
     if spec.kind != "full" and not (0 < spec.rank <= _LARGEST_RANK and math.isfinite(spec.scale)):
         raise AdapterError(
-            f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} in {CONFIG_FILE} are not usable. Copy or "
-            "download it again."
+            f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} in {CONFIG_FILE} are not usable. "
+            f"{_remedy(folder)}"
         )
     return spec, weights
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a damaged adapter: the stage of a run writes its own again from the last checkpoint."""
+    about = adapter_about(folder)
+    if not isinstance(about.get("run"), str) or not isinstance(about.get("stage"), str):
+        return "Copy or download it again."
+    again = f"mlx-zh {about['stage']} {shlex.quote(about['run'])}"
+    return (
+        f"Copy it again from where it is whole; where it was trained, `{again}` writes it from the last checkpoint."
+    )
 
 
 def pickle_hint(folder: Path) -> str:
@@ -129,12 +169,7 @@ def _check_vocabulary(model: nn.Module, folder: Path) -> None:
 
     Its shapes cannot show this, because most adapters do not touch the embedding; ours record the vocabulary's size.
     """
-    try:
-        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    about = config.get("mlx_zh") if isinstance(config, dict) else None
-    trained = about.get("vocabulary") if isinstance(about, dict) else None
+    trained = adapter_about(folder).get("vocabulary")
     if isinstance(trained, int) and trained != vocabulary_size(model):
         raise AdapterError(
             f"{folder} was trained on a model with a vocabulary of {trained} tokens, and this one has "
