@@ -1,6 +1,6 @@
 """Files of at most 1 MB that cost much to read, and what each costs here.
 
-    python tests/hostile.py             prints the table of docs/reliability.md
+    python tests/hostile.py             prints a table; docs/reliability.md has its summary
     python tests/hostile.py NAME        measures one, and prints it as JSON
 
 A case writes its file and returns what opens it; its imports are not measured. Each case runs in a process of its

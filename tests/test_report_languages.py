@@ -97,7 +97,8 @@ def test_every_warning_is_shown_in_the_readers_language(code, warned):
 def test_the_chinese_page_warns_in_chinese_alone(warned):
     """Beside Chinese words there are only values, keys and names."""
     lines = alarms(warned[0])
-    assert len(lines) == len(WARNINGS)
+    # Two parts of messages have one Chinese text; where they stand in one file, the page shows it once.
+    assert len(lines) == sum(len({example(code).text("zh") for code in WARNINGS[i::4]}) for i in range(4))
     for line in lines:
         what = line.partition(" — ")[2]
         assert CHINESE.search(what) or re.fullmatch(r"[<>\w .]*", what), line

@@ -336,6 +336,21 @@ def test_large_sources_are_read_in_processes_of_their_own(save, run, renderer, m
     assert left(tmp_path / "cache") == [alone.key]
 
 
+def test_long_rows_are_held_in_small_batches_and_give_the_same_data(save, run, monkeypatch, tmp_path: Path):
+    """Batches and spool files end when their characters are enough: 20 rows of 60 characters are ten parts of two."""
+    source = save("a", rows(20))
+    whole = run(source)
+    expected = [example.tokens.tolist() for example in whole.conversations("train")]
+    (tmp_path / "cache" / whole.key).rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(scan, "_PART_CHARACTERS", 120)
+    monkeypatch.setattr(scan, "_BATCH_CHARACTERS", 60)
+    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 60)
+    assert [example.tokens.tolist() for example in run(source).conversations("train")] == expected
+    scan.scan(source, scan.ScanSettings("sft"), tmp_path / "scan", lambda *_: None)
+    assert scan.open_scan(tmp_path / "scan", near=False).parts.tolist() == list(range(0, 20, 2))
+
+
 # ---- interruption
 
 
