@@ -194,6 +194,10 @@ def test_forms_of_secrets_are_hidden_between_chinese_letters_too(secret: str):
         "Qwen/Qwen3-8B, mailto:someone@example.com",
         "bearer of good news, basic principles",
         "pad_token=<pad> bos_token=<s>",
+        "token = tokenizer.encode(text); next_token=logits.argmax(-1)",
+        "def login(password: str, token: Optional[str] = None) -> bool:",
+        "api_key=os.environ['X']; password = input('...'); private_key = generate_private_key()",
+        "token=${TOKEN}, TURKEY=istanbul-city, COMPASS=northnorth",
     ],
 )
 def test_ordinary_texts_stay(text: str):

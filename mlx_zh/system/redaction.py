@@ -38,12 +38,17 @@ _NUMBER = re.compile(r"[0-9.]+")
 
 _A = re.ASCII | re.IGNORECASE  # a Chinese character before or after a token is no part of it
 _START = r"(?<![A-Za-z0-9])"
+# Program code that gets a secret from elsewhere holds none: a call, an index, a type, a variable of a shell.
+_CODE = (
+    r"(?!(?:[A-Za-z_]{1,60}\.){0,4}[A-Za-z_]{1,60}[(\[]|\$\{"
+    r"|(?:str|bytes|bool|int|None|string|Optional)(?![A-Za-z0-9_]))"
+)
 _WORDS = (
     # A value after a name such as `token`: in a command line, the query of a URL, a header or a sentence.
     (
         re.compile(
             _START + r"((?:password|passwd|passphrase|(?:api|access|secret|private)[_-]?key|(?:client|app)[_-]?secret"
-            r"|secret)['\"]?\s{0,9}[=:：]\s{0,9}['\"]?)(?![\s<{\[•])[^\s&'\",;<>]+",
+            r"|secret)['\"]?\s{0,9}[=:：]\s{0,9}['\"]?)(?![\s<{\[•])" + _CODE + r"[^\s&'\",;<>]+",
             _A,
         ),
         rf"\g<1>{HIDDEN}",
@@ -54,7 +59,7 @@ _WORDS = (
             _START + r"((?:(?:hf|auth|access|refresh|bearer|api)[_-]?)?(?:token|signature)['\"]?"
             r"(?:[=：]|\s{0,9}[=:：]['\"]|\s{0,9}[=:：]\s{0,9}['\"]?"
             r"(?=[^\s&'\",;<>]{12}|[^\s&'\",;<>0-9]{0,16}[0-9][^\s&'\",;<>]{5})))"
-            r"(?![\s<{\[•])(?![0-9.]{1,7}(?![0-9A-Za-z]))[^\s&'\",;<>]{3,}",
+            r"(?![\s<{\[•])(?![0-9.]{1,7}(?![0-9A-Za-z]))" + _CODE + r"[^\s&'\",;<>]{3,}",
             _A,
         ),
         rf"\g<1>{HIDDEN}",
@@ -65,8 +70,8 @@ _WORDS = (
     ),
     (
         re.compile(
-            r"((?<![A-Za-z0-9_])[A-Z][A-Z0-9_]{0,60}(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|PAT|PASS)=['\"]?)"
-            r"[^\s&'\",;<>]{6,}"
+            r"((?<![A-Za-z0-9_])(?:[A-Z][A-Z0-9_]{0,60}(?:_KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|_PAT|_PASS)|SSHPASS)="
+            r"['\"]?)" + _CODE + r"[^\s&'\",;<>]{6,}"
         ),
         rf"\g<1>{HIDDEN}",
     ),
