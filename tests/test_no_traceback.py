@@ -15,6 +15,7 @@ from mlx_zh.corpus.registry import load_registry
 from mlx_zh.errors import DataError, DownloadError, MlxZhError
 from mlx_zh.exams.archives import unpack
 from mlx_zh.exams.catalog import benchmark
+from mlx_zh.system.entry import entry
 from mlx_zh.system.json_text import DEEPEST, parse_json
 
 YAMLS = (
@@ -127,6 +128,17 @@ def test_a_panic_of_a_library_in_rust_is_one_paragraph(project, monkeypatch):
     monkeypatch.setattr("mlx_zh.stages.tuning.prepare_stage", panic)
     result = project.sft()
     assert result.status == 2 and "tokenizer.json" in result.err
+
+
+def test_a_current_folder_that_was_removed_is_named(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        entry(lambda _: len(str(Path("recipe.yaml").absolute())), [])
+    assert ended.value.code == 2
+    assert "the current folder has been removed" in capsys.readouterr().err
 
 
 def test_a_user_who_does_not_exist_is_named(tmp_path):

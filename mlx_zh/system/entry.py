@@ -75,6 +75,8 @@ def _reported(error: BaseException, debug: bool) -> int:
         _say("".join(map(in_readers_language, parts)))
     elif isinstance(error, OSError) and error.errno in _FULL:
         _say("no space is left where this command writes. Free some space, then run the same command again.")
+    elif isinstance(error, FileNotFoundError) and _current_folder_is_gone():
+        _say("the current folder has been removed. Change to a folder that exists, then run the same command again.")
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
         _say(f"{path} cannot be used: {error.strerror}. Check the path, and who may read and write it.")
@@ -106,6 +108,14 @@ def _open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a GBK terminal cannot show emoji
+
+
+def _current_folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 _GONE = (errno.EPIPE, errno.ESHUTDOWN)
