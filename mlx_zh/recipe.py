@@ -530,6 +530,11 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
     return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), text)
 
 
+def placeholders(text: str) -> list[str]:
+    """The names that a text says as `{{name}}`."""
+    return _VARIABLE.findall(text) if "{{" in text else []
+
+
 _VARIABLE = re.compile(r"\{\{ ?(\w+) ?\}\}")
 
 

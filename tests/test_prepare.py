@@ -255,3 +255,23 @@ def test_the_hubs_error_reaches_the_user(folder: Path, monkeypatch):
     with pytest.raises(DownloadError, match="answers 429"):
         prepare.main(["recipe.yaml", "data.sft.train=[belle-1m]"])
     assert not Path("runs").exists() and not list(Path("cache").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "said_of"),
+    [
+        ("{author: 小智}", ["{{author}}", "{{AUTHOR}}"]),  # the nearest of the names that rows say
+        ("{AUTHOR: 小智, NAME: 阿明}", []),
+        ("{AUTHOR: 小智, NAME: 阿明, city: 上海}", ["{{city}}"]),  # every other name has its variable
+        ("{AUTHOR: 小智, NAME: 阿明, who: 诗人}", []),  # the system message says it
+    ],
+)
+def test_a_variable_that_no_row_names_is_told(folder: Path, capsys, variables: str, said_of: list[str]) -> None:
+    row = {"instruction": "你是谁？我是{{ NAME }}", "output": "我叫{{AUTHOR}}"}
+    Path("names.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    settings = ["data.sft.train=[names.jsonl]", "data.dpo.train=[]", "data.system=你是{{who}}"]
+    for _ in range(2):  # made, and taken from the cache
+        assert prepare.main(["recipe.yaml", *settings, f"data.variables={variables}"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "fills in nothing" in line]
+        assert len(lines) == bool(said_of)
+        assert all(name in "".join(lines) for name in said_of)

@@ -47,6 +47,7 @@ class LoadReport:
     format: str = ""
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few places, as "file:line"
+    placeholders: list[str] = field(default_factory=list)  # names said as {{name}}, looked for if there are variables
 
     def drop(self, reason: str, place: str) -> None:
         """Count a row that cannot be used."""
@@ -64,6 +65,7 @@ class LoadReport:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
             places = self.examples.setdefault(reason, [])
             places += other.examples[reason][: _EXAMPLES - len(places)]
+        self.placeholders = list(dict.fromkeys(self.placeholders + other.placeholders))
 
 
 class Reading(TypedDict, total=False):

@@ -11,9 +11,10 @@ from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.arithmetic import problems
 from mlx_zh.corpus.conversation import Conversation, Preference
 from mlx_zh.corpus.rows import Change, LoadReport
-from mlx_zh.recipe import filled
+from mlx_zh.recipe import filled, placeholders
 
 Item = Conversation | Preference
+_PLACEHOLDERS = 1000  # names that are no variable's and are kept
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,28 @@ class DataSource:
         for path in self.files:
             file_report = LoadReport()
             options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "sheet": self.sheet}
-            options["change"] = self._change(change)
+            options["change"] = self._change(change, file_report)
             read = formats.iter_conversations if kind == "sft" else preferences.iter_preferences
             try:
                 yield from read(Path(path), format=self.format, report=file_report, **options)
             finally:
                 report.add(file_report)
 
-    def _change(self, change: Change | None) -> Change | None:
-        """The variables filled in, and then `change`; None if neither does anything."""
+    def _change(self, change: Change | None, report: LoadReport) -> Change | None:
+        """The variables filled in, then `change`; None if neither does anything. `report` gets the placeholders."""
         if not self.variables:
             return change
-        if change is None:
-            return lambda text: filled(text, self.variables)
-        return lambda text: change(filled(text, self.variables))
+        names = dict.fromkeys(report.placeholders)
+
+        def fill(text: str) -> str:
+            for name in placeholders(text):
+                if name not in names and (name in self.variables or len(names) < _PLACEHOLDERS):
+                    names[name] = None
+                    report.placeholders.append(name)
+            text = filled(text, self.variables)
+            return text if change is None else change(text)
+
+        return fill
 
     def _generated(self, report: LoadReport) -> Iterator[Item]:
         assert self.generate is not None

@@ -51,6 +51,7 @@ class SourceReport(TypedDict):
     dropped: dict[str, int]  # reason -> rows left out
     cut_short: int  # rows shortened to max_length
     examples: dict[str, list[str]]  # reason -> the first few rows
+    placeholders: list[str]  # names said as {{name}}; looked for if the recipe has variables
 
 
 class Histogram(TypedDict):
@@ -127,6 +128,7 @@ def describe(
                 "dropped": dict(reasons),
                 "cut_short": cut,
                 "examples": dict(scan.report.examples) | choice.examples[i],
+                "placeholders": scan.report.placeholders,
             }
         )
     over_long = sum(count for reasons in rendering.values() for name, count in reasons.items() if name in _TOO_LONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from os.path import expanduser
@@ -21,7 +22,7 @@ from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
 from mlx_zh.language.notice import Notice
-from mlx_zh.recipe import DataSet, Recipe, Source
+from mlx_zh.recipe import DataSet, Recipe, Source, placeholders
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, storage
 from mlx_zh.system.json_text import parse_json
@@ -80,12 +81,38 @@ def prepare_stage(
         console.warn(remark, keep=False)  # the data is as it was
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
+    for warning in unused_variables(recipe, stage, corpus.manifest["report"]):
+        console.warn(warning, keep=False)
     # A cached corpus may come from a run that did not ask for these exams, or had other reasons.
     corpus.manifest["report"]["exam_questions"]["missing"] = settings.exams.missing
     for name, reason in settings.exams.missing.items():
         warning = Notice("stage-exam-questions-not-checked", stage=stage, exam=name, reason=reason)
         console.warn(warning, keep=False)  # the corpus's report records it
     return corpus
+
+
+def unused_variables(recipe: Recipe, stage: str, report: CorpusReport) -> list[Notice]:
+    """A warning for each variable that no row of the stage names, nor the system message, nor a prompt.
+
+    DPO's rows often name none of the variables of SFT, so DPO's are looked at only if there is no SFT.
+    """
+    if not recipe.data.variables or (stage == "dpo" and recipe.data.sft.train):
+        return []
+    prompts = [p if isinstance(p, str) else f"{p.prompt} {p.expect}" for p in recipe.evaluate.prompts]
+    elsewhere = placeholders(" ".join([recipe.data.system or "", *prompts]))
+    in_rows = list(dict.fromkeys(name for source in report["sources"] for name in source["placeholders"]))
+    unknown = {name.casefold(): name for name in [*in_rows, *elsewhere] if name not in recipe.data.variables}
+    warnings = []
+    for name in recipe.data.variables:
+        if name in in_rows or name in elsewhere:
+            continue
+        nearest = difflib.get_close_matches(name.casefold(), unknown, n=1, cutoff=0)
+        if nearest:
+            seen = unknown[nearest[0]]
+            warnings.append(Notice("variable-in-no-row-but-another", stage=stage, name=name, seen=seen))
+        else:
+            warnings.append(Notice("variable-in-no-row", stage=stage, name=name))
+    return warnings
 
 
 def save_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:

@@ -89,3 +89,13 @@ def test_a_system_message_that_is_blank_once_normalised_is_left_out(tmp_path: Pa
     for row in rows:
         [talk], _ = read(tmp_path, "sft", row)
         assert [message.role for message in talk.messages] == ["user", "assistant"]
+
+
+def test_placeholders_are_noted_only_where_there_are_variables(tmp_path: Path) -> None:
+    rows = [GOOD | {"instruction": "{{Name}}，{{ who }}"}, GOOD | {"output": "我是{{Name}}"}]
+    assert read(tmp_path, "sft", *rows)[1].placeholders == []
+    assert read(tmp_path, "sft", *rows, variables={"who": "你"})[1].placeholders == ["Name", "who"]
+    many = [GOOD | {"output": "".join(f"{{{{a{i}}}}}" for i in range(3000))}, GOOD | {"output": "{{who}}"}]
+    noted = read(tmp_path, "sft", *many, variables={"who": "你"})[1].placeholders
+    assert len(noted) == 1001
+    assert noted[-1] == "who"
