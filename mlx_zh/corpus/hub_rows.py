@@ -68,7 +68,7 @@ def rows_file(
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the rows are those that were written. Earlier versions noted no digest; their rows are taken as they are."""
+    """Whether the rows are those that were written. Earlier versions noted no digest; their rows are taken."""
     about = read_object(path.with_name(_ABOUT))
     if about is None or not path.is_file():
         return False
