@@ -233,6 +233,7 @@ def explain(
 ) -> list[Problem]:
     """One sentence for each key with a problem: file and line, key, what was expected and what was got.
 
+    Of more than 100 problems, the first are told and the others counted: each looks for similar keys.
     In a file that maps names to sections, `depth` is 1 and `schema` that of a section.
     """
     by_key: dict[Key, list[Any]] = {}
@@ -242,10 +243,12 @@ def explain(
     # When a value may have one of two types, pydantic reports a problem for each. The one with the longer key says
     # more, so problems with keys above it are left out.
     parents = {key[:size] for key in by_key for size in range(len(key))}
-    problems = []
-    for key in by_key.keys() - parents:
-        line, where = document.where(key)
-        problems.append((line, f"{where}: {_sentence(by_key[key], key, schema, depth)}"))
+    placed = sorted((*document.where(key), number, key) for number, key in enumerate(by_key) if key not in parents)
+    problems = [
+        (line, f"{where}: {_sentence(by_key[key], key, schema, depth)}") for line, where, _, key in placed[:_TOLD]
+    ]
+    if len(placed) > _TOLD:
+        problems.append((sys.maxsize, f"… and {len(placed) - _TOLD} more problems."))
     return problems
 
 
@@ -267,6 +270,7 @@ def _written_key(location: tuple[str | int, ...], value: Any) -> Key:
     return tuple(key)
 
 
+_TOLD = 100  # problems
 _EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
