@@ -16,7 +16,7 @@ from mlx_zh.recipe import Recipe
 
 SECTIONS = "|".join(sorted(name for name in Recipe.model_fields))
 
-COMMAND = re.compile(r"\bmlx-zh ([a-z]+)")
+COMMAND = re.compile(r"(?<!of )\bmlx-zh ([a-z]+)")  # not "this version of mlx-zh computes"
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})\.[a-z_]+(?:\.[a-z_]+)*(?![\w(])")
 SETTING = re.compile(rf"(?<![\w./-])((?:{SECTIONS})(?:\.[a-z_]+)*)(?:=|: )([\[\w][\w.\]-]*)(?![\w/])")
