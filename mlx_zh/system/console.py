@@ -19,7 +19,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, label
 from mlx_zh.system.arguments import wrapped
-from mlx_zh.system.escaping import one_line
+from mlx_zh.system.escaping import one_line, text_lines
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import printable, redact
 from mlx_zh.system.storage import append_json
@@ -99,7 +99,7 @@ def log_held_warnings(*, again: bool = True) -> None:
 
 def _logged_codes(path: Path) -> set[str]:
     try:
-        return {str(parse_json(line).get("code")) for line in path.read_text(encoding="utf-8").split("\n") if line}
+        return {str(parse_json(line).get("code")) for line in text_lines(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, AttributeError):
         return set()
 

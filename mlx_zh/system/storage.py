@@ -163,10 +163,8 @@ def sweep(folder: Path, name: str | None = None) -> None:
         with suppress(OSError):
             if match["kind"] == "old" and not (target := folder / match["name"]).exists():
                 leftover.rename(target)
-            elif leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                leftover.unlink(missing_ok=True)
+                remove(leftover)
 
 
 def _is_owned(leftover: Path, process: int) -> bool:
@@ -219,10 +217,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_json(path: Path, value: Any) -> None:
     """Append a value without secrets to a file of JSON lines. Raises StorageError."""
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(json_line(value).encode("utf-8", errors="replace"))
+    append(path, json_line(value).encode("utf-8", errors="replace"))
 
 
 def json_line(value: Any) -> str:

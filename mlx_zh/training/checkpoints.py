@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
-from mlx_zh.system.digests import file_digest
+from mlx_zh.system.digests import damage, digests_of
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import (
     make_folder,
@@ -87,7 +87,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             write_arrays(temporary / "weights.safetensors", checkpoint.weights)
             write_arrays(temporary / "optimizer.safetensors", checkpoint.optimizer)
             write_exact_json(temporary / "state.json", checkpoint.state)
-            write_exact_json(temporary / _DIGESTS, {name: file_digest(temporary / name) for name in _FILES})
+            write_exact_json(temporary / _DIGESTS, digests_of(temporary, _FILES))
             require_in_place(target)
             if target.exists():
                 shutil.rmtree(target)
@@ -139,9 +139,9 @@ def weights_after(folder: Path, step: int) -> Arrays | None:
 
 def _load(path: Path) -> Checkpoint:
     digests = parse_json((path / _DIGESTS).read_text(encoding="utf-8"))
-    for name in _FILES:  # an array with a flipped bit would load without an error
-        if file_digest(path / name) != digests[name]:
-            raise ValueError(f"{name} is not what was written")
+    # An array with a flipped bit would load without an error.
+    if (reason := damage(path, {name: digests[name] for name in _FILES})) is not None:
+        raise ValueError(reason)
     state = parse_json((path / "state.json").read_text(encoding="utf-8"))
     arrays = [mx.load(str(path / f"{name}.safetensors")) for name in ("weights", "optimizer")]
     mx.eval(arrays)
