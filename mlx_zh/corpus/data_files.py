@@ -71,7 +71,10 @@ def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         # A name that begins with "~$" is a note of Excel that the workbook is open.
-        if any(part.startswith((".", "~$")) for part in inside.parts) or not _is_data(str(inside), patterns):
+        if any(part.startswith((".", "~$")) for part in inside.parts):
+            continue
+        linked_folder = path.is_symlink() and path.is_dir()  # not entered, so its files would be missed in silence
+        if not linked_folder and not _is_data(str(inside), patterns):
             continue
         check_file(folder, path, DataError)
         if path.is_file():

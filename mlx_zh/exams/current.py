@@ -8,8 +8,14 @@ from mlx_zh.language.notice import Notice
 
 
 def is_current(about: object, current: Mapping[str, str]) -> bool:
-    """Whether a report's `about` is of a model with these digests; what it does not state is not compared."""
-    return not isinstance(about, Mapping) or all(about.get(key, digest) == digest for key, digest in current.items())
+    """Whether a report's `about` is of a model with these digests; what it does not state is not compared.
+
+    Nor is a digest of another length: an earlier version wrote it, and the report says so.
+    """
+    if not isinstance(about, Mapping):
+        return True
+    stated = {key: str(about.get(key, digest)) for key, digest in current.items()}
+    return all(stated[key] == digest for key, digest in current.items() if len(stated[key]) == len(digest))
 
 
 def outdated(stage: str, exam: str) -> Notice:

@@ -305,3 +305,14 @@ def test_a_set_that_is_fetched_by_hand(tmp_path: Path):
         registered_files("mine", DataSet(hub="file", kind="sft", id="a cloud folder"))
     (tmp_path / "a.json").touch()
     assert registered_files("mine", DataSet(hub="file", kind="sft", id=str(tmp_path))) == [tmp_path / "a.json"]
+
+
+def test_a_linked_folder_of_a_data_folder_is_not_passed_over(tmp_path: Path):
+    """It is not entered; without a word the run would train on fewer files than its user thinks."""
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data, elsewhere):
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text("{}\n", encoding="utf-8")
+    (data / "more").symlink_to(elsewhere)
+    with pytest.raises(DataError, match="more is a link out of the folder"):
+        folder_files(data)

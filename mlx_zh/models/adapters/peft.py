@@ -133,8 +133,15 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     return AdapterSpec(kind, 10**6, largest_rank, scale, dropout), weights
 
 
+# Initialisations that also change the base model's weights, so that the adapter fits no other base. PEFT writes the
+# name of another kind, or true, once such an adapter is converted.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
 def _check(config: dict[str, Any], folder: Path) -> None:
     unsupported = {
+        "init_lora_weights": str(config.get("init_lora_weights")).startswith(_CHANGES_BASE),
+        "alora_invocation_tokens": bool(config.get("alora_invocation_tokens")),
         "peft_type": config.get("peft_type", "LORA") != "LORA",
         "bias": config.get("bias", "none") != "none",
         "lora_bias": bool(config.get("lora_bias")),
