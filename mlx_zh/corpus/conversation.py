@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user or assistant; `content` is the text as written, white space included."""
+    """One turn. `role` is system, user or assistant; `content` is the text as written, white space included.
+
+    A reply that is not `trained` is context for the next ones only.
+    """
 
     role: str
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.corpus.row_keys import is_trained
 from mlx_zh.corpus.rows import Row, check_turns, history_of, system_of, text_of
 
 Messages = tuple[Message, ...]
@@ -28,7 +29,11 @@ def rounds(row: Row) -> Iterator[Messages]:
     messages = system_of(row) or system_of(turns[0])
     for turn in turns:
         question, answer = ("human", "assistant") if "human" in turn else ("input", "output")
-        messages += [Message("user", text_of(turn, question)), Message("assistant", text_of(turn, answer))]
+        trained = turn.get("output_with_loss") is not False and is_trained(turn, "'conversation'")
+        messages += [
+            Message("user", text_of(turn, question)),
+            Message("assistant", text_of(turn, answer), trained),
+        ]
     yield check_turns(messages, last="assistant")
 
 
@@ -58,6 +63,8 @@ def moss(row: Row) -> Iterator[Messages]:
     for turn in chat.values():
         if _without_marks(turn, "Commands", optional=True).strip() not in ("", "None"):
             raise InvalidRow("tool message", "messages of tools are not supported ('Commands')")
+        if _without_marks(turn, "Inner Thoughts", optional=True).strip() not in ("", "None"):
+            raise InvalidRow("separate reasoning", "'Inner Thoughts' is not supported")
         messages += [
             Message("user", _without_marks(turn, "Human")),
             Message("assistant", _without_marks(turn, "MOSS")),

@@ -2,9 +2,9 @@
 
     alpaca           instruction, input?, output, system?, history? = [[question, answer], …]
     sharegpt         conversations = [{from: human|gpt|system, value}, …], system?
-    messages         messages = [{role, content}, …]                     (OpenAI)
+    messages         messages = [{role, content}, …], system?            (OpenAI)
     belle-seed       instruction, instances = [{input, output}, …]       one conversation for each instance
-    prompt-response  prompt, response (or completion), system?
+    prompt-response  prompt, response (or completion), system?, history?
     query-response   query, response, system?, history?                  (ms-swift)
     rounds           conversation = [{human, assistant}, …]              (Firefly), or [{system?, input, output}, …]
     alternating      data = [question, answer, …]                        (UltraChat)
@@ -37,6 +37,7 @@ from mlx_zh.corpus.rows import (
     messages_of,
     system_of,
     text_of,
+    with_system,
 )
 
 Messages = tuple[Message, ...]
@@ -74,11 +75,12 @@ def _alpaca(row: Row) -> Iterator[Messages]:
 
 def _sharegpt(row: Row) -> Iterator[Messages]:
     messages = messages_of(row.get("conversations"), "'conversations'")
-    yield check_turns([*system_of(row), *messages], last="assistant")
+    yield check_turns(with_system(row, messages), last="assistant")
 
 
 def _messages(row: Row) -> Iterator[Messages]:
-    yield check_turns(messages_of(row.get("messages"), "'messages'"), last="assistant")
+    messages = messages_of(row.get("messages"), "'messages'")
+    yield check_turns(with_system(row, messages), last="assistant")
 
 
 def _belle_seed(row: Row) -> Iterator[Messages]:
@@ -93,7 +95,7 @@ def _belle_seed(row: Row) -> Iterator[Messages]:
 def _prompt_response(row: Row) -> Iterator[Messages]:
     name = "completion" if "completion" in row and "response" not in row else "response"
     turns = [Message("user", text_of(row, "prompt")), Message("assistant", text_of(row, name))]
-    yield check_turns([*system_of(row), *turns], last="assistant")
+    yield check_turns([*system_of(row), *history_of(row), *turns], last="assistant")
 
 
 def arithmetic(line: str) -> Messages:
@@ -115,7 +117,7 @@ def _mathglm(row: Row) -> Iterator[Messages]:
 
 # In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Messages]] = {
-    "messages": Format(("messages",), lambda row: "messages" in row, _messages),
+    "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(("conversations", "system"), lambda row: "conversations" in row, _sharegpt),
     "belle-seed": Format(
         ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
@@ -124,7 +126,7 @@ FORMATS: dict[str, Format[Messages]] = {
         ("instruction", "input", "output", "system", "history"), lambda row: "instruction" in row, _alpaca
     ),
     "prompt-response": Format(
-        ("prompt", "response", "completion", "system"),
+        ("prompt", "response", "completion", "system", "history"),
         lambda row: "prompt" in row and ("response" in row or "completion" in row),
         _prompt_response,
     ),

@@ -2,7 +2,7 @@
 
     openai    input = {messages}, preferred_output = [{role, content}], non_preferred_output
     sharegpt  conversations, chosen = {from, value}, rejected, system?
-    messages  messages, chosen = {role, content}, rejected
+    messages  messages, chosen = {role, content}, rejected, system?
     swift     messages that end with the chosen answer, rejected_response          (ms-swift)
     context   context = [{role, text}, …], chosen = {role, text}, rejected          (hh_rlhf_cn)
     alpaca    instruction, input?, system?, history?, and chosen, rejected or output = [best, next, …] (the first two)
@@ -22,6 +22,7 @@ from typing import Any, Unpack
 
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.corpus.row_keys import check_row
 from mlx_zh.corpus.rows import (
     Change,
     Format,
@@ -38,6 +39,7 @@ from mlx_zh.corpus.rows import (
     messages_of,
     system_of,
     text_of,
+    with_system,
 )
 
 Pair = tuple[tuple[Message, ...], str, str]  # prompt, chosen, rejected
@@ -87,20 +89,28 @@ def _response(row: Row, name: str) -> str:
         value = value[0]
     if not isinstance(value, dict):
         return text_of({name: value} if name in row else row, name)
-    message = message_of(value, f"'{name}'")
+    message = _learned(message_of(value, f"'{name}'"), name)
     if message.role != "assistant":
         raise InvalidRow("roles out of order", f"'{name}' must be of assistant, got {message.role}")
     return message.content
 
 
+def _learned(message: Message, name: str) -> Message:
+    if not message.trained:
+        raise InvalidRow("not to be trained", f"'{name}' has weight 0 or loss false")
+    return message
+
+
 def _openai(row: Row) -> Iterator[Pair]:
     prompt = row.get("input")
+    if isinstance(prompt, dict):
+        check_row(prompt)
     messages = messages_of(prompt.get("messages") if isinstance(prompt, dict) else prompt, "'input'.messages")
     yield _check_pair(messages, _response(row, "preferred_output"), _response(row, "non_preferred_output"))
 
 
 def _turns(name: str, row: Row) -> Iterator[Pair]:
-    prompt = [*system_of(row), *messages_of(row.get(name), f"'{name}'")]
+    prompt = with_system(row, messages_of(row.get(name), f"'{name}'"))
     yield _check_pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
 
 
@@ -113,7 +123,7 @@ def _messages(row: Row) -> Iterator[Pair]:
 
 
 def _swift(row: Row) -> Iterator[Pair]:
-    messages = [*system_of(row), *messages_of(row.get("messages"), "'messages'")]
+    messages = with_system(row, messages_of(row.get("messages"), "'messages'"))
     chosen = check_turns(messages, last="assistant")
     yield _check_pair(chosen[:-1], chosen[-1].content, text_of(row, "rejected_response"))
 
@@ -147,7 +157,7 @@ def _prompt(row: Row) -> Iterator[Pair]:
     messages = (
         messages_of(prompt, "'prompt'") if isinstance(prompt, list) else [Message("user", text_of(row, "prompt"))]
     )
-    pair = _check_pair([*system_of(row), *messages], _response(row, "chosen"), _response(row, "rejected"))
+    pair = _check_pair(with_system(row, messages), _response(row, "chosen"), _response(row, "rejected"))
     return iter([pair])
 
 
@@ -170,12 +180,13 @@ def _zh_en(row: Row) -> Iterator[Pair]:
 
 
 def _implicit(row: Row) -> Iterator[Pair]:
-    chosen, rejected = (messages_of(row.get(name), f"'{name}'") for name in ("chosen", "rejected"))
+    chosen, rejected = (with_system(row, messages_of(row.get(name), f"'{name}'")) for name in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise InvalidRow("prompts differ", "'chosen' and 'rejected' differ before the last reply")
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1].role != "assistant":
             raise InvalidRow("does not end with assistant", f"'{name}' must end with the assistant's message")
+        _learned(messages[-1], name)
     yield _check_pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
 
 
@@ -195,7 +206,7 @@ FORMATS: dict[str, Format[Pair]] = {
     ),
     "sharegpt": Format(("conversations", *_BOTH, "system"), _has("conversations", "chosen"), _sharegpt),
     "messages": Format(
-        ("messages", *_BOTH),
+        ("messages", *_BOTH, "system"),
         lambda row: "messages" in row and not _is_conversation(row.get("chosen")) and "chosen" in row,
         _messages,
     ),
@@ -215,5 +226,5 @@ FORMATS: dict[str, Format[Pair]] = {
     "zh-en": Format(
         ("question", "answer_zh", "answer_en", "system"), lambda row: _languages(row) is not None, _zh_en
     ),
-    "implicit": Format(_BOTH, lambda row: _is_conversation(row.get("chosen")), _implicit),
+    "implicit": Format((*_BOTH, "system"), lambda row: _is_conversation(row.get("chosen")), _implicit),
 }

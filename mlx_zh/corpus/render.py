@@ -27,6 +27,7 @@ ON_OVERFLOW = ("truncate", "drop")
 OVERFLOW = "longer than max_length"
 FIRST_EXCHANGE_OVERFLOW = "first exchange longer than max_length"
 NO_REPLY = "no assistant message"
+NOT_TRAINED = "not to be trained"  # every reply that is left is context only
 PROMPT_OVERFLOW = "prompt longer than max_length"
 CHOSEN_OVERFLOW = "chosen response does not fit into max_length"
 REJECTED_OVERFLOW = "rejected response does not fit into max_length"
@@ -184,7 +185,7 @@ class Renderer:
                     dropped[NO_REPLY] += 1
                     results.append(None)
                 elif not beyond and (max_length is None or length <= max_length):
-                    results.append(_assemble(pieces, train_on, truncated=False))
+                    results.append(_learned(messages, pieces, train_on, dropped, truncated=False))
                 elif truncate and max_length is not None:
                     results.append(self._truncated(messages, cut.source, pieces, train_on, max_length, dropped))
                 else:
@@ -269,7 +270,7 @@ class Renderer:
             # Rendered again, because a template may write a turn differently when it is the last one.
             shorter = self._encode([self._cut(messages[:end], source)])[0]
             if sum(map(len, shorter)) <= max_length:
-                return _assemble(shorter, train_on, truncated=True)
+                return _learned(messages[:end], shorter, train_on, dropped, truncated=True)
         dropped[FIRST_EXCHANGE_OVERFLOW] += 1
         return None
 
@@ -361,6 +362,24 @@ def _parts(layout: Layout, contents: Sequence[str], edges: Sequence[int]) -> lis
                     text, is_content = next(rest)
         pieces.append(piece)
     return pieces
+
+
+def _learned(
+    messages: Sequence[Message], pieces: Sequence[Tokens], train_on: str, dropped: Counter[str], *, truncated: bool
+) -> Rendered | None:
+    """The conversation, with replies that are context only left out of the mask; None if nothing else is trained."""
+    rendered = _assemble(pieces, train_on, truncated=truncated)
+    replies = [message.trained for message in messages if message.role == "assistant"]
+    if all(replies):
+        return rendered
+    ends = np.cumsum([len(piece) for piece in pieces])
+    for number, is_trained in enumerate(replies):
+        if not is_trained:
+            rendered.trained[ends[2 * number] : ends[2 * number + 1]] = False
+    if not rendered.trained.any():
+        dropped[NOT_TRAINED] += 1
+        return None
+    return rendered
 
 
 def _assemble(pieces: Sequence[Tokens], train_on: str, *, truncated: bool) -> Rendered:

@@ -16,6 +16,7 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
+from mlx_zh.corpus.row_keys import check_row, is_trained, unused_columns
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.errors import DataError
 
@@ -32,6 +33,7 @@ _TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", 
 _OPTIONAL = ("input", "system", "history")  # columns that a row may lack
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
+_WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, and unused columns that are kept
 _LOOK_AHEAD = 100  # the format is recognised from the first row that fits one, among this many
 # Readers chosen by the ending of a file's name; the kind of every other file is told from its content. A workbook is
 # known by its content too, so what has its ending and comes here is text.
@@ -47,6 +49,7 @@ class LoadReport:
     format: str = ""
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few places, as "file:line"
+    unused: list[str] = field(default_factory=list)  # columns that nothing reads
     placeholders: list[str] = field(default_factory=list)  # names said as {{name}}, looked for if there are variables
 
     def drop(self, reason: str, place: str) -> None:
@@ -65,6 +68,7 @@ class LoadReport:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
             places = self.examples.setdefault(reason, [])
             places += other.examples[reason][: _EXAMPLES - len(places)]
+        self.unused = list(dict.fromkeys(self.unused + other.unused))[:_UNUSED]
         self.placeholders = list(dict.fromkeys(self.placeholders + other.placeholders))
 
 
@@ -115,7 +119,7 @@ def iter_rows(
         format, rows = _detect(path, rows, formats)
     report.format = format
     errors: list[str] = []
-    for place, parsed in parse_rows(rows, formats[format], finish):
+    for place, parsed in parse_rows(_watched(rows, formats[format], report), formats[format], finish):
         report.rows += 1
         if isinstance(parsed, InvalidRow):
             report.drop(parsed.reason, place)
@@ -128,6 +132,16 @@ def iter_rows(
     invalid_rows = report.rows - report.kept
     if invalid_rows and (on_invalid == "error" or not report.kept):
         raise _invalid_rows(path, report, errors, on_invalid)
+
+
+def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: LoadReport) -> Iterator[tuple[str, Any]]:
+    """The rows; `report` gets the names of the columns that nothing reads."""
+    seen: set[tuple[str, ...]] = set()
+    for place, row in rows:
+        if isinstance(row, dict) and (names := tuple(row)) not in seen and len(seen) < _WATCHED:
+            seen.add(names)
+            report.unused = list(dict.fromkeys(report.unused + unused_columns(row, form.columns)))[:_UNUSED]
+        yield place, row
 
 
 def open_rows(
@@ -249,6 +263,7 @@ def _as_row(row: Any) -> Row:
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("wrong type", f"a row must be an object, got a {_kind(row)}")
+    check_row(row)
     return row
 
 
@@ -298,12 +313,13 @@ def message_of(value: Any, label: str) -> Message:
         if role in _TOOL_ROLES:
             raise InvalidRow("tool message", f"{label}: messages of tools are not supported (role {role!r})")
         raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
+    trained = is_trained(value, label)
     if value.get(keys[1]) is None:
         raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
     said = value[keys[1]]
     if isinstance(said, list) and all(isinstance(part, str) for part in said):
         said = "".join(said)
-    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"))
+    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained)
 
 
 def messages_of(value: Any, label: str) -> list[Message]:
@@ -321,7 +337,9 @@ def without_blank_system(messages: list[Message]) -> list[Message]:
 
 def changed(messages: Iterable[Message], change: Change) -> list[Message]:
     """The messages with `change` applied to every text, and without a system message that is blank then."""
-    return without_blank_system([Message(message.role, change(message.content)) for message in messages])
+    return without_blank_system(
+        [Message(message.role, change(message.content), message.trained) for message in messages]
+    )
 
 
 # White space, control characters, and characters that Unicode gives no width or ignores by default.
@@ -356,6 +374,16 @@ def system_of(row: Row) -> list[Message]:
     return [] if is_blank(system) else [Message("system", system)]
 
 
+def with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages, with the row's optional `system` column as system message. Raises InvalidRow for a second one."""
+    system = system_of(row)
+    if not system or not messages or messages[0].role != "system":
+        return system + messages
+    if messages[0].content.strip() != system[0].content.strip():
+        raise InvalidRow("two system messages", "'system' is not the system message that the messages begin with")
+    return messages
+
+
 def instruction_of(row: Row) -> Message:
     """The user's message of an Alpaca row: the instruction, and below it the input if there is one."""
     instruction, input_text = text_of(row, "instruction"), text_of(row, "input", optional=True)
@@ -380,6 +408,8 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     if not turns or turns[-1].role != last:
         got = turns[-1].role if turns else "no turn"
         raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")
+    if last == "assistant" and not any(message.trained for message in turns[1::2]):
+        raise InvalidRow("not to be trained", "every reply has weight 0 or loss false, so there is nothing to learn")
     return tuple(messages)
 
 

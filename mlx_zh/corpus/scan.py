@@ -233,7 +233,9 @@ def _prompt(item: Item) -> tuple[Message, ...]:
 
 def _texts(item: Item) -> list[str]:
     """The texts of a row without the system message: rows that differ only in that are duplicates."""
-    texts = [message.content.strip() for message in _prompt(item) if message.role != "system"]
+    texts = [
+        m.content.strip() if m.trained else f"\x1e{m.content.strip()}" for m in _prompt(item) if m.role != "system"
+    ]
     return texts if isinstance(item, Conversation) else [*texts, item.chosen.strip(), item.rejected.strip()]
 
 
@@ -252,14 +254,14 @@ def _sides(item: Item) -> tuple[list[str], list[str]]:
 
 def _row(item: Item) -> tuple[Any, ...]:
     """The item as values that JSON can hold; `_item` is the inverse."""
-    turns = tuple((message.role, message.content) for message in _prompt(item))
+    turns = tuple((m.role, m.content) if m.trained else (m.role, m.content, False) for m in _prompt(item))
     if isinstance(item, Conversation):
         return item.source, turns
     return item.source, turns, item.chosen, item.rejected
 
 
 def _item(row: tuple[Any, ...]) -> Item:
-    messages = tuple(Message(role, content) for role, content in row[1])
+    messages = tuple(Message(*turn) for turn in row[1])
     return Conversation(messages, row[0]) if len(row) == 2 else Preference(messages, row[2], row[3], row[0])
 
 

@@ -51,6 +51,7 @@ class SourceReport(TypedDict):
     dropped: dict[str, int]  # reason -> rows left out
     cut_short: int  # rows shortened to max_length
     examples: dict[str, list[str]]  # reason -> the first few rows
+    unused: list[str]  # columns that nothing reads
     placeholders: list[str]  # names said as {{name}}; looked for if the recipe has variables
 
 
@@ -128,6 +129,7 @@ def describe(
                 "dropped": dict(reasons),
                 "cut_short": cut,
                 "examples": dict(scan.report.examples) | choice.examples[i],
+                "unused": scan.report.unused,
                 "placeholders": scan.report.placeholders,
             }
         )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mlx_zh.corpus.joined_encoding import Vocabulary
     from mlx_zh.corpus.render import Renderer
 
+_COLUMNS, _COLUMN = 12, 40  # unused columns that are named, and characters of a name
 _UNITS = {"sft": "examples", "dpo": "pairs"}
 
 
@@ -81,6 +82,10 @@ def prepare_stage(
         console.warn(remark, keep=False)  # the data is as it was
     for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
         console.say(line)
+    for reported in corpus.manifest["report"]["sources"]:
+        if reported["unused"]:
+            listed = [name[:_COLUMN] for name in reported["unused"][:_COLUMNS]]
+            console.warn(Notice("columns-not-used", source=reported["name"], columns=listed), keep=False)
     for warning in unused_variables(recipe, stage, corpus.manifest["report"]):
         console.warn(warning, keep=False)
     # A cached corpus may come from a run that did not ask for these exams, or had other reasons.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,7 @@ def test_forms(write, format, row, expected):
     for asked in ("auto", format):
         conversations, report = load_conversations(path, format=asked)
         assert conversations == [Conversation(expected, f"{path}:1")]
-        assert report == LoadReport(rows=1, kept=1, format=format)
+        assert replace(report, unused=[]) == LoadReport(rows=1, kept=1, format=format)
 
 
 def test_a_seed_task_with_several_instances(write):
@@ -371,7 +372,7 @@ def test_real_files(samples, name, format, rows):
     path = samples / "sft" / name
     conversations, report = load_conversations(path)
     raw = read_independently(path)
-    assert report == LoadReport(rows=rows, kept=rows, format=format)
+    assert replace(report, unused=[]) == LoadReport(rows=rows, kept=rows, format=format)
     if format == "belle-seed":
         raw = [{**row, **instance} for row in raw for instance in row["instances"]]
     assert len(conversations) == len(raw)
