@@ -84,8 +84,9 @@ audit: $(INSTALLED)
 # is kept in .fuzz as crash-….
 fuzz: $(DEVELOP)
 	test -d .fuzz/atheris || $(BIN)/python -m pip install --quiet --no-deps --target .fuzz atheris==3.0.0
-	for target in gguf recipe data template adapter safetensors parquet archive redaction; do \
-		PYTHONPATH=.fuzz $(BIN)/python fuzz/parsers.py $$target -max_total_time=66 || exit 1; \
+	for target in gguf recipe data template adapter safetensors parquet archive redaction \
+		modelfile card chat; do \
+		PYTHONPATH=.fuzz $(BIN)/python fuzz/parsers.py $$target -max_total_time=50 || exit 1; \
 	done
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -8,23 +8,35 @@ its input is kept as `crash-…` in the current folder. Each one mended becomes 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import atheris
 
 with atheris.instrument_imports(include=["mlx_zh"]):
+    from mlx_zh.chatting import repl, transcript
     from mlx_zh.corpus import formats, preferences
     from mlx_zh.corpus.chat_template import ChatTemplate
     from mlx_zh.corpus.conversation import Message
+    from mlx_zh.exams import archives
+    from mlx_zh.exams.catalog import benchmark
+    from mlx_zh.models.adapters.patterns import read_patterns
+    from mlx_zh.models.export import card, licences, ollama
+    from mlx_zh.models.folder import read_table
     from mlx_zh.models.gguf import read_gguf
     from mlx_zh.models.gguf_model import gguf_config, gguf_weights
     from mlx_zh.models.gguf_tokenizer import gguf_tokenizer
     from mlx_zh.recipe import load_recipe
+    from mlx_zh.system.redaction import printable, redact
 
 from mlx_zh.errors import MlxZhError
 
@@ -117,8 +129,6 @@ def recipe_seeds() -> list[bytes]:
 
 def adapter(data: bytes) -> None:
     """PEFT's and mlx-lm's settings of an adapter, over weights that are right."""
-    from mlx_zh.models.adapters.patterns import read_patterns
-
     try:
         value = json.loads(data)
         patterns = read_patterns({str(key): 1 for key in value} if isinstance(value, dict) else {str(value): 1})
@@ -129,8 +139,6 @@ def adapter(data: bytes) -> None:
 
 def safetensors(data: bytes) -> None:
     """The table of a safetensors file."""
-    from mlx_zh.models.folder import read_table
-
     FILE.write_bytes(data)
     read_table(FILE)
 
@@ -144,20 +152,77 @@ def parquet(data: bytes) -> None:
 
 def archive(data: bytes) -> None:
     """An archive of an exam."""
-    from mlx_zh.exams import archives
-    from mlx_zh.exams.catalog import benchmark
-
     FILE.write_bytes(data)
     archives.unpack(benchmark("ceval"), FILE, FILE.parent / "cache")
 
 
 def redaction(data: bytes) -> None:
     """What is shown and stored of any text; twice redacted is once redacted."""
-    from mlx_zh.system.redaction import printable, redact
-
     text = data.decode(errors="surrogateescape")
     printable(text)
     redact(redact(text))
+
+
+def modelfile(data: bytes) -> None:
+    """Ollama's Modelfile; each part of the input is a text of a stranger."""
+    texts = [*data.decode(errors="replace").split("\0"), "", ""]
+    written = ollama.modelfile(
+        texts[0], small_tokenizer(), "26 Jul 2024", system=texts[1], context=8, notes=texts[2:]
+    )
+    commands = [line.split(" ")[0] for line in written.split('"""')[0].splitlines() if line]
+    assert set(commands) <= {"#", "FROM", "TEMPLATE", "PARAMETER", "SYSTEM"}, commands
+
+
+def model_card(data: bytes) -> None:
+    """The model card: its metadata is YAML with known keys."""
+    import yaml
+
+    texts = [*data.decode(errors="replace").split("\0"), *[""] * 8][:8]
+    licence = licences.Licence("other", "its base's licence")
+    title, base, original, method, name, key, value, warning = texts
+    run = card.RunFacts(
+        title, base, base, original, licence, method, [(name, "ab")], [(key, value)], [(key, name, value)], [warning]
+    )
+    text = card.model_card(run, card.FormatFacts("gguf", value, f"{title}.gguf", warnings=[warning]))
+    assert yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))["license"] == "other"
+
+
+def chat(data: bytes) -> None:
+    """A line that is typed in chat, and a saved conversation."""
+    text = data.decode(errors="replace")
+    if (command := repl.command_in(text)) is not None:
+        repl.nearest_command(command[0])
+    FILE.write_bytes(data)
+    for read in (repl.temperature, lambda _: transcript.Transcript.load(FILE)):
+        with suppress(MlxZhError):
+            read(text)
+
+
+def parquet_seed() -> bytes:
+    """Two rows of a data set."""
+    import pyarrow
+    from pyarrow import parquet as files
+
+    held = io.BytesIO()
+    files.write_table(pyarrow.table({"instruction": ["a", "b"], "output": ["c", "d"]}), held)
+    return held.getvalue()
+
+
+def archive_seed() -> bytes:
+    """An archive with one file of an exam."""
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("val/law_val.csv", "id,question,A,B,C,D,answer\n0,q,1,2,3,4,A\n")
+    return held.getvalue()
+
+
+@cache
+def small_tokenizer() -> Any:
+    """A tokenizer with ChatML's template."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import hostile_data
+
+    return hostile_data.tokenizer()
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
@@ -170,8 +235,17 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = 
         safetensors,
         lambda: [b"\x40" + b"\0" * 7 + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(68)],
     ),
-    "parquet": (parquet, lambda: [b"\x15\0" * 20 + b"PAR1"]),
-    "archive": (archive, lambda: [b"PK\3\4" + b"\0" * 40]),
+    "parquet": (parquet, lambda: [parquet_seed()[4:]]),
+    "archive": (archive, lambda: [archive_seed()]),
+    "modelfile": (modelfile, lambda: ['m.gguf\0你好"""\0a note'.encode(), b'a\nSYSTEM x\0"""\n\0\x1b']),
+    "card": (
+        model_card,
+        lambda: ["title\0base\0original\0lora\0名\0key\x001|2\0---".encode()],
+    ),
+    "chat": (
+        chat,
+        lambda: [b"/temp 0.5", "／保存 a.json".encode(), b'{"messages": [{"role": "user", "content": "a"}]}'],
+    ),
     "redaction": (redaction, lambda: [b"token=abcdefgh http://a:b@c hf_" + b"a" * 20]),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import signal
 import stat
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from project import Project
 import mlx_zh
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.template_sandbox import Sandbox
 from mlx_zh.errors import DownloadError, ModelError, TemplateError
 from mlx_zh.exams import archives
 from mlx_zh.exams.catalog import benchmark
@@ -136,6 +138,23 @@ def test_a_template_gets_nothing_but_its_values(source):
         word in text for word in ("class '", "<class", "root:", "uid=", "module '", "<code", "{'__name__'")
     )
     assert messages[0].content == "hello" and len(text) < 10_000
+
+
+def test_ctrl_c_ends_a_template(monkeypatch):
+    """No handler of the template's errors keeps it."""
+    rounds = 0
+
+    def interrupted(_sandbox, _steps):
+        nonlocal rounds
+        rounds += 1
+        if rounds == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Sandbox, "_spend", interrupted)
+    template = ChatTemplate("{% for i in range(10**5) %}x{% endfor %}", date_string="26 Jul 2024", variables={})
+    with pytest.raises(KeyboardInterrupt):
+        template.render([Message("user", "hello")])
+    assert rounds == 10
 
 
 def test_a_template_from_a_gguf_file_runs_in_the_sandbox(tmp_path):

@@ -1,4 +1,4 @@
-"""Replies are where rendering the messages before each of them puts them, which takes time squared in the messages."""
+"""Replies are where rendering the messages before each of them puts them, which takes quadratic time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROUNDS = (
     "{% for m in messages %}{% if m.role == 'user' %}[{{ loop.index0 // 2 + 1 }}]\n问：{{ m.content }}\n答："
     "{% else %}{{ m.content|trim }}<|im_end|>\n{% endif %}{% endfor %}"
 )
-# family, and a template other than its own; and whether it writes earlier messages as in the prompt for each reply
+# family, and a template other than its own
 TEMPLATES = [
     ("llama3", None),
     ("llama3", LLAMA32),

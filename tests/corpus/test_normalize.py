@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 import pytest
 
 from mlx_zh.corpus.normalize import normalize, simplifier
@@ -29,6 +32,19 @@ from mlx_zh.errors import DataError
 def test_normalize(written: str, expected: str):
     assert normalize(written) == expected
     assert normalize(expected) == expected
+
+
+@pytest.mark.parametrize("count", [1, 29, 30, 31, 60, 61])
+def test_long_runs_of_marks_are_stream_safe(count: int):
+    """Unicode's stream-safe text: at most 30 combining marks in a run, then U+034F (UAX #15, section 13)."""
+    written = "x" + "\u0301\u0327" * count  # out of order, and no letter with these marks has a code point
+    normal = normalize(written)
+    runs = re.split("[x\u034f]", normal)[1:]
+    assert [len(run) for run in runs] == [30] * (2 * count // 30) + [2 * count % 30] * (2 * count % 30 > 0)
+    assert normal.replace("\u034f", "").count("\u0301") == count
+    if 2 * count <= 30:
+        assert normal == unicodedata.normalize("NFC", written)
+    assert normalize(normal) == normal
 
 
 def test_traditional_characters_by_phrase():
