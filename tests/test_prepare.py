@@ -275,3 +275,17 @@ def test_a_variable_that_no_row_names_is_told(folder: Path, capsys, variables: s
         lines = [line for line in capsys.readouterr().out.splitlines() if "fills in nothing" in line]
         assert len(lines) == bool(said_of)
         assert all(name in "".join(lines) for name in said_of)
+
+
+def test_rows_of_one_form_that_near_duplicates_take_are_told(folder: Path, capsys) -> None:
+    """Forty questions after one instruction, which differ in two letters, and the remedy that the warning names."""
+    names = [chr(0x4E00 + 37 * i) + chr(0x5E00 + 11 * i) for i in range(40)]
+    ask = "请判断下面这句话表达的情绪是正面的还是负面的，只回答一个词，不要解释：我非常喜欢"
+    rows = [{"instruction": f"{ask}{name}。", "output": "这句话表达的情绪是正面的。"} for name in names]
+    Path("moods.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = ["recipe.yaml", "data.sft.train=[moods.jsonl]", "data.dpo.train=[]"]
+    assert prepare.main(settings) == 0
+    assert "moods.jsonl: 39 of 40 rows are left out as near duplicates." in capsys.readouterr().out
+    assert prepare.main([*settings, "data.deduplicate.near=null"]) == 0
+    shown = capsys.readouterr().out
+    assert "near duplicates" not in shown and "40 examples" in shown

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
-from mlx_zh.corpus.choosing import ChoiceSettings
+from mlx_zh.corpus.choosing import NEAR_DUPLICATE, ChoiceSettings
 from mlx_zh.corpus.data_files import TABLE_SUFFIXES, NoDataFiles, folder_files, registered_files
 from mlx_zh.corpus.hub_rows import rows_file
 from mlx_zh.corpus.registry import Registry, find_data_set, load_registry
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mlx_zh.corpus.render import Renderer
 
 _COLUMNS, _COLUMN = 12, 40  # unused columns that are named, and characters of a name
+_MANY_NEAR = 20  # near duplicates of a source; with fewer than this, nothing is said
 _UNITS = {"sft": "examples", "dpo": "pairs"}
 
 
@@ -86,6 +87,10 @@ def prepare_stage(
         if reported["unused"]:
             listed = [name[:_COLUMN] for name in reported["unused"][:_COLUMNS]]
             console.warn(Notice("columns-not-used", source=reported["name"], columns=listed), keep=False)
+        near = reported["dropped"].get(NEAR_DUPLICATE, 0)
+        if near >= _MANY_NEAR and near > reported["rows"] // 2:
+            told = Notice("near-duplicates-many", source=reported["name"], count=near, rows=reported["rows"])
+            console.warn(told, keep=False)
     for warning in unused_variables(recipe, stage, corpus.manifest["report"]):
         console.warn(warning, keep=False)
     # A cached corpus may come from a run that did not ask for these exams, or had other reasons.
