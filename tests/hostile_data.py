@@ -45,13 +45,20 @@ def rows(name: str, content: Callable[[], str | bytes], suffix: str = ".jsonl") 
 
     @case(name)
     def write(folder: Path) -> Callable[[], Any]:
-        from mlx_zh.corpus.normalize import map_texts, normalize
+        from mlx_zh.corpus.normalize import normalize
         from mlx_zh.corpus.rows import LoadReport
         from mlx_zh.corpus.sources import DataSource
+        from mlx_zh.corpus.survey import texts_of
 
         path = put(folder / f"data{suffix}", content)
         source = DataSource("data", (str(path),))
-        return lambda: sum(bool(map_texts(item, normalize)) for item in source.items("sft", "skip", LoadReport()))
+
+        def read() -> None:
+            for item in source.items("sft", "skip", LoadReport()):
+                for text in texts_of(item):
+                    normalize(text)
+
+        return read
 
 
 def pair(question: str, answer: str = "b") -> str:
