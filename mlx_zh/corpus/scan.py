@@ -108,8 +108,9 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
 def _is_whole(folder: Path) -> bool:
     """Whether `folder` has a finished scan whose files are what was written."""
     try:
-        digests = parse_json((folder / "scan.json").read_text(encoding="utf-8"))["digests"]
-        return damage(folder, digests) is None
+        about = parse_json((folder / "scan.json").read_text(encoding="utf-8"))
+        LoadReport(**about["report"])
+        return damage(folder, about["digests"]) is None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

@@ -24,7 +24,13 @@ class Records:
         try:
             record = parse_json(path.read_text(encoding="utf-8"))
             return [Answer.of(fields) for fields in record["answers"]] if record["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):  # missing, damaged, or of another version: ask again
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # missing, damaged, or of another version: ask again
             return None
 
     def save_subject(self, subject: str, key: str, answers: Sequence[Answer]) -> None:
@@ -38,7 +44,7 @@ class Records:
             lines = list(text_lines(answers.read_text(encoding="utf-8")))
             values: dict[str, object] = dict(parse_json(report.read_text(encoding="utf-8")))
             return values, [Answer.of(parse_json(line)) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def save_exam(self, answers: Sequence[Answer], report: ExamReport, *, labelled: bool) -> list[Path]:

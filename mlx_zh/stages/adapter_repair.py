@@ -46,8 +46,10 @@ def mend_best(stage: StageFolder, step: int | None, save: Callable[[Arrays], Non
         reason = adapter_damage(stage.best) or "it cannot be read"
     aside = set_damaged_aside(stage.best)
     weights = checkpoints.weights_after(stage.checkpoints, step)
-    code = "best-lost" if weights is None else "best-damaged"
-    console.warn(Notice(code, folder=str(stage.best), reason=reason, aside=aside.name, step=step))
-    if weights is not None:
-        save(weights)
+    told = {"folder": str(stage.best), "reason": reason, "aside": aside.name, "step": step}
+    if weights is None:
+        console.warn(Notice("best-lost", **told))
+        return None
+    console.warn(Notice("best-damaged", **told))
+    save(weights)
     return weights

@@ -29,7 +29,7 @@ def current_models(run: RunFolder, base: str | None = None) -> dict[str, dict[st
     for name in ("base", *TUNED):
         current[name] = {} if base is None else {"base": base}
         stage = run.stage(name)
-        if name in TUNED and stage.has_adapter and stage.is_finished:
+        if name in TUNED and all((stage.adapter / file).is_file() for file in (CONFIG_FILE, ADAPTER_FILE)):
             current[name]["adapter"] = adapter_digest(stage.adapter)
     fused = _fused_fingerprint(run, current)
     current["fused"] = {} if fused is None else {"base": fused}

@@ -25,7 +25,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import DataSet, Recipe, Source, placeholders
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, storage
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import read_object
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -128,10 +128,7 @@ def unused_variables(recipe: Recipe, stage: str, report: CorpusReport) -> list[N
 def save_report(recipe: Recipe, stage: str, corpus: Corpus) -> Path:
     """Write the corpus's report into `data/report.json` of the run folder, under its stage; returns the path."""
     path = RunFolder.of(recipe).prepared
-    try:
-        reports: dict[str, object] = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        reports = {}
+    reports = read_object(path) or {}
     report = corpus.manifest["report"]
     entry: StageReport = {
         "key": corpus.key,

@@ -46,8 +46,8 @@ class StageFolder:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the adapter's weights are here."""
-        return (self.adapter / ADAPTER_FILE).is_file()
+        """Whether the adapter is here, or one of its files: then reading it says which is missing."""
+        return any((self.adapter / name).is_file() for name in (ADAPTER_FILE, CONFIG_FILE))
 
     @property
     def is_finished(self) -> bool:

@@ -99,6 +99,24 @@ def test_a_flipped_byte_is_noticed(archive: Callable[..., Path], tmp_path: Path)
     assert left(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "digests"])
+def test_a_damaged_copy_is_unpacked_again(archive: Callable[..., Path], tmp_path: Path, damage: str):
+    packed = archive(ceval_files(50))
+    folder = archives.unpack(CEVAL, packed, tmp_path / "cache")
+    path = sorted(folder.rglob("*.csv"))[0]
+    whole = path.read_bytes()
+    if damage == "flipped":
+        path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    elif damage == "cut":
+        path.write_bytes(whole[:-5])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        next(folder.glob("*.json")).write_text("[1]")
+    assert archives.unpack(CEVAL, packed, tmp_path / "cache") == folder
+    assert path.read_bytes() == whole
+
+
 def test_another_archive_is_refused(archive: Callable[..., Path], tmp_path: Path):
     files = {name: text for name, text in ceval_files().items() if "law" not in name}
     with pytest.raises(DownloadError, match=r"is not C-Eval's archive: it lacks dev/law, val/law, test/law\."):

@@ -46,6 +46,7 @@ SAID_BY = {
     "{0} To start anyway, add": ("sft", "dpo", "run"),
     "{0} is finished: nothing": ("sft", "dpo"),
     "start over with --fresh": ("sft", "dpo", "run"),
+    "{0} is damaged: {1}. No checkpoint is left": ("sft", "dpo", "run"),
     "train anew: --from": ("run",),
     "requested by --from": ("run",),
     "Times are measured on this": ("plan",),

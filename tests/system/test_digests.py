@@ -62,6 +62,20 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str) -> None:
     assert FileDigests(cache).digests([str(path)])[str(path)] == hashlib.sha256(b"one").hexdigest()
 
 
+def test_a_remembered_digest_with_a_flipped_bit_is_not_believed(tmp_path: Path) -> None:
+    path, cache = tmp_path / "file", tmp_path / "cache.json"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10**18, 10**18))
+    digest = hashlib.sha256(b"one").hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digests, "_FRESH", -1e9)
+        FileDigests(cache).digests([str(path)])
+    stored = cache.read_text(encoding="utf-8")
+    assert digest in stored
+    cache.write_text(stored.replace(digest, "f" * 64), encoding="utf-8")
+    assert FileDigests(cache).digests([str(path)]) == {str(path): digest}
+
+
 def test_files_that_are_gone_are_forgotten(tmp_path: Path, reads: list[Path]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for path in (first, second):

@@ -103,6 +103,8 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         raise AdapterError(pickled)
     for name in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / name).is_file():
+            if "run" in adapter_about(folder):
+                raise AdapterError(f"{folder} is damaged: it has no {name}. {_remedy(folder)}")
             raise AdapterError(
                 f"{folder} is not an adapter folder: it has no {name}. Give the folder with {CONFIG_FILE} and "
                 f"{ADAPTER_FILE}."
