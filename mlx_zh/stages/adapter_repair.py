@@ -46,7 +46,7 @@ def mend_best(stage: StageFolder, step: int | None, save: Callable[[Arrays], Non
         reason = adapter_damage(stage.best) or "it cannot be read"
     aside = set_damaged_aside(stage.best)
     weights = checkpoints.weights_after(stage.checkpoints, step)
-    told = {"folder": str(stage.best), "reason": reason, "aside": aside.name, "step": step}
+    told: dict[str, str | int] = {"folder": str(stage.best), "reason": reason, "aside": aside.name, "step": step}
     if weights is None:
         console.warn(Notice("best-lost", **told))
         return None
