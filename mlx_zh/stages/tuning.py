@@ -354,6 +354,7 @@ class Session:
             )
         console.log_held_warnings(again=False)
         loop.resume(checkpoint)
+        checkpoints.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)  # a power cut may bring old ones back
         console.say(f"Going on after step {checkpoint.state['step']} of {loop.total}.")
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
