@@ -12,7 +12,7 @@ import yaml
 from sentences import WARNINGS, example, fields
 
 import mlx_zh
-from mlx_zh.corpus import choosing, render, shards
+from mlx_zh.corpus import choosing, render, row_keys, shards
 from mlx_zh.language.catalogue import FILES, Wording, catalogue, read
 
 PACKAGE = Path(mlx_zh.__file__).parent
@@ -110,6 +110,8 @@ def reason_of(argument: ast.expr) -> list[str]:
         return [argument.value]
     text = ast.unparse(argument)
     known = {
+        "REFUSED[key]": list(row_keys.REFUSED.values()),
+        "FALSE_REFUSED[key]": list(row_keys.FALSE_REFUSED.values()),
         "reason": ["empty reply", "empty user message"],
         "f'does not end with {last}'": ["does not end with assistant", "does not end with user"],
     }
