@@ -40,8 +40,10 @@ def serve() -> None:
 
     from file_operations import FileOperations
 
+    from mlx_zh.system import digests
     from mlx_zh.system.entry import entry
 
+    digests._FRESH = -1.0  # digests of files just copied are remembered too, so that operations do not depend on time
     stages = ("prepare", "sft", "dpo", "eval", "fuse", "report")
     mains = {name: importlib.import_module(f"mlx_zh.{name}").main for name in stages}
     heavy = ("tuning", "memory_check", "first_adapter", "reference_pass", "data", "examination", "fuser")
