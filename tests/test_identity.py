@@ -205,7 +205,7 @@ def test_an_unfinished_run_is_not_finished_with_other_numbers(everything: Projec
     monkeypatch.setattr(numbers, "version", lambda: 2)
     refused = everything.sft()
     assert refused.status == 2
-    assert "holds a run with other settings: how this version of mlx-zh computes sums." in refused.err
+    assert "holds a run with other settings: how this version computes sums." in refused.err
     assert "Finish it with the version that began it, give this recipe another name" in refused.err
     finished = everything.sft("name=finished")
     assert finished.status == 0 and "is finished: nothing is left to train" in finished.out

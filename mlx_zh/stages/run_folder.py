@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.language.notice import Notice
-from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
+from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.system import console, device
 from mlx_zh.system.json_text import read_object
 from mlx_zh.system.locks import Lock, locked
@@ -46,8 +46,8 @@ class StageFolder:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the adapter is here, or one of its files: then reading it says which is missing."""
-        return any((self.adapter / name).is_file() for name in (ADAPTER_FILE, CONFIG_FILE))
+        """Whether the adapter is here: its config is, which is written last. Its weights may be damaged or missing."""
+        return self.is_finished
 
     @property
     def is_finished(self) -> bool:

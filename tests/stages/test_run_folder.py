@@ -74,12 +74,11 @@ def test_the_pipeline_looks_for_the_same_outputs_as_version_0_1(tmp_path: Path, 
 def test_the_newest_adapter_is_that_of_dpo(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.newest_adapter() is None
-    adapter(run, "dpo", "adapter_config.json")  # killed before the weights were there
+    adapter(run, "dpo")  # killed before the config was there, which is written last
     assert run.newest_adapter() is None
-    sft = adapter(run, "sft")
-    assert run.newest_adapter() == sft
+    sft = adapter(run, "sft", "adapter_config.json")
     assert run.newest_adapter() == sft and not run.stage("dpo").has_adapter
-    dpo = adapter(run, "dpo")
+    dpo = adapter(run, "dpo", "adapter_config.json")
     assert run.newest_adapter() == dpo
 
 
