@@ -46,7 +46,7 @@ class StageFolder:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the adapter is here: its config is, which is written last. Its weights may be damaged or missing."""
+        """Whether the adapter is here: its config is, which is written last. Its weights may be missing."""
         return self.is_finished
 
     @property
