@@ -155,10 +155,8 @@ def left_by(folder: Path) -> dict[str, Any]:
     for top in (folder / "runs", folder / "cache"):
         for path in sorted(top.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if name.startswith(tuple(f"cache/{shared}" for shared in _SHARED)) or name.endswith(
-                (".lock", "/fingerprints.json")
-            ):
-                continue  # fingerprints are remembered only of files that are some seconds old
+            if name.startswith(tuple(f"cache/{shared}" for shared in _SHARED)) or name.endswith(".lock"):
+                continue
             contents[name] = "folder" if path.is_dir() else _content(path)
     return contents
 
