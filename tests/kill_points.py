@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stage_server import SHARED, StageServer, become_stage, imported, requests, serving, share_cache
+
 STAGES = ("prepare", "eval base", "sft", "eval sft", "dpo", "eval dpo", "fuse", "report")
-_SHARED = ("blas", "tokenizers")  # of the cache; made by processes of their own, which take seconds
 # What a stage measures, and what depends on the folder that a test runs in
 _OWN = {
     "tokens_per_second",
@@ -36,29 +36,18 @@ _OWN = {
 
 def serve() -> None:
     """For every line of stdin, a JSON object: fork a stage, and answer with its exit status (-9: killed)."""
-    import importlib
-
     from file_operations import FileOperations
 
     from mlx_zh.system import digests
     from mlx_zh.system.entry import entry
 
     digests._FRESH = -1.0  # digests of files just copied are remembered too, so that operations do not depend on time
-    stages = ("prepare", "sft", "dpo", "eval", "fuse", "report")
-    mains = {name: importlib.import_module(f"mlx_zh.{name}").main for name in stages}
-    heavy = ("tuning", "memory_check", "first_adapter", "reference_pass", "data", "examination", "fuser")
-    for name in heavy:
-        importlib.import_module(f"mlx_zh.stages.{name}")
-    for name in ("mlx_zh.reporting.findings", "mlx_zh.reporting.plots", "matplotlib.pyplot"):
-        importlib.import_module(name)
-    while line := sys.stdin.readline():
-        wanted = json.loads(line)
+    late = ("mlx_zh.stages.fuser", "mlx_zh.reporting.findings", "mlx_zh.reporting.plots", "matplotlib.pyplot")
+    mains = imported(("prepare", "sft", "dpo", "eval", "fuse", "report"), *late)
+    for wanted in requests():
         child = os.fork()
         if child == 0:
-            log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ["MLX_ZH_CACHE"] = wanted["cache"]
+            log = become_stage(wanted)
             os.chdir(wanted["folder"])
             watch = FileOperations([Path("runs"), Path(wanted["cache"])], wanted["kill"], wanted["power"], log)
             watch.install()
@@ -74,32 +63,22 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-@dataclass
-class Server:
+class Server(StageServer):
     """The process that forks stages."""
-
-    process: subprocess.Popen[str]
 
     def run(self, folder: Path, stage: str, *, kill: int | None = None, power: int | None = None) -> int:
         """Run a stage, for example `eval sft`, in a folder; kill it before a file operation. The exit status."""
         name, *model = stage.split()
         arguments = ["recipe.yaml", *(["--stage", *model] if model else [])]
         arguments += ["--no-measure"] if name == "fuse" else []
-        wanted = {"stage": name, "arguments": arguments, "kill": kill, "power": power, "folder": str(folder)}
-        wanted |= {"cache": str(folder / "cache"), "log": str(folder / "log.txt")}
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(wanted) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        places = {"folder": str(folder), "cache": str(folder / "cache"), "log": str(folder / "log.txt")}
+        return self.request(stage=name, arguments=arguments, kill=kill, power=power, **places)
 
 
 @contextmanager
 def server() -> Iterator[Server]:
-    command = [sys.executable, __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with serving(__file__) as process:
         yield Server(process)
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 @dataclass
@@ -119,10 +98,7 @@ class KillPoints:
             if path.name.startswith("exam") or path.suffix in (".jsonl", ".yaml"):
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
         (folder / "cache").mkdir()
-        for name in _SHARED:
-            shared = Path(os.environ["MLX_ZH_CACHE"]) / name
-            shared.mkdir(exist_ok=True)
-            (folder / "cache" / name).symlink_to(shared)
+        share_cache(folder / "cache")
         for stage in stages:
             shutil.copytree(folder, self.top / f"before {stage}", symlinks=True)
             status = self.server.run(folder, stage)
@@ -155,7 +131,7 @@ def left_by(folder: Path) -> dict[str, Any]:
     for top in (folder / "runs", folder / "cache"):
         for path in sorted(top.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if name.startswith(tuple(f"cache/{shared}" for shared in _SHARED)) or name.endswith(".lock"):
+            if name.startswith(tuple(f"cache/{shared}" for shared in SHARED)) or name.endswith(".lock"):
                 continue
             contents[name] = "folder" if path.is_dir() else _content(path)
     return contents

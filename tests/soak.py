@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ import yaml
 from kill_points import STAGES as POINT_STAGES
 from kill_points import KillPoints, small_project
 from kill_points import server as kill_points_server
+from stage_server import StageServer, become_stage, imported, requests, serving, share_cache
 
 KILLS = int(os.environ.get("SOAK_KILLS", "60"))
 POINTS = int(os.environ.get("SOAK_POINTS", "320"))
@@ -43,22 +43,13 @@ STAGES = ("prepare", "eval base", "sft", "eval sft", "dpo", "eval dpo")
 
 def serve() -> None:
     """For every line of stdin, a JSON object: fork a stage and tell its process id; at the next line, its status."""
-    import importlib
-
     from mlx_zh.system.entry import entry
 
-    mains = {name: importlib.import_module(f"mlx_zh.{name}").main for name in ("prepare", "sft", "dpo", "eval")}
-    heavy = ("tuning", "memory_check", "first_adapter", "reference_pass", "data", "examination", "run_models")
-    for name in heavy:
-        importlib.import_module(f"mlx_zh.stages.{name}")
-    while line := sys.stdin.readline():
-        wanted = json.loads(line)
+    mains = imported(("prepare", "sft", "dpo", "eval"), "mlx_zh.stages.run_models")
+    for wanted in requests():
         child = os.fork()
         if child == 0:
-            log = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ["MLX_ZH_CACHE"] = wanted["cache"]
+            become_stage(wanted)
             try:
                 entry(mains[wanted["stage"]], wanted["arguments"])
             except SystemExit as stop:
@@ -70,39 +61,22 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-@dataclass
-class Server:
+class Server(StageServer):
     """The process that forks stages."""
-
-    process: subprocess.Popen[str]
 
     def start(self, stage: str, arguments: list[str], cache: Path, log: Path) -> int:
         """Begin a stage; returns its process id."""
-        wanted = {"stage": stage, "arguments": arguments, "cache": str(cache), "log": str(log)}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(wanted) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
+        return self.request(stage=stage, arguments=arguments, cache=str(cache), log=str(log))
 
     def wait(self) -> int:
         """The exit status of the stage begun last; -9 where it was killed."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> int:
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
+        return self.ask()
 
 
 @contextmanager
 def server() -> Iterator[Server]:
-    command = [sys.executable, __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with serving(__file__) as process:
         yield Server(process)
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 # The rounds
@@ -119,10 +93,7 @@ class Round:
     def __post_init__(self) -> None:
         self.cache = Path(f"cache-{self.name}").absolute()
         self.cache.mkdir()
-        for shared in ("blas", "tokenizers"):  # made by processes of their own, which take seconds
-            place = Path(os.environ["MLX_ZH_CACHE"]) / shared
-            place.mkdir(exist_ok=True)
-            (self.cache / shared).symlink_to(place)
+        share_cache(self.cache)
         self.folder = Path("runs", self.name)
         self.log = Path(f"{self.name}.log")
 
