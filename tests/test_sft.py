@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -309,6 +310,18 @@ def test_more_epochs_of_a_finished_run_are_refused_with_the_way_that_works(proje
     assert (further.status, further.err) == (0, "")
     assert "Starting from the adapter in runs/tiny/sft/adapters." in further.out
     assert max(line["epoch"] for line in metrics(Path("runs/tiny-2/sft")) if "epoch" in line) == 2
+    again = project.sft("sft.epochs=2")
+    assert "name=tiny-3 sft.start=runs/tiny/sft/adapters" in again.err  # tiny-2 is taken
+
+
+def test_the_way_that_works_can_be_pasted_with_a_space_in_the_folder(project: Project):
+    project.recipe["sft"] |= {"max_steps": None, "epochs": 1}
+    project.recipe["runs"] = "my runs"
+    project.write_recipe()
+    assert project.sft().status == 0
+    words = shlex.split(project.sft("sft.epochs=2").err.rpartition("for sft.epochs more: ")[2])
+    assert words == ["name=tiny-2", "sft.start=my runs/tiny/sft/adapters"]
+    assert project.sft("sft.epochs=2", *words).status == 0
 
 
 @pytest.mark.parametrize("form", ["mlx", "peft"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -242,9 +243,10 @@ class Session:
             self.values, self.stage
         ):
             longer = "Its learning rate was planned for its own number of steps, so it cannot be made longer. "
+        name = self.run.unused_name()
         return (
             f"{longer}Give this recipe another name, or {fresh}. To train the adapter that is here for "
-            f"{self.stage}.epochs more: name={self.recipe.name}-2 {self.stage}.start={self.folder.adapter}"
+            f"{self.stage}.epochs more: name={name} {shlex.quote(f'{self.stage}.start={self.folder.adapter}')}"
         )
 
     def begin(self, *, fresh: bool, renew: bool = False) -> bool:
