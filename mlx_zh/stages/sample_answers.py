@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_zh.errors import DeviceError
 from mlx_zh.language.notice import Notice
-from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.stages import setbacks
+from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
-from mlx_zh.system.digests import file_digest, value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.digests import value_digest
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import write_json
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Samples:
 
     def ask(self, name: str, adapter: Path | None = None) -> None:
         """Store the current model's answers under `name`, unless they are there; `adapter` is the adapter it has."""
-        if not self.lacks(name, adapter):
+        key = self._key(adapter)
+        if not self._prompts or self._read("keys").get(name) == key:
             return
         prompts = self._prompts
 
@@ -67,7 +68,7 @@ class Samples:
             return
         stored = {"prompts": prompts, "expected": self._expected, "answers": self._read("answers") | {name: answers}}
         stored["key"] = value_digest(prompts)[:16]  # the prompts are stored without secrets
-        write_json(self._path, stored | {"keys": self._read("keys") | {name: self._key(adapter)}})
+        write_json(self._path, stored | {"keys": self._read("keys") | {name: key}})
 
     def shown(self, *names: str) -> str:
         """The prompts, each with the answers of the models `names`, as text; empty if there are none."""
@@ -85,13 +86,13 @@ class Samples:
         recipe, loaded = self._recipe, self._loaded
         model = (loaded.fingerprint, recipe.model.dtype, recipe.model.quantization, self._renderer.fingerprint)
         asked = (self._prompts, self._expected, recipe.system_message(), recipe.evaluate.max_new_tokens)
-        files = [] if adapter is None else [file_digest(adapter / name) for name in (CONFIG_FILE, ADAPTER_FILE)]
-        return value_digest([*model, *asked, files])[:32]
+        tuned = None if adapter is None else adapter_digest(adapter)
+        return value_digest([*model, *asked, tuned])[:32]
 
     def _read(self, part: str) -> dict[str, Any]:
         """A part of what is stored (answers or keys), by model; empty if it belongs to other prompts."""
         try:
-            stored = parse_json(self._path.read_text(encoding="utf-8"))
+            stored = load_json(self._path)
             key = stored.get("key") or value_digest(stored["prompts"])[:16]
             values = stored[part] if key == value_digest(self._prompts)[:16] else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: ask again
