@@ -41,7 +41,7 @@ from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
 from mlx_zh.errors import DataError
 from mlx_zh.language.notice import Notice
 from mlx_zh.system.digests import FileDigests, damage, digests_of, value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.storage import (
     make_folder,
     remove,
@@ -203,7 +203,7 @@ def prepare(
 def damage_of(folder: Path) -> str | None:
     """Why a prepared corpus cannot be used: it is missing, incomplete, or not what was written. None if it can."""
     try:
-        manifest = parse_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = load_json(folder / _MANIFEST)
         check = manifest.pop("check")
         if value_digest(manifest) != check:
             return f"{_MANIFEST} is not what was written"
@@ -233,7 +233,7 @@ def _changed(folder: Path) -> float:
 
 def open_corpus(folder: Path, kind: str, *, ready: bool) -> Corpus:
     """A finished corpus; its rows stay on disk."""
-    manifest: Manifest = parse_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+    manifest: Manifest = load_json(folder / _MANIFEST)
     shards = Shards([folder / name for name in manifest["files"]])
     open_as = Conversations if kind == "sft" else Pairs
     splits = {split: open_as(shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}

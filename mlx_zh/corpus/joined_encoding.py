@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.storage import write_exact_text
 
 _CUT = "\ufdd0\ufdd1\ufdd0"  # written between pieces; Unicode noncharacters, which ordinary text never contains
@@ -42,7 +42,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read what `save` wrote."""
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         ranks = {base64.b64decode(word): index for index, word in enumerate(content["words"])}
         return cls(content["pattern"], ranks, content["added"])
 

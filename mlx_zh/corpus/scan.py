@@ -31,7 +31,7 @@ from mlx_zh.corpus.shingles import Letters, letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
 from mlx_zh.system.digests import damage, digests_of
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.storage import make_folder, storage_errors, sync_tree, write_exact_json, written_whole
 
 PART = 4096  # rows of one spool file at most
@@ -108,7 +108,7 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
 def _is_whole(folder: Path) -> bool:
     """Whether `folder` has a finished scan whose files are what was written."""
     try:
-        about = parse_json((folder / "scan.json").read_text(encoding="utf-8"))
+        about = load_json(folder / "scan.json")
         LoadReport(**about["report"])
         return damage(folder, about["digests"]) is None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -117,7 +117,7 @@ def _is_whole(folder: Path) -> bool:
 
 def open_scan(folder: Path, near: bool) -> Scan:
     """The finished scan in `folder`; `near` says whether it has signatures for near duplicates."""
-    report = LoadReport(**parse_json((folder / "scan.json").read_text(encoding="utf-8"))["report"])
+    report = LoadReport(**load_json(folder / "scan.json")["report"])
     with np.load(folder / "scan.npz") as arrays:
         columns = {name: arrays[name] for name in arrays.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"
@@ -268,7 +268,7 @@ def _item(row: tuple[Any, ...]) -> Item:
 
 def main(argv: list[str]) -> int:
     """Scan the sources of a task file; write progress and errors to standard output, one JSON object a line."""
-    task = parse_json(Path(argv[0]).read_text(encoding="utf-8"))
+    task = load_json(Path(argv[0]))
 
     def report(**values: Any) -> None:
         sys.stdout.write(json.dumps(values, ensure_ascii=True) + "\n")

@@ -26,7 +26,7 @@ from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
 from mlx_zh.system.digests import file_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import make_folder, storage_errors, write_exact_json, written_whole
 
 ROWS = 16384  # chosen rows for each file
@@ -89,7 +89,7 @@ def write_shards(
 def _is_whole(path: Path) -> bool:
     """Whether an earlier run has finished this file, and it is what was written."""
     try:
-        digest = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))["digest"]
+        digest = load_json(path.with_suffix(".json"))["digest"]
         counts_of([path])
         return bool(file_digest(path) == digest)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -100,7 +100,7 @@ def counts_of(paths: Sequence[Path]) -> list[dict[int, Counter[str]]]:
     """For each file, by source: how many rows were dropped for each reason, and how many were cut short."""
     counts_by_file = []
     for path in paths:
-        counts = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))["counts"]
+        counts = load_json(path.with_suffix(".json"))["counts"]
         counts_by_file.append({int(source): Counter(reasons) for source, reasons in counts.items()})
     return counts_by_file
 

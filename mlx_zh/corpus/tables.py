@@ -16,7 +16,7 @@ from mlx_zh.corpus.data_files import WAY
 from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.system.downloads import reason_of
 from mlx_zh.system.hub import endpoint
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_folder, target_outside
 
 CONVERTED = "refs/convert/parquet"  # the branch with the hub's own conversion of a set
@@ -90,7 +90,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
 def _splits(folder: Path) -> list[str]:
     path = folder / "dataset_dict.json"
     try:
-        splits = parse_json(path.read_text(encoding="utf-8"))["splits"]
+        splits = load_json(path)["splits"]
         return [str(split) for split in splits] or ["none"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: names no splits; save the data set again with save_to_disk") from error

@@ -20,7 +20,7 @@ from mlx_zh.system import hub as hubs
 from mlx_zh.system import storage
 from mlx_zh.system.digests import damage, digests_of, file_digest
 from mlx_zh.system.downloads import Progress
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import folder_whole, make_folder, storage_errors, visible, write_json
 
@@ -89,7 +89,7 @@ def unpack(benchmark: Benchmark, archive: Path, cache: Path) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether the unpacked files are here, and are what was written."""
     try:
-        return damage(folder, parse_json((folder / _DIGESTS).read_text(encoding="utf-8"))) is None
+        return damage(folder, load_json(folder / _DIGESTS)) is None
     except (OSError, ValueError, AttributeError):
         return False
 

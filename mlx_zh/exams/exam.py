@@ -17,7 +17,7 @@ from mlx_zh.errors import DataError
 from mlx_zh.exams.catalog import Benchmark, Entry, Row
 from mlx_zh.exams.csvfile import Question, read_questions
 from mlx_zh.system.digests import text_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import visible
 
@@ -208,7 +208,7 @@ def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
     if not path.is_file():
         return {}
     try:
-        data: Any = parse_json(path.read_text(encoding="utf-8"))
+        data: Any = load_json(path)
     except (ValueError, RecursionError) as error:
         problems.append(f"{path}: not valid JSON: {error}.")
         return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_zh.exams.answers import Answer
 from mlx_zh.exams.figures import ExamReport, submission
 from mlx_zh.system.escaping import text_lines
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.storage import json_line, write_json, write_text
 
 
@@ -22,7 +22,7 @@ class Records:
         """The answers of a finished subject; None where there are none, or they were given under another `key`."""
         path = self._subject(subject)
         try:
-            record = parse_json(path.read_text(encoding="utf-8"))
+            record = load_json(path)
             return [Answer.of(fields) for fields in record["answers"]] if record["key"] == key else None
         except (
             OSError,
@@ -42,7 +42,7 @@ class Records:
         answers, report = (self._folder / f"{self._name}.{kind}" for kind in ("jsonl", "json"))
         try:
             lines = list(text_lines(answers.read_text(encoding="utf-8")))
-            values: dict[str, object] = dict(parse_json(report.read_text(encoding="utf-8")))
+            values: dict[str, object] = dict(load_json(report))
             return values, [Answer.of(parse_json(line)) for line in lines]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.links import check_folder
 from mlx_zh.system.storage import visible
 
@@ -82,7 +82,7 @@ def as_ids(value: Any, where: Path) -> list[int]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError if the file does not contain one."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 text ({error.reason}). Download it again.") from error
     except json.JSONDecodeError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_zh.models import folder, gguf
 from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.system.digests import Reading, known_digests, value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 
 _SAMPLED = 16  # hex digits of a fingerprint of earlier versions; those of whole files have 64
 
@@ -35,7 +35,7 @@ def is_model(recorded: object, path: Path, fingerprint: str) -> bool:
 def is_foreign(adapter: Path, path: Path, fingerprint: str) -> bool:
     """Whether an adapter folder says that it was trained on another model than the one at `path`."""
     try:
-        trained_on = parse_json((adapter / CONFIG_FILE).read_text(encoding="utf-8"))["mlx_zh"]["base_fingerprint"]
+        trained_on = load_json(adapter / CONFIG_FILE)["mlx_zh"]["base_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return not is_model(trained_on, path, fingerprint)

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import DataSet, Recipe
 from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest, value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import is_readable
 from mlx_zh.system.redaction import redact, redacted
 from mlx_zh.system.storage import write_json
@@ -55,7 +55,7 @@ class State:
         """
         known = known_digests(reading)
         try:
-            records = parse_json(run.pipeline.read_text(encoding="utf-8"))["stages"]
+            records = load_json(run.pipeline)["stages"]
             return State(run, {name: Record(**record) for name, record in records.items()}, known)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return State(run, {}, known)
@@ -121,7 +121,7 @@ class State:
     def _answers(self, stage: str) -> str:
         """A digest of a training stage's sample answers."""
         try:
-            answers = parse_json(self.run.samples.read_text(encoding="utf-8"))["answers"].get(stage)
+            answers = load_json(self.run.samples)["answers"].get(stage)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             answers = None
         return value_digest(answers)[:16]
@@ -129,7 +129,7 @@ class State:
     def _prepared(self, stage: str) -> object:
         """The key of the prepared data of one stage; the data of the other stage does not matter for it."""
         try:
-            return parse_json(self.run.prepared.read_text(encoding="utf-8"))[stage]["key"]
+            return load_json(self.run.prepared)[stage]["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

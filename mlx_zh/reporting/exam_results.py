@@ -15,7 +15,7 @@ from mlx_zh.exams import statistics
 from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import notices_of
 from mlx_zh.system.escaping import text_lines
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json, parse_json
 
 Answers = dict[str, dict[str, bool]]  # subject -> question's id -> whether it was answered right
 _ORDER = {"ceval": 0, "cmmlu": 1}
@@ -126,7 +126,7 @@ class _Report:
 def _read_report(path: Path, key: str) -> _Report | None:
     """The result file of the exam `key`; None where it is damaged. Files of older versions have fewer keys."""
     try:
-        report = parse_json(path.read_text(encoding="utf-8"))
+        report = load_json(path)
         return _checked(report, key) if report["letters"]["predicted"] else None
     except _DAMAGED:
         return None

@@ -20,7 +20,7 @@ from mlx_zh.stages.forecast import Expected
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.locks import in_pipeline
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_json
@@ -79,7 +79,7 @@ def decided(recipe: Recipe) -> Recipe:
 def read_record(run: RunFolder) -> BudgetRecord | None:
     """The decision in a run folder, whatever recipe it was made for."""
     try:
-        record = parse_json(run.budget.read_text(encoding="utf-8"))
+        record = load_json(run.budget)
         Pace(**record["pace"])
         if all(name in record for name in BudgetRecord.__annotations__):
             return cast(BudgetRecord, record)

@@ -13,7 +13,7 @@ from mlx_zh.language.notice import Notice, notice_of
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system import console, device
 from mlx_zh.system.digests import value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import cache_folder, write_exact_json
 from mlx_zh.training.check_cases import Case
 from mlx_zh.training.self_check import check
@@ -89,7 +89,7 @@ def _checked(case: Case, about: dict[str, Any], *, force: bool) -> dict[str, Any
 def _remembered(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """An earlier result; None if there is none, or if its file is damaged."""
     try:
-        result = parse_json(path.read_text(encoding="utf-8"))
+        result = load_json(path)
     except (OSError, ValueError):
         return None
     if not isinstance(result, dict) or result.get("about") != about:

@@ -28,7 +28,7 @@ from mlx_zh.stages.current_models import adapter_digest, current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
 
 _CONFIGS = 40_000_000  # bytes; an upper estimate for the tokenizer and other small files
@@ -311,7 +311,7 @@ def _type_name(dtype: mx.Dtype) -> str:
 def _data_files(run: RunFolder) -> list[tuple[str, str]]:
     """The name, without folders, and the SHA-256 of each data file of a run."""
     try:
-        digests = parse_json(run.manifest.read_text(encoding="utf-8"))["data"]
+        digests = load_json(run.manifest)["data"]
         return [(Path(path).name, str(digest)) for path, digest in digests.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -327,7 +327,7 @@ def _scores(run: RunFolder) -> list[tuple[str, str, str]]:
     for path in sorted(run.exams.glob("*.json")):
         model, _, exam = path.stem.partition("-")
         try:
-            report = parse_json(path.read_text(encoding="utf-8"))
+            report = load_json(path)
             if model == "fused" or not is_current(report.get("about"), current.get(model, {})):
                 continue
             row = report["rows"][0]

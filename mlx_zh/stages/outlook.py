@@ -28,7 +28,7 @@ from mlx_zh.stages.memory_check import Machine
 from mlx_zh.stages.needs import disk_bytes, downloads_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 
 if TYPE_CHECKING:
     from mlx_zh.planning.search import Step
@@ -72,7 +72,7 @@ def amount_of(recipe: Recipe, stage: str) -> Amount:
 def _prepared(recipe: Recipe, stage: str) -> Amount | None:
     """The amount that `prepare` stored in the run folder, if it did."""
     try:
-        report = parse_json(RunFolder.of(recipe).prepared.read_text(encoding="utf-8"))[stage]
+        report = load_json(RunFolder.of(recipe).prepared)[stage]
         train, held_out = report["train"], report["validation"] or {"examples": 0}
         count = int(train["examples"])
         tokens, scored = train["tokens"] / count, train["scored_tokens"] / count

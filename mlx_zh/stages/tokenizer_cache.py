@@ -17,7 +17,7 @@ from mlx_zh.errors import ModelError
 from mlx_zh.language.notice import Notice
 from mlx_zh.system import console, storage
 from mlx_zh.system.digests import damage, digests_of, known_digests, text_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_folder
 from mlx_zh.system.storage import write_exact_json, write_exact_text
 
@@ -37,7 +37,7 @@ class SnapshotTokenizer:
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
-        about = parse_json((folder / "about.json").read_text(encoding="utf-8"))
+        about = load_json(folder / "about.json")
         self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.chat_template = about["chat_template"]
         self.special_tokens_map: dict[str, Any] = about["special_tokens_map"]
@@ -92,7 +92,7 @@ def open_tokenizer(model: Model) -> SnapshotTokenizer:
 def _damage(folder: Path) -> str | None:
     """Why a snapshot cannot be used; None if it is complete and what was written."""
     try:
-        digests = parse_json((folder / "whole.json").read_text(encoding="utf-8"))
+        digests = load_json(folder / "whole.json")
         return damage(folder, dict.fromkeys(_SNAPSHOT[:2], "") | digests)
     except (OSError, ValueError, TypeError) as error:
         return f"whole.json: {error}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.errors import DataError, StorageError
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_regular
 from mlx_zh.system.storage import cache_folder, write_exact_json
 
@@ -64,7 +64,7 @@ class FileDigests:
     def __init__(self, path: Path, reading: Reading | None = None) -> None:
         self._path, self._reading = path, reading
         try:
-            stored = parse_json(path.read_text(encoding="utf-8"))
+            stored = load_json(path)
             whole = stored["check"] == value_digest(stored["files"])  # one flipped bit would look like other data
             self._cache: dict[str, list[Any]] = stored["files"] if whole else {}
         except (OSError, ValueError, LookupError, TypeError):

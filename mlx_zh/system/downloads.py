@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlx_zh.errors import DownloadError, StorageError, first_line
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import sync, sync_folder, write_exact_json
 
 
@@ -184,7 +184,7 @@ class _Part:
     def validator(self) -> str | None:
         """The ETag or date that the server sent with these bytes, if any."""
         try:
-            return str(parse_json(self._note.read_text(encoding="utf-8"))["validator"])
+            return str(load_json(self._note)["validator"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

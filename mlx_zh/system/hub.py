@@ -20,7 +20,7 @@ from mlx_zh.errors import DownloadError, ModelError, StorageError, first_line
 from mlx_zh.system import downloads, hub_choice, modelscope, storage
 from mlx_zh.system.digests import FileDigests, value_digest
 from mlx_zh.system.downloads import STATUS, Progress, RemoteFile, chain, fetch_file, full_disk
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import is_readable
 
 _MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -206,7 +206,7 @@ def _is_whole(folder: Path, patterns: tuple[str, ...]) -> bool:
         return all((folder / pattern).is_file() for pattern in patterns if "*" not in pattern)
     weights = {path.name for path in folder.glob("model*.safetensors") if path.is_file()}
     try:
-        index = parse_json((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = load_json(folder / "model.safetensors.index.json")
         listed = set(index["weight_map"].values())
     except FileNotFoundError:
         listed = weights
@@ -361,7 +361,7 @@ def _modelscope(wanted: _Wanted) -> Path:
 def _modelscope_cached(wanted: _Wanted) -> Path | None:
     """A folder that was downloaded whole by this program, or one of ModelScope's tools that holds a whole model."""
     try:
-        record = parse_json(_record(wanted).read_text(encoding="utf-8"))
+        record = load_json(_record(wanted))
         folder, files = Path(record["folder"]), dict(record["files"])
         if folder.is_dir() and all((folder / name).stat().st_size == size for name, size in files.items()):
             return folder

@@ -25,10 +25,15 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def load_json(path: Path) -> Any:
+    """The value in a JSON file. Raises ValueError as `parse_json` does, and OSError if the file cannot be read."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file, or it cannot be read, or holds another value."""
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

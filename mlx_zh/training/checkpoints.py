@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
 from mlx_zh.system.digests import damage, digests_of
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import (
     make_folder,
     require_in_place,
@@ -138,11 +138,11 @@ def weights_after(folder: Path, step: int) -> Arrays | None:
 
 
 def _load(path: Path) -> Checkpoint:
-    digests = parse_json((path / _DIGESTS).read_text(encoding="utf-8"))
+    digests = load_json(path / _DIGESTS)
     # An array with a flipped bit would load without an error.
     if (reason := damage(path, {name: digests[name] for name in _FILES})) is not None:
         raise ValueError(reason)
-    state = parse_json((path / "state.json").read_text(encoding="utf-8"))
+    state = load_json(path / "state.json")
     arrays = [mx.load(str(path / f"{name}.safetensors")) for name in ("weights", "optimizer")]
     mx.eval(arrays)
     weights, optimizer = arrays

@@ -17,7 +17,7 @@ from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.digests import damage, file_digest, value_digest
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_file
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import write_arrays, write_json
@@ -47,7 +47,7 @@ def adapter_damage(folder: Path) -> str | None:
     Adapters of other programs and of earlier versions have no digests, and nothing is compared.
     """
     try:
-        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = load_json(folder / CONFIG_FILE)
     except (OSError, ValueError) as error:
         return f"{CONFIG_FILE} cannot be read ({first_line(error)})"
     digests = _about(config).get("sha256")
@@ -61,7 +61,7 @@ def adapter_damage(folder: Path) -> str | None:
 def adapter_about(folder: Path) -> dict[str, Any]:
     """What mlx-zh stored in an adapter's config beside the settings; empty if another program wrote it."""
     try:
-        return _about(parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        return _about(load_json(folder / CONFIG_FILE))
     except (OSError, ValueError):
         return {}
 
@@ -110,7 +110,7 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
                 f"{ADAPTER_FILE}."
             )
     try:
-        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = load_json(folder / CONFIG_FILE)
         parameters = config.get("lora_parameters") or {}
         spec = AdapterSpec(
             kind=config.get("fine_tune_type", "lora"),

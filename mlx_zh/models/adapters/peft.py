@@ -18,7 +18,7 @@ from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters.patterns import read_patterns
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.folder import read_table
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import write_arrays, write_json
 
 _PREFIX = "base_model.model."
@@ -97,7 +97,7 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     Raises AdapterError if the folder is damaged or mlx-lm's terms cannot express the adapter.
     """
     try:
-        config = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = load_json(folder / CONFIG_FILE)
         read_table(folder / PEFT_FILE)
         stored = mx.load(str(folder / PEFT_FILE))
         if not isinstance(config, dict) or not isinstance(stored, dict):
