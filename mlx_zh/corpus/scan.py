@@ -31,6 +31,7 @@ from mlx_zh.corpus.shingles import Letters, letters
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import MlxZhError
 from mlx_zh.system.digests import damage, digests_of
+from mlx_zh.system.forms import fits
 from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.storage import make_folder, storage_errors, sync_tree, write_exact_json, written_whole
 
@@ -109,8 +110,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether `folder` has a finished scan whose files are what was written."""
     try:
         about = load_json(folder / "scan.json")
-        LoadReport(**about["report"])
-        return damage(folder, about["digests"]) is None
+        return fits(about["report"], LoadReport) and damage(folder, about["digests"]) is None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

@@ -26,6 +26,7 @@ from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
 from mlx_zh.system.digests import file_digest
+from mlx_zh.system.forms import fits
 from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import make_folder, storage_errors, write_exact_json, written_whole
 
@@ -89,9 +90,9 @@ def write_shards(
 def _is_whole(path: Path) -> bool:
     """Whether an earlier run has finished this file, and it is what was written."""
     try:
-        digest = load_json(path.with_suffix(".json"))["digest"]
+        about = load_json(path.with_suffix(".json"))
         counts_of([path])
-        return bool(file_digest(path) == digest)
+        return fits(about["counts"], dict[str, dict[str, int]]) and bool(file_digest(path) == about["digest"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

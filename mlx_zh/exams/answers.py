@@ -15,6 +15,7 @@ from mlx_zh.exams.prompts import Prompt, Prompter
 from mlx_zh.exams.protocols import Protocol
 from mlx_zh.exams.scorer import Report, letter_logprobs
 from mlx_zh.models.generate import GenerationSession, Sampling
+from mlx_zh.system.forms import fits
 
 _PREFILL = 512  # tokens of a prompt that are computed at once before a free answer
 
@@ -46,7 +47,9 @@ class Answer:
 
     @staticmethod
     def of(fields: Mapping[str, Any]) -> Answer:
-        """The inverse of `as_dict`. Raises KeyError or TypeError where the fields are not those of an answer."""
+        """The inverse of `as_dict`. Raises TypeError where the fields are not those of an answer."""
+        if not fits(fields, Answer):
+            raise TypeError("these are not the fields of an answer")
         logprobs = fields["logprobs"]
         return Answer(**{**fields, "logprobs": None if logprobs is None else tuple(logprobs)})
 

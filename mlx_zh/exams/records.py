@@ -6,10 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlx_zh.exams.answers import Answer
+from mlx_zh.exams.exam import Subject
 from mlx_zh.exams.figures import ExamReport, submission
 from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.storage import json_line, write_json, write_text
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged file raises
+
+
+def are_to(answers: Sequence[Answer], subjects: Sequence[Subject]) -> bool:
+    """Whether these are the answers to all questions of the subjects, in order."""
+    asked = [(subject.key, question.id, question.answer) for subject in subjects for question in subject.questions]
+    return [(answer.subject, answer.id, answer.truth) for answer in answers] == asked
 
 
 class Records:
@@ -18,19 +27,13 @@ class Records:
     def __init__(self, folder: Path, stage: str, exam: str) -> None:
         self._folder, self._name = folder, f"{stage}-{exam}"
 
-    def load_subject(self, subject: str, key: str) -> list[Answer] | None:
-        """The answers of a finished subject; None where there are none, or they were given under another `key`."""
-        path = self._subject(subject)
+    def load_subject(self, subject: Subject, key: str) -> list[Answer] | None:
+        """The answers to a finished subject; None where there are none, or they were given under another `key`."""
         try:
-            record = load_json(path)
-            return [Answer.of(fields) for fields in record["answers"]] if record["key"] == key else None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ):  # missing, damaged, or of another version: ask again
+            record = load_json(self._subject(subject.key))
+            answers = [Answer.of(fields) for fields in record["answers"]]
+            return answers if record["key"] == key and are_to(answers, [subject]) else None
+        except _DAMAGED:  # or missing, or of another version: ask again
             return None
 
     def save_subject(self, subject: str, key: str, answers: Sequence[Answer]) -> None:
@@ -44,7 +47,7 @@ class Records:
             lines = list(text_lines(answers.read_text(encoding="utf-8")))
             values: dict[str, object] = dict(load_json(report))
             return values, [Answer.of(parse_json(line)) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except _DAMAGED:
             return None
 
     def save_exam(self, answers: Sequence[Answer], report: ExamReport, *, labelled: bool) -> list[Path]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from mlx_zh.pipeline.steps import RunFiles, Step
 from mlx_zh.recipe import DataSet, Recipe
 from mlx_zh.system.digests import FileDigests, Reading, file_digest, known_digests, text_digest, value_digest
-from mlx_zh.system.json_text import load_json
+from mlx_zh.system.forms import fits
+from mlx_zh.system.json_text import load_json, read_object
 from mlx_zh.system.links import is_readable
 from mlx_zh.system.redaction import redact, redacted
 from mlx_zh.system.storage import write_json
@@ -54,11 +55,10 @@ class State:
         `reading` is called before a large file is read for its digest.
         """
         known = known_digests(reading)
-        try:
-            records = load_json(run.pipeline)["stages"]
-            return State(run, {name: Record(**record) for name, record in records.items()}, known)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return State(run, {}, known)
+        records = (read_object(run.pipeline) or {}).get("stages", {})
+        if not fits(records, dict[str, Record]):
+            records = {}
+        return State(run, {name: Record(**record) for name, record in records.items()}, known)
 
     def write(self) -> None:
         """Write `pipeline.json`."""

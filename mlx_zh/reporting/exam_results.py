@@ -137,6 +137,8 @@ def _checked(report: Any, key: str) -> _Report:
     about = report.get("about", {})
     protocol = about.get("protocol", {})
     chance = [float(end) for end in report.get("chance") or ()]
+    if chance and not 0 <= chance[0] <= chance[1] <= 1:
+        raise ValueError("accuracies are shares of 1")
     return _Report(
         title=str(report.get("benchmark", key)),
         split=str(report.get("split", "")),
@@ -153,6 +155,8 @@ def _checked(report: Any, key: str) -> _Report:
 
 def _checked_row(row: Any) -> _Row:
     cell = None if row["macro"] is None else Cell(float(row["macro"]), *map(float, row["interval"]))
+    if cell is not None and not 0 <= cell.low <= cell.macro <= cell.high <= 1:
+        raise ValueError("accuracies are shares of 1")
     return _Row(str(row["name"]), int(row["questions"]), tuple(map(str, row.get("members") or ())), cell)
 
 

@@ -17,9 +17,10 @@ from mlx_zh.pipeline.steps import NAMES
 from mlx_zh.planning.pace import Pace
 from mlx_zh.recipe import Recipe, Source
 from mlx_zh.stages.forecast import Expected
-from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
+from mlx_zh.system.forms import fits
 from mlx_zh.system.json_text import load_json
 from mlx_zh.system.locks import in_pipeline
 from mlx_zh.system.redaction import redacted
@@ -80,12 +81,10 @@ def read_record(run: RunFolder) -> BudgetRecord | None:
     """The decision in a run folder, whatever recipe it was made for."""
     try:
         record = load_json(run.budget)
-        Pace(**record["pace"])
-        if all(name in record for name in BudgetRecord.__annotations__):
-            return cast(BudgetRecord, record)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+    except (OSError, ValueError):
+        return None
+    whole = fits(record, BudgetRecord) and fits(record["pace"], Pace)
+    return cast(BudgetRecord, record) if whole and {*record["steps"], *record["max_samples"]} <= {*TUNED} else None
 
 
 def matching(recipe: Recipe, run: RunFolder) -> BudgetRecord | None:
@@ -94,7 +93,13 @@ def matching(recipe: Recipe, run: RunFolder) -> BudgetRecord | None:
     if record is None:
         return None
     now = asked_of(recipe)
-    return record if record["asked"] == now or _with_decision(record, now) == now else None
+    try:
+        if record["asked"] == now or _with_decision(record, now) == now:
+            applied(recipe, record)
+            return record
+    except (LookupError, TypeError, ValueError):  # damaged, or of another number of data files
+        return None
+    return None
 
 
 def asked_of(recipe: Recipe) -> dict[str, Any]:

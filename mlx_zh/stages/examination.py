@@ -13,7 +13,7 @@ from mlx_zh.errors import DistributedError
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams import current, figures, statistics
 from mlx_zh.exams.prompts import Prompter
-from mlx_zh.exams.records import Records
+from mlx_zh.exams.records import Records, are_to
 from mlx_zh.language.notice import Notice
 from mlx_zh.stages import setbacks
 from mlx_zh.stages.current_models import current_models, recorded_base
@@ -94,7 +94,9 @@ class Examination:
             s.key: value_digest({**about, "asked": self._questions_digest(exam, [s])})[:16] for s in exam.subjects
         }
         answered = {
-            key: stored for key in keys if first and (stored := records.load_subject(key, keys[key])) is not None
+            subject.key: stored
+            for subject in exam.subjects
+            if first and (stored := records.load_subject(subject, keys[subject.key])) is not None
         }
         unanswered = world.broadcast_result(
             lambda: [index for index, s in enumerate(exam.subjects) if s.key not in answered]
@@ -195,7 +197,7 @@ class Examination:
             console.warn(current.outdated(name, exam.title), keep=False)
             return
         same = same and about.get("numbers") == self._numbers().get("numbers")
-        if same and len(answers) == len(exam):
+        if same and are_to(answers, exam.subjects):
             self._answers[exam.key, name] = about, answers
 
     def _about(self, name: str, exam: Exam, loaded: LoadedModel, renderer: Renderer | None) -> About:

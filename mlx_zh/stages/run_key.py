@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 from mlx_zh.core import numbers
+from mlx_zh.corpus.build import Corpus, CorpusContent
 from mlx_zh.pipeline.state import flat
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import value_digest
+from mlx_zh.system.forms import fits
+from mlx_zh.system.json_text import read_object
 from mlx_zh.system.redaction import redacted
-
-if TYPE_CHECKING:
-    from mlx_zh.corpus.build import Corpus
 
 Values = dict[str, Any]
 _NAMED = 8  # differences that are named
@@ -39,6 +40,31 @@ def corpus_values(corpus: Corpus) -> Values:
 def learning_key(values: Values) -> str:
     """A digest of `learning_values` without paths, so that a moved folder keeps its key; 16 hex digits."""
     return str(values.get("key") or value_digest(_content(values))[:16])
+
+
+def read_settings(path: Path, stage: str) -> Values | None:
+    """The values that a run of `stage` has stored at `path`; None where there are none, or the file is damaged."""
+    values = read_object(path)
+    if values is None or not fits(values, _Stored) or not fits(values.get(stage), dict[str, Any]):
+        return None
+    sources = dict[str, list[dict[str, Any]]] | None
+    whole = fits(values["data"].get(stage), sources) and fits(values.get("corpus"), _StoredCorpus | None)
+    return values if whole else None
+
+
+class _Stored(TypedDict):
+    """What is looked at when settings are compared."""
+
+    model: dict[str, Any]
+    lora: dict[str, Any]
+    data: dict[str, Any]
+    base: str
+    files: dict[str, str]
+
+
+class _StoredCorpus(TypedDict):
+    content: str
+    made_of: CorpusContent
 
 
 def without_secrets(values: Values) -> Values:

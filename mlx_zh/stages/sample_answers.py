@@ -36,14 +36,14 @@ class Samples:
 
     def lacks(self, name: str, adapter: Path | None = None) -> bool:
         """Whether the model `name`, the base with `adapter`, has not answered the prompts."""
-        return bool(self._prompts) and self._read("keys").get(name) != self._key(adapter)
+        answered = name in self._read("answers") and self._read("keys").get(name) == self._key(adapter)
+        return bool(self._prompts) and not answered
 
     def ask(self, name: str, adapter: Path | None = None) -> None:
         """Store the current model's answers under `name`, unless they are there; `adapter` is the adapter it has."""
-        key = self._key(adapter)
-        if not self._prompts or self._read("keys").get(name) == key:
+        if not self.lacks(name, adapter):
             return
-        prompts = self._prompts
+        key, prompts = self._key(adapter), self._prompts
 
         from mlx_zh.corpus.conversation import Message
         from mlx_zh.models.generate import GenerationSession, Sampling
@@ -97,7 +97,14 @@ class Samples:
             values = stored[part] if key == value_digest(self._prompts)[:16] else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: ask again
             return {}
-        return values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            return {}
+        return {name: value for name, value in values.items() if part != "answers" or self._are_answers(value)}
+
+    def _are_answers(self, value: Any) -> bool:
+        """Whether a stored value is an answer to each prompt."""
+        is_text = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        return is_text and len(value) == len(self._prompts)
 
 
 def _one_line(text: str, max_length: int = 150) -> str:

@@ -30,6 +30,7 @@ from mlx_zh.stages.run_key import (
     is_earlier,
     learning_key,
     learning_values,
+    read_settings,
     with_numbers_of,
     without_secrets,
 )
@@ -40,7 +41,6 @@ from mlx_zh.stages.trackers import About, Trackers
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt, stopping
-from mlx_zh.system.json_text import read_object
 from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import working_in, write_json
 from mlx_zh.training import checkpoints
@@ -181,7 +181,7 @@ class Session:
         """The settings of the run in the folder if they differ from this run's."""
         if not self._holds_checkpoints and not self.folder.is_finished:
             return None
-        settings = read_object(self.folder.settings)
+        settings = read_settings(self.folder.settings, self.stage)
         if settings is None or self._recorded_key() == self.key:  # settings.json alone may be damaged
             return None
         return settings if learning_key(settings) != self.key else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 DEEPEST = 200  # levels; what walks through the values calls itself once a level
+_LONGEST = 308  # digits of a whole number; the largest float has 309
 
 
 class NestedTooDeeply(ValueError):
@@ -16,13 +17,20 @@ class NestedTooDeeply(ValueError):
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError for any text that is not JSON, or is nested too deeply."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_integer)
     except RecursionError:
         raise NestedTooDeeply("nested too deeply") from None
     openings = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     if sum(map(text.count, openings)) > DEEPEST and _is_deep(value):  # type: ignore[arg-type]
         raise NestedTooDeeply(f"nested more than {DEEPEST} levels deep")
     return value
+
+
+def _integer(digits: str) -> int:
+    """Raises ValueError for a number that a float cannot hold, because what reads numbers computes with floats."""
+    if len(digits) > _LONGEST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def load_json(path: Path) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Required, TypedDict, cast
 
 from mlx_zh.errors import TrainingError
 from mlx_zh.system.escaping import text_lines
+from mlx_zh.system.forms import fits
 from mlx_zh.system.json_text import parse_json, read_object
 from mlx_zh.system.storage import Identity, append_json, identity, json_line, moved, storage_errors, sync, write_text
 
@@ -94,10 +96,12 @@ def read_summary(path: Path) -> TrainingSummary | None:
     before, after, best = summary.get("before"), summary.get("after"), summary.get("best")
     if not isinstance(before, dict) or not isinstance(after, dict) or not isinstance(best, dict):
         return None
-    figures = [summary.get("steps"), summary.get("seconds"), *before.values(), *after.values()]
-    if not all(isinstance(figure, int | float) for figure in figures) or before.keys() != after.keys():
+    figures = [summary.get("steps"), *before.values(), *after.values()]
+    if not fits(figures, list[float]) or before.keys() != after.keys():
         return None
-    whole = isinstance(best.get("step"), int | None) and (not before or "eval_loss" in before)
+    seconds = summary.get("seconds")
+    timed = fits(seconds, float) and math.isfinite(cast(float, seconds))
+    whole = timed and fits(best.get("step"), int | None) and (not before or "eval_loss" in before)
     return cast(TrainingSummary, summary) if whole else None
 
 
@@ -140,10 +144,19 @@ class MetricsLog:
                 file.truncate(min(size, file.seek(0, os.SEEK_END)))  # `truncate` would pad a shorter file with zeros
 
     def read(self) -> list[MetricsLine]:
-        """All lines, parsed."""
+        """All lines, parsed, without those that are damaged; the report says that there are some."""
         if not self._path.exists():
             return []
-        return [parse_json(line) for line in text_lines(self._path.read_text(encoding="utf-8"))]
+        texts = text_lines(self._path.read_text(encoding="utf-8", errors="replace"))
+        return [line for text in texts if (line := _line(text)) is not None]
+
+
+def _line(text: str) -> MetricsLine | None:
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    return line if fits(line, MetricsLine) else None
 
 
 class Skipped:
