@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.reporting.plots import write_plots
     from mlx_zh.stages.budgeting import decided
     from mlx_zh.stages.current_models import current_models
-    from mlx_zh.stages.run_folder import TUNED, RunFolder
+    from mlx_zh.stages.run_folder import TUNED, RunFolder, told_when_stopped
     from mlx_zh.system import console
     from mlx_zh.system.redaction import redacted
     from mlx_zh.system.storage import write_text
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         current=current_models(run),
     )
     written_at = time.strftime("%Y-%m-%d %H:%M")
-    plots = write_plots(findings, run.plots)
-    write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))
-    write_text(run.page, page(findings, written_at))
+    with told_when_stopped():
+        plots = write_plots(findings, run.plots)
+        write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))
+        write_text(run.page, page(findings, written_at))
     for alarm in findings.alarms:
         where, what = (getattr(text, reader_language()) for text in (alarm.where, alarm.what))
         console.warn(f"{where}: {what}")

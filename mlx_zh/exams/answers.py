@@ -49,7 +49,7 @@ class Answer:
     def of(fields: Mapping[str, Any]) -> Answer:
         """The inverse of `as_dict`. Raises TypeError where the fields are not those of an answer."""
         if not fits(fields, Answer):
-            raise TypeError("these are not the fields of an answer")
+            raise TypeError("no answer")
         logprobs = fields["logprobs"]
         return Answer(**{**fields, "logprobs": None if logprobs is None else tuple(logprobs)})
 

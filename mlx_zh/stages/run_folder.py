@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.system import console, device
+from mlx_zh.system.interrupts import STOPS
 from mlx_zh.system.json_text import read_object
 from mlx_zh.system.locks import Lock, locked
 from mlx_zh.system.redaction import redacted
@@ -125,7 +126,8 @@ class RunFolder:
                 console.warn(Notice("no-locks", folder=str(self.path)))
             for folder in (self.path, *self.path.glob("**/"), cache_folder(), *cache_folder().glob("*/")):
                 sweep(folder)
-            yield lock
+            with told_when_stopped():
+                yield lock
 
     @contextmanager
     def all_at_work(self, command: str, world: World) -> Iterator[None]:
@@ -175,6 +177,17 @@ class RunFolder:
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             return None
         return decision
+
+
+@contextmanager
+def told_when_stopped() -> Iterator[None]:
+    """Say how to go on when a signal ends the work inside this context."""
+    try:
+        yield
+    except STOPS:
+        with suppress(RuntimeError, OSError):  # the signal interrupted a print, or nobody reads any more
+            console.say("Stopped. What is finished is kept; run the same command to go on from there.")
+        raise
 
 
 def _origin(decision: Mapping[str, Any] | None) -> str:

@@ -49,15 +49,22 @@ def stop_on_interrupt(
         yield requested.is_set
 
 
+class Stopped(SystemExit):
+    """A signal asks the command to end."""
+
+
+STOPS = (KeyboardInterrupt, Stopped)  # what signals raise
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside this context, SIGTERM and SIGHUP raise SystemExit, so that what is open is closed as after Ctrl-C."""
+    """Inside this context, SIGTERM and SIGHUP raise Stopped, so that what is open is closed as after Ctrl-C."""
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             leave_terminal()
             signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(_STOPPED)
+        raise Stopped(_STOPPED)
 
     with _handled(tuple(number for number in stopping() if number != signal.SIGINT), handle):
         yield

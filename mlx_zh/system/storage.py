@@ -51,12 +51,23 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        path = _lasting(path)
         if error.errno in _FULL:
             raise StorageError(
                 f"{path}: no space left on disk. Nothing half-written was kept; free some space, then run the same "
                 "command again."
             ) from error
+        if error.errno == errno.EIO:
+            raise StorageError(
+                f"{path} cannot be written: {error.strerror}. Nothing half-written was kept. Check whether the disk is "
+                "connected and works, then run the same command again."
+            ) from error
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _lasting(path: Path) -> Path:
+    """A path with the names that files and folders have once they are written whole."""
+    return Path(*(match["name"] if (match := _LEFTOVER.fullmatch(part)) else part for part in path.parts))
 
 
 Identity = tuple[int, int]  # device and inode
