@@ -35,19 +35,19 @@ def main(argv: list[str] | None = None) -> int:
             f"{run.path} does not exist: nothing has been run yet. Run `mlx-zh run {recipe.words}` first, then "
             "write the report."
         )
-    bootstrap = recipe.evaluate.bootstrap
-    trains = [stage for stage in TUNED if recipe.data.split(stage).train]
-    findings = gather(
-        run,
-        recipe.to_yaml(redacted),
-        name=recipe.name,
-        bootstrap=bootstrap,
-        seed=recipe.seed,
-        trains=trains,
-        current=current_models(run),
-    )
-    written_at = time.strftime("%Y-%m-%d %H:%M")
     with told_when_stopped():
+        bootstrap = recipe.evaluate.bootstrap
+        trains = [stage for stage in TUNED if recipe.data.split(stage).train]
+        findings = gather(
+            run,
+            recipe.to_yaml(redacted),
+            name=recipe.name,
+            bootstrap=bootstrap,
+            seed=recipe.seed,
+            trains=trains,
+            current=current_models(run),
+        )
+        written_at = time.strftime("%Y-%m-%d %H:%M")
         plots = write_plots(findings, run.plots)
         write_text(run.text, markdown(findings, written_at, [run.pattern(path) for path in plots]))
         write_text(run.page, page(findings, written_at))

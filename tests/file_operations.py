@@ -1,4 +1,4 @@
-"""File operations of a process, counted, and a kill or a power cut before one of them.
+"""File operations of a process, counted, and a kill, a power cut, a signal or an error before one of them.
 
 An operation opens a file to write, renames, removes or makes something, or flushes. A power cut also takes what was
 not flushed: the end of files written since, and the last renames in folders that were not flushed.
@@ -6,8 +6,10 @@ not flushed: the end of files written since, and the last renames in folders tha
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import resource
 import shutil
 import signal
 import stat
@@ -18,16 +20,21 @@ from pathlib import Path
 from typing import Any
 
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+_NEEDS_SPACE = ("open", "os.mkdir", "os.rename", "fsync")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 
 
 class FileOperations:
     """Counts this process's operations in the folders `places`, and kills it before number `kill`.
 
-    With a seed, `power` makes the kill a power cut; `log` is a file descriptor for the operation's name.
+    With a seed, `power` makes the kill a power cut. `instead` of it, a signal is sent ("SIGTERM"), or the operation
+    and all later ones fail with an error ("ENOSPC"). `log` is a file descriptor for the operation's name.
     """
 
-    def __init__(self, places: Sequence[Path], kill: int | None, power: int | None, log: int = 2) -> None:
+    def __init__(
+        self, places: Sequence[Path], kill: int | None, power: int | None, log: int = 2, instead: str | None = None
+    ) -> None:
+        self._instead = instead
         self.count = 0
         self._places = [os.path.abspath(place) for place in places]
         self._kill, self._power, self._log = kill, power, log
@@ -65,7 +72,9 @@ class FileOperations:
         self._busy = True
         try:
             self.count += 1
-            if self.count == self._kill:
+            if self._kill is not None and self.count >= self._kill and self._instead is not None:
+                self._disturb(self.count == self._kill, event, paths)
+            elif self.count == self._kill:
                 if self._power is not None:
                     self._lose(random.Random(self._power))
                 os.write(self._log, f"\nkilled before {event} {' '.join(paths)}\n".encode())
@@ -74,6 +83,23 @@ class FileOperations:
                 self._renamed.append((places[0], places[1], self._copy_of(places[1])))
         finally:
             self._busy = False
+
+    def _disturb(self, first: bool, event: str, paths: Sequence[str]) -> None:
+        """Send the signal once, or raise the error for every operation that a full or failing disk refuses."""
+        assert self._instead is not None
+        if self._instead.startswith("SIG"):
+            if first:
+                os.write(self._log, f"\n{self._instead} before {event} {' '.join(paths)}\n".encode())
+                os.kill(os.getpid(), getattr(signal, self._instead))
+        elif self._instead == "EFBIG":  # not before opening a file, but in every write to one
+            if first:
+                os.write(self._log, f"\n{self._instead} from {event} {' '.join(paths)}\n".encode())
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        elif event in _NEEDS_SPACE:
+            if first:
+                os.write(self._log, f"\n{self._instead} at {event} {' '.join(paths)}\n".encode())
+            number = getattr(errno, self._instead)
+            raise OSError(number, os.strerror(number), paths[0])
 
     def _copy_of(self, path: str) -> str | None:
         """A second name of the file that a rename is about to replace."""

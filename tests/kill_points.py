@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import traceback
@@ -45,34 +46,53 @@ def serve() -> None:
     late = ("mlx_zh.stages.fuser", "mlx_zh.reporting.findings", "mlx_zh.reporting.plots", "matplotlib.pyplot")
     mains = imported(("prepare", "sft", "dpo", "eval", "fuse", "report"), *late)
     for wanted in requests():
+        reading, writing = os.pipe()  # not the log itself: a stage may not be able to write to files
         child = os.fork()
         if child == 0:
-            log = become_stage(wanted)
+            become_stage(wanted)
+            log = writing
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
             os.chdir(wanted["folder"])
-            watch = FileOperations([Path("runs"), Path(wanted["cache"])], wanted["kill"], wanted["power"], log)
+            places = [Path("runs"), Path(wanted["cache"])]
+            watch = FileOperations(places, wanted["kill"], wanted["power"], log, wanted["instead"])
             watch.install()
             try:
                 entry(mains[wanted["stage"]], wanted["arguments"])
             except SystemExit as stop:
                 sys.stdout.flush()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 Path(wanted["log"]).with_suffix(".count").write_text(str(watch.count))
                 os._exit(int(stop.code or 0))
             except BaseException:
                 os.write(2, traceback.format_exc().encode())
             os._exit(1)
+        os.close(writing)
+        with open(reading, "rb") as said, open(wanted["log"], "ab") as file:
+            shutil.copyfileobj(said, file)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 class Server(StageServer):
     """The process that forks stages."""
 
-    def run(self, folder: Path, stage: str, *, kill: int | None = None, power: int | None = None) -> int:
+    def run(
+        self,
+        folder: Path,
+        stage: str,
+        *,
+        kill: int | None = None,
+        power: int | None = None,
+        instead: str | None = None,
+    ) -> int:
         """Run a stage, for example `eval sft`, in a folder; kill it before a file operation. The exit status."""
         name, *model = stage.split()
         arguments = ["recipe.yaml", *(["--stage", *model] if model else [])]
         arguments += ["--no-measure"] if name == "fuse" else []
         places = {"folder": str(folder), "cache": str(folder / "cache"), "log": str(folder / "log.txt")}
-        return self.request(stage=name, arguments=arguments, kill=kill, power=power, **places)
+        disturbance = {"kill": kill, "power": power, "instead": instead}
+        return self.request(stage=name, arguments=arguments, **disturbance, **places)
 
 
 @contextmanager
@@ -111,18 +131,61 @@ class KillPoints:
 
         None where there is none.
         """
-        folder = self.top / "killed"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.top / f"before {stage}", folder, symlinks=True)
+        folder = self._before(stage)
         statuses = [self.server.run(folder, stage, kill=number, power=power), self.server.run(folder, stage)]
         log = (folder / "log.txt").read_text(errors="replace")
         point = re.findall("^killed before .*", log, re.MULTILINE)
         about = f"{stage}, operation {number}, power {power}: {point}"
         if statuses != [-9, 0]:
             return f"{about}: statuses {statuses}\n{log[-2000:]}"
-        found, expected = left_by(folder), self.expected[stage]
-        names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        return self._difference(folder, stage, about)
+
+    def disturb(self, stage: str, number: int, what: str) -> str | None:
+        """A signal or an error of the disk at a file operation of a stage, which is then run again; what is wrong.
+
+        None where the stage ends with a paragraph, or goes on, and the second run ends as the straight run.
+        """
+        folder = self._before(stage)
+        status = self.server.run(folder, stage, kill=number, instead=what)
+        log = folder / "log.txt"
+        said = log.read_text(errors="replace")
+        about = f"{stage}, operation {number}, {' '.join(re.findall(f'^{what} .*', said, re.MULTILINE))}"
+        if fault := _wrong_end(status, said, what):
+            return f"{about}: {fault}\n{said[-3000:]}"
+        log.unlink()
+        if (again := self.server.run(folder, stage)) != 0:
+            return f"{about}: status {again} of the second run\n{log.read_text(errors='replace')[-3000:]}"
+        return self._difference(folder, stage, about)
+
+    def _before(self, stage: str) -> Path:
+        folder = self.top / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.top / f"before {stage}", folder, symlinks=True)
+        return folder
+
+    def _difference(self, folder: Path, stage: str, about: str) -> str | None:
+        left, expected = left_by(folder), self.expected[stage]
+        names = sorted(name for name in left.keys() | expected.keys() if left.get(name) != expected.get(name))
+        if "SIG" in about:  # a checkpoint is saved at the signal, and an older one left out
+            names = [name for name in names if "/checkpoints/step-" not in name]
         return f"{about}: {names} differ" if names else None
+
+
+def _wrong_end(status: int, said: str, what: str) -> str | None:
+    """What is wrong with how a disturbed stage ended; None if nothing is."""
+    errors = re.findall("error: .*", said)  # perhaps behind a progress bar
+    if "Traceback" in said or "not foreseen" in said:
+        return "a traceback"
+    if what.startswith("SIG"):
+        if status not in (0, 130) or errors:
+            return f"status {status}"
+        return None if status == 0 or "run the same command" in said else "no word on how to go on"
+    if status not in (0, 2) or len(errors) != (1 if status else 0) or (errors and "again" not in errors[0]):
+        return f"status {status}, {len(errors)} errors"
+    named = not errors or "runs/" in errors[0] or "cache" in errors[0]
+    if named and ".tmp" not in "".join(errors):
+        return None
+    return "the folder is not named"
 
 
 def left_by(folder: Path) -> dict[str, Any]:

@@ -315,5 +315,24 @@ def test_every_stage_killed_before_its_file_operations(project: Any, tmp_path: P
     assert wrong == []
 
 
+@pytest.mark.slow
+def test_every_stage_disturbed_at_its_file_operations(project: Any, tmp_path: Path) -> None:
+    """SOAK_POINTS signals, full disks and failing disks, spread over all stages."""
+    small_project(project.recipe)
+    chance = random.Random(SEED)
+    with kill_points_server() as forks:
+        points = KillPoints(forks, tmp_path / "points")
+        points.straight()
+        every = [(stage, number) for stage, count in points.operations.items() for number in range(1, count + 1)]
+        wrong = []
+        for stage, number in chance.sample(every, min(POINTS, len(every))):
+            what = chance.choice(("SIGINT", "SIGTERM", "SIGHUP", "ENOSPC", "EDQUOT", "EFBIG", "EIO"))
+            if (fault := points.disturb(stage, number, what)) is not None:
+                wrong.append(fault)
+                with project.capsys.disabled():
+                    print(fault, flush=True)
+    assert wrong == []
+
+
 if __name__ == "__main__":
     serve()

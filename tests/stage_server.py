@@ -39,9 +39,9 @@ class StageServer:
 
 
 @contextmanager
-def serving(script: str) -> Iterator[subprocess.Popen[str]]:
+def serving(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A script that reads requests, until the context ends."""
-    command = [sys.executable, script]
+    command = [sys.executable, script, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
         assert process.stdin is not None

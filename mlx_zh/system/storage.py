@@ -59,8 +59,8 @@ def storage_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno == errno.EIO:
             raise StorageError(
-                f"{path} cannot be written: {error.strerror}. Nothing half-written was kept. Check whether the disk is "
-                "connected and works, then run the same command again."
+                f"{path} cannot be written: {error.strerror}. Nothing half-written was kept. Check whether the disk "
+                "is connected and works, then run the same command again."
             ) from error
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.") from error
 
