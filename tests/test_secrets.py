@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -171,6 +172,17 @@ def test_training_data_is_kept_as_it_is(project: Project, environment: None):
     assert result.status == 0 and ENVIRONMENT["OPENAI_KEY"] not in result.out
     shards = b"".join(path.read_bytes() for path in Path(os.environ["MLX_ZH_CACHE"]).rglob("*.arrow"))
     assert shards
+
+
+@pytest.mark.parametrize("override", ["name=OPENAI", "runs=runs-OPENAI", "name=hf_OtherTokenOtherToken"])
+@pytest.mark.parametrize("stage", [sft, prepare, run, report])
+def test_a_secret_becomes_no_name_of_a_folder(project: Project, environment: None, stage: Any, override: str):
+    before = sorted(Path().rglob("*"))
+    override = override.replace("OPENAI", ENVIRONMENT["OPENAI_KEY"])
+    result = project.run(stage.main, override)
+    assert result.status == 2 and "looks like a token or password (" in result.err
+    assert override.partition("=")[2] not in result.out + result.err
+    assert sorted(Path().rglob("*")) == before
 
 
 # What is hidden, and what is not

@@ -13,6 +13,7 @@ from mlx_zh.language.reader import say
 from mlx_zh.recipe_text import seconds_of, time_text
 from mlx_zh.stages.first_recipe import USES, Use
 from mlx_zh.system import console
+from mlx_zh.system.redaction import redact
 
 DEFAULT_BUDGET = "8h"  # a night
 _NONE = ("0", "no", "none", "无", "不限", "没有")
@@ -58,7 +59,7 @@ def budget_of(answer: str) -> str | None:
 def name_of(answer: str) -> str:
     """The name of a run. Raises RecipeError."""
     answer = plain(answer)
-    if not _NAME.fullmatch(answer):
+    if not _NAME.fullmatch(answer) or redact(answer) != answer:
         raise RecipeError(say("init-bad-name", answer=answer))
     return answer
 
@@ -81,10 +82,10 @@ def ask_use() -> Use:
 
 
 def default_name(path: Path) -> str:
-    """A name from that of a file; a name without letters and digits gives my-model."""
+    """A name from that of a file; one without letters and digits, or with a secret, gives my-model."""
     stem = plain(path.absolute().stem if path.is_file() else path.absolute().name)
     letters = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-")
-    return letters if _NAME.fullmatch(letters) else "my-model"
+    return letters if _NAME.fullmatch(letters) and redact(letters) == letters else "my-model"
 
 
 def chosen(answer: str, listed: Sequence[str]) -> str:

@@ -13,13 +13,14 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_zh.errors import RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.system import console, device
 from mlx_zh.system.interrupts import STOPS
 from mlx_zh.system.json_text import read_object
 from mlx_zh.system.locks import Lock, locked
-from mlx_zh.system.redaction import redacted
+from mlx_zh.system.redaction import redact, redacted
 from mlx_zh.system.storage import cache_folder, sweep, write_json, write_text
 
 if TYPE_CHECKING:
@@ -76,7 +77,13 @@ class RunFolder:
 
     @staticmethod
     def of(recipe: Recipe) -> RunFolder:
-        """The folder of a recipe's run."""
+        """The folder of a recipe's run. Raises RecipeError for a name that holds a secret: every message shows it."""
+        for key, text in (("name", recipe.name), ("runs", str(recipe.runs))):
+            if redact(text) != text:
+                raise RecipeError(
+                    f"{key} holds what looks like a token or password ({redact(text)}), and it would become the name "
+                    f"of a folder that everybody can read. Give the recipe another {key}, for example {key}=my-run."
+                )
         return RunFolder(recipe.run_folder())
 
     def at(self, path: Path) -> RunFolder:

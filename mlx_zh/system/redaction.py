@@ -1,7 +1,6 @@
 """Remove from texts what must not be shown or stored: tokens, passwords, credentials in URLs, the home folder.
 
-Every pattern takes time in proportion to the text: it begins at a fixed word, and what may follow is bounded or
-cannot contain that word.
+`system.secret_forms` has the patterns.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 from mlx_zh.system.escaping import CONTROLS
+from mlx_zh.system.secret_forms import FORMS, HIDDEN, TRIGGER
 
-HIDDEN = "•••"
 _MIN_LENGTH = 8  # characters of a secret; replacing shorter values would garble other words
 
 # Names whose values are secrets: of variables of the environment, and of keys of recipes and JSON files.
@@ -36,91 +35,6 @@ _VARIABLES = re.compile(
 _NO_SECRETS = frozenset({"PWD", "OLDPWD", "HF_TOKEN_PATH"})
 _NUMBER = re.compile(r"[0-9.]+")
 
-_A = re.ASCII | re.IGNORECASE  # a Chinese character before or after a token is no part of it
-_START = r"(?<![A-Za-z0-9])"
-# Program code that gets a secret from elsewhere holds none: a call, an index, a type, a variable of a shell.
-_CODE = (
-    r"(?!(?:[A-Za-z_]{1,60}\.){0,4}[A-Za-z_]{1,60}[(\[]|\$\{"
-    r"|(?:str|bytes|bool|int|None|string|Optional)(?![A-Za-z0-9_]))"
-)
-_WORDS = (
-    # A value after a name such as `token`: in a command line, the query of a URL, a header or a sentence.
-    (
-        re.compile(
-            _START + r"((?:password|passwd|passphrase|(?:api|access|secret|private)[_-]?key|(?:client|app)[_-]?secret"
-            r"|secret)['\"]?\s{0,9}[=:：]\s{0,9}['\"]?)(?![\s<{\[•])" + _CODE + r"[^\s&'\",;<>]+",
-            _A,
-        ),
-        rf"\g<1>{HIDDEN}",
-    ),
-    # `token` is also a word of prose: after a space, only a value that holds a digit, or a long one, is a secret.
-    (
-        re.compile(
-            _START + r"((?:(?:hf|auth|access|refresh|bearer|api)[_-]?)?(?:token|signature)['\"]?"
-            r"(?:[=：]|\s{0,9}[=:：]['\"]|\s{0,9}[=:：]\s{0,9}['\"]?"
-            r"(?=[^\s&'\",;<>]{12}|[^\s&'\",;<>0-9]{0,16}[0-9][^\s&'\",;<>]{5})))"
-            r"(?![\s<{\[•])(?![0-9.]{1,7}(?![0-9A-Za-z]))" + _CODE + r"[^\s&'\",;<>]{3,}",
-            _A,
-        ),
-        rf"\g<1>{HIDDEN}",
-    ),
-    (
-        re.compile(r"((?:密码|口令|密钥|令牌)\s{0,9}(?:[=:：]|是|为)\s{0,9}['\"“「]?)[!-~]{6,}", _A),
-        rf"\g<1>{HIDDEN}",
-    ),
-    (
-        re.compile(
-            r"((?<![A-Za-z0-9_])(?:[A-Z][A-Z0-9_]{0,60}(?:_KEY|APIKEY|TOKEN|SECRET|PASSWORD|PASSWD|PWD|_PAT|_PASS)|SSHPASS)="
-            r"['\"]?)" + _CODE + r"[^\s&'\",;<>]{6,}"
-        ),
-        rf"\g<1>{HIDDEN}",
-    ),
-    (re.compile(r"(--?(?:hf-)?(?:token|password|secret|api-key)\s{1,9})\S+", _A), rf"\g<1>{HIDDEN}"),
-    (
-        re.compile(r"(authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:bearer|basic|token)\s{1,9})[^\s'\",<>]+", _A),
-        rf"\g<1>{HIDDEN}",
-    ),
-    (
-        re.compile(
-            _START
-            + r"((?:bearer|basic)\s{1,9})(?=[A-Za-z._~/-]{0,60}[0-9+=]|[A-Za-z._~/-]{20})[A-Za-z0-9._~+/=-]{8,}",
-            _A,
-        ),
-        rf"\g<1>{HIDDEN}",
-    ),
-    # Credentials in a URL. A password may hold a slash or an @ that should have been percent-encoded.
-    (
-        re.compile(
-            r"(://)[^\s/\"<>@:]{0,256}:(?![0-9]{1,5}/)[^\s\"<>]{1,256}@(?=[^\s/@]{1,256}(?:[/\s\"'<>?#,;)]|$))", _A
-        ),
-        rf"\g<1>{HIDDEN}@",
-    ),
-    (re.compile(r"(://)[^\s/\"<>]*@", _A), rf"\g<1>{HIDDEN}@"),
-    # Tokens with a known form: Hugging Face, GitHub, GitLab, OpenAI and similar services, Slack, Google, ModelScope,
-    # AWS, Alibaba Cloud, Tencent Cloud, JSON web tokens.
-    *(
-        (re.compile(_START + form, re.ASCII), HIDDEN)
-        for form in (
-            r"(?:hf_|api_org_)[A-Za-z0-9]{16,}",
-            r"(?:gh[opsur]|github_pat|glpat|npm|gsk|nvapi|dop_v1|r8|pypi)[_-][A-Za-z0-9_-]{20,}",
-            r"(?:sk|pk|rk)[-_](?:(?:proj|ant|live|test|or|svcacct)[-_]){0,3}[A-Za-z0-9]{16,}[A-Za-z0-9_-]*",
-            r"sk-(?=[a-z_-]{0,60}[A-Z0-9])[A-Za-z0-9_-]{16,}",
-            r"xox[abeprs]-[A-Za-z0-9-]{10,}",
-            r"AIza[A-Za-z0-9_-]{35}",
-            r"ms-[0-9A-Fa-f]{8}-[0-9A-Za-z-]{20,}",
-            r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
-            r"(?:LTAI|AKID)[A-Za-z0-9]{12,60}(?![A-Za-z0-9])",
-            r"(?<![_-])eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]++(?:\.[A-Za-z0-9_-]*+)?",
-        )
-    ),
-)
-# A quick look at whether any of the patterns above can match.
-_TRIGGER = re.compile(
-    r"token|secret|passw|passphrase|signature|key|密码|口令|密钥|令牌|=|bearer|basic|authorization|://|hf_|api_org_"
-    r"|gh[opsur]_|github_pat|glpat|npm_|gsk_|nvapi|dop_v1|r8_|pypi-|[spr]k[-_]|xox|AIza|ms-|AKIA|ASIA|LTAI|AKID|eyJ"
-    r"|--BEGIN",
-    _A,
-)
 _KEY_BEGINS = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_ENDS = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_LINES = re.compile(r"(?:(?:\s|\\[nr]){0,9}+[A-Za-z0-9+/=]{16,}+)*+")
@@ -180,10 +94,10 @@ def _redact(text: str, secrets: list[str]) -> str:
             text = re.sub(rf"(?<![0-9A-Za-z.]){re.escape(secret)}(?![0-9A-Za-z.])", HIDDEN, text)
         else:
             text = text.replace(secret, HIDDEN)
-    if _TRIGGER.search(text) is None:
+    if TRIGGER.search(text) is None:
         return text
     text = _without_private_keys(text)
-    for pattern, replacement in _WORDS:
+    for pattern, replacement in FORMS:
         text = pattern.sub(replacement, text)
     return text
 
