@@ -26,34 +26,45 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit status. Raises MlxZhError.
     """
     arguments = _arguments(argv)
-    recipe = command.read_recipe(arguments)
-    if recipe is None:
-        return 0
-    if arguments.dry_run:
-        return command.dry_run(recipe, ["eval"])
-    if arguments.hosts or arguments.processes:
-        return launching.launch("eval", arguments, argv)
 
     from mlx_zh.distributed.world import joined
-    from mlx_zh.stages import preflight
-    from mlx_zh.stages.budgeting import settle
-    from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
 
-    with joined(console.warn) as world, RunFolder.of(recipe).all_at_work("eval", world):
+    with joined(console.warn) as world:
+        recipe = world.each(lambda: command.read_recipe(arguments))
+        if recipe is None:
+            return 0
+        if arguments.dry_run:
+            return command.dry_run(recipe, ["eval"])
+        if arguments.hosts or arguments.processes:
+            return launching.launch("eval", arguments, argv)
+        return _evaluate(recipe, arguments, world)
+
+
+def _evaluate(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
+    from mlx_zh.stages import preflight, same_everywhere
+    from mlx_zh.stages.budgeting import settle
+    from mlx_zh.stages.run_folder import RunFolder
+
+    same_everywhere.require(world, recipe, "eval", {"--stage": arguments.stage})
+    with world.each(lambda: RunFolder.of(recipe)).all_at_work("eval", world):
         world.broadcast_result(lambda: preflight.check(recipe, ["eval"]))
         return _ask(settle(recipe, world, force=True), arguments, world)
 
 
 def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
     from mlx_zh.exams.protocols import protocols
+    from mlx_zh.stages import same_everywhere
     from mlx_zh.stages.examination import Examination
     from mlx_zh.stages.run_models import RunModels
     from mlx_zh.system import console
 
     protocol = protocols()[recipe.evaluate.protocol]
     shots = protocol.shots if recipe.evaluate.shots is None else recipe.evaluate.shots
-    exams = _exams(recipe, shots)
+    exams = world.each(lambda: _exams(recipe, shots))
+    same_everywhere.require(
+        world, recipe, "eval", {"exams": [exam.key for exam in exams], "protocol": protocol.name, "shots": shots}
+    )
     models = RunModels(recipe, arguments.stage, world)
     examination = Examination(recipe, protocol, models, world)
     for exam in exams:

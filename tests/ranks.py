@@ -1,7 +1,8 @@
 """Ranks on this machine, started as `mlx.launch` starts them, but without its busy waiting.
 
 As a program it runs stages one after another in one process: `python ranks.py '[["sft", "recipe.yaml"], ...]'`. Its
-last rank is interrupted (STOP_AT=3) or killed (KILL_AT=3) at a step, and gets an argument of its own (LAST_RANK).
+last rank is interrupted (STOP_AT=3) or killed (KILL_AT=3) at a step, gets an argument of its own (LAST_RANK), or
+finds packages in a folder of its own (LAST_PATH).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,13 @@ from typing import Any
 Ends = list[tuple[int, str, str]]  # exit status, output and errors, by rank
 
 
-def start(count: int, *commands: list[str], folder: Path, **variables: str) -> list[subprocess.Popen[str]]:
-    """Stages one after another on `count` ranks, which form a ring on loopback; one rank alone is none."""
+def start(
+    count: int, *commands: list[str], folder: Path, folders: Sequence[Path] = (), **variables: str
+) -> list[subprocess.Popen[str]]:
+    """Stages one after another on `count` ranks, which form a ring on loopback; one rank alone is none.
+
+    They run in `folder`, or each in its own of `folders`.
+    """
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -34,7 +41,7 @@ def start(count: int, *commands: list[str], folder: Path, **variables: str) -> l
         subprocess.Popen(
             [sys.executable, __file__, json.dumps(commands)],
             env=common | ({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if count > 1 else {}),
-            cwd=folder,
+            cwd=folders[rank] if folders else folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -72,6 +79,7 @@ def main(commands: list[list[Any]]) -> None:
     last = hosts is None or int(rank) == len(json.loads(Path(hosts).read_text())) - 1
     own = [os.environ["LAST_RANK"]] if last and "LAST_RANK" in os.environ else []
     if last:
+        sys.path[:0] = [path] if (path := os.environ.get("LAST_PATH")) else []
         for variable, number in (("STOP_AT", signal.SIGINT), ("KILL_AT", signal.SIGKILL)):
             if variable in os.environ:
                 signal_at(int(os.environ[variable]), number)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     Arrays = dict[str, mx.array]
 
 T = TypeVar("T")
+V = TypeVar("V")
 Item = TypeVar("Item")
 
 MEASURED_SECONDS = 10.0
@@ -55,7 +56,7 @@ class World:
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.speeds = [1.0] * self.size
-        self.orderly_end = False  # all ranks know that the run ends, so none reports the others as lost
+        self.orderly_end = False  # all ranks know why the run ends, so none reports the others as lost
         self.transfer_seconds = self.waiting_seconds = 0.0
         self._last_collective = time.monotonic()  # when it ended
 
@@ -161,6 +162,50 @@ class World:
             raise SystemExit(2)  # rank 0 prints the error
         broadcast: T = result
         return broadcast
+
+    def each(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which every rank does by itself, without a collective.
+
+        Raises DistributedError on every rank, with the ranks and their reasons, when any raises MlxZhError; when all
+        give the same reason, each raises its own error.
+        """
+        if self.size == 1:
+            return work()
+        error: MlxZhError | None = None
+        try:
+            result = work()
+        except MlxZhError as raised:
+            error = raised
+        reasons = self.collect(None if error is None else (socket.gethostname(), str(error)))
+        failed = [(rank, *reason) for rank, reason in enumerate(reasons) if reason is not None]
+        self.orderly_end = bool(failed)
+        if error is not None and len(failed) == self.size and len({text for _, _, text in failed}) == 1:
+            raise error
+        if failed:
+            told = "\n".join(f"rank {rank} ({host}): {text}" for rank, host, text in failed)
+            raise DistributedError(told) from error
+        return result
+
+    def agree(self, values: V, differences: Callable[[V, V], str], advice: str) -> None:
+        """Raise DistributedError on every rank if the JSON-serializable `values` are not the same on all.
+
+        `differences` names those between two ranks' values, empty if there are none, and is called on rank 0;
+        `advice` is a sentence that says what to do.
+        """
+        if self.size == 1:
+            return
+        everywhere = self.collect((socket.gethostname(), values))
+
+        def compare() -> str:
+            mine = everywhere[0][1]
+            named = [(rank, host, differences(mine, theirs)) for rank, (host, theirs) in enumerate(everywhere)]
+            return "\n".join(
+                f"rank {rank} ({host}) differs from rank 0: {text}. {advice}" for rank, host, text in named if text
+            )
+
+        if text := self.broadcast_result(compare):
+            self.orderly_end = True
+            raise DistributedError(text)
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any rank."""
@@ -283,7 +328,7 @@ def joined(warn: Callable[[str], None]) -> Iterator[World]:
             yield world
             world.orderly_end = True
         except MlxZhError as error:
-            if not world.first:
+            if not world.first and not world.orderly_end:
                 error.args = (f"rank {world.rank} ({socket.gethostname()}): {error}",)
             raise
         finally:

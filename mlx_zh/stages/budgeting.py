@@ -197,7 +197,7 @@ def _decide(recipe: Recipe, run: RunFolder, world: World, *, force: bool) -> Bud
 
     first_stage = next((name for name in ("sft", "dpo") if recipe.data.split(name).train), None)
     if first_stage is not None:
-        memory_check.require(recipe, first_stage, force=force)
+        world.each(lambda: memory_check.require(recipe, first_stage, force=force))
     record = _measure_and_store(recipe, run, world)
     gc.collect()  # the measured model
     mx.clear_cache()
@@ -239,7 +239,7 @@ def _measured(recipe: Recipe, loaded: LoadedModel, dense: float, world: World) -
     from mlx_zh.stages.data import registry_of
     from mlx_zh.stages.measuring import measure_pace
 
-    sizes = data_sizes(recipe, registry_of(recipe), dense)
+    sizes = world.each(lambda: data_sizes(recipe, registry_of(recipe), dense))
     tokens = next(iter(sizes.values())).tokens if sizes else recipe.data.max_length / 2
     seconds = measuring_seconds(recipe.budget_seconds or 0)
     console.say("Measuring this machine's speed for the time budget ...")

@@ -19,6 +19,7 @@ from mlx_zh.system.escaping import without_controls
 from mlx_zh.system.redaction import redacted
 
 if TYPE_CHECKING:
+    from mlx_zh.distributed.world import World
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.tuning import Method
 
@@ -149,27 +150,37 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     add_budget(options)
     launching.add_machines(options)
     arguments = options.parse_intermixed_args(argv)
-    recipe = read_recipe(arguments)
-    if recipe is None:
-        return 0
-    if arguments.dry_run:
-        return dry_run(recipe, [method.stage])
-    if arguments.hosts or arguments.processes:
-        return launching.launch(method.stage, arguments, argv)
 
     from mlx_zh.distributed.world import joined
-    from mlx_zh.stages import preflight
+    from mlx_zh.system import console
+
+    with joined(console.warn) as world:
+        recipe = world.each(lambda: read_recipe(arguments))
+        if recipe is None:
+            return 0
+        if arguments.dry_run:
+            return dry_run(recipe, [method.stage])
+        if arguments.hosts or arguments.processes:
+            return launching.launch(method.stage, arguments, argv)
+        return _train(method, recipe, arguments, world)
+
+
+def _train(method: Method, recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
+    from mlx_zh.stages import preflight, same_everywhere
     from mlx_zh.stages.budgeting import settle
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.tuning import tune
-    from mlx_zh.system import console
 
-    with joined(console.warn) as world, RunFolder.of(recipe).all_at_work(method.stage, world):
-        if not recipe.data.split(method.stage).train:
-            raise DataError(
-                f"{arguments.recipe}: data.{method.stage}.train names no file to learn from. Add one to the recipe."
-            )
+    chosen = {"--fresh": arguments.fresh, "--force": arguments.force, "resume": recipe.resume}
+    same_everywhere.require(world, recipe, method.stage, chosen)
+    with world.each(lambda: RunFolder.of(recipe)).all_at_work(method.stage, world):
+        world.each(lambda: _require_data(recipe, method.stage, arguments.recipe))
         world.broadcast_result(lambda: preflight.check(recipe, [method.stage]))
         fresh = arguments.fresh or recipe.resume == "never"
         budgeted = settle(recipe, world, force=arguments.force)
         return tune(budgeted, method, world, fresh=fresh, renew=arguments.renew, force=arguments.force)
+
+
+def _require_data(recipe: Recipe, stage: str, file: str) -> None:
+    if not recipe.data.split(stage).train:
+        raise DataError(f"{file}: data.{stage}.train names no file to learn from. Add one to the recipe.")

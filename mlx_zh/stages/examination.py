@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from mlx_zh.core import numbers
 from mlx_zh.corpus.render import Renderer
-from mlx_zh.errors import DistributedError
 from mlx_zh.exams import answers as asking
 from mlx_zh.exams import current, figures, statistics
 from mlx_zh.exams.prompts import Prompter
@@ -84,11 +83,9 @@ class Examination:
         renderer = self._renderer(loaded)
         examinee = self._examinee(loaded, renderer)
         about = world.broadcast_result(lambda: self._about(name, exam, loaded, renderer))
-        if (about["asked"], about["base"]) != (self._questions_digest(exam, exam.subjects), loaded.fingerprint):
-            raise DistributedError(
-                f"rank {world.rank} has other questions or another model than rank 0. Give every machine the same "
-                "recipe, exam files and model files."
-            )
+        read = {f"the questions of {exam.title}": self._questions_digest(exam, exam.subjects)}
+        read |= {"the base model's files": loaded.fingerprint}
+        world.agree(read, _changed, "Give every machine the same recipe, exam files and model files.")
         records = Records(self._run.exams, name, exam.key)
         keys = {
             s.key: value_digest({**about, "asked": self._questions_digest(exam, [s])})[:16] for s in exam.subjects
@@ -251,3 +248,8 @@ class Examination:
             micro_tokens=self._micro_tokens,
             max_new_tokens=settings.max_new_tokens,
         )
+
+
+def _changed(first: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """The names of the values that differ."""
+    return "; ".join(name for name in first if first[name] != other.get(name))

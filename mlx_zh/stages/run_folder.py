@@ -161,7 +161,7 @@ class RunFolder:
         manifest = read_object(self.manifest) or {}
         earlier = manifest.get("data")
         manifest |= {
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+            "versions": {"python": platform.python_version(), **package_versions()},
             "machine": {"system": platform.platform(), "processor": platform.machine(), "device": device.name()},
             "git_commit": _git_commit(),
             "command": sys.argv,
@@ -207,6 +207,11 @@ def _origin(decision: Mapping[str, Any] | None) -> str:
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(decision["made"]))
     decided = ", ".join(numbers) or "nothing had to be cut"
     return f"# Decided by the budget of {decision['budget']} on {made}, from the measured speed: {decided}.\n"
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of this program and of the packages that its results depend on; None for one that is absent."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

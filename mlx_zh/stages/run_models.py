@@ -35,6 +35,10 @@ class RunModels:
         self._state = ""  # which of the models `_loaded` is now
         self.present = world.broadcast_result(lambda: self._present(requested))
         self.names = ["base", *self.present] if requested is None else [requested]
+        world.each(lambda: self._require_fused(requested))
+
+    def _require_fused(self, requested: str | None) -> None:
+        recipe = self._recipe
         if requested == "fused" and not self._run.fused_model().is_dir():
             loadable = "" if set(recipe.export.formats) - {"peft"} else " 'export.formats=[mlx]'"
             raise ModelError(
@@ -87,12 +91,19 @@ class RunModels:
         return self._recipe.model_copy(update={"model": model})
 
 
-def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
+def open_model(recipe: Recipe, world: World = ALONE) -> LoadedModel:
     """Load the recipe's base model, and check that this program's forward pass gives the same as the model's own.
 
     With several ranks and `distributed.shares: measured`, also measure each rank's speed. Raises ModelError,
-    DownloadError.
+    DownloadError; with several ranks, as `World.each`.
     """
+    loaded = world.each(lambda: _open(recipe))
+    if world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":
+        _measure(loaded, recipe.memory.micro_tokens, world)
+    return loaded
+
+
+def _open(recipe: Recipe) -> LoadedModel:
     from mlx_zh.core.logprobs import check_supported
     from mlx_zh.models.load import load_model
 
@@ -110,8 +121,6 @@ def open_model(recipe: Recipe, world: World | None = None) -> LoadedModel:
         reading=console.say_reading,
     )
     check_supported(loaded.model, loaded.config)
-    if world and world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":
-        _measure(loaded, recipe.memory.micro_tokens, world)
     return loaded
 
 

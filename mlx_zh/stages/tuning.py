@@ -90,26 +90,17 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     """
     stage = method.stage
     start = method.start(recipe, world)
-    memory_check.require(recipe, stage, force=force, fresh=fresh)
+    world.each(lambda: memory_check.require(recipe, stage, force=force, fresh=fresh))
     loaded = open_model(recipe, world)
     renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
-    corpus = prepare_stage(recipe, stage, renderer)
-    recipe = within_epochs(recipe, stage, len(method.examples(corpus, "train")))
-    digests = file_digests(corpus)
-    content: Values = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
-    content["corpus"] = corpus_values(corpus)
-    if stage == "dpo" or start.folder is not None:
-        content["start"] = start.fingerprint
-    values = learning_values(recipe, stage, content)
-    session = Session(recipe, stage, loaded, start.spec(loaded), values, world)
-    samples = Samples(recipe, renderer, loaded)
+    corpus = world.each(lambda: prepare_stage(recipe, stage, renderer))
+    session = world.each(lambda: _session(recipe, method, start, loaded, renderer, corpus, world))
+    samples = Samples(session.recipe, renderer, loaded)
     if session.begin(fresh=fresh, renew=renew):
-        examples = method.examples(corpus, "train")
-        memory_check.require(recipe, stage, force=force, config=loaded.config, corpus=examples)
-        unfused = device_check.needs_unfused(recipe, loaded, session.spec, force=force)
+        unfused = world.each(lambda: _fits(session, method.examples(corpus, "train"), force))
         if world.first:
-            session.run.write_manifest(recipe, loaded, digests)
-            save_report(recipe, stage, corpus)
+            session.run.write_manifest(session.recipe, loaded, file_digests(corpus))
+            save_report(session.recipe, stage, corpus)
             samples.ask("base")
         with device.unfused_attention(unfused):
             finished = session.train(method.objectives(session, loaded, start, corpus))
@@ -123,6 +114,32 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     if world.first:
         report(session, samples, method.answers)
     return 0
+
+
+def _session(
+    recipe: Recipe,
+    method: Method,
+    start: Start,
+    loaded: LoadedModel,
+    renderer: Renderer,
+    corpus: Corpus,
+    world: World,
+) -> Session:
+    """The session of a stage, with everything that it learns from."""
+    stage = method.stage
+    recipe = within_epochs(recipe, stage, len(method.examples(corpus, "train")))
+    content: Values = {"base": loaded.fingerprint, "rendering": renderer.fingerprint}
+    content |= {"files": file_digests(corpus), "corpus": corpus_values(corpus)}
+    if stage == "dpo" or start.folder is not None:
+        content["start"] = start.fingerprint
+    return Session(recipe, stage, loaded, start.spec(loaded), learning_values(recipe, stage, content), world)
+
+
+def _fits(session: Session, examples: Conversations | Pairs, force: bool) -> bool:
+    """Check memory and the device; returns whether attention must be computed unfused."""
+    recipe, loaded = session.recipe, session.loaded
+    memory_check.require(recipe, session.stage, force=force, config=loaded.config, corpus=examples)
+    return device_check.needs_unfused(recipe, loaded, session.spec, force=force)
 
 
 def _complete(samples: Samples, session: Session) -> None:
@@ -252,15 +269,10 @@ class Session:
     def begin(self, *, fresh: bool, renew: bool = False) -> bool:
         """Whether there is work to do. With `fresh` there always is, and an earlier run is moved aside.
 
-        With `renew`, a run with other settings is moved aside. Raises RecipeError as `check` does, and if the recipe,
-        data or model of a rank differs from rank 0's.
+        With `renew`, a run with other settings is moved aside. Raises RecipeError as `check` does, and
+        DistributedError if the recipe, data or model of a rank differs from rank 0's.
         """
-        rank0_values = self.world.broadcast_result(lambda: self.values)
-        if learning_key(rank0_values) != self.key:
-            raise RecipeError(
-                f"rank {self.world.rank} differs from rank 0: {changes(rank0_values, self.values)}. Give every "
-                "machine the same recipe, model and data."
-            )
+        self.world.agree(self.values, _rank_differences, "Give every machine the same recipe, model and data.")
         return self.world.broadcast_result(lambda: self._begin(fresh, renew))
 
     def _begin(self, fresh: bool, renew: bool) -> bool:
@@ -481,6 +493,10 @@ _SHOWN = {
 def _evaluation(figures: Mapping[str, object]) -> str:
     more = "".join(f", {label} {figures[key]:z.2f}" for key, label in _SHOWN.items() if key in figures)
     return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
+
+
+def _rank_differences(first: Values, other: Values) -> str:
+    return "" if learning_key(first) == learning_key(other) else changes(first, other)
 
 
 def _without_length(values: Values, stage: str) -> Values:

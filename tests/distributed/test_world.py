@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +175,63 @@ def test_a_run_changes_its_number_of_ranks(make: Make, whole: Callable[[int], Pa
     close(folder / "runs/tiny/sft", whole(1) / "runs/tiny/sft")
 
 
-def test_ranks_that_would_do_different_things_do_nothing(make: Make):
+# Ranks that differ, or of which one cannot go on: every rank ends with the same words, and nothing is done
+
+
+def together(folder: Path, stage: list[str], **variables: str) -> str:
+    """The one error with which two ranks end."""
+    first, second = ranks.finish(ranks.start(2, stage, folder=folder, **variables))
+    assert first[0] == second[0] == 2, (first, second)
+    errors = [text[text.index("error: ") :] for _, _, text in (first, second)]
+    assert errors[0] == errors[1] and "is gone" not in errors[0]
+    assert not (folder / "runs/tiny/sft").exists()
+    return errors[0]
+
+
+NAMED = f"rank 1 ({socket.gethostname()})"
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ("sft.learning_rate=1e-3", f"{NAMED} differs from rank 0: sft.learning_rate 0.01 -> 0.001."),
+        ("budget=8h", f"{NAMED} differs from rank 0: budget None -> 8h."),
+        ("data.sft.train=[other.jsonl]", f"{NAMED} differs from rank 0: the content of other.jsonl."),
+        ("data.sft.train=[none.jsonl]", f"{NAMED}: none.jsonl"),
+        ("sft.batch_size=none", f"{NAMED}: 'sft.batch_size=none': sft.batch_size must be a whole number"),
+        ("model.path=other", f"{NAMED} differs from rank 0: the base model's files"),
+    ],
+)
+def test_what_one_rank_has_is_named_by_all(make: Make, model_folder: Callable[..., Path], own: str, words: str):
     folder = make("different")
-    first, second = ranks.finish(ranks.start(2, STAGES[0], folder=folder, LAST_RANK="sft.learning_rate=1e-3"))
-    assert first[0] == second[0] == 2
-    assert "rank 1 differs from rank 0: sft.learning_rate 0.01 -> 0.001" in second[2]
-    assert "error: rank 1 (" in first[2] and not (folder / "runs/tiny/sft").exists()
+    (folder / "other.jsonl").write_text((folder / "train.jsonl").read_text()[:-1] + " \n")
+    shutil.copytree(model_folder(), folder / "other")
+    weights = folder / "other/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert words in together(folder, STAGES[0], LAST_RANK=own)
+
+
+def test_a_file_that_one_rank_lacks_is_named_by_all(make: Make):
+    folder = make("lacking")
+    for copy in ("there", "gone"):
+        shutil.copytree(folder, folder.parent / f"{folder.name}-{copy}", symlinks=True)
+    machine = [folder.parent / f"{folder.name}-{copy}" for copy in ("there", "gone")]
+    for name, words in (("train.jsonl", "train.jsonl"), ("recipe.yaml", "there is no recipe at recipe.yaml.")):
+        (machine[1] / name).unlink()
+        first, second = ranks.finish(ranks.start(2, STAGES[0], folder=machine[0], folders=machine))
+        errors = [text[text.index("error: ") :] for _, _, text in (first, second)]
+        assert errors[0] == errors[1] and f"{NAMED}: " in errors[0] and words in errors[0], (first, second)
+
+
+def test_other_versions_of_a_package_are_named_by_all(make: Make):
+    folder = make("versions")
+    info = folder / "old/mlx-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 0.1\n")
+    message = together(folder, STAGES[0], LAST_PATH=str(folder / "old"))
+    assert (
+        f"{NAMED} differs from rank 0: mlx {metadata.version('mlx')} -> 0.1. Give every machine the same" in message
+    )
 
 
 def test_ranks_with_other_copies_of_an_exam_do_nothing(make: Make):
@@ -190,11 +243,13 @@ def test_ranks_with_other_copies_of_an_exam_do_nothing(make: Make):
             path.parent.mkdir(parents=True)
             path.write_text(f"id,question,A,B,C,D,answer\n0,{question},甲,乙,丙,丁,A\n", encoding="utf-8")
     stage = [*STAGES[0], "data.decontaminate.benchmarks=[ceval]", "evaluate.folder={ceval: one}"]
-    own = "evaluate.folder={ceval: two}"
-    first, second = ranks.finish(ranks.start(2, stage, folder=folder, LAST_RANK=own))
-    assert first[0] == second[0] == 2
-    assert "rank 1 differs from rank 0: the questions of ceval that are kept out of the data" in second[2]
-    assert not (folder / "runs/tiny/sft").exists()
+    message = together(folder, stage, LAST_RANK="evaluate.folder={ceval: two}")
+    assert f"{NAMED} differs from rank 0: the questions of ceval that are kept out of the data" in message
+    asking = ["eval", "recipe.yaml", "evaluate.benchmarks=[ceval]", "evaluate.folder={ceval: one}"]
+    message = together(folder, asking, LAST_RANK="evaluate.folder={ceval: two}")
+    assert f"{NAMED} differs from rank 0: the questions of C-Eval" in message
+    message = together(folder, asking, LAST_RANK="evaluate.folder={ceval: none}")
+    assert f"{NAMED}: none" in message
 
 
 # The short form
