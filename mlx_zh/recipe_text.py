@@ -80,6 +80,11 @@ def _repeated_size(node: Any, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text of the command line is UTF-8; bytes that are not become halves of surrogate pairs."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def dump(value: Any) -> str:
     """Plain values as YAML. `parse` reads the same values from it."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -221,6 +226,10 @@ def _note_lines(node: Any, key: Key, document: Document, seen: set[int]) -> None
 
 def parse_value(text: str, context: str) -> Any:
     """The value of an override, read as YAML. Raises RecipeError, which names the override `context`."""
+    if not is_utf8(text):
+        raise RecipeError(
+            f"{context!r}: the name is not UTF-8, and a recipe cannot hold it. Rename the file or folder first."
+        )
     try:
         return load(text, _Loader)[1]
     except (*_YAML_ERRORS, RecursionError) as error:

@@ -21,6 +21,7 @@ from xml.parsers import expat
 from mlx_zh.corpus.csv_rows import table_rows
 from mlx_zh.corpus.reader import ZIP
 from mlx_zh.errors import DataError, first_line
+from mlx_zh.system.links import check_regular
 
 if TYPE_CHECKING:
     from python_calamine import CalamineSheet, CalamineWorkbook
@@ -60,8 +61,9 @@ class SheetInfo:
 def is_workbook(path: Path) -> bool:
     """Whether the content of a file, whatever its name, is an Excel workbook.
 
-    Raises DataError for a zip archive of a kind that the user has to save as .xlsx.
+    Raises DataError for a zip archive of a kind that the user has to save as .xlsx, and for a pipe or device.
     """
+    check_regular(path, DataError)  # opening a pipe would wait for ever
     try:
         with path.open("rb") as file:
             head = file.read(4)

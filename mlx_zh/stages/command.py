@@ -7,7 +7,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Sequence
-from os.path import expanduser, isdir, isfile, join
+from os.path import exists, expanduser, isdir, isfile, join
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,12 +102,14 @@ def _runs(overrides: Sequence[str]) -> str:
 def _nothing_at(target: str, overrides: Sequence[str]) -> str:
     from mlx_zh.stages.run_folder import RunFolder
 
+    if exists(target) and not isdir(target):
+        return f"{target} is a pipe, a socket or a device. Give a recipe file that is stored on a disk."
+    if isdir(target):
+        return f"{target} is a folder without a recipe, so it is no run. Give a recipe file or the name of a run."
     if "=" in target:
         return f"{missing_recipe('mlx-zh sft')}; {target!r} came first."
     if target.endswith((".yaml", ".yml")):
         return f"there is no recipe at {target}."
-    if isdir(target):
-        return f"{target} is a folder without a recipe, so it is no run. Give a recipe file or the name of a run."
     for ending in (".yaml", ".yml"):
         if isfile(target + ending):
             return f"there is no recipe at {target}. Did you mean {target}{ending}?"

@@ -17,8 +17,10 @@ from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.language.catalogue import catalogue, fill
 from mlx_zh.language.reader import reader_language, say
 from mlx_zh.language.translation import in_readers_language
+from mlx_zh.recipe_text import is_utf8
 from mlx_zh.stages.showing import visible
 from mlx_zh.system import console
+from mlx_zh.system.links import check_regular
 
 _EXAMPLE = 60  # characters of a column's example
 _DETAIL = 200  # characters of what is wrong with a row
@@ -106,6 +108,9 @@ def _require_any(data: OwnData, place: Path) -> None:
 
 
 def _look(path: Path, wish: _Wish) -> Survey:
+    check_regular(path, DataError)
+    if not is_utf8(str(path)):
+        raise DataError(say("init-not-utf8", file=path))
     if path.name.startswith(_MAC_NOTES):
         raise DataError(say("init-mac-notes", file=path, name=path.name.removeprefix(_MAC_NOTES)))
     head = read_head(path, wish.sheet)
