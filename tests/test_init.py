@@ -143,6 +143,16 @@ def test_a_folder_is_all_its_files_without_what_systems_leave_there(run) -> None
     assert sources[1].columns == {}
 
 
+def test_files_for_validation_and_tests_are_named_and_not_learned_from(run) -> None:
+    Path("set").mkdir()
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
+        jsonl(f"set/{name}", {"prompt": "几点？", "response": "九点。"})
+    status, out, _ = run("set", "--yes", "--name", "split")
+    assert status == 0
+    assert "passed over: set/dev.jsonl (its name says dev" in out and "set/test.jsonl (its name says test" in out
+    assert [source.path for source in load_recipe("split.yaml").data.sft.train] == ["set/train.jsonl"]
+
+
 def test_llama_factorys_table_becomes_entries(run) -> None:
     Path("lf").mkdir()
     jsonl("lf/a.json", {"q": "几点？", "a": "九点。"})

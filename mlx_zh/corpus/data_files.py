@@ -27,7 +27,8 @@ TABLE_SUFFIXES = (
     *EXCEL_SUFFIXES,
 )  # read only if a pattern names them, or if a folder has no other data files
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
-_SPLITS = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?:[/_.-]|$)")
+_OTHER_SPLITS = ("test", "validation", "valid", "val", "dev")  # beside `train`, in the names of files
+_SPLITS = re.compile(rf"(?:^|[/_.-])(train|{'|'.join(_OTHER_SPLITS)})(?:[/_.-]|$)")
 
 WAY = (
     "Check the network and the name; set HF_ENDPOINT to a mirror where Hugging Face cannot be reached, or make an "
@@ -64,6 +65,13 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
         kinds = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
         raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
     return files
+
+
+def other_files(folder: Path, patterns: Sequence[str]) -> dict[Path, str]:
+    """The data files of a folder that match a pattern and belong to another split than `train`, with its name."""
+    train = _data_files(folder, patterns, "train")
+    by_split = {split: _data_files(folder, patterns, split) for split in _OTHER_SPLITS}
+    return {path: split for split, paths in by_split.items() for path in paths if path not in train}
 
 
 def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]:
