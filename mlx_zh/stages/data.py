@@ -297,6 +297,7 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
         on_invalid=data.on_invalid,
         normalize=data.normalize,
         simplify=data.simplify,
+        quality=data.quality.actions,
     )
 
 
