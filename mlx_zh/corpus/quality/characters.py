@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 _EXCERPT = 20  # characters around what was found
-_ABOUT_ENCODINGS = re.compile(r"乱码|亂碼|编码|編碼|锟斤拷|mojibake|encoding|unicode|utf-?8", re.IGNORECASE)
+_ABOUT_ENCODINGS = re.compile(r"乱码|亂碼|编码|編碼|mojibake|encoding|unicode|utf-?8", re.IGNORECASE)
 # UTF-8 read as Latin-1 or Windows-1252, with or without the control characters that normalisation removes.
 _LATIN = r"Ã[¡-¿\x80-\x9f€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|Â[£©®°·»«±¡¿]|â€[\x80-\x9f™œ˜“”¦¢žš]|ï¿½|ï»¿"
-_LATIN_CHINESE = r"(?:[ä-é][\x80-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ ]{1,2}){3}"
+_LATIN_CHINESE = r"(?:[ä-éï][\x80-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ ]{1,2}){3}"
 _GBK_BYTES = r"锟斤|烫烫烫|屯屯屯|(?:[銆锛鈥][\u3400-\u9fff€].{0,200}?){2}"  # UTF-8 read as GBK, or the reverse
 _PRIVATE = r"[\ue000-\uf8ff\U000f0000-\U0010fffd]{2}"
 _MOJIBAKE = re.compile(f"\ufffd|{_LATIN}|{_LATIN_CHINESE}|{_GBK_BYTES}|{_PRIVATE}")
+_SUSPECT = re.compile("[\ufffdÃÂâïä-é锟烫屯銆锛鈥\ue000-\uf8ff\U000f0000-\U0010fffd]")  # what all of these begin with
 
 # Common characters that only one of the two scripts has, in the same order. Those of both (后, 里, 干) are left
 # out.
@@ -48,6 +49,8 @@ _MIXED, _MIXED_SHARE = 2, 0.02  # different characters of the rarer script, and 
 
 def mojibake(text: str) -> str | None:
     """The text around the first character that was decoded wrongly; None without any, or if they are the topic."""
+    if _SUSPECT.search(text) is None:
+        return None
     match = _MOJIBAKE.search(text)
     if match is None or _ABOUT_ENCODINGS.search(text):
         return None

@@ -20,7 +20,7 @@ _EXCERPT = 40
 
 # A number at the beginning of a line that is no decimal, nor the first part of 1.1 or of 4. a.
 _ITEM = re.compile(r"^([ \t]*(?:[-*+] )?)([1-9]\d{0,2})([.、．)）])(?!\d)[ \t]*(?![a-z][.)])(\S.*)$", re.MULTILINE)
-_TWICE = re.compile(r"^\s*(\d{1,3})[.、．)）]\s*\1[.、．)）]\s", re.MULTILINE)
+_TWICE = re.compile(r"^[ \t]*(\d{1,3})[.、．)）] ?\1[.、．)）]\s", re.MULTILINE)
 _NUMBERS = 3  # items that a list needs for its numbers to be judged
 _EQUAL_ITEMS = 3  # equal items that a list needs to be one that repeats itself, if they are half of all
 

@@ -18,15 +18,14 @@ _AS_AI = re.compile(
 )
 _CANNOT = r"(?:无法|不能|没有办法|没办法|没法|不便|不可以|拒绝|无权|不具备|没有能力|不提供|不支持|不知道|未能)"
 _REFUSED = re.compile(
-    rf"\s*(?:(?:很|非常|十分|真的|实在)?(?:抱歉|对不起|遗憾|不好意思)[^。！？\n]{{0,30}}{_CANNOT}"
+    rf"(?i:\s*(?:(?:很|非常|十分|真的|实在)?(?:抱歉|对不起|遗憾|不好意思)[^。！？\n]{{0,30}}{_CANNOT}"
     r"|(?:抱歉|对不起)?[，,]?我(?:目前|暂时|现在|还)?(?:无法|不能|没法|没有办法)(?:回答|提供|协助|帮助|帮你|帮您|完成|满足|生成|访问|浏览"
     r"|执行|参与|支持|讨论|处理|继续|给出|为您|为你)"
     r"|(?:unfortunately, )?i(?:'m|’m| am) (?:very |so |really )?sorry,? [^.!?\n]{0,40}"
     r"(?:can't|can’t|cannot|can not|unable|not able|won't|won’t|don't have|don’t have)"
     r"|(?:sorry, |unfortunately, )?i (?:can't|can’t|cannot|am unable to|am not able to|won't|won’t) "
     r"(?:help|assist|provide|answer|fulfill|comply|engage|create|generate|access|browse|do that"
-    r"|write|discuss|support))",
-    re.IGNORECASE,
+    r"|write|discuss|support)))"
 )
 _SPEAKS_FOR_OTHERS = re.compile(
     r"翻译|译成|译为|改写|润色|邮件|书信|道歉|写一[封段]|对话|台词|角色|扮演|假装|故事|剧本|文案|回复.{0,4}(?:客户|顾客)|造句"
@@ -50,6 +49,8 @@ _NAMES_LANGUAGE = re.compile(
     re.IGNORECASE,
 )
 _QUOTES_LATIN = re.compile(r"[“\"‘'「《][A-Za-z]")  # a Chinese prompt for a sentence with an English word
+# Both begin in Chinese and say nothing in Latin letters for a while: the usual case, found at little cost.
+_ALIKE_START = re.compile(r"[^A-Za-z\u3040-\u30ff]{0,20}[\u3400-\u9fff]{4}")
 _FEWEST_HAN, _FEWEST_WORDS, _FEWEST_OTHER = 4, 8, 15
 
 _CLOSED = tuple("。！？!?.…~～”’」』）)】]》〉}>|`*_#=-—:：;；\"'♪$")
@@ -59,7 +60,7 @@ _LETTER = re.compile(r"[\u3400-\u9fffA-Za-z]")
 _CUT_MARKS = tuple("，、,（([【《“「")
 _ITEM_MARK = re.compile(r"\s*(?:[-*•·]|\d{1,3}[.、．)）]|[（(]?[一二三四五六七八九十\d]{1,3}[)）、])")
 _TITLE = re.compile(r"\s*(?:#|\||>|https?://|\S+@\S+|[-=*]{3})")
-_SIGNATURE = re.compile(r"[-—–―]\s?\S[^。！？\n]{0,30}$")
+_SIGNED = re.compile(r"[-—–―]\s?\S[^。！？\n]{0,30}$|\w://\S+$")
 _PAIRS = (("（", "）"), ("【", "】"), ("《", "》"), ("“", "”"), ("「", "」"))
 _VERSE, _VERSE_LINES = 25, 12  # characters of a line, and lines that are looked at
 _TAIL, _LINE = 200, 15  # characters at the end in which a bracket is open, and of a line of prose
@@ -90,6 +91,8 @@ def language(prompt: str, reply: str) -> str | None:
 
     Code, formulas and links have no language. A prompt that asks for code, or holds two languages, takes any reply.
     """
+    if _ALIKE_START.match(reply) and _ALIKE_START.match(prompt):
+        return None
     said = _letters(reply)
     if said is None or names_language(prompt):
         return None
@@ -140,7 +143,7 @@ def _breaks_off(text: str) -> bool:
     *before, line = text.split("\n")
     if len(line) < _LINE or _TITLE.match(line) or not _LETTER.match(line[-1]):
         return False
-    if _SIGNATURE.search(line[-_EXCERPT:]) or _is_verse(before) or len(_INLINE_ITEM.findall(line)) > 2:
+    if _SIGNED.search(line[-_TAIL:]) or _is_verse(before) or len(_INLINE_ITEM.findall(line)) > 2:
         return False
     body = _ITEM_MARK.sub("", line, count=1)
     if _STOPS.search(body):

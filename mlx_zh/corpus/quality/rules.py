@@ -34,7 +34,7 @@ REASONS = {  # for which rows are dropped
     "refusal": "refusal",
     "language": "other language",
     "repetition": "looping reply",
-    "truncated": "reply cut off",
+    "truncated": "cut-off reply",
     "mixed_script": "mixed script",
     "echo": "question repeated",
     "numbering": "broken numbering",
