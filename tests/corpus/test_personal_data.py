@@ -95,14 +95,13 @@ def test_one_last_digit_of_ten_passes_luhn(digits: str):
     assert sum(has_luhn_checksum(f"{digits}{last}") for last in range(10)) == 1
 
 
-PIECES = (
-    "13912345678 139-1234-5678 +86 11010519491231002X 4111111111111111 4111-1111-1111-1111 a@qq.com 61.135.169.121 "
-    "京A·12345 粤BD12345 北京市海淀区学院路 38号 3号楼 2单元 501室 某市 住在 010-62511234 邮编100081 ， 。 - 1 x 号 路 区 @ . "
-    "000000000000000001"
-).split(" ")
+NUMBERS = ["13912345678", "139-1234-5678", "+86 ", "11010519491231002X", "000000000000000001", "邮编100081", "1"]
+CARDS = ["4111111111111111", "4111-1111-1111-1111", "61.135.169.121", "010-62511234", "京A·12345", "粤BD12345"]
+ADDRESS = ["北京市海淀区学院路", "38号", "3号楼", "2单元", "501室", "某市", "住在", "号", "路", "区", "a@qq.com"]
+PIECES = st.sampled_from([*NUMBERS, *CARDS, *ADDRESS, *"，。 -x@.\n"])
 
 
-@given(st.lists(st.sampled_from([*PIECES, " ", "\n"]), max_size=30).map("".join))
+@given(st.lists(PIECES, max_size=30).map("".join))
 def test_masking_twice_is_masking_once(text: str):
     once = Masks().mask(text)
     again = Masks()
