@@ -249,8 +249,10 @@ class Decontaminate(Section):
     overlap: Annotated[float, Field(gt=0, le=1)] = 0.4
 
 
-QualityAction = Literal["off", "sample", "count", "drop"]
-PersonalAction = Literal["off", "sample", "count", "mask", "drop"]
+# Left out of a dump while they are the default, so that digests name only the rules that a recipe sets.
+_UNLESS_SET = Field(exclude_if=lambda value: value == "sample")
+QualityAction = Annotated[Literal["off", "sample", "count", "drop"], _UNLESS_SET]
+PersonalAction = Annotated[Literal["off", "sample", "count", "mask", "drop"], _UNLESS_SET]
 
 
 class Quality(Section):

@@ -298,11 +298,17 @@ def test_quality_is_counted_on_the_console_and_drops_on_request(folder: Path, ca
     settings = ["recipe.yaml", "data.sft.train=[asked.jsonl]", "data.dpo.train=[]"]
     assert prepare.main(settings) == 0
     out = capsys.readouterr().out
-    assert "asked.jsonl: quality: refusal 1/31\n" in out and "data.quality.RULE=drop leaves such rows out" in out
+    assert (
+        "asked.jsonl: rows with faults: refusal 1/31\n" in out
+        and "data.quality.RULE=drop leaves such rows out" in out
+    )
     assert prepare.main([*settings, "data.quality.refusal=drop"]) == 0
     out = capsys.readouterr().out
-    assert "asked.jsonl: 30 examples (1 refusal)\n" in out and "asked.jsonl: quality: refusal 1/31 dropped\n" in out
+    assert (
+        "asked.jsonl: 30 examples (1 refusal)\n" in out
+        and "asked.jsonl: rows with faults: refusal 1/31 (drop)\n" in out
+    )
     assert report()["sft"]["sources"][0]["quality"]["refusal"]["action"] == "drop"
     assert prepare.main([*settings, "data.quality=off"]) == 0
-    assert ": quality: " not in capsys.readouterr().out
+    assert "rows with faults" not in capsys.readouterr().out
     assert report()["sft"]["sources"][0]["quality"] == {}

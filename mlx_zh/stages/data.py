@@ -178,11 +178,11 @@ def quality_lines(report: CorpusReport) -> list[str]:
     for source in report["sources"]:
         faults = []
         for name, rule in source.get("quality", {}).items():
-            done = {"drop": " dropped", "mask": " masked"}.get(rule["action"], "")
+            done = f" ({rule['action']})" if rule["action"] in ("drop", "mask") else ""
             if rule["rows"]:
                 faults.append(f"{name} {rule['rows']:,}/{rule['checked']:,}{done}")
         if faults:
-            lines.append(f"{source['name']}: quality: {', '.join(faults)}")
+            lines.append(f"{source['name']}: rows with faults: {', '.join(faults)}")
     if lines:
         lines.append(
             "Quality counts rows with a fault, of the rows that were checked. Examples are in the report; "
