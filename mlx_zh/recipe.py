@@ -249,6 +249,36 @@ class Decontaminate(Section):
     overlap: Annotated[float, Field(gt=0, le=1)] = 0.4
 
 
+# Left out of a dump while they are the default, so that digests name only the rules that a recipe sets.
+_UNLESS_SET = Field(exclude_if=lambda value: value == "sample")
+QualityAction = Annotated[Literal["off", "sample", "count", "drop"], _UNLESS_SET]
+PersonalAction = Annotated[Literal["off", "sample", "count", "mask", "drop"], _UNLESS_SET]
+
+
+class Quality(Section):
+    """What each quality rule does with the rows that have its fault; `sample` counts them in a sample of the rows."""
+
+    refusal: QualityAction = "sample"
+    language: QualityAction = "sample"
+    repetition: QualityAction = "sample"
+    truncated: QualityAction = "sample"
+    mixed_script: QualityAction = "sample"
+    echo: QualityAction = "sample"
+    numbering: QualityAction = "sample"
+    mojibake: QualityAction = "sample"
+    personal: PersonalAction = "sample"
+
+    @property
+    def actions(self) -> dict[str, str]:
+        """The action of each rule that does more or less than the default."""
+        return {name: action for name, action in self if action != "sample"}
+
+
+def _as_quality(value: Any) -> Any:
+    """One action for all rules, if the value is no section."""
+    return dict.fromkeys(Quality.model_fields, value) if isinstance(value, str) else value
+
+
 class Data(Section):
     """The training data, how it is cleaned and mixed, and how it is rendered.
 
@@ -262,6 +292,9 @@ class Data(Section):
     variables: LaterTexts = {}
     normalize: bool = True
     simplify: bool = False
+    quality: Annotated[Quality, BeforeValidator(_as_quality), Field(exclude_if=lambda value: not value.actions)] = (
+        Quality()
+    )
     deduplicate: Deduplicate = Deduplicate()
     decontaminate: Decontaminate = Decontaminate()
     mixing: Literal["concat", "interleave"] = "concat"

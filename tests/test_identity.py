@@ -79,6 +79,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "the system message": (set_recipe("data", system="请回答"), 'data.system null -> "请回答"'),
     "normalization": (set_recipe("data", normalize=False), "data.normalize true -> false"),
+    "quality rules": (set_recipe("data", quality={"refusal": "drop"}), 'data.quality.refusal null -> "drop"'),
     "decontamination": (set_recipe("data", decontaminate={"ngram": 9}), "data.decontaminate.ngram 10 -> 9"),
     "the seed": (lambda p: (p.recipe.update(seed=7), p.write_recipe())[1], "seed 42 -> 7"),
     "the template": (

@@ -289,3 +289,26 @@ def test_rows_of_one_form_that_near_duplicates_take_are_told(folder: Path, capsy
     assert prepare.main([*settings, "data.deduplicate.near=null"]) == 0
     shown = capsys.readouterr().out
     assert "near duplicates" not in shown and "40 examples" in shown
+
+
+def test_quality_is_counted_on_the_console_and_drops_on_request(folder: Path, capsys) -> None:
+    rows = [{"instruction": f"第{i}题的答案是什么？", "output": f"答案是{i * 7919}。"} for i in range(30)]
+    rows += [{"instruction": "今天几号？", "output": "很抱歉，我无法得知今天的日期。"}]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = ["recipe.yaml", "data.sft.train=[asked.jsonl]", "data.dpo.train=[]"]
+    assert prepare.main(settings) == 0
+    out = capsys.readouterr().out
+    assert (
+        "asked.jsonl: rows with faults: refusal 1/31\n" in out
+        and "data.quality.RULE=drop leaves such rows out" in out
+    )
+    assert prepare.main([*settings, "data.quality.refusal=drop"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "asked.jsonl: 30 examples (1 refusal)\n" in out
+        and "asked.jsonl: rows with faults: refusal 1/31 (drop)\n" in out
+    )
+    assert report()["sft"]["sources"][0]["quality"]["refusal"]["action"] == "drop"
+    assert prepare.main([*settings, "data.quality=off"]) == 0
+    assert "rows with faults" not in capsys.readouterr().out
+    assert report()["sft"]["sources"][0]["quality"] == {}

@@ -82,6 +82,7 @@ class CorpusSettings:
     on_invalid: str = "error"
     normalize: bool = True
     simplify: bool = False
+    quality: dict[str, str] | None = None  # quality rule -> what it does, for those that the recipe sets
 
 
 class CorpusContent(TypedDict):
@@ -147,7 +148,7 @@ def corpus_key(
         "version": VERSION,
         "rendering": renderer.fingerprint,
         "sources": [_fields_of(source) | {"files": [digests[path] for path in source.files]} for source in sources],
-        "settings": asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={}))),
+        "settings": _settings_fields(settings),
         "exams": {name: [digests[path] for path in paths] for name, paths in exams.items()},
     }
     return value_digest(values)[:32], values
@@ -157,6 +158,12 @@ def _fields_of(source: DataSource) -> dict[str, Any]:
     """The fields of a source; those that came later are left out while unset, so that older corpora stay valid."""
     fields = asdict(replace(source, files=()))
     return {name: value for name, value in fields.items() if value or name not in ("sheet", "variables")}
+
+
+def _settings_fields(settings: CorpusSettings) -> dict[str, Any]:
+    """The settings without places; later ones are left out while unset, so that older corpora stay valid."""
+    fields = asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={})))
+    return {name: value for name, value in fields.items() if value or name != "quality"}
 
 
 def prepare(
@@ -295,6 +302,7 @@ def _scan_all(
         settings.simplify,
         settings.near_ngram if settings.choice.near is not None else None,
         str(work / "exams.npz") if exams else None,
+        settings.quality or {},
     )
     folders = [work / f"scan-{i:03d}" for i in range(len(sources))]
     size = sum(os.path.getsize(path) for source in sources for path in source.files)

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,7 @@ from mlx_zh.corpus.contamination import ExamFilter, ExamIndex
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.duplicates import SIDE_LETTERS, SIDES, Rows, sketch
 from mlx_zh.corpus.normalize import normalize, simplifier
+from mlx_zh.corpus.quality.rules import Quality, RuleReport
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shingles import Letters, letters
 from mlx_zh.corpus.sources import DataSource, Item
@@ -54,6 +55,7 @@ class ScanSettings:
     simplify: bool = False
     near_ngram: int | None = 3  # letters of an n-gram; None: near duplicates are not searched for
     exam_index: str | None = None  # path of a file that ExamIndex.save wrote
+    quality: dict[str, str] = field(default_factory=dict)  # quality rule -> what it does; others take a sample
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Scan:
     exam: npt.NDArray[np.int32]  # (N,) index of the exam question that the row contains, or -1
     overlap: npt.NDArray[np.float32]  # (N,) largest share of a question's n-grams that the row contains
     parts: npt.NDArray[np.int64]  # (P,) number of the first row of each spool file
+    quality: dict[str, RuleReport]  # what each quality rule counted
 
     def parts_of(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The number of the spool file that holds each of these rows."""
@@ -89,9 +92,11 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
     report = LoadReport()
+    quality = Quality(settings.quality)
     with storage_errors(folder), ExitStack() as stack:
         writer = _ScanWriter(folder, source, settings, stack)
-        for number, item in enumerate(_normalized_items(source, settings, report), start=1):
+        items = quality.kept(_normalized_items(source, settings, report), report)
+        for number, item in enumerate(items, start=1):
             writer.add(item)
             if number % _REPORTED == 0:
                 progress(source.name, report.rows)
@@ -103,13 +108,15 @@ def scan(source: DataSource, settings: ScanSettings, folder: Path, progress: Pro
     with storage_errors(folder):
         sync_tree(folder)
         digests = digests_of(folder, sorted(os.listdir(folder)))
-    write_exact_json(folder / "scan.json", {"report": asdict(report), "digests": digests})
+    about = {"report": asdict(report), "quality": quality.report(), "digests": digests}
+    write_exact_json(folder / "scan.json", about)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether `folder` has a finished scan whose files are what was written."""
     try:
         about = load_json(folder / "scan.json")
+        about["quality"]
         return fits(about["report"], LoadReport) and damage(folder, about["digests"]) is None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
@@ -117,16 +124,18 @@ def _is_whole(folder: Path) -> bool:
 
 def open_scan(folder: Path, near: bool) -> Scan:
     """The finished scan in `folder`; `near` says whether it has signatures for near duplicates."""
-    report = LoadReport(**load_json(folder / "scan.json")["report"])
-    with np.load(folder / "scan.npz") as arrays:
-        columns = {name: arrays[name] for name in arrays.files}
+    about = load_json(folder / "scan.json")
+    report = LoadReport(**about["report"])
+    with np.load(folder / "scan.npz") as file:
+        columns = {name: file[name] for name in file.files}
     signatures, bands = folder / "signatures.u16", folder / "bands.u32"
     rows = Rows(columns["exact"], columns["numbers"], None, None)
     if near:
         rows = replace(
             rows, signatures=signatures, bands=bands, letters=folder / "letters.u16", sizes=columns["sizes"]
         )
-    return Scan(folder, report, rows, columns["prompts"], columns["exam"], columns["overlap"], columns["parts"])
+    arrays = {name: columns[name] for name in ("prompts", "exam", "overlap", "parts")}
+    return Scan(folder, report, rows, quality=about["quality"], **arrays)
 
 
 def _normalized_items(source: DataSource, settings: ScanSettings, report: LoadReport) -> Iterator[Item]:

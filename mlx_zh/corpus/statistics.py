@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mlx_zh.corpus.choosing import Choice, ExamRow
 from mlx_zh.corpus.examples import Conversations, Pairs
+from mlx_zh.corpus.quality.rules import RuleReport
 from mlx_zh.corpus.render import (
     CHOSEN_OVERFLOW,
     FIRST_EXCHANGE_OVERFLOW,
@@ -53,6 +54,7 @@ class SourceReport(TypedDict):
     examples: dict[str, list[str]]  # reason -> the first few rows
     unused: list[str]  # columns that nothing reads
     placeholders: list[str]  # names said as {{name}}; looked for if the recipe has variables
+    quality: NotRequired[dict[str, RuleReport]]  # by rule; older corpora have none
 
 
 class Histogram(TypedDict):
@@ -131,6 +133,7 @@ def describe(
                 "examples": dict(scan.report.examples) | choice.examples[i],
                 "unused": scan.report.unused,
                 "placeholders": scan.report.placeholders,
+                "quality": scan.quality,
             }
         )
     over_long = sum(count for reasons in rendering.values() for name, count in reasons.items() if name in _TOO_LONG)

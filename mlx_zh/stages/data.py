@@ -81,7 +81,7 @@ def prepare_stage(
         corpus = prepare(sources, settings, renderer, storage.cache_folder() / "corpus", bars.event, vocabulary)
     for remark in corpus.remarks:
         console.warn(remark, keep=False)  # the data is as it was
-    for line in source_lines(corpus.manifest["report"], _UNITS[stage]):
+    for line in (*source_lines(corpus.manifest["report"], _UNITS[stage]), *quality_lines(corpus.manifest["report"])):
         console.say(line)
     for reported in corpus.manifest["report"]["sources"]:
         if reported["unused"]:
@@ -169,6 +169,25 @@ def source_lines(report: CorpusReport, unit: str) -> list[str]:
         notes += [f"{source['cut_short']} cut short"] if source["cut_short"] else []
         notes += [f"{held_out} of them for validation"] if train and held_out else []
         lines.append(f"{source['name']}: {train + held_out} {unit}" + (f" ({', '.join(notes)})" if notes else ""))
+    return lines
+
+
+def quality_lines(report: CorpusReport) -> list[str]:
+    """A line for each source with rows that have a fault, by the rule's key, and what to do about them."""
+    lines = []
+    for source in report["sources"]:
+        faults = []
+        for name, rule in source.get("quality", {}).items():
+            done = f" ({rule['action']})" if rule["action"] in ("drop", "mask") else ""
+            if rule["rows"]:
+                faults.append(f"{name} {rule['rows']:,}/{rule['checked']:,}{done}")
+        if faults:
+            lines.append(f"{source['name']}: rows with faults: {', '.join(faults)}")
+    if lines:
+        lines.append(
+            "Quality counts rows with a fault, of the rows that were checked. Examples are in the report; "
+            "data.quality.RULE=drop leaves such rows out."
+        )
     return lines
 
 
@@ -297,6 +316,7 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
         on_invalid=data.on_invalid,
         normalize=data.normalize,
         simplify=data.simplify,
+        quality=data.quality.actions,
     )
 
 

@@ -202,6 +202,31 @@ def test_traditional_rows_are_simplified_on_request(save, run, renderer: Rendere
     assert "头发" in renderer.decode(corpus.conversations("train")[0].tokens.tolist())
 
 
+REFUSAL = "很抱歉，我无法回答这个问题。"
+
+
+def test_quality_rules_count_mask_and_drop(save, run, renderer: Renderer):
+    given = [row("今天几号？", REFUSAL), row("联系方式是什么？", "电话是13912345678。"), *rows(3)]
+    source = save("a", given)
+    counted = run(source)
+    assert told(counted, "a")["quality"]["refusal"] == {
+        "action": "sample", "checked": 5, "rows": 1, "examples": [f"{source.files[0]}:1: 很抱歉，我无法"]
+    }  # fmt: skip
+    assert len(counted.conversations("train")) == 5 and "quality" not in counted.manifest["made_of"]["settings"]
+
+    changed = run(source, settings=replace(SFT, quality={"refusal": "drop", "personal": "mask"}))
+    assert changed.key != counted.key
+    assert told(changed, "a")["dropped"] == {"refusal": 1} and len(changed.conversations("train")) == 4
+    texts = "".join(renderer.decode(example.tokens.tolist()) for example in changed.conversations("train"))
+    assert "10000000001" in texts and "13912345678" not in texts
+    assert "13912345678" not in json.dumps(changed.manifest)
+
+
+def test_a_corpus_whose_rows_all_have_the_fault(save, run):
+    with pytest.raises(DataError, match="nothing is left to learn from in a \\(1 refusal\\)"):
+        run(save("a", [row("今天几号？", REFUSAL)]), settings=replace(SFT, quality={"refusal": "drop"}))
+
+
 def test_what_validates_is_never_learned(save, run):
     """Rows that the validation files hold too are taken out of training, wherever these stand."""
     base = rows(6)
