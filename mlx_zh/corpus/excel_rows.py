@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from xml.parsers import expat
 
 from mlx_zh.corpus.csv_rows import table_rows
-from mlx_zh.corpus.reader import ZIP
+from mlx_zh.corpus.text_files import ZIP
 from mlx_zh.errors import DataError, first_line
 
 if TYPE_CHECKING:

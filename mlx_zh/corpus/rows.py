@@ -18,6 +18,7 @@ from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
 from mlx_zh.corpus.row_keys import check_row, is_trained, unused_columns
 from mlx_zh.corpus.tables import read_arrow
+from mlx_zh.corpus.text_files import inner_suffix
 from mlx_zh.errors import DataError
 
 Row = Mapping[str, Any]
@@ -153,7 +154,7 @@ def open_rows(
     elif sheet is not None:
         raise DataError(f"{path} is no Excel workbook, so it has no sheet {sheet!r}; leave out `sheet`")
     else:
-        rows = _READERS.get(path.suffix.lower(), read_rows)(path)
+        rows = _READERS.get(inner_suffix(path), read_rows)(path)
     return _renamed_rows(path, rows, columns) if columns else rows
 
 
@@ -414,6 +415,8 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and value != value:
+        return "number that is NaN, which JSON does not have; write null"
     kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
     return kinds.get(type(value), "null" if value is None else type(value).__name__)
 

@@ -277,8 +277,16 @@ def folder_whole(path: Path) -> Iterator[Path]:
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """The paths, sorted, without hidden files such as the `._NAME` that macOS writes beside a file on some disks."""
-    return sorted(path for path in paths if not path.name.startswith("."))
+    """The paths, sorted, without hidden files and what macOS and Windows write into folders by themselves."""
+    return sorted(path for path in paths if not is_system_note(path.name))
+
+
+def is_system_note(name: str) -> bool:
+    """Whether a file or folder of this name is hidden (`._NAME`, `.DS_Store`), or is a system's own note."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NOTES
+
+
+_SYSTEM_NOTES = ("__macosx", "thumbs.db", "desktop.ini", "icon\r")
 
 
 def sync_tree(folder: Path) -> None:

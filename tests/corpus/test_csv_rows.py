@@ -76,8 +76,9 @@ def test_a_comma_without_quotation_marks_moves_no_column(write):
         ('a,b\nx,"y"z\n', "data.csv:2: not readable as CSV"),
         ("a,b\nx,caf\xe9\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
         ("a,b\nna\xefve,r\xe9sum\xe9s\n".encode("latin-1"), "data.csv:2: the text is not UTF-8"),
-        ("a,b\n".encode("utf-16"), "data.csv: the text is UTF-16"),
-        (b"PK\x03\x04rest", "data.csv: a zip archive; unpack it, and name the data file in it"),
+        ("a,b\n".encode("utf-16-le"), "data.csv: the text is UTF-16"),
+        ("a,b\nc,d\n".encode("utf-16")[:-1], "data.csv: the UTF-16 text is damaged"),
+        (b"PK\x03\x04rest", "data.csv: a damaged zip archive"),
     ],
 )
 def test_what_is_no_csv(write, content: str | bytes, words: str):
@@ -87,12 +88,70 @@ def test_what_is_no_csv(write, content: str | bytes, words: str):
     assert words in str(error.value)
 
 
-def test_utf8_among_gb18030_is_not_taken_for_chinese(write):
-    """Read as GB18030, Chinese in UTF-8 is nonsense of rare characters: two encodings in one file are refused."""
+def bad_rows(path: Path) -> dict[str, tuple[str, str]]:
+    """The line, reason and details of each row that cannot be used."""
+    return {
+        place.rpartition(":")[2]: (row.reason, str(row))
+        for place, row in read_csv(path)
+        if isinstance(row, InvalidRow)
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_bytes_that_are_no_text_cost_their_row(write, encoding):
+    line = "今天天气很好,我们一起去公园散步\n".encode(encoding)
+    path = write(b"a,b\n" + line * 3 + b"x,caf\xff\n" + line, "data.csv")
+    assert bad_rows(path) == {"5": ("not UTF-8", "1 bytes of the row are no text in the file's encoding")}
+    assert [row for _, row in read_csv(path)].count({"a": "今天天气很好", "b": "我们一起去公园散步"}) == 4
+
+
+def test_a_row_in_gb18030_among_utf8_is_one_bad_row(write):
+    """Read as GB18030, Chinese in UTF-8 is nonsense of rare characters."""
     line = "今天天气很好我们一起去公园散步,好的\n"
-    path = write(line.encode() * 20 + line.encode("gb18030"), "data.csv")
-    with pytest.raises(DataError, match=r"data\.csv:21: the text is not UTF-8"):
-        list(read_csv(path))
+    path = write(("a,b\n" + line * 20).encode() + line.encode("gb18030"), "data.csv")
+    assert bad_rows(path).keys() == {"22"}
+
+
+def test_names_of_columns_that_are_no_text(write):
+    with pytest.raises(DataError, match=r"data\.csv:1: the text is not UTF-8"):
+        list(read_csv(write(b"a,caf\xff\n" + "今天,天气\n".encode() * 9, "data.csv")))
+
+
+@pytest.mark.parametrize(("separator", "name"), [(",", "a.csv"), ("\t", "a.csv"), ("\t", "a.tsv")])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_as_excel_writes_it(write, separator, name, encoding):
+    text = f"\ufeffa{separator}b\r\n你好{separator}好\r\n"
+    path = write(text.encode(encoding), name)
+    assert list(read_csv(path)) == [(f"{path}:2", {"a": "你好", "b": "好"})]
+
+
+KOREAN = (
+    "안녕하세요 오늘은 날씨가 좋아서 친구들과 함께 공원에 갔습니다",
+    "대한민국의 수도는 서울이며 인구는 약 구백만 명입니다",
+    "책을 읽는 것은 지식을 넓히고 생각을 깊게 하는 좋은 방법이다",
+    "질문에 대한 답변을 한국어로 자세하게 설명해 주세요",
+)
+JAPANESE = (
+    "今日は天気が良かったので、友達と一緒に公園へ行きました。",
+    "日本の首都は東京で、人口は約千四百万人です。",
+    "この問題の解決方法を日本語で詳しく説明してください。",
+    "読書は知識を広げ、考えを深めるための良い方法である。",
+)
+
+
+@pytest.mark.parametrize(("encoding", "texts"), [("euc_kr", KOREAN), ("euc_jp", JAPANESE)])
+def test_korean_and_japanese_are_not_taken_for_chinese(write, encoding, texts):
+    lines = "a,b\n" + "".join(f"{a},{b}\n" for a in texts for b in texts)
+    with pytest.raises(DataError, match="as GB18030 it is hardly Chinese"):
+        list(read_csv(write(lines.encode(encoding), "data.csv")))
+    assert len(list(read_csv(write(lines, "data.csv")))) == 16
+
+
+def test_real_chinese_is_taken_for_chinese(samples, write):
+    for path in sorted((samples / "ceval" / "val").glob("*.csv")) + sorted((samples / "cmmlu").rglob("*.csv")):
+        text = path.read_text(encoding="utf-8")
+        rows = [row for _, row in read_csv(write(text.encode("gb18030"), "data.csv"))]
+        assert rows == [row for _, row in read_csv(write(text, "data.csv"))]
 
 
 def test_missing(tmp_path: Path):

@@ -156,7 +156,9 @@ def test_files_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
         encrypted: "the workbook has a password; save a copy without it",
         archive(tmp_path / "n.numbers", **{"Index/Document.iwa": ""}): "a Numbers document; choose File > Export To",
         archive(tmp_path / "o.xlsx", **{"content.xml": ""}): "an OpenDocument file; save it as .xlsx",
-        archive(tmp_path / "z.zip", **{"a.csv": ""}): "a zip archive; unpack it",
+        archive(
+            tmp_path / "z.zip", **{"a.csv": "", "b.csv": ""}
+        ): r"a zip archive of 2 files \(a\.csv, b\.csv\); unp",
     }
     page = tmp_path / "web.xls"
     page.write_text("<html><table><tr><td>a</td></tr></table></html>")

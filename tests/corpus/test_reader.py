@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from mlx_zh.corpus import reader
+from mlx_zh.corpus import json_rows
 from mlx_zh.corpus.reader import InvalidRow, read_rows
 from mlx_zh.errors import DataError
 
@@ -21,7 +23,7 @@ def rows_of(path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_an_array_in_windows_of_any_size(write, monkeypatch, window, indent, ascii_only):
-    monkeypatch.setattr(reader, "_CHUNK", window)
+    monkeypatch.setattr(json_rows, "_CHUNK", window)
     path = write(json.dumps(ROWS, indent=indent, ensure_ascii=ascii_only) + "\n", "data.json")
     assert list(read_rows(path)) == [(f"{path}[{i}]", row) for i, row in enumerate(ROWS)]
 
@@ -56,7 +58,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(write, text):
     ],
 )
 def test_what_is_no_data(write, monkeypatch, content, message):
-    monkeypatch.setattr(reader, "_CHUNK", 5)
+    monkeypatch.setattr(json_rows, "_CHUNK", 5)
     if len(content) > 1000:
         monkeypatch.undo()
     path = write(content, "data.json")
@@ -66,11 +68,11 @@ def test_what_is_no_data(write, monkeypatch, content, message):
 
 
 def test_a_broken_array_is_not_read_to_its_end(write, monkeypatch):
-    monkeypatch.setattr(reader, "_CHUNK", 64)
+    monkeypatch.setattr(json_rows, "_CHUNK", 64)
     path = write('[{"a": x' + " " * 10_000 + "]")
     reads = []
-    more = reader._Window._more
-    monkeypatch.setattr(reader._Window, "_more", lambda window: (reads.append(1), more(window)))
+    more = json_rows.JsonWindow._more
+    monkeypatch.setattr(json_rows.JsonWindow, "_more", lambda window: (reads.append(1), more(window)))
     with pytest.raises(DataError, match="column 8"):
         rows_of(path)
     assert len(reads) <= 2
@@ -109,9 +111,22 @@ def test_bytes_of_no_encoding(write):
         rows_of(write(b'{"a": 1}\n{"a": "\xff\xff"}\n'))
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf16(write, encoding):
-    with pytest.raises(DataError, match="UTF-16; convert it: iconv -f UTF-16 -t UTF-8"):
+@pytest.mark.parametrize("mark", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", [json.dumps(ROWS, ensure_ascii=False), "\r\n".join(map(json.dumps, ROWS))])
+def test_utf16_with_a_byte_order_mark(write, mark, text):
+    assert rows_of(write(("\ufeff" + text).encode(mark))) == ROWS
+
+
+def test_utf16_that_is_damaged(write):
+    with pytest.raises(DataError, match=r"data\.jsonl: the UTF-16 text is damaged; save it again as UTF-8"):
+        rows_of(write('[{"a": "你好"}]'.encode("utf-16")[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32")]
+)
+def test_other_encodings_of_two_or_four_bytes(write, encoding, name):
+    with pytest.raises(DataError, match=f"{name}; convert it: iconv -f {name} -t UTF-8"):
         rows_of(write('[{"a": "你好"}]'.encode(encoding)))
 
 
@@ -132,6 +147,63 @@ def test_a_file_that_may_not_be_read(write, monkeypatch):
     monkeypatch.setattr(type(path), "open", refuse)
     with pytest.raises(DataError, match="cannot be read: Permission denied"):
         rows_of(path)
+
+
+@pytest.mark.parametrize("window", [7, 1 << 20])
+def test_a_row_of_an_array_with_a_bad_byte_is_one_bad_row(tmp_path, monkeypatch, window):
+    monkeypatch.setattr(json_rows, "_CHUNK", window)
+    path = tmp_path / "a.json"
+    path.write_bytes('[{"a": "好"}, {"a": "你\udce5\udca5"},\n{"a": "好"}]'.encode(errors="surrogateescape"))
+    first, (place, second), third = read_rows(path)
+    assert first[1] == third[1] == {"a": "好"}
+    assert place == f"{path}[1]"
+    assert (second.reason, str(second)) == ("not UTF-8", "2 bytes of the line are not UTF-8")
+
+
+@pytest.mark.parametrize("text", ["世界和平", "誠實\\"])  # in GBK the second byte of 誠 is a backslash
+def test_an_array_in_gbk_is_named(write, text):
+    path = write(f'[{{"a": 1}},\n{{"a": "{text}"}}]'.encode("gb18030"), "data.json")
+    with pytest.raises(DataError, match=r"data\.json:2: .* looks like GBK; convert it"):
+        rows_of(path)
+
+
+def test_a_row_of_a_parquet_file_with_a_bad_byte_is_one_bad_row(tmp_path):
+    offsets, data = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"a\xffc")
+    column = pyarrow.StringArray.from_buffers(3, offsets, data)
+    parquet.write_table(pyarrow.table({"a": column}), tmp_path / "a.parquet")
+    first, second, third = rows_of(tmp_path / "a.parquet")
+    assert (first, third) == ({"a": "a"}, {"a": "c"})
+    assert (second.reason, str(second)) == ("not UTF-8", "a text of the row is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"a": 1}\n{"a": [1, 2, ], "b": 1}\n', "2: broken JSON at column 14: there is a comma before ]"),
+        ('{"a": 1}\n{"a": ",}", }\n', "2: broken JSON at column 13: there is a comma before }"),
+    ],
+)
+def test_a_comma_too_many_in_a_line(write, text, place):
+    path = write(text)
+    first, second = rows_of(path)
+    assert first == {"a": 1}
+    assert f"{path}:2: {second}".startswith(f"{path}:{place}")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('[{"a": 1},\n{"a": 2},\n]', "3: broken JSON at column 1: there is a comma before ]; take it out"),
+        ('[{"a": 1},\n{"a": 2,}]', "2: broken JSON at column 9: there is a comma before }; take it out"),
+        ('{"data": [\n{"a": 1},\n{"a": 2},\n]}', "4: broken JSON at column 1: there is a comma before ]; take"),
+        ('{\n"data": [{"a": 1}],\n}', "3: broken JSON at column 1: there is a comma before }; take it out"),
+    ],
+)
+def test_a_comma_too_many_in_a_document(write, text, place):
+    path = write(text, "data.json")
+    with pytest.raises(DataError) as error:
+        rows_of(path)
+    assert str(error.value).startswith(f"{path}:{place}")
 
 
 def test_a_line_with_a_bad_byte_is_one_bad_row(tmp_path):
