@@ -11,6 +11,7 @@ from typing import IO, Any
 from mlx_zh.corpus.invalid_row import InvalidRow
 from mlx_zh.corpus.text_files import (
     LONGEST,
+    MARKED,
     beyond_ascii,
     not_utf8,
     text_lines,
@@ -69,9 +70,9 @@ def reason_of(error: json.JSONDecodeError) -> str:
     return f"there is a comma before {match[1]}; take it out" if match and match.end() > error.pos else error.msg
 
 
-def array_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
+def array_rows(path: Path, file: IO[str], *, has_marks: bool = False) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON array; memory holds only the part of the file that is being read."""
-    text = JsonWindow(path, file)
+    text = JsonWindow(path, file, has_marks=has_marks)
     if text.expect("[") and text.peek() == "]":
         raise DataError(f"{path}: the array is empty")
     for index, row in enumerate(text.elements()):
@@ -81,16 +82,19 @@ def array_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 
 class JsonWindow:
-    """A parser with a moving window over a JSON text. Its methods raise DataError with line and column."""
+    """A parser with a moving window over a JSON text. Its methods raise DataError with line and column.
 
-    def __init__(self, path: Path, file: IO[str]):
+    With `has_marks`, the file was opened with errors=MARK_BYTES, and each row is looked at for marks.
+    """
+
+    def __init__(self, path: Path, file: IO[str], *, has_marks: bool = False):
         self._path, self._file = path, file
         self._text, self._position = "", 0
         self._line, self._column = 1, 1  # of the window's first character
         self._ended = False
         self._start = 0  # of the last value, in the window
-        self._has_marks = False  # whether a byte in the window is not UTF-8
-        self._has_utf8 = False  # whether text beyond ASCII was UTF-8
+        self._has_marks = has_marks
+        self._has_utf8 = False  # whether an earlier row has characters beyond ASCII, all of them UTF-8
 
     def peek(self) -> str:
         """The next character that is not blank, or "" at the end of the file; it is not consumed."""
@@ -140,12 +144,16 @@ class JsonWindow:
 
     def elements(self) -> Iterator[Any]:
         """The elements of an array whose `[` is consumed, and which has at least one."""
+        next_row = self.row if self._has_marks else self.value
         while True:
-            yield self.row()
+            try:
+                yield next_row()
+            except DataError:
+                if self._position == self._start and self.peek() == "]":
+                    raise self.error("there is a comma before ]; take it out") from None
+                raise
             if self.expect(",]") == "]":
                 return
-            if self.peek() == "]":
-                raise self.error("there is a comma before ]; take it out")
 
     def row(self) -> Any:
         """Consume and return the next value; one with bytes that are not UTF-8 is an InvalidRow.
@@ -153,8 +161,6 @@ class JsonWindow:
         Raises DataError if the file is not UTF-8.
         """
         value = self.value()
-        if not self._has_marks:
-            return value
         text = self._text[self._start : self._position]
         marked, right = beyond_ascii(text)
         if marked and not self._has_utf8 and marked > right:
@@ -185,7 +191,9 @@ class JsonWindow:
 
     def error(self, message: str) -> DataError:
         """An error at the current position."""
-        if self._has_marks and not self._has_utf8:  # in GBK a byte of a character can be a backslash
+        if (
+            self._has_marks and not self._has_utf8 and MARKED.search(self._text)
+        ):  # in GBK a byte of a character can be a backslash
             return wrong_encoding(self._path)
         passed = self._text[: self._position]
         line = self._line + passed.count("\n")
@@ -206,15 +214,3 @@ class JsonWindow:
         # The window doubles each time, so a long value is parsed only a few times.
         chunk = self._file.read(max(_CHUNK, len(rest)))
         self._text, self._position, self._ended = rest + chunk, 0, not chunk
-        self._note_marks()
-
-    def _note_marks(self) -> None:
-        if self._text.isascii():
-            self._has_marks = False
-            return
-        try:
-            self._text.encode()
-        except UnicodeEncodeError:
-            self._has_marks = True
-        else:
-            self._has_marks, self._has_utf8 = False, True

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_zh.corpus.json_rows import JsonWindow
-from mlx_zh.corpus.text_files import LONGEST
+from mlx_zh.corpus.text_files import LONGEST, beyond_ascii, wrong_encoding
 from mlx_zh.errors import DataError
 from mlx_zh.system.json_text import parse_json
 
@@ -44,6 +44,9 @@ def object_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]] | None:
             pass
         rows = None if line else table_rows(document)
         if rows is not None:
+            marked, right = beyond_ascii(first)
+            if marked > right:
+                raise wrong_encoding(path)
             return ((f"{path}[{index}]", row) for index, row in enumerate(rows))
     file.seek(0)
     return _walk(path, file) if goes_on else None
@@ -51,7 +54,7 @@ def object_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]] | None:
 
 def _walk(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
     """The rows of an object, read key by key; a list with all rows is never wholly in memory."""
-    text = JsonWindow(path, file)
+    text = JsonWindow(path, file, has_marks=True)
     others: dict[str, Any] = {}
     index = 0
     for key in text.object_keys():

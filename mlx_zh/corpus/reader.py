@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         if start == PARQUET:
             yield from _parquet_rows(path)
             return
-        with open_text(path, encoding_of(start), errors=MARK_BYTES) as file:
+        encoding = encoding_of(start)
+        with open_text(path, encoding, errors=MARK_BYTES) as file:
             head = first_character(file)
             if head == "{":
                 rows = object_rows(path, file)
                 yield from line_rows(path, file) if rows is None else rows
             elif head == "[":
-                yield from array_rows(path, file)
+                yield from _array_rows(path, encoding)
             elif head:
                 if MARKED.match(head):
                     raise wrong_encoding(path)
@@ -66,6 +68,21 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise wrong_encoding(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _array_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSON array. To look for marks takes time, so only a file with a wrong byte is read with them."""
+    count = 0
+    try:
+        with open_text(path, encoding) as file:
+            for row in array_rows(path, file):
+                yield row
+                count += 1
+    except UnicodeDecodeError:
+        if encoding == "utf-16":
+            raise
+        with open_text(path, encoding, errors=MARK_BYTES) as file:
+            yield from islice(array_rows(path, file, has_marks=True), count, None)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
