@@ -9,7 +9,7 @@ from typing import Any
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import is_trained
-from mlx_zh.corpus.rows import Row, check_turns, history_of, system_of, text_of
+from mlx_zh.corpus.rows import Row, check_turns, history_of, messages_of, system_of, text_of, with_system
 
 Messages = tuple[Message, ...]
 _MOSS_MARKS = re.compile(r"^\s*<\|[\w ]{1,20}\|>:\s?|<eo[a-z]>\s*$")
@@ -21,20 +21,36 @@ def query_response(row: Row) -> Iterator[Messages]:
     yield check_turns([*system_of(row), *history_of(row), *turns], last="assistant")
 
 
-def rounds(row: Row) -> Iterator[Messages]:
-    """Firefly and XTuner: conversation = [{human, assistant}, …] or [{system?, input, output}, …]."""
-    turns = row.get("conversation")
+def rounds(row: Row, name: str = "conversation") -> Iterator[Messages]:
+    """Firefly and XTuner: conversation = [{human, assistant}, …] or [{system?, input, output}, …].
+
+    Some others have messages there: [{role, content}, …].
+    """
+    turns = row.get(name)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise InvalidRow("wrong type", "'conversation' must be a list of objects with human and assistant")
+        raise InvalidRow("wrong type", f"'{name}' must be a list of objects with human and assistant")
+    if not are_rounds(turns) and ("role" in turns[0] or "from" in turns[0]):
+        yield check_turns(with_system(row, messages_of(turns, f"'{name}'")), last="assistant")
+        return
     messages = system_of(row) or system_of(turns[0])
     for turn in turns:
-        question, answer = ("human", "assistant") if "human" in turn else ("input", "output")
-        trained = turn.get("output_with_loss") is not False and is_trained(turn, "'conversation'")
+        question, answer = ("human", "assistant") if turn.get("human") is not None else ("input", "output")
+        trained = turn.get("output_with_loss") is not False and is_trained(turn, f"'{name}'")
         messages += [
             Message("user", text_of(turn, question)),
             Message("assistant", text_of(turn, answer), trained),
         ]
     yield check_turns(messages, last="assistant")
+
+
+def are_rounds(value: Any) -> bool:
+    """Whether a value is a list of questions with their answers, as Firefly and XTuner write it."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and ({"human", "assistant"} <= value[0].keys() or {"input", "output"} <= value[0].keys())
+    )
 
 
 def alternating(row: Row) -> Iterator[Messages]:
@@ -52,13 +68,16 @@ def is_texts(value: Any) -> bool:
 
 
 def moss(row: Row) -> Iterator[Messages]:
-    """MOSS: meta_instruction, chat = {turn_1: {Human, MOSS}, …}; marks such as <|Human|>: and <eoh> are taken off.
+    """MOSS: meta_instruction?, chat = {turn_1: {Human, MOSS}, …}; marks such as <|Human|>: and <eoh> are taken off.
 
-    A turn with a command to a tool is no conversation.
+    A turn with a command to a tool is no conversation. Tables have a column for each turn, null after the last.
     """
     chat = row.get("chat")
-    if not isinstance(chat, Mapping) or not chat or not all(isinstance(turn, Mapping) for turn in chat.values()):
+    if isinstance(chat, Mapping):
+        chat = {name: chat[name] for name in sorted(chat, key=_turn_number) if chat[name] is not None}
+    if not is_moss(chat):
         raise InvalidRow("wrong type", "'chat' must be an object of turns with Human and MOSS")
+    assert isinstance(chat, Mapping)
     messages = system_of({"system": row.get("meta_instruction")})
     for turn in chat.values():
         if _without_marks(turn, "Commands", optional=True).strip() not in ("", "None"):
@@ -74,3 +93,15 @@ def moss(row: Row) -> Iterator[Messages]:
 
 def _without_marks(turn: Row, name: str, *, optional: bool = False) -> str:
     return _MOSS_MARKS.sub("", text_of(turn, name, optional=optional))
+
+
+def is_moss(chat: Any) -> bool:
+    """Whether a value is an object of turns."""
+    turns = [turn for turn in chat.values() if turn is not None] if isinstance(chat, Mapping) else []
+    return bool(turns) and all(isinstance(turn, Mapping) for turn in turns)
+
+
+def _turn_number(name: str) -> int:
+    """12 of turn_12; names without a number keep their order."""
+    digits = name.rpartition("_")[2]
+    return int(digits) if digits.isdecimal() and len(digits) < 10 else 0

@@ -4,11 +4,13 @@
     sharegpt         conversations = [{from: human|gpt|system, value}, …], system?
     messages         messages = [{role, content}, …], system?            (OpenAI)
     belle-seed       instruction, instances = [{input, output}, …]       one conversation for each instance
-    prompt-response  prompt, response (or completion), system?, history?
+    kto              prompt, completion, label: true | false (TRL); only answers with true are learned
+    prompt-response  prompt, response (or completion), system?, history?; as texts or as messages (TRL)
     query-response   query, response, system?, history?                  (ms-swift)
-    rounds           conversation = [{human, assistant}, …]              (Firefly), or [{system?, input, output}, …]
+    rounds           conversation = [{human, assistant}, …] (Firefly), [{system?, input, output}, …] (XTuner), or
+                     [{role, content}, …]
     alternating      data = [question, answer, …]                        (UltraChat)
-    moss             meta_instruction, chat = {turn_1: {Human, MOSS}, …}
+    moss             meta_instruction?, chat = {turn_1: {Human, MOSS}, …}
     mathglm          lines of text, expression=step=…=answer             only when named, never recognised
 
 A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
@@ -17,6 +19,7 @@ A format is recognised by its columns; "?" marks an optional one. `columns` maps
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -74,8 +77,10 @@ def _alpaca(row: Row) -> Iterator[Messages]:
 
 
 def _sharegpt(row: Row) -> Iterator[Messages]:
+    if dialogues.are_rounds(row.get("conversations")):
+        return dialogues.rounds(row, "conversations")
     messages = messages_of(row.get("conversations"), "'conversations'")
-    yield check_turns(with_system(row, messages), last="assistant")
+    return iter([check_turns(with_system(row, messages), last="assistant")])
 
 
 def _messages(row: Row) -> Iterator[Messages]:
@@ -94,8 +99,36 @@ def _belle_seed(row: Row) -> Iterator[Messages]:
 
 def _prompt_response(row: Row) -> Iterator[Messages]:
     name = "completion" if "completion" in row and "response" not in row else "response"
-    turns = [Message("user", text_of(row, "prompt")), Message("assistant", text_of(row, name))]
-    yield check_turns([*system_of(row), *history_of(row), *turns], last="assistant")
+    turns = [*history_of(row), *_said(row, "prompt", "user"), *_said(row, name, "assistant")]
+    yield check_turns(with_system(row, turns), last="assistant")
+
+
+def _said(row: Row, name: str, role: str) -> list[Message]:
+    """The messages in column `name`, or its text as a message of `role`. Replies in a prompt are context only."""
+    value = row.get(name)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not any(isinstance(part, dict) and _ROLE_KEYS & part.keys() for part in value):
+        return [Message(role, text_of(row, name))]
+    messages = messages_of(value, f"'{name}'")
+    return messages if role == "assistant" else [replace(m, trained=m.role != "assistant") for m in messages]
+
+
+_ROLE_KEYS = {"role", "from"}
+
+
+def _kto(row: Row) -> Iterator[Messages]:
+    label = row.get("label")
+    if not _is_label(label):
+        raise InvalidRow("wrong type", f"'label' must be true or false, got {label!r}")
+    if str(label).lower() in ("false", "0"):
+        raise InvalidRow("answer not to imitate", f"'label' is {label!r}, so this answer is not to be learned")
+    return _prompt_response(row)
+
+
+def _is_label(value: object) -> bool:
+    """Whether a label says if an answer is good; other numbers are classes."""
+    return str(value).lower() in ("true", "false", "0", "1")
 
 
 def arithmetic(line: str) -> Messages:
@@ -118,12 +151,19 @@ def _mathglm(row: Row) -> Iterator[Messages]:
 # In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Messages]] = {
     "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
-    "sharegpt": Format(("conversations", "system"), lambda row: "conversations" in row, _sharegpt),
+    "sharegpt": Format(("conversations", "system", "kto_tag"), lambda row: "conversations" in row, _sharegpt),
     "belle-seed": Format(
         ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
     ),
     "alpaca": Format(
-        ("instruction", "input", "output", "system", "history"), lambda row: "instruction" in row, _alpaca
+        ("instruction", "input", "output", "system", "history", "kto_tag"),
+        lambda row: "instruction" in row,
+        _alpaca,
+    ),
+    "kto": Format(
+        ("prompt", "completion", "label", "system", "history"),
+        lambda row: {"prompt", "completion"} <= row.keys() and _is_label(row.get("label")),
+        _kto,
     ),
     "prompt-response": Format(
         ("prompt", "response", "completion", "system", "history"),
@@ -138,9 +178,7 @@ FORMATS: dict[str, Format[Messages]] = {
     "rounds": Format(
         ("conversation", "system"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
     ),
-    "moss": Format(
-        ("meta_instruction", "chat"), lambda row: {"meta_instruction", "chat"} <= row.keys(), dialogues.moss
-    ),
+    "moss": Format(("meta_instruction", "chat"), lambda row: dialogues.is_moss(row.get("chat")), dialogues.moss),
     "alternating": Format(
         ("data", "system"),
         lambda row: bool(row.get("data")) and dialogues.is_texts(row["data"]),

@@ -29,7 +29,7 @@ _KEYS = (("from", "value"), ("role", "content"))  # of a message
 _ALPACA = {"instruction": "prompt", "input": "query", "output": "response", "system": "system", "history": "history"}
 _DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
-_UNKNOWN = ("images", "videos", "audios", "kto_tag")
+_UNKNOWN = ("images", "videos", "audios")
 
 
 @dataclass(frozen=True)
@@ -143,5 +143,7 @@ def _guess(columns: Mapping[str, str], sharegpt: bool, ranking: bool) -> Guess:
             mapped.pop("output", None)
         format = "alpaca"
     mapped |= pairs
+    if "kto_tag" in columns and not ranking:
+        mapped["kto_tag"] = columns["kto_tag"]
     changed = {ours: theirs for ours, theirs in mapped.items() if ours != theirs}
     return Guess("dpo" if ranking else "sft", format, changed, "given")

@@ -3,19 +3,23 @@
     openai    input = {messages}, preferred_output = [{role, content}], non_preferred_output
     sharegpt  conversations, chosen = {from, value}, rejected, system?
     messages  messages, chosen = {role, content}, rejected, system?
-    swift     messages that end with the chosen answer, rejected_response          (ms-swift)
-    context   context = [{role, text}, …], chosen = {role, text}, rejected          (hh_rlhf_cn)
+    swift     messages that end with the chosen answer, rejected_response or rejected_messages          (ms-swift)
+    context   context (text or messages), chosen, rejected, system?                 (hh_rlhf_cn)
     alpaca    instruction, input?, system?, history?, and chosen, rejected or output = [best, next, …] (the first two)
     orca      question, chosen, rejected, system?
-    prompt    prompt (text or messages), chosen, rejected (text or messages), system?
+    prompt    prompt (text or messages), chosen, rejected, system?
     zh-en     question, and the same answer in two languages: answer_zh is chosen, answer_en rejected
     implicit  chosen, rejected: whole conversations that differ only in the last reply (TRL)
+    hh        chosen, rejected: the same as one text each, \n\nHuman: …\n\nAssistant: …   (hh-rlhf)
+
+`chosen` and `rejected` are texts, messages, or whole conversations with the prompt in them.
 
 A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -41,6 +45,10 @@ from mlx_zh.corpus.rows import (
     text_of,
     with_system,
 )
+
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_PROMPTS = ("instruction", "question", "prompt")  # columns that go before a text in `context`
 
 Pair = tuple[tuple[Message, ...], str, str]  # prompt, chosen, rejected
 
@@ -109,9 +117,59 @@ def _openai(row: Row) -> Iterator[Pair]:
     yield _check_pair(messages, _response(row, "preferred_output"), _response(row, "non_preferred_output"))
 
 
+def _beside(row: Row, prompt: list[Message]) -> Pair:
+    """The pair of a row with a prompt, which whole conversations in `chosen` and `rejected` may repeat."""
+    if not _is_conversation(row.get("chosen")):
+        return _check_pair(with_system(row, prompt), _response(row, "chosen"), _response(row, "rejected"))
+    return _in_common(row, *(_whole(row, name, prompt) for name in ("chosen", "rejected")))
+
+
+def _whole(row: Row, name: str, prompt: list[Message]) -> list[Message]:
+    """The conversation in column `name`, with what it lacks of the prompt."""
+    messages = messages_of(row.get(name), f"'{name}'")
+    if messages and messages[0].role == "assistant":
+        return [*prompt, *messages]
+    has_system = bool(messages) and messages[0].role == "system"
+    return messages if has_system else [*(m for m in prompt[:1] if m.role == "system"), *messages]
+
+
+def _in_common(row: Row, chosen: list[Message], rejected: list[Message]) -> Pair:
+    """The pair of two conversations that differ only in the last reply."""
+    chosen, rejected = with_system(row, chosen), with_system(row, rejected)
+    if chosen[:-1] != rejected[:-1]:
+        raise InvalidRow("prompts differ", "'chosen' and 'rejected' differ before the last reply")
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages or messages[-1].role != "assistant":
+            raise InvalidRow("does not end with assistant", f"'{name}' must end with the assistant's message")
+        _learned(messages[-1], name)
+    return _check_pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+
+
+def _asked(row: Row, name: str) -> list[Message]:
+    """The prompt in column `name`: messages, a text, or a transcript that ends where the assistant is to speak.
+
+    Whole conversations repeat it, so beside them it may be missing.
+    """
+    value = row.get(name)
+    if isinstance(value, list):
+        return messages_of(value, f"'{name}'")
+    if value is None and _is_conversation(row.get("chosen")):
+        return []
+    text = text_of(row, name)
+    said = _transcript(text)
+    return said[:-1] if said and said[-1] == Message("assistant", "") else [Message("user", text)]
+
+
+def _transcript(value: Any) -> list[Message]:
+    """The messages of a text like "Human: …\\n\\nAssistant: …"; none for another value."""
+    if not isinstance(value, str) or not (first := _SPEAKER.match(value)) or first[1] != "Human":
+        return []
+    parts = _SPEAKER.split(value)
+    return [Message(_SPEAKERS[name], said.strip()) for name, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
 def _turns(name: str, row: Row) -> Iterator[Pair]:
-    prompt = with_system(row, messages_of(row.get(name), f"'{name}'"))
-    yield _check_pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+    yield _beside(row, messages_of(row.get(name), f"'{name}'"))
 
 
 def _sharegpt(row: Row) -> Iterator[Pair]:
@@ -124,19 +182,23 @@ def _messages(row: Row) -> Iterator[Pair]:
 
 def _swift(row: Row) -> Iterator[Pair]:
     messages = with_system(row, messages_of(row.get("messages"), "'messages'"))
+    if row.get("rejected_messages") is not None:
+        yield _in_common(row, messages, messages_of(row["rejected_messages"], "'rejected_messages'"))
+        return
     chosen = check_turns(messages, last="assistant")
     yield _check_pair(chosen[:-1], chosen[-1].content, text_of(row, "rejected_response"))
 
 
 def _context(row: Row) -> Iterator[Pair]:
-    return _turns("context", row)
+    yield _beside(row, _asked(row, "context"))
 
 
 def _alpaca(row: Row) -> Iterator[Pair]:
-    prompt = [*system_of(row), *history_of(row), instruction_of(row)]
     if "chosen" in row:
-        yield _check_pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+        asked = _asked(row, "instruction") if isinstance(row["instruction"], list) else [instruction_of(row)]
+        yield _beside(row, [*history_of(row), *asked])
         return
+    prompt = [*system_of(row), *history_of(row), instruction_of(row)]
     outputs = row.get("output")
     if not isinstance(outputs, list) or len(outputs) < 2:
         raise InvalidRow("wrong type", "'output' must be a list of at least two responses, the best first")
@@ -145,20 +207,11 @@ def _alpaca(row: Row) -> Iterator[Pair]:
 
 
 def _orca(row: Row) -> Iterator[Pair]:
-    prompt = [*system_of(row), Message("user", text_of(row, "question"))]
-    yield _check_pair(prompt, _response(row, "chosen"), _response(row, "rejected"))
+    yield _beside(row, _asked(row, "question"))
 
 
 def _prompt(row: Row) -> Iterator[Pair]:
-    if _is_conversation(row.get("chosen")):
-        # Some data sets repeat the prompt as text; the conversations in chosen and rejected already contain it.
-        return _implicit(row)
-    prompt = row.get("prompt")
-    messages = (
-        messages_of(prompt, "'prompt'") if isinstance(prompt, list) else [Message("user", text_of(row, "prompt"))]
-    )
-    pair = _check_pair(with_system(row, messages), _response(row, "chosen"), _response(row, "rejected"))
-    return iter([pair])
+    yield _beside(row, _asked(row, "prompt"))
 
 
 def _languages(row: Row) -> tuple[str, str, str] | None:
@@ -180,18 +233,30 @@ def _zh_en(row: Row) -> Iterator[Pair]:
 
 
 def _implicit(row: Row) -> Iterator[Pair]:
-    chosen, rejected = (with_system(row, messages_of(row.get(name), f"'{name}'")) for name in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
-        raise InvalidRow("prompts differ", "'chosen' and 'rejected' differ before the last reply")
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[-1].role != "assistant":
-            raise InvalidRow("does not end with assistant", f"'{name}' must end with the assistant's message")
-        _learned(messages[-1], name)
-    yield _check_pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+    yield _in_common(row, *(messages_of(row.get(name), f"'{name}'") for name in ("chosen", "rejected")))
+
+
+def _hh(row: Row) -> Iterator[Pair]:
+    chosen, rejected = _transcript(row.get("chosen")), _transcript(row.get("rejected"))
+    yield _in_common(row, chosen, rejected)
 
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1
+
+
+def _is_prompt(messages: Any, chosen: Any) -> bool:
+    """Whether `messages` are a prompt. Some sets have the chosen conversation there again, beside `chosen`."""
+    if not _is_conversation(chosen):
+        return messages is not None
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+
+
+def _is_context(row: Row) -> bool:
+    """Whether `context` holds what was said before. A text beside a question is what the question is about."""
+    context = row.get("context")
+    return isinstance(context, list) or (isinstance(context, str) and not any(name in row for name in _PROMPTS))
 
 
 def _has(*names: str) -> Any:
@@ -207,13 +272,17 @@ FORMATS: dict[str, Format[Pair]] = {
     "sharegpt": Format(("conversations", *_BOTH, "system"), _has("conversations", "chosen"), _sharegpt),
     "messages": Format(
         ("messages", *_BOTH, "system"),
-        lambda row: "messages" in row and not _is_conversation(row.get("chosen")) and "chosen" in row,
+        lambda row: "chosen" in row and _is_prompt(row.get("messages"), row["chosen"]),
         _messages,
     ),
-    "swift": Format(("messages", "rejected_response", "system"), _has("messages", "rejected_response"), _swift),
+    "swift": Format(
+        ("messages", "rejected_response", "rejected_messages", "system"),
+        lambda row: "messages" in row and ("rejected_response" in row or "rejected_messages" in row),
+        _swift,
+    ),
     "context": Format(
         ("context", *_BOTH, "system"),
-        lambda row: isinstance(row.get("context"), list) and "chosen" in row,
+        lambda row: "chosen" in row and _is_context(row),
         _context,
     ),
     "alpaca": Format(
@@ -227,4 +296,5 @@ FORMATS: dict[str, Format[Pair]] = {
         ("question", "answer_zh", "answer_en", "system"), lambda row: _languages(row) is not None, _zh_en
     ),
     "implicit": Format((*_BOTH, "system"), lambda row: _is_conversation(row.get("chosen")), _implicit),
+    "hh": Format((*_BOTH, "system"), lambda row: bool(_transcript(row.get("chosen"))), _hh),
 }

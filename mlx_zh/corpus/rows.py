@@ -31,7 +31,7 @@ ROLES = {
     "system": "system",
 }
 _TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", "ipython")
-_OPTIONAL = ("input", "system", "history")  # columns that a row may lack
+_OPTIONAL = ("input", "system", "history", "kto_tag", "label", "meta_instruction")  # columns that a row may lack
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, and unused columns that are kept

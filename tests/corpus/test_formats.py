@@ -139,6 +139,46 @@ def lines(*rows) -> str:
             {"prompt": "你好", "completion": "你好！", "system": "s"},
             (Message("system", "s"), Q, A),
         ),
+        (  # TRL
+            "prompt-response",
+            {
+                "prompt": [{"role": "user", "content": "你好"}],
+                "completion": [{"role": "assistant", "content": "你好！"}],
+            },
+            (Q, A),
+        ),
+        ("prompt-response", {"prompt": "你好", "completion": {"role": "assistant", "content": "你好！"}}, (Q, A)),
+        ("kto", {"prompt": "你好", "completion": "你好！", "label": True}, (Q, A)),
+        (
+            "kto",
+            {"prompt": "你好", "completion": "你好！", "label": "1", "system": "s"},
+            (Message("system", "s"), Q, A),
+        ),
+        (
+            "kto",
+            {
+                "prompt": [{"role": "user", "content": "你好"}],
+                "completion": [{"role": "assistant", "content": "你好！"}],
+                "label": 1,
+            },
+            (Q, A),
+        ),
+        (
+            "rounds",
+            {"conversation": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]},
+            (Q, A),
+        ),
+        ("sharegpt", {"conversations": [{"human": "你好", "assistant": "你好！"}]}, (Q, A)),
+        (  # a table has a column for each turn of the longest conversation
+            "moss",
+            {
+                "chat": {
+                    "turn_10": None,
+                    "turn_1": {"Human": "<|Human|>: 你好<eoh>\n", "MOSS": "<|MOSS|>: 你好！<eom>"},
+                }
+            },
+            (Q, A),
+        ),
     ],
 )
 def test_forms(write, format, row, expected):
@@ -147,6 +187,60 @@ def test_forms(write, format, row, expected):
         conversations, report = load_conversations(path, format=asked)
         assert conversations == [Conversation(expected, f"{path}:1")]
         assert replace(report, unused=[]) == LoadReport(rows=1, kept=1, format=format)
+
+
+def test_the_replies_in_a_prompt_are_context_only(write):
+    turns = [Q, Message("assistant", "在"), Message("user", "再见"), Message("assistant", "再见！")]
+    row = {
+        "prompt": [{"role": turn.role, "content": turn.content} for turn in turns[:3]],
+        "completion": [{"role": "assistant", "content": "再见！"}],
+    }
+    [talk], _ = load_conversations(write(lines(row)))
+    assert [(message.content, message.trained) for message in talk.messages if message.role == "assistant"] == [
+        ("在", False),
+        ("再见！", True),
+    ]
+
+
+@pytest.mark.parametrize("label", [False, 0, "False", "0"])
+def test_an_answer_that_kto_marks_as_bad_is_not_learned(write, label):
+    rows = [{"prompt": "a", "completion": "b", "label": not label if label in (False, 0) else "1"}]
+    path = write(lines(*rows, {"prompt": "a", "completion": "bad", "label": label}))
+    with pytest.raises(DataError, match=r"data\.jsonl:2: 'label' is .*, so this answer is not to be learned"):
+        load_conversations(path)
+    talks, report = load_conversations(path, on_invalid="skip")
+    assert [talk.messages[-1].content for talk in talks] == ["b"]
+    assert (report.format, report.dropped) == ("kto", {"answer not to imitate": 1})
+
+
+def test_a_label_that_is_a_class_says_nothing_of_the_answer(write):
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (2, 0, 7)]
+    talks, report = load_conversations(write(lines(*rows)))
+    assert (len(talks), report.format) == (3, "prompt-response")
+
+
+def test_turns_are_in_the_order_of_their_numbers(write):
+    chat = {f"turn_{n}": {"Human": f"问{n}", "MOSS": f"答{n}"} for n in (1, 10, 2, 3, 4, 5, 6, 7, 8, 9)}
+    [talk], _ = load_conversations(write(lines({"chat": chat})))
+    assert [message.content for message in talk.messages[::2]] == [f"问{n}" for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("ours", ["history", "input", "system"])
+def test_a_renamed_optional_column_may_be_missing_in_a_row(write, ours):
+    value = {"history": [["在吗", "在"]], "input": "补充", "system": "s"}[ours]
+    rows = [{"instruction": "问", "output": "答"}, {"instruction": "问", "output": "答", "past": value}]
+    first, second = load_conversations(write(lines(*rows)), columns={ours: "past"})[0]
+    assert [message.content for message in first.messages] == ["问", "答"]
+    assert first.messages != second.messages
+
+
+def test_not_a_number_is_named(write):
+    path = write('{"instruction": "a", "output": "b", "score": NaN}\n{"instruction": "a", "output": NaN}\n')
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:2: 'output' must be text, got a number that is NaN, which JSON"
+    ):
+        load_conversations(path)
+    assert len(load_conversations(path, on_invalid="skip")[0]) == 1
 
 
 def test_a_seed_task_with_several_instances(write):

@@ -12,6 +12,7 @@ import strategies
 from hypothesis import strategies as st
 
 from mlx_zh.corpus.columns import Guess
+from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.llama_factory import is_dataset_info, read_entries
 from mlx_zh.errors import DataError
 
@@ -73,7 +74,6 @@ def test_entries_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         good={"file_name": "data.json"},
         hub={"hf_hub_url": "org/set"},
         gone={"file_name": "gone.json"},
-        kto={"file_name": "data.json", "columns": {"kto_tag": "label"}},
         seen={"file_name": "data.json", "columns": {"images": "images"}},
         tags={"file_name": "data.json", "formatting": "sharegpt", "tags": {"user_tag": "顾客"}},
         keys={"file_name": "data.json", "formatting": "sharegpt", "tags": {"role_tag": "speaker"}},
@@ -82,7 +82,6 @@ def test_entries_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     assert reasons == {
         "hub": "it names no file (file_name); only files on this disk are read",
         "gone": f"there is no file {tmp_path / 'gone.json'}",
-        "kto": "columns.kto_tag is not supported",
         "seen": "columns.images is not supported",
         "tags": "the role '顾客' (user_tag) is not supported",
         "keys": "messages with the keys speaker and value are not supported",
@@ -121,3 +120,27 @@ def test_any_entry(told: Any, tmp_path_factory: pytest.TempPathFactory, entries:
     path = folder / "dataset_info.json"
     path.write_text(strategies.as_json(entries))
     told(lambda: is_dataset_info(path) and read_entries(path))
+
+
+def test_the_column_of_kto_is_read(tmp_path: Path) -> None:
+    """As in LLaMA-Factory's kto_en_demo.json: messages, and label: true or false."""
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": said}],
+            "label": said == "好",
+        }
+        for said in ("好", "坏")
+    ]
+    (tmp_path / "kto.json").write_text(json.dumps(rows), encoding="utf-8")
+    keys = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages", "kto_tag": "label"}
+    path = table(tmp_path, kto={"file_name": "kto.json", "formatting": "sharegpt", "columns": columns, "tags": keys})
+    [entry] = read_entries(path)
+    assert entry.guess is not None
+    assert entry.guess.columns == {"conversations": "messages", "kto_tag": "label"}
+    talks, report = load_conversations(
+        entry.path, format=entry.guess.format, columns=entry.guess.columns, on_invalid="skip"
+    )
+    assert [talk.messages[-1].content for talk in talks] == ["好"]
+    assert report.dropped == {"answer not to imitate": 1}
+    assert report.unused == []

@@ -72,6 +72,67 @@ def test_forms(tmp_path, format, row, prompt):
         assert report == LoadReport(rows=1, kept=1, format=format)
 
 
+WHOLE = {"chosen": [role(m) for m in (S, Q, GOOD)], "rejected": [role(m) for m in (S, Q, BAD)]}
+
+
+@pytest.mark.parametrize("name", ["context", "question", "prompt", "instruction", "messages", "conversations"])
+@pytest.mark.parametrize("given", ["text", "messages"])
+@pytest.mark.parametrize("answers", ["text", "message", "list", "whole", "without system", "rest"])
+def test_every_prompt_beside_every_form_of_answers(write, name, given, answers):
+    """The system message stands in the prompt's messages, in the row, or in whole conversations."""
+    if given == "text" and name in ("messages", "conversations"):
+        return
+    row = {name: [role(S), role(Q)]} if given == "messages" else {name: "你好", "system": "s"}
+    row |= {
+        "text": BOTH,
+        "message": {"chosen": role(GOOD), "rejected": share(BAD)},
+        "list": {"chosen": [role(GOOD)], "rejected": [share(BAD)]},
+        "whole": WHOLE,
+        "without system": {key: turns[1:] for key, turns in WHOLE.items()},
+        "rest": {
+            "chosen": [role(m) for m in (A, R, GOOD)],
+            "rejected": [role(m) for m in (A, R, BAD)],
+        },
+    }[answers]
+    [pair], _ = load_preferences(write(json.dumps(row, ensure_ascii=False)))
+    assert (pair.chosen, pair.rejected) == ("好", " no\n")
+    assert pair.prompt == ((S, Q, A, R) if answers == "rest" else (S, Q))
+
+
+def test_a_text_beside_a_question_is_no_prompt(write):
+    pairs, report = load_preferences(write(json.dumps({"context": "资料", "question": "你好", **BOTH})))
+    assert pairs[0].prompt == (Q,)
+    assert report.unused == ["context"]
+
+
+def test_transcripts(write):
+    start = "\n\nHuman: 你好\n\nAssistant: 你好！\n\nHuman: 再见\n\nAssistant:"
+    rows = [
+        {"chosen": f"{start} 好", "rejected": f"{start} 坏"},
+        {"prompt": start, "chosen": " 好", "rejected": " 坏"},
+    ]
+    for row in rows:
+        [pair], _ = load_preferences(write(json.dumps(row, ensure_ascii=False)))
+        assert pair.prompt == (Q, A, R)
+        assert (pair.chosen.strip(), pair.rejected.strip()) == ("好", "坏")
+    for row, message in (
+        ({"chosen": f"{start} 好", "rejected": "坏"}, "differ before the last reply"),
+        (
+            {"chosen": f"{start} 好\n\nHuman: 嗯", "rejected": f"{start} 好\n\nHuman: 嗯"},
+            "'chosen' must end with the",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_preferences(write(json.dumps(row, ensure_ascii=False)))
+
+
+def test_rejected_messages_of_ms_swift(write):
+    row = {"messages": WHOLE["chosen"], "rejected_messages": WHOLE["rejected"]}
+    [pair], report = load_preferences(write(json.dumps(row)))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((S, Q), "好", " no\n")
+    assert report.format == "swift"
+
+
 def test_columns_are_renamed(write):
     path = write(json.dumps({"question": "你好", "answer_zh": "好", "answer_en": " no\n"}))
     columns = {"prompt": "question", "chosen": "answer_zh", "rejected": "answer_en"}
