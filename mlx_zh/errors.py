@@ -21,6 +21,10 @@ class TemplateError(MlxZhError):
     """A chat template that fails to render, or renders parts of a conversation inconsistently."""
 
 
+class RefusedByTemplate(TemplateError):
+    """A chat template that refuses the roles or the content of one conversation."""
+
+
 class ModelError(MlxZhError):
     """A model that is missing, or that cannot be read or run."""
 

@@ -56,6 +56,21 @@ REFUSED = {
     "JSON: a column's name of 1 MB": "no known format has the columns a.a.a",
     "JSON: 80,000 columns": "no known format has the columns 0, 1, 2",
     "JSON: an open string": "Unterminated string",
+    **{
+        f"{packing}: {name}": said
+        for packing in ("gzip", "bzip2", "xz", "Zstandard", "Zip")
+        for name, said in (
+            ("60 MB of blanks", " MB, and few data sets of texts do so"),
+            ("7,000,000 empty rows", "bytes unpack to more than "),
+            ("blank lines", " lines, and few data sets of texts do so"),
+            ("100,000 rows, 30 MB", "bytes unpack to more than "),
+        )
+    },
+    "gzip: 230,000 rows and noise": "bytes unpack to more than 138,",
+    "JSON: 60,000 rows by number": "no known format has the columns (none)",
+    "JSON: a table with 60,000 columns": "no known format has the columns columns, data",
+    "JSON: an object of one open list": "Unterminated string",
+    "CSV: 1 MB of Korean": "as GB18030 it is hardly Chinese",
     "CSV: an open quotation mark": "Is a quotation mark left open?",
     "CSV: 120,000 columns": "no known format has the columns 0, 1, 2",
     "CSV: blank lines": "the file holds no rows",

@@ -5,8 +5,12 @@ A case writes its file and returns what opens it.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
+import random
 import struct
 import zipfile
 from collections.abc import Callable
@@ -134,6 +138,45 @@ rows(
     ".xlsx",
 )
 rows("Excel: 5,000,000 empty texts", lambda: workbook("A1:B2", ROW, "<si><t/></si>" * 5 * MB), ".xlsx")
+
+
+def zstandard(content: bytes) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def zip_archive(content: bytes) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.jsonl", content)
+    return held.getvalue()
+
+
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "Zstandard": zstandard,
+    "Zip": zip_archive,
+}
+
+
+NOISE = random.Random(0).randbytes(450_000).hex()  # which packs to half its size
+for packing, pack in PACKINGS.items():
+    rows(f"{packing}: 60 MB of blanks", lambda pack=pack: pack(f"{pair('a')}\n{' ' * 60 * MB}".encode()))
+    rows(f"{packing}: 7,000,000 empty rows", lambda pack=pack: pack(f"[{pair('a')}{',{}' * 7 * MB}]".encode()))
+    rows(f"{packing}: blank lines", lambda pack=pack: pack(f"{pair(NOISE)}\n{chr(10) * 30 * MB}".encode()))
+    rows(f"{packing}: 100,000 rows, 30 MB", lambda pack=pack: pack((pair("a" * 300) + "\n").encode() * 100_000))
+rows("gzip: 230,000 rows and noise", lambda: gzip.compress(f"{pair(NOISE)}\n".encode() + b"{}\n" * 230_000))
+rows("JSON: columns of 1 MB", lambda: json.dumps({"instruction": ["a"] * 99_000, "output": ["b"] * 99_000}))
+rows("JSON: 60,000 rows by number", lambda: json.dumps({str(number): {} for number in range(60_000)}))
+rows("JSON: a table with 60,000 columns", lambda: json.dumps({"columns": list(map(str, range(60_000))), "data": []}))
+rows("JSON: an object of one open list", lambda: '{\n"data": [{"instruction": "' + "a" * 990_000)
+rows("CSV: 1 MB of Korean", lambda: ("instruction,output\n" + "한국어,질문\n" * 70_000).encode("euc_kr"), ".csv")
 
 
 def parquet(column: Callable[[], Any]) -> bytes:

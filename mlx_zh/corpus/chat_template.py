@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.template_sandbox import Sandbox
-from mlx_zh.errors import TemplateError
+from mlx_zh.errors import RefusedByTemplate, TemplateError
 
 NO_TEMPLATE = (
     "the tokenizer has no chat template; choose an instruct model, or put a chat_template.jinja beside its "
@@ -56,7 +56,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
         """The text of a conversation.
 
-        Raises TemplateError if the template refuses it; the message begins with `source` ("file:line").
+        Raises RefusedByTemplate if the template refuses it; the message begins with `source` ("file:line").
         """
         self._environment.start(len(messages), sum(len(message.content) for message in messages))
         rows = [{"role": message.role, "content": message.content} for message in messages]
@@ -65,7 +65,9 @@ class ChatTemplate:
         except Exception as error:  # untrusted code may raise anything
             where = f"{source}: " if source else ""
             roles = listed([message.role for message in messages])
-            raise TemplateError(f"{where}the chat template refuses the roles {roles}: {_reason(error)}") from error
+            raise RefusedByTemplate(
+                f"{where}the chat template refuses the roles {roles}: {_reason(error)}"
+            ) from error
 
 
 def listed(roles: Sequence[str]) -> str:

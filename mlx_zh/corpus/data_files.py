@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES
+from mlx_zh.corpus.text_files import PACKED_SUFFIXES
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet
 from mlx_zh.system import hub as hubs
@@ -18,7 +19,7 @@ from mlx_zh.system import storage
 from mlx_zh.system.digests import FileDigests, text_digest
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 from mlx_zh.system.links import check_file
-from mlx_zh.system.storage import visible
+from mlx_zh.system.storage import is_system_note, visible_tree
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 TABLE_SUFFIXES = (
@@ -26,6 +27,7 @@ TABLE_SUFFIXES = (
     ".tsv",
     *EXCEL_SUFFIXES,
 )  # read only if a pattern names them, or if a folder has no other data files
+STORED_SUFFIXES = (".arrow", ".zip")  # read only if a pattern names them, or if a folder has no others
 _ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
 _OTHER_SPLITS = ("test", "validation", "valid", "val", "dev")  # beside `train`, in the names of files
 _SPLITS = re.compile(rf"(?:^|[/_.-])(train|{'|'.join(_OTHER_SPLITS)})(?:[/_.-]|$)")
@@ -56,14 +58,17 @@ def registered_files(name: str, entry: DataSet, progress: Progress | None = None
 def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train") -> list[Path]:
     """The data files of a folder, sorted: those of `split` that match a pattern, or all of `split` without patterns.
 
-    Raises DataError for a link that leads out of the folder, and if there is no data file.
+    Without patterns, these are the files of rows; in a folder without them the tables, and without tables the Arrow
+    files and zip archives. Raises DataError for a link that leads out of the folder, and if there is no data file.
     """
-    files = _data_files(folder, patterns, split)
-    if not files and not patterns:
-        files = _data_files(folder, [f"*{suffix}" for suffix in TABLE_SUFFIXES], split)
+    if patterns:
+        files = _data_files(folder, patterns, split)
+    else:
+        kinds = (DATA_SUFFIXES, TABLE_SUFFIXES, STORED_SUFFIXES)
+        files = next((files for kind in kinds if (files := _data_files(folder, patterns_of(kind), split))), [])
     if not files:
-        kinds = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
-        raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
+        named = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
+        raise DataError(f"{folder}: no data file in it ({named}); name the files, or another folder")
     return files
 
 
@@ -74,20 +79,28 @@ def other_files(folder: Path, patterns: Sequence[str]) -> dict[Path, str]:
     return {path: split for split, paths in by_split.items() for path in paths if path not in train}
 
 
+def patterns_of(suffixes: Sequence[str]) -> list[str]:
+    """The patterns of files with these suffixes, compressed ones too."""
+    return [f"*{suffix}{packing}" for suffix in suffixes for packing in ("", *PACKED_SUFFIXES)]
+
+
 def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]:
     files = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        # A name that begins with "~$" is a note of Excel that the workbook is open.
-        if any(part.startswith((".", "~$")) for part in inside.parts):
-            continue
+    # A name that begins with "~$" is a note of Excel that the workbook is open.
+    for path in (path for path in visible_tree(folder) if not path.name.startswith("~$")):
         linked_folder = path.is_symlink() and path.is_dir()  # not entered, so its files would be missed in silence
-        if not linked_folder and not _is_data(str(inside), patterns):
+        if not linked_folder and not _is_data(path.relative_to(folder).as_posix(), patterns):
             continue
         check_file(folder, path, DataError)
         if path.is_file():
             files.append(path)
-    return _of_split(files, folder, split)
+    return _of_split(_without_copies(files), folder, split)
+
+
+def _without_copies(files: list[Path]) -> list[Path]:
+    """The files without a compressed one that lies beside what it was made of."""
+    every = set(files)
+    return [path for path in files if path.suffix not in PACKED_SUFFIXES or path.with_suffix("") not in every]
 
 
 def data_file_names(names: Sequence[str], patterns: Sequence[str], split: str) -> list[str]:
@@ -96,12 +109,16 @@ def data_file_names(names: Sequence[str], patterns: Sequence[str], split: str) -
 
 
 def _is_data(path: str, patterns: Sequence[str]) -> bool:
-    name = path.rsplit("/", 1)[-1]
-    suffixes = (*DATA_SUFFIXES, *TABLE_SUFFIXES) if patterns else DATA_SUFFIXES
-    if not path.endswith(suffixes) or _ABOUT.fullmatch(name):
+    """Whether a path is that of a data file: by its ending, and by a pattern if there are any."""
+    parts = path.lower().split("/")
+    name = parts[-1]
+    suffixes = (*DATA_SUFFIXES, *TABLE_SUFFIXES, *STORED_SUFFIXES) if patterns else DATA_SUFFIXES
+    plain = next((name.removesuffix(packing) for packing in PACKED_SUFFIXES if name.endswith(packing)), name)
+    if not plain.endswith(suffixes) or _ABOUT.fullmatch(plain) or any(map(is_system_note, parts)):
         return False
-    return not patterns or any(
-        fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(name, pattern) for pattern in patterns
+    wanted = [pattern.lower() for pattern in patterns]
+    return not wanted or any(
+        fnmatch.fnmatch("/".join(parts), pattern) or fnmatch.fnmatch(name, pattern) for pattern in wanted
     )
 
 
@@ -144,9 +161,9 @@ def _from_hub(name: str, entry: DataSet, progress: Progress | None, hub: str) ->
 
 def _chosen(where: str, folder: Path, entry: DataSet) -> list[Path]:
     """The data files of a snapshot from a hub. Raises DataError for a link that leads out of the hub's cache."""
-    every = [path for path in visible(folder.rglob("*")) if path.is_file()]
+    every = [path for path in visible_tree(folder) if path.is_file()]
     files = [path for path in every if _is_data(path.relative_to(folder).as_posix(), entry.files)]
-    files = _of_split(files, folder, entry.split)
+    files = _of_split(_without_copies(files), folder, entry.split)
     for path in files:
         check_file(folder, path, DataError)
     if not files:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_zh.errors import DataError
 from mlx_zh.system.links import check_file, check_regular
-from mlx_zh.system.storage import visible
+from mlx_zh.system.storage import visible_tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def exam_files(folder: Path, pattern: str = "**/*.csv") -> list[Path]:
 
     Raises DataError for a link that leads out of it.
     """
-    paths = visible(folder.glob(pattern))
+    paths = visible_tree(folder, pattern)
     for path in paths:
         check_file(folder, path, DataError)
     return paths

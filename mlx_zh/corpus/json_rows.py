@@ -168,8 +168,8 @@ class JsonWindow:
         self._has_utf8 = self._has_utf8 or right > marked
         return not_utf8(text, marked, right) if marked else value
 
-    def value(self, longest: int = LONGEST) -> Any:
-        """Consume and return the next JSON value, which may have `longest` characters."""
+    def value(self, longest: int | None = None) -> Any:
+        """Consume and return the next JSON value, which may have `longest` characters (None: as many as a row)."""
         self.peek()
         while True:
             self._start = self._position
@@ -200,7 +200,7 @@ class JsonWindow:
         column = len(passed) - passed.rfind("\n") if "\n" in passed else self._column + len(passed)
         return DataError(f"{self._path}:{line}: broken JSON at column {column}: {message}")
 
-    def _more(self, longest: int = LONGEST) -> None:
+    def _more(self, longest: int | None = None) -> None:
         """Read the next chunk and forget the consumed part of the window."""
         passed = self._text[: self._position]
         if "\n" in passed:
@@ -209,7 +209,7 @@ class JsonWindow:
         else:
             self._column += len(passed)
         rest = self._text[self._position :]
-        if len(rest) > longest:
+        if len(rest) > (longest or LONGEST):
             raise too_long(f"{self._path}:{self._line}", "value")
         # The window doubles each time, so a long value is parsed only a few times.
         chunk = self._file.read(max(_CHUNK, len(rest)))

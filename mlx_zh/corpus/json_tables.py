@@ -16,7 +16,7 @@ from typing import IO, Any
 from mlx_zh.corpus.json_rows import JsonWindow
 from mlx_zh.corpus.text_files import LONGEST, beyond_ascii, wrong_encoding
 from mlx_zh.errors import DataError
-from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.json_text import NestedTooDeeply, parse_json
 
 _HOLDERS = ("train", "data", "rows", "examples")  # keys of a list with all rows
 _SPLITS = ("test", "validation", "valid", "val", "dev")  # keys of lists with other rows
@@ -36,6 +36,8 @@ def object_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]] | None:
         first = file.readline(LONGEST)
     try:
         document = parse_json(first)
+        goes_on = False
+    except NestedTooDeeply:
         goes_on = False
     except ValueError:
         goes_on = len(first) == LONGEST or first.rstrip().endswith(_OPEN_ENDS)

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlx_zh.corpus.conversation import Conversation, Preference, prompt_with_system, with_system
+from mlx_zh.corpus.conversation import Conversation, Message, Preference, prompt_with_system, with_system
 from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
+from mlx_zh.errors import RefusedByTemplate
 from mlx_zh.system.digests import file_digest
 from mlx_zh.system.forms import fits
 from mlx_zh.system.json_text import load_json
@@ -70,8 +71,13 @@ def write_shards(
     settings: RenderSettings,
     folder: Path,
     progress: Progress,
+    *,
+    skip_refused: bool = False,
 ) -> list[Path]:
-    """Render the chosen rows into Arrow files in `folder`. Raises TemplateError, DataError or StorageError."""
+    """Render the chosen rows into Arrow files in `folder`. Raises TemplateError, DataError or StorageError.
+
+    With `skip_refused`, rows that the chat template refuses are dropped and counted.
+    """
     with storage_errors(folder):
         make_folder(folder)
     paths = []
@@ -81,7 +87,8 @@ def write_shards(
             stop = min(start + ROWS, len(chosen))
             if not _is_whole(path):
                 part = Chosen(chosen.sources[start:stop], chosen.rows[start:stop])
-                _write(scans, part, renderer, settings, path, threads, partial(_report_from, progress, start))
+                render = partial(_render, renderer, settings, skip_refused)
+                _write(scans, part, render, settings, path, threads, partial(_report_from, progress, start))
             paths.append(path)
             progress("", stop)
     return paths
@@ -111,12 +118,15 @@ def _report_from(progress: Progress, start: int, done: int) -> None:
 
 
 CUT_SHORT = "cut short"
+REFUSED = "refused by the chat template"
+_Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
+_Result = tuple[Sequence[Rendered | RenderedPair | None], Counter[str]]
 
 
 def _write(
     scans: Sequence[Scan],
     chosen: Chosen,
-    renderer: Renderer,
+    render: Callable[[_Batch], _Result],
     settings: RenderSettings,
     path: Path,
     threads: ThreadPoolExecutor,
@@ -124,7 +134,6 @@ def _write(
 ) -> None:
     schema = SCHEMAS[settings.kind]
     counts: dict[int, Counter[str]] = {}
-    render = partial(_render, renderer, settings)
     done = 0
     with written_whole(path) as file, pa.ipc.new_stream(file, schema) as writer:
         batches = _batches(scans, chosen)
@@ -136,9 +145,6 @@ def _write(
             done += len(items)
             progress(done)
     write_exact_json(path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts})
-
-
-_Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
 
 
 def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
@@ -160,22 +166,55 @@ def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
                 yield source, numbers, [items[n - first] for n in numbers]
 
 
-def _render(
-    renderer: Renderer, settings: RenderSettings, batch: _Batch
-) -> tuple[Sequence[Rendered | RenderedPair | None], Counter[str]]:
+def _render(renderer: Renderer, settings: RenderSettings, skip_refused: bool, batch: _Batch) -> _Result:
+    """The rendered rows of a batch, None for each that was dropped, and how many were for which reason."""
+    items = [_with_system(item, settings.system) for item in batch[2]]
     dropped: Counter[str] = Counter()
+    try:
+        return _rendered(renderer, settings, items, dropped), dropped
+    except RefusedByTemplate as error:
+        if not skip_refused:
+            raise RefusedByTemplate(
+                f"{error}. Correct the row, or drop such rows with data.on_invalid=skip"
+            ) from error
+    accepted = [number for number, item in enumerate(items) if not _is_refused(renderer, item)]
+    dropped = Counter({REFUSED: len(items) - len(accepted)})
+    rendered = iter(_rendered(renderer, settings, [items[number] for number in accepted], dropped))
+    kept = set(accepted)
+    return [next(rendered) if number in kept else None for number in range(len(items))], dropped
+
+
+def _with_system(item: Item, system: str | None) -> Item:
+    return prompt_with_system(item, system) if isinstance(item, Preference) else with_system(item, system)
+
+
+def _rendered(
+    renderer: Renderer, settings: RenderSettings, items: Sequence[Item], dropped: Counter[str]
+) -> Sequence[Rendered | RenderedPair | None]:
     if settings.kind == "dpo":
-        pairs = [prompt_with_system(item, settings.system) for item in batch[2] if isinstance(item, Preference)]
-        return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped), dropped
-    conversations = [with_system(item, settings.system) for item in batch[2] if isinstance(item, Conversation)]
-    rendered = renderer.conversations(
-        conversations,
+        pairs = [item for item in items if isinstance(item, Preference)]
+        return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped)
+    return renderer.conversations(
+        [item for item in items if isinstance(item, Conversation)],
         train_on=settings.train_on,
         max_length=settings.max_length,
         on_overflow=settings.on_overflow,
         dropped=dropped,
     )
-    return rendered, dropped
+
+
+def _is_refused(renderer: Renderer, item: Item) -> bool:
+    """Whether the chat template refuses a conversation, or one of the two of a pair."""
+    if isinstance(item, Preference):
+        whole = [(*item.prompt, Message("assistant", answer)) for answer in (item.chosen, item.rejected)]
+    else:
+        whole = [item.messages]
+    try:
+        for messages in whole:
+            renderer.text(messages)
+    except RefusedByTemplate:
+        return True
+    return False
 
 
 def _ahead(

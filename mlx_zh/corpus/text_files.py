@@ -31,8 +31,9 @@ LONGEST = 1 << 24  # characters that a line or a value may have; a longer one is
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 _BLANK = " \t\r\n"
 _CHUNK = 1 << 20
-# What a packed file may unpack to: bytes, and times its size; rows, and bytes of its size for each more.
-_SMALL, _RATIO, _FEW_ROWS, _BYTES_A_ROW = 1 << 24, 50, 10_000, 4
+# What a packed file may unpack to: bytes, and times its size; rows, and bytes of its size for each more; lines, and
+# one more for each byte of its size.
+_SMALL, _RATIO, _FEW_ROWS, _BYTES_A_ROW, _LINES = 1 << 24, 50, 10_000, 4, 1 << 20
 _OLE, _APPLE_DOUBLE = b"\xd0\xcf\x11\xe0", b"\0\5\x16\7"
 _LFS = b"version https://git-lfs.github.com/spec/"
 _TAR, _TAR_AT = b"ustar", 257
@@ -213,8 +214,9 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, path: Path, opener: Callable[[], Any]) -> None:
         self._path, self._opener = path, opener
-        self._most = _SMALL + _RATIO * path.stat().st_size
-        self._count = 0
+        size = path.stat().st_size
+        self._most, self._most_lines = _SMALL + _RATIO * size, _LINES + size
+        self._count = self._lines = 0
         self._stream = self._guarded(opener)
 
     def readable(self) -> bool:
@@ -229,7 +231,8 @@ class _Unpacked(io.RawIOBase):
         """Go back to the start, or stay."""
         if offset == 0 and whence == io.SEEK_SET:
             self._stream.close()
-            self._stream, self._count = self._guarded(self._opener), 0
+            self._stream = self._guarded(self._opener)
+            self._count = self._lines = 0
         elif (offset, whence) != (0, io.SEEK_CUR):
             raise io.UnsupportedOperation("only back to the start")
         return self._count
@@ -245,6 +248,9 @@ class _Unpacked(io.RawIOBase):
         self._count += len(data)
         if self._count > self._most:
             raise _too_large(self._path, f"more than {self._most >> 20} MB")
+        self._lines += data.count(b"\n")
+        if self._lines > self._most_lines:
+            raise _too_large(self._path, f"more than {self._most_lines:,} lines")
         return len(data)
 
     def close(self) -> None:

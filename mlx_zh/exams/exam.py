@@ -139,7 +139,7 @@ def _inside(folder: Path, split: str) -> Path:
     """The folder that holds the splits: `folder` itself, or the only folder in it that has the split."""
     if _has(folder, split):
         return folder
-    below = [child for child in sorted(folder.iterdir()) if _has(child, split)] if folder.is_dir() else []
+    below = [child for child in visible(folder.iterdir()) if _has(child, split)] if folder.is_dir() else []
     return below[0] if len(below) == 1 else folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_zh.corpus.registry import Registry
 from mlx_zh.planning.row_lengths import estimate_row_lengths
 from mlx_zh.recipe import Source, Sources
+from mlx_zh.system.storage import visible_tree
 
 _ROWS = 10_000  # assumed for a set that states no number
 _TOKENS = {"sft": 200.0, "dpo": 700.0}  # assumed for an example or a pair of unknown length
@@ -86,7 +87,9 @@ def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float,
         lengths = estimate_row_lengths(path, source.columns.values(), source.sheet) if path.is_file() else None
         if lengths is not None:
             return lengths.rows, lengths.tokens, True
-        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        size = sum(
+            file.stat().st_size for file in ([path] if path.is_file() else visible_tree(path)) if file.is_file()
+        )
         return max(round(size / _BYTES_PER_TOKEN / _TOKENS[stage]), 1), _TOKENS[stage], False
     name = source.name or str(source.path)
     entry = registry.get(name)

@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from mlx_zh.corpus import llama_factory
 from mlx_zh.corpus.columns import Guess
-from mlx_zh.corpus.data_files import DATA_SUFFIXES, TABLE_SUFFIXES, folder_files, other_files
+from mlx_zh.corpus.data_files import (
+    DATA_SUFFIXES,
+    STORED_SUFFIXES,
+    TABLE_SUFFIXES,
+    folder_files,
+    other_files,
+    patterns_of,
+)
 from mlx_zh.corpus.survey import Head, Survey, guess_of, read_head, survey
 from mlx_zh.corpus.tables import is_saved, saved_files
 from mlx_zh.errors import DataError, MlxZhError
@@ -89,7 +96,7 @@ def _add_folder(data: OwnData, folder: Path, wish: _Wish) -> None:
     if is_saved(folder):
         paths = saved_files(folder, None)
     else:
-        patterns = [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)]
+        patterns = patterns_of((*DATA_SUFFIXES, *TABLE_SUFFIXES, *STORED_SUFFIXES))
         paths = folder_files(folder, patterns)
         others = other_files(folder, patterns)
         data.passed_over += [(str(path), say("init-other-split", split=split)) for path, split in others.items()]

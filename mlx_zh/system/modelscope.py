@@ -19,6 +19,7 @@ from urllib.parse import quote
 from mlx_zh.errors import DownloadError
 from mlx_zh.system import downloads
 from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
+from mlx_zh.system.storage import is_system_note
 
 _PAGE = 200  # entries of a listing that are asked for at a time
 _TRIES = 2
@@ -174,6 +175,8 @@ def _wanted(entry: dict[str, Any], patterns: Sequence[str]) -> bool:
     """Whether an entry is a file that matches a pattern (any file without patterns) and lies inside the folder."""
     path = PurePosixPath(entry["Path"])
     if entry.get("Type") == "tree" or path.is_absolute() or ".." in path.parts or not path.parts:
+        return False
+    if is_system_note(path.name):
         return False
     return not patterns or any(fnmatch.fnmatch(entry["Path"], pattern) for pattern in patterns)
 

@@ -292,6 +292,12 @@ def visible(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if not is_system_note(path.name))
 
 
+def visible_tree(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """What a pattern finds in a folder, sorted, without what is hidden or in a hidden folder."""
+    paths = folder.glob(pattern)
+    return sorted(path for path in paths if not any(map(is_system_note, path.relative_to(folder).parts)))
+
+
 def is_system_note(name: str) -> bool:
     """Whether a file or folder of this name is hidden (`._NAME`, `.DS_Store`), or is a system's own note."""
     return name.startswith(".") or name.lower() in _SYSTEM_NOTES

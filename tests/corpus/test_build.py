@@ -20,14 +20,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_zh.corpus import build, reader, scan, shards
+from mlx_zh.corpus import build, json_rows, scan, shards, text_files
 from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
-from mlx_zh.errors import DataError
+from mlx_zh.errors import DataError, TemplateError
 from mlx_zh.stages.tokenizer_cache import SnapshotTokenizer, save_snapshot, save_vocabulary
 
 SFT = CorpusSettings(
@@ -507,7 +507,8 @@ def test_a_tokenizer_survives_as_a_snapshot(tokenizer_of, renderer: Renderer, tm
     ],
 )
 def test_bad_input_is_named(save, run, monkeypatch, tmp_path: Path, content: bytes, words: list[str]):
-    monkeypatch.setattr(reader, "_LONGEST", 1 << 20)
+    for module in (json_rows, text_files):
+        monkeypatch.setattr(module, "LONGEST", 1 << 20)
     good, bad = save("good", rows(5)), save("bad", content)
     with pytest.raises(DataError) as error:
         run(good, bad)
@@ -544,7 +545,7 @@ def spoil(path: Path, how: str, at: float) -> None:
     if how == "removed":
         path.unlink()
         return
-    place = min(int(at * len(content)), len(content) - 1)
+    place = min(int(at * len(content)), len(content) - 2)  # the last byte of a JSON file says nothing
     if how == "flipped":
         content[place] ^= 1 << (place % 8)
     else:
@@ -606,3 +607,88 @@ def test_work_beside_a_finished_corpus_and_old_work_are_removed(save, run, tmp_p
         os.utime(cache / name, (time.time() - age, time.time() - age))
     assert run(source).ready
     assert sorted(left(cache)) == sorted([whole.key, f"{'0' * 32}.work"])
+
+
+# ---- templates that refuse a conversation
+
+NO_SYSTEM = (  # as Gemma's
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def without_system(tokenizer_of) -> Renderer:
+    return Renderer(tokenizer_of("llama3"), chat_template=NO_SYSTEM)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(has_system=st.lists(st.booleans(), min_size=1, max_size=6).filter(lambda some: not all(some)))
+def test_a_system_message_that_the_template_refuses_costs_its_row(
+    tmp_path_factory: pytest.TempPathFactory, without_system: Renderer, has_system: list[bool]
+) -> None:
+    folder = tmp_path_factory.mktemp("refused")
+    path = folder / "a.jsonl"
+    given_rows = [line | ({"system": "你是助手"} if s else {}) for line, s in zip(rows(6), has_system, strict=False)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in given_rows), encoding="utf-8")
+    sources = [DataSource("a", (str(path),))]
+    corpus = prepare(sources, replace(SFT, on_invalid="skip"), without_system, folder / "cache", lambda *_: None)
+    expected = without_system.conversations(
+        [
+            [Message("user", line["instruction"]), Message("assistant", line["output"])]
+            for line in given_rows
+            if "system" not in line
+        ],
+        max_length=400,
+    )
+    assert [one.tokens.tolist() for one in corpus.conversations("train")] == [one.tokens.tolist() for one in expected]
+    assert told(corpus, "a")["dropped"].get("refused by the chat template", 0) == sum(has_system)
+    if any(has_system):
+        place = (
+            rf"a\.jsonl:{has_system.index(True) + 1}: the chat template refuses the roles system, user, assistant: "
+        )
+        with pytest.raises(TemplateError, match=place + r"System role not supported\. .*data\.on_invalid=skip"):
+            prepare(sources, SFT, without_system, folder / "cache", lambda *_: None)
+
+
+def test_a_pair_that_the_template_refuses_costs_its_row(save, tmp_path: Path, without_system: Renderer) -> None:
+    pairs = [{"prompt": said(random.Random(n)), "chosen": f"好{n}", "rejected": f"坏{n}"} for n in range(3)]
+    source = save("p", [*pairs, pairs[0] | {"prompt": "另一个问题", "system": "s"}])
+    corpus = prepare([source], replace(DPO, on_invalid="skip"), without_system, tmp_path / "c", lambda *_: None)
+    assert len(corpus.pairs("train")) == 3
+    assert told(corpus, "p")["dropped"]["refused by the chat template"] == 1
+
+
+def test_a_template_that_refuses_every_row_leaves_nothing(save, tmp_path: Path, without_system: Renderer) -> None:
+    with pytest.raises(DataError, match=r"nothing is left to learn from in a \(2 refused by the chat template\)"):
+        source = save("a", [line | {"system": "s"} for line in rows(2)])
+        prepare([source], replace(SFT, on_invalid="skip"), without_system, tmp_path / "c", lambda *_: None)
+
+
+# ---- rows that are equal once normalised
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    noise=st.sampled_from(["\u200b", "\ufeff", "\x07", "\u2060", "\u00ad", "\u202a"]),
+    wide=st.booleans(),
+    side=st.sampled_from(["instruction", "output"]),
+    at=st.integers(0, 40),
+)
+def test_rows_that_are_equal_once_normalised_are_exact_duplicates(
+    tmp_path_factory: pytest.TempPathFactory, renderer: Renderer, noise: str, wide: bool, side: str, at: int
+) -> None:
+    folder = tmp_path_factory.mktemp("equal")
+    first, other = (line | {side: line[side] + "ABC 123"} for line in rows(2))
+    text = first[side].replace("ABC", "ＡＢＣ").replace("123", "１２３") if wide else first[side]
+    path = folder / "a.jsonl"
+    again = first | {side: text[:at] + noise + text[at:]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first, again, other)), encoding="utf-8")
+    choice = replace(SFT.choice, near=None)
+    sources = [DataSource("a", (str(path),))]
+    corpus = prepare(sources, replace(SFT, choice=choice), renderer, folder / "cache", lambda *_: None)
+    assert told(corpus, "a")["dropped"] == {"duplicate": 1}
+    assert len(corpus.conversations("train")) == 2

@@ -316,3 +316,38 @@ def test_a_linked_folder_of_a_data_folder_is_not_passed_over(tmp_path: Path):
     (data / "more").symlink_to(elsewhere)
     with pytest.raises(DataError, match="more is a link out of the folder"):
         folder_files(data)
+
+
+def names_in(folder: Path, *patterns: str) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder_files(folder, patterns)]
+
+
+NOTES = ("._a.jsonl", ".DS_Store", "__MACOSX/a.jsonl", "Thumbs.db", "desktop.ini", ".hidden/a.jsonl", "~$a.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jsonl", "b.JSON", "c.jsonl.gz", "d.json.zst", "e.parquet"], None),
+        (["a.jsonl", "a.jsonl.gz", "b.jsonl.xz"], ["a.jsonl", "b.jsonl.xz"]),  # a.jsonl.gz is a copy
+        (["a.jsonl", "b.csv.gz", "c.arrow", "d.zip"], ["a.jsonl"]),
+        (["b.csv.gz", "c.TSV", "d.xlsx", "e.arrow"], ["b.csv.gz", "c.TSV", "d.xlsx"]),
+        (["e.arrow", "f.zip", "dataset_info.json"], ["e.arrow", "f.zip"]),
+        (["train.jsonl.gz", "test.jsonl.gz"], ["train.jsonl.gz"]),
+    ],
+)
+def test_compressed_files_and_notes_in_a_folder(tmp_path: Path, names: list[str], expected: list[str] | None):
+    for name in (*names, *NOTES):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert names_in(tmp_path) == (expected or names)
+
+
+def test_patterns_name_compressed_files_too(tmp_path: Path):
+    for name in ("zh/a.jsonl.gz", "zh/b.zip", "en/a.jsonl.gz", "zh/._a.jsonl.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert names_in(tmp_path, "zh/*") == ["zh/a.jsonl.gz", "zh/b.zip"]
+    assert names_in(tmp_path, "*.GZ") == ["en/a.jsonl.gz", "zh/a.jsonl.gz"]

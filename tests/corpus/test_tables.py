@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, Features, LargeList, Sequence, Value
 
 import mlx_zh
 from mlx_zh.corpus import tables
+from mlx_zh.corpus.data_files import folder_files
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.tables import is_saved, read_arrow, saved_files
@@ -147,3 +148,12 @@ def test_json_and_csv_do_not_import_datasets(write):
         "sys.exit('datasets' in sys.modules or 'pandas' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script, *paths], timeout=120).returncode == 0
+
+
+def test_a_bare_file_of_the_cache_of_datasets(tmp_path: Path):
+    """`map` and `load_dataset` leave such files in a folder without a state.json."""
+    asked(1, 2).map(lambda row: row, cache_file_name=str(tmp_path / "cache-0.arrow"))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert not is_saved(tmp_path)
+    [path] = folder_files(tmp_path)
+    assert [talk.messages[1].content for talk in load_conversations(path)[0]] == ["第1答", "第2答"]

@@ -17,7 +17,7 @@ from mlx_zh.models.export.safetensors_file import Entry, write_shards
 from mlx_zh.models.export.source import Source
 from mlx_zh.models.folder import read_json
 from mlx_zh.system.links import check_file, copy_file
-from mlx_zh.system.storage import write_json
+from mlx_zh.system.storage import visible, write_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -168,7 +168,7 @@ def write_configs(folder: Path, layout: Layout) -> None:
 def write_tokenizer(folder: Path, base: Source) -> None:
     """Write the base's tokenizer: a copy of its files, or for GGUF the files that transformers saves."""
     if base.path.is_dir():
-        templates = sorted(path.relative_to(base.path) for path in base.path.glob(f"{_MORE_TEMPLATES}/*.jinja"))
+        templates = [path.relative_to(base.path) for path in visible(base.path.glob(f"{_MORE_TEMPLATES}/*.jinja"))]
         for name in (*map(Path, _TOKENIZER_FILES), *templates):
             if (base.path / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
