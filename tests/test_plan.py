@@ -140,14 +140,19 @@ def test_the_workspace_is_part_of_the_backward_pass_only_where_there_is_one() ->
 
 
 @pytest.mark.parametrize(("on_gpu", "most"), [(False, 4.5), (True, 12)])
-def test_the_head_holds_three_arrays_a_chunk_up_to_what_is_scheduled_ahead(on_gpu: bool, most: float) -> None:
+def test_the_head_holds_three_arrays_of_a_chunk_and_a_trained_one_those_that_are_scheduled_ahead(
+    on_gpu: bool, most: float
+) -> None:
     shape, trained = model_shape(LLAMA | {"hidden_size": 64, "head_dim": 16}), AdapterSpec("lora", 1)
     target = Target(4, None, on_gpu)
     chunk, states = 32 * 128256 * 4, 4 * 64 * 4
     assert head_bytes(shape, trained, target, 32, 32) == 3 * chunk + 32 * states
-    assert head_bytes(shape, trained, target, 64, 32) == min(6, most) * chunk + 64 * states
-    assert head_bytes(shape, trained, target, 3200, 32) == most * chunk + 3200 * states
+    assert head_bytes(shape, trained, target, 3200, 32) == 3 * chunk + 3200 * states
     assert head_bytes(shape, trained, target, 0, 32) == 0
+    full = AdapterSpec("full", shape.layers)
+    gradient = 128256 * 64 * 4
+    assert head_bytes(shape, full, target, 64, 32) == min(6, most) * chunk + 2 * gradient + 64 * states
+    assert head_bytes(shape, full, target, 3200, 32) == most * chunk + 9 * gradient + 3200 * states
 
 
 def test_what_is_kept_grows_by_layer_and_token_and_what_is_not_trained_keeps_nothing() -> None:
@@ -459,7 +464,7 @@ def test_the_table_of_macs(run_stage: Any, capsys: pytest.CaptureFixture[str]) -
     assert run_stage(plan.main, "--table", *recipes) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
-    assert by_name["`llama31-8b-zh-evening`"][:2] == ["9.2 GB", "16 GB"]
+    assert by_name["`llama31-8b-zh-evening`"][:2] == ["9.1 GB", "16 GB"]
     assert by_name["`llama31-8b-zh-64gb`"][:2] == ["33.2 GB", "48 GB"]
     assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M4"][1] == "— |"  # at most 32 GB
     assert by_name["M4 Max"][1] == "6 days |"

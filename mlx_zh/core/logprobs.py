@@ -13,16 +13,13 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
-from mlx_zh.core.sums import exponentials, log_sum_exp
+from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.errors import ModelError
 from mlx_zh.system import device
-
-# Bytes of a chunk of float32 logits. Each chunk waits for the one before it, so about four arrays of this size are
-# alive at a time (measured on the CPU back end).
-CHUNK_BYTES = 32 * 2**20
 
 SUPPORTED = tuple(FAMILIES)
 
@@ -67,14 +64,21 @@ def hidden_states(
     checkpoint: bool = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
+    grad: bool = True,
 ) -> mx.array:
     """Last hidden states (T, D) of a packed row, after the final norm.
 
     With `checkpoint`, blocks that hold trained weights keep only their input and are computed again in the
     backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
-    prefix.
+    prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
+    next but one are allocated.
     """
+    last = None
     for hidden in residual_stream(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix):
+        if not grad:
+            mx.async_eval(hidden)
+            if last is not None:
+                mx.eval(last)
         last = hidden
     return decoder(model).norm(last)
 
@@ -218,8 +222,13 @@ def _joined(parts: list[mx.array]) -> mx.array:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Default number of rows of logits in a chunk."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+    """Default number of rows of logits in a chunk: whole tiles of a matrix product where there is room for one."""
+    rows = device.logit_bytes() // (4 * vocabulary)
+    return max(16, rows // _TILE * _TILE if rows >= _TILE else rows)
+
+
+# Rows of a tile in which GPUs compute quantized products; 65 rows take as long as 128 on an H200.
+_TILE = 32
 
 
 def token_logprobs(
@@ -227,10 +236,10 @@ def token_logprobs(
 ) -> mx.array:
     """Log-probs (S,) float32 of `targets` (S,) given `hidden` (S, D) and the output `head`.
 
-    A chunk has at most `chunk` rows of logits (default: as many as fit in `CHUNK_BYTES`). The gradient with respect
-    to `hidden` is computed in the forward pass, chunk by chunk, so the backward pass needs no logits. `grad=False`
-    skips it. A head that is trained, or wrapped in an adapter, recomputes each chunk in the backward pass instead:
-    the numbers are the same, but it takes longer.
+    A chunk has at most `chunk` rows of logits (default: `chunk_rows`). The gradient with respect to `hidden` is
+    computed in the forward pass, chunk by chunk, so the backward pass needs no logits. `grad=False` skips it. A head
+    that is trained, or wrapped in an adapter, recomputes each chunk in the backward pass instead: the numbers are the
+    same, but it takes longer.
     """
     if targets.size == 0:  # no scored tokens: MLX cannot reduce an empty array
         return mx.zeros(0)
@@ -238,11 +247,11 @@ def token_logprobs(
     if _has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
-        return _in_chunks(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
+        return _one_by_one(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, ...]:
-        return _in_chunks(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
+        return _one_by_one(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
 
     @fused.vjp
     def fused_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -291,10 +300,12 @@ def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tu
     """Log-probs (C,), and their gradient with respect to `hidden`: (onehot - softmax) @ W, (C, D)."""
     logits = _project(head, hidden)  # (C, D) -> (C, V)
     column = targets[:, None]
-    values, divisor, normalizer = exponentials(logits)  # softmax = values / divisor
+    if hidden.dtype == mx.float32:
+        values, divisor, normalizer = exponentials(logits)  # softmax = values / divisor
+    else:  # a divisor may be as large as the vocabulary, and float16 ends at 65504
+        values, normalizer = softmax(logits)
+        divisor = mx.ones_like(normalizer)
     logprobs = (mx.take_along_axis(logits, column, axis=-1) - normalizer)[:, 0]
-    if hidden.dtype != mx.float32:  # a divisor may be as large as the vocabulary, and float16 ends at 65504
-        values, divisor = values / divisor, mx.ones_like(divisor)
     at_target = mx.take_along_axis(values, column, axis=-1)
     error = mx.put_along_axis(values, column, at_target - divisor, axis=-1)  # (softmax - onehot) * divisor
     gradient = _project_back(head, error.astype(hidden.dtype)) / divisor  # (C, V) -> (C, D)
@@ -315,6 +326,34 @@ def _project_back(head: Any, rows: mx.array) -> mx.array:
             mode=head.mode,
         )
     return rows @ head.weight
+
+
+def _one_by_one(
+    compute: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
+    hidden: mx.array,
+    targets: mx.array,
+    rows: int,
+) -> tuple[mx.array, ...]:
+    """`compute` over chunks of `rows` rows, concatenated. Each chunk is computed before the next one is begun.
+
+    So the logits of one chunk are in memory on any device. Left to itself, MLX allocates those of all chunks: 2.7 GB
+    for 1,024 positions of a vocabulary of 128,000 on an H200. No gradient flows through the result.
+    """
+    if hidden.shape[0] <= rows:
+        return compute(hidden, targets)
+    hidden = _untraced(hidden)
+    parts: list[tuple[mx.array, ...]] = []
+    for start in range(0, hidden.shape[0], rows):
+        parts.append(compute(hidden[start : start + rows], targets[start : start + rows]))
+        mx.eval(parts[-1])
+    return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
+
+
+def _untraced(values: mx.array) -> mx.array:
+    """A computed copy. What is computed from it is freed at once, and not kept until a gradient has been taken."""
+    if values.dtype == mx.bfloat16:  # NumPy has no such type
+        return mx.array(np.array(values.view(mx.uint16))).view(mx.bfloat16)
+    return mx.array(np.array(values))
 
 
 def _in_chunks(
@@ -373,7 +412,7 @@ def batch_logprobs(
     noise: TokenNoise | None = None,
 ) -> mx.array:
     """Log-probs (S,) float32 of a batch's scored tokens."""
-    hidden = hidden_states(model, batch, checkpoint=checkpoint, noise=noise)
+    hidden = hidden_states(model, batch, checkpoint=checkpoint, noise=noise, grad=grad)
     return token_logprobs(hidden[batch.scored], output_head(model), batch.targets, chunk=chunk, grad=grad)
 
 

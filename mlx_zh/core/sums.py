@@ -50,6 +50,12 @@ def exponentials(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     return values, mx.ones_like(largest), largest - mx.log(values.max(axis=-1, keepdims=True))
 
 
+def softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """The softmax over the last axis, and log sum exp: (..., V) -> (..., V), (..., 1)."""
+    values, divisor, normalizer = exponentials(logits)
+    return (values / divisor if device.summed_at_once() else values), normalizer
+
+
 def _in_groups(reduced: Callable[[mx.array], mx.array], values: mx.array) -> mx.array:
     """`reduced` over the last axis: of groups, then of the groups' results."""
     group = device.summed_at_once()

@@ -79,7 +79,7 @@ def _score_row(
                 row.score_token(branch, choice[-1], owner)
             owner += 1
     batch = row.build(owner)
-    hidden = hidden_states(model, batch, prefix=prefix)
+    hidden = hidden_states(model, batch, prefix=prefix, grad=False)
     logprobs = token_logprobs(hidden[batch.scored], output_head(model), batch.targets, grad=False)
     return np.array(sum_by_owner(logprobs, batch.owner, owner).reshape(-1, 4))  # (4N,) -> (N, 4)
 

@@ -23,9 +23,9 @@ _AHEAD_SCORES = 2  # score matrices of one layer
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
 
-# Chunks of logits: arrays (C, V) float32 per chunk, and the largest number that is alive at a time.
-_HEAD_EACH, _HEAD_MAX = 3, 4.5
-_HEAD_MAX_ON_GPU = 12  # on a GPU, chunks do not wait for each other (`device.kernels_ahead` is 0)
+# Arrays (C, V) float32 of a chunk of logits. The chunks of a trained head are allocated ahead of each other, up to the
+# second number on the CPU, and up to the third on a GPU (`device.kernels_ahead` is 0).
+_HEAD_EACH, _HEAD_MAX, _HEAD_MAX_ON_GPU = 3, 4.5, 12
 _HEAD_GRADIENTS_MAX = 9  # (V, D) gradients of a trained head, one per chunk, before they are added up
 
 
@@ -234,8 +234,9 @@ def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: 
     chunks = -(-scored // rows)
     logits = rows * model.vocabulary * FLOAT
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
-    total = min(each * chunks, _HEAD_MAX_ON_GPU if target.fused_attention else _HEAD_MAX) * logits
+    total = float(each * logits)
     if trained.kind == "full" and trained.num_layers >= model.layers:
+        total = min(each * chunks, _HEAD_MAX_ON_GPU if target.fused_attention else _HEAD_MAX) * logits
         total += min(chunks, _HEAD_GRADIENTS_MAX) * model.vocabulary * model.hidden * FLOAT
     return total + 4.0 * scored * model.hidden * target.value_bytes
 

@@ -135,7 +135,7 @@ def _measure(loaded: LoadedModel, tokens: int, world: World) -> None:
     row = pack_conversations([(range(1, length + 1), [False] * length)])
 
     def forward() -> float:
-        mx.eval(hidden_states(loaded.model, row))
+        mx.eval(hidden_states(loaded.model, row, grad=False))
         return length
 
     world.measure(forward)

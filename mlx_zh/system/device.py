@@ -53,10 +53,26 @@ def identity() -> dict[str, str]:
 def kernels_ahead() -> int:
     """The number of kernels that MLX schedules, and allocates outputs for, before the device computes them.
 
-    On the CPU it is 60 (measured: a hundred dispatches, about two per kernel). On a GPU it is 0, which means that no
-    caller has to limit it: MLX also ends a command buffer by bytes, so large arrays end it early.
+    On the CPU it is 60 (measured: a hundred dispatches, about two per kernel). On a GPU it is 0: no chain of small
+    kernels holds MLX back there.
     """
     return 60 if is_cpu() else 0
+
+
+def logit_bytes() -> int:
+    """Bytes of float32 logits that are computed at a time.
+
+    An H200 takes twice as long for the same positions in chunks of 64 as in chunks of 256. A Mac's GPU is busy with
+    64, and its memory is short.
+    """
+    return 2**27 if back_end() == "cuda" else 2**25
+
+
+def compiles() -> bool:
+    """Whether MLX compiles small functions into one kernel here; on a CPU it would need a C++ compiler."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() != mx.Device(mx.cpu))
 
 
 def summed_at_once() -> int:

@@ -59,7 +59,7 @@ def test_every_scored_token_is_compared_with_its_own_logits(tmp_path: Path, monk
     _, model = tuned_model(tmp_path)
     monkeypatch.setattr(StandIn, "model", model)
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=StandIn))
-    monkeypatch.setattr("mlx_zh.models.export.fidelity.CHUNK_BYTES", 8 * 288 * 10)
+    monkeypatch.setattr("mlx_zh.system.device.logit_bytes", lambda: 8 * 288 * 10)
     text = text_of()
     assert len(text.rows) > 2 and max(len(row.segments) for row in text.rows) > 1
     own = text.predictions(model)

@@ -12,11 +12,12 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.logprobs import CHUNK_BYTES, hidden_states, output_head
+from mlx_zh.core.logprobs import hidden_states, output_head
 from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
 from mlx_zh.core.sums import log_sum_exp, sum_last
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.export.merge import SurvivalSummary
+from mlx_zh.system import device
 from mlx_zh.system.accelerator import repeated
 
 # A fused model beyond these limits gets a warning that it is not equal to base + adapter.
@@ -67,7 +68,7 @@ class HeldOut:
         """The predictions of `model` for every scored token. Raises AcceleratorError."""
 
         def hidden(row: PackedBatch) -> mx.array:
-            states = hidden_states(model, row)[row.scored]  # (T, D) -> (S of this row, D)
+            states = hidden_states(model, row, grad=False)[row.scored]  # (T, D) -> (S of this row, D)
             mx.eval(states)
             return states
 
@@ -101,7 +102,7 @@ def distance(reference: Logits, compared: Logits, targets: mx.array) -> Distance
     """Compare two models on the scored tokens `targets` (S,), a few rows of logits at a time."""
     count = targets.size
     kl = agreed = likelihood = 0.0
-    rows = max(8, CHUNK_BYTES // (8 * reference.logits(0, 1).shape[-1]))
+    rows = max(8, device.logit_bytes() // (8 * reference.logits(0, 1).shape[-1]))
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         p, q = (_log_softmax(model.logits(start, stop)) for model in (reference, compared))  # (rows, V) each
