@@ -39,7 +39,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     """
     try:
         check_file(path)
-        encoding = _encoding(path)
+        encoding = encoding_of(path)
         with path.open(encoding=encoding, newline="") as file:
             if first_character(file) in _JSON:
                 yield from read_rows(path)
@@ -63,7 +63,7 @@ def _separator(path: Path, file: IO[str]) -> str:
     return "\t" if "\t" in first else ","
 
 
-def _encoding(path: Path) -> str:
+def encoding_of(path: Path) -> str:
     """The file's encoding: UTF-8, or GB18030 if the text is Chinese in it. Raises DataError if it is neither."""
     if _decodes(path, "utf-8"):
         return "utf-8-sig"

@@ -21,6 +21,8 @@ from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import visible
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+# A hub's sets explain themselves in .md files, so these are data only on the user's own disk.
+LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".md")
 TABLE_SUFFIXES = (
     ".csv",
     ".tsv",
@@ -61,7 +63,7 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
     if not files and not patterns:
         files = _data_files(folder, [f"*{suffix}" for suffix in TABLE_SUFFIXES], split)
     if not files:
-        kinds = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
+        kinds = ", ".join(patterns or [f"*{suffix}" for suffix in (*LOCAL_SUFFIXES, *TABLE_SUFFIXES)])
         raise DataError(f"{folder}: no data file in it ({kinds}); name the files, or another folder")
     return files
 
@@ -74,7 +76,7 @@ def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]
         if any(part.startswith((".", "~$")) for part in inside.parts):
             continue
         linked_folder = path.is_symlink() and path.is_dir()  # not entered, so its files would be missed in silence
-        if not linked_folder and not _is_data(str(inside), patterns):
+        if not linked_folder and not _is_data(str(inside), patterns, LOCAL_SUFFIXES):
             continue
         check_file(folder, path, DataError)
         if path.is_file():
@@ -87,9 +89,9 @@ def data_file_names(names: Sequence[str], patterns: Sequence[str], split: str) -
     return [name for name in sorted(names) if _is_data(name, patterns) and _split_of(name, split) == split]
 
 
-def _is_data(path: str, patterns: Sequence[str]) -> bool:
+def _is_data(path: str, patterns: Sequence[str], default: tuple[str, ...] = DATA_SUFFIXES) -> bool:
     name = path.rsplit("/", 1)[-1]
-    suffixes = (*DATA_SUFFIXES, *TABLE_SUFFIXES) if patterns else DATA_SUFFIXES
+    suffixes = (*LOCAL_SUFFIXES, *TABLE_SUFFIXES) if patterns else default
     if not path.endswith(suffixes) or _ABOUT.fullmatch(name):
         return False
     return not patterns or any(

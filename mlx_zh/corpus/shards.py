@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlx_zh.corpus.conversation import Conversation, Preference, prompt_with_system, with_system
+from mlx_zh.corpus.conversation import Conversation, Document, Preference, prompt_with_system, with_system
 from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
@@ -130,8 +130,9 @@ def _write(
         for (source, rows, items), (rendered, dropped) in _ahead(render, batches, threads):
             counted = counts.setdefault(source, Counter())
             counted.update(dropped)
-            counted[CUT_SHORT] += sum(isinstance(item, Rendered) and item.truncated for item in rendered)
-            writer.write_batch(_record_batch(rendered, source, rows, schema))
+            counted[CUT_SHORT] += sum(isinstance(item, Rendered) and item.truncated for _, item in rendered)
+            kept = [(rows[index], item) for index, item in rendered]
+            writer.write_batch(_record_batch(kept, source, schema))
             done += len(items)
             progress(done)
     write_exact_json(path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts})
@@ -159,22 +160,39 @@ def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
                 yield source, numbers, [items[n - first] for n in numbers]
 
 
-def _render(
-    renderer: Renderer, settings: RenderSettings, batch: _Batch
-) -> tuple[Sequence[Rendered | RenderedPair | None], Counter[str]]:
+_Example = tuple[int, Rendered | RenderedPair]  # index in the batch, and what became of that row
+
+
+def _render(renderer: Renderer, settings: RenderSettings, batch: _Batch) -> tuple[list[_Example], Counter[str]]:
+    """The examples of the rows, in their order; a document gives one for each of its pieces."""
     dropped: Counter[str] = Counter()
+    examples: list[_Example] = []
+    for kind, run in groupby(enumerate(batch[2]), key=lambda numbered: type(numbered[1])):
+        indices, items = zip(*run, strict=True)
+        if kind is Document:
+            pieces = renderer.documents(items, max_length=settings.max_length)
+            examples += [(i, piece) for i, cut in zip(indices, pieces, strict=True) for piece in cut]
+            continue
+        rendered = _rendered(renderer, settings, items, dropped)
+        examples += [(i, item) for i, item in zip(indices, rendered, strict=True) if item is not None]
+    return examples, dropped
+
+
+def _rendered(
+    renderer: Renderer, settings: RenderSettings, items: Sequence[Item], dropped: Counter[str]
+) -> Sequence[Rendered | RenderedPair | None]:
+    """Each conversation or pair, or None for one that is dropped."""
     if settings.kind == "dpo":
-        pairs = [prompt_with_system(item, settings.system) for item in batch[2] if isinstance(item, Preference)]
-        return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped), dropped
-    conversations = [with_system(item, settings.system) for item in batch[2] if isinstance(item, Conversation)]
-    rendered = renderer.conversations(
+        pairs = [prompt_with_system(item, settings.system) for item in items if isinstance(item, Preference)]
+        return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped)
+    conversations = [with_system(item, settings.system) for item in items if isinstance(item, Conversation)]
+    return renderer.conversations(
         conversations,
         train_on=settings.train_on,
         max_length=settings.max_length,
         on_overflow=settings.on_overflow,
         dropped=dropped,
     )
-    return rendered, dropped
 
 
 def _ahead(
@@ -195,10 +213,8 @@ def _ahead(
             future.cancel()
 
 
-def _record_batch(
-    rendered: Sequence[Rendered | RenderedPair | None], source: int, rows: Sequence[int], schema: pa.Schema
-) -> pa.RecordBatch:
-    kept = [(row, item) for row, item in zip(rows, rendered, strict=True) if item is not None]
+def _record_batch(kept: Sequence[_Example], source: int, schema: pa.Schema) -> pa.RecordBatch:
+    """The examples, each with the number of its row, as one batch."""
     columns: dict[str, Any] = {
         "source": pa.array(np.full(len(kept), source, dtype=np.int32)),
         "row": pa.array(np.array([row for row, _ in kept], dtype=np.int32)),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mlx_zh.corpus import llama_factory
 from mlx_zh.corpus.columns import Guess
-from mlx_zh.corpus.data_files import DATA_SUFFIXES, TABLE_SUFFIXES, folder_files
+from mlx_zh.corpus.data_files import LOCAL_SUFFIXES, TABLE_SUFFIXES, folder_files
 from mlx_zh.corpus.survey import Head, Survey, guess_of, read_head, survey
 from mlx_zh.corpus.tables import is_saved, saved_files
 from mlx_zh.errors import DataError, MlxZhError
@@ -87,7 +87,7 @@ def _add_folder(data: OwnData, folder: Path, wish: _Wish) -> None:
     if is_saved(folder):
         paths = saved_files(folder, None)
     else:
-        paths = folder_files(folder, [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
+        paths = folder_files(folder, [f"*{suffix}" for suffix in (*LOCAL_SUFFIXES, *TABLE_SUFFIXES)])
     if len(paths) == 1:
         data.surveys.append(_usable(_look(paths[0], wish)))
         return
