@@ -104,3 +104,24 @@ def test_the_plan_says_what_they_cost(project: Project) -> None:
     without, with_them = project.run(plan.main, "--quick"), project.run(plan.main, BOTH, "--quick")
     line = "lora.modules_to_save: 0.00 GB of this are weights, gradient and two moments"
     assert with_them.status == 0 and line in with_them.out and line not in without.out
+
+
+def test_two_ranks_train_the_tables_as_one_does(project: Project, tmp_path: Path) -> None:
+    import ranks
+
+    for name, count in (("one", 1), ("two", 2)):
+        ranks.run(count, ["sft", "recipe.yaml", f"name={name}", BOTH, "sft.max_steps=3"], folder=tmp_path)
+    one, two = (arrays(Path("runs", name, "sft/adapters/adapters.safetensors")) for name in ("one", "two"))
+    base = arrays(Path(project.model) / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name in (EMBEDDING, HEAD):
+        moved = np.linalg.norm(one[name] - base[name])
+        # Adam divides by the size of a gradient, so rounding moves a weight whose gradient is near 0 by whole steps.
+        assert moved > 0.1 and np.linalg.norm(one[name] - two[name]) < 0.02 * moved
+
+
+def test_an_adapter_with_tables_keeps_them_when_it_is_trained_further(project: Project) -> None:
+    project.train("lora.modules_to_save=[lm_head]")
+    result = project.sft("name=two", "sft.start=runs/tiny/sft/adapters")
+    assert result.status == 0 and "modules_to_save [lm_head] (the recipe's lora section: [])" in result.out
+    assert HEAD in arrays(Path("runs/two/sft/adapters/adapters.safetensors"))

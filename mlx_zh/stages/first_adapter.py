@@ -65,8 +65,8 @@ class Start:
                 f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."
             )
         differences = [
-            Notice("adapter-differs", setting=name, value=getattr(spec, name), wanted=getattr(wanted, name))
-            for name in ("kind", "rank", "scale", "num_layers", "saved")
+            Notice("adapter-differs", setting=shown, value=_shown(spec, name), wanted=_shown(wanted, name))
+            for name, shown in _COMPARED.items()
             if getattr(spec, name) != getattr(wanted, name)
         ]
         if differences:
@@ -79,6 +79,15 @@ class Start:
             add_adapter(loaded.model, spec, seed=self.recipe.seed)
         else:
             load_adapter(loaded.model, self.folder)
+
+
+# fields of an AdapterSpec that a continued adapter keeps, by the names that the user knows
+_COMPARED = {name: name for name in ("kind", "rank", "scale", "num_layers")} | {"saved": "modules_to_save"}
+
+
+def _shown(spec: AdapterSpec, name: str) -> str | int | float:
+    value: str | int | float | tuple[str, ...] = getattr(spec, name)
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else value
 
 
 def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
