@@ -150,7 +150,9 @@ def saved_modules(model: nn.Module, saved: Sequence[str]) -> tuple[str, ...]:
     if "lm_head" not in model:
         return ("embed_tokens",) if saved else ()
     if "lm_head" in saved and "bias" in model["lm_head"]:
-        raise AdapterError("lora.modules_to_save: the lm_head of this model has a bias, so leave it out.")
+        raise AdapterError(
+            "the lm_head of this model has a bias, so it cannot be trained here; take it out of lora.modules_to_save."
+        )
     return tuple(name for name in SAVED if name in saved)
 
 
