@@ -38,6 +38,7 @@ from mlx_zh.training.sft_objective import SftObjective
 from mlx_zh.training.step import train_step
 
 BAR = 0.15
+BOTH = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Case:
     kv_heads: int = 2
     vocabulary: int = 1000
     tied: bool = False
+    saved: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class Case:
     def adapter(self) -> AdapterSpec:
         """What is trained."""
         layers = self.trained_layers or self.layers
-        return AdapterSpec(self.kind, layers, self.rank, 2.0, self.dropout, self.targets)
+        return AdapterSpec(self.kind, layers, self.rank, 2.0, self.dropout, self.targets, self.saved)
 
 
 CASES = (
@@ -122,6 +124,13 @@ CASES = (
     Case("full, 2 layers", kind="full", trained_layers=2),
     Case("full, tied, vocabulary 8k", kind="full", tied=True, vocabulary=8000),
     Case("full, untied, vocabulary 8k", kind="full", vocabulary=8000, checkpoint=True),
+    Case("tables, vocabulary 8k", saved=BOTH, vocabulary=8000),
+    Case("tables, vocabulary 32k, checkpointed", saved=BOTH, vocabulary=32_000, layers=4, checkpoint=True),
+    Case("tables, vocabulary 32k, tied", saved=BOTH, vocabulary=32_000, layers=4, tied=True),
+    Case("tables, 2 of 8 layers", saved=BOTH, vocabulary=8000, layers=8, trained_layers=2),
+    Case("tables, the embedding alone", saved=("embed_tokens",), vocabulary=32_000, layers=4),
+    Case("tables, the head alone", saved=("lm_head",), vocabulary=32_000, layers=4),
+    Case("tables, dpo", stage="dpo", length=64, examples=5, saved=BOTH, vocabulary=32_000, layers=4),
     Case("dpo", stage="dpo", length=64, examples=5),
     Case("dpo, short responses", stage="dpo", length=16, examples=21),
     Case("dpo, length 256", stage="dpo", length=256, examples=1),

@@ -127,6 +127,16 @@ class Lora(Section):
     num_layers: Literal["all"] | PositiveInt = "all"
     rslora: bool = False
     loraplus_ratio: PositiveFloat = 1.0
+    modules_to_save: Annotated[
+        tuple[Literal["embed_tokens", "lm_head"], ...], Field(exclude_if=lambda value: not value)
+    ] = ()
+
+    @field_validator("modules_to_save")
+    @classmethod
+    def _beside_an_adapter(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("type") == "full":
+            raise ValueError("left out where lora.type is full, which trains both if it trains all layers")
+        return tuple(dict.fromkeys(value))
 
 
 # Keys that came after the first version: left out of a dump while they are not set, so that the digests of runs and

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
+from mlx_zh.core.trained_tables import TRAINED_TABLES
 from mlx_zh.errors import ModelError
 from mlx_zh.system import device
 
@@ -68,7 +70,7 @@ def hidden_states(
 ) -> mx.array:
     """Last hidden states (T, D) of a packed row, after the final norm.
 
-    With `checkpoint`, blocks that hold trained weights keep only their input and are computed again in the
+    With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
     backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
     prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
     next but one are allocated.
@@ -97,9 +99,11 @@ def residual_stream(
     if noise is not None:
         hidden = noise.embeddings(hidden)
     yield hidden
+    flows = _has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
-        hidden = _run_block(layer, hidden, batch, checkpoint, noise, past)
+        saves = flows or _has_arrays(layer.trainable_parameters())
+        hidden = _run_block(layer, hidden, batch, checkpoint and saves, noise, past)
         yield hidden
 
 
@@ -138,9 +142,9 @@ def _run_block(
         with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
             return _block(layer, hidden, batch, past)
 
-    trained = layer.trainable_parameters()
-    if not checkpoint or not _has_arrays(trained):
+    if not checkpoint:
         return block(hidden)
+    trained = layer.trainable_parameters()
 
     def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
         layer.update(parameters)
@@ -239,11 +243,13 @@ def token_logprobs(
     A chunk has at most `chunk` rows of logits (default: `chunk_rows`). The gradient with respect to `hidden` is
     computed in the forward pass, chunk by chunk, so the backward pass needs no logits. `grad=False` skips it. A head
     that is trained, or wrapped in an adapter, recomputes each chunk in the backward pass instead: the numbers are the
-    same, but it takes longer.
+    same, but it takes longer. The gradient of a `TRAINED_TABLES` head is added up chunk by chunk.
     """
     if targets.size == 0:  # no scored tokens: MLX cannot reduce an empty array
         return mx.zeros(0)
     rows = chunk or chunk_rows(_vocabulary(head))
+    if isinstance(head, TRAINED_TABLES):
+        return _table_logprobs(hidden, head.weight, targets, rows)
     if _has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
@@ -400,6 +406,35 @@ def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows
         return (mx.checkpoint(recomputed)(parameters, hidden),)
 
     return _in_chunks(compute, hidden, targets, rows)[0]
+
+
+def _table_logprobs(hidden: mx.array, weight: mx.array, targets: mx.array, rows: int) -> mx.array:
+    """Log-probs (S,) with a trained head of `weight` (V, D), whose logits are computed again in the backward pass."""
+
+    def chunk(hidden: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
+        return _logprobs((hidden @ weight.astype(hidden.dtype).T).astype(mx.float32), targets)  # (C, D) -> (C, V)
+
+    @mx.custom_function
+    def logprobs(hidden: mx.array, weight: mx.array) -> mx.array:
+        return _in_chunks(lambda h, t: (chunk(h, weight, t),), hidden, targets, rows)[0]
+
+    @logprobs.vjp
+    def vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
+        hidden, weight = primals
+        gradients: list[mx.array] = []
+        total = mx.zeros_like(weight)  # (V, D)
+        for start in range(0, hidden.shape[0], rows):
+            piece, stop = hidden[start : start + rows], start + rows
+            if gradients:
+                piece = mx.depends([piece], [total, _pause(gradients[-1])])[0]
+            compute = partial(chunk, targets=targets[start:stop])
+            _, (of_hidden, of_weight) = mx.vjp(compute, [piece, weight], [cotangent[start:stop]])
+            gradients.append(of_hidden)
+            total = total + of_weight
+        return mx.concatenate(gradients), total
+
+    result: Any = logprobs(hidden, weight)
+    return result
 
 
 def batch_logprobs(

@@ -411,13 +411,14 @@ def _finish(
 
 
 def _positions(rows: choosing.Indices, rendered: choosing.Indices) -> choosing.Indices:
-    """The position of each chosen row in the files; rows that were dropped while rendering are left out.
+    """The positions of the chosen rows in the files: none of a row that was dropped, several of a long document.
 
     `rendered` (R,) holds the row number at each position, in rising order.
     """
-    at = np.searchsorted(rendered, rows)
-    at[at == len(rendered)] = 0
-    positions: choosing.Indices = at[rendered[at] == rows] if len(rendered) else at[:0]
+    first, last = np.searchsorted(rendered, rows, "left"), np.searchsorted(rendered, rows, "right")
+    counts = last - first
+    before = np.cumsum(counts) - counts  # positions of the rows before each row
+    positions: choosing.Indices = np.repeat(first - before, counts) + np.arange(counts.sum())
     return positions
 
 

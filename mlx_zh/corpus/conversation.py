@@ -1,4 +1,4 @@
-"""What a row of a data set becomes: a conversation for SFT, or a pair of answers for DPO."""
+"""What a row of a data set becomes: a conversation or a document for SFT, or a pair of answers for DPO."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ class Preference:
     chosen: str
     rejected: str
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Raw text, or a passage of it; `begins` and `ends` say whether the document does so here."""
+
+    text: str
+    source: str = ""
+    begins: bool = True
+    ends: bool = True
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:

@@ -66,7 +66,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        encoding, marked = _encoding(path)
+        encoding, marked = file_encoding(path)
         with open_text(path, encoding, errors=MARK_BYTES, newline="") as file:
             if first_character(file) in _JSON:
                 yield from read_rows(path)
@@ -106,7 +106,7 @@ def _separator(path: Path, file: IO[str], encoding: str) -> str:
     return "\t" if "\t" in first else ","
 
 
-def _encoding(path: Path) -> tuple[str, bool]:
+def file_encoding(path: Path) -> tuple[str, bool]:
     """The file's encoding, and whether some bytes are no text in it: UTF-8, UTF-16 with a mark, or Chinese GB18030.
 
     Raises DataError if it is none of these. A few wrong bytes do not count.

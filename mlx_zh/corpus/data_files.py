@@ -22,6 +22,8 @@ from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import is_system_note, visible_tree
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+# A hub's sets explain themselves in .md files, so these are data only on the user's own disk.
+LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".md")
 TABLE_SUFFIXES = (
     ".csv",
     ".tsv",
@@ -64,10 +66,10 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
     if patterns:
         files = _data_files(folder, patterns, split)
     else:
-        kinds = (DATA_SUFFIXES, TABLE_SUFFIXES, STORED_SUFFIXES)
+        kinds = (LOCAL_SUFFIXES, TABLE_SUFFIXES, STORED_SUFFIXES)
         files = next((files for kind in kinds if (files := _data_files(folder, patterns_of(kind), split))), [])
     if not files:
-        named = ", ".join(patterns or [f"*{suffix}" for suffix in (*DATA_SUFFIXES, *TABLE_SUFFIXES)])
+        named = ", ".join(patterns or [f"*{suffix}" for suffix in (*LOCAL_SUFFIXES, *TABLE_SUFFIXES)])
         raise DataError(f"{folder}: no data file in it ({named}); name the files, or another folder")
     return files
 
@@ -89,7 +91,7 @@ def _data_files(folder: Path, patterns: Sequence[str], split: str) -> list[Path]
     # A name that begins with "~$" is a note of Excel that the workbook is open.
     for path in (path for path in visible_tree(folder) if not path.name.startswith("~$")):
         linked_folder = path.is_symlink() and path.is_dir()  # not entered, so its files would be missed in silence
-        if not linked_folder and not _is_data(path.relative_to(folder).as_posix(), patterns):
+        if not linked_folder and not _is_data(path.relative_to(folder).as_posix(), patterns, LOCAL_SUFFIXES):
             continue
         check_file(folder, path, DataError)
         if path.is_file():
@@ -108,11 +110,11 @@ def data_file_names(names: Sequence[str], patterns: Sequence[str], split: str) -
     return [name for name in sorted(names) if _is_data(name, patterns) and _split_of(name, split) == split]
 
 
-def _is_data(path: str, patterns: Sequence[str]) -> bool:
+def _is_data(path: str, patterns: Sequence[str], default: tuple[str, ...] = DATA_SUFFIXES) -> bool:
     """Whether a path is that of a data file: by its ending, and by a pattern if there are any."""
     parts = path.lower().split("/")
     name = parts[-1]
-    suffixes = (*DATA_SUFFIXES, *TABLE_SUFFIXES, *STORED_SUFFIXES) if patterns else DATA_SUFFIXES
+    suffixes = (*LOCAL_SUFFIXES, *TABLE_SUFFIXES, *STORED_SUFFIXES) if patterns else default
     plain = next((name.removesuffix(packing) for packing in PACKED_SUFFIXES if name.endswith(packing)), name)
     if not plain.endswith(suffixes) or _ABOUT.fullmatch(plain) or any(map(is_system_note, parts)):
         return False

@@ -16,6 +16,7 @@ from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.errors import DataError, ModelError, TemplateError, first_line
 
 Tokens = list[int] | npt.NDArray[np.int32]
+Spans = list[tuple[int, int]]
 Part = tuple[str, bool]  # text, and whether it is a message's content (True) or the template's own (False)
 
 
@@ -89,6 +90,32 @@ class PieceEncoder:
             result.append(tokens)
         return result
 
+    def encode_documents(self, texts: Sequence[str], sources: Sequence[str]) -> list[tuple[list[int], Spans]]:
+        """The tokens of each raw text, and the characters (start, end) that each token stands for.
+
+        A control token that a text spells becomes ordinary characters. Raises DataError, with the text's source in
+        front, if the tokenizer cannot do that.
+        """
+        spelled = [self.control.search(text) is not None for text in texts]
+        plain = [text for text, literally in zip(texts, spelled, strict=True) if not literally]
+        with self._lock, _panics_told():
+            self._disable_padding_and_truncation()
+            encodings = iter(self._backend.encode_batch(plain, add_special_tokens=False))
+        encoded = []
+        for text, source, literally in zip(texts, sources, spelled, strict=True):
+            encoding = self._literal_encoding(text, source) if literally else next(encodings)
+            encoded.append((encoding.ids, encoding.offsets))
+        return encoded
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What stands around a document: what the tokenizer writes before a text (BOS, or nothing), and EOS."""
+        self._disable_padding_and_truncation()
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        end = self._added_ids.get(str(self._ends[1]))
+        return whole[:start], [] if end is None else [end]
+
     def _between_controls(self, parts: Sequence[Part]) -> Iterable[tuple[str, int | None]]:
         """Runs of text, each with the id of the template's control token after it (None at the end)."""
         run = ""
@@ -104,19 +131,20 @@ class PieceEncoder:
         yield run, None
 
     def _encode_literally(self, text: str, source: str) -> list[int]:
-        if not text:
-            return []
+        return list(self._literal_encoding(text, source).ids) if text else []
+
+    def _literal_encoding(self, text: str, source: str) -> Any:
         with self._lock:
             before = self._backend.encode_special_tokens
             self._backend.encode_special_tokens = True
             try:
                 with _panics_told():
-                    tokens: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+                    encoding = self._backend.encode(text, add_special_tokens=False)
             finally:
                 self._backend.encode_special_tokens = before
-        if not self._control_ids.isdisjoint(tokens):
+        if not self._control_ids.isdisjoint(encoding.ids):
             raise _control_text(source, "this tokenizer has no other way to write it")
-        return tokens
+        return encoding
 
     def _encode_all(self, pieces: Sequence[str]) -> list[Tokens]:
         with _panics_told():

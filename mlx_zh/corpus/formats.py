@@ -1,4 +1,4 @@
-"""Local files to conversations: the formats in which Chinese instruction data is published.
+"""Local files to conversations and raw text: the formats in which Chinese data is published.
 
     alpaca           instruction, input?, output, system?, history? = [[question, answer], …]
     sharegpt         conversations = [{from: human|gpt|system, value}, …], system?
@@ -11,6 +11,7 @@
                      [{role, content}, …]
     alternating      data = [question, answer, …]                        (UltraChat)
     moss             meta_instruction?, chat = {turn_1: {Human, MOSS}, …}
+    text             text; also .txt and .md files, each of which is a document        raw text, no conversation
     mathglm          lines of text, expression=step=…=answer             only when named, never recognised
 
 A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Unpack
 
 from mlx_zh.corpus import dialogues
-from mlx_zh.corpus.conversation import Conversation, Message
+from mlx_zh.corpus.conversation import Conversation, Document, Message
+from mlx_zh.corpus.documents import documents_of
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import (
     Change,
@@ -33,6 +35,7 @@ from mlx_zh.corpus.rows import (
     Reading,
     Row,
     changed,
+    check_text,
     check_turns,
     history_of,
     instruction_of,
@@ -44,10 +47,15 @@ from mlx_zh.corpus.rows import (
 )
 
 Messages = tuple[Message, ...]
+Parsed = Messages | Document
+# Columns beside `text` that make a row something else than raw text: an exercise, a class, an article to ask about.
+_NOT_RAW = frozenset(
+    ("title", "label", "labels", "answer", "output", "response", "completion", "question", "summary")
+)
 
 
-def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Conversation], LoadReport]:
-    """All conversations of a file, and a report on its rows.
+def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Conversation | Document], LoadReport]:
+    """All conversations and documents of a file, and a report on its rows.
 
     Raises DataError if the file cannot be read, or once for all rows that cannot be used. With on_invalid="skip" such
     rows are dropped and counted instead, and it is an error only if no row is left.
@@ -58,17 +66,21 @@ def load_conversations(path: Path, **reading: Unpack[Reading]) -> tuple[list[Con
 
 def iter_conversations(
     path: Path, report: LoadReport | None = None, *, change: Change | None = None, **reading: Unpack[Reading]
-) -> Iterator[Conversation]:
+) -> Iterator[Conversation | Document]:
     """Like `load_conversations`, one at a time. Fills `report`; an error about rows is raised after the last row.
 
     `change` is applied to every text before the rows are checked.
     """
 
-    def finish(messages: Messages) -> Messages:
-        return messages if change is None else check_turns(changed(messages, change), last="assistant")
+    def finish(parsed: Parsed) -> Parsed:
+        if change is None:
+            return parsed
+        if isinstance(parsed, Document):
+            return check_text(replace(parsed, text=change(parsed.text)))
+        return check_turns(changed(parsed, change), last="assistant")
 
-    for place, messages in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
-        yield Conversation(messages, place)
+    for place, parsed in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
+        yield replace(parsed, source=place) if isinstance(parsed, Document) else Conversation(parsed, place)
 
 
 def _alpaca(row: Row) -> Iterator[Messages]:
@@ -148,8 +160,17 @@ def _mathglm(row: Row) -> Iterator[Messages]:
     yield arithmetic(text_of(row, "text"))
 
 
+def _is_raw(row: Row) -> bool:
+    return isinstance(row.get("text"), str) and _NOT_RAW.isdisjoint(row)
+
+
+def _text(row: Row) -> Iterator[Document]:
+    for document in documents_of(row, text_of(row, "text")):
+        yield check_text(document)
+
+
 # In the order of recognition: the first format that fits a row is used.
-FORMATS: dict[str, Format[Messages]] = {
+FORMATS: dict[str, Format[Parsed]] = {
     "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(("conversations", "system", "kto_tag"), lambda row: "conversations" in row, _sharegpt),
     "belle-seed": Format(
@@ -184,5 +205,6 @@ FORMATS: dict[str, Format[Messages]] = {
         lambda row: bool(row.get("data")) and dialogues.is_texts(row["data"]),
         dialogues.alternating,
     ),
+    "text": Format(("text",), _is_raw, _text),
     "mathglm": Format(("text",), lambda row: False, _mathglm, lines=True),
 }

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from mlx_zh.corpus.chat_template import ChatTemplate, template_source
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
+from mlx_zh.corpus.document_pieces import cut_tokens
 from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
@@ -192,6 +193,32 @@ class Renderer:
                     dropped[OVERFLOW] += 1
                     results.append(None)
         return results
+
+    def documents(self, batch: Sequence[Document], *, max_length: int | None = None) -> list[list[Rendered]]:
+        """The tokens of each document or passage, cut into pieces of at most `max_length` tokens; no template.
+
+        A piece begins with what the tokenizer writes before every text (BOS, or nothing); the end of a document has
+        EOS. Every token but the first of a piece is trained. Raises DataError for a text that cannot be encoded.
+        """
+        before, end = self._document_frame
+        encoded = self._encoder.encode_documents([d.text for d in batch], [d.source for d in batch])
+        results: list[list[Rendered]] = []
+        for document, (tokens, spans) in zip(batch, encoded, strict=True):
+            after = end if document.ends else []
+            room = None if max_length is None else max(max_length - len(before), len(after) + 1)
+            pieces = []
+            for piece in cut_tokens(document.text, [*tokens, *after], spans, room):
+                whole = np.array([*before, *piece], dtype=np.int32)
+                trained = np.ones(len(whole), dtype=bool)
+                trained[0] = False
+                if len(whole) > 1:  # one token alone teaches nothing
+                    pieces.append(Rendered(whole, trained, truncated=False))
+            results.append(pieces)
+        return results
+
+    @cached_property
+    def _document_frame(self) -> tuple[list[int], list[int]]:
+        return self._encoder.frame()
 
     def preference(
         self, pair: Preference, *, max_length: int | None = None, dropped: Counter[str] | None = None

@@ -12,8 +12,9 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 import yaml
 
-from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.conversation import Document, Message
 from mlx_zh.corpus.csv_rows import read_csv
+from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
 from mlx_zh.corpus.row_keys import check_row, is_trained, unused_columns
@@ -38,7 +39,11 @@ _WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, 
 _LOOK_AHEAD = 100  # the format is recognised from the first row that fits one, among this many
 # Readers chosen by the ending of a file's name; the kind of every other file is told from its content. A workbook is
 # known by its content too, so what has its ending and comes here is text.
-_READERS = {".arrow": read_arrow, **dict.fromkeys((".csv", ".tsv", *EXCEL_SUFFIXES), read_csv)}
+_READERS = {
+    ".arrow": read_arrow,
+    **dict.fromkeys(TEXT_SUFFIXES, read_document),
+    **dict.fromkeys((".csv", ".tsv", *EXCEL_SUFFIXES), read_csv),
+}
 
 
 @dataclass
@@ -148,7 +153,7 @@ def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: Load
 def open_rows(
     path: Path, columns: Mapping[str, str] | None = None, sheet: str | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """The rows of a file of any kind but text, with their places; `columns` renames columns. Raises DataError."""
+    """The rows of a file of any kind, with their places; `columns` renames columns. Raises DataError."""
     if is_workbook(path):
         rows = read_excel(path, sheet)
     elif sheet is not None:
@@ -412,6 +417,13 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     if last == "assistant" and not any(message.trained for message in turns[1::2]):
         raise InvalidRow("not to be trained", "every reply has weight 0 or loss false, so there is nothing to learn")
     return tuple(messages)
+
+
+def check_text(document: Document) -> Document:
+    """The document. Raises InvalidRow if all of it is here and nothing can be seen."""
+    if document.begins and document.ends and is_blank(document.text):
+        raise InvalidRow("empty text", "'text' is empty")
+    return document
 
 
 def _kind(value: Any) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.corpus.contamination import ExamFilter, ExamIndex
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
 from mlx_zh.corpus.duplicates import SIDE_LETTERS, SIDES, Rows, sketch
 from mlx_zh.corpus.normalize import normalize, simplifier
 from mlx_zh.corpus.quality.rules import Quality, RuleReport
@@ -166,6 +166,7 @@ class _ScanWriter:
         self._batch: list[Item] = []
         self._spool: list[Any] = []
         self._batch_characters = self._spool_characters = 0
+        self._opening = ""  # the first passage of the document that is being read
         self._files: list[BinaryIO] = []
         if self._ngram is not None:
             for name in ("signatures.u16", "bands.u32", "letters.u16"):
@@ -195,7 +196,7 @@ class _ScanWriter:
         digests = [hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest() for parts in texts]
         questions = [[m.content for m in _prompt(item) if m.role == "user"] for item in self._batch]
         self.columns["exact"].append(np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2))
-        self.columns["prompts"].append(_hashes(["".join(asked[0].split()) for asked in questions]))
+        self.columns["prompts"].append(_hashes(["".join(self._subject(item).split()) for item in self._batch]))
         self.columns["numbers"].append(_hashes([",".join(_DIGITS.findall(" ".join(asked))) for asked in questions]))
         if self._ngram is not None or self._exams is not None:
             sides = letters(["".join(side) for item in self._batch for side in _sides(item)])
@@ -213,6 +214,14 @@ class _ScanWriter:
             self.columns["exam"].append(np.full(len(texts), -1, np.int32))
             self.columns["overlap"].append(np.zeros(len(texts), np.float32))
         self._batch, self._batch_characters = [], 0
+
+    def _subject(self, item: Item) -> str:
+        """The text that decides on the split: the first question, or the first passage of a document."""
+        if not isinstance(item, Document):
+            return next(message.content for message in _prompt(item) if message.role == "user")
+        if item.begins:
+            self._opening = item.text
+        return self._opening
 
     def _write_sides(self, sides: Letters) -> None:
         """Write the first letters of each side."""
@@ -238,11 +247,15 @@ def _hashes(texts: list[str]) -> npt.NDArray[np.uint64]:
 
 
 def _prompt(item: Item) -> tuple[Message, ...]:
+    if isinstance(item, Document):
+        return ()
     return item.messages if isinstance(item, Conversation) else item.prompt
 
 
 def _texts(item: Item) -> list[str]:
     """The texts of a row without the system message: rows that differ only in that are duplicates."""
+    if isinstance(item, Document):
+        return [item.text.strip()]
     texts = [
         m.content.strip() if m.trained else f"\x1e{m.content.strip()}" for m in _prompt(item) if m.role != "system"
     ]
@@ -251,12 +264,16 @@ def _texts(item: Item) -> list[str]:
 
 def characters_of(item: Item) -> int:
     """The characters of all texts of a row."""
+    if isinstance(item, Document):
+        return len(item.text)
     length = sum(len(message.content) for message in _prompt(item))
     return length if isinstance(item, Conversation) else length + len(item.chosen) + len(item.rejected)
 
 
 def _sides(item: Item) -> tuple[list[str], list[str]]:
     """What the user says, and everything else but the system message: the two sides of a near duplicate."""
+    if isinstance(item, Document):
+        return [], [item.text]
     asked = [message.content for message in _prompt(item) if message.role == "user"]
     said = [message.content for message in _prompt(item) if message.role not in ("user", "system")]
     return asked, said if isinstance(item, Conversation) else [*said, item.chosen, item.rejected]
@@ -264,6 +281,8 @@ def _sides(item: Item) -> tuple[list[str], list[str]]:
 
 def _row(item: Item) -> tuple[Any, ...]:
     """The item as values that JSON can hold; `_item` is the inverse."""
+    if isinstance(item, Document):
+        return item.source, item.text, item.begins, item.ends
     turns = tuple((m.role, m.content) if m.trained else (m.role, m.content, False) for m in _prompt(item))
     if isinstance(item, Conversation):
         return item.source, turns
@@ -271,6 +290,8 @@ def _row(item: Item) -> tuple[Any, ...]:
 
 
 def _item(row: tuple[Any, ...]) -> Item:
+    if isinstance(row[1], str):
+        return Document(row[1], row[0], *row[2:])
     messages = tuple(Message(*turn) for turn in row[1])
     return Conversation(messages, row[0]) if len(row) == 2 else Preference(messages, row[2], row[3], row[0])
 

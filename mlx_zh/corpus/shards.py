@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlx_zh.corpus.conversation import Conversation, Message, Preference, prompt_with_system, with_system
+from mlx_zh.corpus.conversation import (
+    Conversation,
+    Document,
+    Message,
+    Preference,
+    prompt_with_system,
+    with_system,
+)
 from mlx_zh.corpus.examples import SCHEMAS
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
@@ -120,7 +127,8 @@ def _report_from(progress: Progress, start: int, done: int) -> None:
 CUT_SHORT = "cut short"
 REFUSED = "refused by the chat template"
 _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
-_Result = tuple[Sequence[Rendered | RenderedPair | None], Counter[str]]
+_Example = tuple[int, Rendered | RenderedPair]  # index in the batch, and what became of that row
+_Result = tuple[list[_Example], Counter[str]]
 
 
 def _write(
@@ -140,8 +148,9 @@ def _write(
         for (source, rows, items), (rendered, dropped) in _ahead(render, batches, threads):
             counted = counts.setdefault(source, Counter())
             counted.update(dropped)
-            counted[CUT_SHORT] += sum(isinstance(item, Rendered) and item.truncated for item in rendered)
-            writer.write_batch(_record_batch(rendered, source, rows, schema))
+            counted[CUT_SHORT] += sum(isinstance(item, Rendered) and item.truncated for _, item in rendered)
+            kept = [(rows[index], item) for index, item in rendered]
+            writer.write_batch(_record_batch(kept, source, schema))
             done += len(items)
             progress(done)
     write_exact_json(path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts})
@@ -167,30 +176,51 @@ def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
 
 
 def _render(renderer: Renderer, settings: RenderSettings, skip_refused: bool, batch: _Batch) -> _Result:
-    """The rendered rows of a batch, None for each that was dropped, and how many were for which reason."""
-    items = [_with_system(item, settings.system) for item in batch[2]]
+    """The examples of the rows, in their order; a document gives one for each of its pieces."""
     dropped: Counter[str] = Counter()
+    examples: list[_Example] = []
+    for kind, run in groupby(enumerate(batch[2]), key=lambda numbered: type(numbered[1])):
+        indices, items = zip(*run, strict=True)
+        if kind is Document:
+            pieces = renderer.documents(items, max_length=settings.max_length)
+            examples += [(i, piece) for i, cut in zip(indices, pieces, strict=True) for piece in cut]
+            continue
+        rendered = _accepted(renderer, settings, skip_refused, items, dropped)
+        examples += [(i, item) for i, item in zip(indices, rendered, strict=True) if item is not None]
+    return examples, dropped
+
+
+def _accepted(
+    renderer: Renderer, settings: RenderSettings, skip_refused: bool, items: Sequence[Item], dropped: Counter[str]
+) -> Sequence[Rendered | RenderedPair | None]:
+    """The rendered rows, None for each that was dropped; the chat template's refusals cost their rows."""
+    items = [_with_system(item, settings.system) for item in items]
+    counts: Counter[str] = Counter()
     try:
-        return _rendered(renderer, settings, items, dropped), dropped
+        rendered = _rendered(renderer, settings, items, counts)
+        dropped.update(counts)
+        return rendered
     except RefusedByTemplate as error:
         if not skip_refused:
             raise RefusedByTemplate(
                 f"{error}. Correct the row, or drop such rows with data.on_invalid=skip"
             ) from error
     accepted = [number for number, item in enumerate(items) if not _is_refused(renderer, item)]
-    dropped = Counter({REFUSED: len(items) - len(accepted)})
-    rendered = iter(_rendered(renderer, settings, [items[number] for number in accepted], dropped))
-    kept = set(accepted)
-    return [next(rendered) if number in kept else None for number in range(len(items))], dropped
+    dropped[REFUSED] += len(items) - len(accepted)
+    kept = dict(zip(accepted, _rendered(renderer, settings, [items[n] for n in accepted], dropped), strict=True))
+    return [kept.get(number) for number in range(len(items))]
 
 
 def _with_system(item: Item, system: str | None) -> Item:
+    if isinstance(item, Document):
+        return item
     return prompt_with_system(item, system) if isinstance(item, Preference) else with_system(item, system)
 
 
 def _rendered(
     renderer: Renderer, settings: RenderSettings, items: Sequence[Item], dropped: Counter[str]
 ) -> Sequence[Rendered | RenderedPair | None]:
+    """Each conversation or pair, or None for one that is dropped."""
     if settings.kind == "dpo":
         pairs = [item for item in items if isinstance(item, Preference)]
         return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped)
@@ -207,8 +237,10 @@ def _is_refused(renderer: Renderer, item: Item) -> bool:
     """Whether the chat template refuses a conversation, or one of the two of a pair."""
     if isinstance(item, Preference):
         whole = [(*item.prompt, Message("assistant", answer)) for answer in (item.chosen, item.rejected)]
-    else:
+    elif isinstance(item, Conversation):
         whole = [item.messages]
+    else:
+        return False
     try:
         for messages in whole:
             renderer.text(messages)
@@ -235,10 +267,8 @@ def _ahead(
             future.cancel()
 
 
-def _record_batch(
-    rendered: Sequence[Rendered | RenderedPair | None], source: int, rows: Sequence[int], schema: pa.Schema
-) -> pa.RecordBatch:
-    kept = [(row, item) for row, item in zip(rows, rendered, strict=True) if item is not None]
+def _record_batch(kept: Sequence[_Example], source: int, schema: pa.Schema) -> pa.RecordBatch:
+    """The examples, each with the number of its row, as one batch."""
     columns: dict[str, Any] = {
         "source": pa.array(np.full(len(kept), source, dtype=np.int32)),
         "row": pa.array(np.array([row for row, _ in kept], dtype=np.int32)),

@@ -9,11 +9,11 @@ from typing import Any
 
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.arithmetic import problems
-from mlx_zh.corpus.conversation import Conversation, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Preference
 from mlx_zh.corpus.rows import Change, LoadReport
 from mlx_zh.recipe import filled, placeholders
 
-Item = Conversation | Preference
+Item = Conversation | Document | Preference
 _PLACEHOLDERS = 1000  # names that are no variable's and are kept
 
 
@@ -34,7 +34,7 @@ class DataSource:
     variables: dict[str, str] = field(default_factory=dict)  # name -> text that replaces {{name}} in every message
 
     def items(self, kind: str, on_invalid: str, report: LoadReport, change: Change | None = None) -> Iterator[Item]:
-        """Every usable conversation (kind "sft") or preference ("dpo"). Fills `report`. Raises DataError.
+        """Every usable conversation or document (kind "sft") or preference ("dpo"). Fills `report`. Raises DataError.
 
         The variables are filled in every text, then `change` is applied to it, and then the row is checked.
         """

@@ -192,8 +192,10 @@ def tokens_per_character(scans: Sequence[Scan], choice: Choice, renderer: Render
 
 
 def _texts(item: Item) -> list[str]:
-    from mlx_zh.corpus.conversation import Conversation
+    from mlx_zh.corpus.conversation import Conversation, Document
 
+    if isinstance(item, Document):
+        return [item.text]
     if isinstance(item, Conversation):
         return [message.content for message in item.messages]
     return [*(message.content for message in item.prompt), item.chosen, item.rejected]

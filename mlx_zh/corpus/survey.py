@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_zh.corpus.columns import FORMATS, Guess, columns_of, given_columns, guess_columns
-from mlx_zh.corpus.conversation import Conversation, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Preference
 from mlx_zh.corpus.excel_rows import is_workbook, sheet_info
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import Row, open_rows, parse_rows
@@ -120,7 +120,9 @@ def survey(path: Path, head: Head, guess: Guess) -> Survey:
 
 
 def as_item(kind: str, parsed: Any, place: str) -> Item:
-    """What a format's parser returns, as a conversation or a pair."""
+    """What a format's parser returns, as a conversation, a document or a pair."""
+    if isinstance(parsed, Document):
+        return replace(parsed, source=place)
     if kind == "sft":
         return Conversation(parsed, place)
     prompt, chosen, rejected = parsed
@@ -129,6 +131,8 @@ def as_item(kind: str, parsed: Any, place: str) -> Item:
 
 def texts_of(item: Item) -> tuple[str, ...]:
     """All texts of a row."""
+    if isinstance(item, Document):
+        return (item.text,)
     if isinstance(item, Conversation):
         return tuple(message.content for message in item.messages)
     return (*(message.content for message in item.prompt), item.chosen, item.rejected)

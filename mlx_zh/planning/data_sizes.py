@@ -25,6 +25,7 @@ class SourceSize:
     counted: bool
     weight: float = 1.0
     stored: int = 0  # rows of the whole set, all of which are read
+    raw: bool = False  # whether the rows are raw text, of which a long one becomes several examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +70,39 @@ def data_size(
     """
     longest = max_length if stage == "sft" else 1.5 * max_length
     sizes = (_source_size(source, stage, registry) for source in sources)
-    return DataSize(tuple(replace(size, tokens=min(size.tokens * density, longest)) for size in sizes), mixing)
+    return DataSize(tuple(_limited(size, size.tokens * density, longest) for size in sizes), mixing)
+
+
+def _limited(size: SourceSize, tokens: float, longest: float) -> SourceSize:
+    """The size with examples of `tokens` tokens in the mean, none longer than `longest`."""
+    rows = round(size.rows * max(tokens / longest, 1)) if size.raw else size.rows
+    return replace(size, rows=rows, tokens=min(tokens, longest))
 
 
 def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:
-    rows, tokens, counted = _stored(source, stage, registry)
+    rows, tokens, counted, raw = _stored(source, stage, registry)
     stored = rows
     if source.max_samples is not None:
         rows, counted = min(rows, source.max_samples) if counted else source.max_samples, True
-    return SourceSize(max(rows, 1), tokens, counted, source.weight, stored)
+    return SourceSize(max(rows, 1), tokens, counted, source.weight, stored, raw)
 
 
-def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float, bool]:
-    """Rows, mean tokens, and whether the rows were counted, without `max_samples`."""
+def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float, bool, bool]:
+    """Rows, mean tokens, whether the rows were counted, and whether they are raw text, without `max_samples`."""
     path = None if source.path is None else Path(expanduser(source.path))
     if path is not None and path.exists():
         lengths = estimate_row_lengths(path, source.columns.values(), source.sheet) if path.is_file() else None
         if lengths is not None:
-            return lengths.rows, lengths.tokens, True
+            return lengths.rows, lengths.tokens, True, lengths.raw or "text" in source.columns
         size = sum(
             file.stat().st_size for file in ([path] if path.is_file() else visible_tree(path)) if file.is_file()
         )
-        return max(round(size / _BYTES_PER_TOKEN / _TOKENS[stage]), 1), _TOKENS[stage], False
+        return max(round(size / _BYTES_PER_TOKEN / _TOKENS[stage]), 1), _TOKENS[stage], False, False
     name = source.name or str(source.path)
     entry = registry.get(name)
     if entry is None:
-        return _ROWS, _TOKENS[stage], False
+        return _ROWS, _TOKENS[stage], False, False
     rows = entry.rows
     if entry.hub == "generated":  # made to measure: as many as are asked for
         rows = source.max_samples or rows or _ROWS
-    return rows or _ROWS, float(entry.mean_tokens or _TOKENS[stage]), rows is not None
+    return rows or _ROWS, float(entry.mean_tokens or _TOKENS[stage]), rows is not None, entry.format == "text"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.memory import trained_values
+from mlx_zh.planning.memory import backward_blocks, saved_values, trained_values, trains_head
 from mlx_zh.planning.shapes import ModelShape
 
 
@@ -15,10 +15,12 @@ def training_flops(model: ModelShape, trained: AdapterSpec, *, scored: float, ch
     Attention itself is left out: at lengths of some hundred tokens it is a few percent.
     """
     block = 2.0 * model.block_values
-    values = trained_values(model, trained)
+    values = trained_values(model, trained) - saved_values(model, trained)
     forward = model.layers * block
-    backward = trained.num_layers * block
-    again = trained.num_layers * block if checkpoint else 0.0
+    backward = backward_blocks(model, trained) * block
+    again = backward if checkpoint else 0.0
     adapters = 0.0 if trained.kind == "full" else 4.0 * values  # forward and the gradient of the input
     head = 4.0 * model.hidden * model.vocabulary * scored
+    if trains_head(model, trained):
+        head += 2.0 * model.hidden * model.vocabulary * scored
     return forward + backward + again + adapters + 2.0 * values + head

@@ -23,9 +23,10 @@ _AHEAD_SCORES = 2  # score matrices of one layer
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
 
-# Arrays (C, V) float32 of a chunk of logits. The chunks of a trained head are allocated ahead of each other, up to the
+# Arrays (C, V) float32 of a chunk of logits. Chunks of a trained head are allocated ahead of each other, up to the
 # second number on the CPU, and up to the third on a GPU (`device.kernels_ahead` is 0).
 _HEAD_EACH, _HEAD_MAX, _HEAD_MAX_ON_GPU = 3, 4.5, 12
+_TABLE_GRADIENTS = 3  # (V, D) gradients of a head beside an adapter: so far, of a chunk, their sum
 _HEAD_GRADIENTS_MAX = 9  # (V, D) gradients of a trained head, one per chunk, before they are added up
 
 
@@ -118,6 +119,22 @@ def _matrix_weight(size: tuple[int, int], packing: tuple[int, int] | None, value
     return outputs * (inputs * bits / 8 + 2 * value_bytes * inputs / group)  # each group has a scale and a bias
 
 
+def saved_values(model: ModelShape, trained: AdapterSpec) -> float:
+    """Number of values of the tables that are trained beside an adapter; a tied model has one."""
+    tables = min(len(trained.saved), 1 if model.tied else 2)
+    return float(tables * model.vocabulary * model.hidden)
+
+
+def trains_head(model: ModelShape, trained: AdapterSpec) -> bool:
+    """Whether the table that the logits are computed with is trained beside an adapter."""
+    return "lm_head" in trained.saved or (model.tied and bool(trained.saved))
+
+
+def backward_blocks(model: ModelShape, trained: AdapterSpec) -> int:
+    """Blocks that the gradient goes through: a trained embedding needs it through all of them."""
+    return model.layers if "embed_tokens" in trained.saved or (model.tied and trained.saved) else trained.num_layers
+
+
 def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
     """Number of trained values."""
     if trained.kind == "full":
@@ -126,7 +143,7 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
     sizes = [model.matrix(name) for name in adapted_matrices(trained)]
     values = sum(trained.rank * (inputs + outputs) for inputs, outputs in sizes)
     values += sum(outputs for _, outputs in sizes) if trained.kind == "dora" else 0
-    return trained.num_layers * values
+    return trained.num_layers * values + saved_values(model, trained)
 
 
 def _saved(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
@@ -190,12 +207,14 @@ def _backward(
     current_block = _added(saved, _ahead(counts, model, trained, target, row))
     if target.attention_tile:
         current_block["workspace"] = attention_workspace(model, target, row)
-    others = trained.num_layers - 1
+    others = backward_blocks(model, trained) - 1
+    tables = saved_values(model, trained) * FLOAT
+    head = model.vocabulary * model.hidden * FLOAT if trains_head(model, trained) else 0.0
     if settings.checkpoint_layers:
         other_blocks = {"activations": float(others * row.tokens * model.hidden * target.value_bytes)}
     else:
         other_blocks = {name: others * value for name, value in saved.items()}
-    block_gradients = gradients / max(trained.num_layers, 1)
+    block_gradients = (gradients - tables) / max(trained.num_layers, 1) + head
     return [
         ("backward pass, at its beginning", _added(current_block, other_blocks) | {"gradients": block_gradients}),
         ("backward pass, at its end", current_block | {"gradients": gradients}),
@@ -220,9 +239,11 @@ def attention_workspace(model: ModelShape, target: Target, row: Row) -> float:
 def _scoring(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory) -> dict[str, float]:
     """Parts while logits are computed: everything that the blocks saved, and the head."""
     if settings.checkpoint_layers:
-        saved = {"activations": float(trained.num_layers * row.tokens * model.hidden * target.value_bytes)}
+        saved = {
+            "activations": float(backward_blocks(model, trained) * row.tokens * model.hidden * target.value_bytes)
+        }
     else:
-        saved = {name: trained.num_layers * n for name, n in _saved(model, trained, target, row).items()}
+        saved = {name: backward_blocks(model, trained) * n for name, n in _saved(model, trained, target, row).items()}
     return _added(saved, {"head": head_bytes(model, trained, target, row.scored, settings.logit_rows)})
 
 
@@ -234,10 +255,16 @@ def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: 
     chunks = -(-scored // rows)
     logits = rows * model.vocabulary * FLOAT
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
-    total = float(each * logits)
-    if trained.kind == "full" and trained.num_layers >= model.layers:
+    whole = trained.kind == "full" and trained.num_layers >= model.layers
+    table = model.vocabulary * model.hidden
+    if not whole and not trains_head(model, trained):
+        total = float(each * logits)
+    else:
         total = min(each * chunks, _HEAD_MAX_ON_GPU if target.fused_attention else _HEAD_MAX) * logits
-        total += min(chunks, _HEAD_GRADIENTS_MAX) * model.vocabulary * model.hidden * FLOAT
+    if whole:
+        total += min(chunks, _HEAD_GRADIENTS_MAX) * table * FLOAT
+    if trains_head(model, trained):  # three gradients, and the weights in half precision
+        total += table * (_TABLE_GRADIENTS * FLOAT + (target.value_bytes if target.value_bytes < FLOAT else 0))
     return total + 4.0 * scored * model.hidden * target.value_bytes
 
 
@@ -250,5 +277,7 @@ def _matrix_bytes(model: ModelShape, trained: AdapterSpec) -> float:
 
 
 def _outer_update(model: ModelShape, trained: AdapterSpec) -> float:
+    if trained.saved:
+        return 2.0 * model.vocabulary * model.hidden * FLOAT
     trains_embedding = trained.kind == "full" and trained.num_layers >= model.layers
     return 2.0 * model.vocabulary * model.hidden * FLOAT if trains_embedding else 0.0

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mlx_zh.corpus.formats import FORMATS
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import open_rows
 from mlx_zh.errors import MlxZhError
@@ -28,6 +29,7 @@ class RowLengths:
     rows: int
     sampled: int
     tokens: float
+    raw: bool = False  # whether the rows are raw text, so that a long one becomes several examples
 
 
 def estimate_row_lengths(path: Path, columns: Collection[str] = (), sheet: str | None = None) -> RowLengths | None:
@@ -37,19 +39,21 @@ def estimate_row_lengths(path: Path, columns: Collection[str] = (), sheet: str |
     one without rows.
     """
     rows = sampled = 0
+    raw = False
     tokens = 0.0
     try:
         for row in _json_lines(path) if path.suffix.lower() == ".jsonl" else _rows(path, sheet):
             rows += 1
             if sampled < _SAMPLED_ROWS:
                 used = parse_json(row) if isinstance(row, str) else row
+                raw = raw or _is_raw(used)
                 if columns and isinstance(used, dict):
                     used = [used.get(column) for column in columns]
                 tokens += _TEMPLATE_TOKENS + _tokens(used)
                 sampled += 1
     except (MlxZhError, OSError, ValueError):
         return None
-    return RowLengths(rows, sampled, tokens / sampled) if sampled else None
+    return RowLengths(rows, sampled, tokens / sampled, raw) if sampled else None
 
 
 def _json_lines(path: Path) -> Iterator[str]:
@@ -60,6 +64,11 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 def _rows(path: Path, sheet: str | None) -> Iterator[Any]:
     return (row for _, row in open_rows(path, sheet=sheet) if not isinstance(row, InvalidRow))
+
+
+def _is_raw(row: Any) -> bool:
+    """Whether the reader would take a row for raw text."""
+    return isinstance(row, dict) and next((n for n, form in FORMATS.items() if form.fits(row)), None) == "text"
 
 
 def density(encode: Callable[[str], int]) -> float:

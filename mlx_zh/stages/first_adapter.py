@@ -10,7 +10,7 @@ from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import AdapterError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import adapter_about, load_adapter, read_adapter
-from mlx_zh.models.adapters.layers import adapted_layers, add_adapter
+from mlx_zh.models.adapters.layers import adapted_layers, add_adapter, saved_modules
 from mlx_zh.models.adapters.peft import is_peft
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
 from mlx_zh.models.identity import is_model
@@ -52,11 +52,12 @@ class Start:
         """
         layers = len(loaded.model.layers)
         wanted = adapter_spec(self.recipe.lora, layers)
+        wanted = replace(wanted, saved=saved_modules(loaded.model, wanted.saved))
         if self.folder is None:
             adapted_layers(loaded.model, wanted)  # raises before anything is written
             return wanted
         spec, _ = read_adapter(self.folder)
-        spec = replace(spec, num_layers=min(spec.num_layers, layers))
+        spec = replace(spec, num_layers=min(spec.num_layers, layers), saved=saved_modules(loaded.model, spec.saved))
         about = adapter_about(self.folder)
         if not is_model(about.get("base_fingerprint", loaded.fingerprint), loaded.path, loaded.fingerprint):
             raise AdapterError(
@@ -64,8 +65,8 @@ class Start:
                 f"{loaded.source}. Set model.path to the model it was trained on, or run the SFT stage again."
             )
         differences = [
-            Notice("adapter-differs", setting=name, value=getattr(spec, name), wanted=getattr(wanted, name))
-            for name in ("kind", "rank", "scale", "num_layers")
+            Notice("adapter-differs", setting=shown, value=_shown(spec, name), wanted=_shown(wanted, name))
+            for name, shown in _COMPARED.items()
             if getattr(spec, name) != getattr(wanted, name)
         ]
         if differences:
@@ -78,6 +79,15 @@ class Start:
             add_adapter(loaded.model, spec, seed=self.recipe.seed)
         else:
             load_adapter(loaded.model, self.folder)
+
+
+# fields of an AdapterSpec that a continued adapter keeps, by the names that the user knows
+_COMPARED = {name: name for name in ("kind", "rank", "scale", "num_layers")} | {"saved": "modules_to_save"}
+
+
+def _shown(spec: AdapterSpec, name: str) -> str | int | float:
+    value: str | int | float | tuple[str, ...] = getattr(spec, name)
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else value
 
 
 def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
@@ -94,6 +104,7 @@ def adapter_spec(lora: Lora, layers: int) -> AdapterSpec:
         scale=AdapterSpec.scale_of(lora.alpha, lora.rank, rslora=lora.rslora),
         dropout=lora.dropout,
         targets=None if lora.targets == "all" else lora.targets,
+        saved=lora.modules_to_save,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_zh.corpus.columns import Guess, better_answers
-from mlx_zh.corpus.conversation import Conversation
+from mlx_zh.corpus.conversation import Conversation, Document
 from mlx_zh.corpus.sources import Item
 from mlx_zh.corpus.survey import Survey
 from mlx_zh.errors import DataError, MlxZhError
@@ -185,5 +185,7 @@ def _prompts(surveys: Sequence[Survey]) -> list[str]:
 
 
 def _question(item: Item) -> str:
+    if isinstance(item, Document):
+        return ""
     messages: Any = item.messages if isinstance(item, Conversation) else item.prompt
     return next((message.content.strip() for message in messages if message.role == "user"), "")

@@ -260,7 +260,10 @@ class Fuser:
 
     def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
         adapter, base = self.fusion.adapter, self.fusion.source
-        peft.write_peft(folder, adapter.spec, adapter.weights, base=base.name, matrices=base.outline.matrices)
+        tied = "lm_head.weight" not in base.outline.shapes
+        peft.write_peft(
+            folder, adapter.spec, adapter.weights, base=base.name, matrices=base.outline.matrices, tied=tied
+        )
         write_tokenizer(folder, self.fusion.base)
         step()
         return Result("adapter", None, [], None)

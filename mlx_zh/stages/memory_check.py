@@ -78,6 +78,7 @@ def training_step(
         rank=lora.rank,
         dropout=lora.dropout if stage == "sft" else 0.0,
         targets=None if lora.targets == "all" else tuple(name for name in lora.targets if name in LINEAR),
+        saved=lora.modules_to_save,
     )
     if examples is None:
         batch = recipe.training(stage).batch_size

@@ -17,7 +17,7 @@ from mlx_zh.exams.protocols import protocols
 from mlx_zh.language.notice import Notice
 from mlx_zh.planning.chips import Chip, predicted_pace
 from mlx_zh.planning.data_sizes import data_size
-from mlx_zh.planning.memory import trained_values
+from mlx_zh.planning.memory import FLOAT, saved_values, trained_values
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.workload import SCORED, exam_size, stages_of
 from mlx_zh.recipe import Recipe
@@ -95,6 +95,11 @@ def show_memory(recipe: Recipe, stage: str, step: Step, machine: Machine) -> boo
     lines.append(("peak", f"{estimate.peak / 1e9:.2f} GB"))
     lines.append(("cache", "up to 1.07 GB more, given back when memory is short"))
     console.say(console.table(lines))
+    if tables := saved_values(step.model, step.trained) * FLOAT:
+        console.say(
+            f"lora.modules_to_save: {4 * tables / 1e9:.2f} GB of this are weights, gradient and two moments of the "
+            "embedding or head, in float32 also where the model is quantized."
+        )
     fits = estimate.peak <= machine.budget
     console.say(f"{'fits' if fits else 'DOES NOT FIT'}: {machine.budget / 1e9:.1f} GB are the {machine.name}.")
     if not fits:

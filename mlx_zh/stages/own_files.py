@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mlx_zh.corpus import llama_factory
 from mlx_zh.corpus.columns import Guess
 from mlx_zh.corpus.data_files import (
-    DATA_SUFFIXES,
+    LOCAL_SUFFIXES,
     STORED_SUFFIXES,
     TABLE_SUFFIXES,
     folder_files,
@@ -96,7 +96,7 @@ def _add_folder(data: OwnData, folder: Path, wish: _Wish) -> None:
     if is_saved(folder):
         paths = saved_files(folder, None)
     else:
-        patterns = patterns_of((*DATA_SUFFIXES, *TABLE_SUFFIXES, *STORED_SUFFIXES))
+        patterns = patterns_of((*LOCAL_SUFFIXES, *TABLE_SUFFIXES, *STORED_SUFFIXES))
         paths = folder_files(folder, patterns)
         others = other_files(folder, patterns)
         data.passed_over += [(str(path), say("init-other-split", split=split)) for path, split in others.items()]

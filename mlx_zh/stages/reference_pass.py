@@ -50,7 +50,9 @@ def attach_with_reference(
     """
     console.say(f"Starting from {start.described}.")
     choice = recipe.dpo.reference
-    base_is_start = start.folder is None and spec.kind != "full"
+    # A quantized table becomes float32 where it is trained, which rounds its products otherwise.
+    same_tables = not spec.saved or loaded.config.get("quantization") is None
+    base_is_start = start.folder is None and spec.kind != "full" and same_tables
     is_start = choice == "start" or (choice == "base" and base_is_start)
     if choice == "base" or base_is_start:
         reference = find_reference(recipe, loaded, None, pairs, validation, world)

@@ -58,8 +58,10 @@ def rendered_segments(example: Rendered, renderer: Renderer) -> list[Segment]:
 
 def plain_segments(item: Item, roles: dict[str, str]) -> list[Segment]:
     """The parts of a row with the names of the roles in front: `roles` names system, user, assistant and so on."""
-    from mlx_zh.corpus.conversation import Conversation
+    from mlx_zh.corpus.conversation import Conversation, Document
 
+    if isinstance(item, Document):
+        return [(item.text, True)]
     if isinstance(item, Conversation):
         return _turns(item.messages, roles)
     answers: list[Segment] = [(roles["chosen"] + " ", False), (item.chosen, True), (f"\n{roles['rejected']} ", False)]

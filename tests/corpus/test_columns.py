@@ -111,7 +111,7 @@ def test_one_name_that_is_known_leaves_one_column_for_the_other() -> None:
     [
         [],
         [{}],
-        [{"text": A}],
+        [{"text": A, "label": 3}],
         [{"a": 1, "b": 2}],
         rows("甲", "乙", "丙", values=("一二三四五", "六七八九十", "天地玄黄")),
         [{"问题": None, "答案": None}],

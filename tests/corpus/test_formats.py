@@ -481,7 +481,6 @@ def test_real_files(samples, name, format, rows):
     ("name", "message"),
     [
         ("modern_poetry_pd_sample.jsonl", "columns author, died, title, date, text, path"),
-        ("mathglm_arithmetic_sample.txt", "not JSON"),
     ],
 )
 def test_real_files_of_no_chat_form(samples, name, message):

@@ -42,19 +42,20 @@ def make_tuned(
     targets: tuple[str, ...] | None = None,
     size: float = 0.1,
     quantize: tuple[int, int] | None = None,
+    saved: tuple[str, ...] = (),
     **changes: Any,
 ) -> Tuned:
-    """`size` is that of B's entries, and of the change of a full fine-tuning."""
+    """`size` is that of B's entries, and of the change of a full fine-tuning and of the tables in `saved`."""
     config = tiny_config(family, tied, **changes)
     base = write_folder(folder / "base", config, tiny_model(config))
     loaded = load_model(str(base), quantize=quantize)
-    spec = AdapterSpec(kind, layers, rank=4, scale=2.0, targets=targets)
+    spec = AdapterSpec(kind, layers, rank=4, scale=2.0, targets=targets, saved=saved)
     add_adapter(loaded.model, spec, seed=1)
     rng = np.random.default_rng(2)
     weights = {}
     for name, array in trainable(loaded.model).items():
         noise = mx.array((size * rng.normal(size=array.shape)).astype(np.float32))
-        weights[name] = noise if name.endswith("lora_b") else array + noise if kind == "full" else array
+        weights[name] = noise if name.endswith("lora_b") else array + noise if name.endswith(".weight") else array
         if name.endswith(".m"):
             weights[name] = array * mx.array((1 + 0.1 * rng.normal(size=array.shape)).astype(np.float32))
     save_adapter(folder / "adapter", weights, spec, {})

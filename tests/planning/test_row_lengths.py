@@ -67,3 +67,13 @@ def test_a_file_that_cannot_be_read_has_no_lengths(content: bytes, tmp_path: Pat
         (tmp_path / name).write_bytes(content)
         assert estimate_row_lengths(tmp_path / name) is None
     assert estimate_row_lengths(tmp_path / "none.json") is None
+
+
+def test_a_long_text_becomes_several_examples_and_a_long_conversation_one(tmp_path: Path) -> None:
+    """100,000 Chinese characters at 0.75 tokens each are 75,048 with the two passages' 24: 293.2 rows of 256."""
+    (tmp_path / "book.txt").write_text("字" * 100_000, encoding="utf-8")
+    row = {"instruction": "问", "output": "字" * 100_000}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    sources = [Source(path=str(tmp_path / name)) for name in ("book.txt", "chat.jsonl")]
+    sizes = [data_size((source,), "sft", {}, mixing="concat", max_length=256) for source in sources]
+    assert [(size.examples, size.tokens) for size in sizes] == [(293, 256), (1, 256)]

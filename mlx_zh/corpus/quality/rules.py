@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TypedDict
 
-from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
 from mlx_zh.corpus.quality import characters, loops, replies
 from mlx_zh.corpus.quality.personal import Masks
 from mlx_zh.corpus.rows import LoadReport
 
-Item = Conversation | Preference
+Item = Conversation | Preference | Document
 ReplyRule = Callable[[str, str], str | None]  # (question, reply) -> what is wrong with the reply, or None
 
 REPLY_RULES: dict[str, ReplyRule] = {
@@ -144,6 +144,8 @@ def _reply_faults(item: Item, names: Collection[str]) -> dict[str, str]:
 
 def _turns(item: Item) -> tuple[Message, ...]:
     """The turns of a row; the last one of a pair is its chosen answer, and earlier answers are not learned."""
+    if isinstance(item, Document):
+        return ()
     if isinstance(item, Conversation):
         return item.messages
     asked = (replace(message, trained=False) for message in item.prompt)
@@ -153,6 +155,8 @@ def _turns(item: Item) -> tuple[Message, ...]:
 def _texts(item: Item) -> list[str]:
     if isinstance(item, Conversation):
         return [message.content for message in item.messages]
+    if isinstance(item, Document):
+        return [item.text]
     return [*(message.content for message in item.prompt), item.chosen, item.rejected]
 
 
@@ -160,6 +164,8 @@ def _changed(item: Item, change: Callable[[str], str]) -> Item:
     """The row with `change` applied to all its texts, in order."""
     if isinstance(item, Conversation):
         return replace(item, messages=_changed_turns(item.messages, change))
+    if isinstance(item, Document):
+        return replace(item, text=change(item.text))
     prompt = _changed_turns(item.prompt, change)
     return replace(item, prompt=prompt, chosen=change(item.chosen), rejected=change(item.rejected))
 

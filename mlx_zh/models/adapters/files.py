@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from mlx.utils import tree_flatten
 
 from mlx_zh.errors import AdapterError, ModelError, first_line
 from mlx_zh.models.adapters import peft
-from mlx_zh.models.adapters.layers import LAYERS, add_adapter, block_of, install, linear_layers, new_layers
-from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
+from mlx_zh.models.adapters.layers import (
+    LAYERS,
+    add_adapter,
+    block_of,
+    install,
+    linear_layers,
+    new_layers,
+    train_tables,
+)
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, SAVED, AdapterSpec, saved_of
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.digests import damage, file_digest, value_digest
 from mlx_zh.system.json_text import load_json
@@ -34,7 +43,9 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, 
     So are the SHA-256 of the weights and a digest of the settings, by which `adapter_damage` sees a flipped bit.
     """
     write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
-    keys = sorted({_key(name.rpartition(".")[0]) for name in weights})
+    # mlx-lm puts LoRA layers over the keys, and then loads every tensor under its own name.
+    whole = set() if spec.kind == "full" else set(SAVED.values())
+    keys = sorted({_key(name.rpartition(".")[0]) for name in weights if name not in whole})
     parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": keys}
     settings = redacted({"fine_tune_type": spec.kind, "num_layers": spec.num_layers, "lora_parameters": parameters})
     digests = {"weights": file_digest(folder / ADAPTER_FILE), "settings": value_digest(settings)}
@@ -88,6 +99,8 @@ def load_adapter(model: nn.Module, folder: Path, *, seed: int = 0) -> AdapterSpe
         _check_shapes(dict(tree_flatten(model.parameters())), weights, folder)
         add_adapter(model, spec, seed=seed)
     else:
+        weights = one_table(weights, folder, tied="lm_head" not in model)
+        spec = replace(spec, saved=saved_of(weights))
         _install_named_layers(model, spec, weights, folder, seed)
     model.load_weights(list(weights.items()), strict=False)
     return spec
@@ -136,7 +149,23 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
             f"{folder} is damaged: rank {spec.rank} and scale {spec.scale} in {CONFIG_FILE} are not usable. "
             f"{_remedy(folder)}"
         )
-    return spec, weights
+    return (spec if spec.kind == "full" else replace(spec, saved=saved_of(weights))), weights
+
+
+def one_table(weights: dict[str, mx.array], folder: Path, *, tied: bool) -> dict[str, mx.array]:
+    """The weights without the head's, if the model's head is its embedding and both are the same.
+
+    PEFT stores the shared table twice. Raises AdapterError if a tied model gets two different tables.
+    """
+    embedding, head = SAVED["embed_tokens"], SAVED["lm_head"]
+    if not tied or head not in weights:
+        return weights
+    if embedding in weights and not mx.array_equal(weights[embedding], weights[head]).item():
+        raise AdapterError(
+            f"{folder}: its embed_tokens and lm_head differ, and this model has one table for both. Merge it with "
+            "PEFT (merge_and_unload) and take the merged model."
+        )
+    return {name: array for name, array in weights.items() if name != head} | {embedding: weights[head]}
 
 
 def _remedy(folder: Path) -> str:
@@ -188,6 +217,10 @@ def _install_named_layers(
 ) -> None:
     """Put adapter layers over the linear layers that the adapter's tensors name, even if its settings differ."""
     linear = linear_layers(model)
+    tables = {SAVED[name]: weights[SAVED[name]] for name in spec.saved}
+    width = int(model.model.norm.weight.shape[0])
+    _check_shapes(dict.fromkeys(tables, mx.zeros((vocabulary_size(model), width))), tables, folder)
+    weights = {name: array for name, array in weights.items() if name not in tables}
     owners = {name.rpartition(".")[0] for name in weights}
     unexpected = [n for n in weights if n.rpartition(".")[2] not in _LEAVES]
     unexpected += [f"{n} (no such linear layer)" for n in owners if n not in linear]
@@ -202,6 +235,7 @@ def _install_named_layers(
     if missing := sorted(expected.keys() - weights.keys()):
         raise AdapterError(f"{folder} is incomplete: {', '.join(missing[:8])} is missing. Copy or download it again.")
     install(model, layers)
+    train_tables(model, spec.saved)
 
 
 def _check_shapes(expected: dict[str, mx.array], weights: dict[str, mx.array], folder: Path) -> None:

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner import dora, lora
 
+from mlx_zh.core.trained_tables import TRAINED_TABLES, TrainedEmbedding, TrainedHead
 from mlx_zh.errors import AdapterError
-from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.models.adapters.spec import SAVED, AdapterSpec
 
 _DROPOUT_KEYS: ContextVar[mx.array | None] = ContextVar("dropout_keys", default=None)
 
@@ -104,8 +105,9 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
 
     A starts uniform in ±1/sqrt(inputs), drawn from `seed` and the layer's name. B starts at 0, so the model's outputs
     do not change. With kind "full", all weights of the last `num_layers` blocks are trained, and if these are all
-    blocks, the embedding, final norm and head too. Trained weights become float32, because bfloat16 would round most
-    of their updates away. Raises AdapterError if `spec` does not fit the model.
+    blocks, the embedding, final norm and head too. With the other kinds, the tables of `spec.saved` are trained too.
+    Trained weights become float32, because bfloat16 would round most of their updates away. Raises AdapterError if
+    `spec` does not fit the model.
     """
     remove_adapter(model)
     names = adapted_layers(model, spec)
@@ -115,6 +117,7 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
         model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
     else:
         install(model, new_layers(model, names, spec, seed))
+        train_tables(model, spec.saved)
 
 
 def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -125,6 +128,7 @@ def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
                 "full fine-tuning needs a model that is not quantized: use lora.type: lora, or a bf16 model."
             )
         return []
+    saved_modules(model, spec.saved)
     first = max(len(model.layers) - spec.num_layers, 0)
     linear = [name for name in linear_layers(model) if block_of(name) >= first]
     if spec.targets is not None:
@@ -136,6 +140,30 @@ def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
             )
         linear = [n for n in linear if _last(n) in spec.targets]
     return linear
+
+
+def saved_modules(model: nn.Module, saved: Sequence[str]) -> tuple[str, ...]:
+    """The tables of a model that `saved` (keys of SAVED) names; of a tied model, the one that it has.
+
+    Raises AdapterError for a head with a bias, which PEFT and mlx-lm would lose.
+    """
+    if "lm_head" not in model:
+        return ("embed_tokens",) if saved else ()
+    if "lm_head" in saved and "bias" in model["lm_head"]:
+        raise AdapterError(
+            "the lm_head of this model has a bias, so it cannot be trained here; take it out of lora.modules_to_save."
+        )
+    return tuple(name for name in SAVED if name in saved)
+
+
+def train_tables(model: nn.Module, saved: Sequence[str]) -> None:
+    """Put trained copies over the tables that `saved` names; quantized ones become float32."""
+    for name in saved_modules(model, saved):
+        if name == "lm_head":
+            model.update_modules({"lm_head": TrainedHead(model["lm_head"])})
+        else:
+            inner = model["model"]
+            inner.update_modules({"embed_tokens": TrainedEmbedding(inner["embed_tokens"])})
 
 
 def block_of(name: str) -> int:
@@ -176,8 +204,10 @@ def install(model: nn.Module, layers: dict[str, Any]) -> None:
 
 
 def remove_adapter(model: nn.Module) -> None:
-    """Replace a model's adapter layers by the layers that they wrap, which are unchanged."""
-    model.update_modules(tree_unflatten([(n, m.linear) for n, m in model.named_modules() if isinstance(m, _ADAPTED)]))
+    """Replace a model's adapter layers and trained tables by what they stand in for, which is unchanged."""
+    wrapped = [(n, m.linear) for n, m in model.named_modules() if isinstance(m, _ADAPTED)]
+    wrapped += [(n, m.base) for n, m in model.named_modules() if isinstance(m, TRAINED_TABLES)]
+    model.update_modules(tree_unflatten(wrapped))
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:

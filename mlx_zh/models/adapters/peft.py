@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters.patterns import read_patterns
-from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, AdapterSpec
+from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, SAVED, AdapterSpec, saved_of
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import write_arrays, write_json
@@ -28,28 +28,43 @@ _BACK["lora_magnitude_vector.weight"] = "m"  # some versions of PEFT wrote this
 _KEY = re.compile(r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 
 
+_TABLE = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)\.(?:modules_to_save\.(?:default\.)?)?weight")
+
+
 def is_peft(folder: Path) -> bool:
     """Whether a folder has PEFT's files and not mlx-lm's."""
     return (folder / PEFT_FILE).is_file() and not (folder / ADAPTER_FILE).is_file()
 
 
 def write_peft(
-    folder: Path, spec: AdapterSpec, weights: dict[str, mx.array], *, base: str, matrices: Collection[str]
+    folder: Path,
+    spec: AdapterSpec,
+    weights: dict[str, mx.array],
+    *,
+    base: str,
+    matrices: Collection[str],
+    tied: bool = False,
 ) -> None:
     """Write an adapter folder in PEFT's format.
 
-    `base` is the base model's id on Hugging Face, `matrices` the names of its linear layers. Raises AdapterError for
+    `base` is the base model's id on Hugging Face, `matrices` the names of its linear layers. A `tied` model's trained
+    table is written for both its modules, because PEFT would give the head the old one. Raises AdapterError for
     a full fine-tuning, for which PEFT has no format.
     """
     if spec.kind == "full":
         raise AdapterError("a full fine-tuning is no adapter, so PEFT cannot hold it; export `hf` instead.")
-    arrays = {}
+    tables = {SAVED[module]: weights[SAVED[module]] for module in saved_of(weights)}
+    if tied and tables:
+        tables[SAVED["lm_head"]] = tables[SAVED["embed_tokens"]]
+    arrays = {f"{_PREFIX}{name}": mx.contiguous(array.astype(mx.float32)) for name, array in tables.items()}
+    weights = {name: array for name, array in weights.items() if name not in tables}
     for name, array in weights.items():
         path, _, leaf = name.rpartition(".")
         array = array.astype(mx.float32)
         arrays[f"{_PREFIX}{path}.{_LEAVES[leaf]}"] = mx.contiguous(array if leaf == "m" else array.T)
     write_arrays(folder / PEFT_FILE, arrays, {"format": "pt"})
-    write_json(folder / CONFIG_FILE, _config(spec, {n.rpartition(".")[0] for n in weights}, base, matrices))
+    config = _config(spec, {n.rpartition(".")[0] for n in weights}, base, matrices)
+    write_json(folder / CONFIG_FILE, config | {"modules_to_save": list(saved_of(tables)) or None})
 
 
 def _config(spec: AdapterSpec, paths: set[str], base: str, matrices: Collection[str]) -> dict[str, Any]:
@@ -115,6 +130,9 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         ) from error
     except ModelError as error:
         raise AdapterError(f"{folder} is damaged: {error}") from error
+    tables = {f"{match[1]}.weight": stored.pop(key) for key in list(stored) if (match := _TABLE.fullmatch(key))}
+    if lacking := sorted(_named_tables(config) - set(saved_of(tables))):
+        raise AdapterError(f"{folder} is incomplete: {', '.join(lacking)} is missing. Copy or download it again.")
     modules = _by_module(stored, folder)
     stored_ranks = {path: int(parts["lora_a"].shape[0]) for path, parts in modules.items()}
     largest_rank = max(stored_ranks.values(), default=rank)
@@ -130,12 +148,18 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         if "m" in parts:
             weights[f"{path}.m"] = parts["m"].astype(mx.float32).reshape(-1)
     kind = "dora" if config.get("use_dora") else "lora"
-    return AdapterSpec(kind, 10**6, largest_rank, scale, dropout), weights
+    weights |= {name: array.astype(mx.float32) for name, array in tables.items()}
+    return AdapterSpec(kind, 10**6, largest_rank, scale, dropout, saved=saved_of(weights)), weights
 
 
 # Initialisations that also change the base model's weights, so that the adapter fits no other base. PEFT writes the
 # name of another kind, or true, once such an adapter is converted.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def _named_tables(config: dict[str, Any]) -> set[str]:
+    """The last names of `modules_to_save`."""
+    return {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
@@ -146,7 +170,7 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         "bias": config.get("bias", "none") != "none",
         "lora_bias": bool(config.get("lora_bias")),
         "fan_in_fan_out": bool(config.get("fan_in_fan_out")),
-        "modules_to_save": bool(config.get("modules_to_save")),
+        "modules_to_save": bool(_named_tables(config) - SAVED.keys()),
         "trainable_token_indices": bool(config.get("trainable_token_indices")),
         "target_parameters": bool(config.get("target_parameters")),
     }

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 ADAPTER_FILE = "adapters.safetensors"  # mlx-lm's weights
 PEFT_FILE = "adapter_model.safetensors"  # PEFT's weights
 CONFIG_FILE = "adapter_config.json"  # the settings, in both formats
+
+# PEFT's `modules_to_save` that can be trained -> the names of their weights
+SAVED = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+
+
+def saved_of(weights: Iterable[str]) -> tuple[str, ...]:
+    """The keys of SAVED whose weights are among these names."""
+    names = set(weights)
+    return tuple(module for module, name in SAVED.items() if name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +30,7 @@ class AdapterSpec:
     scale: float = 2.0  # factor of the low-rank product
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None  # last names of linear layers (q_proj); None: all of a block
+    saved: tuple[str, ...] = ()  # keys of SAVED: modules beside the adapter that are trained themselves
 
     @staticmethod
     def scale_of(alpha: float, rank: int, *, rslora: bool) -> float:

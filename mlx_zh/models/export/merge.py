@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from mlx_zh.core.sums import norm, total
 from mlx_zh.errors import AdapterError, ModelError
-from mlx_zh.models.adapters.files import read_adapter
-from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.models.adapters.files import one_table, read_adapter
+from mlx_zh.models.adapters.spec import SAVED, AdapterSpec
 from mlx_zh.models.build import Form, Weights, dequantize
 from mlx_zh.models.export.source import Source
 
@@ -31,13 +31,15 @@ class Adapter:
     @property
     def tensors(self) -> set[str]:
         """The names of the model's tensors that the adapter changes."""
-        if self.spec.kind == "full":
-            return set(self.weights)
-        return {f"{name.rpartition('.')[0]}.weight" for name in self.weights}
+        return {name if self._is_whole(name) else f"{name.rpartition('.')[0]}.weight" for name in self.weights}
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether the adapter has this tensor of the model itself, and no low-rank change to it."""
+        return self.spec.kind == "full" or name in SAVED.values()
 
     def merged(self, name: str, weight: mx.array) -> mx.array:
         """The weight (out, in), float32, with the adapter merged into it; lazy."""
-        if self.spec.kind == "full":
+        if name in self.weights:
             return self.weights[name].astype(mx.float32)
         path = name.removesuffix(".weight")
         a, b = (self.weights[f"{path}.{leaf}"].astype(mx.float32) for leaf in ("lora_a", "lora_b"))
@@ -54,12 +56,13 @@ def open_adapter(folder: Path, source: Source) -> Adapter:
     Raises AdapterError with the tensors that do not fit and both shapes.
     """
     spec, weights = read_adapter(folder)
+    weights = one_table(weights, folder, tied=SAVED["lm_head"] not in source.outline.shapes)
     adapter = Adapter(folder, spec, weights)
     shapes, matrices = source.outline.shapes, set(source.outline.matrices)
     wrong = []
     for name in sorted(adapter.tensors):
         path = name.removesuffix(".weight")
-        if spec.kind == "full":
+        if name in weights:
             expected: dict[str, Any] = {name: shapes.get(name)}
         elif path not in matrices or name not in shapes:
             wrong.append(f"{path} (no such linear layer)")

@@ -97,7 +97,7 @@ def test_rslora_divides_by_the_root_of_the_rank(tmp_path):
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"bias": "all"}, "bias 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["score"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
