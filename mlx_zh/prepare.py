@@ -65,14 +65,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
-    from mlx_zh.corpus.render import Renderer
     from mlx_zh.stages.data import prepare_stage, save_report
+    from mlx_zh.stages.rendering import renderer_of
     from mlx_zh.stages.tokenizer_cache import open_tokenizer
     from mlx_zh.system import console
 
     tokenizer = open_tokenizer(recipe.model)
     for name in stages:
-        renderer = Renderer(tokenizer, date_string=recipe.data.date_string)
+        renderer = renderer_of(recipe, tokenizer)
         start = time.perf_counter()
         corpus = prepare_stage(recipe, name, renderer, lambda: tokenizer.vocabulary)
         seconds = time.perf_counter() - start

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import load_adapter, save_adapter, vocabulary_size
@@ -21,6 +20,7 @@ from mlx_zh.stages import adapter_repair, device_check, memory_check
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.forecast import Forecast
+from mlx_zh.stages.rendering import renderer_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import (
     Values,
@@ -92,11 +92,11 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     start = method.start(recipe, world)
     memory_check.require(recipe, stage, force=force, fresh=fresh)
     loaded = open_model(recipe, world)
-    renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
+    renderer = renderer_of(recipe, loaded.tokenizer)
     corpus = prepare_stage(recipe, stage, renderer)
     recipe = within_epochs(recipe, stage, len(method.examples(corpus, "train")))
     digests = file_digests(corpus)
-    content: Values = {"base": loaded.fingerprint, "rendering": renderer.fingerprint, "files": digests}
+    content: Values = {"base": loaded.fingerprint, "rendering": renderer.template_fingerprint, "files": digests}
     content["corpus"] = corpus_values(corpus)
     if stage == "dpo" or start.folder is not None:
         content["start"] = start.fingerprint
