@@ -17,6 +17,7 @@ A format is recognised by its columns; "?" marks an optional one. `columns` maps
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -37,6 +38,7 @@ from mlx_zh.corpus.rows import (
     messages_of,
     system_of,
     text_of,
+    with_reasoning_of,
     with_system,
 )
 
@@ -116,7 +118,7 @@ def _mathglm(row: Row) -> Iterator[Messages]:
 
 
 # In the order of recognition: the first format that fits a row is used.
-FORMATS: dict[str, Format[Messages]] = {
+_FORMATS: dict[str, Format[Messages]] = {
     "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(("conversations", "system"), lambda row: "conversations" in row, _sharegpt),
     "belle-seed": Format(
@@ -148,3 +150,11 @@ FORMATS: dict[str, Format[Messages]] = {
     ),
     "mathglm": Format(("text",), lambda row: False, _mathglm, lines=True),
 }
+
+
+def _with_reasoning(form: Format[Messages]) -> Format[Messages]:
+    """The format; a row may have the reasoning of its last reply in a column."""
+    return replace(form, parse=lambda row: (with_reasoning_of(row, messages) for messages in form.parse(row)))
+
+
+FORMATS: dict[str, Format[Messages]] = {name: _with_reasoning(form) for name, form in _FORMATS.items()}

@@ -147,8 +147,8 @@ def _require_no_thought(protocol: Protocol, renderer: Renderer) -> None:
     """Raise TemplateError if the model thinks before it answers: then no letter follows the prompt."""
     if renderer.mode == "on" or renderer.thinks_first:
         raise TemplateError(
-            f"protocol {protocol.name} reads the log-probs of an answer right after the prompt, and this model thinks "
-            "before it answers. Set model.thinking: off if its chat template has this switch, or use "
+            f"protocol {protocol.name} reads the log-probs of an answer right after the prompt, and this model "
+            "thinks before it answers. Set model.thinking: off if its chat template has this switch, or use "
             "evaluate.protocol: generate, where the model writes its answer"
         )
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
@@ -46,7 +45,7 @@ class Yardstick:
         measured = fidelity.Fidelity(
             self.text.targets.size, distance.kl, distance.top1, self.perplexity, distance.perplexity, self.moved
         )
-        probes = [_tokens(r) for r in _bundled(_renderer(self.recipe, loaded.tokenizer))]
+        probes = [_tokens(r) for r in _bundled(renderer_of(self.recipe, loaded.tokenizer))]
         different = sum(before != after for before, after in zip_longest(self.probes, probes))
         warning = Notice("fused-tokenizer-differs", count=different, texts=len(probes))
         return measured, [warning] if different else []

@@ -151,7 +151,7 @@ THINKING = r"""{%- set ns = namespace(last=-1) %}
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
 {%- endif %}
-"""
+"""  # noqa: E501
 
 # Like DeepSeek-R1's: every reply is cut at </think>, and the generation prompt opens a thought.
 CUTTING = (
@@ -173,7 +173,7 @@ METADATA = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not on %}<think>\n\n</think>\n{% endif %}{% endif %}"
 )
 
-# Like GPT-OSS's: an effort in the system turn, thoughts in a channel of their own, other tokens at the end of history.
+# Like GPT-OSS's: an effort in the system turn, thoughts in a channel of their own, other ends in history.
 EFFORT = (
     "<|im_start|>system\nReasoning: {{ reasoning_effort if reasoning_effort is defined else 'medium' }}<|im_end|>\n"
     "{% for m in messages %}{% if m.role == 'assistant' %}"
