@@ -88,7 +88,7 @@ def _numbers(text: str) -> list[int]:
     ]
 
 
-def _is_checked(number: int, count: int) -> bool:
+def is_checked(number: int, count: int) -> bool:
     """Whether the messages before reply `number` of `count` are rendered in any case."""
     power_of_four = number & (number - 1) == 0 and number.bit_length() % 2 == 1
     return number < _CHECKED or number == count - 1 or power_of_four
@@ -153,7 +153,7 @@ def _find_layout_replies(
         role = messages[order[slot - 1]].role if slot else ""
         surroundings = (role, _DIGITS.sub("0", before), _DIGITS.sub("0", after))
         rest, head = known.get(surroundings, ("", ""))
-        if head and before.endswith(rest) and after.startswith(head) and not _is_checked(number, len(numbers)):
+        if head and before.endswith(rest) and after.startswith(head) and not is_checked(number, len(numbers)):
             replies.append(Reply(slot, len(before) - len(rest), len(head)))
             continue
         allowance -= k
@@ -249,7 +249,7 @@ def find_replies(
     ends = _content_ends(render, messages, replies, text)
     for number, (k, content_end) in enumerate(zip(replies, ends, strict=True)):
         start = None
-        if content_end is not None and header and not _is_checked(number, len(replies)):
+        if content_end is not None and header and not is_checked(number, len(replies)):
             start = _after_header(text, header, cursor, content_end)
         if content_end is not None and start is None and allowance > 0:
             allowance -= k

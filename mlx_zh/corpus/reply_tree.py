@@ -14,6 +14,7 @@ each other one is a branch, which leaves the trunk at the end of the question be
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ import numpy as np
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
-from mlx_zh.corpus.layout import end_of_turn_in
+from mlx_zh.corpus.layout import end_of_turn_in, is_checked
 from mlx_zh.corpus.thinking import APART, CLOSE, OPEN, Thinking, is_open
 from mlx_zh.errors import TemplateError
 
@@ -112,11 +113,32 @@ class ReplyTree:
         """Runs of the trunk (None) and the replies, each as texts."""
         cursor = 0
         for reply in self.replies:
-            bounds = [cursor, *(cut for cut in self.cuts if cursor < cut < reply.at), reply.at]
+            inner = self.cuts[bisect_right(self.cuts, cursor) : bisect_left(self.cuts, reply.at)]
+            bounds = [cursor, *inner, reply.at]
             if reply.at > cursor:
                 yield tuple(self.trunk[a:b] for a, b in pairwise(bounds)), None
             yield reply.texts, reply
             cursor = reply.at + (sum(map(len, reply.texts)) if reply.inside else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A reply in a text: where the question before it ends (None: the text has it otherwise), and what is written."""
+
+    asked: int | None
+    header: str  # from there to the end of the generation prompt
+    parts: tuple[str, str] | None  # of the reply; None if the template does not write it, because of `problem`
+    problem: TemplateError | None
+    inside: bool  # whether the reply stands in the text
+
+    def cuts(self) -> list[int]:
+        """Where tokens end: at both ends of the reply, or before it."""
+        if self.asked is None:
+            return []
+        if not self.inside or self.parts is None:
+            return [self.asked]
+        start = self.asked + len(self.header)
+        return [start, start + sum(map(len, self.parts))]
 
 
 class ReplyWriter:
@@ -135,59 +157,96 @@ class ReplyWriter:
         """
         prompt, last = self._written(messages, learned[-1], source)
         trunk = prompt + "".join(last)
+        wanted = set(learned)
         replies: list[Reply] = []
-        for k in learned[:-1]:
-            before, parts = self._written(messages, k, source)
-            if trunk.startswith(before + "".join(parts)):
-                replies.append(Reply(len(before), "", *parts, inside=True))
-            else:
-                asked = self._shared(trunk, before, messages[:k], source)
-                replies.append(Reply(asked, before[asked:], *parts, inside=False))
+        cuts: list[int] = []
+        for k, turn in self._turns(trunk, messages[: learned[-1]], source):
+            cuts += turn.cuts()
+            if k not in wanted:
+                continue
+            if turn.asked is None or turn.parts is None:
+                raise turn.problem or _rewritten(k, source)
+            at = turn.asked + len(turn.header) if turn.inside else turn.asked
+            replies.append(Reply(at, "" if turn.inside else turn.header, *turn.parts, inside=turn.inside))
         replies.append(Reply(len(prompt), "", *last, inside=True))
-        return ReplyTree(trunk, tuple(replies), self._cuts(trunk, messages[: learned[-1]], source))
+        return ReplyTree(trunk, tuple(replies), tuple(cuts))
 
     def prompt(self, messages: Sequence[Message], *, source: str = "") -> list[str]:
         """The generation prompt in pieces, cut where `tree` cuts it."""
         text = self._template.render(messages, add_generation_prompt=True, source=source)
-        return [text[a:b] for a, b in pairwise((0, *self._cuts(text, messages, source), len(text)))]
+        cuts = [cut for _, turn in self._turns(text, messages, source) for cut in turn.cuts()]
+        return [text[a:b] for a, b in pairwise((0, *cuts, len(text)))]
 
-    def _cuts(self, text: str, messages: Sequence[Message], source: str) -> tuple[int, ...]:
-        """Where tokens end in the text of `messages` and what follows: at both ends of each reply, or before it."""
-        cuts: list[int] = []
-        for k, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            prompt = self._template.render(messages[:k], add_generation_prompt=True, source=source)
-            answered = self._template.render(messages[: k + 1], source=source)
-            tail, turn_end = self._tail
-            end = len(answered) - len(tail) + turn_end
-            if text.startswith(prompt) and answered.endswith(tail) and text.startswith(answered[:end]):
-                cuts += [len(prompt), end]
-                continue
-            asked = self._template.render(messages[:k], source=source)
-            cuts += [len(asked)] if text.startswith(asked) else []
-        return tuple(cuts)
+    def _turns(self, text: str, messages: Sequence[Message], source: str) -> Iterator[tuple[int, _Turn]]:
+        """Each reply in `messages`, by index; `text` is that of the messages and of what follows them.
+
+        Rendering all that stands before every reply would take time that grows with the square of their number. So
+        after the first replies most are taken from renderings of the turns next to them, whose place in the text is
+        compared with the text.
+        """
+        numbers = [k for k, message in enumerate(messages) if message.role == "assistant"]
+        before: _Turn | None = None
+        for number, k in enumerate(numbers):
+            turn = None
+            if before is not None and before.asked is not None and not is_checked(number, len(numbers)):
+                turn = self._near_turn(text, messages, k, before.asked, source)
+            before = self._turn(text, messages, k, source) if turn is None else turn
+            yield k, before
+
+    def _turn(self, text: str, messages: Sequence[Message], k: int, source: str) -> _Turn:
+        """Reply `k`, from renderings of all that stands before it."""
+        prompt = self._template.render(messages[:k], add_generation_prompt=True, source=source)
+        asked = self._template.render(messages[:k], source=source)
+        if text.startswith(prompt) and not prompt.startswith(asked):
+            asked = prompt
+        if not prompt.startswith(asked) or not text.startswith(asked):
+            return _Turn(None, "", None, None, False)
+        return self._placed(text, len(asked), prompt, prompt[len(asked) :], messages[: k + 1], source)
+
+    def _near_turn(self, text: str, messages: Sequence[Message], k: int, before: int, source: str) -> _Turn | None:
+        """Reply `k`, from renderings of the turns next to it; None if not certain.
+
+        `before` is where the question before the last reply ends in `text`.
+        """
+        if [message.role for message in messages[max(k - 3, 0) : k]] != ["user", "assistant", "user"]:
+            return None
+        system = messages[:1] if messages[0].role == "system" else []
+        first = self._template.render([*system, messages[k - 3]], source=source)
+        both = self._template.render([*system, *messages[k - 3 : k]], source=source)
+        step = both[len(first) :]
+        alone = [*system, messages[k - 1]]
+        asked = self._template.render(alone, source=source)
+        prompt = self._template.render(alone, add_generation_prompt=True, source=source)
+        if not both.startswith(first) or not text.startswith(step, before) or not prompt.startswith(asked):
+            return None
+        header = prompt[len(asked) :]
+        turn = self._placed(text, before + len(step), prompt, header, [*alone, messages[k]], source)
+        return turn if turn.problem is None else None
+
+    def _placed(
+        self, text: str, asked: int, prompt: str, header: str, messages: Sequence[Message], source: str
+    ) -> _Turn:
+        """The last of `messages`, a reply to `prompt`, whose question ends at `asked` in `text`."""
+        try:
+            parts = self._reply(prompt, messages, source)
+        except TemplateError as problem:
+            return _Turn(asked, header, None, problem, False)
+        return _Turn(asked, header, parts, None, text.startswith(header + "".join(parts), asked))
 
     def rewrites(self) -> bool:
         """Whether the template writes a reply otherwise once others follow it. Raises TemplateError."""
         messages = [Message(("user", "assistant")[i % 2], f"Probe{i}") for i in range(4)]
         return not all(reply.inside for reply in self.tree(messages, [1, 3]).replies)
 
-    def _shared(self, trunk: str, prompt: str, messages: Sequence[Message], source: str) -> int:
-        """How much of a generation prompt the trunk has: all up to the end of the question."""
-        asked = self._template.render(messages, source=source)
-        if not prompt.startswith(asked) or not trunk.startswith(asked):
-            raise TemplateError(
-                f"{_at(source)}the chat template writes the {len(messages)} messages before a reply otherwise once "
-                "more messages follow, so this reply cannot be learned together with the later ones; set "
-                "data.train_on: last"
-            )
-        return len(asked)
-
     def _written(self, messages: Sequence[Message], k: int, source: str) -> tuple[str, tuple[str, str]]:
         """The generation prompt of reply `k`, and the reply: what is not learned of it, and the rest."""
         prompt = self._template.render(messages[:k], add_generation_prompt=True, source=source)
-        text = self._template.render(messages[: k + 1], source=source)
+        return prompt, self._reply(prompt, messages[: k + 1], source)
+
+    def _reply(self, prompt: str, messages: Sequence[Message], source: str) -> tuple[str, str]:
+        """The last of `messages` as the model writes it after `prompt`: what is not learned of it, and the rest."""
+        k = len(messages) - 1
+        text = self._template.render(messages, source=source)
         tail, turn_end = self._tail
         if not text.endswith(tail):
             raise _lost(k, source)
@@ -197,15 +256,15 @@ class ReplyWriter:
         answer = _answer_start(text[:stop], reply.content)
         if text.startswith(prompt) and not (self._thinking.way == APART and reply.reasoning):
             if not self._context:
-                return prompt, ("", text[len(prompt) : stop] + end)
+                return ("", text[len(prompt) : stop] + end)
             if answer is None or answer < len(prompt):
                 raise _lost(k, source)
-            return prompt, (text[len(prompt) : answer], text[answer:stop] + end)
+            return (text[len(prompt) : answer], text[answer:stop] + end)
         if answer is None or not (is_open(prompt) or self._thinking.way == APART):
             raise _lost(k, source)
         thought = f"{'' if is_open(prompt) else OPEN + chr(10)}{reply.reasoning}\n{CLOSE}\n\n"
         rest = text[answer:stop] + end
-        return prompt, (thought, rest) if self._context else ("", thought + rest)
+        return (thought, rest) if self._context else ("", thought + rest)
 
     @property
     def turn_end(self) -> str:
@@ -227,6 +286,13 @@ def _answer_start(text: str, content: str) -> int | None:
     """Where the content begins at the end of a text; a template may strip it. None if it is not there."""
     forms = (content, content.lstrip("\n"), content.lstrip(), content.rstrip(), content.strip("\n"), content.strip())
     return next((len(text) - len(form) for form in forms if text.endswith(form)), None)
+
+
+def _rewritten(k: int, source: str) -> TemplateError:
+    return TemplateError(
+        f"{_at(source)}the chat template writes the {k} messages before a reply otherwise once more messages follow, "
+        "so this reply cannot be learned together with the later ones; set data.train_on: last"
+    )
 
 
 def _lost(k: int, source: str) -> TemplateError:

@@ -189,6 +189,15 @@ def expected_texts(tokenizer, template, messages, **variables):
     ]
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_a_long_conversation_is_the_templates_own(tokenizer, mode):
+    """More replies than are rendered with all that stands before them."""
+    messages = [Message(("user", "assistant")[i % 2], f"{i}你" * (1 + i % 3)) for i in range(80)]
+    rendered = Renderer(tokenizer, chat_template=THINKING, thinking=mode).conversation(messages)
+    variables = {} if mode == "auto" else {"enable_thinking": False}
+    assert learned(rendered) == expected(tokenizer, THINKING, messages, **variables)
+
+
 # --- What is learned of reasoning --------------------------------------------------------------------------------
 
 
