@@ -526,7 +526,7 @@ def test_settings(repl):
     assert "system: none" in repl.say("/system none")
     shown = repl.say("/help")
     assert all(row[0] in shown and row[1] in shown and row[2] in shown for row in COMMANDS.values())
-    assert "  /help                 显示帮助            show this help\n" in shown  # one row each
+    assert "  /help                显示帮助            show this help\n" in shown  # one row each
     assert max(text_width(line) for line in shown.splitlines()) < 80
     repl.screen.fixed_width = 60
     assert max(text_width(line) for line in repl.say("/help").splitlines()) <= 60

@@ -28,7 +28,7 @@ COMMANDS = {
     "/retry": ("/retry", "重新回答上一个问题", "answer the last question again", "retry"),
     "/undo": ("/undo", "撤回上一轮问答", "take back the last exchange", "undo"),
     "/temp": ("/temp [NUMBER]", "温度，0 为不随机", "show or set temperature; 0 is greedy", "temp"),
-    "/think": ("/think [on|off|auto]", "开关思考模式", "show or set whether the model thinks first", "think"),
+    "/think": ("/think [MODE]", "是否先思考再回答", "think first: on, off or auto", "think"),
     "/save": ("/save FILE", "把对话存为 JSON", "save the conversation as JSON", "save"),
     "/load": ("/load FILE", "载入存下的对话", "load a saved conversation", "load"),
     "/adapter": ("/adapter [DIR|none]", "更换或卸下适配器", "show, change or remove the adapter", "adapter"),
