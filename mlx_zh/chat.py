@@ -112,6 +112,7 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.generate import Sampling
     from mlx_zh.models.load import load_model
+    from mlx_zh.stages.rendering import renderer_of
     from mlx_zh.system import console
 
     if recipe:
@@ -125,7 +126,7 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
             progress=console.DownloadBar(),
             reading=console.say_reading,
         )
-        renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
+        renderer = renderer_of(recipe, loaded.tokenizer)
     else:
         bar = console.DownloadBar()
         loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=bar, reading=console.say_reading)

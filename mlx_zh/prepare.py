@@ -65,18 +65,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(recipe: Recipe, stages: list[str], show: int) -> None:
-    from mlx_zh.corpus.render import Renderer
     from mlx_zh.stages.data import prepare_stage, save_report
+    from mlx_zh.stages.rendering import renderer_of
     from mlx_zh.stages.tokenizer_cache import open_tokenizer
     from mlx_zh.system import console
 
     tokenizer = open_tokenizer(recipe.model)
     for name in stages:
-        renderer = Renderer(tokenizer, date_string=recipe.data.date_string)
+        renderer = renderer_of(recipe, tokenizer)
         start = time.perf_counter()
         corpus = prepare_stage(recipe, name, renderer, lambda: tokenizer.vocabulary)
         seconds = time.perf_counter() - start
-        _report(recipe, name, corpus, seconds)
+        _report(recipe, name, corpus, renderer, seconds)
         _show(corpus, renderer, show)
         path = save_report(recipe, name, corpus)
     console.say(f"The full report is in {path}.")
@@ -93,10 +93,11 @@ def _list(recipe: Recipe | None) -> None:
         console.say(f"    {rows}; licence: {entry.licence}")
 
 
-def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
+def _report(recipe: Recipe, name: str, corpus: Corpus, renderer: Renderer, seconds: float) -> None:
     """Print a summary of the data, and write the histogram of its lengths."""
     from mlx_zh.corpus.statistics import sparkline, write_histogram
     from mlx_zh.stages.data import training_tokens
+    from mlx_zh.stages.rendering import is_default, thinking_text
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.system import console
     from mlx_zh.system.storage import written_whole
@@ -117,6 +118,8 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, seconds: float) -> None:
         ("data", f"{corpus.folder} ({'found' if corpus.ready else 'made'} in {console.duration(seconds)})"),
     ]
     console.say(console.table(lines))
+    if renderer.thinking.way is not None or not is_default(recipe):
+        console.say(thinking_text(recipe))
     histogram = RunFolder.of(recipe).histogram(name)
     if not (corpus.ready and histogram.exists()):
         with written_whole(histogram) as file:

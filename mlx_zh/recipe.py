@@ -73,6 +73,10 @@ def _folder_name(value: str) -> str:
 _LONGEST_NAME = 150  # file systems take 255 bytes, and what is made from the name is longer
 
 
+# What the model's chat template is asked for, and what is learned of the reasoning in the data.
+Mode = Literal["on", "off", "auto"]
+Reasoning = Literal["learn", "context", "drop"]
+
 _SWITCHES = (bool, bool | None)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -94,6 +98,15 @@ class Section(BaseModel):
         return value
 
 
+# Keys that came after the first version: left out of a dump while they have their defaults, so that the digests of
+# runs and checkpoints made before them stay what they are.
+LaterMode = Annotated[Mode, Field(exclude_if=lambda value: value == "auto")]
+LaterReasoning = Annotated[Reasoning, Field(exclude_if=lambda value: value == "learn")]
+LaterText = Annotated[str | None, Field(min_length=1, exclude_if=lambda value: value is None)]
+LaterSwitch = Annotated[bool | None, Field(exclude_if=lambda value: value is None)]
+LaterTexts = Annotated[dict[str, str], Field(exclude_if=lambda value: not value)]
+
+
 class Quantize(Section):
     """How a full-precision model is quantized when it is loaded."""
 
@@ -109,6 +122,7 @@ class Model(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantize | None = None
+    thinking: LaterMode = "auto"  # auto: the chat template's own default
 
     @property
     def quantization(self) -> tuple[int, int] | None:
@@ -137,13 +151,6 @@ class Lora(Section):
         if value and info.data.get("type") == "full":
             raise ValueError("left out where lora.type is full, which trains both if it trains all layers")
         return tuple(dict.fromkeys(value))
-
-
-# Keys that came after the first version: left out of a dump while they are not set, so that the digests of runs and
-# checkpoints made before them stay what they are.
-LaterText = Annotated[str | None, Field(min_length=1, exclude_if=lambda value: value is None)]
-LaterSwitch = Annotated[bool | None, Field(exclude_if=lambda value: value is None)]
-LaterTexts = Annotated[dict[str, str], Field(exclude_if=lambda value: not value)]
 
 
 class DataSet(Section):
@@ -311,6 +318,7 @@ class Data(Section):
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     max_length: PositiveInt = 1024
     train_on: Literal["assistant", "last", "all"] = "assistant"
+    reasoning: LaterReasoning = "learn"  # of a learned reply: also its reasoning, or only the answer after it
     on_overflow: Literal["truncate", "drop"] = "truncate"
     on_invalid: Literal["error", "skip"] = "error"
     date_string: str = "26 Jul 2024"

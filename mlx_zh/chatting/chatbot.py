@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.core.families import Config
@@ -24,6 +24,15 @@ class PromptRenderer(Protocol):
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated."""
+        ...
+
+    @property
+    def mode(self) -> str:
+        """Whether the model is asked to think: on, off or auto."""
+        ...
+
+    def with_thinking(self, mode: str) -> Self:
+        """The same renderer in another mode. Raises TemplateError if the template has no such mode."""
         ...
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "/retry": ("/retry", "重新回答上一个问题", "answer the last question again", "retry"),
     "/undo": ("/undo", "撤回上一轮问答", "take back the last exchange", "undo"),
     "/temp": ("/temp [NUMBER]", "温度，0 为不随机", "show or set temperature; 0 is greedy", "temp"),
+    "/think": ("/think [MODE]", "是否先思考再回答", "think first: on, off or auto", "think"),
     "/save": ("/save FILE", "把对话存为 JSON", "save the conversation as JSON", "save"),
     "/load": ("/load FILE", "载入存下的对话", "load a saved conversation", "load"),
     "/adapter": ("/adapter [DIR|none]", "更换或卸下适配器", "show, change or remove the adapter", "adapter"),
@@ -53,12 +54,14 @@ _OTHER_NAMES = {
     "/retry": ("/regenerate", "/regen", "/again", "/重试"),
     "/undo": ("/back", "/撤回", "/撤销"),
     "/temp": ("/temperature", "/温度"),
+    "/think": ("/thinking", "/思考"),
     "/save": ("/export", "/保存"),
     "/load": ("/open", "/载入"),
     "/adapter": ("/lora", "/适配器"),
     "/compare": ("/diff", "/对比", "/比较"),
     "/system": ("/prompt", "/系统"),
 }
+_MODES = {"on": "on", "off": "off", "auto": "auto", "开": "on", "关": "off", "自动": "auto"}
 _SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in others}
 
 
@@ -176,6 +179,11 @@ class Repl:
             self.bot.sampling = replace(self.bot.sampling, temperature=temperature(text))
         self.screen.note(f"temperature: {self.bot.sampling.temperature:g}")
 
+    def _think(self, text: str) -> None:
+        if text:
+            self.bot.renderer = self.bot.renderer.with_thinking(thinking_mode(text))
+        self.screen.note(f"thinking: {self.bot.renderer.mode}")
+
     def _save(self, text: str) -> None:
         path = _path(text, "/save FILE")
         count = self.transcript.save(path)
@@ -266,6 +274,14 @@ def temperature(text: str) -> float:
         if 0 <= value <= 10:
             return value
     raise MlxZhError(f"the temperature must be a number from 0 (greedy) to 10, got {text!r}")
+
+
+def thinking_mode(text: str) -> str:
+    """A mode of thinking (on, off or auto) from text. Raises MlxZhError."""
+    mode = _MODES.get(unicodedata.normalize("NFKC", text).strip().lower())
+    if mode is None:
+        raise MlxZhError(f"thinking is on, off or auto, got {text!r}")
+    return mode
 
 
 def _path(text: str, usage: str) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Tokens = Sequence[int] | npt.NDArray[np.int32]
+Mask = Sequence[bool] | npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +137,31 @@ def _joined(parts: list[npt.NDArray[np.int32]]) -> mx.array:
 
 
 def pack_conversations(
-    examples: Iterable[tuple[Tokens, Sequence[bool] | npt.NDArray[np.bool_]]],
+    examples: Iterable[tuple[Tokens, Mask] | tuple[Tokens, Mask, npt.NDArray[np.int32] | None]],
 ) -> PackedBatch:
     """Pack examples (tokens (n,), trained (n,)), each as a root of its own. Sequence i is example i.
 
-    The tokens where `trained` is true are scored.
+    The tokens where `trained` is true are scored. An example that is a tree has segments (B, 2) as its third part:
+    the first token of each, and its parent among them, -1 for the root, which comes first.
     """
     row = RowBuilder()
     count = 0
-    for tokens, trained in examples:
-        row.score(row.add(tokens), trained, owner=count)
+    for tokens, trained, *tree in examples:
+        if not tree or tree[0] is None:
+            row.score(row.add(tokens), trained, owner=count)
+        else:
+            _add_tree(row, tokens, trained, tree[0], owner=count)
         count += 1
     return row.build(count)
+
+
+def _add_tree(row: RowBuilder, tokens: Tokens, trained: Mask, tree: npt.NDArray[np.int32], owner: int) -> None:
+    """Add an example's segments, each after its parent."""
+    indices: list[int] = []  # in the row
+    starts = tree[:, 0].tolist()
+    for start, stop, parent in zip(starts, [*starts[1:], len(tokens)], tree[:, 1].tolist(), strict=True):
+        indices.append(row.add(tokens[start:stop], None if parent < 0 else indices[parent]))
+        row.score(indices[-1], trained[start:stop], owner=owner)
 
 
 def pack_pairs(pairs: Iterable[tuple[Tokens, Tokens, Tokens]]) -> PackedBatch:

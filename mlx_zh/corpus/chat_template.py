@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -52,14 +53,31 @@ class ChatTemplate:
             raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
         self._environment = environment
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
+        self._reasoning: str | None = None  # the key of a message that takes its reasoning
+        self.source = source
+
+    def with_variables(self, variables: dict[str, Any]) -> ChatTemplate:
+        """The same template with these variables too."""
+        changed = copy.copy(self)
+        changed._variables = self._variables | variables
+        return changed
+
+    def with_reasoning(self, key: str | None) -> ChatTemplate:
+        """The same template, which gets a reply's reasoning as `key` of the message.
+
+        "inline" puts it into the content, before the answer; None leaves it out.
+        """
+        changed = copy.copy(self)
+        changed._reasoning = key
+        return changed
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
         """The text of a conversation.
 
         Raises RefusedByTemplate if the template refuses it; the message begins with `source` ("file:line").
         """
-        self._environment.start(len(messages), sum(len(message.content) for message in messages))
-        rows = [{"role": message.role, "content": message.content} for message in messages]
+        self._environment.start(len(messages), sum(map(_characters, messages)))
+        rows = [self._row(message) for message in messages]
         try:
             return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # untrusted code may raise anything
@@ -68,6 +86,19 @@ class ChatTemplate:
             raise RefusedByTemplate(
                 f"{where}the chat template refuses the roles {roles}: {_reason(error)}"
             ) from error
+
+    def _row(self, message: Message) -> dict[str, Any]:
+        """A message as the template gets it."""
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning and self._reasoning == "inline":
+            row["content"] = f"<think>\n{message.reasoning}\n</think>\n\n{message.content}"
+        elif message.reasoning and self._reasoning is not None:
+            row[self._reasoning] = message.reasoning
+        return row
+
+
+def _characters(message: Message) -> int:
+    return len(message.content) + len(message.reasoning)
 
 
 def listed(roles: Sequence[str]) -> str:

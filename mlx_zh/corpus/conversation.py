@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 class Message:
     """One turn. `role` is system, user or assistant; `content` is the text as written, white space included.
 
-    A reply that is not `trained` is context for the next ones only.
+    A reply that is not `trained` is context for the next ones only. `reasoning` is what its author thought before it.
     """
 
     role: str
     content: str
     trained: bool = True
+    reasoning: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that the message says; "" in the place of what it lacks."""
+        return self.reasoning, self.content
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ SFT_SCHEMA = pa.schema(
         "truncated": pa.bool_(),
         "source": pa.int32(),
         "row": pa.int32(),  # number of the row among the usable rows of the source
+        "segments": _LIST,  # of a tree: first token, parent, first token, parent …; empty if there is only one
     }
 )
 DPO_SCHEMA = pa.schema({"prompt": _LIST, "chosen": _LIST, "rejected": _LIST, "source": pa.int32(), "row": pa.int32()})
@@ -64,11 +65,15 @@ class Shards:
         return int(self.starts[-1])
 
     def lists(self, name: str) -> _Lists:
-        """The column `name`, whose values are lists."""
-        columns = [batch.column(name) for batch in self._batches]
+        """The column `name`, whose values are lists; empty ones in files of earlier versions that lack it."""
+        columns = [batch.column(name) if name in batch.schema.names else None for batch in self._batches]
+        none = np.empty(0, dtype=np.int32)
         return _Lists(
-            tuple(_view(column.values) for column in columns),
-            tuple(_view(column.offsets) for column in columns),
+            tuple(none if column is None else _view(column.values) for column in columns),
+            tuple(
+                np.zeros(batch.num_rows + 1, dtype=np.int32) if column is None else _view(column.offsets)
+                for batch, column in zip(self._batches, columns, strict=True)
+            ),
         )
 
     def numbers(self, name: str) -> Ints:
@@ -125,10 +130,14 @@ class Examples(Sequence[Example], Generic[Example]):
         """SHA-256 of the examples in their order, 64 hex digits; it does not depend on how they lie in files."""
         digest = hashlib.sha256(self.sources.astype("<i4").tobytes())
         for index in range(len(self)):
-            for values in self._lists(index):
+            for values in self._digested(index):
                 digest.update(len(values).to_bytes(8, "little"))
                 digest.update(values.astype("<i4", copy=False).tobytes())
         return digest.hexdigest()
+
+    def _digested(self, index: int) -> list[Ints]:
+        """The lists of an example that its digest is over."""
+        return self._lists(index)
 
     def _lists(self, index: int) -> list[Ints]:
         return [column.row(int(self._file[index]), int(self._index[index])) for column in self._columns]
@@ -138,18 +147,25 @@ class Conversations(Examples[Rendered]):
     """Rendered conversations."""
 
     def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
-        super().__init__(shards, rows, ("tokens", "trained"))
+        super().__init__(shards, rows, ("tokens", "trained", "segments"))
         self.lengths: Ints = self._columns[0].lengths()[rows]  # (N,) tokens
         self.scored: Ints = shards.numbers("scored")[rows]  # (N,) tokens whose loss is scored
         self._truncated = shards.numbers("truncated")[rows]
 
     def example(self, index: int) -> Rendered:
         """The conversation number `index`."""
-        tokens, spans = self._lists(index)
+        tokens, spans, segments = self._lists(index)
         trained = np.zeros(len(tokens), dtype=bool)
         for start, end in spans.reshape(-1, 2):
             trained[start:end] = True
-        return Rendered(tokens, trained, bool(self._truncated[index]))
+        return Rendered(
+            tokens, trained, bool(self._truncated[index]), segments.reshape(-1, 2) if len(segments) else None
+        )
+
+    def _digested(self, index: int) -> list[Ints]:
+        """The lists without the segments of an example that is no tree, as before there were trees."""
+        lists = self._lists(index)
+        return lists if len(lists[-1]) else lists[:-1]
 
 
 class Pairs(Examples[RenderedPair]):

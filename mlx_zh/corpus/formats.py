@@ -28,6 +28,7 @@ from mlx_zh.corpus import dialogues
 from mlx_zh.corpus.conversation import Conversation, Document, Message
 from mlx_zh.corpus.documents import documents_of
 from mlx_zh.corpus.reader import InvalidRow
+from mlx_zh.corpus.row_keys import reasoning_in
 from mlx_zh.corpus.rows import (
     Change,
     Format,
@@ -43,6 +44,7 @@ from mlx_zh.corpus.rows import (
     messages_of,
     system_of,
     text_of,
+    with_reasoning_of,
     with_system,
 )
 
@@ -170,7 +172,7 @@ def _text(row: Row) -> Iterator[Document]:
 
 
 # In the order of recognition: the first format that fits a row is used.
-FORMATS: dict[str, Format[Parsed]] = {
+_FORMATS: dict[str, Format[Parsed]] = {
     "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(("conversations", "system", "kto_tag"), lambda row: "conversations" in row, _sharegpt),
     "belle-seed": Format(
@@ -208,3 +210,21 @@ FORMATS: dict[str, Format[Parsed]] = {
     "text": Format(("text",), _is_raw, _text),
     "mathglm": Format(("text",), lambda row: False, _mathglm, lines=True),
 }
+
+
+def _with_reasoning(form: Format[Parsed]) -> Format[Parsed]:
+    """The format; a row may have the reasoning of its last reply in a column."""
+
+    def parse(row: Row) -> Iterator[Parsed]:
+        for parsed in form.parse(row):
+            if not isinstance(parsed, Document):
+                yield with_reasoning_of(row, parsed)
+            elif reasoning_in(row, "the row"):
+                raise InvalidRow("separate reasoning", "the row has reasoning apart from its text")
+            else:
+                yield parsed
+
+    return replace(form, parse=parse)
+
+
+FORMATS: dict[str, Format[Parsed]] = {name: _with_reasoning(form) for name, form in _FORMATS.items()}

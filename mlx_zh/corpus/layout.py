@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from mlx_zh.corpus.chat_template import ChatTemplate, listed
@@ -88,7 +88,7 @@ def _numbers(text: str) -> list[int]:
     ]
 
 
-def _is_checked(number: int, count: int) -> bool:
+def is_checked(number: int, count: int) -> bool:
     """Whether the messages before reply `number` of `count` are rendered in any case."""
     power_of_four = number & (number - 1) == 0 and number.bit_length() % 2 == 1
     return number < _CHECKED or number == count - 1 or power_of_four
@@ -153,7 +153,7 @@ def _find_layout_replies(
         role = messages[order[slot - 1]].role if slot else ""
         surroundings = (role, _DIGITS.sub("0", before), _DIGITS.sub("0", after))
         rest, head = known.get(surroundings, ("", ""))
-        if head and before.endswith(rest) and after.startswith(head) and not _is_checked(number, len(numbers)):
+        if head and before.endswith(rest) and after.startswith(head) and not is_checked(number, len(numbers)):
             replies.append(Reply(slot, len(before) - len(rest), len(head)))
             continue
         allowance -= k
@@ -210,6 +210,14 @@ def _find_reply(
         return None
     answered = prefix(k + 1, False)
     tail = answered.rpartition(mark)[2]
+    end = end_of_turn_in(tail, added)
+    if not literals[slot + 1].startswith(tail[:end]):
+        return None
+    return Reply(slot, len(header), end)
+
+
+def end_of_turn_in(tail: str, added: re.Pattern[str]) -> int:
+    """Where the end-of-turn token ends in the text after a reply. Raises TemplateError if there is none."""
     end = added.search(tail)
     if end is None:
         raise TemplateError(
@@ -217,9 +225,7 @@ def _find_reply(
             "a model trained on it would never stop. Add the token to the tokenizer, or set a template that ends "
             "replies with the tokenizer's eos_token"
         )
-    if not literals[slot + 1].startswith(tail[: end.end()]):
-        return None
-    return Reply(slot, len(header), end.end())
+    return end.end()
 
 
 def find_replies(
@@ -243,7 +249,7 @@ def find_replies(
     ends = _content_ends(render, messages, replies, text)
     for number, (k, content_end) in enumerate(zip(replies, ends, strict=True)):
         start = None
-        if content_end is not None and header and not _is_checked(number, len(replies)):
+        if content_end is not None and header and not is_checked(number, len(replies)):
             start = _after_header(text, header, cursor, content_end)
         if content_end is not None and start is None and allowance > 0:
             allowance -= k
@@ -310,7 +316,7 @@ def _marked(
     """The text around the marks if each of these contents of the replies gets one at its end; None if one is lost."""
     marked = list(messages)
     for number, (k, content) in enumerate(zip(replies, contents, strict=True)):
-        marked[k] = Message(messages[k].role, content + _placeholder(number))
+        marked[k] = replace(messages[k], content=content + _placeholder(number))
     rendered = render(marked)
     return _MARK.split(rendered) if _numbers(rendered) == list(range(len(replies))) else None
 
@@ -320,7 +326,7 @@ def _content_end(render: Render, messages: Sequence[Message], k: int, text: str)
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     content = messages[k].content
     for ending in dict.fromkeys(strip(content) for strip in _ENDINGS):
-        marked = [*messages[:k], Message(messages[k].role, ending + mark), *messages[k + 1 :]]
+        marked = [*messages[:k], replace(messages[k], content=ending + mark), *messages[k + 1 :]]
         parts = render(marked).split(mark)
         if len(parts) == 2 and "".join(parts) == text:
             return len(parts[0])

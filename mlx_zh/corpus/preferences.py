@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.row_keys import check_row
+from mlx_zh.corpus.row_keys import check_row, reasoning_in
 from mlx_zh.corpus.rows import (
     Change,
     Format,
@@ -49,7 +50,7 @@ from mlx_zh.corpus.rows import (
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPTS = ("instruction", "question", "prompt")  # columns that go before a text in `context`
-
+_REASONING_WAY = "write it into each answer as <think>…</think>, or leave it out"
 Pair = tuple[tuple[Message, ...], str, str]  # prompt, chosen, rejected
 
 
@@ -80,6 +81,11 @@ def iter_preferences(
         yield Preference(prompt, chosen, rejected, place)
 
 
+def _refuse_reasoning(row: Row) -> None:
+    if reasoning_in(row, "the row"):
+        raise InvalidRow("separate reasoning", f"the row has reasoning apart from its answers; {_REASONING_WAY}")
+
+
 def _check_pair(prompt: Sequence[Message], chosen: str, rejected: str) -> Pair:
     turns = check_turns(prompt, last="user")
     for name, response in (("chosen", chosen), ("rejected", rejected)):
@@ -104,6 +110,8 @@ def _response(row: Row, name: str) -> str:
 
 
 def _learned(message: Message, name: str) -> Message:
+    if message.reasoning:
+        raise InvalidRow("separate reasoning", f"'{name}' has reasoning apart from its text; {_REASONING_WAY}")
     if not message.trained:
         raise InvalidRow("not to be trained", f"'{name}' has weight 0 or loss false")
     return message
@@ -186,7 +194,8 @@ def _swift(row: Row) -> Iterator[Pair]:
         yield _in_common(row, messages, messages_of(row["rejected_messages"], "'rejected_messages'"))
         return
     chosen = check_turns(messages, last="assistant")
-    yield _check_pair(chosen[:-1], chosen[-1].content, text_of(row, "rejected_response"))
+    reply = _learned(chosen[-1], "messages")
+    yield _check_pair(chosen[:-1], reply.content, text_of(row, "rejected_response"))
 
 
 def _context(row: Row) -> Iterator[Pair]:
@@ -265,7 +274,7 @@ def _has(*names: str) -> Any:
 
 _BOTH = ("chosen", "rejected")
 # In the order of recognition: the first format that fits a row is used.
-FORMATS: dict[str, Format[Pair]] = {
+_FORMATS: dict[str, Format[Pair]] = {
     "openai": Format(
         ("input", "preferred_output", "non_preferred_output"), _has("input", "preferred_output"), _openai
     ),
@@ -298,3 +307,16 @@ FORMATS: dict[str, Format[Pair]] = {
     "implicit": Format((*_BOTH, "system"), lambda row: _is_conversation(row.get("chosen")), _implicit),
     "hh": Format((*_BOTH, "system"), lambda row: bool(_transcript(row.get("chosen"))), _hh),
 }
+
+
+def _without_reasoning(form: Format[Pair]) -> Format[Pair]:
+    """The format; a row with reasoning in a column is refused, because it does not say of which answer it is."""
+
+    def parse(row: Row) -> Iterator[Pair]:
+        _refuse_reasoning(row)
+        yield from form.parse(row)
+
+    return replace(form, parse=parse)
+
+
+FORMATS: dict[str, Format[Pair]] = {name: _without_reasoning(form) for name, form in _FORMATS.items()}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from mlx_zh.corpus.document_pieces import cut_tokens
 from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
+from mlx_zh.corpus.reply_tree import ReplyTree, ReplyWriter, StandIns
+from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, thinking_of, variables_of, with_reasoning_apart
 from mlx_zh.errors import DataError, TemplateError
 from mlx_zh.system.digests import text_digest
 
 VERSION = 1  # part of the fingerprint; raise it when the same input would give other tokens
+TREE_VERSION = 2  # the same, for templates that think or rewrite earlier replies
 TRAIN_ON = ("assistant", "last", "all")
 ON_OVERFLOW = ("truncate", "drop")
 
@@ -45,6 +48,25 @@ class Rendered:
     tokens: np.ndarray  # (T,) int32
     trained: np.ndarray  # (T,) bool: the token is a target, so its loss is scored
     truncated: bool  # whether turns were cut from the end
+    segments: np.ndarray | None = None  # (B, 2) int32: first token and parent (-1: none); None: one segment
+
+    def paths(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each learned branch with all that stands before it, as tokens and the mask of what only it learns."""
+        if self.segments is None:
+            return [(self.tokens, self.trained)]
+        starts, parents = self.segments[:, 0].tolist(), self.segments[:, 1].tolist()
+        spans = [np.arange(start, stop) for start, stop in pairwise([*starts, len(self.tokens)])]
+        paths = []
+        for number, span in enumerate(spans):
+            if not self.trained[span].any():
+                continue
+            before, parent = [span], parents[number]
+            while parent >= 0:
+                before.insert(0, spans[parent])
+                parent = parents[parent]
+            places = np.concatenate(before)
+            paths.append((self.tokens[places], self.trained[places] & (places >= span[0])))
+        return paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +91,29 @@ class _Cut:
         return _Cut(self.pieces[-1:], self.guarded and self.guarded[-1:], self.source)
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The options of `Renderer.conversation`; `truncate`: what is too long is cut instead of dropped."""
+
+    train_on: str
+    max_length: int | None
+    truncate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The tree of a conversation; `beyond`: others of its replies were left out because max_length ends before."""
+
+    tree: ReplyTree
+    standins: StandIns
+    source: str
+    beyond: bool
+
+    def cut(self) -> _Cut:
+        """Its pieces, to be encoded."""
+        return _guarded(self.tree.pieces(), self.standins, self.source)
+
+
 class Renderer:
     """Messages to text and tokens through the tokenizer's own chat template.
 
@@ -80,15 +125,54 @@ class Renderer:
     Raises TemplateError if there is no valid chat template, ModelError if the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any, *, date_string: str = "26 Jul 2024", chat_template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        date_string: str = "26 Jul 2024",
+        chat_template: str | None = None,
+        thinking: str = "auto",
+        reasoning: str = "learn",
+    ):
+        self._tokenizer, self._date_string = tokenizer, date_string
         self._source = template_source(tokenizer, chat_template)
         self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        self._date_string = date_string
-        self._template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
+        template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
+        self.thinking = thinking_of(template)
+        self._mode, self._reasoning = thinking, reasoning
+        way = self.thinking.way or (INLINE if reasoning == "context" else None)
+        template = template.with_variables(variables_of(self.thinking, thinking))
+        self._template = template.with_reasoning(None if way == APART else way)
         self._encoder = PieceEncoder(tokenizer)
+        self._writer = ReplyWriter(self._template, self.thinking, self._encoder.added, reasoning=reasoning)
         self._backend = tokenizer.backend_tokenizer
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[Layout, int] | None] = {}
         self._cached_messages = 0
+
+    def with_thinking(self, mode: str) -> Self:
+        """The same renderer with thinking on, off or auto. Raises TemplateError if the template has no such mode."""
+        return type(self)(
+            self._tokenizer,
+            date_string=self._date_string,
+            chat_template=self._source,
+            thinking=mode,
+            reasoning=self._reasoning,
+        )
+
+    @property
+    def mode(self) -> str:
+        """Whether the model is asked to think: on, off or auto, which is the template's own default."""
+        return self._mode
+
+    @cached_property
+    def thinks_first(self) -> bool:
+        """Whether a reply without reasoning begins with a thought, or its generation prompt is inside of one."""
+        try:
+            messages = [Message("user", "Probe"), Message("assistant", "Probe")]
+            last = self._writer.tree(messages, [1]).replies[-1]
+        except TemplateError:
+            return False
+        return CLOSE in last.learned
 
     def encode_with(self, joined: JoinedEncoder | None) -> None:
         """Encode by `joined`, which gives the same tokens faster; None switches it off."""
@@ -111,12 +195,23 @@ class Renderer:
     @cached_property
     def fingerprint(self) -> str:
         """A digest that changes whenever the same messages could give other tokens."""
-        state = (VERSION, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
+        if (self._mode, self._reasoning) == ("auto", "learn"):
+            return self.template_fingerprint
+        return text_digest(repr((self.template_fingerprint, self._mode, self._reasoning)))
+
+    @cached_property
+    def template_fingerprint(self) -> str:
+        """A digest of the tokenizer and its chat template, whatever the mode of thinking."""
+        plain = self if self._mode == "auto" else self.with_thinking("auto")
+        version = TREE_VERSION if plain._rewrites or plain.thinking.way is not None else VERSION
+        state = (version, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
         return text_digest(repr(state))
 
     @cached_property
     def end_of_turn(self) -> str:
         """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError if there is none."""
+        if self._rewrites:
+            return self._encoder.added.findall(self._writer.turn_end)[-1]
         layout_and_controls = self._layout(("user", "assistant"), False)
         if layout_and_controls is None:
             raise TemplateError(
@@ -133,7 +228,12 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated. Raises TemplateError or DataError."""
-        cut = self._cut(messages, "", add_generation_prompt=True)
+        messages = self._apart(messages)
+        if self._by_tree(messages):
+            standins = StandIns(self._encoder, messages)
+            cut = _guarded(self._writer.prompt(standins.into(messages)), standins, "")
+        else:
+            cut = self._cut(messages, "", add_generation_prompt=True)
         return [int(token) for piece in self._encode([cut])[0] for token in piece]
 
     def conversation(
@@ -176,9 +276,31 @@ class Renderer:
             raise ValueError(f"on_overflow must be one of {', '.join(ON_OVERFLOW)}, got {on_overflow!r}")
         dropped = Counter() if dropped is None else dropped
         truncate = on_overflow == "truncate" and train_on != "last"
+        options = _Options(train_on, max_length, truncate)
         results: list[Rendered | None] = []
         for first in range(0, len(batch), _BATCH):
-            part = [self._limited(*_messages_and_source(item), max_length) for item in batch[first : first + _BATCH]]
+            items = [self._told(*_messages_and_source(item)) for item in batch[first : first + _BATCH]]
+            results += self._rendered(items, options, dropped)
+        return results
+
+    def _rendered(
+        self, items: Sequence[tuple[Sequence[Message], str]], options: _Options, dropped: Counter[str]
+    ) -> list[Rendered | None]:
+        """Each conversation's tokens: a tree where its text does not have the replies as the model writes them."""
+        by_tree = [self._by_tree(messages, options.train_on) for messages, _ in items]
+        pairs = list(zip(items, by_tree, strict=True))
+        flat = iter(self._flat([item for item, tree in pairs if not tree], options, dropped))
+        trees = iter(self._trees([item for item, tree in pairs if tree], options, dropped))
+        return [next(trees if tree else flat) for tree in by_tree]
+
+    def _flat(
+        self, items: Sequence[tuple[Sequence[Message], str]], options: _Options, dropped: Counter[str]
+    ) -> list[Rendered | None]:
+        """Conversations whose replies stand in their text as the model writes them."""
+        train_on, max_length = options.train_on, options.max_length
+        results: list[Rendered | None] = []
+        part = [self._limited(messages, source, max_length) for messages, source in items]
+        if part:
             encoded = self._encode([cut for _, cut, _ in part])
             for (messages, cut, beyond), pieces in zip(part, encoded, strict=True):
                 length = sum(map(len, pieces))
@@ -187,7 +309,7 @@ class Renderer:
                     results.append(None)
                 elif not beyond and (max_length is None or length <= max_length):
                     results.append(_learned(messages, pieces, train_on, dropped, truncated=False))
-                elif truncate and max_length is not None:
+                elif options.truncate and max_length is not None:
                     results.append(self._truncated(messages, cut.source, pieces, train_on, max_length, dropped))
                 else:
                     dropped[OVERFLOW] += 1
@@ -220,6 +342,117 @@ class Renderer:
     def _document_frame(self) -> tuple[list[int], list[int]]:
         return self._encoder.frame()
 
+    def _trees(
+        self, items: Sequence[tuple[Sequence[Message], str]], options: _Options, dropped: Counter[str]
+    ) -> list[Rendered | None]:
+        """Conversations as trees; each learned reply stands after its own generation prompt."""
+        trees = [self._limited_tree(messages, source, options, dropped) for messages, source in items]
+        encoded = iter(self._encode_trees([tree for tree in trees if tree is not None]))
+        results: list[Rendered | None] = []
+        for tree in trees:
+            rendered = None if tree is None else self._fitting(tree, next(encoded), options, dropped)
+            results.append(rendered)
+        return results
+
+    def _limited_tree(
+        self, messages: Sequence[Message], source: str, options: _Options, dropped: Counter[str]
+    ) -> _Tree | None:
+        """The tree of the replies that can matter; None, counted, if there is nothing to learn."""
+        replies = [k for k, message in enumerate(messages) if message.role == "assistant"]
+        learned = [k for k in replies if messages[k].trained]
+        if options.train_on != "assistant":
+            learned = [k for k in learned if k == replies[-1]]
+        if not learned:
+            dropped[NOT_TRAINED if replies else NO_REPLY] += 1
+            return None
+        self._check_reasoning([messages[k] for k in learned], source)
+        standins = StandIns(self._encoder, messages)
+        written = standins.into(messages)
+        ends = learned if options.train_on == "assistant" else replies
+        count = _FIRST_REPLIES
+        while options.max_length is not None and count < len(ends):
+            first = ends[:count] if options.train_on == "assistant" else [ends[count - 1]]
+            tree = _Tree(self._writer.tree(written, first, source=source), standins, source, beyond=True)
+            [encoded] = self._encode_trees([tree])
+            lengths = tree.tree.lengths(encoded)
+            if lengths[-2 if len(lengths) > 1 else -1] > options.max_length:
+                return tree
+            count *= 2
+        return _Tree(self._writer.tree(written, learned, source=source), standins, source, beyond=False)
+
+    def _encode_trees(self, trees: Sequence[_Tree]) -> list[list[Tokens]]:
+        """The tokens of each tree's pieces."""
+        if self._encoder.cuts_anywhere:
+            return self._encode([tree.cut() for tree in trees])
+        return [self._encode_whole(tree) for tree in trees]
+
+    def _encode_whole(self, tree: _Tree) -> list[Tokens]:
+        """The same for tokenizers that encode only whole texts: each reply with all that stands before it."""
+        pieces: list[Tokens] = []
+        for before, texts in tree.tree.wholes():
+            [encoded] = self._encode([_guarded([*before, *texts], tree.standins, tree.source)])
+            pieces += encoded[len(before) :]
+        return pieces
+
+    def _fitting(
+        self, tree: _Tree, encoded: Sequence[Tokens], options: _Options, dropped: Counter[str]
+    ) -> Rendered | None:
+        """The tree up to the last reply with which it fits into max_length; None, counted, if none fits."""
+        lengths = tree.tree.lengths(encoded)
+        fits = sum(options.max_length is None or length <= options.max_length for length in lengths)
+        complete = fits == len(lengths) and not tree.beyond
+        if not complete and (fits == 0 or not options.truncate):
+            dropped[FIRST_EXCHANGE_OVERFLOW if options.truncate else OVERFLOW] += 1
+            return None
+        tokens, trained, segments = tree.tree.arrays(encoded, fits)
+        if options.train_on == "all":
+            trained[1:] = True
+        return Rendered(tokens, trained, not complete, segments)
+
+    def _check_reasoning(self, learned: Sequence[Message], source: str) -> None:
+        """Raise DataError if a learned reply has reasoning, and thinking is off."""
+        if self._mode == "off" and any(message.reasoning for message in learned):
+            raise DataError(
+                f"{_at(source)}a reply has reasoning, and model.thinking is off, so the model never writes it; set "
+                "data.reasoning: drop to leave the reasoning out, or model.thinking: on to learn it"
+            )
+
+    def _by_tree(self, messages: Sequence[Message], train_on: str = "assistant") -> bool:
+        if train_on == "all" and not all(message.trained for message in messages):
+            return False  # the mask of such a conversation is that of its whole text
+        return self._rewrites or any(message.reasoning for message in messages)
+
+    @cached_property
+    def _rewrites(self) -> bool:
+        """Whether the template writes a reply otherwise once others follow it."""
+        try:
+            return self._writer.rewrites()
+        except TemplateError:
+            return False
+
+    def _apart(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with reasoning that stands in their texts apart, if the template or the recipe needs it."""
+        if self.thinking.way is None and self._reasoning == "learn":
+            return messages
+        return [with_reasoning_apart(message) for message in messages]
+
+    def _told(self, messages: Sequence[Message], source: str) -> tuple[Sequence[Message], str]:
+        """The messages as they are learned: with their reasoning apart, or without it.
+
+        Raises DataError if the template has no place for reasoning that stands apart.
+        """
+        unwritten = self.thinking.way is None and any(message.reasoning for message in messages)
+        if unwritten and self._reasoning != "drop":
+            raise DataError(
+                f"{_at(source)}a message has reasoning apart from its text, and the chat template of this model does "
+                "not know reasoning; set data.reasoning: drop to leave it out, or write it into the text as "
+                "<think>…</think>"
+            )
+        messages = self._apart(messages)
+        if self._reasoning == "drop" and any(message.reasoning for message in messages):
+            messages = [replace(message, reasoning="") for message in messages]
+        return messages, source
+
     def preference(
         self, pair: Preference, *, max_length: int | None = None, dropped: Counter[str] | None = None
     ) -> RenderedPair | None:
@@ -242,7 +475,7 @@ class Renderer:
             cuts = []
             for pair in part:
                 chosen, rejected = (
-                    self._cut((*pair.prompt, Message("assistant", response)), pair.source)
+                    self._answered(*self._told((*pair.prompt, Message("assistant", response)), pair.source))
                     for response in (pair.chosen, pair.rejected)
                 )
                 if chosen.pieces[:-1] != rejected.pieces[:-1]:
@@ -256,6 +489,16 @@ class Renderer:
             for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
                 results.append(_pair(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
         return results
+
+    def _answered(self, messages: Sequence[Message], source: str) -> _Cut:
+        """A prompt and its reply, cut; the last piece is the reply."""
+        if not self._by_tree(messages):
+            return self._cut(messages, source)
+        self._check_reasoning(messages[-1:], source)
+        standins = StandIns(self._encoder, messages)
+        tree = self._writer.tree(standins.into(messages), [len(messages) - 1], source=source)
+        *prompt, aside, learned = tree.pieces()
+        return _guarded([*prompt, aside + learned], standins, source)
 
     def _limited(
         self, messages: Sequence[Message], source: str, max_length: int | None
@@ -352,6 +595,15 @@ class Renderer:
             next(plain) if cut.guarded is None else self._encoder.encode_guarded(cut.guarded, source=cut.source)
             for cut in cuts
         ]
+
+
+def _guarded(pieces: list[str], standins: StandIns, source: str) -> _Cut:
+    """The pieces, with the control tokens that messages spell as content."""
+    return _Cut(pieces, [standins.parts(piece) for piece in pieces] if standins else None, source)
+
+
+def _at(source: str) -> str:
+    return f"{source}: " if source else ""
 
 
 def _messages_and_source(item: Conversation | Sequence[Message]) -> tuple[Sequence[Message], str]:

@@ -14,8 +14,9 @@ from mlx_zh.corpus.reader import InvalidRow
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool message"),
     **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "not only text"),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "separate reasoning"),
 }
+# keys of a message, or of a row with one reply: what its author thought before it
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # key -> the reason under which a row is refused if the value is false or 0
 FALSE_REFUSED = {
     **dict.fromkeys(("label", "kto_tag"), "answer not to imitate"),
@@ -39,6 +40,7 @@ HARMLESS = (
     "url",
 )
 
+_KNOWN = {*HARMLESS, *REFUSED, *REASONING}
 _ROW_KEYS = REFUSED.keys() | FALSE_REFUSED.keys()
 _MESSAGE_KEYS = REFUSED.keys() | set(NOT_TRAINED)
 # A switch such as "reasoning": "on", and how tables write that there is nothing.
@@ -48,7 +50,7 @@ _TEXT_REFUSED = ("kto_tag", "label", "loss", "train")  # also if a table says "f
 
 def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """The columns of a row that nothing reads, in a format with these columns; the harmless ones are left out."""
-    return [name for name in row if name not in columns and name not in HARMLESS and name not in REFUSED]
+    return [name for name in row if name not in columns and name not in _KNOWN]
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -78,6 +80,20 @@ def is_trained(message: Mapping[str, Any], label: str) -> bool:
                 raise InvalidRow("weight of a message", f"{label}: '{key}' must be 0 or 1, got {value!r}")
             trained = trained and bool(value)
     return trained
+
+
+def reasoning_in(values: Mapping[str, Any], label: str) -> str:
+    """The reasoning in a message or a row; "" if there is none. Raises InvalidRow, which names `label`."""
+    if values.keys().isdisjoint(REASONING):
+        return ""
+    given = {key: values[key] for key in REASONING if _has_content(values.get(key))}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise InvalidRow("wrong type", f"{label}: '{key}' must be text, got {value!r:.40}")
+    texts = set(given.values())
+    if len(texts) > 1:
+        raise InvalidRow("two reasonings", f"{label}: {' and '.join(given)} are different")
+    return texts.pop() if texts else ""
 
 
 def _has_content(value: Any) -> bool:

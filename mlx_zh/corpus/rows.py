@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
@@ -17,7 +17,7 @@ from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
-from mlx_zh.corpus.row_keys import check_row, is_trained, unused_columns
+from mlx_zh.corpus.row_keys import check_row, is_trained, reasoning_in, unused_columns
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.corpus.text_files import inner_suffix
 from mlx_zh.errors import DataError
@@ -325,7 +325,10 @@ def message_of(value: Any, label: str) -> Message:
     said = value[keys[1]]
     if isinstance(said, list) and all(isinstance(part, str) for part in said):
         said = "".join(said)
-    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained)
+    reasoning = _as_text(reasoning_in(value, label), f"{label}: reasoning")
+    if reasoning and ROLES[role.lower()] != "assistant":
+        raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
+    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning)
 
 
 def messages_of(value: Any, label: str) -> list[Message]:
@@ -343,9 +346,23 @@ def without_blank_system(messages: list[Message]) -> list[Message]:
 
 def changed(messages: Iterable[Message], change: Change) -> list[Message]:
     """The messages with `change` applied to every text, and without a system message that is blank then."""
-    return without_blank_system(
-        [Message(message.role, change(message.content), message.trained) for message in messages]
-    )
+    return without_blank_system([changed_message(message, change) for message in messages])
+
+
+def changed_message(message: Message, change: Change) -> Message:
+    """The message with `change` applied to every text in it."""
+    reasoning = change(message.reasoning) if message.reasoning else ""
+    return replace(message, content=change(message.content), reasoning=reasoning)
+
+
+def with_reasoning_of(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages, with the row's own reasoning before the last reply. Raises InvalidRow if that has another one."""
+    reasoning = _as_text(reasoning_in(row, "the row"), "the row's reasoning")
+    if not reasoning:
+        return messages
+    if messages[-1].reasoning not in ("", reasoning):
+        raise InvalidRow("two reasonings", "the row's reasoning is not that of its last reply")
+    return (*messages[:-1], replace(messages[-1], reasoning=reasoning))
 
 
 # White space, control characters, and characters that Unicode gives no width or ignores by default.

@@ -256,17 +256,20 @@ def _texts(item: Item) -> list[str]:
     """The texts of a row without the system message: rows that differ only in that are duplicates."""
     if isinstance(item, Document):
         return [item.text.strip()]
-    texts = [
-        m.content.strip() if m.trained else f"\x1e{m.content.strip()}" for m in _prompt(item) if m.role != "system"
-    ]
+    texts = [_text(message) for message in _prompt(item) if message.role != "system"]
     return texts if isinstance(item, Conversation) else [*texts, item.chosen.strip(), item.rejected.strip()]
+
+
+def _text(message: Message) -> str:
+    text = message.content.strip() if message.trained else f"\x1e{message.content.strip()}"
+    return f"{text}\x1d{message.reasoning}" if message.reasoning else text
 
 
 def characters_of(item: Item) -> int:
     """The characters of all texts of a row."""
     if isinstance(item, Document):
         return len(item.text)
-    length = sum(len(message.content) for message in _prompt(item))
+    length = sum(len(message.content) + len(message.reasoning) for message in _prompt(item))
     return length if isinstance(item, Conversation) else length + len(item.chosen) + len(item.rejected)
 
 
@@ -275,7 +278,7 @@ def _sides(item: Item) -> tuple[list[str], list[str]]:
     if isinstance(item, Document):
         return [], [item.text]
     asked = [message.content for message in _prompt(item) if message.role == "user"]
-    said = [message.content for message in _prompt(item) if message.role not in ("user", "system")]
+    said = [m.reasoning + m.content for m in _prompt(item) if m.role not in ("user", "system")]
     return asked, said if isinstance(item, Conversation) else [*said, item.chosen, item.rejected]
 
 
@@ -283,10 +286,17 @@ def _row(item: Item) -> tuple[Any, ...]:
     """The item as values that JSON can hold; `_item` is the inverse."""
     if isinstance(item, Document):
         return item.source, item.text, item.begins, item.ends
-    turns = tuple((m.role, m.content) if m.trained else (m.role, m.content, False) for m in _prompt(item))
+    turns = tuple(map(_turn, _prompt(item)))
     if isinstance(item, Conversation):
         return item.source, turns
     return item.source, turns, item.chosen, item.rejected
+
+
+def _turn(message: Message) -> tuple[Any, ...]:
+    """The fields of a message, without the last ones if they have their defaults."""
+    if message.reasoning:
+        return message.role, message.content, message.trained, message.reasoning
+    return (message.role, message.content) if message.trained else (message.role, message.content, False)
 
 
 def _item(row: tuple[Any, ...]) -> Item:

@@ -43,6 +43,7 @@ _BATCH = 512  # rows rendered by one thread at a time, at most
 _BATCH_CHARACTERS = 1 << 18  # with these, or more, a batch ends earlier
 _THREADS = 4
 
+_NO_SEGMENTS = np.empty(0, dtype=np.int32)
 Indices = npt.NDArray[np.int64]
 Progress = Callable[[str, int], None]  # called with a source's name, here always "", and the rows rendered so far
 Task = TypeVar("Task")
@@ -279,6 +280,9 @@ def _record_batch(kept: Sequence[_Example], source: int, schema: pa.Schema) -> p
         columns["trained"] = _lists([_spans(item.trained) for item in conversations])
         columns["scored"] = pa.array(
             np.array([np.count_nonzero(item.trained[1:]) for item in conversations], dtype=np.int32)
+        )
+        columns["segments"] = _lists(
+            [_NO_SEGMENTS if item.segments is None else item.segments.ravel() for item in conversations]
         )
         columns["truncated"] = pa.array([item.truncated for item in conversations], type=pa.bool_())
     else:

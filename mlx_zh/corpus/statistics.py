@@ -197,8 +197,8 @@ def _texts(item: Item) -> list[str]:
     if isinstance(item, Document):
         return [item.text]
     if isinstance(item, Conversation):
-        return [message.content for message in item.messages]
-    return [*(message.content for message in item.prompt), item.chosen, item.rejected]
+        return [text for message in item.messages for text in message.texts if text]
+    return [*(text for message in item.prompt for text in message.texts if text), item.chosen, item.rejected]
 
 
 def write_histogram(lengths: npt.NDArray[np.int32], file: IO[bytes], title: str) -> None:

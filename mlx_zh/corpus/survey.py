@@ -134,8 +134,8 @@ def texts_of(item: Item) -> tuple[str, ...]:
     if isinstance(item, Document):
         return (item.text,)
     if isinstance(item, Conversation):
-        return tuple(message.content for message in item.messages)
-    return (*(message.content for message in item.prompt), item.chosen, item.rejected)
+        return tuple("".join(message.texts) for message in item.messages)
+    return (*("".join(message.texts) for message in item.prompt), item.chosen, item.rejected)
 
 
 def _keep(places: list[tuple[int, Item]], place: tuple[int, Item], chooser: random.Random, count: int = 3) -> None:

@@ -43,6 +43,8 @@ class Prompter:
         self._protocol, self._tokenizer, self._max_length = protocol, tokenizer, max_length
         self._chat = renderer  # needed in chat style only
         self._letters_after: dict[tuple[int, ...], Letters] = {}  # by the last tokens of the prompt
+        if renderer is not None and protocol.reply != "free":
+            _require_no_thought(protocol, renderer)
 
     def subject(self, exam: Exam, subject: Subject) -> list[Prompt]:
         """The prompts of a subject's questions, in order."""
@@ -141,8 +143,18 @@ class Prompter:
         )
 
 
+def _require_no_thought(protocol: Protocol, renderer: Renderer) -> None:
+    """Raise TemplateError if the model thinks before it answers: then no letter follows the prompt."""
+    if renderer.mode == "on" or renderer.thinks_first:
+        raise TemplateError(
+            f"protocol {protocol.name} reads the log-probs of an answer right after the prompt, and this model "
+            "thinks before it answers. Set model.thinking: off if its chat template has this switch, or use "
+            "evaluate.protocol: generate, where the model writes its answer"
+        )
+
+
 def _answered(chat: Renderer, messages: list[Message], letter: str) -> list[int]:
-    rendered = chat.conversation([*messages, Message("assistant", letter)])
+    rendered = chat.conversation([*messages, Message("assistant", letter)], train_on="last")
     assert rendered is not None  # only a length limit could drop it
     tokens: list[int] = rendered.tokens.tolist()
     return tokens

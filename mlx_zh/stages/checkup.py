@@ -23,6 +23,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, memory_check
+from mlx_zh.stages.rendering import thinking_problem, thinking_text
 from mlx_zh.system import device, downloads, hub_choice, storage
 from mlx_zh.system import hub as hubs
 from mlx_zh.system.blas import blas_warning
@@ -59,6 +60,7 @@ def checks(recipe: Recipe | None = None) -> Iterator[Check]:
     yield disk(recipe)
     yield hub(recipe)
     if recipe is not None:
+        yield thinking(recipe)
         yield from fits(recipe)
 
 
@@ -217,6 +219,14 @@ def hub(recipe: Recipe | None) -> Check:
     if problem := hub_choice.unreachable(address, downloads.LIMITS.probe):
         return Check("warn", "hub", f"{name} (model.hub: {chosen}){proxy} does not answer: {problem}", remedy)
     return Check("ok", "hub", f"{name} (model.hub: {chosen}){proxy} answers")
+
+
+def thinking(recipe: Recipe) -> Check:
+    """The mode of thinking, and whether the model's chat template has it, if that is on this disk."""
+    problem = thinking_problem(recipe)
+    if problem is None:
+        return Check("ok", "thinking", thinking_text(recipe))
+    return Check("fail", "thinking", problem)
 
 
 def fits(recipe: Recipe) -> Iterator[Check]:

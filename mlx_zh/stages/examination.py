@@ -231,7 +231,8 @@ class Examination:
     def _renderer(self, loaded: LoadedModel) -> Renderer | None:
         if self._protocol.style != "chat":
             return None
-        return Renderer(loaded.tokenizer, date_string=self._recipe.data.date_string)
+        recipe = self._recipe
+        return Renderer(loaded.tokenizer, date_string=recipe.data.date_string, thinking=recipe.model.thinking)
 
     def _examinee(self, loaded: LoadedModel, renderer: Renderer | None) -> Examinee:
         settings = self._recipe.evaluate

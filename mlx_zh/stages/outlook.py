@@ -26,6 +26,7 @@ from mlx_zh.stages.budgeting import decision_for, explained, record_of
 from mlx_zh.stages.data import registry_of
 from mlx_zh.stages.memory_check import Machine
 from mlx_zh.stages.needs import disk_bytes, downloads_of
+from mlx_zh.stages.rendering import is_default, thinking_text
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console
 from mlx_zh.system.json_text import load_json
@@ -234,6 +235,8 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
     from mlx_zh.planning.speed import measure
 
     config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
+    if not is_default(recipe):
+        console.say(thinking_text(recipe))
     if memory is None and chip is not None:
         memory = _roomy_enough(recipe, config, chip) * 2.0**30
     machine = memory_check.this_machine() if memory is None else memory_check.mac(memory)

@@ -24,6 +24,7 @@ from mlx_zh.recipe import Recipe, Source
 from mlx_zh.stages import memory_check, needs
 from mlx_zh.stages.data import registry_of, require_fitting_keys, require_kind, resolve_source
 from mlx_zh.stages.first_adapter import choose_start
+from mlx_zh.stages.rendering import thinking_problem
 from mlx_zh.stages.run_folder import TUNED
 from mlx_zh.system import console, hub, hub_choice, storage
 from mlx_zh.system.downloads import LIMITS
@@ -52,6 +53,8 @@ def problems(recipe: Recipe, stages: Sequence[str]) -> list[Problem]:
         return [_of(error)]
     found += _data(recipe, registry, stages)
     found += _packages(recipe)
+    if (problem := thinking_problem(recipe)) is not None:
+        found.append(Problem(problem))
     if "eval" in stages:
         found += _exams(recipe)
     found += starts(recipe, stages)

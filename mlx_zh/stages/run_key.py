@@ -120,7 +120,7 @@ def changes(old: Values, new: Values) -> str:
     before, now = (flat({name: value for name, value in side.items() if name != "corpus"}) for side in sides)
     changed = []
     for key in sorted(before.keys() | now.keys()):
-        values = [json.dumps(side.get(key), ensure_ascii=False) for side in (before, now)]
+        values = [json.dumps(side.get(key, _LATER.get(key)), ensure_ascii=False) for side in (before, now)]
         if values[0] == values[1]:
             continue
         if key == "files":
@@ -170,6 +170,7 @@ def _other_changes(old: Values, new: Values) -> Iterator[str]:
     yield from named or ["the prepared data itself"]
 
 
+_LATER = {"model.thinking": "auto", "data.reasoning": "learn"}  # keys that are stored only if they differ from this
 _DIGESTS = {
     "base": "the base model's files",
     "numbers": "how this version computes sums",

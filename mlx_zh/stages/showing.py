@@ -47,13 +47,20 @@ def _shown(character: str) -> str:
 
 
 def rendered_segments(example: Rendered, renderer: Renderer) -> list[Segment]:
-    """The parts of a rendered conversation, with the template's own tokens."""
-    edges = [i for i in range(1, len(example.tokens)) if example.trained[i] != example.trained[i - 1]]
-    return [
-        (renderer.decode(example.tokens[start:stop].tolist()), bool(example.trained[start]))
-        for start, stop in zip([0, *edges], [*edges, len(example.tokens)], strict=True)
-        if stop > start
-    ]
+    """The parts of a rendered conversation, with the template's own tokens.
+
+    Of a tree, each learned branch with all that stands before it.
+    """
+    segments: list[Segment] = []
+    for tokens, trained in example.paths():
+        segments += [("\n\n", False)] if segments else []
+        edges = [i for i in range(1, len(tokens)) if trained[i] != trained[i - 1]]
+        segments += [
+            (renderer.decode(tokens[start:stop].tolist()), bool(trained[start]))
+            for start, stop in zip([0, *edges], [*edges, len(tokens)], strict=True)
+            if stop > start
+        ]
+    return segments
 
 
 def plain_segments(item: Item, roles: dict[str, str]) -> list[Segment]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_zh.corpus.render import Renderer
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import load_adapter, save_adapter, vocabulary_size
@@ -21,6 +20,7 @@ from mlx_zh.stages import adapter_repair, device_check, memory_check
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.forecast import Forecast
+from mlx_zh.stages.rendering import renderer_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import (
     Values,
@@ -53,6 +53,7 @@ from mlx_zh.training.step import set_weights
 if TYPE_CHECKING:
     from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.examples import Conversations, Pairs
+    from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.stages.first_adapter import Start
 
@@ -92,7 +93,7 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     start = method.start(recipe, world)
     world.each(lambda: memory_check.require(recipe, stage, force=force, fresh=fresh))
     loaded = open_model(recipe, world)
-    renderer = Renderer(loaded.tokenizer, date_string=recipe.data.date_string)
+    renderer = renderer_of(recipe, loaded.tokenizer)
     corpus = world.each(lambda: prepare_stage(recipe, stage, renderer))
     session = world.each(lambda: _session(recipe, method, start, loaded, renderer, corpus, world))
     samples = Samples(session.recipe, renderer, loaded)
@@ -128,7 +129,7 @@ def _session(
     """The session of a stage, with everything that it learns from."""
     stage = method.stage
     recipe = within_epochs(recipe, stage, len(method.examples(corpus, "train")))
-    content: Values = {"base": loaded.fingerprint, "rendering": renderer.fingerprint}
+    content: Values = {"base": loaded.fingerprint, "rendering": renderer.template_fingerprint}
     content |= {"files": file_digests(corpus), "corpus": corpus_values(corpus)}
     if stage == "dpo" or start.folder is not None:
         content["start"] = start.fingerprint

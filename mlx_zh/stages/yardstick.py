@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.render import Rendered, Renderer
@@ -19,6 +18,7 @@ from mlx_zh.models.export.held_out import bundled_conversations
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.data import prepare_stage
+from mlx_zh.stages.rendering import renderer_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_models import open_model
 from mlx_zh.system import console
@@ -45,7 +45,7 @@ class Yardstick:
         measured = fidelity.Fidelity(
             self.text.targets.size, distance.kl, distance.top1, self.perplexity, distance.perplexity, self.moved
         )
-        probes = [_tokens(r) for r in _bundled(_renderer(self.recipe, loaded.tokenizer))]
+        probes = [_tokens(r) for r in _bundled(renderer_of(self.recipe, loaded.tokenizer))]
         different = sum(before != after for before, after in zip_longest(self.probes, probes))
         warning = Notice("fused-tokenizer-differs", count=different, texts=len(probes))
         return measured, [warning] if different else []
@@ -68,14 +68,14 @@ def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick | None:
     None, with a warning, if the chat template renders none of it. Raises ModelError, AdapterError, TemplateError.
     """
     loaded = open_model(recipe)
-    renderer = _renderer(recipe, loaded.tokenizer)
+    renderer = renderer_of(recipe, loaded.tokenizer)
     bundled = _bundled(renderer)
     examples = [e for e in _validation(recipe, renderer) or bundled if e.trained[1:].any()]
     if not examples:
         console.warn(Notice("fused-nothing-rendered"))
         return None
     text = fidelity.held_out(
-        [(e.tokens, e.trained) for e in examples],
+        [path for e in examples for path in e.paths()],
         max_tokens=HELD_OUT_TOKENS,
         row_tokens=min(recipe.memory.micro_tokens, _LARGEST_ROW),
     )
@@ -88,10 +88,6 @@ def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick | None:
     moved = fidelity.distance(tuned, base, text.targets).kl
     perplexity = fidelity.distance(tuned, tuned, text.targets).perplexity
     return Yardstick(recipe, text, tuned, perplexity, moved, tuple(map(_tokens, bundled)))
-
-
-def _renderer(recipe: Recipe, tokenizer: Any) -> Renderer:
-    return Renderer(tokenizer, date_string=recipe.data.date_string)
 
 
 def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:

@@ -35,7 +35,7 @@ class SftObjective:
         count = sum(_scored(example) for example in chosen)
         rows = []
         for members in plan_share(self._world, [len(e.tokens) for e in chosen], self.settings.micro_tokens):
-            batch = pack_conversations((chosen[m].tokens, chosen[m].trained) for m in members)
+            batch = pack_conversations((chosen[m].tokens, chosen[m].trained, chosen[m].segments) for m in members)
             ids = tuple(int(examples[m]) for m in members)
             rows.append(Row(batch, ids, self.settings.noise(batch, step, ids), count, step is not None))
         return rows

@@ -118,3 +118,67 @@ MISTRAL = r"""{%- if messages[0]["role"] == "system" %}
     {%- endif %}
 {%- endfor %}
 """  # noqa: E501
+
+# Like Qwen3's own: the switch enable_thinking, reasoning as a key of the message or in its text, an empty thought in
+# the generation prompt when thinking is off, and reasoning only after the last question.
+THINKING = r"""{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or reasoning) %}
+            {{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""  # noqa: E501
+
+# Like DeepSeek-R1's: every reply is cut at </think>, and the generation prompt opens a thought.
+CUTTING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+# Like SmolLM3's: the mode stands in the system turn too; history keeps what the replies said, without thoughts.
+METADATA = (
+    "{% set on = enable_thinking if enable_thinking is defined else true %}"
+    "<|im_start|>system\nReasoning Mode: {{ '/think' if on else '/no_think' }}\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|im_end|>\n"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% if on %}{{ m.content.lstrip('\n') }}{% else %}"
+    "{{ '<think>\n\n</think>\n' + m.content.lstrip('\n') }}{% endif %}<|im_end|>\n"
+    "{% elif m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not on %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+
+# Like GPT-OSS's: an effort in the system turn, thoughts in a channel of their own, other ends in history.
+EFFORT = (
+    "<|im_start|>system\nReasoning: {{ reasoning_effort if reasoning_effort is defined else 'medium' }}<|im_end|>\n"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if loop.last and 'thinking' in m %}<|im_start|>assistant analysis\n{{ m.thinking }}<|im_end|>\n{% endif %}"
+    "<|im_start|>assistant final\n{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)

@@ -131,7 +131,7 @@ def test_datasets_opens_the_folder_too(save, run):
     datasets = pytest.importorskip("datasets")
     corpus = run(save("a", rows(20)))
     opened = datasets.load_from_disk(str(corpus.folder))
-    assert opened.column_names == ["tokens", "trained", "scored", "truncated", "source", "row"]
+    assert opened.column_names == ["tokens", "trained", "scored", "truncated", "source", "row", "segments"]
     assert opened[7]["tokens"] == corpus.conversations("train")[7].tokens.tolist()
     assert opened[7]["truncated"] is False
 

@@ -486,3 +486,22 @@ def test_real_files(samples, name, format, rows):
 def test_real_files_of_no_chat_form(samples, name, message):
     with pytest.raises(DataError, match=message):
         load_conversations(samples / "sft" / name)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_stands_before_its_reply(tmp_path, key):
+    """In a message it is that reply's, in a row that of the last reply."""
+    path = tmp_path / "d.jsonl"
+    question, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    path.write_text(lines({"messages": [question, {**reply, key: "想"}]}, {"messages": [question, reply], key: "思"}))
+    rows, report = load_conversations(path)
+    assert [row.messages[-1] for row in rows] == [Message("assistant", "b", reasoning=text) for text in "想思"]
+    assert report.unused == []
+    path.write_text(lines({"instruction": "c", "output": "d", key: "思"}))
+    assert load_conversations(path)[0][0].messages[-1] == Message("assistant", "d", reasoning="思")
+    path.write_text(lines({"messages": [{**question, key: "想"}, reply]}))
+    with pytest.raises(DataError, match="only a reply can have reasoning"):
+        load_conversations(path)
+    path.write_text(lines({"messages": [question, {**reply, key: "想"}], key: "思"}))
+    with pytest.raises(DataError, match="not that of its last reply"):
+        load_conversations(path)

@@ -25,10 +25,12 @@ def test_reasoning_dropped_from_earlier_replies(tokenizer_of):
         assistant("<think>\nso\n</think>\n\nHello\n"),
     )
     rendered = renderer.conversation(messages)
-    assert trained_runs(tokenizer, rendered) == ["你好<|im_end|>", "<think>\nso\n</think>\n\nHello\n<|im_end|>"]
-    assert tokenizer.decode(rendered.tokens) == renderer.text(messages).removesuffix("\n")
+    replies = ["<think>\nwell\n</think>\n\n你好<|im_end|>", "<think>\nso\n</think>\n\nHello\n<|im_end|>"]
+    assert trained_runs(tokenizer, rendered) == replies
+    last, _ = rendered.paths()[-1]
+    assert tokenizer.decode(last) == renderer.text(messages).removesuffix("\n")
     prompt = renderer.prompt(messages[:3])
-    assert rendered.tokens[: len(prompt)].tolist() == prompt
+    assert last[: len(prompt)].tolist() == prompt
 
 
 def test_a_message_the_template_leaves_out_is_an_error(tokenizer_of):

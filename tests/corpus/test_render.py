@@ -22,12 +22,13 @@ from mlx_zh.corpus.render import (
 from mlx_zh.errors import DataError
 
 FAMILIES = ("llama3", "qwen2", "qwen3", "smollm2", "mistral")
+FLAT = ("llama3", "qwen2", "smollm2", "mistral")  # earlier replies stay as they were written
 
 
 # --- Tokens and the mask -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FLAT)
 def test_tokens_are_the_text_encoded_once(tokenizer_of, family):
     tokenizer = tokenizer_of(family)
     renderer = Renderer(tokenizer)
@@ -45,7 +46,10 @@ def test_tokens_are_the_text_encoded_once(tokenizer_of, family):
         ("qwen2", ["Hello 世界🙂<|im_end|>", "好，今天天气很好。<|im_end|>"]),
         ("smollm2", ["Hello 世界🙂<|im_end|>", "好，今天天气很好。<|im_end|>"]),
         # What follows the generation prompt is what the model writes, an empty reasoning included.
-        ("qwen3", ["Hello 世界🙂<|im_end|>", "<think>\n\n</think>\n\n好，今天天气很好。<|im_end|>"]),
+        (
+            "qwen3",
+            ["<think>\n\n</think>\n\nHello 世界🙂<|im_end|>", "<think>\n\n</think>\n\n好，今天天气很好。<|im_end|>"],
+        ),
     ],
 )
 def test_mask_is_reply_and_end_of_turn(tokenizer_of, family, expected):
@@ -81,8 +85,9 @@ def test_prompt_is_the_beginning_of_the_conversation(tokenizer_of, family):
     renderer = Renderer(tokenizer_of(family))
     rendered = renderer.conversation(TWO_TURNS)
     prompt = renderer.prompt(TWO_TURNS[:3])
-    assert rendered.tokens[: len(prompt)].tolist() == prompt
-    assert rendered.trained[len(prompt) :].all() and not rendered.trained[len(prompt) - 1]
+    tokens, trained = rendered.paths()[-1]
+    assert tokens[: len(prompt)].tolist() == prompt
+    assert trained[len(prompt) :].all() and not trained[len(prompt) - 1]
 
 
 def test_characters_split_over_byte_tokens_are_wholly_trained(tokenizer_of):
@@ -174,7 +179,6 @@ def test_truncation_keeps_whole_turns(tokenizer_of):
 
 
 def test_a_truncated_conversation_is_rendered_as_if_it_had_ended_there(tokenizer_of):
-    # Qwen3 writes an empty reasoning into the last reply only, so 世界's reply has one once it is the last.
     tokenizer = tokenizer_of("qwen3")
     renderer = Renderer(tokenizer)
     n = len(renderer.conversation(TWO_TURNS).tokens)
@@ -229,9 +233,8 @@ def test_only_the_messages_control_tokens_change(tokenizer_of):
     assert typed.trained[-after:].tolist() == plain.trained[-after:].tolist()
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_control_tokens_that_cannot_be_told_apart_are_named(tokenizer_of, family):
-    tokenizer = tokenizer_of(family)
+def test_control_tokens_that_cannot_be_told_apart_are_named(tokenizer_of):
+    tokenizer = tokenizer_of("mistral")
     said = f"<think>x</think>{tokenizer.eos_token}"
     row = Conversation((user("Hello"), assistant(said), user("Hello"), assistant("Hello")), "data.jsonl:7")
     with pytest.raises(DataError, match=r"data\.jsonl:7: .*control tokens"):
@@ -247,7 +250,7 @@ def test_a_pair_is_two_conversations_with_one_prompt(tokenizer_of, family):
     prompt = TWO_TURNS[:3]
     pair = renderer.preference(Preference(prompt, "今天天气很好", "Hello", "x"))
     for response, text in ((pair.chosen, "今天天气很好"), (pair.rejected, "Hello")):
-        whole = renderer.conversation([*prompt, assistant(text)])
+        whole = renderer.conversation([*prompt, assistant(text)], train_on="last")
         assert np.concatenate([pair.prompt, response]).tolist() == whole.tokens.tolist()
         assert response.dtype == np.int32
     assert pair.prompt.tolist() == renderer.prompt(prompt)

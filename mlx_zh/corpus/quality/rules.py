@@ -9,7 +9,7 @@ from typing import TypedDict
 from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
 from mlx_zh.corpus.quality import characters, loops, replies
 from mlx_zh.corpus.quality.personal import Masks
-from mlx_zh.corpus.rows import LoadReport
+from mlx_zh.corpus.rows import LoadReport, changed_message
 
 Item = Conversation | Preference | Document
 ReplyRule = Callable[[str, str], str | None]  # (question, reply) -> what is wrong with the reply, or None
@@ -153,11 +153,15 @@ def _turns(item: Item) -> tuple[Message, ...]:
 
 
 def _texts(item: Item) -> list[str]:
-    if isinstance(item, Conversation):
-        return [message.content for message in item.messages]
     if isinstance(item, Document):
         return [item.text]
-    return [*(message.content for message in item.prompt), item.chosen, item.rejected]
+    if isinstance(item, Conversation):
+        return [text for message in item.messages for text in (message.reasoning, message.content)]
+    return [
+        *(text for message in item.prompt for text in (message.reasoning, message.content)),
+        item.chosen,
+        item.rejected,
+    ]
 
 
 def _changed(item: Item, change: Callable[[str], str]) -> Item:
@@ -171,4 +175,4 @@ def _changed(item: Item, change: Callable[[str], str]) -> Item:
 
 
 def _changed_turns(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:
-    return tuple(replace(message, content=change(message.content)) for message in messages)
+    return tuple(changed_message(message, change) for message in messages)
