@@ -21,16 +21,23 @@ from mlx_zh.system.downloads import Progress, RemoteFile, fetch_file
 from mlx_zh.system.links import check_file
 from mlx_zh.system.storage import is_system_note, visible_tree
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+DATA_SUFFIXES = (*_ROW_SUFFIXES, ".txt")
 # A hub's sets explain themselves in .md files, so these are data only on the user's own disk.
 LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".md")
+_OWN_TEXTS = (".txt", ".md")  # read only if a pattern names them, or if a folder has no files of rows
 TABLE_SUFFIXES = (
     ".csv",
     ".tsv",
     *EXCEL_SUFFIXES,
 )  # read only if a pattern names them, or if a folder has no other data files
 STORED_SUFFIXES = (".arrow", ".zip")  # read only if a pattern names them, or if a folder has no others
-_ABOUT = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|LICENSE.*|README.*", re.I)
+# Files that are no rows: what describes a set, and what a model's folder holds beside its weights.
+_ABOUT = re.compile(
+    r"dataset_infos?\.json|dataset_dict\.json|state\.json|(\w+_)?config\.json|LICENSE.*|README.*"
+    r"|tokenizer\.json|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.index\.json",
+    re.I,
+)
 _OTHER_SPLITS = ("test", "validation", "valid", "val", "dev")  # beside `train`, in the names of files
 _SPLITS = re.compile(rf"(?:^|[/_.-])(train|{'|'.join(_OTHER_SPLITS)})(?:[/_.-]|$)")
 
@@ -60,13 +67,13 @@ def registered_files(name: str, entry: DataSet, progress: Progress | None = None
 def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train") -> list[Path]:
     """The data files of a folder, sorted: those of `split` that match a pattern, or all of `split` without patterns.
 
-    Without patterns, these are the files of rows; in a folder without them the tables, and without tables the Arrow
-    files and zip archives. Raises DataError for a link that leads out of the folder, and if there is no data file.
+    Without patterns, these are the files of rows; in a folder without them the texts, without texts the tables, and
+    without tables the Arrow files and zip archives. Raises DataError for a link that leads out of the folder, and if there is no data file.
     """
     if patterns:
         files = _data_files(folder, patterns, split)
     else:
-        kinds = (LOCAL_SUFFIXES, TABLE_SUFFIXES, STORED_SUFFIXES)
+        kinds = (_ROW_SUFFIXES, _OWN_TEXTS, TABLE_SUFFIXES, STORED_SUFFIXES)
         files = next((files for kind in kinds if (files := _data_files(folder, patterns_of(kind), split))), [])
     if not files:
         named = ", ".join(patterns or [f"*{suffix}" for suffix in (*LOCAL_SUFFIXES, *TABLE_SUFFIXES)])

@@ -126,15 +126,14 @@ class RunFolder:
 
         Raises StorageError if another command holds the lock.
         """
-        with locked(self.path, command) as lock, device.awake(), console.hold_warnings():
+        with told_when_stopped(), locked(self.path, command) as lock, device.awake(), console.hold_warnings():
             if lock.left_by:
                 console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it saved.")
             if not lock.works:
                 console.warn(Notice("no-locks", folder=str(self.path)))
             for folder in (self.path, *self.path.glob("**/"), cache_folder(), *cache_folder().glob("*/")):
                 sweep(folder)
-            with told_when_stopped():
-                yield lock
+            yield lock
 
     @contextmanager
     def all_at_work(self, command: str, world: World) -> Iterator[None]:

@@ -23,7 +23,7 @@ MetricsLine = TypedDict(
     "MetricsLine",
     {
         "step": Required[int],  # optimizer steps so far
-        "epoch": Required[float],  # passes over the training data so far
+        "epoch": float,  # passes over the training data so far
         # A step
         "loss": float,  # mean over the step's scored tokens (SFT) or pairs (DPO), all ranks together
         "learning_rate": float,

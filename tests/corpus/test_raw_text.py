@@ -199,9 +199,13 @@ def test_a_file_is_read_no_further_than_the_passage_that_is_asked_for(write, mon
 
 
 def test_a_folder_gives_its_texts_but_not_what_explains_it(tmp_path: Path):
-    for name in ("a.txt", "b.md", "c.jsonl", "README.md", "LICENSE.txt", "._a.txt"):
+    about = ("README.md", "LICENSE.txt", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "model.index.json")
+    for name in ("a.txt", "b.md", "c.jsonl", "._a.txt", *about):
         (tmp_path / name).write_text("{}")
-    assert [path.name for path in folder_files(tmp_path)] == ["a.txt", "b.md", "c.jsonl"]
+    assert [path.name for path in folder_files(tmp_path)] == ["c.jsonl"]  # notes beside rows are no data
+    (tmp_path / "c.jsonl").unlink()
+    assert [path.name for path in folder_files(tmp_path)] == ["a.txt", "b.md"]
+    assert [path.name for path in folder_files(tmp_path, ["*.md"])] == ["b.md"]
 
 
 # --- A corpus ----------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_a_tracker_is_told_every_figure_and_no_secret(name, modules, tmp_path):
     ]
     assert module.run.finished and warnings == []
     assert (module.options["project"], module.options["name"]) == ("mlx-zh", "tiny-sft")
-    assert module.options["config"]["seed"] == 1 and "SECRET" not in str(module.options)
+    assert module.options["config"]["seed"] == 1 and "S3CRET42" not in str(module.options)
 
 
 @pytest.mark.parametrize("name", ["swanlab", "wandb"])
@@ -148,7 +148,7 @@ def test_a_tracker_that_is_not_installed_is_one_warning(name, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
-@pytest.mark.parametrize("error", [RuntimeError("token=SECRET\nlong"), SystemExit(1), OSError("no space")])
+@pytest.mark.parametrize("error", [RuntimeError("token=S3CRET42\nlong"), SystemExit(1), OSError("no space")])
 def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(moment, error, modules, tmp_path):
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -160,7 +160,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(moment, error,
         trackers.log({"step": step, "loss": 2.0})
     trackers.close()
     assert len(warnings) == 1 and warnings[0].startswith("wandb failed and is left out from here on: ")
-    assert "SECRET" not in warnings[0] and "\n" not in warnings[0]
+    assert "S3CRET42" not in warnings[0] and "\n" not in warnings[0]
     assert len(modules["swanlab"].run.lines) == 3 and modules["swanlab"].run.finished
 
 

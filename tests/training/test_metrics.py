@@ -50,7 +50,7 @@ def test_cut_never_makes_a_file_longer(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_can_be_read_back(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.append({"loss": float("nan"), "grad_norm": float("inf")})
+    log.append({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     (line,) = log.read()
     assert math.isnan(line["loss"]) and line["grad_norm"] == math.inf
 
