@@ -262,7 +262,13 @@ def _build(
         source_of = np.searchsorted(choice.starts, rows, side="right") - 1
         chosen = Chosen(source_of, rows - choice.starts[source_of])
         paths = write_shards(
-            scans, chosen, renderer, settings.render, work / "shards", lambda name, done: event("render", name, done)
+            scans,
+            chosen,
+            renderer,
+            settings.render,
+            work / "shards",
+            lambda name, done: event("render", name, done),
+            settings.on_invalid,
         )
         _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, folder)
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -51,6 +52,7 @@ class ChatTemplate:
         except Exception as error:  # untrusted code: RecursionError, SyntaxError, OverflowError, …
             raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
         self._environment = environment
+        self.text_arguments = False  # whether calls get their arguments as JSON text, and not as an object
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, source: str = "") -> str:
@@ -58,14 +60,38 @@ class ChatTemplate:
 
         Raises TemplateError if the template refuses it; the message begins with `source` ("file:line").
         """
-        self._environment.start(len(messages), sum(len(message.content) for message in messages))
-        rows = [{"role": message.role, "content": message.content} for message in messages]
+        self._environment.start(len(messages), sum(len(message.content) + len(message.calls) for message in messages))
+        variables = self._variables
+        if messages and messages[0].role == "tools":
+            variables = {**variables, "tools": json.loads(messages[0].content)}
+            messages = messages[1:]
+        rows = [
+            {"role": message.role, "content": message.content}
+            if message.role != "tool" and not message.calls
+            else self._tool_turn(message)
+            for message in messages
+        ]
         try:
-            return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
+            return self._template.render(variables, messages=rows, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # untrusted code may raise anything
             where = f"{source}: " if source else ""
             roles = listed([message.role for message in messages])
             raise TemplateError(f"{where}the chat template refuses the roles {roles}: {_reason(error)}") from error
+
+    def _tool_turn(self, message: Message) -> dict[str, Any]:
+        """A reply with calls, or a result, in the form that transformers gives to templates."""
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        row |= {"name": message.name} if message.name else {}
+        row |= {"tool_call_id": message.call_id} if message.call_id else {}
+        calls: list[dict[str, Any]] = json.loads(message.calls) if message.calls else []
+        if calls:
+            row["tool_calls"] = [self._call(**call) for call in calls]
+        return row
+
+    def _call(self, name: str, arguments: dict[str, Any], id: str = "") -> dict[str, Any]:
+        given = json.dumps(arguments, ensure_ascii=False) if self.text_arguments else arguments
+        call = {"type": "function", "function": {"name": name, "arguments": given}}
+        return call | {"id": id} if id else call
 
 
 def listed(roles: Sequence[str]) -> str:
@@ -90,6 +116,13 @@ def template_source(tokenizer: Any, chosen: str | None = None) -> str:
     if not isinstance(source, str) or not source.strip():
         raise TemplateError(NO_TEMPLATE)
     return source
+
+
+def tool_template_source(tokenizer: Any, chosen: str | None = None) -> str | None:
+    """The text of a template of its own for conversations with tools (`tool_use`); None if there is none."""
+    sources = getattr(tokenizer, "chat_template", None)
+    source = sources.get("tool_use") if chosen is None and isinstance(sources, dict) else None
+    return source if isinstance(source, str) and source.strip() else None
 
 
 class _GenerationBlock(Extension):

@@ -117,32 +117,32 @@ def _mathglm(row: Row) -> Iterator[Messages]:
 
 # In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Messages]] = {
-    "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
-    "sharegpt": Format(("conversations", "system"), lambda row: "conversations" in row, _sharegpt),
+    "messages": Format(("messages", "system", "tools"), lambda row: "messages" in row, _messages),
+    "sharegpt": Format(("conversations", "system", "tools"), lambda row: "conversations" in row, _sharegpt),
     "belle-seed": Format(
         ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
     ),
     "alpaca": Format(
-        ("instruction", "input", "output", "system", "history"), lambda row: "instruction" in row, _alpaca
+        ("instruction", "input", "output", "system", "history", "tools"), lambda row: "instruction" in row, _alpaca
     ),
     "prompt-response": Format(
-        ("prompt", "response", "completion", "system", "history"),
+        ("prompt", "response", "completion", "system", "history", "tools"),
         lambda row: "prompt" in row and ("response" in row or "completion" in row),
         _prompt_response,
     ),
     "query-response": Format(
-        ("query", "response", "system", "history"),
+        ("query", "response", "system", "history", "tools"),
         lambda row: "query" in row and "response" in row,
         dialogues.query_response,
     ),
     "rounds": Format(
-        ("conversation", "system"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
+        ("conversation", "system", "tools"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
     ),
     "moss": Format(
         ("meta_instruction", "chat"), lambda row: {"meta_instruction", "chat"} <= row.keys(), dialogues.moss
     ),
     "alternating": Format(
-        ("data", "system"),
+        ("data", "system", "tools"),
         lambda row: bool(row.get("data")) and dialogues.is_texts(row["data"]),
         dialogues.alternating,
     ),

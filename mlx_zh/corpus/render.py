@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mlx_zh.corpus.chat_template import ChatTemplate, template_source
+from mlx_zh.corpus.chat_template import ChatTemplate, template_source, tool_template_source
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
+from mlx_zh.corpus.tool_replies import RefusedTools, ToolReplies, ToolSupport, tool_support
+from mlx_zh.corpus.tools import uses_tools
 from mlx_zh.errors import DataError, TemplateError
 from mlx_zh.system.digests import text_digest
 
@@ -28,10 +30,13 @@ OVERFLOW = "longer than max_length"
 FIRST_EXCHANGE_OVERFLOW = "first exchange longer than max_length"
 NO_REPLY = "no assistant message"
 NOT_TRAINED = "not to be trained"  # every reply that is left is context only
+TOOLS = "tool message"  # the chat template does not write what the row has of tools
+REFUSED = "refused by the chat template"
 PROMPT_OVERFLOW = "prompt longer than max_length"
 CHOSEN_OVERFLOW = "chosen response does not fit into max_length"
 REJECTED_OVERFLOW = "rejected response does not fit into max_length"
 
+Result = TypeVar("Result")
 _BATCH = 512  # texts given to the tokenizer at once; this limits the memory of its encodings
 _FIRST_REPLIES = 64  # a longer conversation is rendered up to here first, to see whether max_length ends it before
 _CACHED_MESSAGES = 1 << 17  # of all layouts that are kept
@@ -84,6 +89,7 @@ class Renderer:
         self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         self._date_string = date_string
         self._template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
+        self._tool_source = tool_template_source(tokenizer, chat_template)
         self._encoder = PieceEncoder(tokenizer)
         self._backend = tokenizer.backend_tokenizer
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[Layout, int] | None] = {}
@@ -111,7 +117,15 @@ class Renderer:
     def fingerprint(self) -> str:
         """A digest that changes whenever the same messages could give other tokens."""
         state = (VERSION, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
-        return text_digest(repr(state))
+        return text_digest(repr(state if self._tool_source is None else (*state, self._tool_source)))
+
+    @cached_property
+    def _tools(self) -> tuple[ChatTemplate, ToolSupport]:
+        """The template for conversations with tools, and what it writes of them."""
+        template = self._template
+        if self._tool_source is not None:
+            template = ChatTemplate(self._tool_source, date_string=self._date_string, variables=self._variables)
+        return template, tool_support(template)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -128,7 +142,8 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The rendered text, with the header of the assistant's next turn if asked for. Raises TemplateError."""
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        template = self._tools[0] if uses_tools(messages) else self._template
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated. Raises TemplateError or DataError."""
@@ -167,8 +182,12 @@ class Renderer:
         max_length: int | None = None,
         on_overflow: str = "truncate",
         dropped: Counter[str] | None = None,
+        on_invalid: str = "error",
     ) -> list[Rendered | None]:
-        """Like `conversation`, for many at once, which is much faster."""
+        """Like `conversation`, for many at once, which is much faster.
+
+        With on_invalid="skip" those that the chat template cannot render are dropped and counted.
+        """
         if train_on not in TRAIN_ON:
             raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}, got {train_on!r}")
         if on_overflow not in ON_OVERFLOW:
@@ -177,9 +196,14 @@ class Renderer:
         truncate = on_overflow == "truncate" and train_on != "last"
         results: list[Rendered | None] = []
         for first in range(0, len(batch), _BATCH):
-            part = [self._limited(*_messages_and_source(item), max_length) for item in batch[first : first + _BATCH]]
-            encoded = self._encode([cut for _, cut, _ in part])
-            for (messages, cut, beyond), pieces in zip(part, encoded, strict=True):
+            items = [_messages_and_source(item) for item in batch[first : first + _BATCH]]
+            limited = [_or_refused(partial(self._limited, *item, max_length), on_invalid, dropped) for item in items]
+            encoded = iter(self._encode([row[1] for row in limited if row is not None]))
+            for row in limited:
+                if row is None:
+                    results.append(None)
+                    continue
+                (messages, cut, beyond), pieces = row, next(encoded)
                 length = sum(map(len, pieces))
                 if not pieces:
                     dropped[NO_REPLY] += 1
@@ -205,30 +229,37 @@ class Renderer:
         return self.preferences([pair], max_length=max_length, dropped=dropped)[0]
 
     def preferences(
-        self, batch: Sequence[Preference], *, max_length: int | None = None, dropped: Counter[str] | None = None
+        self,
+        batch: Sequence[Preference],
+        *,
+        max_length: int | None = None,
+        dropped: Counter[str] | None = None,
+        on_invalid: str = "error",
     ) -> list[RenderedPair | None]:
-        """Like `preference`, for many at once, which is much faster."""
+        """Like `preference`, for many at once, which is much faster; `on_invalid` is as in `conversations`."""
         dropped = Counter() if dropped is None else dropped
         results: list[RenderedPair | None] = []
         for first in range(0, len(batch), _BATCH // 2):
             part = batch[first : first + _BATCH // 2]
-            cuts = []
-            for pair in part:
-                chosen, rejected = (
-                    self._cut((*pair.prompt, Message("assistant", response)), pair.source)
-                    for response in (pair.chosen, pair.rejected)
-                )
-                if chosen.pieces[:-1] != rejected.pieces[:-1]:
-                    raise TemplateError(
-                        f"{pair.source}: the chat template writes the prompt differently before the chosen and the "
-                        "rejected response, so the two cannot be compared"
-                    )
-                # If the tokenizer can encode a piece by itself, the prompt is encoded once.
-                cuts += [chosen, rejected.last() if self._encoder.cuts_anywhere else rejected]
-            encoded = iter(self._encode(cuts))
-            for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
-                results.append(_pair(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
+            cuts = [_or_refused(partial(self._cut_pair, pair), on_invalid, dropped) for pair in part]
+            encoded = iter(self._encode([cut for pair_cuts in cuts for cut in pair_cuts or ()]))
+            for pair, pair_cuts in zip(part, cuts, strict=True):
+                if pair_cuts is None:
+                    results.append(None)
+                else:
+                    results.append(_pair(pair.source, next(encoded), next(encoded), max_length, dropped))
         return results
+
+    def _cut_pair(self, pair: Preference) -> tuple[_Cut, _Cut]:
+        """Prompt and chosen response, and prompt and rejected response or the latter alone, rendered and cut."""
+        chosen, rejected = (self._cut((*pair.prompt, answer), pair.source) for answer in pair.answers)
+        if chosen.pieces[:-1] != rejected.pieces[:-1]:
+            raise TemplateError(
+                f"{pair.source}: the chat template writes the prompt differently before the chosen and the "
+                "rejected response, so the two cannot be compared"
+            )
+        # If the tokenizer can encode a piece by itself, the prompt is encoded once.
+        return chosen, rejected.last() if self._encoder.cuts_anywhere else rejected
 
     def _limited(
         self, messages: Sequence[Message], source: str, max_length: int | None
@@ -267,6 +298,8 @@ class Renderer:
             length += len(prompt) + len(reply)
             fits += length <= max_length
         for end in reversed(ends[:fits]):
+            if messages[end - 1].calls or (end < len(messages) and messages[end].role == "tool"):
+                continue  # a call stays with its result
             # Rendered again, because a template may write a turn differently when it is the last one.
             shorter = self._encode([self._cut(messages[:end], source)])[0]
             if sum(map(len, shorter)) <= max_length:
@@ -276,6 +309,8 @@ class Renderer:
 
     def _cut(self, messages: Sequence[Message], source: str, *, add_generation_prompt: bool = False) -> _Cut:
         """Render and cut into prompt, reply, prompt, reply …; the last piece is a reply, or a prompt if asked for."""
+        if uses_tools(messages):
+            return self._cut_with_tools(messages, source, add_generation_prompt)
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt, source=source)
         roles = tuple(message.role for message in messages)
         if "assistant" not in roles and not add_generation_prompt:
@@ -299,6 +334,20 @@ class Renderer:
         spans = find_replies(
             self._template, render, messages, text, self._encoder.added, self.end_of_turn, source=source
         )
+        return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
+
+    def _cut_with_tools(self, messages: Sequence[Message], source: str, add_generation_prompt: bool) -> _Cut:
+        """Like `_cut`, for a conversation with tools. Raises RefusedTools if the template cannot write it."""
+        template, support = self._tools
+        support.check(messages, source)
+        control = self._encoder.control
+        if any(control.search(text) for m in messages for text in (m.content, m.calls, m.name)):
+            where = f"{source}: " if source else ""
+            raise DataError(
+                f"{where}a conversation with tools spells one of the model's control tokens; take it out of the text"
+            )
+        text = _rendered_with_tools(template, messages, add_generation_prompt, source)
+        spans = ToolReplies(template, messages, text, control, source).spans()
         return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
 
     def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[Layout, int] | None:
@@ -325,6 +374,26 @@ class Renderer:
             next(plain) if cut.guarded is None else self._encoder.encode_guarded(cut.guarded, source=cut.source)
             for cut in cuts
         ]
+
+
+def _rendered_with_tools(template: ChatTemplate, messages: Sequence[Message], ask: bool, source: str) -> str:
+    try:
+        return template.render(messages, add_generation_prompt=ask, source=source)
+    except TemplateError as error:  # e.g. Llama 3.1's, which writes one call a reply
+        raise RefusedTools(str(error)) from error
+
+
+def _or_refused(
+    render: Callable[[], Result], on_invalid: str, dropped: Counter[str]
+) -> Result | None:
+    """What `render` returns; with on_invalid="skip" None, counted, for what the chat template cannot write."""
+    try:
+        return render()
+    except (TemplateError, DataError) as error:
+        if on_invalid != "skip":
+            raise
+        dropped[TOOLS if isinstance(error, RefusedTools) else REFUSED] += 1
+        return None
 
 
 def _messages_and_source(item: Conversation | Sequence[Message]) -> tuple[Sequence[Message], str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
@@ -16,8 +16,22 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
-from mlx_zh.corpus.row_keys import check_row, is_trained, unused_columns
+from mlx_zh.corpus.row_keys import RowKeys, check_text, is_trained, row_keys, unused_columns, unused_keys
 from mlx_zh.corpus.tables import read_arrow
+from mlx_zh.corpus.tools import (
+    CALL_ROLES,
+    DESCRIPTIONS,
+    RESULT_ROLES,
+    call_message,
+    calls_of,
+    changed_json,
+    check_tool_turns,
+    described_tools,
+    linked,
+    result_text,
+    uses_tools,
+    with_tools,
+)
 from mlx_zh.errors import DataError
 
 Row = Mapping[str, Any]
@@ -29,8 +43,9 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
     "system": "system",
 }
-_TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", "ipython")
-_OPTIONAL = ("input", "system", "history")  # columns that a row may lack
+_OPTIONAL = ("input", "system", "history", "tools")  # columns that a row may lack
+_OF_MESSAGES = ("messages", "conversations", "context", "prompt", "chosen", "rejected", "rejected_messages")
+_DESCRIPTIONS = frozenset(DESCRIPTIONS)
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, and unused columns that are kept
@@ -119,7 +134,8 @@ def iter_rows(
         format, rows = _detect(path, rows, formats)
     report.format = format
     errors: list[str] = []
-    for place, parsed in parse_rows(_watched(rows, formats[format], report), formats[format], finish):
+    watched = _watched(rows, formats[format], report)
+    for place, parsed in parse_rows(watched, formats[format], finish, columns=columns):
         report.rows += 1
         if isinstance(parsed, InvalidRow):
             report.drop(parsed.reason, place)
@@ -135,12 +151,17 @@ def iter_rows(
 
 
 def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: LoadReport) -> Iterator[tuple[str, Any]]:
-    """The rows; `report` gets the names of the columns that nothing reads."""
+    """The rows; `report` gets the names of the columns, and of the keys of messages, that nothing reads."""
     seen: set[tuple[str, ...]] = set()
+    lists = [name for name in form.columns if name in _OF_MESSAGES]
     for place, row in rows:
-        if isinstance(row, dict) and (names := tuple(row)) not in seen and len(seen) < _WATCHED:
-            seen.add(names)
-            report.unused = list(dict.fromkeys(report.unused + unused_columns(row, form.columns)))[:_UNUSED]
+        if isinstance(row, dict):
+            if (names := tuple(row)) not in seen and len(seen) < _WATCHED:
+                seen.add(names)
+                report.unused = list(dict.fromkeys(report.unused + unused_columns(row, form.columns)))[:_UNUSED]
+            for name in lists:
+                if isinstance(value := row.get(name), list) and (keys := unused_keys(value, name)):
+                    report.unused = list(dict.fromkeys(report.unused + keys))[:_UNUSED]
         yield place, row
 
 
@@ -158,12 +179,19 @@ def open_rows(
 
 
 def parse_rows(
-    rows: Iterable[tuple[str, Any]], form: Format[Parsed], finish: Callable[[Parsed], Parsed] | None = None
+    rows: Iterable[tuple[str, Any]],
+    form: Format[Parsed],
+    finish: Callable[[Parsed], Parsed] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, list[Parsed] | InvalidRow]]:
-    """The place and the items of each row, or why it cannot be used."""
+    """The place and the items of each row, or why it cannot be used. `columns` are those that `open_rows` renamed."""
+    keys = row_keys(form.columns, tuple(columns or ()))
     for place, row in rows:
         try:
-            items = list(form.parse(_as_row(row)))
+            items = list(form.parse(_as_row(row, keys)))
+            if not _DESCRIPTIONS.isdisjoint(row) and (tools := described_tools(row)):
+                items = [with_tools(item, tools) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:
             yield place, invalid
@@ -258,12 +286,12 @@ def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parse
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
 
-def _as_row(row: Any) -> Row:
+def _as_row(row: Any, keys: RowKeys) -> Row:
     if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("wrong type", f"a row must be an object, got a {_kind(row)}")
-    check_row(row)
+    keys.check(row)
     return row
 
 
@@ -310,16 +338,33 @@ def message_of(value: Any, label: str) -> Message:
         keys = (keys[0], "text")
     role = value.get(keys[0])
     if not isinstance(role, str) or role.lower() not in ROLES:
-        if role in _TOOL_ROLES:
-            raise InvalidRow("tool message", f"{label}: messages of tools are not supported (role {role!r})")
-        raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
+        return _tool_message(value, role, keys[1], label)
     trained = is_trained(value, label)
+    calls = calls_of(value, label) if len(value) > 2 else ""
+    if calls and ROLES[role.lower()] != "assistant":
+        raise InvalidRow("tool message", f"{label}: only the assistant calls tools, got role {role!r}")
+    if calls and value.get(keys[1]) is None:
+        return Message("assistant", "", trained, calls=calls)
     if value.get(keys[1]) is None:
         raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
     said = value[keys[1]]
     if isinstance(said, list) and all(isinstance(part, str) for part in said):
         said = "".join(said)
-    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained)
+    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, calls=calls)
+
+
+def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
+    """A call or a result that is a turn of its own."""
+    if role not in (*CALL_ROLES, *RESULT_ROLES):
+        raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
+    trained = is_trained(value, label)
+    if key not in value:
+        raise InvalidRow("missing field", f"{label}: '{key}' is missing or null")
+    if role in CALL_ROLES:
+        return call_message(value[key], trained, f"{label}: '{key}'")
+    content = _as_text(result_text(value[key]), f"{label}: '{key}'")
+    name, call_id = (value[k] if isinstance(value.get(k), str) else "" for k in ("name", "tool_call_id"))
+    return Message("tool", content, name=name, call_id=call_id)
 
 
 def messages_of(value: Any, label: str) -> list[Message]:
@@ -327,19 +372,35 @@ def messages_of(value: Any, label: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
     messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
-    return without_blank_system(messages)
+    return without_blank_system(linked(messages) if uses_tools(messages) else messages)
 
 
 def without_blank_system(messages: list[Message]) -> list[Message]:
-    """The messages without a first system message that is blank."""
-    return messages[1:] if messages[0].role == "system" and is_blank(messages[0].content) else messages
+    """The messages without a system message that is blank."""
+    first = _turns_from(messages) - 1
+    blank = first >= 0 and messages[first].role == "system" and is_blank(messages[first].content)
+    return [*messages[:first], *messages[first + 1 :]] if blank else messages
+
+
+def _turns_from(messages: Sequence[Message]) -> int:
+    """The index of the first turn: after the descriptions of tools and the system message, where they are."""
+    first = 1 if messages and messages[0].role == "tools" else 0
+    return first + 1 if len(messages) > first and messages[first].role == "system" else first
 
 
 def changed(messages: Iterable[Message], change: Change) -> list[Message]:
     """The messages with `change` applied to every text, and without a system message that is blank then."""
-    return without_blank_system(
-        [Message(message.role, change(message.content), message.trained) for message in messages]
-    )
+    return without_blank_system([changed_message(message, change) for message in messages])
+
+
+def changed_message(message: Message, change: Change) -> Message:
+    """A message with `change` applied to every text in it."""
+    if message.role in ("tools", "tool") or message.calls:
+        is_json = message.role == "tools"
+        content = changed_json(message.content, change) if is_json else change(message.content)
+        calls = changed_json(message.calls, change)
+        return replace(message, content=content, calls=calls, name=change(message.name))
+    return Message(message.role, change(message.content), message.trained)
 
 
 # White space, control characters, and characters that Unicode gives no width or ignores by default.
@@ -396,7 +457,10 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     Raises InvalidRow unless a system message stands only at the start, user and assistant alternate after it, the
     role `last` is at the end, and no message is empty.
     """
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    turns = messages[_turns_from(messages) :]
+    if uses_tools(turns):
+        check_tool_turns(turns, is_blank, check_text, last=last, first=1 + len(messages) - len(turns))
+        return _with_a_trained_reply(messages, last)
     for i, message in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
         if message.role != expected:
@@ -405,10 +469,17 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
         if is_blank(message.content):
             reason = "empty reply" if expected == "assistant" else "empty user message"
             raise InvalidRow(reason, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
+        if "<" in message.content:
+            check_text(message, f"message {i + 1 + len(messages) - len(turns)} ({message.role})")
     if not turns or turns[-1].role != last:
         got = turns[-1].role if turns else "no turn"
         raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")
-    if last == "assistant" and not any(message.trained for message in turns[1::2]):
+    return _with_a_trained_reply(messages, last)
+
+
+def _with_a_trained_reply(messages: Sequence[Message], last: str) -> tuple[Message, ...]:
+    """The messages as a tuple. Raises InvalidRow if no reply in a whole conversation is to be learned."""
+    if last == "assistant" and not any(message.trained for message in messages if message.role == "assistant"):
         raise InvalidRow("not to be trained", "every reply has weight 0 or loss false, so there is nothing to learn")
     return tuple(messages)
 

@@ -234,36 +234,49 @@ def _prompt(item: Item) -> tuple[Message, ...]:
 
 def _texts(item: Item) -> list[str]:
     """The texts of a row without the system message: rows that differ only in that are duplicates."""
-    texts = [
-        m.content.strip() if m.trained else f"\x1e{m.content.strip()}" for m in _prompt(item) if m.role != "system"
-    ]
-    return texts if isinstance(item, Conversation) else [*texts, item.chosen.strip(), item.rejected.strip()]
+    said = [message for message in _prompt(item) if message.role != "system"]
+    texts = [(m.content.strip() if m.trained else f"\x1e{m.content.strip()}") + m.calls for m in said]
+    if isinstance(item, Conversation):
+        return texts
+    return [*texts, item.chosen.strip() + item.chosen_calls, item.rejected.strip() + item.rejected_calls]
 
 
 def characters_of(item: Item) -> int:
     """The characters of all texts of a row."""
-    length = sum(len(message.content) for message in _prompt(item))
-    return length if isinstance(item, Conversation) else length + len(item.chosen) + len(item.rejected)
+    length = sum(len(message.content) + len(message.calls) for message in _prompt(item))
+    if isinstance(item, Conversation):
+        return length
+    return length + sum(map(len, (item.chosen, item.rejected, item.chosen_calls, item.rejected_calls)))
 
 
 def _sides(item: Item) -> tuple[list[str], list[str]]:
-    """What the user says, and everything else but the system message: the two sides of a near duplicate."""
+    """What the user says, and everything else but tools and the system message: the sides of a near duplicate."""
     asked = [message.content for message in _prompt(item) if message.role == "user"]
-    said = [message.content for message in _prompt(item) if message.role not in ("user", "system")]
-    return asked, said if isinstance(item, Conversation) else [*said, item.chosen, item.rejected]
+    said = [m.content + m.calls for m in _prompt(item) if m.role not in ("user", "system", "tools")]
+    if isinstance(item, Conversation):
+        return asked, said
+    return asked, [*said, item.chosen, item.chosen_calls, item.rejected, item.rejected_calls]
 
 
 def _row(item: Item) -> tuple[Any, ...]:
     """The item as values that JSON can hold; `_item` is the inverse."""
-    turns = tuple((m.role, m.content) if m.trained else (m.role, m.content, False) for m in _prompt(item))
+    turns = tuple(map(_turn, _prompt(item)))
     if isinstance(item, Conversation):
         return item.source, turns
-    return item.source, turns, item.chosen, item.rejected
+    calls = (item.chosen_calls, item.rejected_calls) if item.chosen_calls or item.rejected_calls else ()
+    return item.source, turns, item.chosen, item.rejected, *calls
+
+
+def _turn(message: Message) -> tuple[Any, ...]:
+    if message.calls or message.role == "tool":
+        return message.role, message.content, message.trained, message.calls, message.name, message.call_id
+    return (message.role, message.content) if message.trained else (message.role, message.content, False)
 
 
 def _item(row: tuple[Any, ...]) -> Item:
-    messages = tuple(Message(*turn) for turn in row[1])
-    return Conversation(messages, row[0]) if len(row) == 2 else Preference(messages, row[2], row[3], row[0])
+    source, turns, *answers = row
+    messages = tuple(Message(*turn) for turn in turns)
+    return Preference(messages, *answers[:2], source, *answers[2:]) if answers else Conversation(messages, source)
 
 
 def main(argv: list[str]) -> int:

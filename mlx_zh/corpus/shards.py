@@ -69,8 +69,12 @@ def write_shards(
     settings: RenderSettings,
     folder: Path,
     progress: Progress,
+    on_invalid: str = "error",
 ) -> list[Path]:
-    """Render the chosen rows into Arrow files in `folder`. Raises TemplateError, DataError or StorageError."""
+    """Render the chosen rows into Arrow files in `folder`. Raises TemplateError, DataError or StorageError.
+
+    With on_invalid="skip" rows that the chat template cannot write are dropped and counted.
+    """
     with storage_errors(folder):
         make_folder(folder)
     paths = []
@@ -80,7 +84,8 @@ def write_shards(
             stop = min(start + ROWS, len(chosen))
             if not _is_whole(path):
                 part = Chosen(chosen.sources[start:stop], chosen.rows[start:stop])
-                _write(scans, part, renderer, settings, path, threads, partial(_report_from, progress, start))
+                render = partial(_render, renderer, settings, on_invalid)
+                _write(scans, part, render, SCHEMAS[settings.kind], path, threads, partial(_report_from, progress, start))
             paths.append(path)
             progress("", stop)
     return paths
@@ -110,20 +115,20 @@ def _report_from(progress: Progress, start: int, done: int) -> None:
 
 
 CUT_SHORT = "cut short"
+_Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
+_Results = tuple[Sequence[Rendered | RenderedPair | None], Counter[str]]  # and how many were dropped, by reason
 
 
 def _write(
     scans: Sequence[Scan],
     chosen: Chosen,
-    renderer: Renderer,
-    settings: RenderSettings,
+    render: Callable[[_Batch], _Results],
+    schema: pa.Schema,
     path: Path,
     threads: ThreadPoolExecutor,
     progress: Callable[[int], None],
 ) -> None:
-    schema = SCHEMAS[settings.kind]
     counts: dict[int, Counter[str]] = {}
-    render = partial(_render, renderer, settings)
     done = 0
     with written_whole(path) as file, pa.ipc.new_stream(file, schema) as writer:
         batches = _batches(scans, chosen)
@@ -135,9 +140,6 @@ def _write(
             done += len(items)
             progress(done)
     write_exact_json(path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts})
-
-
-_Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
 
 
 def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
@@ -159,13 +161,12 @@ def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
                 yield source, numbers, [items[n - first] for n in numbers]
 
 
-def _render(
-    renderer: Renderer, settings: RenderSettings, batch: _Batch
-) -> tuple[Sequence[Rendered | RenderedPair | None], Counter[str]]:
+def _render(renderer: Renderer, settings: RenderSettings, on_invalid: str, batch: _Batch) -> _Results:
     dropped: Counter[str] = Counter()
     if settings.kind == "dpo":
         pairs = [prompt_with_system(item, settings.system) for item in batch[2] if isinstance(item, Preference)]
-        return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped), dropped
+        options: dict[str, Any] = {"max_length": settings.max_length, "dropped": dropped, "on_invalid": on_invalid}
+        return renderer.preferences(pairs, **options), dropped
     conversations = [with_system(item, settings.system) for item in batch[2] if isinstance(item, Conversation)]
     rendered = renderer.conversations(
         conversations,
@@ -173,6 +174,7 @@ def _render(
         max_length=settings.max_length,
         on_overflow=settings.on_overflow,
         dropped=dropped,
+        on_invalid=on_invalid,
     )
     return rendered, dropped
 

@@ -191,9 +191,8 @@ def tokens_per_character(scans: Sequence[Scan], choice: Choice, renderer: Render
 def _texts(item: Item) -> list[str]:
     from mlx_zh.corpus.conversation import Conversation
 
-    if isinstance(item, Conversation):
-        return [message.content for message in item.messages]
-    return [*(message.content for message in item.prompt), item.chosen, item.rejected]
+    messages = item.messages if isinstance(item, Conversation) else (*item.prompt, *item.answers)
+    return [text for message in messages for text in (message.content, message.calls) if text]
 
 
 def write_histogram(lengths: npt.NDArray[np.int32], file: IO[bytes], title: str) -> None:
