@@ -142,7 +142,8 @@ def _swift(row: Row) -> Iterator[Pair]:
     messages = with_system(row, messages_of(row.get("messages"), "'messages'"))
     chosen = check_turns(messages, last="assistant")
     if "rejected_response" not in row:
-        yield _whole(chosen, messages_of(row.get("rejected_messages"), "'rejected_messages'"))
+        rejected = with_system(row, messages_of(row.get("rejected_messages"), "'rejected_messages'"))
+        yield _whole(messages, rejected)
         return
     yield _check_pair(chosen[:-1], _learned(chosen[-1], "messages"), _response(row, "rejected_response"))
 
