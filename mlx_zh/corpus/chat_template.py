@@ -66,9 +66,7 @@ class ChatTemplate:
             variables = {**variables, "tools": json.loads(messages[0].content)}
             messages = messages[1:]
         rows = [
-            {"role": message.role, "content": message.content}
-            if message.role != "tool" and not message.calls
-            else self._tool_turn(message)
+            self._tool_turn(message) if message.calls else {"role": message.role, "content": message.content}
             for message in messages
         ]
         try:
@@ -81,12 +79,11 @@ class ChatTemplate:
     def _tool_turn(self, message: Message) -> dict[str, Any]:
         """A reply with calls, or a result, in the form that transformers gives to templates."""
         row: dict[str, Any] = {"role": message.role, "content": message.content}
-        row |= {"name": message.name} if message.name else {}
-        row |= {"tool_call_id": message.call_id} if message.call_id else {}
-        calls: list[dict[str, Any]] = json.loads(message.calls) if message.calls else []
-        if calls:
-            row["tool_calls"] = [self._call(**call) for call in calls]
-        return row
+        calls = json.loads(message.calls)
+        if message.role == "assistant":
+            return row | {"tool_calls": [self._call(**call) for call in calls]}
+        names = {"name": "name", "id": "tool_call_id"}
+        return row | {names[key]: value for key, value in calls.items()}
 
     def _call(self, name: str, arguments: dict[str, Any], id: str = "") -> dict[str, Any]:
         given = json.dumps(arguments, ensure_ascii=False) if self.text_arguments else arguments

@@ -16,9 +16,7 @@ class Message:
     role: str
     content: str
     trained: bool = True
-    calls: str = ""  # of a reply: JSON text of its calls of tools, [{name, arguments, id?}, …]; "" for none
-    name: str = ""  # of a tool's result: the tool
-    call_id: str = ""  # of a tool's result: the call that it belongs to
+    calls: str = ""  # JSON text; of a reply its calls of tools, [{name, arguments, id?}, …]; of a result {name?, id?}
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,9 @@ def iter_preferences(
         if change is None:
             return pair
         prompt, chosen, rejected = pair
-        return _check_pair(changed(prompt, change), changed_message(chosen, change), changed_message(rejected, change))
+        return _check_pair(
+            changed(prompt, change), changed_message(chosen, change), changed_message(rejected, change)
+        )
 
     for place, pair in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
         yield as_preference(pair, place)

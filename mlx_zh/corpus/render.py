@@ -341,7 +341,7 @@ class Renderer:
         template, support = self._tools
         support.check(messages, source)
         control = self._encoder.control
-        if any(control.search(text) for m in messages for text in (m.content, m.calls, m.name)):
+        if any(control.search(text) for m in messages for text in (m.content, m.calls)):
             where = f"{source}: " if source else ""
             raise DataError(
                 f"{where}a conversation with tools spells one of the model's control tokens; take it out of the text"
@@ -383,9 +383,7 @@ def _rendered_with_tools(template: ChatTemplate, messages: Sequence[Message], as
         raise RefusedTools(str(error)) from error
 
 
-def _or_refused(
-    render: Callable[[], Result], on_invalid: str, dropped: Counter[str]
-) -> Result | None:
+def _or_refused(render: Callable[[], Result], on_invalid: str, dropped: Counter[str]) -> Result | None:
     """What `render` returns; with on_invalid="skip" None, counted, for what the chat template cannot write."""
     try:
         return render()

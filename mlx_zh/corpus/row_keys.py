@@ -93,19 +93,17 @@ class RowKeys(NamedTuple):
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Raise InvalidRow if a key of the row changes its meaning in a way that is not supported."""
-        if not self.watched.isdisjoint(row):
-            for key in sorted(self.watched.intersection(row)):
-                _check_key(key, row, self.told)
+        for key in sorted(self.watched.intersection(row)):
+            _check_key(key, row, self.told)
 
 
 @cache
 def row_keys(columns: tuple[str, ...], mapped: tuple[str, ...] = ()) -> RowKeys:
-    """What is looked at in a format with these columns; `mapped` are those whose names in the file the recipe gives."""
-    every = REFUSED_IN_ROW.keys() | FALSE_REFUSED.keys() | NOT_POSITIVE_REFUSED.keys() | set(WEIGHTS)
-    marks = {name for names in MARKS for name in names} if "rejected" in columns else set()
-    return RowKeys(
-        frozenset((every | UNREAD.keys() | marks) - set(columns)), any(name in _ANSWERS for name in mapped)
-    )
+    """What is looked at in a format with these columns; the recipe says which columns of the file are `mapped`."""
+    every = REFUSED_IN_ROW.keys() | FALSE_REFUSED.keys() | NOT_POSITIVE_REFUSED.keys() | {*WEIGHTS, *DESCRIPTIONS}
+    marks = {better for better, _ in MARKS} if "rejected" in columns else set()
+    watched = every | ((UNREAD.keys() | marks) - set(columns))
+    return RowKeys(frozenset(watched), any(name in _ANSWERS for name in mapped))
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -137,8 +135,8 @@ def _check_key(key: str, row: Mapping[str, Any], told: bool) -> None:
 def _unread(key: str) -> str:
     if UNREAD[key] == "preference pair":
         return (
-            f"'{key}' says that this row is a pair for DPO; name the file under data.dpo, or say with `columns` which "
-            "column has the answer to learn"
+            f"'{key}' says that this row is a pair for DPO; name the file under data.dpo, or say with `columns` "
+            "which column has the answer to learn"
         )
     return f"'{key}' is not read in this format; put it into the messages, or take it out of the rows"
 
@@ -175,6 +173,14 @@ def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     return [name for name in row if name not in known]
 
 
+def has_more_keys(messages: Sequence[Any]) -> bool:
+    """Whether a message has more than a role and a content."""
+    for message in messages:  # noqa: SIM110  (in every row, so a plain loop)
+        if len(message) != 2 and isinstance(message, dict):
+            return True
+    return False
+
+
 def unused_keys(messages: Sequence[Any], column: str) -> list[str]:
     """The keys with content in a column's messages that nothing reads, as column[].key."""
     return [
@@ -189,8 +195,8 @@ def unused_keys(messages: Sequence[Any], column: str) -> list[str]:
 
 
 def _counts(key: str, value: Any) -> bool:
-    """Whether a value that is refused says something. A mask of false or 0 does too: it may say what is not learned."""
-    if REFUSED.get(key) == "mask" and (value is False or _is_number(value)):
+    """Whether a value that is refused says something. A mask of false does: it may say what is not learned."""
+    if REFUSED.get(key) == "mask" and isinstance(value, int | float):  # true and false too
         return True
     return has_content(value) and value is not True and not (isinstance(value, str) and value.lower() in _SWITCHES)
 
@@ -211,7 +217,7 @@ def _is_false(key: str, value: Any) -> bool:
 def _tag_in(value: Any) -> str:
     """The first placeholder such as <image> in the texts of a value; "" if there is none."""
     if isinstance(value, str):
-        tag = _TAG.search(value)
-        return tag[0] if tag else ""
+        match = _TAG.search(value)
+        return match[0] if match else ""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next((tag for part in inner if (tag := _tag_in(part))), "")

@@ -16,11 +16,18 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
-from mlx_zh.corpus.row_keys import RowKeys, check_text, is_trained, row_keys, unused_columns, unused_keys
+from mlx_zh.corpus.row_keys import (
+    RowKeys,
+    check_text,
+    has_more_keys,
+    is_trained,
+    row_keys,
+    unused_columns,
+    unused_keys,
+)
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.corpus.tools import (
     CALL_ROLES,
-    DESCRIPTIONS,
     RESULT_ROLES,
     call_message,
     calls_of,
@@ -28,6 +35,7 @@ from mlx_zh.corpus.tools import (
     check_tool_turns,
     described_tools,
     linked,
+    result_of,
     result_text,
     uses_tools,
     with_tools,
@@ -45,7 +53,7 @@ ROLES = {
 }
 _OPTIONAL = ("input", "system", "history", "tools")  # columns that a row may lack
 _OF_MESSAGES = ("messages", "conversations", "context", "prompt", "chosen", "rejected", "rejected_messages")
-_DESCRIPTIONS = frozenset(DESCRIPTIONS)
+_HEAD = frozenset(("tools", "system"))  # roles that stand before the first turn
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, and unused columns that are kept
@@ -160,7 +168,8 @@ def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: Load
                 seen.add(names)
                 report.unused = list(dict.fromkeys(report.unused + unused_columns(row, form.columns)))[:_UNUSED]
             for name in lists:
-                if isinstance(value := row.get(name), list) and (keys := unused_keys(value, name)):
+                value = row.get(name)
+                if isinstance(value, list) and has_more_keys(value) and (keys := unused_keys(value, name)):
                     report.unused = list(dict.fromkeys(report.unused + keys))[:_UNUSED]
         yield place, row
 
@@ -190,7 +199,7 @@ def parse_rows(
     for place, row in rows:
         try:
             items = list(form.parse(_as_row(row, keys)))
-            if not _DESCRIPTIONS.isdisjoint(row) and (tools := described_tools(row)):
+            if not keys.watched.isdisjoint(row) and (tools := described_tools(row)):
                 items = [with_tools(item, tools) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:
@@ -291,7 +300,8 @@ def _as_row(row: Any, keys: RowKeys) -> Row:
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("wrong type", f"a row must be an object, got a {_kind(row)}")
-    keys.check(row)
+    if not keys.watched.isdisjoint(row):
+        keys.check(row)
     return row
 
 
@@ -364,7 +374,7 @@ def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
         return call_message(value[key], trained, f"{label}: '{key}'")
     content = _as_text(result_text(value[key]), f"{label}: '{key}'")
     name, call_id = (value[k] if isinstance(value.get(k), str) else "" for k in ("name", "tool_call_id"))
-    return Message("tool", content, name=name, call_id=call_id)
+    return Message("tool", content, calls=result_of(name, call_id))
 
 
 def messages_of(value: Any, label: str) -> list[Message]:
@@ -377,30 +387,44 @@ def messages_of(value: Any, label: str) -> list[Message]:
 
 def without_blank_system(messages: list[Message]) -> list[Message]:
     """The messages without a system message that is blank."""
+    if messages[0].role not in _HEAD:
+        return messages
     first = _turns_from(messages) - 1
-    blank = first >= 0 and messages[first].role == "system" and is_blank(messages[first].content)
+    blank = messages[first].role == "system" and is_blank(messages[first].content)
     return [*messages[:first], *messages[first + 1 :]] if blank else messages
 
 
 def _turns_from(messages: Sequence[Message]) -> int:
     """The index of the first turn: after the descriptions of tools and the system message, where they are."""
-    first = 1 if messages and messages[0].role == "tools" else 0
+    if not messages or messages[0].role not in _HEAD:
+        return 0
+    first = 1 if messages[0].role == "tools" else 0
     return first + 1 if len(messages) > first and messages[first].role == "system" else first
 
 
 def changed(messages: Iterable[Message], change: Change) -> list[Message]:
     """The messages with `change` applied to every text, and without a system message that is blank then."""
-    return without_blank_system([changed_message(message, change) for message in messages])
+    return without_blank_system(
+        [
+            changed_tools(message, change)
+            if message.calls or message.role == "tools"
+            else Message(message.role, change(message.content), message.trained)
+            for message in messages
+        ]
+    )
 
 
 def changed_message(message: Message, change: Change) -> Message:
     """A message with `change` applied to every text in it."""
-    if message.role in ("tools", "tool") or message.calls:
-        is_json = message.role == "tools"
-        content = changed_json(message.content, change) if is_json else change(message.content)
-        calls = changed_json(message.calls, change)
-        return replace(message, content=content, calls=calls, name=change(message.name))
-    return Message(message.role, change(message.content), message.trained)
+    [result] = changed([message], change)
+    return result
+
+
+def changed_tools(message: Message, change: Change) -> Message:
+    """A message of tools with `change` applied to every text in it."""
+    is_json = message.role == "tools"
+    content = changed_json(message.content, change) if is_json else change(message.content)
+    return replace(message, content=content, calls=changed_json(message.calls, change))
 
 
 # White space, control characters, and characters that Unicode gives no width or ignores by default.
@@ -457,13 +481,14 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     Raises InvalidRow unless a system message stands only at the start, user and assistant alternate after it, the
     role `last` is at the end, and no message is empty.
     """
-    turns = messages[_turns_from(messages) :]
-    if uses_tools(turns):
-        check_tool_turns(turns, is_blank, check_text, last=last, first=1 + len(messages) - len(turns))
-        return _with_a_trained_reply(messages, last)
+    first = _turns_from(messages)
+    turns = messages[first:] if first else messages
     for i, message in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
-        if message.role != expected:
+        if message.calls or message.role != expected:
+            if uses_tools(turns):
+                check_tool_turns(turns, is_blank, check_text, last=last, first=first + 1)
+                return _with_a_trained_reply(messages, turns, last)
             number = i + 1 + len(messages) - len(turns)
             raise InvalidRow("roles out of order", f"message {number} must be of {expected}, got {message.role}")
         if is_blank(message.content):
@@ -474,12 +499,12 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     if not turns or turns[-1].role != last:
         got = turns[-1].role if turns else "no turn"
         raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")
-    return _with_a_trained_reply(messages, last)
+    return _with_a_trained_reply(messages, turns[1::2], last)
 
 
-def _with_a_trained_reply(messages: Sequence[Message], last: str) -> tuple[Message, ...]:
-    """The messages as a tuple. Raises InvalidRow if no reply in a whole conversation is to be learned."""
-    if last == "assistant" and not any(message.trained for message in messages if message.role == "assistant"):
+def _with_a_trained_reply(messages: Sequence[Message], turns: Sequence[Message], last: str) -> tuple[Message, ...]:
+    """The messages as a tuple. Raises InvalidRow if no reply among the turns of a conversation is to be learned."""
+    if last == "assistant" and not any(message.trained and message.role == "assistant" for message in turns):
         raise InvalidRow("not to be trained", "every reply has weight 0 or loss false, so there is nothing to learn")
     return tuple(messages)
 

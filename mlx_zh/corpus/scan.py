@@ -260,23 +260,23 @@ def _sides(item: Item) -> tuple[list[str], list[str]]:
 
 def _row(item: Item) -> tuple[Any, ...]:
     """The item as values that JSON can hold; `_item` is the inverse."""
-    turns = tuple(map(_turn, _prompt(item)))
+    turns = tuple(
+        (m.role, m.content) if m.trained and not m.calls else (m.role, m.content, m.trained, m.calls)
+        for m in _prompt(item)
+    )
     if isinstance(item, Conversation):
         return item.source, turns
     calls = (item.chosen_calls, item.rejected_calls) if item.chosen_calls or item.rejected_calls else ()
     return item.source, turns, item.chosen, item.rejected, *calls
 
 
-def _turn(message: Message) -> tuple[Any, ...]:
-    if message.calls or message.role == "tool":
-        return message.role, message.content, message.trained, message.calls, message.name, message.call_id
-    return (message.role, message.content) if message.trained else (message.role, message.content, False)
-
-
 def _item(row: tuple[Any, ...]) -> Item:
     source, turns, *answers = row
     messages = tuple(Message(*turn) for turn in turns)
-    return Preference(messages, *answers[:2], source, *answers[2:]) if answers else Conversation(messages, source)
+    if not answers:
+        return Conversation(messages, source)
+    chosen, rejected, *calls = answers
+    return Preference(messages, chosen, rejected, source, *calls)
 
 
 def main(argv: list[str]) -> int:

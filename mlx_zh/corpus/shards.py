@@ -85,7 +85,9 @@ def write_shards(
             if not _is_whole(path):
                 part = Chosen(chosen.sources[start:stop], chosen.rows[start:stop])
                 render = partial(_render, renderer, settings, on_invalid)
-                _write(scans, part, render, SCHEMAS[settings.kind], path, threads, partial(_report_from, progress, start))
+                _write(
+                    scans, part, render, SCHEMAS[settings.kind], path, threads, partial(_report_from, progress, start)
+                )
             paths.append(path)
             progress("", stop)
     return paths

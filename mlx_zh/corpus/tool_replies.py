@@ -38,7 +38,11 @@ class ToolSupport:
         """Raise RefusedTools, with `source` in front, if the messages have what the template does not write."""
         for known, used, what in (
             (self.descriptions, messages[0].role == "tools", "the descriptions of tools"),
-            (self.calls, any(message.calls for message in messages), "calls of tools"),
+            (
+                self.calls,
+                any(message.calls and message.role == "assistant" for message in messages),
+                "calls of tools",
+            ),
             (self.results, any(message.role == "tool" for message in messages), "the results of tools"),
         ):
             if used and not known:
@@ -53,7 +57,7 @@ def tool_support(template: ChatTemplate) -> ToolSupport:
     tools = Message("tools", json.dumps([{"type": "function", "function": function}]))
     call = {"name": _NAME, "arguments": {_KEY: _VALUE}, "id": "qzxcall00"}
     asked = (tools, user, Message("assistant", "", calls=json.dumps([call])))
-    result = Message("tool", _RESULT, name=_NAME, call_id="qzxcall00")
+    result = Message("tool", _RESULT, calls=json.dumps({"name": _NAME, "id": call["id"]}))
     described = _NAME in _rendered(template, (tools, user), True)
     called = False
     for as_text in (False, True):

@@ -1,4 +1,4 @@
-"""Tools in a row: their descriptions, the calls in replies, and the results, in the forms in which people publish them.
+"""Tools in a row: their descriptions, the calls in replies, and the results, in the forms that data sets have.
 
     descriptions  tools or functions = [{type, function: {name, description, parameters}}, …], also without the outer
                   object, as JSON text (LLaMA-Factory), or as a list of JSON texts
@@ -118,12 +118,24 @@ def result_text(content: Any) -> Any:
     return content if isinstance(content, str) or (parts and content) else _text(content, "the result of a tool")
 
 
+def result_of(name: str, call_id: str) -> str:
+    """What a result says of its call, as JSON text; "" if it says nothing."""
+    about = {key: value for key, value in (("name", name), ("id", call_id)) if value}
+    return json.dumps(about, ensure_ascii=False) if about else ""
+
+
 def linked(messages: Sequence[Message]) -> list[Message]:
-    """The messages, with calls that follow a reply's text put into that reply, and each result with its tool's name."""
+    """The messages, with calls put into the reply before them, and each result with the name of its tool."""
     joined: list[Message] = []
     for message in messages:
         before = joined[-1] if joined else None
-        if message.calls and before is not None and before.role == "assistant" and before.trained == message.trained:
+        speaker = before and (before.role, before.trained)
+        if (
+            before is not None
+            and message.calls
+            and speaker == ("assistant", message.trained)
+            and message.role != "tool"
+        ):
             calls = [*_loaded(before.calls), *_loaded(message.calls)]
             content = "\n".join(text for text in (before.content, message.content) if text)
             joined[-1] = replace(message, content=content, calls=_text(calls, "the calls"))
@@ -136,13 +148,13 @@ def _named(messages: Iterable[Message]) -> Iterator[Message]:
     waiting: list[dict[str, Any]] = []  # calls whose results have not come
     for message in messages:
         if message.role == "tool":
-            call = next((c for c in waiting if message.call_id and c.get("id") == message.call_id), None)
-            call = call or next((c for c in waiting if not message.call_id or "id" not in c), None)
+            said = json.loads(message.calls) if message.calls else {}
+            call = next((c for c in waiting if "id" in said and c.get("id") == said["id"]), None)
+            call = call or next((c for c in waiting if "id" not in said or "id" not in c), None)
             if call is not None:
                 waiting.remove(call)
-                message = replace(
-                    message, name=message.name or call["name"], call_id=message.call_id or call.get("id", "")
-                )
+                named = result_of(said.get("name") or call["name"], said.get("id") or call.get("id", ""))
+                message = replace(message, calls=named)
         else:
             waiting = _loaded(message.calls)
         yield message
@@ -150,7 +162,7 @@ def _named(messages: Iterable[Message]) -> Iterator[Message]:
 
 def uses_tools(messages: Iterable[Message]) -> bool:
     """Whether a conversation has descriptions, calls or results of tools."""
-    for message in messages:  # in every row, so a plain loop
+    for message in messages:  # noqa: SIM110  (in every row, so a plain loop)
         if message.calls or message.role in _ROLES:
             return True
     return False
@@ -179,13 +191,14 @@ def check_tool_turns(
             raise InvalidRow(reason, f"message {number} ({message.role}) is empty")
         check_text(message, f"message {number} ({message.role})")
         before = message.role
-        spelled = _SPELLED_CALL in message.content
-        follows["assistant"] = ("tool",) if message.calls else ("tool", "user") if spelled else ("user",)
+        if before == "assistant":
+            spelled = _SPELLED_CALL in message.content
+            follows["assistant"] = ("tool",) if message.calls else ("tool", "user") if spelled else ("user",)
     ends = ("assistant",) if last == "assistant" else ("user", "tool")
     if before not in ends:
-        raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {before or 'no turn'}")
-
-
+        raise InvalidRow(
+            f"does not end with {last}", f"the last message must be of {last}, got {before or 'no turn'}"
+        )
 
 
 def changed_json(text: str, change: Callable[[str], str]) -> str:

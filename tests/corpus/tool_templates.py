@@ -117,7 +117,7 @@ QWEN3_TOOLS = (
             {%- if (loop.first and content) or not loop.first %}{{- '\n' }}{%- endif %}
             {%- if call.function %}{%- set call = call.function %}{%- endif %}
             {{- '<tool_call>\n{"name": "' + call.name + '", "arguments": ' }}
-            {%- if call.arguments is string %}{{- call.arguments }}{%- else %}{{- call.arguments | tojson }}{%- endif %}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
             {{- '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\n' }}"""
