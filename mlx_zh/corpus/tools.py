@@ -26,7 +26,6 @@ DESCRIPTIONS = ("tools", "functions")  # columns
 CALLS = ("tool_calls", "function_call")  # keys of a reply
 CALL_ROLES = ("function_call", "tool_call")
 RESULT_ROLES = ("tool", "function", "observation", "ipython", "tool_response")
-REASON = "tool message"
 _ROLES = frozenset(("tools", "tool"))
 _SPELLED_TOOLS = "<tools>"  # how Hermes' system messages begin the list of tools
 _SPELLED_CALL = "<tool_call>"
@@ -255,4 +254,4 @@ def _loaded(calls: str) -> list[dict[str, Any]]:
 
 
 def _invalid(detail: str) -> InvalidRow:
-    return InvalidRow(REASON, detail)
+    return InvalidRow("tool message", detail)
