@@ -176,7 +176,7 @@ def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
 def has_more_keys(messages: Sequence[Any]) -> bool:
     """Whether a message has more than a role and a content."""
     for message in messages:  # noqa: SIM110  (in every row, so a plain loop)
-        if len(message) != 2 and isinstance(message, dict):
+        if isinstance(message, dict) and len(message) != 2:
             return True
     return False
 
