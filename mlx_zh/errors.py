@@ -24,6 +24,20 @@ class TemplateError(MlxZhError):
 class RefusedByTemplate(TemplateError):
     """A chat template that refuses the roles or the content of one conversation."""
 
+    reason = "refused by the chat template"  # under which such rows are counted
+
+
+class RefusedTools(RefusedByTemplate):
+    """A conversation with tools that a chat template cannot write."""
+
+    reason = "tool message"
+
+
+class RefusedReasoning(RefusedByTemplate):
+    """A conversation with reasoning that the model would not write after this chat template."""
+
+    reason = "separate reasoning"
+
 
 class ModelError(MlxZhError):
     """A model that is missing, or that cannot be read or run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -52,6 +53,7 @@ class ChatTemplate:
         except Exception as error:  # untrusted code: RecursionError, SyntaxError, OverflowError, …
             raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
         self._environment = environment
+        self.text_arguments = False  # whether calls get their arguments as JSON text, and not as an object
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
         self._reasoning: str | None = None  # the key of a message that takes its reasoning
         self.source = source
@@ -77,9 +79,13 @@ class ChatTemplate:
         Raises RefusedByTemplate if the template refuses it; the message begins with `source` ("file:line").
         """
         self._environment.start(len(messages), sum(map(_characters, messages)))
+        variables = self._variables
+        if messages and messages[0].role == "tools":
+            variables = {**variables, "tools": json.loads(messages[0].content)}
+            messages = messages[1:]
         rows = [self._row(message) for message in messages]
         try:
-            return self._template.render(self._variables, messages=rows, add_generation_prompt=add_generation_prompt)
+            return self._template.render(variables, messages=rows, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # untrusted code may raise anything
             where = f"{source}: " if source else ""
             roles = listed([message.role for message in messages])
@@ -89,16 +95,30 @@ class ChatTemplate:
 
     def _row(self, message: Message) -> dict[str, Any]:
         """A message as the template gets it."""
-        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        row = self._tool_turn(message) if message.calls else {"role": message.role, "content": message.content}
         if message.reasoning and self._reasoning == "inline":
             row["content"] = f"<think>\n{message.reasoning}\n</think>\n\n{message.content}"
         elif message.reasoning and self._reasoning is not None:
             row[self._reasoning] = message.reasoning
         return row
 
+    def _tool_turn(self, message: Message) -> dict[str, Any]:
+        """A reply with calls, or a result, in the form that transformers gives to templates."""
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        calls = json.loads(message.calls)
+        if message.role == "assistant":
+            return row | {"tool_calls": [self._call(**call) for call in calls]}
+        names = {"name": "name", "id": "tool_call_id"}
+        return row | {names[key]: value for key, value in calls.items()}
+
+    def _call(self, name: str, arguments: dict[str, Any], id: str = "") -> dict[str, Any]:
+        given = json.dumps(arguments, ensure_ascii=False) if self.text_arguments else arguments
+        call = {"type": "function", "function": {"name": name, "arguments": given}}
+        return call | {"id": id} if id else call
+
 
 def _characters(message: Message) -> int:
-    return len(message.content) + len(message.reasoning)
+    return sum(map(len, message.texts))
 
 
 def listed(roles: Sequence[str]) -> str:
@@ -123,6 +143,13 @@ def template_source(tokenizer: Any, chosen: str | None = None) -> str:
     if not isinstance(source, str) or not source.strip():
         raise TemplateError(NO_TEMPLATE)
     return source
+
+
+def tool_template_source(tokenizer: Any, chosen: str | None = None) -> str | None:
+    """The text of a template of its own for conversations with tools (`tool_use`); None if there is none."""
+    sources = getattr(tokenizer, "chat_template", None)
+    source = sources.get("tool_use") if chosen is None and isinstance(sources, dict) else None
+    return source if isinstance(source, str) and source.strip() else None
 
 
 class _GenerationBlock(Extension):

@@ -87,7 +87,8 @@ def better_answers(guess: Guess, rows: Sequence[Row]) -> Guess | None:
     renamed = [_renamed(row, mapped) for row in rows]
     if 2 * sum(_is_readable(FORMATS["sft"][format], row) for row in renamed) < len(rows):
         return None
-    columns = {ours: name for ours, name in mapped.items() if ours != name}
+    # Messages that end with the better answer are named even so: the row has the other answer too.
+    columns = {ours: name for ours, name in mapped.items() if ours != name or guess.format == "swift"}
     return Guess("sft", format, columns, guess.basis, _explicit("sft", format, renamed))
 
 

@@ -7,20 +7,24 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user or assistant; `content` is the text as written, white space included.
+    """One turn. `role` is system, user, assistant or tool; `content` is the text as written, white space included.
 
-    A reply that is not `trained` is context for the next ones only. `reasoning` is what its author thought before it.
+    A first message of role `tools` is no turn: its content is the JSON text of the descriptions of the tools that the
+    conversation has. A reply that is not `trained` is context for the next ones only. `reasoning` is what its author
+    thought before it. `calls` is JSON text: of a reply its calls of tools, [{name, arguments, id?}, …]; of a tool's
+    result {name?, id?}.
     """
 
     role: str
     content: str
     trained: bool = True
     reasoning: str = ""
+    calls: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Everything that the message says; "" in the place of what it lacks."""
-        return self.reasoning, self.content
+        return self.reasoning, self.content, self.calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,14 @@ class Preference:
     chosen: str
     rejected: str
     source: str
+    chosen_calls: str = ""  # JSON text, as in a message
+    rejected_calls: str = ""
+
+    @property
+    def answers(self) -> tuple[Message, Message]:
+        """The preferred answer and the other one, as messages."""
+        chosen = Message("assistant", self.chosen, calls=self.chosen_calls)
+        return chosen, Message("assistant", self.rejected, calls=self.rejected_calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +65,18 @@ class Document:
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
     """The conversation with `system` as its system message, unless it already has one."""
-    if not system or conversation.messages[0].role == "system":
-        return conversation
-    return replace(conversation, messages=(Message("system", system), *conversation.messages))
+    messages = _with_system(conversation.messages, system)
+    return conversation if messages is conversation.messages else replace(conversation, messages=messages)
 
 
 def prompt_with_system(pair: Preference, system: str | None) -> Preference:
     """The pair with `system` as the system message of its prompt, unless it already has one."""
-    if not system or pair.prompt[0].role == "system":
-        return pair
-    return replace(pair, prompt=(Message("system", system), *pair.prompt))
+    prompt = _with_system(pair.prompt, system)
+    return pair if prompt is pair.prompt else replace(pair, prompt=prompt)
+
+
+def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
+    first = 1 if messages[0].role == "tools" else 0
+    if not system or messages[first].role == "system":
+        return messages
+    return (*messages[:first], Message("system", system), *messages[first:])

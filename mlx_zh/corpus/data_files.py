@@ -68,7 +68,8 @@ def folder_files(folder: Path, patterns: Sequence[str] = (), split: str = "train
     """The data files of a folder, sorted: those of `split` that match a pattern, or all of `split` without patterns.
 
     Without patterns, these are the files of rows; in a folder without them the texts, without texts the tables, and
-    without tables the Arrow files and zip archives. Raises DataError for a link that leads out of the folder, and if there is no data file.
+    without tables the Arrow files and zip archives. Raises DataError for a link that leads out of the folder, and if
+    there is no data file.
     """
     if patterns:
         files = _data_files(folder, patterns, split)

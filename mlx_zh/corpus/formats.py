@@ -36,7 +36,7 @@ from mlx_zh.corpus.rows import (
     Reading,
     Row,
     changed,
-    check_text,
+    check_document,
     check_turns,
     history_of,
     instruction_of,
@@ -78,7 +78,7 @@ def iter_conversations(
         if change is None:
             return parsed
         if isinstance(parsed, Document):
-            return check_text(replace(parsed, text=change(parsed.text)))
+            return check_document(replace(parsed, text=change(parsed.text)))
         return check_turns(changed(parsed, change), last="assistant")
 
     for place, parsed in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
@@ -168,42 +168,44 @@ def _is_raw(row: Row) -> bool:
 
 def _text(row: Row) -> Iterator[Document]:
     for document in documents_of(row, text_of(row, "text")):
-        yield check_text(document)
+        yield check_document(document)
 
 
 # In the order of recognition: the first format that fits a row is used.
 _FORMATS: dict[str, Format[Parsed]] = {
-    "messages": Format(("messages", "system"), lambda row: "messages" in row, _messages),
-    "sharegpt": Format(("conversations", "system", "kto_tag"), lambda row: "conversations" in row, _sharegpt),
+    "messages": Format(("messages", "system", "tools"), lambda row: "messages" in row, _messages),
+    "sharegpt": Format(
+        ("conversations", "system", "tools", "kto_tag"), lambda row: "conversations" in row, _sharegpt
+    ),
     "belle-seed": Format(
         ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
     ),
     "alpaca": Format(
-        ("instruction", "input", "output", "system", "history", "kto_tag"),
+        ("instruction", "input", "output", "system", "history", "tools", "kto_tag"),
         lambda row: "instruction" in row,
         _alpaca,
     ),
     "kto": Format(
-        ("prompt", "completion", "label", "system", "history"),
+        ("prompt", "completion", "label", "system", "history", "tools"),
         lambda row: {"prompt", "completion"} <= row.keys() and _is_label(row.get("label")),
         _kto,
     ),
     "prompt-response": Format(
-        ("prompt", "response", "completion", "system", "history"),
+        ("prompt", "response", "completion", "system", "history", "tools"),
         lambda row: "prompt" in row and ("response" in row or "completion" in row),
         _prompt_response,
     ),
     "query-response": Format(
-        ("query", "response", "system", "history"),
+        ("query", "response", "system", "history", "tools"),
         lambda row: "query" in row and "response" in row,
         dialogues.query_response,
     ),
     "rounds": Format(
-        ("conversation", "system"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
+        ("conversation", "system", "tools"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
     ),
     "moss": Format(("meta_instruction", "chat"), lambda row: dialogues.is_moss(row.get("chat")), dialogues.moss),
     "alternating": Format(
-        ("data", "system"),
+        ("data", "system", "tools"),
         lambda row: bool(row.get("data")) and dialogues.is_texts(row["data"]),
         dialogues.alternating,
     ),

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_zh.corpus.columns import Guess
 from mlx_zh.corpus.rows import ROLES
+from mlx_zh.corpus.tools import CALL_ROLES, RESULT_ROLES
 from mlx_zh.errors import DataError, first_line
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import target_outside
@@ -24,9 +25,16 @@ _TAGS = {
     "user_tag": "human",
     "assistant_tag": "gpt",
     "system_tag": "system",
+    "function_tag": "function_call",
+    "observation_tag": "observation",
 }
 _KEYS = (("from", "value"), ("role", "content"))  # of a message
-_ALPACA = {"instruction": "prompt", "input": "query", "output": "response", "system": "system", "history": "history"}
+_ALPACA = {
+    "instruction": "prompt",
+    "input": "query",
+    "output": "response",
+    **{name: name for name in ("system", "history", "tools")},
+}
 _DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url")
 _UNKNOWN = ("images", "videos", "audios")
@@ -124,6 +132,9 @@ def _tag_problem(tags: Mapping[str, str]) -> str:
     for tag, role in (("user_tag", "user"), ("assistant_tag", "assistant"), ("system_tag", "system")):
         if ROLES.get(tags[tag].lower()) != role:
             return f"the role {tags[tag]!r} ({tag}) is not supported"
+    for tag, names in (("function_tag", CALL_ROLES), ("observation_tag", RESULT_ROLES)):
+        if tags[tag] not in names:
+            return f"the role {tags[tag]!r} ({tag}) is not supported"
     return ""
 
 
@@ -132,7 +143,7 @@ def _guess(columns: Mapping[str, str], sharegpt: bool, ranking: bool) -> Guess:
     pairs = {name: columns.get(name, name) for name in ("chosen", "rejected")} if ranking else {}
     if sharegpt:
         mapped = {"conversations": columns.get("messages", _DEFAULTS["messages"])}
-        mapped |= {"system": columns["system"]} if "system" in columns else {}
+        mapped |= {name: columns[name] for name in ("system", "tools") if name in columns}
         format = "sharegpt"
     else:
         mapped = {}

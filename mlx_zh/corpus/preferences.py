@@ -27,7 +27,7 @@ from typing import Any, Unpack
 
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.row_keys import check_row, reasoning_in
+from mlx_zh.corpus.row_keys import check_row, check_text, reasoning_in
 from mlx_zh.corpus.rows import (
     Change,
     Format,
@@ -35,6 +35,7 @@ from mlx_zh.corpus.rows import (
     Reading,
     Row,
     changed,
+    changed_message,
     check_turns,
     history_of,
     instruction_of,
@@ -46,12 +47,13 @@ from mlx_zh.corpus.rows import (
     text_of,
     with_system,
 )
+from mlx_zh.corpus.tools import described_tools, with_tools
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPTS = ("instruction", "question", "prompt")  # columns that go before a text in `context`
 _REASONING_WAY = "write it into each answer as <think>…</think>, or leave it out"
-Pair = tuple[tuple[Message, ...], str, str]  # prompt, chosen, rejected
+Pair = tuple[tuple[Message, ...], Message, Message]  # prompt, chosen, rejected
 
 
 def load_preferences(path: Path, **reading: Unpack[Reading]) -> tuple[list[Preference], LoadReport]:
@@ -75,10 +77,12 @@ def iter_preferences(
         if change is None:
             return pair
         prompt, chosen, rejected = pair
-        return _check_pair(changed(prompt, change), change(chosen), change(rejected))
+        return _check_pair(
+            changed(prompt, change), changed_message(chosen, change), changed_message(rejected, change)
+        )
 
-    for place, (prompt, chosen, rejected) in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
-        yield Preference(prompt, chosen, rejected, place)
+    for place, pair in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
+        yield as_preference(pair, place)
 
 
 def _refuse_reasoning(row: Row) -> None:
@@ -86,27 +90,39 @@ def _refuse_reasoning(row: Row) -> None:
         raise InvalidRow("separate reasoning", f"the row has reasoning apart from its answers; {_REASONING_WAY}")
 
 
-def _check_pair(prompt: Sequence[Message], chosen: str, rejected: str) -> Pair:
+def as_preference(pair: Pair, place: str) -> Preference:
+    """What a format reads, as an item of the data."""
+    prompt, chosen, rejected = pair
+    return Preference(prompt, chosen.content, rejected.content, place, chosen.calls, rejected.calls)
+
+
+def _check_pair(prompt: Sequence[Message], chosen: Message, rejected: Message) -> Pair:
     turns = check_turns(prompt, last="user")
     for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if is_blank(response):
+        if is_blank(response.content) and not response.calls:
             raise InvalidRow("empty response", f"the {name} response is empty")
-    if chosen.strip() == rejected.strip():
+        if "<" in response.content:
+            check_text(response, f"the {name} response")
+    if chosen.content.strip() == rejected.content.strip() and chosen.calls == rejected.calls:
         raise InvalidRow("identical responses", "the chosen and the rejected response are the same")
     return turns, chosen, rejected
 
 
-def _response(row: Row, name: str) -> str:
+def _response(row: Row, name: str) -> Message:
     """The assistant's response in column `name`: a text, a message, or a list of one message."""
     value: Any = row.get(name)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, dict):
-        return text_of({name: value} if name in row else row, name)
+        return _said({name: value} if name in row else row, name)
     message = _learned(message_of(value, f"'{name}'"), name)
     if message.role != "assistant":
         raise InvalidRow("roles out of order", f"'{name}' must be of assistant, got {message.role}")
-    return message.content
+    return message
+
+
+def _said(row: Row, name: str) -> Message:
+    return Message("assistant", text_of(row, name))
 
 
 def _learned(message: Message, name: str) -> Message:
@@ -122,7 +138,9 @@ def _openai(row: Row) -> Iterator[Pair]:
     if isinstance(prompt, dict):
         check_row(prompt)
     messages = messages_of(prompt.get("messages") if isinstance(prompt, dict) else prompt, "'input'.messages")
-    yield _check_pair(messages, _response(row, "preferred_output"), _response(row, "non_preferred_output"))
+    pair = _check_pair(messages, _response(row, "preferred_output"), _response(row, "non_preferred_output"))
+    tools = described_tools(prompt) if isinstance(prompt, dict) else ""
+    yield with_tools(pair, tools) if tools else pair
 
 
 def _beside(row: Row, prompt: list[Message]) -> Pair:
@@ -150,7 +168,7 @@ def _in_common(row: Row, chosen: list[Message], rejected: list[Message]) -> Pair
         if not messages or messages[-1].role != "assistant":
             raise InvalidRow("does not end with assistant", f"'{name}' must end with the assistant's message")
         _learned(messages[-1], name)
-    return _check_pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+    return _check_pair(chosen[:-1], chosen[-1], rejected[-1])
 
 
 def _asked(row: Row, name: str) -> list[Message]:
@@ -194,8 +212,7 @@ def _swift(row: Row) -> Iterator[Pair]:
         yield _in_common(row, messages, messages_of(row["rejected_messages"], "'rejected_messages'"))
         return
     chosen = check_turns(messages, last="assistant")
-    reply = _learned(chosen[-1], "messages")
-    yield _check_pair(chosen[:-1], reply.content, text_of(row, "rejected_response"))
+    yield _check_pair(chosen[:-1], _learned(chosen[-1], "messages"), _response(row, "rejected_response"))
 
 
 def _context(row: Row) -> Iterator[Pair]:
@@ -212,7 +229,7 @@ def _alpaca(row: Row) -> Iterator[Pair]:
     if not isinstance(outputs, list) or len(outputs) < 2:
         raise InvalidRow("wrong type", "'output' must be a list of at least two responses, the best first")
     best, worse = ({"output": output} for output in outputs[:2])
-    yield _check_pair(prompt, text_of(best, "output"), text_of(worse, "output"))
+    yield _check_pair(prompt, _said(best, "output"), _said(worse, "output"))
 
 
 def _orca(row: Row) -> Iterator[Pair]:
@@ -276,35 +293,35 @@ _BOTH = ("chosen", "rejected")
 # In the order of recognition: the first format that fits a row is used.
 _FORMATS: dict[str, Format[Pair]] = {
     "openai": Format(
-        ("input", "preferred_output", "non_preferred_output"), _has("input", "preferred_output"), _openai
+        ("input", "preferred_output", "non_preferred_output", "tools"), _has("input", "preferred_output"), _openai
     ),
-    "sharegpt": Format(("conversations", *_BOTH, "system"), _has("conversations", "chosen"), _sharegpt),
+    "sharegpt": Format(("conversations", *_BOTH, "system", "tools"), _has("conversations", "chosen"), _sharegpt),
     "messages": Format(
-        ("messages", *_BOTH, "system"),
+        ("messages", *_BOTH, "system", "tools"),
         lambda row: "chosen" in row and _is_prompt(row.get("messages"), row["chosen"]),
         _messages,
     ),
     "swift": Format(
-        ("messages", "rejected_response", "rejected_messages", "system"),
+        ("messages", "rejected_response", "rejected_messages", "system", "tools"),
         lambda row: "messages" in row and ("rejected_response" in row or "rejected_messages" in row),
         _swift,
     ),
     "context": Format(
-        ("context", *_BOTH, "system"),
+        ("context", *_BOTH, "system", "tools"),
         lambda row: "chosen" in row and _is_context(row),
         _context,
     ),
     "alpaca": Format(
-        ("instruction", "input", *_BOTH, "output", "system", "history"),
+        ("instruction", "input", *_BOTH, "output", "system", "history", "tools"),
         lambda row: "instruction" in row and ("chosen" in row or isinstance(row.get("output"), list)),
         _alpaca,
     ),
-    "orca": Format(("system", "question", *_BOTH), _has("question", "chosen"), _orca),
-    "prompt": Format(("prompt", *_BOTH, "system"), _has("prompt", "chosen"), _prompt),
+    "orca": Format(("system", "question", *_BOTH, "tools"), _has("question", "chosen"), _orca),
+    "prompt": Format(("prompt", *_BOTH, "system", "tools"), _has("prompt", "chosen"), _prompt),
     "zh-en": Format(
-        ("question", "answer_zh", "answer_en", "system"), lambda row: _languages(row) is not None, _zh_en
+        ("question", "answer_zh", "answer_en", "system", "tools"), lambda row: _languages(row) is not None, _zh_en
     ),
-    "implicit": Format((*_BOTH, "system"), lambda row: _is_conversation(row.get("chosen")), _implicit),
+    "implicit": Format((*_BOTH, "system", "tools"), lambda row: _is_conversation(row.get("chosen")), _implicit),
     "hh": Format((*_BOTH, "system"), lambda row: bool(_transcript(row.get("chosen"))), _hh),
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mlx_zh.corpus.chat_template import ChatTemplate, template_source
+from mlx_zh.corpus.chat_template import ChatTemplate, template_source, tool_template_source
 from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
 from mlx_zh.corpus.document_pieces import cut_tokens
 from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
@@ -19,7 +19,9 @@ from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
 from mlx_zh.corpus.reply_tree import ReplyTree, ReplyWriter, StandIns
 from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, thinking_of, variables_of, with_reasoning_apart
-from mlx_zh.errors import DataError, TemplateError
+from mlx_zh.corpus.tool_replies import ToolReplies, ToolSupport, tool_support
+from mlx_zh.corpus.tools import uses_tools
+from mlx_zh.errors import DataError, RefusedReasoning, RefusedTools, TemplateError
 from mlx_zh.system.digests import text_digest
 
 VERSION = 1  # part of the fingerprint; raise it when the same input would give other tokens
@@ -137,12 +139,11 @@ class Renderer:
         self._tokenizer, self._date_string = tokenizer, date_string
         self._source = template_source(tokenizer, chat_template)
         self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
-        self.thinking = thinking_of(template)
+        plain = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
+        self.thinking = thinking_of(plain)
         self._mode, self._reasoning = thinking, reasoning
-        way = self.thinking.way or (INLINE if reasoning == "context" else None)
-        template = template.with_variables(variables_of(self.thinking, thinking))
-        self._template = template.with_reasoning(None if way == APART else way)
+        self._template = self._as_asked(plain)
+        self._tool_source = tool_template_source(tokenizer, chat_template)
         self._encoder = PieceEncoder(tokenizer)
         self._writer = ReplyWriter(self._template, self.thinking, self._encoder.added, reasoning=reasoning)
         self._backend = tokenizer.backend_tokenizer
@@ -205,7 +206,21 @@ class Renderer:
         plain = self if self._mode == "auto" else self.with_thinking("auto")
         version = TREE_VERSION if plain._rewrites or plain.thinking.way is not None else VERSION
         state = (version, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
-        return text_digest(repr(state))
+        return text_digest(repr(state if self._tool_source is None else (*state, self._tool_source)))
+
+    def _as_asked(self, template: ChatTemplate) -> ChatTemplate:
+        """The template with the recipe's mode of thinking and its way of reasoning."""
+        way = self.thinking.way or (INLINE if self._reasoning == "context" else None)
+        template = template.with_variables(variables_of(self.thinking, self._mode))
+        return template.with_reasoning(None if way == APART else way)
+
+    @cached_property
+    def _tools(self) -> tuple[ChatTemplate, ToolSupport]:
+        """The template for conversations with tools, and what it writes of them."""
+        source = self._source if self._tool_source is None else self._tool_source
+        plain = ChatTemplate(source, date_string=self._date_string, variables=self._variables)
+        template = self._as_asked(plain)
+        return template, tool_support(template)
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -224,7 +239,8 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The rendered text, with the header of the assistant's next turn if asked for. Raises TemplateError."""
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        template = self._tools[0] if uses_tools(messages) else self._template
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated. Raises TemplateError or DataError."""
@@ -410,9 +426,9 @@ class Renderer:
         return Rendered(tokens, trained, not complete, segments)
 
     def _check_reasoning(self, learned: Sequence[Message], source: str) -> None:
-        """Raise DataError if a learned reply has reasoning, and thinking is off."""
+        """Raise RefusedReasoning if a learned reply has reasoning, and thinking is off."""
         if self._mode == "off" and any(message.reasoning for message in learned):
-            raise DataError(
+            raise RefusedReasoning(
                 f"{_at(source)}a reply has reasoning, and model.thinking is off, so the model never writes it; set "
                 "data.reasoning: drop to leave the reasoning out, or model.thinking: on to learn it"
             )
@@ -420,6 +436,8 @@ class Renderer:
     def _by_tree(self, messages: Sequence[Message], train_on: str = "assistant") -> bool:
         if train_on == "all" and not all(message.trained for message in messages):
             return False  # the mask of such a conversation is that of its whole text
+        if uses_tools(messages):
+            return False
         return self._rewrites or any(message.reasoning for message in messages)
 
     @cached_property
@@ -439,11 +457,11 @@ class Renderer:
     def _told(self, messages: Sequence[Message], source: str) -> tuple[Sequence[Message], str]:
         """The messages as they are learned: with their reasoning apart, or without it.
 
-        Raises DataError if the template has no place for reasoning that stands apart.
+        Raises RefusedReasoning if the template has no place for reasoning that stands apart.
         """
         unwritten = self.thinking.way is None and any(message.reasoning for message in messages)
         if unwritten and self._reasoning != "drop":
-            raise DataError(
+            raise RefusedReasoning(
                 f"{_at(source)}a message has reasoning apart from its text, and the chat template of this model does "
                 "not know reasoning; set data.reasoning: drop to leave it out, or write it into the text as "
                 "<think>…</think>"
@@ -465,7 +483,11 @@ class Renderer:
         return self.preferences([pair], max_length=max_length, dropped=dropped)[0]
 
     def preferences(
-        self, batch: Sequence[Preference], *, max_length: int | None = None, dropped: Counter[str] | None = None
+        self,
+        batch: Sequence[Preference],
+        *,
+        max_length: int | None = None,
+        dropped: Counter[str] | None = None,
     ) -> list[RenderedPair | None]:
         """Like `preference`, for many at once, which is much faster."""
         dropped = Counter() if dropped is None else dropped
@@ -475,8 +497,7 @@ class Renderer:
             cuts = []
             for pair in part:
                 chosen, rejected = (
-                    self._answered(*self._told((*pair.prompt, Message("assistant", response)), pair.source))
-                    for response in (pair.chosen, pair.rejected)
+                    self._answered(*self._told((*pair.prompt, answer), pair.source)) for answer in pair.answers
                 )
                 if chosen.pieces[:-1] != rejected.pieces[:-1]:
                     raise TemplateError(
@@ -537,6 +558,8 @@ class Renderer:
             length += len(prompt) + len(reply)
             fits += length <= max_length
         for end in reversed(ends[:fits]):
+            if messages[end - 1].calls or (end < len(messages) and messages[end].role == "tool"):
+                continue  # a call stays with its result
             # Rendered again, because a template may write a turn differently when it is the last one.
             shorter = self._encode([self._cut(messages[:end], source)])[0]
             if sum(map(len, shorter)) <= max_length:
@@ -546,6 +569,8 @@ class Renderer:
 
     def _cut(self, messages: Sequence[Message], source: str, *, add_generation_prompt: bool = False) -> _Cut:
         """Render and cut into prompt, reply, prompt, reply …; the last piece is a reply, or a prompt if asked for."""
+        if uses_tools(messages):
+            return self._cut_with_tools(messages, source, add_generation_prompt)
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt, source=source)
         roles = tuple(message.role for message in messages)
         if "assistant" not in roles and not add_generation_prompt:
@@ -569,6 +594,26 @@ class Renderer:
         spans = find_replies(
             self._template, render, messages, text, self._encoder.added, self.end_of_turn, source=source
         )
+        return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
+
+    def _cut_with_tools(self, messages: Sequence[Message], source: str, add_generation_prompt: bool) -> _Cut:
+        """Like `_cut`, for a conversation with tools. Raises RefusedTools if the template cannot write it."""
+        template, support = self._tools
+        support.check(messages, source)
+        self._check_reasoning(messages, source)
+        if self._reasoning == "context" and any(message.reasoning for message in messages):
+            raise RefusedReasoning(
+                f"{_at(source)}a conversation with tools has reasoning, which cannot be context only; set "
+                "data.reasoning: learn or drop"
+            )
+        control = self._encoder.control
+        if any(control.search(text) for message in messages for text in message.texts):
+            raise RefusedTools(
+                f"{_at(source)}a conversation with tools spells one of the model's control tokens; take it out of "
+                "the text"
+            )
+        text = _rendered_with_tools(template, messages, add_generation_prompt, source)
+        spans = ToolReplies(template, messages, text, control, source).spans()
         return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
 
     def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[Layout, int] | None:
@@ -604,6 +649,13 @@ def _guarded(pieces: list[str], standins: StandIns, source: str) -> _Cut:
 
 def _at(source: str) -> str:
     return f"{source}: " if source else ""
+
+
+def _rendered_with_tools(template: ChatTemplate, messages: Sequence[Message], ask: bool, source: str) -> str:
+    try:
+        return template.render(messages, add_generation_prompt=ask, source=source)
+    except TemplateError as error:  # e.g. Llama 3.1's, which writes one call a reply
+        raise RefusedTools(str(error)) from error
 
 
 def _messages_and_source(item: Conversation | Sequence[Message]) -> tuple[Sequence[Message], str]:

@@ -17,9 +17,32 @@ from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
-from mlx_zh.corpus.row_keys import check_row, is_trained, reasoning_in, unused_columns
+from mlx_zh.corpus.row_keys import (
+    RowKeys,
+    check_text,
+    has_more_keys,
+    is_trained,
+    reasoning_in,
+    row_keys,
+    unused_columns,
+    unused_keys,
+)
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.corpus.text_files import inner_suffix
+from mlx_zh.corpus.tools import (
+    CALL_ROLES,
+    RESULT_ROLES,
+    call_message,
+    calls_of,
+    changed_json,
+    check_tool_turns,
+    described_tools,
+    linked,
+    result_of,
+    result_text,
+    uses_tools,
+    with_tools,
+)
 from mlx_zh.errors import DataError
 
 Row = Mapping[str, Any]
@@ -31,8 +54,9 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
     "system": "system",
 }
-_TOOL_ROLES = ("function", "function_call", "tool", "tool_call", "observation", "ipython")
-_OPTIONAL = ("input", "system", "history", "kto_tag", "label", "meta_instruction")  # columns that a row may lack
+_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction")  # that a row may lack
+_OF_MESSAGES = ("messages", "conversations", "context", "prompt", "chosen", "rejected", "rejected_messages")
+_HEAD = frozenset(("tools", "system"))  # roles that stand before the first turn
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, and unused columns that are kept
@@ -125,7 +149,8 @@ def iter_rows(
         format, rows = _detect(path, rows, formats)
     report.format = format
     errors: list[str] = []
-    for place, parsed in parse_rows(_watched(rows, formats[format], report), formats[format], finish):
+    watched = _watched(rows, formats[format], report)
+    for place, parsed in parse_rows(watched, formats[format], finish, columns=columns):
         report.rows += 1
         if isinstance(parsed, InvalidRow):
             report.drop(parsed.reason, place)
@@ -141,12 +166,18 @@ def iter_rows(
 
 
 def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: LoadReport) -> Iterator[tuple[str, Any]]:
-    """The rows; `report` gets the names of the columns that nothing reads."""
+    """The rows; `report` gets the names of the columns, and of the keys of messages, that nothing reads."""
     seen: set[tuple[str, ...]] = set()
+    lists = [name for name in form.columns if name in _OF_MESSAGES]
     for place, row in rows:
-        if isinstance(row, dict) and (names := tuple(row)) not in seen and len(seen) < _WATCHED:
-            seen.add(names)
-            report.unused = list(dict.fromkeys(report.unused + unused_columns(row, form.columns)))[:_UNUSED]
+        if isinstance(row, dict):
+            if (names := tuple(row)) not in seen and len(seen) < _WATCHED:
+                seen.add(names)
+                report.unused = list(dict.fromkeys(report.unused + unused_columns(row, form.columns)))[:_UNUSED]
+            for name in lists:
+                value = row.get(name)
+                if isinstance(value, list) and has_more_keys(value) and (keys := unused_keys(value, name)):
+                    report.unused = list(dict.fromkeys(report.unused + keys))[:_UNUSED]
         yield place, row
 
 
@@ -164,12 +195,19 @@ def open_rows(
 
 
 def parse_rows(
-    rows: Iterable[tuple[str, Any]], form: Format[Parsed], finish: Callable[[Parsed], Parsed] | None = None
+    rows: Iterable[tuple[str, Any]],
+    form: Format[Parsed],
+    finish: Callable[[Parsed], Parsed] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, list[Parsed] | InvalidRow]]:
-    """The place and the items of each row, or why it cannot be used."""
+    """The place and the items of each row, or why it cannot be used. `columns` are those that `open_rows` renamed."""
+    keys = row_keys(form.columns, tuple(columns or ()))
     for place, row in rows:
         try:
-            items = list(form.parse(_as_row(row)))
+            items = list(form.parse(_as_row(row, keys)))
+            if not keys.watched.isdisjoint(row) and (tools := described_tools(row)):
+                items = [with_tools(item, tools) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:
             yield place, invalid
@@ -264,12 +302,13 @@ def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parse
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
 
-def _as_row(row: Any) -> Row:
+def _as_row(row: Any, keys: RowKeys) -> Row:
     if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("wrong type", f"a row must be an object, got a {_kind(row)}")
-    check_row(row)
+    if not keys.watched.isdisjoint(row):
+        keys.check(row)
     return row
 
 
@@ -316,10 +355,13 @@ def message_of(value: Any, label: str) -> Message:
         keys = (keys[0], "text")
     role = value.get(keys[0])
     if not isinstance(role, str) or role.lower() not in ROLES:
-        if role in _TOOL_ROLES:
-            raise InvalidRow("tool message", f"{label}: messages of tools are not supported (role {role!r})")
-        raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
+        return _tool_message(value, role, keys[1], label)
     trained = is_trained(value, label)
+    calls = calls_of(value, label) if len(value) > 2 else ""
+    if calls and ROLES[role.lower()] != "assistant":
+        raise InvalidRow("tool message", f"{label}: only the assistant calls tools, got role {role!r}")
+    if calls and value.get(keys[1]) is None:
+        return Message("assistant", "", trained, calls=calls)
     if value.get(keys[1]) is None:
         raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
     said = value[keys[1]]
@@ -328,7 +370,21 @@ def message_of(value: Any, label: str) -> Message:
     reasoning = _as_text(reasoning_in(value, label), f"{label}: reasoning")
     if reasoning and ROLES[role.lower()] != "assistant":
         raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
-    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning)
+    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning, calls)
+
+
+def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
+    """A call or a result that is a turn of its own."""
+    if role not in (*CALL_ROLES, *RESULT_ROLES):
+        raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
+    trained = is_trained(value, label)
+    if key not in value:
+        raise InvalidRow("missing field", f"{label}: '{key}' is missing or null")
+    if role in CALL_ROLES:
+        return call_message(value[key], trained, f"{label}: '{key}'")
+    content = _as_text(result_text(value[key]), f"{label}: '{key}'")
+    name, call_id = (value[k] if isinstance(value.get(k), str) else "" for k in ("name", "tool_call_id"))
+    return Message("tool", content, calls=result_of(name, call_id))
 
 
 def messages_of(value: Any, label: str) -> list[Message]:
@@ -336,12 +392,24 @@ def messages_of(value: Any, label: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
     messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
-    return without_blank_system(messages)
+    return without_blank_system(linked(messages) if uses_tools(messages) else messages)
 
 
 def without_blank_system(messages: list[Message]) -> list[Message]:
-    """The messages without a first system message that is blank."""
-    return messages[1:] if messages[0].role == "system" and is_blank(messages[0].content) else messages
+    """The messages without a system message that is blank."""
+    if messages[0].role not in _HEAD:
+        return messages
+    first = _turns_from(messages) - 1
+    blank = messages[first].role == "system" and is_blank(messages[first].content)
+    return [*messages[:first], *messages[first + 1 :]] if blank else messages
+
+
+def _turns_from(messages: Sequence[Message]) -> int:
+    """The index of the first turn: after the descriptions of tools and the system message, where they are."""
+    if not messages or messages[0].role not in _HEAD:
+        return 0
+    first = 1 if messages[0].role == "tools" else 0
+    return first + 1 if len(messages) > first and messages[first].role == "system" else first
 
 
 def changed(messages: Iterable[Message], change: Change) -> list[Message]:
@@ -351,8 +419,11 @@ def changed(messages: Iterable[Message], change: Change) -> list[Message]:
 
 def changed_message(message: Message, change: Change) -> Message:
     """The message with `change` applied to every text in it."""
-    reasoning = change(message.reasoning) if message.reasoning else ""
-    return replace(message, content=change(message.content), reasoning=reasoning)
+    if message.calls or message.role == "tools":
+        message = changed_tools(message, change)
+    else:
+        message = replace(message, content=change(message.content))
+    return replace(message, reasoning=change(message.reasoning)) if message.reasoning else message
 
 
 def with_reasoning_of(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -363,6 +434,13 @@ def with_reasoning_of(row: Row, messages: tuple[Message, ...]) -> tuple[Message,
     if messages[-1].reasoning not in ("", reasoning):
         raise InvalidRow("two reasonings", "the row's reasoning is not that of its last reply")
     return (*messages[:-1], replace(messages[-1], reasoning=reasoning))
+
+
+def changed_tools(message: Message, change: Change) -> Message:
+    """A message of tools with `change` applied to every text in it."""
+    is_json = message.role == "tools"
+    content = changed_json(message.content, change) if is_json else change(message.content)
+    return replace(message, content=content, calls=changed_json(message.calls, change))
 
 
 # White space, control characters, and characters that Unicode gives no width or ignores by default.
@@ -419,24 +497,35 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     Raises InvalidRow unless a system message stands only at the start, user and assistant alternate after it, the
     role `last` is at the end, and no message is empty.
     """
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    first = _turns_from(messages)
+    turns = messages[first:] if first else messages
     for i, message in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
-        if message.role != expected:
+        if message.calls or message.role != expected:
+            if uses_tools(turns):
+                check_tool_turns(turns, is_blank, check_text, last=last, first=first + 1)
+                return _with_a_trained_reply(messages, turns, last)
             number = i + 1 + len(messages) - len(turns)
             raise InvalidRow("roles out of order", f"message {number} must be of {expected}, got {message.role}")
         if is_blank(message.content):
             reason = "empty reply" if expected == "assistant" else "empty user message"
             raise InvalidRow(reason, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
+        if "<" in message.content:
+            check_text(message, f"message {i + 1 + len(messages) - len(turns)} ({message.role})")
     if not turns or turns[-1].role != last:
         got = turns[-1].role if turns else "no turn"
         raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")
-    if last == "assistant" and not any(message.trained for message in turns[1::2]):
+    return _with_a_trained_reply(messages, turns[1::2], last)
+
+
+def _with_a_trained_reply(messages: Sequence[Message], turns: Sequence[Message], last: str) -> tuple[Message, ...]:
+    """The messages as a tuple. Raises InvalidRow if no reply among the turns of a conversation is to be learned."""
+    if last == "assistant" and not any(message.trained and message.role == "assistant" for message in turns):
         raise InvalidRow("not to be trained", "every reply has weight 0 or loss false, so there is nothing to learn")
     return tuple(messages)
 
 
-def check_text(document: Document) -> Document:
+def check_document(document: Document) -> Document:
     """The document. Raises InvalidRow if all of it is here and nothing can be seen."""
     if document.begins and document.ends and is_blank(document.text):
         raise InvalidRow("empty text", "'text' is empty")

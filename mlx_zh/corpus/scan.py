@@ -257,29 +257,35 @@ def _texts(item: Item) -> list[str]:
     if isinstance(item, Document):
         return [item.text.strip()]
     texts = [_text(message) for message in _prompt(item) if message.role != "system"]
-    return texts if isinstance(item, Conversation) else [*texts, item.chosen.strip(), item.rejected.strip()]
+    if isinstance(item, Conversation):
+        return texts
+    return [*texts, item.chosen.strip() + item.chosen_calls, item.rejected.strip() + item.rejected_calls]
 
 
 def _text(message: Message) -> str:
     text = message.content.strip() if message.trained else f"\x1e{message.content.strip()}"
-    return f"{text}\x1d{message.reasoning}" if message.reasoning else text
+    return f"{text}\x1d{message.reasoning}{message.calls}" if message.reasoning else text + message.calls
 
 
 def characters_of(item: Item) -> int:
     """The characters of all texts of a row."""
     if isinstance(item, Document):
         return len(item.text)
-    length = sum(len(message.content) + len(message.reasoning) for message in _prompt(item))
-    return length if isinstance(item, Conversation) else length + len(item.chosen) + len(item.rejected)
+    length = sum(sum(map(len, message.texts)) for message in _prompt(item))
+    if isinstance(item, Conversation):
+        return length
+    return length + sum(map(len, (item.chosen, item.rejected, item.chosen_calls, item.rejected_calls)))
 
 
 def _sides(item: Item) -> tuple[list[str], list[str]]:
-    """What the user says, and everything else but the system message: the two sides of a near duplicate."""
+    """What the user says, and everything else but tools and the system message: the sides of a near duplicate."""
     if isinstance(item, Document):
         return [], [item.text]
     asked = [message.content for message in _prompt(item) if message.role == "user"]
-    said = [m.reasoning + m.content for m in _prompt(item) if m.role not in ("user", "system")]
-    return asked, said if isinstance(item, Conversation) else [*said, item.chosen, item.rejected]
+    said = ["".join(m.texts) for m in _prompt(item) if m.role not in ("user", "system", "tools")]
+    if isinstance(item, Conversation):
+        return asked, said
+    return asked, [*said, item.chosen, item.chosen_calls, item.rejected, item.rejected_calls]
 
 
 def _row(item: Item) -> tuple[Any, ...]:
@@ -289,11 +295,14 @@ def _row(item: Item) -> tuple[Any, ...]:
     turns = tuple(map(_turn, _prompt(item)))
     if isinstance(item, Conversation):
         return item.source, turns
-    return item.source, turns, item.chosen, item.rejected
+    calls = (item.chosen_calls, item.rejected_calls) if item.chosen_calls or item.rejected_calls else ()
+    return item.source, turns, item.chosen, item.rejected, *calls
 
 
 def _turn(message: Message) -> tuple[Any, ...]:
     """The fields of a message, without the last ones if they have their defaults."""
+    if message.calls:
+        return message.role, message.content, message.trained, message.reasoning, message.calls
     if message.reasoning:
         return message.role, message.content, message.trained, message.reasoning
     return (message.role, message.content) if message.trained else (message.role, message.content, False)
@@ -302,8 +311,12 @@ def _turn(message: Message) -> tuple[Any, ...]:
 def _item(row: tuple[Any, ...]) -> Item:
     if isinstance(row[1], str):
         return Document(row[1], row[0], *row[2:])
-    messages = tuple(Message(*turn) for turn in row[1])
-    return Conversation(messages, row[0]) if len(row) == 2 else Preference(messages, row[2], row[3], row[0])
+    source, turns, *answers = row
+    messages = tuple(Message(*turn) for turn in turns)
+    if not answers:
+        return Conversation(messages, source)
+    chosen, rejected, *calls = answers
+    return Preference(messages, chosen, rejected, source, *calls)
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,6 @@ import pyarrow as pa
 from mlx_zh.corpus.conversation import (
     Conversation,
     Document,
-    Message,
     Preference,
     prompt_with_system,
     with_system,
@@ -126,7 +125,6 @@ def _report_from(progress: Progress, start: int, done: int) -> None:
 
 
 CUT_SHORT = "cut short"
-REFUSED = "refused by the chat template"
 _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
 _Example = tuple[int, Rendered | RenderedPair]  # index in the batch, and what became of that row
 _Result = tuple[list[_Example], Counter[str]]
@@ -203,13 +201,15 @@ def _accepted(
         return rendered
     except RefusedByTemplate as error:
         if not skip_refused:
-            raise RefusedByTemplate(
-                f"{error}. Correct the row, or drop such rows with data.on_invalid=skip"
-            ) from error
-    accepted = [number for number, item in enumerate(items) if not _is_refused(renderer, item)]
-    dropped[REFUSED] += len(items) - len(accepted)
-    kept = dict(zip(accepted, _rendered(renderer, settings, [items[n] for n in accepted], dropped), strict=True))
-    return [kept.get(number) for number in range(len(items))]
+            raise type(error)(f"{error}. Correct the row, or drop such rows with data.on_invalid=skip") from error
+    results: list[Rendered | RenderedPair | None] = []
+    for item in items:
+        try:
+            results += _rendered(renderer, settings, [item], dropped)
+        except RefusedByTemplate as error:
+            dropped[error.reason] += 1
+            results.append(None)
+    return results
 
 
 def _with_system(item: Item, system: str | None) -> Item:
@@ -232,22 +232,6 @@ def _rendered(
         on_overflow=settings.on_overflow,
         dropped=dropped,
     )
-
-
-def _is_refused(renderer: Renderer, item: Item) -> bool:
-    """Whether the chat template refuses a conversation, or one of the two of a pair."""
-    if isinstance(item, Preference):
-        whole = [(*item.prompt, Message("assistant", answer)) for answer in (item.chosen, item.rejected)]
-    elif isinstance(item, Conversation):
-        whole = [item.messages]
-    else:
-        return False
-    try:
-        for messages in whole:
-            renderer.text(messages)
-    except RefusedByTemplate:
-        return True
-    return False
 
 
 def _ahead(

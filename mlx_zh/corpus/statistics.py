@@ -196,9 +196,8 @@ def _texts(item: Item) -> list[str]:
 
     if isinstance(item, Document):
         return [item.text]
-    if isinstance(item, Conversation):
-        return [text for message in item.messages for text in message.texts if text]
-    return [*(text for message in item.prompt for text in message.texts if text), item.chosen, item.rejected]
+    messages = item.messages if isinstance(item, Conversation) else (*item.prompt, *item.answers)
+    return [text for message in messages for text in message.texts if text]
 
 
 def write_histogram(lengths: npt.NDArray[np.int32], file: IO[bytes], title: str) -> None:

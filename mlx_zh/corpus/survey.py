@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_zh.corpus.columns import FORMATS, Guess, columns_of, given_columns, guess_columns
-from mlx_zh.corpus.conversation import Conversation, Document, Preference
+from mlx_zh.corpus.conversation import Conversation, Document
 from mlx_zh.corpus.excel_rows import is_workbook, sheet_info
+from mlx_zh.corpus.preferences import as_preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import Row, open_rows, parse_rows
 from mlx_zh.corpus.sources import Item
@@ -96,7 +97,8 @@ def survey(path: Path, head: Head, guess: Guess) -> Survey:
     form: Any = FORMATS[guess.kind][guess.format]
     chooser, seen = random.Random(0), set()
     places: list[tuple[int, Item]] = []
-    for place, parsed in parse_rows(open_rows(path, guess.columns, head.sheet), form):
+    rows = open_rows(path, guess.columns, head.sheet)
+    for place, parsed in parse_rows(rows, form, columns=guess.columns):
         if result.rows == MOST:
             result.cut = True
             break
@@ -125,17 +127,15 @@ def as_item(kind: str, parsed: Any, place: str) -> Item:
         return replace(parsed, source=place)
     if kind == "sft":
         return Conversation(parsed, place)
-    prompt, chosen, rejected = parsed
-    return Preference(prompt, chosen, rejected, place)
+    return as_preference(parsed, place)
 
 
 def texts_of(item: Item) -> tuple[str, ...]:
     """All texts of a row."""
     if isinstance(item, Document):
         return (item.text,)
-    if isinstance(item, Conversation):
-        return tuple("".join(message.texts) for message in item.messages)
-    return (*("".join(message.texts) for message in item.prompt), item.chosen, item.rejected)
+    messages = item.messages if isinstance(item, Conversation) else (*item.prompt, *item.answers)
+    return tuple("".join(message.texts) for message in messages)
 
 
 def _keep(places: list[tuple[int, Item]], place: tuple[int, Item], chooser: random.Random, count: int = 3) -> None:

@@ -53,6 +53,8 @@ def _segments(item: Item, renderer: Renderer | None) -> list[Segment]:
         "system": say("init-role-system"),
         "user": say("init-role-user"),
         "assistant": say("init-role-assistant"),
+        "tools": say("init-role-tools"),
+        "tool": say("init-role-tool"),
         "chosen": say("init-role-chosen"),
         "rejected": say("init-role-rejected"),
     }

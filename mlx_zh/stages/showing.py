@@ -71,13 +71,18 @@ def plain_segments(item: Item, roles: dict[str, str]) -> list[Segment]:
         return [(item.text, True)]
     if isinstance(item, Conversation):
         return _turns(item.messages, roles)
-    answers: list[Segment] = [(roles["chosen"] + " ", False), (item.chosen, True), (f"\n{roles['rejected']} ", False)]
-    return [*_turns(item.prompt, roles), ("\n", False), *answers, (item.rejected, False)]
+    chosen, rejected = map(_said, item.answers)
+    answers: list[Segment] = [(roles["chosen"] + " ", False), (chosen, True), (f"\n{roles['rejected']} ", False)]
+    return [*_turns(item.prompt, roles), ("\n", False), *answers, (rejected, False)]
 
 
 def _turns(messages: Sequence[Message], roles: dict[str, str]) -> list[Segment]:
     segments: list[Segment] = []
     for message in messages:
         segments += [("\n" if segments else "", False), (f"{roles[message.role]} ", False)]
-        segments += [(message.content, message.role == "assistant")]
+        segments += [(_said(message), message.role == "assistant")]
     return segments
+
+
+def _said(message: Message) -> str:
+    return "\n".join(text for text in (message.content, message.calls) if text)

@@ -146,7 +146,7 @@ def test_the_format_is_named_where_another_one_would_be_recognised() -> None:
         ({"question": Q, "chosen": A, "rejected": "不"}, {"prompt": "question", "response": "chosen"}),
         ({"instruction": Q, "chosen": A, "rejected": "不"}, {"output": "chosen"}),
         ({"问": Q, "好的回答": A, "差的回答": "不"}, {"prompt": "问", "response": "好的回答"}),
-        ({"messages": TURNS, "rejected_response": "不"}, {}),
+        ({"messages": TURNS, "rejected_response": "不"}, {"messages": "messages"}),
         ({"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "不"}]}, {"messages": "chosen"}),
     ],
 )

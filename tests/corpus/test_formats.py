@@ -308,7 +308,11 @@ def turns(*pairs):
             "must be of assistant, got user",
         ),
         (turns(("system", "a")), "does not end with assistant", "must be of assistant, got no turn"),
-        (turns(("human", "a"), ("observation", "b")), "tool message", r"'conversations'\[1\]: messages of tools"),
+        (
+            turns(("human", "a"), ("function_call", "b")),
+            "tool message",
+            r"'conversations'\[1\]: 'value' must be JSON",
+        ),
         (turns(("human", "a"), ("narrator", "b")), "unknown role", "unknown role 'narrator'"),
         ({"conversations": [{"from": "human"}]}, "missing field", "'value' is missing or null"),
         ({"conversations": []}, "wrong type", "'conversations' must be a list of messages, got an empty list"),

@@ -7,17 +7,30 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.normalize import normalize
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.render import Renderer
-from mlx_zh.corpus.row_keys import FALSE_REFUSED, HARMLESS, NOT_TRAINED, REFUSED
+from mlx_zh.corpus.row_keys import (
+    FALSE_REFUSED,
+    HARMLESS,
+    MARKS,
+    NOT_POSITIVE_REFUSED,
+    NOT_TRAINED,
+    REFUSED_IN_MESSAGE,
+    REFUSED_IN_ROW,
+    UNREAD,
+    WEIGHTS,
+)
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.scan import _item, _row
 from mlx_zh.corpus.sources import DataSource
+from mlx_zh.corpus.tools import has_content
 from mlx_zh.errors import DataError
 
 USER, REPLY = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}
@@ -52,19 +65,150 @@ CONTENT = [[{"a": 1}], "[{}]", "text", {"a": 1}]
 NOTHING = [None, [], {}, "", "[]", False]
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_refused_key_is_refused_by_name_in_a_row_and_in_a_message(key: str, load: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", REFUSED_IN_ROW)
+def test_a_refused_key_is_refused_by_name_in_a_row(key: str, load: Any) -> None:
     for value in CONTENT:
-        for row in [*(good | {key: value} for good in GOOD), {"messages": [USER, REPLY | {key: value}]}]:
-            assert load(row) == REFUSED[key]
-        assert load(PAIR | {key: value}, "dpo") == REFUSED[key]
-    for value in NOTHING:
-        for row in [*(good | {key: value} for good in GOOD), {"messages": [USER, REPLY | {key: value}]}]:
+        for row in (good | {key: value} for good in GOOD):
+            assert load(row) == REFUSED_IN_ROW[key]
+        assert load(PAIR | {key: value}, "dpo") == REFUSED_IN_ROW[key]
+    for value in NOTHING if REFUSED_IN_ROW[key] != "mask" else NOTHING[:-1]:
+        for row in (good | {key: value} for good in GOOD):
             assert load(row).messages == (Message("user", "问"), Message("assistant", "答"))
+
+
+@pytest.mark.parametrize("key", REFUSED_IN_MESSAGE)
+def test_a_refused_key_is_refused_by_name_in_a_message(key: str, load: Any, tmp_path: Path) -> None:
+    for value in CONTENT:
+        assert load({"messages": [USER, REPLY | {key: value}]}) == REFUSED_IN_MESSAGE[key]
+    for value in NOTHING if REFUSED_IN_MESSAGE[key] != "mask" else NOTHING[:-1]:
+        assert load({"messages": [USER, REPLY | {key: value}]}).messages[-1] == Message("assistant", "答")
     path = tmp_path / "named.jsonl"
     path.write_text(json.dumps({"messages": [USER, REPLY | {key: "x y"}]}), encoding="utf-8")
     with pytest.raises(DataError, match=rf"named\.jsonl:1: 'messages'\[1\]: '{key}' is not supported"):
         load_conversations(path)
+
+
+@pytest.mark.parametrize("value", [True, False, 0, 1, [0, 1], "assistant"])
+def test_a_mask_is_refused_unless_it_names_the_user(value: Any, load: Any) -> None:
+    assert load(TALK | {"mask": value}) == "mask"
+    assert load(TALK | {"mask": "User"}) == load(TALK)
+
+
+@pytest.mark.parametrize("key", WEIGHTS)
+def test_a_row_that_weighs_more_or_less_than_others_is_refused(key: str, load: Any) -> None:
+    for value in (0.5, 2, -1):
+        assert load(TALK | {key: value}) == "weight of a row"
+    for value in (1, 1.0, True, None):
+        assert load(TALK | {key: value}) == load(TALK)
+
+
+@pytest.mark.parametrize("key", NOT_POSITIVE_REFUSED)
+def test_an_answer_with_a_score_of_nothing_is_refused(key: str, load: Any) -> None:
+    for value in (0, -0.5, False):
+        assert load(TALK | {key: value}) == "answer not to imitate"
+    assert load(TALK | {key: 4.5}) == load(TALK)
+
+
+@pytest.mark.parametrize("names", MARKS)
+def test_a_pair_whose_better_answer_has_the_lower_score_is_refused(names: tuple[str, str], load: Any) -> None:
+    better, worse = names
+    assert load(PAIR | {better: 1, worse: 4.5}, "dpo") == "pair in reverse"
+    for marks in ({better: 4.5, worse: 1}, {better: 1}, {better: "1", worse: "2"}):
+        assert load(PAIR | marks, "dpo") == load(PAIR, "dpo")
+
+
+@pytest.mark.parametrize("key", ["rejected", "rejected_response", "rejected_messages", "non_preferred_output"])
+def test_a_pair_is_learned_from_for_sft_only_if_the_columns_say_so(key: str, tmp_path: Path, load: Any) -> None:
+    worse = [USER, REPLY] if key == "rejected_messages" else "坏"
+    for good in GOOD:
+        assert load(good | {key: worse}) == "preference pair"
+        assert load(good | {key: None}) == load(good)
+    path = tmp_path / "pair.jsonl"
+    path.write_text(json.dumps({"prompt": "问", "chosen": "好", key: worse}), encoding="utf-8")
+    [talk], _ = load_conversations(path, columns={"response": "chosen"})
+    assert talk.messages[-1] == Message("assistant", "好")
+    path.write_text(json.dumps(TALK | {key: worse}), encoding="utf-8")
+    assert load_conversations(path, columns={"messages": "messages"})[0][0].messages == load(TALK).messages
+
+
+def test_turns_that_a_format_does_not_read_are_refused(load: Any) -> None:
+    belle = {"instruction": "问", "instances": [{"input": "", "output": "答"}]}
+    for row in (TALK | {"history": [["早", "好"]]}, belle | {"system": "海盗"}, belle | {"history": [["早", "好"]]}):
+        assert load(row) == "part of the conversation not read"
+    assert load(TALK | {"history": []}) == load(TALK)
+
+
+MEDIA_TOKENS = ["<|image|>", "<|image_1|>", "<|vision_start|>", "<|video_pad|>", "<|AUDIO|>", "<image_soft_token>"]
+
+
+@pytest.mark.parametrize("token", MEDIA_TOKENS)
+def test_a_placeholder_of_a_picture_is_refused_in_every_text(token: str, load: Any) -> None:
+    assert load({"prompt": f"看{token}，这是什么？", "response": "猫"}) == "not only text"
+    assert load({"prompt": "问", "response": f"答{token}"}) == "not only text"
+    assert load(PAIR | {"rejected": f"坏{token}"}, "dpo") == "not only text"
+
+
+@pytest.mark.parametrize("tag", ["image", "video", "audio"])
+def test_a_tag_of_html_is_refused_only_where_it_stands_for_a_picture(tag: str, load: Any) -> None:
+    for prose in (f"HTML 的 <{tag}> 标签怎么用？", f"```html\n<{tag}>\n  <p>x</p>\n</{tag}>\n```\n这是什么？"):
+        row = {"prompt": prose, "response": f"例如：\n<{tag}>"}
+        assert load(row).messages[0].content == prose
+        assert load(row | {f"{tag}s": []}) == "not only text"
+    for question in (f"<{tag}>\n这是什么？", f"这是什么？\n<{tag}>"):
+        assert load({"prompt": question, "response": "猫"}) == "not only text"
+
+
+def test_keys_of_messages_that_nothing_reads_are_noted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"messages": [USER | {"name": "小明"}, REPLY | {"emotion": "喜", "id": "1", "refusal": None}]},
+        {"conversations": [], "messages": [USER, REPLY | {"weight": 1}]},
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert load_conversations(path)[1].unused == ["messages[].name", "messages[].emotion", "conversations"]
+
+
+VALUES = st.sampled_from([None, "", [], {}, 0, 1, 0.5, -1, True, False, "x", "[]", ["x"], {"a": 1}])
+EXTRA = st.dictionaries(
+    st.sampled_from(
+        sorted({*REFUSED_IN_ROW, *REFUSED_IN_MESSAGE, *UNREAD, *FALSE_REFUSED, *NOT_POSITIVE_REFUSED, *WEIGHTS})
+    )
+    | st.sampled_from([*NOT_TRAINED, *HARMLESS, "名字", "name", "emotion"]),
+    VALUES,
+    max_size=3,
+)
+
+
+@hypothesis.given(row=EXTRA, reply=EXTRA, data=st.data())
+def test_every_key_is_used_or_harmless_or_told_or_refuses_its_row(
+    tmp_path_factory: Any, row: dict[str, Any], reply: dict[str, Any], data: st.DataObject
+) -> None:
+    """A row that is kept says the same as without its extra keys, except that a reply may be context only."""
+    path = tmp_path_factory.getbasetemp() / "keys.jsonl"
+    talk = {"messages": [USER, REPLY | reply, USER, REPLY], **row}
+    path.write_text(json.dumps(talk), encoding="utf-8")
+    report = LoadReport()
+    try:
+        [item] = DataSource("keys", (str(path),)).items("sft", "skip", report, normalize)
+    except DataError:
+        [reason] = report.dropped
+        known = {*REFUSED_IN_ROW.values(), *REFUSED_IN_MESSAGE.values(), *UNREAD.values(), *FALSE_REFUSED.values()}
+        assert reason in known | {"answer not to imitate", "weight of a row", "weight of a message", "wrong type"}
+        return
+    meaning = {key: value for key, value in row.items() if has_content(value)}
+    if "system" in meaning:
+        assert item.messages[0] == Message("system", "x")
+    turns = [message for message in item.messages if message.role not in ("system", "tools")]
+    off = [key for key in NOT_TRAINED if key in reply and reply[key] is not None and not reply[key]]
+    assert [(m.content, m.trained) for m in turns] == [
+        ("问", True), ("答", not off), ("问", True), ("答", True)
+    ]  # fmt: skip
+    told = set(report.unused)
+    for key in row:
+        assert key in told or key in {*HARMLESS, "system", *REFUSED_IN_ROW, *UNREAD, "tools", "functions"}
+    for key, value in reply.items():
+        read = {*NOT_TRAINED, *REFUSED_IN_MESSAGE, *HARMLESS, "tool_calls", "function_call"}
+        assert f"messages[].{key}" in told or key in read or not has_content(value)
 
 
 @pytest.mark.parametrize("key", FALSE_REFUSED)
@@ -161,13 +305,22 @@ def test_columns_that_nothing_reads_are_noted(tmp_path: Path) -> None:
 def test_the_table_in_the_documentation_is_the_code() -> None:
     text = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
     table = text.split("### Keys that change what a row means")[1].split("\n### ")[0]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines() if line.startswith("| `")]
     listed = {
-        key.strip("` "): line.split("|")[3].strip() for line in table.splitlines() if line.startswith("| `")
-        for key in line.split("|")[1].split(",")
+        (key.strip("` |"), place): what.strip(" |") for keys, place, what in rows for key in keys.split(",")
     }  # fmt: skip
-    reasons = {key: f"refused: {reason}" for key, reason in REFUSED.items()}
-    reasons |= {f"{key}: false": f"refused: {reason}" for key, reason in FALSE_REFUSED.items()}
-    assert {key: what for key, what in listed.items() if what.startswith("refused")} == reasons
-    assert f"except these: {', '.join(f'`{name}`' for name in HARMLESS)}." in " ".join(table.split())
-    context = {key for key, what in listed.items() if what == "honoured: the reply is context only"}
-    assert context == {f"{key}: 0" for key in NOT_TRAINED}
+
+    def keys_of(what: str, where: str) -> set[str]:
+        return {key for (key, place), text in listed.items() if text == what and where in place}
+
+    for where, refused in (("row", REFUSED_IN_ROW), ("message", REFUSED_IN_MESSAGE)):
+        for reason in set(refused.values()):
+            assert keys_of(f"refused: {reason}", where) == {key for key, value in refused.items() if value == reason}
+    for reason in ("not to be trained", "answer not to imitate"):
+        expected = {f"{key}: false" for key, value in FALSE_REFUSED.items() if value == reason}
+        expected |= {f"{key}: -1" for key, value in NOT_POSITIVE_REFUSED.items() if value == reason}
+        assert keys_of(f"refused: {reason}", "row") == expected
+    for reason in set(UNREAD.values()):
+        assert keys_of(f"refused: {reason}", "row") == {key for key, value in UNREAD.items() if value == reason}
+    assert f"These are not named: {', '.join(f'`{name}`' for name in HARMLESS)}." in " ".join(table.split())
+    assert keys_of("honoured: the reply is context only", "message") == {f"{key}: 0" for key in NOT_TRAINED}

@@ -18,7 +18,7 @@ from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.render import FIRST_EXCHANGE_OVERFLOW, NOT_TRAINED, OVERFLOW, Renderer
 from mlx_zh.corpus.thinking import thinking_of
-from mlx_zh.errors import DataError, TemplateError
+from mlx_zh.errors import RefusedReasoning, TemplateError
 
 
 def thoughtful(content: str, reasoning: str) -> Message:
@@ -228,9 +228,9 @@ def test_dropped_reasoning_is_as_if_there_were_none(tokenizer):
 
 def test_reasoning_that_is_never_written_is_refused(tokenizer):
     row = Conversation(THOUGHT, "d.jsonl:4")
-    with pytest.raises(DataError, match=r"d\.jsonl:4: .*model.thinking is off"):
+    with pytest.raises(RefusedReasoning, match=r"d\.jsonl:4: .*model.thinking is off"):
         Renderer(tokenizer, chat_template=THINKING, thinking="off").conversation(row)
-    with pytest.raises(DataError, match=r"d\.jsonl:4: .*does not know reasoning; set data.reasoning: drop"):
+    with pytest.raises(RefusedReasoning, match=r"d\.jsonl:4: .*does not know reasoning; set data.reasoning: drop"):
         Renderer(tokenizer, chat_template=QWEN25).conversation(row)
     assert Renderer(tokenizer, chat_template=QWEN25, reasoning="drop").conversation(row) is not None
 

@@ -94,7 +94,13 @@ def test_every_warning_is_given_somewhere() -> None:
 def test_every_reason_to_leave_out_a_row_has_its_chinese() -> None:
     reasons = {shards.CUT_SHORT, choosing.DUPLICATE, choosing.NEAR_DUPLICATE, choosing.IN_VALIDATION, choosing.EXAM}
     reasons |= {choosing.NOT_PICKED, render.OVERFLOW, render.FIRST_EXCHANGE_OVERFLOW, render.NO_REPLY}
-    reasons |= {render.PROMPT_OVERFLOW, render.CHOSEN_OVERFLOW, render.REJECTED_OVERFLOW}
+    reasons |= {
+        render.PROMPT_OVERFLOW,
+        render.CHOSEN_OVERFLOW,
+        render.REJECTED_OVERFLOW,
+        render.TOOLS,
+        render.REFUSED,
+    }
     for path in (PACKAGE / "corpus").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "InvalidRow":
@@ -110,7 +116,11 @@ def reason_of(argument: ast.expr) -> list[str]:
         return [argument.value]
     text = ast.unparse(argument)
     known = {
-        "REFUSED[key]": list(row_keys.REFUSED.values()),
+        "REFUSED[key]": row_keys.REFUSED.values(),
+        "REFUSED_IN_ROW[key]": row_keys.REFUSED_IN_ROW.values(),
+        "REFUSED_IN_MESSAGE[key]": row_keys.REFUSED_IN_MESSAGE.values(),
+        "UNREAD[key]": row_keys.UNREAD.values(),
+        "NOT_POSITIVE_REFUSED[key]": row_keys.NOT_POSITIVE_REFUSED.values(),
         "FALSE_REFUSED[key]": list(row_keys.FALSE_REFUSED.values()),
         "reason": ["empty reply", "empty user message"],
         "f'does not end with {last}'": ["does not end with assistant", "does not end with user"],

@@ -165,5 +165,7 @@ def test_records_of_answers_with_separators_are_read_back(tmp_path):
 
 
 def test_metrics_with_separators_are_read_back(tmp_path):
-    (tmp_path / "m.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.5, "x": SEPARATORS}, ensure_ascii=False) + "\n", "utf-8")
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps({"step": 1, "epoch": 0.5, "x": SEPARATORS}, ensure_ascii=False) + "\n", "utf-8"
+    )
     assert MetricsLog(tmp_path / "m.jsonl").read() == [{"step": 1, "epoch": 0.5, "x": SEPARATORS}]

@@ -1,0 +1,493 @@
+"""Conversations with tools: what is read, what the template writes, and which tokens are learned."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tool_templates import LLAMA31_TOOLS, QWEN3_THINKING_TOOLS, QWEN3_TOOLS, QWEN25_TOOLS, TEXT_ARGUMENTS
+
+from mlx_zh.corpus.conversation import Conversation, Message
+from mlx_zh.corpus.formats import load_conversations
+from mlx_zh.corpus.normalize import normalize
+from mlx_zh.corpus.preferences import load_preferences
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rows import LoadReport
+from mlx_zh.corpus.scan import _item, _row
+from mlx_zh.corpus.shards import RenderSettings, _accepted
+from mlx_zh.corpus.sources import DataSource
+from mlx_zh.errors import DataError, TemplateError
+
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FUNCTION = {"name": "get_weather", "description": "查天气", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+
+
+def call(city: str, name: str = "get_weather", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": {"city": city}}, **more}
+
+
+def u(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def a(text: str, *calls: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": text} | ({"tool_calls": list(calls)} if calls else {})
+
+
+def t(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": text, **more}
+
+
+# In the form that transformers' apply_chat_template takes: plain, with an earlier exchange, ending with a call,
+# several steps, with a system message, without descriptions.
+TALKS: dict[str, list[dict[str, Any]]] = {
+    "one": [u("北京天气？"), a("", call("北京")), t('{"temp": 20}', name="get_weather"), a("20 度。")],
+    "said": [u("北京天气？"), a("我查一下。", call("北京")), t("晴", name="get_weather"), a("晴。")],
+    "call": [{"role": "system", "content": "你是助手"}, u("北京天气？"), a("", call("北京"))],
+    "steps": [
+        u("你好"), a("你好！"), u("比较北京和上海"), a("", call("北京")), t("20", name="get_weather"),
+        a("", call("上海")), t("25", name="get_weather"), a("上海更热。"), u("谢谢"), a("不客气。"),
+    ],
+    "plain": [u("你好"), a("你好！")],
+}  # fmt: skip
+SEVERAL = {
+    "two": [
+        u("比较北京和上海"), a("", call("北京"), call("上海")), t("20", name="get_weather"),
+        t("25", name="get_weather"), a("上海更热。"), u("谢谢"), a("不客气。"),
+    ],
+    "thought": [
+        u("一"), a("<think>\n旧\n</think>\n\n好"), u("二"), 
+        a("<think>\n想\n</think>\n\n", call("北京"), call("上海")),
+        t("20", name="get_weather"), t("25", name="get_weather"), a("<think>\n再想\n</think>\n\n热。"),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    """Reads one row; the reason for which it was dropped, or its item."""
+
+    def read(row: dict[str, Any], kind: str = "sft", **options: Any) -> Any:
+        path, report = tmp_path / "row.jsonl", LoadReport()
+        path.write_text(json.dumps(row), encoding="utf-8")
+        try:
+            [item] = DataSource("row", (str(path),), **options).items(kind, "skip", report, normalize)
+        except DataError:
+            return next(iter(report.dropped))
+        assert _item(json.loads(json.dumps(_row(item)))) == item
+        return item
+
+    return read
+
+
+@pytest.fixture
+def with_template(tokenizer_of: Any) -> Any:
+    """A tokenizer of a family, with another chat template."""
+
+    def make(family: str, template: Any) -> Any:
+        changed = copy.deepcopy(tokenizer_of(family))
+        changed.chat_template = template
+        return changed
+
+    return make
+
+
+def independent(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, end: str) -> tuple[list[int], list[bool]]:
+    """The tokens and the mask by transformers' own rendering of prefixes, without this program's layouts.
+
+    What a reply adds to its generation prompt, up to the last end-of-turn token, is learned.
+    """
+
+    def render(count: int, ask: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages[:count], tools=tools, tokenize=False, add_generation_prompt=ask, date_string="26 Jul 2024"
+        )
+        return text
+
+    whole, pieces, position = render(len(messages), False), [], 0
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(k, True)
+        reply = render(k + 1, False).removeprefix(prompt)
+        assert len(reply) < len(render(k + 1, False))
+        learned = reply[: max(reply.rfind(token) + len(token) for token in end.split() if token in reply)]
+        # A template may drop an earlier reply's reasoning: then what is left of it is learned.
+        start = len(prompt) if whole.startswith(prompt) else None
+        if start is None or not whole.startswith(learned, start):
+            header = prompt[len(render(k, False)) :]
+            start = whole.index(header, position) + len(header)
+            learned = whole[start : min(whole.find(token, start) for token in end.split() if token in whole[start:])]
+            learned = whole[start : start + len(learned) + len(end.split()[0])]
+        pieces += [(whole[position:start], False), (learned, True)]
+        position = start + len(learned)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for text, trained in pieces:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        ids += tokens
+        mask += [trained] * len(tokens)
+    return ids, mask
+
+
+def check(tokenizer: Any, item: Conversation, messages: list[dict[str, Any]], tools: Any, end: str) -> str:
+    """The rendering of an item equals the independent one; returns the learned text."""
+    rendered = Renderer(tokenizer).conversation(item)
+    assert rendered is not None
+    ids, mask = independent(tokenizer, messages, tools, end)
+    assert rendered.tokens.tolist() == ids
+    assert rendered.trained.tolist() == mask
+    return str(tokenizer.decode(rendered.tokens[rendered.trained]))
+
+
+@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_llama31_learns_its_calls_and_no_result(name: str, tools: Any, load: Any, llama31: Any) -> None:
+    tokenizer = copy.deepcopy(llama31)
+    tokenizer.chat_template = LLAMA31_TOOLS
+    item = load({"messages": TALKS[name], "tools": tools})
+    learned = check(tokenizer, item, TALKS[name], tools, "<|eot_id|>")
+    replies = [m for m in TALKS[name] if m["role"] == "assistant"]
+    written = '{"name": "get_weather", "parameters": {"city": "%s"}}'
+    assert learned == "".join(
+        (written % m["tool_calls"][0]["function"]["arguments"]["city"] if "tool_calls" in m else m["content"])
+        + "<|eot_id|>"
+        for m in replies
+    )
+
+
+def test_llama31_ends_a_call_of_a_built_in_tool_as_its_template_does(load: Any, llama31: Any) -> None:
+    tokenizer = copy.deepcopy(llama31)
+    tokenizer.chat_template = LLAMA31_TOOLS
+    search = {"type": "function", "function": {"name": "brave_search", "arguments": {"query": "北京天气"}}}
+    messages = [u("北京天气？"), a("", search), t("晴", name="brave_search"), a("晴。")]
+    learned = check(tokenizer, load({"messages": messages}), messages, None, "<|eot_id|> <|eom_id|>")
+    assert learned == '<|python_tag|>brave_search.call(query="北京天气")<|eom_id|>晴。<|eot_id|>'
+
+
+def kept_of(renderer: Renderer, items: list[Any], dropped: Counter[str]) -> list[Any]:
+    """The rendered items with on_invalid: skip."""
+    settings = RenderSettings("sft", "assistant", 4096, "truncate", None)
+    return list(_accepted(renderer, settings, True, items, dropped))
+
+
+def test_llama31_refuses_two_calls_in_one_reply(load: Any, llama31: Any) -> None:
+    tokenizer = copy.deepcopy(llama31)
+    tokenizer.chat_template = LLAMA31_TOOLS
+    item, dropped = load({"messages": SEVERAL["two"], "tools": TOOLS}), Counter[str]()
+    with pytest.raises(TemplateError, match=r"row\.jsonl:1: .*single tool-calls"):
+        Renderer(tokenizer).conversation(item)
+    assert kept_of(Renderer(tokenizer), [item], dropped) == [None]
+    assert dropped == {"tool message": 1}
+
+
+@pytest.mark.parametrize("tools", [TOOLS, None])
+@pytest.mark.parametrize("name", [*TALKS, *SEVERAL])
+@pytest.mark.parametrize(("family", "template"), [("qwen2", QWEN25_TOOLS), ("qwen3", QWEN3_TOOLS)])
+def test_qwen_learns_its_calls_and_no_result(
+    family: str, template: str, name: str, tools: Any, load: Any, with_template: Any
+) -> None:
+    messages = (TALKS | SEVERAL)[name]
+    item = load({"messages": messages, "tools": json.dumps(tools)})
+    learned = check(with_template(family, template), item, messages, tools, "<|im_end|>")
+    assert "tool_response" not in learned and "# Tools" not in learned and "user" not in learned
+    assert learned.count("<tool_call>") == sum(len(m.get("tool_calls", ())) for m in messages)
+    assert learned.count("<|im_end|>") == sum(m["role"] == "assistant" for m in messages)
+
+
+def test_arguments_are_given_as_text_where_a_template_wants_them_so(load: Any, with_template: Any) -> None:
+    as_text = copy.deepcopy(SEVERAL["two"])
+    for one in as_text[1]["tool_calls"]:
+        one["function"]["arguments"] = json.dumps(one["function"]["arguments"], ensure_ascii=False)
+    item = load({"messages": SEVERAL["two"], "tools": TOOLS})
+    assert load({"messages": as_text, "tools": TOOLS}) == item
+    learned = check(with_template("qwen2", TEXT_ARGUMENTS), item, as_text, TOOLS, "<|im_end|>")
+    written = '<|endoftext|>get_weather\n{"city": "%s"}<|endoftext|>'
+    assert learned == f"{written % '北京'}{written % '上海'}<|im_end|>上海更热。<|im_end|>不客气。<|im_end|>"
+
+
+def test_the_template_for_tools_is_used_where_there_is_one(load: Any, with_template: Any, tokenizer_of: Any) -> None:
+    plain = tokenizer_of("qwen2").chat_template
+    both = with_template("qwen2", {"default": plain, "tool_use": QWEN25_TOOLS})
+    item = load({"messages": TALKS["one"], "tools": TOOLS})
+    assert np.array_equal(
+        Renderer(both).conversation(item).tokens,
+        Renderer(with_template("qwen2", QWEN25_TOOLS)).conversation(item).tokens,
+    )
+    assert Renderer(both).fingerprint != Renderer(tokenizer_of("qwen2")).fingerprint
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3", "smollm2", "mistral"])
+def test_a_template_that_knows_no_tools_refuses_the_row_by_name(family: str, load: Any, tokenizer_of: Any) -> None:
+    renderer, plain = Renderer(tokenizer_of(family)), load({"messages": TALKS["plain"]})
+    for row in (
+        {"messages": TALKS["one"]},
+        {"messages": TALKS["call"][1:]},
+        {"messages": TALKS["plain"], "tools": TOOLS},
+    ):
+        item, dropped = load(row), Counter[str]()
+        with pytest.raises(TemplateError, match=r"row\.jsonl:1: the chat template does not write"):
+            renderer.conversation(item)
+        kept = kept_of(renderer, [plain, item, plain], dropped)
+        assert [one is None for one in kept] == [False, True, False]
+        assert dropped == {"tool message": 1}
+
+
+def test_a_call_is_never_cut_from_its_result(load: Any, with_template: Any) -> None:
+    renderer = Renderer(with_template("qwen2", QWEN25_TOOLS))
+    item = load({"messages": TALKS["steps"], "tools": TOOLS})
+    whole = renderer.conversation(item)
+    ends = {len(renderer.conversation(item.messages[: k + 1]).tokens) for k in (2, 8, 10)}  # after the three answers
+    lengths = set()
+    for most in range(1, len(whole.tokens) + 1):
+        dropped: Counter[str] = Counter()
+        rendered = renderer.conversation(item, max_length=most, dropped=dropped)
+        if rendered is None:
+            assert dropped == {"first exchange longer than max_length": 1}
+            continue
+        lengths.add(len(rendered.tokens))
+        assert rendered.tokens.tolist() == whole.tokens[: len(rendered.tokens)].tolist()
+        assert rendered.trained.tolist() == whole.trained[: len(rendered.tokens)].tolist()
+    assert lengths == ends
+
+
+def test_pairs_of_calls(load: Any, with_template: Any) -> None:
+    tokenizer = with_template("qwen2", QWEN25_TOOLS)
+    good, bad, said = a("", call("北京")), a("", call("上海")), a("我不知道。")
+    prompt = [u("北京天气？")]
+    later = [*prompt, good, t("20", name="get_weather")]
+    for before, chosen, rejected in ((prompt, good, bad), (prompt, good, said), (later, a("20 度"), bad)):
+        rows = [
+            {"messages": before, "chosen": chosen, "rejected": rejected, "tools": TOOLS},
+            {"prompt": before, "chosen": [chosen], "rejected": [rejected], "tools": TOOLS},
+            {"chosen": [*before, chosen], "rejected": [*before, rejected], "tools": TOOLS},
+            {"messages": [*before, chosen], "rejected_messages": [*before, rejected], "tools": TOOLS},
+            {
+                "input": {"messages": before, "tools": TOOLS, "parallel_tool_calls": True},
+                "preferred_output": [chosen],
+                "non_preferred_output": [rejected],
+            },
+        ]
+        pairs = [Renderer(tokenizer).preference(load(row, "dpo")) for row in rows]
+        for pair in pairs:
+            for answer, message in ((pair.chosen, chosen), (pair.rejected, rejected)):
+                ids, mask = independent(tokenizer, [*before, message], TOOLS, "<|im_end|>")
+                assert [*pair.prompt.tolist(), *answer.tolist()] == ids
+                assert mask[-len(answer) - 1 :] == [False] + [True] * len(answer)
+    same = {"messages": prompt, "chosen": good, "rejected": a("", call("北京"))}
+    assert load(same, "dpo") == "identical responses"
+
+
+# ---- forms of rows
+
+ITEM = [
+    Message("tools", json.dumps(TOOLS, ensure_ascii=False)),
+    Message("user", "北京天气？"),
+    Message("assistant", "", calls='[{"name": "get_weather", "arguments": {"city": "北京"}}]'),
+    Message("tool", '{"temp": 20}', calls='{"name": "get_weather"}'),
+    Message("assistant", "20 度。"),
+]
+ONE = '{"name": "get_weather", "arguments": {"city": "北京"}}'
+SHAREGPT = [
+    {"from": "human", "value": "北京天气？"},
+    {"from": "function_call", "value": ONE},
+    {"from": "observation", "value": '{"temp": 20}'},
+    {"from": "gpt", "value": "20 度。"},
+]
+WITH_TEXT = {"name": "get_weather", "arguments": '{"city": "北京"}'}
+OLD_CALL = {"role": "assistant", "content": None, "function_call": WITH_TEXT}
+FORMS = {
+    "openai": {"messages": TALKS["one"], "tools": TOOLS},
+    "arguments as text": {
+        "messages": [u("北京天气？"), OLD_CALL, t('{"temp": 20}'), a("20 度。")], "tools": TOOLS,
+    },
+    "functions": {
+        "messages": [
+            u("北京天气？"), OLD_CALL, {"role": "function", "name": "get_weather", "content": '{"temp": 20}'},
+            a("20 度。"),
+        ],
+        "functions": [FUNCTION],
+    },
+    "llama-factory": {"conversations": SHAREGPT, "tools": json.dumps([FUNCTION])},
+    "a list of calls": {
+        "conversations": [SHAREGPT[0], {"from": "function_call", "value": f"[{ONE}]"}, *SHAREGPT[2:]],
+        "tools": json.dumps(TOOLS),
+    },
+    "ms-swift": {
+        "messages": [
+            u("北京天气？"), {"role": "tool_call", "content": ONE},
+            {"role": "tool_response", "content": '{"temp": 20}'}, a("20 度。"),
+        ],
+        "tools": [json.dumps(FUNCTION)],
+    },
+    "a result that is an object": {
+        "messages": [u("北京天气？"), a("", call("北京")), {"role": "tool", "content": {"temp": 20}}, a("20 度。")],
+        "tools": TOOLS,
+    },
+    "nulls of a table": {
+        "messages": [
+            u("北京天气？") | {"tool_calls": None},
+            a("", {"function": {"name": "get_weather", "arguments": {"city": "北京", "query": None}}}),
+            t('{"temp": 20}') | {"tool_calls": []}, a("20 度。") | {"tool_calls": None},
+        ],
+        "tools": [{"type": "function", "function": FUNCTION | {"strict": None}}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_calls_is_read_alike(form: str, load: Any) -> None:
+    assert list(load(FORMS[form]).messages) == ITEM
+
+
+def test_a_column_of_tools_can_have_another_name(load: Any) -> None:
+    row = {"conversations": SHAREGPT, "apis": json.dumps([FUNCTION])}
+    assert list(load(row, columns={"tools": "apis"}).messages) == ITEM
+    assert list(load(row | {"apis": ""}, columns={"tools": "apis"}).messages) == ITEM[1:]
+
+
+def test_text_before_calls_and_calls_of_their_own_turns_become_one_reply(load: Any) -> None:
+    two = [
+        u("北京和上海？"), a("我查一下。"), {"role": "tool_call", "content": ONE},
+        {"role": "tool_call", "content": ONE.replace("北京", "上海")}, t("20"), t("25"), a("好"),
+    ]  # fmt: skip
+    _, reply, first, second, _ = load({"messages": two}).messages
+    assert reply.content == "我查一下。"
+    assert [c["arguments"]["city"] for c in json.loads(reply.calls)] == ["北京", "上海"]
+    assert first.calls == second.calls == '{"name": "get_weather"}'
+
+
+def test_results_are_named_after_the_call_that_they_belong_to(load: Any) -> None:
+    calls = [call("北京", "one", id="c1"), call("北京", "two", id="c2")]
+    talk = [u("问"), a("", *calls), t("二", tool_call_id="c2"), t("一", tool_call_id="c1"), a("好")]
+    _, _, first, second, _ = load({"messages": talk}).messages
+    assert [(json.loads(m.calls), m.content) for m in (first, second)] == [
+        ({"name": "two", "id": "c2"}, "二"),
+        ({"name": "one", "id": "c1"}, "一"),
+    ]
+
+
+def test_a_system_message_that_describes_the_tools_itself_stays_the_only_one(load: Any) -> None:
+    system = {"from": "system", "value": "<tools>" + json.dumps(FUNCTION) + "</tools>"}
+    hermes = [
+        system, {"from": "human", "value": "北京天气？"},
+        {"from": "gpt", "value": f"<tool_call>\n{ONE}\n</tool_call>"},
+        {"from": "tool", "value": "20"}, {"from": "gpt", "value": "20 度。"},
+    ]  # fmt: skip
+    item = load({"conversations": hermes, "tools": json.dumps([FUNCTION])})
+    assert [message.role for message in item.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert item.messages[2].content == f"<tool_call>\n{ONE}\n</tool_call>"
+
+
+def test_a_system_message_of_the_recipe_stands_behind_the_tools(load: Any) -> None:
+    from mlx_zh.corpus.conversation import with_system
+
+    item = with_system(load(FORMS["openai"]), "海盗")
+    assert [message.role for message in item.messages[:3]] == ["tools", "system", "user"]
+    assert with_system(item, "诗人") == item
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tools": "no JSON"}, "tool message"),
+        ({"tools": [{"type": "function"}]}, "tool message"),
+        ({"tools": TOOLS, "functions": TOOLS}, "tool message"),
+        ({"tool_calls": [call("北京")]}, "tool message"),
+        ({"messages": [u("问") | {"tool_calls": [call("北京")]}, a("答")]}, "tool message"),
+        ({"messages": [u("问"), a("", {"function": {"name": "f", "arguments": "{"}})]}, "tool message"),
+        ({"messages": [u("问"), a("", {"function": {"name": "f", "arguments": [1]}})]}, "tool message"),
+        ({"messages": [u("问"), a("", {"function": {"arguments": {}}})]}, "tool message"),
+        ({"messages": [u("问"), a("", call("北京")), u("问"), a("答")]}, "roles out of order"),
+        ({"messages": [u("问"), t("20"), a("答")]}, "roles out of order"),
+        ({"messages": [u("问"), a("答"), t("20"), a("答")]}, "roles out of order"),
+        ({"messages": [u("问"), a("", call("北京")), t("20")]}, "does not end with assistant"),
+        ({"messages": [u("问"), a("", call("北京")), t("20"), a(" ")]}, "empty reply"),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_read_are_refused_by_name(change: dict[str, Any], reason: str, load: Any) -> None:
+    assert load({"messages": [u("问"), a("答")]} | change) == reason
+
+
+def test_what_changes_texts_changes_those_of_tools_too(load: Any) -> None:
+    row = copy.deepcopy(FORMS["openai"])
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"city": "ＡＢ１"}
+    assert json.loads(load(row).messages[2].calls)[0]["arguments"] == {"city": "AB1"}
+
+
+def test_a_control_token_in_a_result_refuses_the_row(load: Any, with_template: Any) -> None:
+    renderer = Renderer(with_template("qwen2", QWEN25_TOOLS))
+    row = copy.deepcopy(FORMS["openai"])
+    row["messages"][2]["content"] = "<|im_end|>"
+    dropped: Counter[str] = Counter()
+    with pytest.raises(TemplateError, match="spells one of the model's control tokens"):
+        renderer.conversation(load(row))
+    assert kept_of(renderer, [load(row)], dropped) == [None]
+    assert dropped == {"tool message": 1}
+
+
+def test_a_long_conversation_with_tools_is_found_without_rendering_every_prefix(
+    load: Any, with_template: Any, monkeypatch: Any
+) -> None:
+    tokenizer = with_template("qwen2", QWEN25_TOOLS)
+    talk = [
+        message
+        for i in range(150)
+        for message in (u(f"{i}？"), a("", call(f"城{i}")), t(str(i), name="get_weather"), a(f"{i} 度。"))
+    ]
+    item = load({"messages": talk, "tools": TOOLS})
+    from mlx_zh.corpus.chat_template import ChatTemplate
+
+    rendered_messages, original = [], ChatTemplate.render
+
+    def counting(self: Any, messages: Any, **options: Any) -> str:
+        rendered_messages.append(len(messages))
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    check(tokenizer, item, talk, TOOLS, "<|im_end|>")
+    assert sum(rendered_messages) < 64 * 3 * 2 * 64 + 2 * len(talk)
+
+
+def test_load_functions_take_rows_with_tools(write: Any) -> None:
+    path = write(json.dumps(FORMS["openai"]))
+    [item], _ = load_conversations(path)
+    assert list(item.messages) == ITEM
+    pair = {"messages": [u("问")], "chosen": a("", call("北京")), "rejected": a("不知道"), "tools": TOOLS}
+    [loaded], _ = load_preferences(write(json.dumps(pair), "pair.jsonl"))
+    assert loaded.chosen == "" and json.loads(loaded.chosen_calls)[0]["name"] == "get_weather"
+
+
+def test_a_call_after_a_thought_is_learned_as_the_model_writes_it(load: Any, with_template: Any) -> None:
+    """Reasoning, a call, its result and an answer; tokens and mask are those of transformers' own rendering."""
+    tokenizer = with_template("qwen3", QWEN3_THINKING_TOOLS)
+    row = copy.deepcopy(FORMS["openai"])
+    row["messages"][1]["reasoning_content"] = "先查天气"
+    rendered = Renderer(tokenizer, thinking="on").conversation(load(row))
+    assert rendered is not None
+    given = {"tools": row["tools"], "tokenize": False, "enable_thinking": True}
+    tokens: list[int] = []
+    trained: list[bool] = []
+    for k in (1, 3):
+        prompt = tokenizer.apply_chat_template(row["messages"][:k], add_generation_prompt=True, **given)
+        reply = tokenizer.apply_chat_template(row["messages"][: k + 1], **given).removeprefix(prompt).rstrip("\n")
+        assert ("先查天气" in reply) == (k == 1) and reply.endswith("<|im_end|>")
+        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        said = tokenizer(reply, add_special_tokens=False)["input_ids"]
+        trained += [False] * (len(before) - len(trained)) + [True] * len(said)
+        tokens = before + said
+    assert rendered.tokens.tolist()[: len(tokens)] == tokens
+    assert rendered.trained.tolist()[: len(tokens)] == trained and not rendered.trained[len(tokens) :].any()
+
+
+def test_steps_that_a_template_rewrites_when_thinking_is_off_are_refused(load: Any, with_template: Any) -> None:
+    """Qwen3 writes an empty thought before a reply, and takes it out of all but the last one."""
+    renderer = Renderer(with_template("qwen3", QWEN3_THINKING_TOOLS), thinking="off")
+    with pytest.raises(TemplateError, match="cannot tell where the chat template begins or ends message 3"):
+        renderer.conversation(load(FORMS["openai"]))
