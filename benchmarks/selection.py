@@ -3,8 +3,8 @@
     python benchmarks/selection.py prepare OUT.json [--data FOLDER] [--model smollm2-135m-instruct] [--limit ROWS]
     python benchmarks/selection.py train OUT.json MODEL [--device gpu] [--tokens 150000] [--seeds 3] [--json FILE]
 
-`prepare` reads FOLDER/*.json, which are not part of this project, holds back a tenth of the prompts of every source as
-the validation mixture, and writes everything as tokens, with the clusters of the rows. `train` needs no text and no
+`prepare` reads FOLDER/*.json, which are not part of this project, holds back a tenth of the prompts of every source
+as the validation mixture, and writes everything as tokens, with the clusters of the rows. `train` needs no text and no
 tokenizer: MODEL is a folder or a .gguf file of the same model. It computes the IFD of every row (kept in OUT.ifd.txt,
 so a second call goes on), and then, for each seed, tunes the model on the rows that each method selects. A seed's
 rows are a random four fifths of all, so that intervals hold what depends on the data. Each source keeps its share of
@@ -155,10 +155,15 @@ def scores_of(model: Any, examples: Sequence[Rendered], opening: Sequence[int], 
 
 
 def select(
-    candidates: Candidates, pool: Indices, sources: Indices, trained: Indices, methods: Sequence[str], budget: int,
+    candidates: Candidates,
+    pool: Indices,
+    sources: Indices,
+    trained: Indices,
+    methods: Sequence[str],
+    budget: int,
     seed: int,
-) -> Indices:  # fmt: skip
-    """Rows of `pool` with about `budget` trained tokens, of which each source has the share that it has in the pool."""
+) -> Indices:
+    """Rows of `pool` with about `budget` trained tokens, in which each source has its share of the pool's."""
     total = trained[pool].sum()
     kept = []
     for source in np.unique(sources[pool]):
@@ -198,9 +203,7 @@ def tune(model: Any, examples: Sequence[Rendered], chosen: Indices, seed: int, o
             number, total = epoch * options.steps + step, options.epochs * options.steps
             rate = learning_rate(number, total, peak=options.rate, kind="cosine", warmup=max(total // 20, 1))
             rows = objective.rows(members, number)
-            _, weights = train_step(
-                model, objective, rows, weights, optimizer, learning_rate=rate, max_grad_norm=1.0
-            )  # fmt: skip
+            _, weights = train_step(model, objective, rows, weights, optimizer, learning_rate=rate, max_grad_norm=1.0)
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -35,7 +35,9 @@ from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, conten
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
-from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
+from mlx_zh.corpus.selecting import SelectSettings
+from mlx_zh.corpus.selection import Scorer, SelectionReport, select
+from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, take_rows, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
 from mlx_zh.errors import DataError
@@ -83,6 +85,7 @@ class CorpusSettings:
     normalize: bool = True
     simplify: bool = False
     quality: dict[str, str] | None = None  # quality rule -> what it does, for those that the recipe sets
+    select: SelectSettings | None = None
 
 
 class CorpusContent(TypedDict):
@@ -163,7 +166,7 @@ def _fields_of(source: DataSource) -> dict[str, Any]:
 def _settings_fields(settings: CorpusSettings) -> dict[str, Any]:
     """The settings without places; later ones are left out while unset, so that older corpora stay valid."""
     fields = asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={})))
-    return {name: value for name, value in fields.items() if value or name != "quality"}
+    return {name: value for name, value in fields.items() if value or name not in ("quality", "select")}
 
 
 def prepare(
@@ -173,11 +176,13 @@ def prepare(
     cache: Path,
     event: Event,
     vocabulary: Callable[[], Vocabulary | None] | None = None,
+    scorer: Scorer | None = None,
 ) -> Corpus:
     """The corpus of these sources, taken from the cache folder or built there.
 
     `vocabulary` returns the tokenizer's Vocabulary for the faster encoder, or None if there is none; by default it is
-    derived from the renderer's tokenizer. Two processes that prepare the same corpus wait for each other.
+    derived from the renderer's tokenizer. `scorer` is needed if rows are selected by `ifd`. Two processes that prepare
+    the same corpus wait for each other.
 
     Raises DataError for rows that cannot be used (with file and row), TemplateError for conversations that the chat
     template refuses, StorageError if the cache folder cannot be written.
@@ -200,7 +205,7 @@ def prepare(
             set_damaged_aside(folder)
             remarks = (Notice("corpus-damaged", folder=str(folder), reason=reason),)
         get_vocabulary = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
-        _build(sources, settings, renderer, folder, values, event, get_vocabulary)
+        _build(sources, settings, renderer, folder, values, event, get_vocabulary, scorer)
         remove(folder.with_name(f"damaged-{key}"))
         return replace(open_corpus(folder, kind, ready=False), remarks=remarks)
     finally:
@@ -255,6 +260,7 @@ def _build(
     values: CorpusContent,
     event: Event,
     get_vocabulary: Callable[[], Vocabulary | None],
+    scorer: Scorer | None,
 ) -> None:
     work = folder.with_name(f"{folder.name}.work")
     try:
@@ -277,13 +283,39 @@ def _build(
             lambda name, done: event("render", name, done),
             skip_refused=settings.on_invalid == "skip",
         )
-        _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, folder)
+        selection = None
+        if settings.select is not None:
+            selection, paths = _selected(sources, settings, scans, choice, paths, work, scorer)
+        _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, selection, folder)
     except Exception:
         # After an error the user changes the data or the settings, so the key changes and this folder is of no use.
         # A run that was interrupted raises no Exception: its folder stays.
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _selected(
+    sources: Sequence[DataSource],
+    settings: CorpusSettings,
+    scans: Sequence[Scan],
+    choice: choosing.Choice,
+    paths: Sequence[Path],
+    work: Path,
+    scorer: Scorer | None,
+) -> tuple[SelectionReport | None, list[Path]]:
+    """Select among the rendered training rows; the report, and files with the selected and the validation rows."""
+    assert settings.select is not None
+    shards, kind = Shards(paths), settings.render.kind
+    rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")
+    positions = _positions(np.unique(np.concatenate(list(choice.picked.values()))), rendered)
+    if not len(positions):
+        return None, list(paths)  # the error that follows names the reasons
+    examples = Conversations(shards, positions) if kind == "sft" else Pairs(shards, positions)
+    system, numbers = settings.render.system, rendered[positions]
+    report = select(settings.select, settings.choice, sources, scans, choice, examples, numbers, system, scorer)
+    kept = np.unique(_positions(choice.rendered(), rendered))
+    return report, take_rows(paths, kept, kind, work / "selected")
 
 
 def _index_exams(exams: Exams, work: Path) -> tuple[list[str], ExamCheck]:
@@ -371,6 +403,7 @@ def _finish(
     renderer: Renderer,
     values: CorpusContent,
     exam_report: ExamCheck,
+    selection: SelectionReport | None,
     folder: Path,
 ) -> None:
     """Write which rows of the files belong to each split, write the report, and give the folder its final name."""
@@ -395,6 +428,8 @@ def _finish(
         "exam_questions": exam_report,
         "tokens_per_chinese_character": statistics.tokens_per_character(scans, choice, renderer),
     }
+    if selection is not None:
+        report["selection"] = selection
     names = [f"data-{i:05d}-of-{len(paths):05d}.arrow" for i in range(len(paths))]
     with storage_errors(folder):
         for path, name in zip(paths, names, strict=True):

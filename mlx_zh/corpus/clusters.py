@@ -8,6 +8,7 @@ centres are computed on the rows with the smallest hashes, so a set that grows a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +93,7 @@ def _vectors(batch: Sequence[Sides], weights: npt.NDArray[np.float32]) -> Vector
     return _unit(total).astype(np.float16)
 
 
-def _unit(vectors: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Each vector at length 1; a vector of zeros stays."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
@@ -111,7 +112,7 @@ def _centres(vectors: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.flo
     return centres
 
 
-def _nearest(vectors: npt.NDArray[np.floating], centres: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def _nearest(vectors: npt.NDArray[Any], centres: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """The centre (R,) with the largest scalar product with each vector (R, SIZE)."""
     transposed = np.ascontiguousarray(centres.T)
     blocks = [

@@ -64,6 +64,12 @@ class Shards:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def take(self, positions: npt.NDArray[np.int64]) -> pa.Table:
+        """The rows at `positions`, copied."""
+        file = np.searchsorted(self.starts, positions, side="right") - 1
+        parts = [batch.take(pa.array(positions[file == i] - self.starts[i])) for i, batch in enumerate(self._batches)]
+        return pa.Table.from_batches(parts)
+
     def lists(self, name: str) -> _Lists:
         """The column `name`, whose values are lists; empty ones in files of earlier versions that lack it."""
         columns = [batch.column(name) if name in batch.schema.names else None for batch in self._batches]
@@ -150,6 +156,7 @@ class Conversations(Examples[Rendered]):
         super().__init__(shards, rows, ("tokens", "trained", "segments"))
         self.lengths: Ints = self._columns[0].lengths()[rows]  # (N,) tokens
         self.scored: Ints = shards.numbers("scored")[rows]  # (N,) tokens whose loss is scored
+        self.replies: Ints = self.scored  # (N,) tokens that are learned
         self._truncated = shards.numbers("truncated")[rows]
 
     def example(self, index: int) -> Rendered:
@@ -176,6 +183,7 @@ class Pairs(Examples[RenderedPair]):
         prompt, chosen, rejected = (column.lengths()[rows] for column in self._columns)
         self.lengths: Ints = prompt + chosen + rejected  # (N,) tokens; both responses share one prompt
         self.scored: Ints = chosen + rejected  # (N,) tokens whose log-probs are summed
+        self.replies: Ints = chosen  # (N,) tokens that are preferred
 
     def example(self, index: int) -> RenderedPair:
         """The pair number `index`."""

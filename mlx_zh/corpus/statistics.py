@@ -22,6 +22,7 @@ from mlx_zh.corpus.render import (
     Renderer,
 )
 from mlx_zh.corpus.scan import Scan
+from mlx_zh.corpus.selection import SelectionReport
 from mlx_zh.corpus.shards import CUT_SHORT
 from mlx_zh.corpus.sources import DataSource, Item
 
@@ -95,6 +96,7 @@ class RowReport(TypedDict):
     validation: LengthReport | None
     over_long: int  # rows longer than max_length, dropped or cut short
     over_long_share: float  # of all chosen rows
+    selection: NotRequired[SelectionReport]  # if rows were selected
 
 
 class CorpusReport(RowReport):

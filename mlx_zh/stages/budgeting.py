@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.pipeline.steps import NAMES
 from mlx_zh.planning.pace import Pace
-from mlx_zh.recipe import Recipe, Source
+from mlx_zh.recipe import Recipe, Select, Source
 from mlx_zh.stages.forecast import Expected
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import console, device
@@ -124,6 +124,11 @@ def _with_decision(record: BudgetRecord, now: Mapping[str, Any]) -> dict[str, An
         values[f"{stage}.max_steps"] = steps
     for stage, counts in record["max_samples"].items():
         key = f"data.{stage}.train"
+        if f"data.{stage}.select.method" in values:
+            number = f"data.{stage}.select.count"
+            values[number] = _selected_count(values[number], counts)
+            values[f"data.{stage}.select.fraction"] = None
+            continue
         values[key] = [
             source if count is None else source | {"max_samples": min(source["max_samples"] or count, count)}
             for source, count in zip(values[key], counts, strict=True)
@@ -136,6 +141,10 @@ def applied(recipe: Recipe, record: BudgetRecord) -> Recipe:
     data = recipe.data
     for stage, counts in record["max_samples"].items():
         split = data.split(stage)
+        if split.select is not None:
+            select = _with_count(split.select, counts)
+            data = data.model_copy(update={stage: split.model_copy(update={"select": select})})
+            continue
         train = tuple(_with_max_samples(source, count) for source, count in zip(split.train, counts, strict=True))
         data = data.model_copy(update={stage: split.model_copy(update={"train": train})})
     changes: dict[str, Any] = {"data": data}
@@ -144,6 +153,16 @@ def applied(recipe: Recipe, record: BudgetRecord) -> Recipe:
     if record["limit"] is not None and recipe.evaluate.limit is None:
         changes["evaluate"] = recipe.evaluate.model_copy(update={"limit": record["limit"]})
     return recipe.model_copy(update=changes)
+
+
+def _with_count(select: Select, counts: Sequence[int | None]) -> Select:
+    """The selection with a count of at most the sum of `counts`: its order says which rows these are."""
+    return select.model_copy(update={"count": _selected_count(select.count, counts), "fraction": None})
+
+
+def _selected_count(own: int | None, counts: Sequence[int | None]) -> int:
+    total = sum(count or 0 for count in counts)
+    return min(own or total, total)
 
 
 def _with_max_samples(source: Source, count: int | None) -> Source:

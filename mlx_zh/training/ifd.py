@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ _BLOCK = 256  # rows that are packed together; what they give is written to disk
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """A conversation's tokens (T,) and the spans of its replies (R, 2); `opening` is what stands before a reply alone."""
+    """A conversation's tokens (T,) and the spans of its replies (R, 2); `opening` stands before a reply alone."""
 
     tokens: Ints
     spans: npt.NDArray[np.int64]

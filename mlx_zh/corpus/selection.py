@@ -1,0 +1,241 @@
+"""The selection of training rows in a corpus: the candidates with what the methods need of them, and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NotRequired, Protocol, TypedDict
+
+import numpy as np
+
+from mlx_zh.corpus.choosing import NOT_SELECTED, Choice, ChoiceSettings
+from mlx_zh.corpus.clusters import Sides, clusters
+from mlx_zh.corpus.conversation import Conversation, with_system
+from mlx_zh.corpus.examples import Conversations, Pairs
+from mlx_zh.corpus.scan import Scan, sides_of
+from mlx_zh.corpus.selecting import SCORES, Candidates, Floats, Indices, SelectSettings, ordered, quotas
+from mlx_zh.corpus.shards import Chosen, chosen_batches
+from mlx_zh.corpus.sources import DataSource, Item
+
+NO_HELP = "question does not help the reply (IFD of 1 or more)"
+_BINS = 24
+_SHOWN = 3  # rows from the top, the middle and the bottom
+_CHARACTERS = 200  # of a row's question and answer in the report
+
+
+class Scorer(Protocol):
+    """A model that scores conversations."""
+
+    name: str
+
+    def __call__(self, batches: Iterator[Sequence[Conversation]], count: int) -> Floats:
+        """The IFD of each of `count` conversations, which come in batches; NaN for one that cannot be scored."""
+
+
+class SelectedSource(TypedDict):
+    """What was selected of a source."""
+
+    name: str
+    candidates: int
+    kept: int
+
+
+class ScoreHistogram(TypedDict):
+    """`candidates[i]` rows, and `kept[i]` of them, have a score between `edges[i]` and `edges[i + 1]`."""
+
+    score: str  # the method
+    edges: list[float]
+    candidates: list[int]
+    kept: list[int]
+
+
+class ShownRow(TypedDict):
+    """A row in the report."""
+
+    row: str  # file and row
+    score: float | None
+    asked: str
+    answered: str
+
+
+class SelectionReport(TypedDict):
+    """How the training rows were selected."""
+
+    methods: list[str]
+    model: NotRequired[str]  # that scored the rows
+    candidates: int
+    wanted: int
+    kept: int
+    sources: list[SelectedSource]
+    histograms: list[ScoreHistogram]
+    top: list[ShownRow]  # the first rows of the order
+    middle: list[ShownRow]
+    bottom: list[ShownRow]
+
+
+def select(
+    settings: SelectSettings,
+    mixing: ChoiceSettings,
+    sources: Sequence[DataSource],
+    scans: Sequence[Scan],
+    choice: Choice,
+    examples: Conversations | Pairs,
+    rendered: Indices,
+    system: str | None,
+    scorer: Scorer | None,
+) -> SelectionReport:
+    """Keep in `choice` only the selected training rows.
+
+    `examples` are the training rows that could be rendered, and `rendered` (N,) are their numbers, in rising order.
+    """
+    candidates = _candidates(settings, scans, choice, examples, rendered, system, scorer)
+    source_of = np.searchsorted(choice.starts, rendered, side="right") - 1
+    groups = {source: np.flatnonzero(source_of == source) for source in choice.picked}
+    orders, wanted = _orders(settings, mixing, sources, candidates, groups)
+    kept = np.sort(np.concatenate([np.empty(0, np.int64), *(order[:count] for order, count in orders)]))
+    eligible = candidates.eligible()
+    for source, group in groups.items():
+        rows = kept[source_of[kept] == source]
+        dropped = int((~eligible[group]).sum()) if "ifd" in settings.methods else 0
+        choice.dropped[source][NO_HELP] += dropped
+        choice.dropped[source][NOT_SELECTED] += len(group) - len(rows) - dropped
+        choice.picked[source] = rendered[rows]
+    choice.mix(sources, scans, mixing)
+    shown = _shown(scans, choice, rendered, candidates, _merged([order for order, _ in orders]))
+    report: SelectionReport = {
+        "methods": list(settings.methods),
+        "candidates": len(rendered),
+        "wanted": wanted,
+        "kept": len(kept),
+        "sources": [
+            {"name": sources[i].name, "candidates": len(group), "kept": len(choice.picked[i])}
+            for i, group in groups.items()
+        ],
+        "histograms": [_histogram(name, scores, kept) for name, scores in candidates.scores.items()],
+        "top": shown["top"],
+        "middle": shown["middle"],
+        "bottom": shown["bottom"],
+    }
+    if scorer is not None:
+        report["model"] = scorer.name
+    return report
+
+
+def _candidates(
+    settings: SelectSettings,
+    scans: Sequence[Scan],
+    choice: Choice,
+    examples: Conversations | Pairs,
+    rendered: Indices,
+    system: str | None,
+    scorer: Scorer | None,
+) -> Candidates:
+    source_of = np.searchsorted(choice.starts, rendered, side="right") - 1
+    chosen = Chosen(source_of, rendered - choice.starts[source_of])
+    hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])[rendered]
+    scores: dict[str, Floats] = {}
+    if "longest" in settings.methods:
+        scores["longest"] = examples.replies.astype(np.float32)
+    if "ifd" in settings.methods:
+        assert scorer is not None
+        conversations = (
+            [with_system(item, system) for item in items if isinstance(item, Conversation)]
+            for _, _, items in chosen_batches(scans, chosen)
+        )
+        scores["ifd"] = scorer(conversations, len(rendered))
+
+    def sides() -> Iterator[list[Sides]]:
+        for _, _, items in chosen_batches(scans, chosen):
+            yield [_sides(item) for item in items]
+
+    return Candidates(hashes, clusters(hashes, sides) if "diverse" in settings.methods else None, scores)
+
+
+def _sides(item: Item) -> Sides:
+    asked, said = sides_of(item)
+    return "\n".join(asked), "\n".join(said if isinstance(item, Conversation) else [item.chosen])
+
+
+def _orders(
+    settings: SelectSettings,
+    mixing: ChoiceSettings,
+    sources: Sequence[DataSource],
+    candidates: Candidates,
+    groups: dict[int, Indices],
+) -> tuple[list[tuple[Indices, int]], int]:
+    """The order of each group of rows that is chosen from, with how many are kept; and how many were wanted."""
+    weights = [sources[i].weight for i in groups]
+    sizes = [len(group) for group in groups.values()]
+    if mixing.mixing == "interleave":
+        total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+        sizes = [min(round(total * weight), size) for size, weight in zip(sizes, weights, strict=True)]
+    wanted = sum(sizes)
+    if settings.fraction is not None:
+        wanted = max(round(settings.fraction * wanted), 1)
+    wanted = min(wanted, settings.count or wanted)
+
+    def order(group: Indices) -> Indices:
+        return ordered(candidates, group, settings.methods, mixing.seed)
+
+    if not settings.per_source:
+        return [(order(np.concatenate(list(groups.values()))), wanted)], wanted
+    return list(zip(map(order, groups.values()), quotas(wanted, sizes), strict=True)), wanted
+
+
+def _merged(orders: Sequence[Indices]) -> Indices:
+    """The rows of all orders, by how far in front they are in their own."""
+    places = [(np.arange(len(order)) + 0.5) / max(len(order), 1) for order in orders]
+    rows: Indices = np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
+    return rows
+
+
+def _histogram(name: str, scores: Floats, kept: Indices) -> ScoreHistogram:
+    known = scores[np.isfinite(scores)]
+    low, high = (float(np.quantile(known, at)) for at in (0.005, 0.995)) if len(known) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    inside = [np.histogram(np.clip(values, low, high), edges)[0] for values in (known, scores[kept])]
+    return {
+        "score": name,
+        "edges": [round(float(edge), 4) for edge in edges],
+        "candidates": inside[0].tolist(),
+        "kept": inside[1].tolist(),
+    }
+
+
+class _Shown(TypedDict):
+    top: list[ShownRow]
+    middle: list[ShownRow]
+    bottom: list[ShownRow]
+
+
+def _shown(
+    scans: Sequence[Scan], choice: Choice, rendered: Indices, candidates: Candidates, order: Indices
+) -> _Shown:
+    """Rows from the top, the middle and the bottom of the order."""
+    middle = max((len(order) - _SHOWN) // 2, 0)
+    score = next((candidates.scores[name] for name in reversed(SCORES) if name in candidates.scores), None)
+
+    def rows(part: Indices) -> list[ShownRow]:
+        return [
+            _shown_row(scans, choice, int(rendered[row]), None if score is None else float(score[row]))
+            for row in part.tolist()
+        ]
+
+    return {
+        "top": rows(order[:_SHOWN]),
+        "middle": rows(order[middle : middle + _SHOWN]),
+        "bottom": rows(order[-_SHOWN:]),
+    }
+
+
+def _shown_row(scans: Sequence[Scan], choice: Choice, row: int, score: float | None) -> ShownRow:
+    source = int(np.searchsorted(choice.starts, row, side="right")) - 1
+    scan, number = scans[source], row - int(choice.starts[source])
+    part = int(scan.parts_of(number))
+    item = scan.items(part)[number - int(scan.parts[part])]
+    asked, answered = (side[:_CHARACTERS] for side in _sides(item))
+    return {
+        "row": item.source,
+        "score": None if score is None else round(score, 4),
+        "asked": asked,
+        "answered": answered,
+    }
