@@ -4,9 +4,9 @@
     python benchmarks/selection.py train OUT.json MODEL [--device gpu] [--tokens 150000] [--seeds 3] [--json FILE]
 
 `prepare` reads FOLDER/*.json, which are not part of this project, holds back a tenth of the prompts of every source
-as the validation mixture, and writes everything as tokens, with the clusters of the rows. `train` needs no text and no
-tokenizer: MODEL is a folder or a .gguf file of the same model. It computes the IFD of every row (kept in OUT.ifd.txt,
-so a second call goes on), and then, for each seed, tunes the model on the rows that each method selects. A seed's
+as the validation mixture, and writes everything as tokens, with the clusters of the rows. `train` needs neither text
+nor tokenizer: MODEL is a folder or a .gguf file of the same model. It computes the IFD of every row, and keeps it in
+OUT.ifd.txt for a second call, and then, for each seed, tunes the model on the rows that each method selects. A seed's
 rows are a random four fifths of all, so that intervals hold what depends on the data. Each source keeps its share of
 the trained tokens. A method's steps, and the trained tokens of each step, are those of all others. Every run is
 printed as soon as it is done; then a table of the validation loss with 95 % intervals (Student's t) over the seeds.

@@ -181,8 +181,8 @@ def prepare(
     """The corpus of these sources, taken from the cache folder or built there.
 
     `vocabulary` returns the tokenizer's Vocabulary for the faster encoder, or None if there is none; by default it is
-    derived from the renderer's tokenizer. `scorer` is needed if rows are selected by `ifd`. Two processes that prepare
-    the same corpus wait for each other.
+    derived from the renderer's tokenizer. `scorer` is needed if rows are selected by `ifd`. Two processes that
+    prepare the same corpus wait for each other.
 
     Raises DataError for rows that cannot be used (with file and row), TemplateError for conversations that the chat
     template refuses, StorageError if the cache folder cannot be written.
@@ -269,7 +269,7 @@ def _build(
         exam_places, exam_report = _index_exams(settings.exams, work)
         scans = _scan_all(sources, settings, bool(exam_places), work, event)
         choice = choosing.choose(sources, scans, settings.choice, exam_places)
-        rows = choice.rendered()
+        rows = choice.rendered() if settings.select is None else choice.candidates()
         if len(rows) > _MANY and (vocabulary := get_vocabulary()) is not None:
             renderer.encode_with(JoinedEncoder(vocabulary))
         source_of = np.searchsorted(choice.starts, rows, side="right") - 1

@@ -59,15 +59,18 @@ class Choice:
         default_factory=dict
     )  # the training rows of each source, before they are mixed
 
-    def mix(self, sources: Sequence[DataSource], scans: Sequence[Scan], settings: ChoiceSettings) -> None:
-        """Set `train` to the rows of `picked`, mixed."""
+    def mix(self, weights: Sequence[float], scans: Sequence[Scan], settings: ChoiceSettings) -> None:
+        """Set `train` to the rows of `picked`, mixed with the weights of their sources."""
         hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])
-        weights = [sources[source].weight for source in self.picked]
         self.train = mixing.mix(list(self.picked.values()), weights, settings.mixing, hashes, settings.seed)
 
     def rendered(self) -> Indices:
         """The numbers of all chosen rows, each once, in rising order."""
         return np.unique(np.concatenate([self.train, self.validation]))
+
+    def candidates(self) -> Indices:
+        """The numbers of all rows that could be chosen, in rising order: also those that mixing left out."""
+        return np.unique(np.concatenate([*self.picked.values(), self.validation]))
 
 
 def choose(
@@ -173,7 +176,7 @@ def _split(
         held_out = mixing.is_validation(prompts[picked], settings.validation_fraction)
         validation.append(picked[held_out])
         choice.picked[i] = picked[~held_out]
-    choice.mix(sources, scans, settings)
+    choice.mix([sources[i].weight for i in choice.picked], scans, settings)
     choice.validation = np.concatenate([*validation, np.empty(0, dtype=np.int64)])
 
 

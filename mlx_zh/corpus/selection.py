@@ -99,7 +99,11 @@ def select(
         choice.dropped[source][NO_HELP] += dropped
         choice.dropped[source][NOT_SELECTED] += len(group) - len(rows) - dropped
         choice.picked[source] = rendered[rows]
-    choice.mix(sources, scans, mixing)
+    if mixing.mixing == "interleave":  # the counts are the shares
+        weights = [float(max(len(rows), 1)) for rows in choice.picked.values()]
+    else:  # a weight below 1 has made the source's count smaller
+        weights = [max(sources[i].weight, 1.0) for i in choice.picked]
+    choice.mix(weights, scans, mixing)
     shown = _shown(scans, choice, rendered, candidates, _merged([order for order, _ in orders]))
     report: SelectionReport = {
         "methods": list(settings.methods),
@@ -168,6 +172,8 @@ def _orders(
     if mixing.mixing == "interleave":
         total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         sizes = [min(round(total * weight), size) for size, weight in zip(sizes, weights, strict=True)]
+    else:
+        sizes = [round(min(weight, 1.0) * size) for size, weight in zip(sizes, weights, strict=True)]
     wanted = sum(sizes)
     if settings.fraction is not None:
         wanted = max(round(settings.fraction * wanted), 1)
