@@ -136,10 +136,14 @@ def _say_selection(selection: SelectionReport) -> None:
     from mlx_zh.stages.showing import visible
     from mlx_zh.system import console
 
-    model = f", scored by {selection['model']}" if "model" in selection else ""
-    methods = " + ".join(selection["methods"])
-    console.say(f"Selected {selection['kept']:,} of {selection['candidates']:,} rows by {methods}{model}:")
-    console.say(console.table([(s["name"], f"{s['kept']:,} of {s['candidates']:,}") for s in selection["sources"]]))
+    methods, kept = " + ".join(selection["methods"]), f"{selection['kept']:,}"
+    if "model" in selection:
+        console.say(
+            f"Selected {kept} of {selection['candidates']:,} rows by {methods}, scored by {selection['model']}:"
+        )
+    else:
+        console.say(f"Selected {kept} of {selection['candidates']:,} rows by {methods}:")
+    console.say(console.table([(s["name"], f"{s['kept']:,} / {s['candidates']:,}") for s in selection["sources"]]))
     if selection["kept"] < selection["wanted"]:
         console.say(f"{selection['wanted']:,} rows were asked for, and no more can be selected.")
     for histogram in selection["histograms"]:

@@ -199,6 +199,30 @@ def test_a_budget_takes_rows_in_the_order_of_the_selection(selected: Any):
     assert thinned(half, {"sft": 6}, registry_of(half)) == {}  # 15 rows are fewer than the steps take
 
 
+def test_a_budget_selects_by_itself(selected: Any, monkeypatch: pytest.MonkeyPatch):
+    """A recipe without `select` gets that of the budget, and is known again after it was written into it."""
+    from mlx_zh.stages import budgeting
+    from mlx_zh.stages.run_folder import RunFolder
+
+    selected.write_recipe()
+    recipe = load_recipe(Path("recipe.yaml"), ["budget=1h"])
+    record: Any = {name: {} for name in budgeting.BudgetRecord.__required_keys__}
+    record |= {"asked": budgeting.asked_of(recipe), "max_samples": {"sft": [27]}, "steps": {"sft": 6}, "limit": None}
+    record |= {"pace": {"training": 1.0, "forward": 1.0, "update": 1.0, "generation": 1.0}}
+    for methods in (None, ["diverse", "longest"]):
+        if methods is not None:
+            record["select"] = {"sft": methods}
+        cut = budgeting.applied(recipe, record)
+        select, source = cut.data.sft.select, cut.data.sft.train[0]
+        assert (select is None, source.max_samples) == ((True, 27) if methods is None else (False, None))
+        if select is not None:
+            assert (select.method, select.count) == (("diverse", "longest"), 27)
+        RunFolder.of(recipe).path.mkdir(parents=True, exist_ok=True)
+        RunFolder.of(recipe).budget.write_text(json.dumps(record))
+        assert budgeting.matching(recipe, RunFolder.of(recipe)) == record
+        assert budgeting.matching(cut, RunFolder.of(recipe)) == record
+
+
 @pytest.mark.parametrize(
     ("select", "said"),
     [
