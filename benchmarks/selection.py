@@ -99,7 +99,7 @@ def prepare(arguments: argparse.Namespace) -> None:
             sides.append((asked, said))
     candidates = [i for i, row in enumerate(rows) if not row["held_back"]]
     hashes = np.array([rows[i]["hash"] for i in candidates], np.uint64)
-    for i, cluster in zip(candidates, clusters(hashes, lambda: [[sides[i] for i in candidates]]), strict=True):
+    for i, cluster in zip(candidates, clusters(hashes, [[sides[i] for i in candidates]]), strict=True):
         rows[i]["cluster"] = int(cluster)
     names = [file.stem for file in files]
     arguments.out.write_text(json.dumps({"sources": names, "opening": renderer.opening(), "rows": rows}))

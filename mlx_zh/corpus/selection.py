@@ -151,7 +151,7 @@ def _candidates(
         for _, _, items in chosen_batches(scans, chosen):
             yield [_sides(item) for item in items]
 
-    return Candidates(hashes, clusters(hashes, sides) if "diverse" in settings.methods else None, scores)
+    return Candidates(hashes, clusters(hashes, sides()) if "diverse" in settings.methods else None, scores)
 
 
 def _sides(item: Item) -> Sides:

@@ -17,7 +17,7 @@ def rows(count: int) -> list[Sides]:
 
 def clustered(sides: list[Sides], batch: int = 7) -> np.ndarray:
     hashes = mix64(np.arange(len(sides), dtype=np.uint64))
-    return clusters(hashes, lambda: (sides[i : i + batch] for i in range(0, len(sides), batch)))
+    return clusters(hashes, (sides[i : i + batch] for i in range(0, len(sides), batch)))
 
 
 def test_rows_of_one_topic_share_clusters_with_no_other_topic():
@@ -34,6 +34,21 @@ def test_rows_without_letters_and_single_rows_have_a_cluster():
     assert clustered([("？？？", "……"), ("你好", "")]).shape == (2,)
     assert clustered([("", "")]).tolist() == [0]
     assert clustered([]).shape == (0,)
+
+
+def test_a_template_with_other_names_does_not_fill_a_selection():
+    """570 of 600 rows are one template; a tenth of the rows, chosen at random, would hold it 57 times of 60."""
+    from mlx_zh.corpus.selecting import Candidates, ordered
+
+    names = [chr(0x4E00 + 7 * i) + chr(0x4F00 + 3 * i) for i in range(570)]
+    sides = [(f"请写一首关于{name}的五言绝句", f"{name}清风明月夜，山高水远路难行") for name in names]
+    sides += [
+        ("".join(chr(0x5600 + 97 * i + j) for j in range(20)), "答" * 9 + chr(0x5600 + 97 * i)) for i in range(30)
+    ]
+    hashes = mix64(np.arange(len(sides), dtype=np.uint64))
+    labels = clustered(sides)
+    chosen = ordered(Candidates(hashes, labels), np.arange(600), ("diverse",), seed=1)[:60]
+    assert (chosen >= 570).sum() >= 25
 
 
 def test_the_number_of_clusters():
