@@ -208,6 +208,7 @@ def test_a_budget_selects_by_itself(selected: Any, monkeypatch: pytest.MonkeyPat
     recipe = load_recipe(Path("recipe.yaml"), ["budget=1h"])
     record: Any = {name: {} for name in budgeting.BudgetRecord.__required_keys__}
     record |= {"asked": budgeting.asked_of(recipe), "max_samples": {"sft": [27]}, "steps": {"sft": 6}, "limit": None}
+    record |= {"budget": "1h", "made": 1.0, "machine": "a test"}
     record |= {"pace": {"training": 1.0, "forward": 1.0, "update": 1.0, "generation": 1.0}}
     for methods in (None, ["diverse", "longest"]):
         if methods is not None:
