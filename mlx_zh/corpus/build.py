@@ -31,13 +31,13 @@ from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
 from mlx_zh.corpus.contamination import ExamIndex, read_questions
 from mlx_zh.corpus.exam_table import exam_files
-from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest
+from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest, positions_of
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
 from mlx_zh.corpus.selecting import SelectSettings
-from mlx_zh.corpus.selection import Scorer, SelectionReport, select
-from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, take_rows, write_shards
+from mlx_zh.corpus.selection import Scorer, Selecting, SelectionReport, select
+from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
 from mlx_zh.errors import DataError
@@ -285,7 +285,8 @@ def _build(
         )
         selection = None
         if settings.select is not None:
-            selection, paths = _selected(sources, settings, scans, choice, paths, work, scorer)
+            chosen_by = Selecting(settings.select, settings.choice, settings.render, scorer)
+            selection, paths = select(chosen_by, sources, scans, choice, paths, work / "selected")
         _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, selection, folder)
     except Exception:
         # After an error the user changes the data or the settings, so the key changes and this folder is of no use.
@@ -293,29 +294,6 @@ def _build(
         shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
-
-
-def _selected(
-    sources: Sequence[DataSource],
-    settings: CorpusSettings,
-    scans: Sequence[Scan],
-    choice: choosing.Choice,
-    paths: Sequence[Path],
-    work: Path,
-    scorer: Scorer | None,
-) -> tuple[SelectionReport | None, list[Path]]:
-    """Select among the rendered training rows; the report, and files with the selected and the validation rows."""
-    assert settings.select is not None
-    shards, kind = Shards(paths), settings.render.kind
-    rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")
-    positions = _positions(np.unique(np.concatenate(list(choice.picked.values()))), rendered)
-    if not len(positions):
-        return None, list(paths)  # the error that follows names the reasons
-    examples = Conversations(shards, positions) if kind == "sft" else Pairs(shards, positions)
-    system, numbers = settings.render.system, rendered[positions]
-    report = select(settings.select, settings.choice, sources, scans, choice, examples, numbers, system, scorer)
-    kept = np.unique(_positions(choice.rendered(), rendered))
-    return report, take_rows(paths, kept, kind, work / "selected")
 
 
 def _index_exams(exams: Exams, work: Path) -> tuple[list[str], ExamCheck]:
@@ -409,7 +387,7 @@ def _finish(
     """Write which rows of the files belong to each split, write the report, and give the folder its final name."""
     shards = Shards(paths)
     rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")  # numbers of the rows in the files
-    splits = {"train": _positions(choice.train, rendered), "validation": _positions(choice.validation, rendered)}
+    splits = {"train": positions_of(choice.train, rendered), "validation": positions_of(choice.validation, rendered)}
     if not len(splits["train"]):
         raise DataError(_nothing_left(sources, scans, choice, paths))
     work = paths[0].parent
@@ -443,18 +421,6 @@ def _finish(
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)
-
-
-def _positions(rows: choosing.Indices, rendered: choosing.Indices) -> choosing.Indices:
-    """The positions of the chosen rows in the files: none of a row that was dropped, several of a long document.
-
-    `rendered` (R,) holds the row number at each position, in rising order.
-    """
-    first, last = np.searchsorted(rendered, rows, "left"), np.searchsorted(rendered, rows, "right")
-    counts = last - first
-    before = np.cumsum(counts) - counts  # positions of the rows before each row
-    positions: choosing.Indices = np.repeat(first - before, counts) + np.arange(counts.sum())
-    return positions
 
 
 def _nothing_left(

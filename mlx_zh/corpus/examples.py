@@ -100,6 +100,18 @@ def _view(column: pa.Array) -> Ints:
     return np.frombuffer(data, dtype=np.int32)[first:last]
 
 
+def positions_of(rows: npt.NDArray[np.int64], rendered: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The positions of the chosen rows in the files: none of a row that was dropped, several of a long document.
+
+    `rendered` (R,) holds the row number at each position, in rising order.
+    """
+    first, last = np.searchsorted(rendered, rows, "left"), np.searchsorted(rendered, rows, "right")
+    counts = last - first
+    before = np.cumsum(counts) - counts  # positions of the rows before each row
+    positions: npt.NDArray[np.int64] = np.repeat(first - before, counts) + np.arange(counts.sum())
+    return positions
+
+
 class Examples(Sequence[Example], Generic[Example]):
     """The examples of a split, in the order in which they were mixed. `rows` (N,): the row of each in the files."""
 

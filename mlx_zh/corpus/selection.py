@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -10,10 +12,10 @@ import numpy as np
 from mlx_zh.corpus.choosing import NOT_SELECTED, Choice, ChoiceSettings
 from mlx_zh.corpus.clusters import Sides, clusters
 from mlx_zh.corpus.conversation import Conversation, with_system
-from mlx_zh.corpus.examples import Conversations, Pairs
+from mlx_zh.corpus.examples import Conversations, Pairs, Shards, positions_of
 from mlx_zh.corpus.scan import Scan, sides_of
 from mlx_zh.corpus.selecting import SCORES, Candidates, Floats, Indices, SelectSettings, ordered, quotas
-from mlx_zh.corpus.shards import Chosen, chosen_batches
+from mlx_zh.corpus.shards import Chosen, RenderSettings, chosen_batches, take_rows
 from mlx_zh.corpus.sources import DataSource, Item
 
 NO_HELP = "question does not help the reply (IFD of 1 or more)"
@@ -72,41 +74,61 @@ class SelectionReport(TypedDict):
     bottom: list[ShownRow]
 
 
+@dataclass(frozen=True)
+class Selecting:
+    """Everything that a selection depends on, apart from the rows."""
+
+    settings: SelectSettings
+    choice: ChoiceSettings
+    render: RenderSettings
+    scorer: Scorer | None  # needed for `ifd`
+
+
 def select(
-    settings: SelectSettings,
-    mixing: ChoiceSettings,
+    by: Selecting,
+    sources: Sequence[DataSource],
+    scans: Sequence[Scan],
+    choice: Choice,
+    paths: Sequence[Path],
+    folder: Path,
+) -> tuple[SelectionReport | None, list[Path]]:
+    """Keep in `choice` only the selected training rows, among those that could be rendered into the files `paths`.
+
+    Returns the report, and files in `folder` with the selected rows and the validation rows. There is no report if
+    no row could be rendered.
+    """
+    shards, kind = Shards(paths), by.render.kind
+    rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")
+    positions = positions_of(np.unique(np.concatenate(list(choice.picked.values()))), rendered)
+    if not len(positions):
+        return None, list(paths)
+    examples = Conversations(shards, positions) if kind == "sft" else Pairs(shards, positions)
+    report = _select(by, sources, scans, choice, examples, rendered[positions])
+    kept = np.unique(positions_of(choice.rendered(), rendered))
+    return report, take_rows(paths, kept, kind, folder)
+
+
+def _select(
+    by: Selecting,
     sources: Sequence[DataSource],
     scans: Sequence[Scan],
     choice: Choice,
     examples: Conversations | Pairs,
     rendered: Indices,
-    system: str | None,
-    scorer: Scorer | None,
 ) -> SelectionReport:
-    """Keep in `choice` only the selected training rows.
-
-    `examples` are the training rows that could be rendered, and `rendered` (N,) are their numbers, in rising order.
-    """
-    candidates = _candidates(settings, scans, choice, examples, rendered, system, scorer)
+    """Select among `examples`, whose row numbers are `rendered` (N,), in rising order."""
+    candidates = _candidates(by, scans, choice, examples, rendered)
     source_of = np.searchsorted(choice.starts, rendered, side="right") - 1
     groups = {source: np.flatnonzero(source_of == source) for source in choice.picked}
-    orders, wanted = _orders(settings, mixing, sources, candidates, groups)
+    orders, wanted = _orders(by, sources, candidates, groups)
     kept = np.sort(np.concatenate([np.empty(0, np.int64), *(order[:count] for order, count in orders)]))
-    eligible = candidates.eligible()
-    for source, group in groups.items():
-        rows = kept[source_of[kept] == source]
-        dropped = int((~eligible[group]).sum()) if "ifd" in settings.methods else 0
-        choice.dropped[source][NO_HELP] += dropped
-        choice.dropped[source][NOT_SELECTED] += len(group) - len(rows) - dropped
-        choice.picked[source] = rendered[rows]
-    if mixing.mixing == "interleave":  # the counts are the shares
-        weights = [float(max(len(rows), 1)) for rows in choice.picked.values()]
-    else:  # a weight below 1 has made the source's count smaller
-        weights = [max(sources[i].weight, 1.0) for i in choice.picked]
-    choice.mix(weights, scans, mixing)
+    unfit = ~candidates.eligible()
+    of_source = {i: kept[source_of[kept] == i] for i in groups}
+    selected = {i: (rendered[group], rendered[of_source[i]], int(unfit[group].sum())) for i, group in groups.items()}
+    _keep(by, sources, scans, choice, selected)
     shown = _shown(scans, choice, rendered, candidates, _merged([order for order, _ in orders]))
     report: SelectionReport = {
-        "methods": list(settings.methods),
+        "methods": list(by.settings.methods),
         "candidates": len(rendered),
         "wanted": wanted,
         "kept": len(kept),
@@ -119,39 +141,52 @@ def select(
         "middle": shown["middle"],
         "bottom": shown["bottom"],
     }
-    if scorer is not None:
-        report["model"] = scorer.name
+    if by.scorer is not None:
+        report["model"] = by.scorer.name
     return report
 
 
-def _candidates(
-    settings: SelectSettings,
+def _keep(
+    by: Selecting,
+    sources: Sequence[DataSource],
     scans: Sequence[Scan],
     choice: Choice,
-    examples: Conversations | Pairs,
-    rendered: Indices,
-    system: str | None,
-    scorer: Scorer | None,
+    selected: dict[int, tuple[Indices, Indices, int]],
+) -> None:
+    """Put the selected rows into `choice`. By source: its candidates, those kept, and how many were not eligible."""
+    for source, (group, rows, unfit) in selected.items():
+        choice.dropped[source][NO_HELP] += unfit
+        choice.dropped[source][NOT_SELECTED] += len(group) - len(rows) - unfit
+        choice.picked[source] = rows
+    if by.choice.mixing == "interleave":  # the counts are the shares
+        weights = [float(max(len(rows), 1)) for rows in choice.picked.values()]
+    else:  # a weight below 1 has made the source's count smaller
+        weights = [max(sources[i].weight, 1.0) for i in choice.picked]
+    choice.mix(weights, scans, by.choice)
+
+
+def _candidates(
+    by: Selecting, scans: Sequence[Scan], choice: Choice, examples: Conversations | Pairs, rendered: Indices
 ) -> Candidates:
     source_of = np.searchsorted(choice.starts, rendered, side="right") - 1
     chosen = Chosen(source_of, rendered - choice.starts[source_of])
     hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])[rendered]
     scores: dict[str, Floats] = {}
-    if "longest" in settings.methods:
+    if "longest" in by.settings.methods:
         scores["longest"] = examples.replies.astype(np.float32)
-    if "ifd" in settings.methods:
-        assert scorer is not None
+    if "ifd" in by.settings.methods:
+        assert by.scorer is not None
         conversations = (
-            [with_system(item, system) for item in items if isinstance(item, Conversation)]
+            [with_system(item, by.render.system) for item in items if isinstance(item, Conversation)]
             for _, _, items in chosen_batches(scans, chosen)
         )
-        scores["ifd"] = scorer(conversations, len(rendered))
+        scores["ifd"] = by.scorer(conversations, len(rendered))
 
     def sides() -> Iterator[list[Sides]]:
         for _, _, items in chosen_batches(scans, chosen):
             yield [_sides(item) for item in items]
 
-    return Candidates(hashes, clusters(hashes, sides()) if "diverse" in settings.methods else None, scores)
+    return Candidates(hashes, clusters(hashes, sides()) if "diverse" in by.settings.methods else None, scores)
 
 
 def _sides(item: Item) -> Sides:
@@ -160,16 +195,15 @@ def _sides(item: Item) -> Sides:
 
 
 def _orders(
-    settings: SelectSettings,
-    mixing: ChoiceSettings,
+    by: Selecting,
     sources: Sequence[DataSource],
     candidates: Candidates,
     groups: dict[int, Indices],
 ) -> tuple[list[tuple[Indices, int]], int]:
     """The order of each group of rows that is chosen from, with how many are kept; and how many were wanted."""
-    weights = [sources[i].weight for i in groups]
+    settings, weights = by.settings, [sources[i].weight for i in groups]
     sizes = [len(group) for group in groups.values()]
-    if mixing.mixing == "interleave":
+    if by.choice.mixing == "interleave":
         total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         sizes = [min(round(total * weight), size) for size, weight in zip(sizes, weights, strict=True)]
     else:
@@ -180,7 +214,7 @@ def _orders(
     wanted = min(wanted, settings.count or wanted)
 
     def order(group: Indices) -> Indices:
-        return ordered(candidates, group, settings.methods, mixing.seed)
+        return ordered(candidates, group, settings.methods, by.choice.seed)
 
     if not settings.per_source:
         return [(order(np.concatenate(list(groups.values()))), wanted)], wanted
