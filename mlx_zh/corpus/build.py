@@ -270,6 +270,7 @@ def _build(
         scans = _scan_all(sources, settings, bool(exam_places), work, event)
         choice = choosing.choose(sources, scans, settings.choice, exam_places)
         rows = choice.rendered() if settings.select is None else choice.candidates()
+        choice.tried = len(rows)
         if len(rows) > _MANY and (vocabulary := get_vocabulary()) is not None:
             renderer.encode_with(JoinedEncoder(vocabulary))
         source_of = np.searchsorted(choice.starts, rows, side="right") - 1

@@ -59,6 +59,8 @@ class Choice:
         default_factory=dict
     )  # the training rows of each source, before they are mixed
 
+    tried: int = 0  # rows that were to be rendered; with a selection, more than were chosen
+
     def mix(self, weights: Sequence[float], scans: Sequence[Scan], settings: ChoiceSettings) -> None:
         """Set `train` to the rows of `picked`, mixed with the weights of their sources."""
         hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from mlx_zh.corpus.choosing import NOT_SELECTED, Choice, ChoiceSettings
 from mlx_zh.corpus.clusters import Sides, clusters
-from mlx_zh.corpus.conversation import Conversation, with_system
+from mlx_zh.corpus.conversation import Conversation, Preference, with_system
 from mlx_zh.corpus.examples import Conversations, Pairs, Shards, positions_of
 from mlx_zh.corpus.scan import Scan, sides_of
 from mlx_zh.corpus.selecting import SCORES, Candidates, Floats, Indices, SelectSettings, ordered, quotas
 from mlx_zh.corpus.shards import Chosen, RenderSettings, chosen_batches, take_rows
 from mlx_zh.corpus.sources import DataSource, Item
 
+NOT_SCORED = "no IFD: raw text, or no reply that fits"
 NO_HELP = "question does not help the reply (IFD of 1 or more)"
 _BINS = 24
 _SHOWN = 3  # rows from the top, the middle and the bottom
@@ -103,7 +105,8 @@ def select(
     if not len(positions):
         return None, list(paths)
     examples = Conversations(shards, positions) if kind == "sft" else Pairs(shards, positions)
-    report = _select(by, sources, scans, choice, examples, rendered[positions])
+    rows, row_of = np.unique(rendered[positions], return_inverse=True)  # a long document has several examples
+    report = _select(by, sources, scans, choice, np.bincount(row_of, examples.replies), rows)
     kept = np.unique(positions_of(choice.rendered(), rendered))
     return report, take_rows(paths, kept, kind, folder)
 
@@ -113,19 +116,22 @@ def _select(
     sources: Sequence[DataSource],
     scans: Sequence[Scan],
     choice: Choice,
-    examples: Conversations | Pairs,
+    replies: npt.NDArray[Any],
     rendered: Indices,
 ) -> SelectionReport:
-    """Select among `examples`, whose row numbers are `rendered` (N,), in rising order."""
-    candidates = _candidates(by, scans, choice, examples, rendered)
+    """Select among the rows with the numbers `rendered` (N,), in rising order, of `replies` (N,) tokens."""
+    candidates = _candidates(by, scans, choice, replies, rendered)
     source_of = np.searchsorted(choice.starts, rendered, side="right") - 1
     groups = {source: np.flatnonzero(source_of == source) for source in choice.picked}
     orders, wanted = _orders(by, sources, candidates, groups)
     kept = np.sort(np.concatenate([np.empty(0, np.int64), *(order[:count] for order, count in orders)]))
-    unfit = ~candidates.eligible()
-    of_source = {i: kept[source_of[kept] == i] for i in groups}
-    selected = {i: (rendered[group], rendered[of_source[i]], int(unfit[group].sum())) for i, group in groups.items()}
-    _keep(by, sources, scans, choice, selected)
+    for source, group in groups.items():
+        rows = kept[source_of[kept] == source]
+        ifd = candidates.scores.get("ifd", np.zeros(len(rendered), np.float32))[group]
+        unfit = {NOT_SCORED: int(np.isnan(ifd).sum()), NO_HELP: int((ifd >= 1).sum())}
+        choice.dropped[source].update(unfit | {NOT_SELECTED: len(group) - len(rows) - sum(unfit.values())})
+        choice.picked[source] = rendered[rows]
+    choice.mix(_weights(by, sources, choice), scans, by.choice)
     shown = _shown(scans, choice, rendered, candidates, _merged([order for order, _ in orders]))
     report: SelectionReport = {
         "methods": list(by.settings.methods),
@@ -146,41 +152,25 @@ def _select(
     return report
 
 
-def _keep(
-    by: Selecting,
-    sources: Sequence[DataSource],
-    scans: Sequence[Scan],
-    choice: Choice,
-    selected: dict[int, tuple[Indices, Indices, int]],
-) -> None:
-    """Put the selected rows into `choice`. By source: its candidates, those kept, and how many were not eligible."""
-    for source, (group, rows, unfit) in selected.items():
-        choice.dropped[source][NO_HELP] += unfit
-        choice.dropped[source][NOT_SELECTED] += len(group) - len(rows) - unfit
-        choice.picked[source] = rows
+def _weights(by: Selecting, sources: Sequence[DataSource], choice: Choice) -> list[float]:
+    """The weights with which the selected rows of each source are mixed."""
     if by.choice.mixing == "interleave":  # the counts are the shares
-        weights = [float(max(len(rows), 1)) for rows in choice.picked.values()]
-    else:  # a weight below 1 has made the source's count smaller
-        weights = [max(sources[i].weight, 1.0) for i in choice.picked]
-    choice.mix(weights, scans, by.choice)
+        return [float(max(len(rows), 1)) for rows in choice.picked.values()]
+    return [max(sources[i].weight, 1.0) for i in choice.picked]  # one below 1 has made the source's count smaller
 
 
 def _candidates(
-    by: Selecting, scans: Sequence[Scan], choice: Choice, examples: Conversations | Pairs, rendered: Indices
+    by: Selecting, scans: Sequence[Scan], choice: Choice, replies: npt.NDArray[Any], rendered: Indices
 ) -> Candidates:
     source_of = np.searchsorted(choice.starts, rendered, side="right") - 1
     chosen = Chosen(source_of, rendered - choice.starts[source_of])
     hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])[rendered]
     scores: dict[str, Floats] = {}
     if "longest" in by.settings.methods:
-        scores["longest"] = examples.replies.astype(np.float32)
+        scores["longest"] = replies.astype(np.float32)
     if "ifd" in by.settings.methods:
         assert by.scorer is not None
-        conversations = (
-            [with_system(item, by.render.system) for item in items if isinstance(item, Conversation)]
-            for _, _, items in chosen_batches(scans, chosen)
-        )
-        scores["ifd"] = by.scorer(conversations, len(rendered))
+        scores["ifd"] = _ifd(by.scorer, by.render.system, scans, chosen)
 
     def sides() -> Iterator[list[Sides]]:
         for _, _, items in chosen_batches(scans, chosen):
@@ -189,9 +179,24 @@ def _candidates(
     return Candidates(hashes, clusters(hashes, sides()) if "diverse" in by.settings.methods else None, scores)
 
 
+def _ifd(scorer: Scorer, system: str | None, scans: Sequence[Scan], chosen: Chosen) -> Floats:
+    """The IFD of each row (K,); NaN for raw text, which answers no question."""
+    is_conversation: list[bool] = []
+
+    def conversations() -> Iterator[list[Conversation]]:
+        for _, _, items in chosen_batches(scans, chosen):
+            is_conversation.extend(isinstance(item, Conversation) for item in items)
+            yield [with_system(item, system) for item in items if isinstance(item, Conversation)]
+
+    scores = scorer(conversations(), len(chosen))
+    ifd = np.full(len(chosen), np.nan, np.float32)
+    ifd[is_conversation] = scores
+    return ifd
+
+
 def _sides(item: Item) -> Sides:
     asked, said = sides_of(item)
-    return "\n".join(asked), "\n".join(said if isinstance(item, Conversation) else [item.chosen])
+    return "\n".join(asked), "\n".join([item.chosen] if isinstance(item, Preference) else said)
 
 
 def _orders(

@@ -95,7 +95,7 @@ class RowReport(TypedDict):
     train: LengthReport
     validation: LengthReport | None
     over_long: int  # rows longer than max_length, dropped or cut short
-    over_long_share: float  # of all chosen rows
+    over_long_share: float  # of all rows that were to be rendered
     selection: NotRequired[SelectionReport]  # if rows were selected
 
 
@@ -145,7 +145,7 @@ def describe(
         "train": _lengths(train),
         "validation": _lengths(validation) if len(validation) else None,
         "over_long": over_long,
-        "over_long_share": over_long / max(len(choice.rendered()), 1),
+        "over_long_share": over_long / max(choice.tried, 1),
     }
 
 

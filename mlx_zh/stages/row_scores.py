@@ -22,7 +22,7 @@ from mlx_zh.system.json_text import read_object
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.conversation import Conversation
-    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.corpus.render import Rendered, Renderer
     from mlx_zh.corpus.selecting import Floats
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.training.ifd import IfdScores, Replies
@@ -79,7 +79,7 @@ class ModelScorer:
         values = [np.empty(0, np.float32)]
         try:
             for batch in batches:
-                examples = self._renderer.conversations(batch, max_length=self._recipe.data.max_length)
+                examples = self._rendered(batch)
                 rows = [None if e is None else Replies.of(e.tokens, e.trained, opening) for e in examples]
                 if scores.missing(rows):
                     self._compute(scores, rows)
@@ -94,6 +94,18 @@ class ModelScorer:
             gc.collect()
             mx.clear_cache()
         return np.concatenate(values)
+
+    def _rendered(self, batch: Sequence[Conversation]) -> list[Rendered | None]:
+        """The conversations as this model reads them; None for one that its chat template refuses."""
+        from mlx_zh.errors import TemplateError
+
+        limit = self._recipe.data.max_length
+        try:
+            return self._renderer.conversations(batch, max_length=limit)
+        except TemplateError:
+            if len(batch) == 1:
+                return [None]
+        return [example for conversation in batch for example in self._rendered([conversation])]
 
     def _compute(self, scores: IfdScores, rows: Sequence[Replies | None]) -> None:
         """Compute and store what is missing, in shorter rows if memory does not suffice."""

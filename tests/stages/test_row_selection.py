@@ -76,6 +76,7 @@ def test_rows_that_are_too_long_take_no_place(selected: Any):
     found = prepared(selected, {"method": "longest", "count": 5}, max_length=128)
     assert replies(found) == list(range(longest - 4, longest + 1))
     assert found["sources"][0]["dropped"]["first exchange longer than max_length"] == 30 - longest
+    assert found["over_long_share"] == (30 - longest) / 30
 
 
 @pytest.mark.parametrize("method", ["random", "diverse", ["diverse", "longest"]])
@@ -110,6 +111,18 @@ def test_interleaved_sources_and_weights(selected: Any):
     data = {"train": [{"path": "short.jsonl", "weight": 0.5}, "long.jsonl"]}
     found = prepared(selected, {"method": "longest", "count": 6}, sft=data)
     assert replies(found) == [18, 19, 20, 28, 29, 30]
+
+
+def test_documents_are_rows_too(selected: Any):
+    """A document of several examples is one row: by length it is kept whole, and it has no IFD."""
+    Path("book.jsonl").write_text(json.dumps({"text": "书中自有黄金屋。" * 40}) + "\n", encoding="utf-8")
+    data = {"train": ["train.jsonl", "book.jsonl"]}
+    found = prepared(selected, {"method": "longest", "count": 1, "per_source": False}, sft=data)
+    assert found["selection"]["candidates"] == 31
+    assert [source["kept"] for source in found["selection"]["sources"]] == [0, 1]
+    assert found["train"]["examples"] > 1 and found["train"]["tokens"] >= 40 * 8 * 3
+    found = prepared(selected, {"method": ["diverse", "ifd"], "count": 4}, sft=data)
+    assert found["sources"][1]["dropped"] == {"no IFD: raw text, or no reply that fits": 1}
 
 
 def test_the_validation_set_is_that_of_the_whole_data(selected: Any):
