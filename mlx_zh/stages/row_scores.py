@@ -37,7 +37,8 @@ class ModelScorer:
     def __init__(self, recipe: Recipe, name: str) -> None:
         model = recipe.model
         if name != model.path:
-            model = model.model_copy(update={"path": name, "revision": None, "quantize": None})
+            # Another model's template may have no switch for thinking.
+            model = model.model_copy(update={"path": name, "revision": None, "quantize": None, "thinking": "auto"})
         self._recipe = recipe.model_copy(update={"model": model})
         self.name = name
         self._loaded: LoadedModel | None = None
@@ -59,10 +60,10 @@ class ModelScorer:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        from mlx_zh.corpus.render import Renderer
+        from mlx_zh.stages.rendering import renderer_of
         from mlx_zh.stages.tokenizer_cache import open_tokenizer
 
-        return Renderer(open_tokenizer(self._recipe.model), date_string=self._recipe.data.date_string)
+        return renderer_of(self._recipe, open_tokenizer(self._recipe.model))
 
     def __call__(self, batches: Iterator[Sequence[Conversation]], count: int) -> Floats:
         """The IFD of each of `count` conversations; NaN for one that cannot be scored."""
