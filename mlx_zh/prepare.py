@@ -10,10 +10,12 @@ from mlx_zh.stages import command
 if TYPE_CHECKING:
     from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.render import Renderer
+    from mlx_zh.corpus.selection import SelectionReport
     from mlx_zh.corpus.statistics import ExamCheck
     from mlx_zh.recipe import Recipe
 
 _SHOWN = 3
+_CUT = 40  # characters of a selected row's question and answer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,10 +122,45 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, renderer: Renderer, secon
     console.say(console.table(lines))
     if renderer.thinking.way is not None or not is_default(recipe):
         console.say(thinking_text(recipe))
+    if selection := report.get("selection"):
+        _say_selection(selection)
     histogram = RunFolder.of(recipe).histogram(name)
     if not (corpus.ready and histogram.exists()):
         with written_whole(histogram) as file:
             write_histogram(corpus.splits["train"].lengths, file, f"{recipe.name}: {name}")
+
+
+def _say_selection(selection: SelectionReport) -> None:
+    """Print what was kept of each source, the scores, and a row from the top, the middle and the bottom."""
+    from mlx_zh.corpus.statistics import sparkline
+    from mlx_zh.stages.showing import visible
+    from mlx_zh.system import console
+
+    methods, kept = " + ".join(selection["methods"]), f"{selection['kept']:,}"
+    if "model" in selection:
+        console.say(
+            f"Selected {kept} of {selection['candidates']:,} rows by {methods}, scored by {selection['model']}:"
+        )
+    else:
+        console.say(f"Selected {kept} of {selection['candidates']:,} rows by {methods}:")
+    console.say(console.table([(s["name"], f"{s['kept']:,} / {s['candidates']:,}") for s in selection["sources"]]))
+    if selection["kept"] < selection["wanted"]:
+        console.say(f"{selection['wanted']:,} rows were asked for, and no more can be selected.")
+    for histogram in selection["histograms"]:
+        low, high = histogram["edges"][0], histogram["edges"][-1]
+        lines = [
+            (histogram["score"], f"{low:g} to {high:g}"),
+            ("all rows", f"|{sparkline(histogram['candidates'])}|"),
+            ("selected", f"|{sparkline(histogram['kept'])}|"),
+        ]
+        console.say(console.table(lines))
+    rows = []
+    for place, shown in (("top", selection["top"]), ("middle", selection["middle"]), ("bottom", selection["bottom"])):
+        for row in shown[:1]:
+            score = "" if row["score"] is None else f"{row['score']:g}"
+            texts = (" ".join(visible(row[side]).split())[:_CUT] for side in ("asked", "answered"))
+            rows.append((place, score, row["row"], " → ".join(texts)))
+    console.say(console.table(rows))
 
 
 def _exam_line(exams: ExamCheck, dropped: int) -> str:

@@ -104,6 +104,7 @@ LaterMode = Annotated[Mode, Field(exclude_if=lambda value: value == "auto")]
 LaterReasoning = Annotated[Reasoning, Field(exclude_if=lambda value: value == "learn")]
 LaterText = Annotated[str | None, Field(min_length=1, exclude_if=lambda value: value is None)]
 LaterSwitch = Annotated[bool | None, Field(exclude_if=lambda value: value is None)]
+LaterLocated = Annotated[Located | None, Field(exclude_if=lambda value: value is None)]
 LaterTexts = Annotated[dict[str, str], Field(exclude_if=lambda value: not value)]
 
 
@@ -237,11 +238,55 @@ class Source(Section):
 Sources = tuple[Annotated[Source, BeforeValidator(_as_source)], ...]
 
 
+def _as_methods(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Select(Section):
+    """Which of the training rows are learned: the first `count` rows, or `fraction` of all, in the method's order.
+
+    With neither, all rows that the method does not drop. `model` scores rows for ifd; by default it is the smallest
+    one on this disk, else the base.
+    """
+
+    method: Annotated[
+        tuple[Literal["random", "longest", "diverse", "ifd"], ...],
+        BeforeValidator(_as_methods),
+        Field(min_length=1),
+    ] = ("random",)
+    count: PositiveInt | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    per_source: bool = True
+    model: LaterLocated = None
+
+    @field_validator("method")
+    @classmethod
+    def _go_together(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value) or ("random" in value and len(value) > 1):
+            raise ValueError("random, longest, diverse or ifd, or a list of different ones without random")
+        return value
+
+    @field_validator("fraction")
+    @classmethod
+    def _one_number(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("count") is not None:
+            raise ValueError("left out where count is given")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _scores(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and "ifd" not in info.data.get("method", ("ifd",)):
+            raise ValueError("left out, because only the method ifd scores rows with a model")
+        return value
+
+
 class Split(Section):
-    """Training and validation sources of one stage."""
+    """Training and validation sources of one stage, and which of the training rows are learned."""
 
     train: Sources = ()
     validation: Sources = ()
+    select: Annotated[Select | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 class Deduplicate(Section):
@@ -323,6 +368,20 @@ class Data(Section):
     on_invalid: Literal["error", "skip"] = "error"
     date_string: str = "26 Jul 2024"
     system: str | None = None
+
+    @field_validator("dpo")
+    @classmethod
+    def _pairs_have_no_ifd(cls, value: Split) -> Split:
+        if value.select is not None and "ifd" in value.select.method:
+            raise ValueError("a select.method of random, longest or diverse: ifd scores conversations, not pairs")
+        return value
+
+    @model_validator(mode="after")
+    def _interleaved_shares(self) -> Data:
+        for select in (self.sft.select, self.dpo.select):
+            if self.mixing == "interleave" and select is not None and not select.per_source:
+                raise ValueError("select.per_source true, because mixing: interleave sets the share of every source")
+        return self
 
     def split(self, stage: str) -> Split:
         """The data of training stage `stage` (sft or dpo)."""

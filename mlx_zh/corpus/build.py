@@ -31,10 +31,12 @@ from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
 from mlx_zh.corpus.contamination import ExamIndex, read_questions
 from mlx_zh.corpus.exam_table import exam_files
-from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest
+from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest, positions_of
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
+from mlx_zh.corpus.selecting import SelectSettings
+from mlx_zh.corpus.selection import Scorer, Selecting, SelectionReport, select
 from mlx_zh.corpus.shards import Chosen, RenderSettings, counts_of, write_shards
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport, ExamCheck
@@ -83,6 +85,7 @@ class CorpusSettings:
     normalize: bool = True
     simplify: bool = False
     quality: dict[str, str] | None = None  # quality rule -> what it does, for those that the recipe sets
+    select: SelectSettings | None = None
 
 
 class CorpusContent(TypedDict):
@@ -163,7 +166,7 @@ def _fields_of(source: DataSource) -> dict[str, Any]:
 def _settings_fields(settings: CorpusSettings) -> dict[str, Any]:
     """The settings without places; later ones are left out while unset, so that older corpora stay valid."""
     fields = asdict(replace(settings, exams=replace(settings.exams, folders={}, missing={})))
-    return {name: value for name, value in fields.items() if value or name != "quality"}
+    return {name: value for name, value in fields.items() if value or name not in ("quality", "select")}
 
 
 def prepare(
@@ -173,11 +176,13 @@ def prepare(
     cache: Path,
     event: Event,
     vocabulary: Callable[[], Vocabulary | None] | None = None,
+    scorer: Scorer | None = None,
 ) -> Corpus:
     """The corpus of these sources, taken from the cache folder or built there.
 
     `vocabulary` returns the tokenizer's Vocabulary for the faster encoder, or None if there is none; by default it is
-    derived from the renderer's tokenizer. Two processes that prepare the same corpus wait for each other.
+    derived from the renderer's tokenizer. `scorer` is needed if rows are selected by `ifd`. Two processes that
+    prepare the same corpus wait for each other.
 
     Raises DataError for rows that cannot be used (with file and row), TemplateError for conversations that the chat
     template refuses, StorageError if the cache folder cannot be written.
@@ -200,7 +205,7 @@ def prepare(
             set_damaged_aside(folder)
             remarks = (Notice("corpus-damaged", folder=str(folder), reason=reason),)
         get_vocabulary = vocabulary or (lambda: vocabulary_of(renderer.tokenizer_json()))
-        _build(sources, settings, renderer, folder, values, event, get_vocabulary)
+        _build(sources, settings, renderer, folder, values, event, get_vocabulary, scorer)
         remove(folder.with_name(f"damaged-{key}"))
         return replace(open_corpus(folder, kind, ready=False), remarks=remarks)
     finally:
@@ -255,6 +260,7 @@ def _build(
     values: CorpusContent,
     event: Event,
     get_vocabulary: Callable[[], Vocabulary | None],
+    scorer: Scorer | None,
 ) -> None:
     work = folder.with_name(f"{folder.name}.work")
     try:
@@ -263,7 +269,8 @@ def _build(
         exam_places, exam_report = _index_exams(settings.exams, work)
         scans = _scan_all(sources, settings, bool(exam_places), work, event)
         choice = choosing.choose(sources, scans, settings.choice, exam_places)
-        rows = choice.rendered()
+        rows = choice.rendered() if settings.select is None else choice.candidates()
+        choice.tried = len(rows)
         if len(rows) > _MANY and (vocabulary := get_vocabulary()) is not None:
             renderer.encode_with(JoinedEncoder(vocabulary))
         source_of = np.searchsorted(choice.starts, rows, side="right") - 1
@@ -277,7 +284,11 @@ def _build(
             lambda name, done: event("render", name, done),
             skip_refused=settings.on_invalid == "skip",
         )
-        _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, folder)
+        selection = None
+        if settings.select is not None:
+            chosen_by = Selecting(settings.select, settings.choice, settings.render, scorer)
+            selection, paths = select(chosen_by, sources, scans, choice, paths, work / "selected")
+        _finish(sources, settings, scans, choice, paths, renderer, values, exam_report, selection, folder)
     except Exception:
         # After an error the user changes the data or the settings, so the key changes and this folder is of no use.
         # A run that was interrupted raises no Exception: its folder stays.
@@ -371,12 +382,13 @@ def _finish(
     renderer: Renderer,
     values: CorpusContent,
     exam_report: ExamCheck,
+    selection: SelectionReport | None,
     folder: Path,
 ) -> None:
     """Write which rows of the files belong to each split, write the report, and give the folder its final name."""
     shards = Shards(paths)
     rendered = choice.starts[shards.numbers("source")] + shards.numbers("row")  # numbers of the rows in the files
-    splits = {"train": _positions(choice.train, rendered), "validation": _positions(choice.validation, rendered)}
+    splits = {"train": positions_of(choice.train, rendered), "validation": positions_of(choice.validation, rendered)}
     if not len(splits["train"]):
         raise DataError(_nothing_left(sources, scans, choice, paths))
     work = paths[0].parent
@@ -395,6 +407,8 @@ def _finish(
         "exam_questions": exam_report,
         "tokens_per_chinese_character": statistics.tokens_per_character(scans, choice, renderer),
     }
+    if selection is not None:
+        report["selection"] = selection
     names = [f"data-{i:05d}-of-{len(paths):05d}.arrow" for i in range(len(paths))]
     with storage_errors(folder):
         for path, name in zip(paths, names, strict=True):
@@ -408,18 +422,6 @@ def _finish(
     with storage_errors(folder):
         work.replace(folder)
         sync_folder(folder.parent)
-
-
-def _positions(rows: choosing.Indices, rendered: choosing.Indices) -> choosing.Indices:
-    """The positions of the chosen rows in the files: none of a row that was dropped, several of a long document.
-
-    `rendered` (R,) holds the row number at each position, in rising order.
-    """
-    first, last = np.searchsorted(rendered, rows, "left"), np.searchsorted(rendered, rows, "right")
-    counts = last - first
-    before = np.cumsum(counts) - counts  # positions of the rows before each row
-    positions: choosing.Indices = np.repeat(first - before, counts) + np.arange(counts.sum())
-    return positions
 
 
 def _nothing_left(

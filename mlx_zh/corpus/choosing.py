@@ -20,6 +20,7 @@ NEAR_DUPLICATE = "near duplicate"
 IN_VALIDATION = "also in the validation set"
 EXAM = "exam question"
 NOT_PICKED = "beyond max_samples"
+NOT_SELECTED = "not selected"
 
 Indices = npt.NDArray[np.int64]
 _LISTED = 3  # duplicates listed for each source and reason
@@ -54,10 +55,24 @@ class Choice:
     dropped: list[Counter[str]]  # for each source: reason -> rows
     examples: list[dict[str, list[str]]] = field(default_factory=list)  # for each source: reason -> "A repeats B"
     exam_rows: list[ExamRow] = field(default_factory=list)  # the rows dropped for an exam question
+    picked: dict[int, Indices] = field(
+        default_factory=dict
+    )  # the training rows of each source, before they are mixed
+
+    tried: int = 0  # rows that were to be rendered; with a selection, more than were chosen
+
+    def mix(self, weights: Sequence[float], scans: Sequence[Scan], settings: ChoiceSettings) -> None:
+        """Set `train` to the rows of `picked`, mixed with the weights of their sources."""
+        hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])
+        self.train = mixing.mix(list(self.picked.values()), weights, settings.mixing, hashes, settings.seed)
 
     def rendered(self) -> Indices:
         """The numbers of all chosen rows, each once, in rising order."""
         return np.unique(np.concatenate([self.train, self.validation]))
+
+    def candidates(self) -> Indices:
+        """The numbers of all rows that could be chosen, in rising order: also those that mixing left out."""
+        return np.unique(np.concatenate([*self.picked.values(), self.validation]))
 
 
 def choose(
@@ -151,7 +166,7 @@ def _split(
     """Apply `max_samples`, split off the validation rows, and mix the training rows."""
     hashes = np.concatenate([scan.rows.exact[:, 0] for scan in scans])
     prompts = np.concatenate([scan.prompts for scan in scans])
-    train, weights, validation = [], [], []
+    validation = []
     for i, source in enumerate(sources):
         rows = choice.starts[i] + np.flatnonzero(kept[choice.starts[i] : choice.starts[i + 1]])
         picked = mixing.pick(rows, hashes, source.max_samples, settings.seed)
@@ -162,9 +177,8 @@ def _split(
             continue
         held_out = mixing.is_validation(prompts[picked], settings.validation_fraction)
         validation.append(picked[held_out])
-        train.append(picked[~held_out])
-        weights.append(source.weight)
-    choice.train = mixing.mix(train, weights, settings.mixing, hashes, settings.seed)
+        choice.picked[i] = picked[~held_out]
+    choice.mix([sources[i].weight for i in choice.picked], scans, settings)
     choice.validation = np.concatenate([*validation, np.empty(0, dtype=np.int64)])
 
 

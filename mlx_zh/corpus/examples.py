@@ -64,6 +64,12 @@ class Shards:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def take(self, positions: npt.NDArray[np.int64]) -> pa.Table:
+        """The rows at `positions`, copied."""
+        file = np.searchsorted(self.starts, positions, side="right") - 1
+        parts = [batch.take(pa.array(positions[file == i] - self.starts[i])) for i, batch in enumerate(self._batches)]
+        return pa.Table.from_batches(parts)
+
     def lists(self, name: str) -> _Lists:
         """The column `name`, whose values are lists; empty ones in files of earlier versions that lack it."""
         columns = [batch.column(name) if name in batch.schema.names else None for batch in self._batches]
@@ -92,6 +98,18 @@ def _view(column: pa.Array) -> Ints:
         bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=last, bitorder="little")
         return bits[first:].astype(np.int32)
     return np.frombuffer(data, dtype=np.int32)[first:last]
+
+
+def positions_of(rows: npt.NDArray[np.int64], rendered: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The positions of the chosen rows in the files: none of a row that was dropped, several of a long document.
+
+    `rendered` (R,) holds the row number at each position, in rising order.
+    """
+    first, last = np.searchsorted(rendered, rows, "left"), np.searchsorted(rendered, rows, "right")
+    counts = last - first
+    before = np.cumsum(counts) - counts  # positions of the rows before each row
+    positions: npt.NDArray[np.int64] = np.repeat(first - before, counts) + np.arange(counts.sum())
+    return positions
 
 
 class Examples(Sequence[Example], Generic[Example]):
@@ -150,6 +168,7 @@ class Conversations(Examples[Rendered]):
         super().__init__(shards, rows, ("tokens", "trained", "segments"))
         self.lengths: Ints = self._columns[0].lengths()[rows]  # (N,) tokens
         self.scored: Ints = shards.numbers("scored")[rows]  # (N,) tokens whose loss is scored
+        self.replies: Ints = self.scored  # (N,) tokens that are learned
         self._truncated = shards.numbers("truncated")[rows]
 
     def example(self, index: int) -> Rendered:
@@ -176,6 +195,7 @@ class Pairs(Examples[RenderedPair]):
         prompt, chosen, rejected = (column.lengths()[rows] for column in self._columns)
         self.lengths: Ints = prompt + chosen + rejected  # (N,) tokens; both responses share one prompt
         self.scored: Ints = chosen + rejected  # (N,) tokens whose log-probs are summed
+        self.replies: Ints = chosen  # (N,) tokens that are preferred
 
     def example(self, index: int) -> RenderedPair:
         """The pair number `index`."""

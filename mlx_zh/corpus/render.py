@@ -252,6 +252,18 @@ class Renderer:
             cut = self._cut(messages, "", add_generation_prompt=True)
         return [int(token) for piece in self._encode([cut])[0] for token in piece]
 
+    def opening(self) -> list[int]:
+        """The tokens from which a reply would be generated without any message: BOS and the assistant's header.
+
+        Empty if the template writes neither.
+        """
+        question = [Message("user", "?")]
+        text, prompt = self.text(question), self.text(question, add_generation_prompt=True)
+        bos = self._variables.get("bos_token", "")
+        header = prompt[len(text) :] if prompt.startswith(text) else ""
+        start = bos if text.startswith(bos) and not header.startswith(bos) else ""
+        return [int(token) for piece in self._encoder.encode([[start + header]])[0] for token in piece]
+
     def conversation(
         self,
         messages: Conversation | Sequence[Message],

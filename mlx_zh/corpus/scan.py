@@ -199,7 +199,7 @@ class _ScanWriter:
         self.columns["prompts"].append(_hashes(["".join(self._subject(item).split()) for item in self._batch]))
         self.columns["numbers"].append(_hashes([",".join(_DIGITS.findall(" ".join(asked))) for asked in questions]))
         if self._ngram is not None or self._exams is not None:
-            sides = letters(["".join(side) for item in self._batch for side in _sides(item)])
+            sides = letters(["".join(side) for item in self._batch for side in sides_of(item)])
             batch_letters = Letters(sides.hashes, sides.ends[::SIDES])
             if self._ngram is not None:
                 self._write_sides(sides)
@@ -277,7 +277,7 @@ def characters_of(item: Item) -> int:
     return length + sum(map(len, (item.chosen, item.rejected, item.chosen_calls, item.rejected_calls)))
 
 
-def _sides(item: Item) -> tuple[list[str], list[str]]:
+def sides_of(item: Item) -> tuple[list[str], list[str]]:
     """What the user says, and everything else but tools and the system message: the sides of a near duplicate."""
     if isinstance(item, Document):
         return [], [item.text]

@@ -27,7 +27,7 @@ from mlx_zh.corpus.conversation import (
     prompt_with_system,
     with_system,
 )
-from mlx_zh.corpus.examples import SCHEMAS
+from mlx_zh.corpus.examples import SCHEMAS, Shards
 from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
@@ -101,6 +101,36 @@ def write_shards(
     return paths
 
 
+def take_rows(paths: Sequence[Path], positions: Indices, kind: str, folder: Path) -> list[Path]:
+    """Copy the rows at `positions` (K,), in rising order, of rendered files into files in `folder`.
+
+    Rows that were dropped while rendering stay counted; of those cut short, only the copied ones are.
+    """
+    with storage_errors(folder):
+        make_folder(folder)
+    counts: dict[int, Counter[str]] = {}
+    for by_source in counts_of(paths):
+        for source, reasons in by_source.items():
+            counts.setdefault(source, Counter()).update({k: v for k, v in reasons.items() if k != CUT_SHORT})
+    shards = Shards(paths)
+    taken = []
+    for number, start in enumerate(range(0, len(positions), ROWS)):
+        part = shards.take(positions[start : start + ROWS])
+        if kind == "sft":
+            cut = part.filter(part.column("truncated")).column("source").to_pylist()
+            for source, count in Counter(cut).items():
+                counts.setdefault(source, Counter())[CUT_SHORT] += count
+        path = folder / f"data-{number:05d}.arrow"
+        with written_whole(path) as file, pa.ipc.new_stream(file, SCHEMAS[kind]) as writer:
+            writer.write_table(part.combine_chunks())
+        taken.append(path)
+    for number, path in enumerate(taken):  # the reasons are of all files together
+        write_exact_json(
+            path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts if number == 0 else {}}
+        )
+    return taken
+
+
 def _is_whole(path: Path) -> bool:
     """Whether an earlier run has finished this file, and it is what was written."""
     try:
@@ -143,7 +173,7 @@ def _write(
     counts: dict[int, Counter[str]] = {}
     done = 0
     with written_whole(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        batches = _batches(scans, chosen)
+        batches = chosen_batches(scans, chosen)
         for (source, rows, items), (rendered, dropped) in _ahead(render, batches, threads):
             counted = counts.setdefault(source, Counter())
             counted.update(dropped)
@@ -155,7 +185,7 @@ def _write(
     write_exact_json(path.with_suffix(".json"), {"digest": file_digest(path), "counts": counts})
 
 
-def _batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
+def chosen_batches(scans: Sequence[Scan], chosen: Chosen) -> Iterator[_Batch]:
     """The chosen rows, read from the spool files, in batches of one source that have limited rows and characters."""
     for source in np.unique(chosen.sources).tolist():
         scan, rows = scans[source], chosen.rows[chosen.sources == source]

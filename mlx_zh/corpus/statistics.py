@@ -22,6 +22,7 @@ from mlx_zh.corpus.render import (
     Renderer,
 )
 from mlx_zh.corpus.scan import Scan
+from mlx_zh.corpus.selection import SelectionReport
 from mlx_zh.corpus.shards import CUT_SHORT
 from mlx_zh.corpus.sources import DataSource, Item
 
@@ -94,7 +95,8 @@ class RowReport(TypedDict):
     train: LengthReport
     validation: LengthReport | None
     over_long: int  # rows longer than max_length, dropped or cut short
-    over_long_share: float  # of all chosen rows
+    over_long_share: float  # of all rows that were to be rendered
+    selection: NotRequired[SelectionReport]  # if rows were selected
 
 
 class CorpusReport(RowReport):
@@ -143,7 +145,7 @@ def describe(
         "train": _lengths(train),
         "validation": _lengths(validation) if len(validation) else None,
         "over_long": over_long,
-        "over_long_share": over_long / max(len(choice.rendered()), 1),
+        "over_long_share": over_long / max(choice.tried, 1),
     }
 
 

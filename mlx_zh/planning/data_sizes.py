@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_zh.corpus.registry import Registry
 from mlx_zh.planning.row_lengths import estimate_row_lengths
-from mlx_zh.recipe import Source, Sources
+from mlx_zh.recipe import Select, Source, Sources
 from mlx_zh.system.storage import visible_tree
 
 _ROWS = 10_000  # assumed for a set that states no number
@@ -77,6 +77,14 @@ def _limited(size: SourceSize, tokens: float, longest: float) -> SourceSize:
     """The size with examples of `tokens` tokens in the mean, none longer than `longest`."""
     rows = round(size.rows * max(tokens / longest, 1)) if size.raw else size.rows
     return replace(size, rows=rows, tokens=min(tokens, longest))
+
+
+def selected(size: DataSize, select: Select) -> DataSize:
+    """The size after `select`: every source keeps its share of the rows, as far as is known before they are read."""
+    wanted = size.rows * (select.fraction or 1.0)
+    share = min(wanted, select.count or wanted) / size.rows if size.rows else 1.0
+    sources = tuple(replace(source, rows=max(round(source.rows * share), 1)) for source in size.sources)
+    return DataSize(sources, size.mixing)
 
 
 def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:

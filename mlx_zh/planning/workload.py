@@ -13,7 +13,7 @@ from mlx_zh.exams.catalog import NAMES, benchmark
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.budget import Costs, ExamCost, Training
-from mlx_zh.planning.data_sizes import DataSize, data_size
+from mlx_zh.planning.data_sizes import DataSize, data_size, selected
 from mlx_zh.planning.flops import training_flops
 from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.pace import Pace
@@ -59,9 +59,12 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
 
 def data_sizes(recipe: Recipe, registry: Registry, density: float = 1.0) -> dict[str, DataSize]:
     """The size of each training stage's data."""
-    return {
-        name: _data_size(recipe, recipe.data.split(name).train, name, registry, density) for name in stages_of(recipe)
-    }
+    sizes = {}
+    for name in stages_of(recipe):
+        split = recipe.data.split(name)
+        size = _data_size(recipe, split.train, name, registry, density)
+        sizes[name] = size if split.select is None else selected(size, split.select)
+    return sizes
 
 
 def _data_size(recipe: Recipe, sources: Sources, stage: str, registry: Registry, density: float) -> DataSize:
@@ -169,7 +172,8 @@ def _fixed(
     fixed = {"measure": load} if recipe.budget else {}
     if sizes:
         stored = sum(source.stored for size in sizes.values() for source in size.sources)
-        fixed["prepare"] = _PROCESS + _READ_ROW * stored
+        selecting = sum(_selecting(recipe, name, size, machine) for name, size in sizes.items())
+        fixed["prepare"] = _PROCESS + _READ_ROW * stored + selecting
     fixed |= dict.fromkeys(examined, load)
     for number, name in enumerate(sizes):
         fixed[name] = load + answers * (2 if number == 0 else 1)  # the base answers too, before the first stage
@@ -179,10 +183,19 @@ def _fixed(
     return fixed | {"report": _REPORT}
 
 
+def _selecting(recipe: Recipe, stage: str, size: DataSize, machine: Machine) -> float:
+    """Seconds to select a stage's rows: all are tokenized, and `ifd` reads each twice, with the base at most."""
+    select = recipe.data.split(stage).select
+    if select is None:
+        return 0.0
+    forward = 2 * machine.pace.forward if "ifd" in select.method else 0.0
+    return sum(source.stored * (_WRITE_ROW + source.tokens * forward) for source in size.sources)
+
+
 def thinned(recipe: Recipe, steps: Mapping[str, int], registry: Registry) -> dict[str, list[int | None]]:
     """`max_samples` of each training source, by stage, so that `steps` find enough examples and hardly more.
 
-    None leaves a source as it is. Stages that see all of their data, and stages without an entry in `steps`, are left
+    Stages that see all of their data, and stages without an entry in `steps`, are left
     out. A tenth more is prepared than is needed, because some rows turn out to be duplicates or too long.
     """
     chosen: dict[str, list[int | None]] = {}

@@ -18,6 +18,8 @@ class StageData:
     facts: list[tuple[Text, Text]]
     sources: list[tuple[Text, ...]]  # a row for each source, with the columns of `source_columns`
     lengths: Histogram | None
+    scores: list[Histogram]  # of the rows among which was selected
+    selected: list[tuple[Text, ...]]  # rows from the top, the middle and the bottom of the selection's order
 
 
 def stages(findings: Findings) -> list[StageData]:
@@ -26,7 +28,17 @@ def stages(findings: Findings) -> list[StageData]:
     for stage, report in findings.data.items():
         if isinstance(report, Mapping):
             title = named(f"data_{stage}")
-            shown.append(StageData(title, _facts(report), _source_rows(report), _lengths(title, report)))
+            selection = mapped(report.get("selection"))
+            shown.append(
+                StageData(
+                    title,
+                    [*_facts(report), *_selection_facts(selection)],
+                    _source_rows(report),
+                    _lengths(title, report),
+                    _scores(title, selection),
+                    _selected_rows(selection),
+                )
+            )
     return shown
 
 
@@ -38,6 +50,48 @@ def digests(findings: Findings) -> list[tuple[str, str]]:
 def source_columns() -> list[Text]:
     """The column heads of the table of sources."""
     return [say(key) for key in ("source", "rows", "for_training", "for_validation", "removed")]
+
+
+def selected_columns() -> list[Text]:
+    """The column heads of the table of selected rows."""
+    return [say(key) for key in ("place", "score", "row", "question", "reply")]
+
+
+def _selection_facts(selection: Mapping[str, object]) -> list[tuple[Text, Text]]:
+    """How the rows were selected, and how many of each source were kept."""
+    if not selection:
+        return []
+    counts = {name: _number(selection.get(name)) for name in ("kept", "candidates")}
+    methods = " + ".join(map(str, listed(selection.get("methods"))))
+    facts = [(say("selected"), say("selected_by", methods=methods, **counts))]
+    if selection.get("model"):
+        facts.append((say("scored_by"), Text.same(selection["model"])))
+    for source in map(mapped, listed(selection.get("sources"))):
+        kept = say("kept_of", kept=_number(source.get("kept")), candidates=_number(source.get("candidates")))
+        facts.append((say("selected_of", name=str(source.get("name"))), kept))
+    return facts
+
+
+def _selected_rows(selection: Mapping[str, object]) -> list[tuple[Text, ...]]:
+    rows: list[tuple[Text, ...]] = []
+    for place in ("top", "middle", "bottom"):
+        for row in map(mapped, listed(selection.get(place))):
+            score = row.get("score")
+            cells = (_number(score), *(str(row.get(key, "")) for key in ("row", "asked", "answered")))
+            rows.append((say(f"order_{place}"), *map(Text.same, cells)))
+    return rows
+
+
+def _scores(title: Text, selection: Mapping[str, object]) -> list[Histogram]:
+    """For each score, the histograms of all rows and of the selected ones."""
+    charts = []
+    for scores in map(mapped, listed(selection.get("histograms"))):
+        edges, name = scores.get("edges"), str(scores.get("score"))
+        for key in ("candidates", "kept"):
+            counts = scores.get(key)
+            if isinstance(edges, list) and isinstance(counts, list) and any(counts) and len(edges) == len(counts) + 1:
+                charts.append(Histogram(say(f"scores_{key}", name=title, score=name), edges, counts))
+    return charts
 
 
 def _lengths(title: Text, report: Mapping[str, object]) -> Histogram | None:

@@ -111,6 +111,9 @@ def _data(findings: Findings) -> list[str]:
         facts = [[name.both(), value.both()] for name, value in stage.facts]
         parts += [f"### {safe(stage.title.both())}", _table(["", ""], facts)]
         parts.append(_table(heads, [[cell.both() for cell in row] for row in stage.sources]))
+        if stage.selected:
+            columns = [name.both() for name in data_view.selected_columns()]
+            parts.append(_table(columns, [[cell.both() for cell in row] for row in stage.selected]))
     if digests := mapped(findings.manifest.get("data")):
         parts.append(_table([say("file").both(), say("digest").both()], [list(row) for row in flat(digests)]))
     return [f"## {say('data').both()}", *parts] if parts else []

@@ -77,8 +77,10 @@ def _sections(findings: Findings) -> Iterator[Section]:
     stages, digests = data_view.stages(findings), data_view.digests(findings)
     if stages or digests:
         charts = [svg.bars(stage.lengths) for stage in stages if stage.lengths]
+        charts += [svg.bars(scores) for stage in stages for scores in stage.scores]
         columns = data_view.source_columns()
-        content = _render("data", stages=stages, source_columns=columns, charts=charts, digests=digests)
+        heads = {"source_columns": columns, "selected_columns": data_view.selected_columns()}
+        content = _render("data", stages=stages, charts=charts, digests=digests, **heads)
         yield Section("data", say("data"), content)
     if exported := figures_view.exports(findings):
         yield Section("export", say("export"), _render("export", exported=exported))

@@ -90,18 +90,22 @@ def dots(chart: Dots) -> Drawing:
     return Drawing("dots", title, height, Markup().join(parts), legend, say("guessing") if chart.band else None)
 
 
+_WHOLE = 8  # a histogram over a smaller range than this has decimals
+
+
 def bars(chart: Histogram) -> Drawing:
     """A histogram."""
     height = 130.0
     bottom, highest = height - 22, max(chart.counts)
     frame = _Frame(chart.edges[0], chart.edges[-1], 0, highest, 8.0)
+    digits = 0 if chart.edges[-1] - chart.edges[0] >= _WHOLE else 2
     parts: list[Markup] = []
     for (low, high), number in zip(pairwise(chart.edges), chart.counts, strict=True):
         x, top = frame.x(low), bottom - (bottom - TOP) * number / highest
-        text = f"{low:,.0f}–{high:,.0f}: {number:,}"
+        text = f"{low:,.{digits}f}–{high:,.{digits}f}: {number:,}"
         parts.append(_rectangle("bar", x + 0.5, top, max(0.5, frame.x(high) - x - 1), bottom - top, text))
-    for mark in ticks(frame.first, frame.last, 6, whole=True):
-        parts.append(_text("middle", _at(frame.x(mark), height - 6), f"{mark:,.0f}"))
+    for mark in ticks(frame.first, frame.last, 6, whole=digits == 0):
+        parts.append(_text("middle", _at(frame.x(mark), height - 6), f"{mark:,.{digits}f}"))
     parts.append(_line("axis", 8.0, bottom, WIDTH - RIGHT, bottom))
     return Drawing("bars", chart.title, height, Markup().join(parts))
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.pipeline.steps import NAMES
 from mlx_zh.planning.pace import Pace
-from mlx_zh.recipe import Recipe, Source
+from mlx_zh.recipe import Recipe, Select, Source
 from mlx_zh.stages.forecast import Expected
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import console, device
@@ -35,7 +35,17 @@ if TYPE_CHECKING:
 _ORDER = ("measure", *NAMES)
 
 
-class BudgetRecord(TypedDict):
+# How a budget selects rows of a stage whose recipe has no `select`. `random` needs no scores: it is `max_samples`.
+_METHOD: tuple[Literal["random", "longest", "diverse", "ifd"], ...] = ("random",)
+
+
+class _LaterKeys(TypedDict, total=False):
+    """Keys that came after the first version."""
+
+    select: dict[str, list[str]]  # by stage whose recipe has none: the methods by which the budget selects rows
+
+
+class BudgetRecord(_LaterKeys):
     """A run's decision, as `budget.json` holds it."""
 
     asked: dict[str, Any]  # what the decision was made for: dotted keys of the recipe
@@ -124,11 +134,28 @@ def _with_decision(record: BudgetRecord, now: Mapping[str, Any]) -> dict[str, An
         values[f"{stage}.max_steps"] = steps
     for stage, counts in record["max_samples"].items():
         key = f"data.{stage}.train"
+        select = _selection(values.get(f"data.{stage}.select.method"), stage, record)
+        if select is not None:
+            number = f"data.{stage}.select.count"
+            dumped = {f"data.{stage}.select.{name}": value for name, value in select.model_dump(mode="json").items()}
+            values = dumped | values
+            values[number] = _selected_count(values[number], counts)
+            values[f"data.{stage}.select.fraction"] = None
         values[key] = [
-            source if count is None else source | {"max_samples": min(source["max_samples"] or count, count)}
+            source
+            if count is None or (select is not None and not source.get("streaming"))
+            else source | {"max_samples": min(source["max_samples"] or count, count)}
             for source, count in zip(values[key], counts, strict=True)
         ]
     return values
+
+
+def _selection(own: Select | Sequence[str] | None, stage: str, record: BudgetRecord) -> Select | None:
+    """The recipe's own selection, as a section or by its methods, else the one that the budget made by itself."""
+    if own is not None:
+        return own if isinstance(own, Select) else Select.model_validate({"method": own})
+    methods = record.get("select", {}).get(stage)
+    return None if methods is None else Select.model_validate({"method": methods})
 
 
 def applied(recipe: Recipe, record: BudgetRecord) -> Recipe:
@@ -136,14 +163,29 @@ def applied(recipe: Recipe, record: BudgetRecord) -> Recipe:
     data = recipe.data
     for stage, counts in record["max_samples"].items():
         split = data.split(stage)
-        train = tuple(_with_max_samples(source, count) for source, count in zip(split.train, counts, strict=True))
-        data = data.model_copy(update={stage: split.model_copy(update={"train": train})})
+        select = _selection(split.select, stage, record)
+        train = tuple(
+            source if select is not None and not source.streaming else _with_max_samples(source, count)
+            for source, count in zip(split.train, counts, strict=True)
+        )
+        update = {"train": train} | ({} if select is None else {"select": _with_count(select, counts)})
+        data = data.model_copy(update={stage: split.model_copy(update=update)})
     changes: dict[str, Any] = {"data": data}
     for stage, steps in record["steps"].items():
         changes[stage] = recipe.training(stage).model_copy(update={"max_steps": steps})
     if record["limit"] is not None and recipe.evaluate.limit is None:
         changes["evaluate"] = recipe.evaluate.model_copy(update={"limit": record["limit"]})
     return recipe.model_copy(update=changes)
+
+
+def _with_count(select: Select, counts: Sequence[int | None]) -> Select:
+    """The selection with a count of at most the sum of `counts`: its order says which rows these are."""
+    return select.model_copy(update={"count": _selected_count(select.count, counts), "fraction": None})
+
+
+def _selected_count(own: int | None, counts: Sequence[int | None]) -> int:
+    total = sum(count or 0 for count in counts)
+    return min(own or total, total)
 
 
 def _with_max_samples(source: Source, count: int | None) -> Source:
@@ -270,7 +312,9 @@ def record_of(recipe: Recipe, costs: Costs, decision: Decision, pace: Pace) -> B
     from mlx_zh.planning.workload import thinned
     from mlx_zh.stages.data import registry_of
 
-    return {
+    thinned_rows = thinned(recipe, decision.steps, registry_of(recipe))
+    alone = [stage for stage in thinned_rows if recipe.data.split(stage).select is None and stage == "sft"]
+    record: BudgetRecord = {
         "asked": asked_of(recipe),
         "budget": str(recipe.budget),
         "made": round(time.time(), 1),
@@ -278,11 +322,14 @@ def record_of(recipe: Recipe, costs: Costs, decision: Decision, pace: Pace) -> B
         "pace": asdict(pace),
         "steps": decision.steps,
         "limit": decision.limit if recipe.evaluate.limit is None else None,
-        "max_samples": thinned(recipe, decision.steps, registry_of(recipe)),
+        "max_samples": thinned_rows,
         "full_steps": {stage.name: stage.full_steps for stage in costs.trainings},
         "seconds": {name: round(decision.seconds[name], 1) for name in _ORDER if name in decision.seconds},
         "steps_seconds": {stage.name: stage.step for stage in costs.trainings},
     }
+    if _METHOD != ("random",):
+        record["select"] = {stage: list(_METHOD) for stage in alone}
+    return record
 
 
 def explained(recipe: Recipe, record: BudgetRecord) -> str:

@@ -14,6 +14,7 @@ from mlx_zh.corpus.choosing import NEAR_DUPLICATE, ChoiceSettings
 from mlx_zh.corpus.data_files import TABLE_SUFFIXES, NoDataFiles, folder_files, registered_files
 from mlx_zh.corpus.hub_rows import rows_file
 from mlx_zh.corpus.registry import Registry, find_data_set, load_registry
+from mlx_zh.corpus.selecting import SelectSettings
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
 from mlx_zh.corpus.statistics import CorpusReport
@@ -23,6 +24,7 @@ from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
 from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import DataSet, Recipe, Source, placeholders
+from mlx_zh.stages.row_scores import ModelScorer, scorer_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, storage
 from mlx_zh.system.json_text import read_object
@@ -76,9 +78,12 @@ def prepare_stage(
         for validation, listed in ((False, split.train), (True, split.validation))
         for source in listed
     ]
-    settings = _settings(recipe, stage)
+    scorer = scorer_of(recipe, stage)
+    settings = replace(_settings(recipe, stage), select=_selection(recipe, stage, scorer))
     with _Bars() as bars:
-        corpus = prepare(sources, settings, renderer, storage.cache_folder() / "corpus", bars.event, vocabulary)
+        corpus = prepare(
+            sources, settings, renderer, storage.cache_folder() / "corpus", bars.event, vocabulary, scorer
+        )
     for remark in corpus.remarks:
         console.warn(remark, keep=False)  # the data is as it was
     for line in (*source_lines(corpus.manifest["report"], _UNITS[stage]), *quality_lines(corpus.manifest["report"])):
@@ -318,6 +323,14 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
         simplify=data.simplify,
         quality=data.quality.actions,
     )
+
+
+def _selection(recipe: Recipe, stage: str, scorer: ModelScorer | None) -> SelectSettings | None:
+    select = recipe.data.split(stage).select
+    if select is None:
+        return None
+    model = "" if scorer is None else scorer.digest
+    return SelectSettings(tuple(select.method), select.count, select.fraction, select.per_source, model)
 
 
 def _exams(recipe: Recipe) -> Exams:

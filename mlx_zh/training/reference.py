@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,11 @@ from mlx_zh.errors import ModelError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system.accelerator import AcceleratorError, accelerator_errors
 from mlx_zh.system.device import Fault
-from mlx_zh.system.storage import append, storage_errors
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.pairs import pack, pair_sums, tree_tokens
+from mlx_zh.training.stored_values import StoredValues, Values
 
-Values = npt.NDArray[np.float32]  # (4,): sums of chosen and rejected, then both within the shorter response's length
-
-_VALUES = struct.Struct("<4f")
+# The values of a pair, (4,): the sums of chosen and rejected, then both within the shorter response's length.
 _UNKNOWN = np.full(4, np.nan, dtype=np.float32)
 _FORMAT = 1  # part of the digest in a file's name; increase it when the meaning of entries changes
 
@@ -74,39 +71,11 @@ def _linear(layer: Any) -> Any:
     return layer.get("linear", layer)  # an adapter wraps the linear layer
 
 
-class ReferenceStore:
-    """A text file with an entry and its checksum on each line.
-
-    Several runs may append at once. A line that was cut short or damaged is skipped, so a kill loses only that line.
-    """
+class ReferenceStore(StoredValues):
+    """The reference log-probs of one model, by the digests of their pairs."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, Values]:
-        """All undamaged entries, by digest. Raises StorageError."""
-        if not self.path.exists():
-            return {}
-        entries: dict[str, Values] = {}
-        with storage_errors(self.path):
-            lines = self.path.read_bytes().split(b"\n")
-        for line in lines:
-            digest, _, rest = line.partition(b" ")
-            values, _, check = rest.partition(b" ")
-            try:
-                if len(digest) == 32 and int(check, 16) == zlib.crc32(digest + values):
-                    entries[digest.decode()] = np.array(_VALUES.unpack(bytes.fromhex(values.decode())), np.float32)
-            except (ValueError, struct.error):
-                continue
-        return entries
-
-    def append(self, entries: dict[str, Values]) -> None:
-        """Append entries and flush them to disk. Raises StorageError."""
-        lines = []
-        for digest, values in entries.items():
-            text = _VALUES.pack(*values.tolist()).hex()
-            lines.append(f"{digest} {text} {zlib.crc32((digest + text).encode()):08x}\n")
-        append(self.path, ("\n" + "".join(lines)).encode(), flush=True)  # the last line may lack its newline
+        super().__init__(path, 4)
 
 
 class Reference:
