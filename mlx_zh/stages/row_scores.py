@@ -81,7 +81,8 @@ class ModelScorer:
         try:
             for batch in batches:
                 examples = self._rendered(batch)
-                rows = [None if e is None else Replies.of(e.tokens, e.trained, opening) for e in examples]
+                # Of a tree, the last reply after its own prompt stands for the row.
+                rows = [None if e is None else Replies.of(*e.paths()[-1], opening) for e in examples]
                 if scores.missing(rows):
                     self._compute(scores, rows)
                 values.append(scores.ifd(rows))
