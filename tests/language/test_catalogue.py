@@ -12,6 +12,7 @@ import yaml
 from sentences import WARNINGS, example, fields
 
 import mlx_zh
+from mlx_zh import errors
 from mlx_zh.corpus import choosing, render, row_keys, shards
 from mlx_zh.language.catalogue import FILES, Wording, catalogue, read
 
@@ -98,8 +99,9 @@ def test_every_reason_to_leave_out_a_row_has_its_chinese() -> None:
         render.PROMPT_OVERFLOW,
         render.CHOSEN_OVERFLOW,
         render.REJECTED_OVERFLOW,
-        render.TOOLS,
-        render.REFUSED,
+        errors.RefusedByTemplate.reason,
+        errors.RefusedTools.reason,
+        errors.RefusedReasoning.reason,
     }
     for path in (PACKAGE / "corpus").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
