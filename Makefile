@@ -14,7 +14,7 @@ define install
 		echo "    PIP_INDEX_URL=https://MIRROR/simple make $(MAKECMDGOALS)"; exit 1; }
 endef
 
-.PHONY: quickstart test test-cores metal-calls soak search bench lint format oracle audit fuzz clean
+.PHONY: quickstart test thorough test-cores metal-calls soak search bench lint format oracle audit fuzz clean
 
 # NAME=小明 make quickstart: the assistant's name. WSL sets NAME to the name of the computer, which is not meant.
 quickstart: $(INSTALLED)
@@ -23,7 +23,11 @@ quickstart: $(INSTALLED)
 
 # Two test processes with one BLAS thread each use two cores better than one process with two threads.
 test: $(DEVELOP)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not thorough"
+
+# The tests that take long and repeat at length what the others cover.
+thorough: $(DEVELOP)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m thorough
 
 # The numeric tests with every matrix kernel of OpenBLAS that this processor can run, with one thread and with two.
 test-cores: $(DEVELOP)

@@ -130,7 +130,7 @@ def test_a_damaged_wheel_that_cannot_be_fetched_again(refused, monkeypatch, tmp_
     [
         ("a.jsonl", "", "a.jsonl: the file holds no rows"),
         ("a.json", "[]", "a.json: the array is empty"),
-        ("a.jsonl", '{"messages": [\n', "broken JSON at column 15"),
+        ("a.jsonl", '{"messages": [\n', "broken JSON at column 1: Expecting value"),
         ("a.jsonl", '{"question": "?", "reply": "!"}\n', "a.jsonl"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "?"}]}\n', "a.jsonl:1: "),
     ],

@@ -200,6 +200,7 @@ def whole(budgeted: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
     return run_stages_here(monkeypatch, [runner, process])
 
 
+@pytest.mark.thorough
 def test_a_whole_run_decides_first_and_a_second_has_nothing_to_do(
     whole: Callable[[], list[str]], measured: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +238,9 @@ class _Ranks:
 
     def collect(self, value: dict[str, float]) -> list[dict[str, float]]:
         return [value, {name: 4 * each for name, each in value.items()}]
+
+    def each(self, work: Callable[[], Any]) -> Any:
+        return work()
 
     def broadcast_result(self, make: Callable[[], Any]) -> Any:
         return json.loads(json.dumps(make()))  # as it is sent

@@ -106,6 +106,7 @@ def test_the_plan_says_what_they_cost(project: Project) -> None:
     assert with_them.status == 0 and line in with_them.out and line not in without.out
 
 
+@pytest.mark.thorough
 def test_two_ranks_train_the_tables_as_one_does(project: Project, tmp_path: Path) -> None:
     import ranks
 

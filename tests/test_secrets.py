@@ -136,6 +136,7 @@ def test_nothing_that_a_run_writes_holds_a_secret(planted: Project, monkeypatch:
     assert HIDDEN in Path("runs/tiny/samples.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_run_of_all_steps_with_secrets_is_up_to_date_afterwards(planted: Project):
     planted.recipe["export"] = {"formats": ["mlx"]}

@@ -16,6 +16,7 @@ from jinja2.parser import Parser
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.template_sandbox import Sandbox
 from mlx_zh.errors import RefusedByTemplate, TemplateError
+from mlx_zh.system.json_text import parse_json
 
 NO_TEMPLATE = (
     "the tokenizer has no chat template; choose an instruct model, or put a chat_template.jinja beside its "
@@ -81,7 +82,7 @@ class ChatTemplate:
         self._environment.start(len(messages), sum(map(_characters, messages)))
         variables = self._variables
         if messages and messages[0].role == "tools":
-            variables = {**variables, "tools": json.loads(messages[0].content)}
+            variables = {**variables, "tools": parse_json(messages[0].content)}
             messages = messages[1:]
         rows = [self._row(message) for message in messages]
         try:
@@ -105,7 +106,7 @@ class ChatTemplate:
     def _tool_turn(self, message: Message) -> dict[str, Any]:
         """A reply with calls, or a result, in the form that transformers gives to templates."""
         row: dict[str, Any] = {"role": message.role, "content": message.content}
-        calls = json.loads(message.calls)
+        calls = parse_json(message.calls)
         if message.role == "assistant":
             return row | {"tool_calls": [self._call(**call) for call in calls]}
         names = {"name": "name", "id": "tool_call_id"}

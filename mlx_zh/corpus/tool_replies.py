@@ -16,6 +16,7 @@ from typing import NamedTuple
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import RefusedTools, TemplateError
+from mlx_zh.system.json_text import parse_json
 
 _CHECKED = 64  # first replies that are found by rendering the messages before them; later ones may be told from these
 _NAME, _KEY, _VALUE, _RESULT = "qzx_tool", "qzx_key", "qzx_value", "qzx_result"
@@ -111,7 +112,7 @@ class ToolReplies:
 
     def _kind_of(self, k: int) -> tuple[int, bool, str]:
         message = self._messages[k]
-        calls = len(json.loads(message.calls)) if message.calls else 0
+        calls = len(parse_json(message.calls)) if message.calls else 0
         return calls, bool(message.content.strip()), self._messages[k - 1].role
 
     def _written(self, cursor: int, kind: _Kind) -> tuple[int, int] | None:
@@ -154,7 +155,7 @@ class ToolReplies:
 
     def _check_calls(self, k: int, reply: str) -> None:
         """Raise RefusedTools if the template has left out one of the calls."""
-        calls = json.loads(self._messages[k].calls) if self._messages[k].calls else []
+        calls = parse_json(self._messages[k].calls) if self._messages[k].calls else []
         for name, count in Counter(call["name"] for call in calls).items():
             if max(reply.count(name), reply.count(json.dumps(name)[1:-1])) < count:
                 raise _refused(self._source, f"the chat template leaves out a call of {name!r} in message {k + 1}")

@@ -147,7 +147,7 @@ def _named(messages: Iterable[Message]) -> Iterator[Message]:
     waiting: list[dict[str, Any]] = []  # calls whose results have not come
     for message in messages:
         if message.role == "tool":
-            said = json.loads(message.calls) if message.calls else {}
+            said = parse_json(message.calls) if message.calls else {}
             call = next((c for c in waiting if "id" in said and c.get("id") == said["id"]), None)
             call = call or next((c for c in waiting if "id" not in said or "id" not in c), None)
             if call is not None:
@@ -202,7 +202,7 @@ def check_tool_turns(
 
 def changed_json(text: str, change: Callable[[str], str]) -> str:
     """A JSON text with `change` applied to every text in it, names included."""
-    return json.dumps(_changed(json.loads(text), change), ensure_ascii=False) if text else ""
+    return json.dumps(_changed(parse_json(text), change), ensure_ascii=False) if text else ""
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
@@ -249,7 +249,7 @@ def _text(value: Any, label: str) -> str:
 
 
 def _loaded(calls: str) -> list[dict[str, Any]]:
-    loaded: list[dict[str, Any]] = json.loads(calls) if calls else []
+    loaded: list[dict[str, Any]] = parse_json(calls) if calls else []
     return loaded
 
 

@@ -267,6 +267,7 @@ def test_rows_are_kept_for_a_run_without_a_network(server: Hub, tmp_path: Path):
     assert error.startswith("DownloadError: mine: org/set ")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "about", "about gone"])
 def test_damaged_rows_are_fetched_again(server: Hub, tmp_path: Path, damage: str):
     streamed = ({"id": "org/set", "subset": "zh", "streaming": True}, {"max_samples": 2})

@@ -164,6 +164,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on_exactly(
     assert all(mx.array_equal(array, right[name]) for name, array in left.items())
 
 
+@pytest.mark.thorough
 def test_a_run_changes_its_number_of_ranks(make: Make, whole: Callable[[int], Path]):
     """Interrupted at step 2 with 3 ranks and at step 4 with one, then on to the end with 2, in measured shares."""
     folder = make("changing")
@@ -211,6 +212,7 @@ def test_what_one_rank_has_is_named_by_all(make: Make, model_folder: Callable[..
     assert words in together(folder, STAGES[0], LAST_RANK=own)
 
 
+@pytest.mark.thorough
 def test_a_file_that_one_rank_lacks_is_named_by_all(make: Make):
     folder = make("lacking")
     for copy in ("there", "gone"):
@@ -234,6 +236,7 @@ def test_other_versions_of_a_package_are_named_by_all(make: Make):
     )
 
 
+@pytest.mark.thorough
 def test_ranks_with_other_copies_of_an_exam_do_nothing(make: Make):
     """Both have the same recipe and data files; the rows that an exam's questions remove differ."""
     folder = make("exams")
@@ -263,6 +266,7 @@ def test_the_short_form_gives_the_ranks_exit_status(make: Make, monkeypatch: pyt
     assert "data.sft.train names no file" in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 def test_an_interruption_reaches_all_ranks_of_the_short_form(make: Make):
     folder = make("interrupted")
     command = [sys.executable, "-m", "mlx_zh.sft", "recipe.yaml", "--processes", "2", "sft.max_steps=100000"]

@@ -321,6 +321,7 @@ def test_the_memory_settings_that_an_error_proposes_fit(project, monkeypatch, fr
     assert result.status == 0 and settings
 
 
+@pytest.mark.thorough
 def test_force_and_fresh_work_where_a_step_of_run_names_them(project):
     from mlx_zh import run
 

@@ -248,6 +248,7 @@ SEEDS = sorted(
 )
 
 
+@pytest.mark.thorough
 def test_a_megabyte_of_any_kind_takes_no_hours(tmp_path: Path):
     """A quadratic pattern would take that long; the limit is for a busy machine."""
     script = tmp_path / "redact.py"
