@@ -236,11 +236,13 @@ def peer(folder: Path, tokenizer: Path, mask: str, rows: int) -> dict[str, float
 
 def speed(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import llama31_tokenizer
+    import measuring
 
     from mlx_zh.system import storage
 
     tokenizer = folder / "llama31"
     llama31_tokenizer.tokenizer(llama31_tokenizer.ranks(storage.cache_folder() / "tests")).save_pretrained(tokenizer)
+    (tokenizer / "config.json").write_text(json.dumps(measuring.LLAMA31_8B))  # a folder without it is no model
     found: dict[str, Any] = {}
     for label, rows in (("small", arguments.small), ("large", arguments.rows)):
         place = folder / label
