@@ -54,7 +54,7 @@ class ChatTemplate:
         except Exception as error:  # untrusted code: RecursionError, SyntaxError, OverflowError, …
             raise TemplateError(f"the chat template is not valid Jinja: {_reason(error)}") from error
         self._environment = environment
-        self.text_arguments = False  # whether calls get their arguments as JSON text, and not as an object
+        self._text_arguments = False
         self._variables = {**variables, "date_string": date_string, "tools": None, "documents": None}
         self._reasoning: str | None = None  # the key of a message that takes its reasoning
         self.source = source
@@ -63,6 +63,12 @@ class ChatTemplate:
         """The same template with these variables too."""
         changed = copy.copy(self)
         changed._variables = self._variables | variables
+        return changed
+
+    def with_text_arguments(self, text_arguments: bool) -> ChatTemplate:
+        """The same template, which gets the arguments of calls as JSON text, or as an object."""
+        changed = copy.copy(self)
+        changed._text_arguments = text_arguments
         return changed
 
     def with_reasoning(self, key: str | None) -> ChatTemplate:
@@ -96,16 +102,15 @@ class ChatTemplate:
 
     def _row(self, message: Message) -> dict[str, Any]:
         """A message as the template gets it."""
-        row = self._tool_turn(message) if message.calls else {"role": message.role, "content": message.content}
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.reasoning and self._reasoning == "inline":
             row["content"] = f"<think>\n{message.reasoning}\n</think>\n\n{message.content}"
         elif message.reasoning and self._reasoning is not None:
             row[self._reasoning] = message.reasoning
-        return row
+        return self._with_calls(row, message) if message.calls else row
 
-    def _tool_turn(self, message: Message) -> dict[str, Any]:
+    def _with_calls(self, row: dict[str, Any], message: Message) -> dict[str, Any]:
         """A reply with calls, or a result, in the form that transformers gives to templates."""
-        row: dict[str, Any] = {"role": message.role, "content": message.content}
         calls = parse_json(message.calls)
         if message.role == "assistant":
             return row | {"tool_calls": [self._call(**call) for call in calls]}
@@ -113,13 +118,13 @@ class ChatTemplate:
         return row | {names[key]: value for key, value in calls.items()}
 
     def _call(self, name: str, arguments: dict[str, Any], id: str = "") -> dict[str, Any]:
-        given = json.dumps(arguments, ensure_ascii=False) if self.text_arguments else arguments
+        given = json.dumps(arguments, ensure_ascii=False) if self._text_arguments else arguments
         call = {"type": "function", "function": {"name": name, "arguments": given}}
         return call | {"id": id} if id else call
 
 
 def _characters(message: Message) -> int:
-    return sum(map(len, message.texts))
+    return len(message.content) + len(message.reasoning) + len(message.calls)
 
 
 def listed(roles: Sequence[str]) -> str:

@@ -52,6 +52,11 @@ class Preference:
         chosen = Message("assistant", self.chosen, calls=self.chosen_calls)
         return chosen, Message("assistant", self.rejected, calls=self.rejected_calls)
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt and both answers."""
+        return (*self.prompt, *self.answers)
+
 
 @dataclass(frozen=True, slots=True)
 class Document:

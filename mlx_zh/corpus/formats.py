@@ -28,7 +28,6 @@ from mlx_zh.corpus import dialogues
 from mlx_zh.corpus.conversation import Conversation, Document, Message
 from mlx_zh.corpus.documents import documents_of
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.row_keys import reasoning_in
 from mlx_zh.corpus.rows import (
     Change,
     Format,
@@ -44,7 +43,6 @@ from mlx_zh.corpus.rows import (
     messages_of,
     system_of,
     text_of,
-    with_reasoning_of,
     with_system,
 )
 
@@ -172,16 +170,16 @@ def _text(row: Row) -> Iterator[Document]:
 
 
 # In the order of recognition: the first format that fits a row is used.
-_FORMATS: dict[str, Format[Parsed]] = {
+FORMATS: dict[str, Format[Parsed]] = {
     "messages": Format(("messages", "system", "tools"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(
-        ("conversations", "system", "tools", "kto_tag"), lambda row: "conversations" in row, _sharegpt
+        ("conversations", "system", "kto_tag", "tools"), lambda row: "conversations" in row, _sharegpt
     ),
     "belle-seed": Format(
         ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
     ),
     "alpaca": Format(
-        ("instruction", "input", "output", "system", "history", "tools", "kto_tag"),
+        ("instruction", "input", "output", "system", "history", "kto_tag", "tools"),
         lambda row: "instruction" in row,
         _alpaca,
     ),
@@ -212,21 +210,3 @@ _FORMATS: dict[str, Format[Parsed]] = {
     "text": Format(("text",), _is_raw, _text),
     "mathglm": Format(("text",), lambda row: False, _mathglm, lines=True),
 }
-
-
-def _with_reasoning(form: Format[Parsed]) -> Format[Parsed]:
-    """The format; a row may have the reasoning of its last reply in a column."""
-
-    def parse(row: Row) -> Iterator[Parsed]:
-        for parsed in form.parse(row):
-            if not isinstance(parsed, Document):
-                yield with_reasoning_of(row, parsed)
-            elif reasoning_in(row, "the row"):
-                raise InvalidRow("separate reasoning", "the row has reasoning apart from its text")
-            else:
-                yield parsed
-
-    return replace(form, parse=parse)
-
-
-FORMATS: dict[str, Format[Parsed]] = {name: _with_reasoning(form) for name, form in _FORMATS.items()}

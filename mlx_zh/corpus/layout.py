@@ -20,7 +20,7 @@ from itertools import accumulate
 
 from mlx_zh.corpus.chat_template import ChatTemplate, listed
 from mlx_zh.corpus.conversation import Message
-from mlx_zh.errors import TemplateError
+from mlx_zh.errors import RefusedByTemplate, TemplateError
 
 # Placeholders: a character of private-use plane 15 for each message, after one of plane 16 from message 65,534 on.
 _PLANE = 0xFFFE
@@ -107,7 +107,7 @@ def find_layout(
     shown = set(order)
     for i, role in enumerate(roles):
         if i not in shown:
-            raise TemplateError(
+            raise RefusedByTemplate(
                 f"the chat template leaves out the {role} message (roles: {listed(roles)}); set a "
                 "template that shows it, or put its text into another message"
             )
@@ -257,7 +257,7 @@ def find_replies(
         end = None if start is None or content_end is None else added.search(text, content_end)
         if start is None or end is None or end.group() != end_of_turn:
             where = f"{source}: " if source else ""
-            raise TemplateError(
+            raise RefusedByTemplate(
                 f"{where}cannot tell where the chat template puts message {k + 1} (assistant), because the template "
                 "rewrites earlier messages. Train on this data with a template that keeps messages as they are"
             )

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.row_keys import check_row, check_text, reasoning_in
+from mlx_zh.corpus.row_keys import check_row, check_text
 from mlx_zh.corpus.rows import (
+    REASONING_WAY,
     Change,
     Format,
     LoadReport,
@@ -52,7 +52,6 @@ from mlx_zh.corpus.tools import described_tools, with_tools
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _PROMPTS = ("instruction", "question", "prompt")  # columns that go before a text in `context`
-_REASONING_WAY = "write it into each answer as <think>…</think>, or leave it out"
 Pair = tuple[tuple[Message, ...], Message, Message]  # prompt, chosen, rejected
 
 
@@ -83,11 +82,6 @@ def iter_preferences(
 
     for place, pair in iter_rows(path, FORMATS, report=report, finish=finish, **reading):
         yield as_preference(pair, place)
-
-
-def _refuse_reasoning(row: Row) -> None:
-    if reasoning_in(row, "the row"):
-        raise InvalidRow("separate reasoning", f"the row has reasoning apart from its answers; {_REASONING_WAY}")
 
 
 def as_preference(pair: Pair, place: str) -> Preference:
@@ -127,7 +121,7 @@ def _said(row: Row, name: str) -> Message:
 
 def _learned(message: Message, name: str) -> Message:
     if message.reasoning:
-        raise InvalidRow("separate reasoning", f"'{name}' has reasoning apart from its text; {_REASONING_WAY}")
+        raise InvalidRow("separate reasoning", f"'{name}' has reasoning apart from its text; {REASONING_WAY}")
     if not message.trained:
         raise InvalidRow("not to be trained", f"'{name}' has weight 0 or loss false")
     return message
@@ -291,7 +285,7 @@ def _has(*names: str) -> Any:
 
 _BOTH = ("chosen", "rejected")
 # In the order of recognition: the first format that fits a row is used.
-_FORMATS: dict[str, Format[Pair]] = {
+FORMATS: dict[str, Format[Pair]] = {
     "openai": Format(
         ("input", "preferred_output", "non_preferred_output", "tools"), _has("input", "preferred_output"), _openai
     ),
@@ -322,18 +316,5 @@ _FORMATS: dict[str, Format[Pair]] = {
         ("question", "answer_zh", "answer_en", "system", "tools"), lambda row: _languages(row) is not None, _zh_en
     ),
     "implicit": Format((*_BOTH, "system", "tools"), lambda row: _is_conversation(row.get("chosen")), _implicit),
-    "hh": Format((*_BOTH, "system"), lambda row: bool(_transcript(row.get("chosen"))), _hh),
+    "hh": Format((*_BOTH, "system", "tools"), lambda row: bool(_transcript(row.get("chosen"))), _hh),
 }
-
-
-def _without_reasoning(form: Format[Pair]) -> Format[Pair]:
-    """The format; a row with reasoning in a column is refused, because it does not say of which answer it is."""
-
-    def parse(row: Row) -> Iterator[Pair]:
-        _refuse_reasoning(row)
-        yield from form.parse(row)
-
-    return replace(form, parse=parse)
-
-
-FORMATS: dict[str, Format[Pair]] = {name: _without_reasoning(form) for name, form in _FORMATS.items()}

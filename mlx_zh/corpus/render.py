@@ -18,10 +18,10 @@ from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
 from mlx_zh.corpus.reply_tree import ReplyTree, ReplyWriter, StandIns
-from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, thinking_of, variables_of, with_reasoning_apart
+from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, Thinking, thinking_of, variables_of, with_reasoning_apart
 from mlx_zh.corpus.tool_replies import ToolReplies, ToolSupport, tool_support
 from mlx_zh.corpus.tools import uses_tools
-from mlx_zh.errors import DataError, RefusedReasoning, RefusedTools, TemplateError
+from mlx_zh.errors import DataError, RefusedByTemplate, RefusedReasoning, RefusedTools, TemplateError
 from mlx_zh.system.digests import text_digest
 
 VERSION = 1  # part of the fingerprint; raise it when the same input would give other tokens
@@ -103,12 +103,23 @@ class _Options:
 
 
 @dataclass(frozen=True, slots=True)
+class _Flat:
+    """The text of a conversation; `beyond` is as in `_Tree`."""
+
+    messages: Sequence[Message]
+    cut: _Cut
+    writer: ReplyWriter
+    beyond: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Tree:
     """The tree of a conversation; `beyond`: others of its replies were left out because max_length ends before."""
 
     tree: ReplyTree
     standins: StandIns
     source: str
+    ends: list[bool]  # of each learned reply: whether the conversation may end with it
     beyond: bool
 
     def cut(self) -> _Cut:
@@ -139,23 +150,39 @@ class Renderer:
         self._tokenizer, self._date_string = tokenizer, date_string
         self._source = template_source(tokenizer, chat_template)
         self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        plain = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
-        self.thinking = thinking_of(plain)
+        template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
+        self.thinking = thinking_of(template)
         self._mode, self._reasoning = thinking, reasoning
-        self._template = self._as_asked(plain)
-        self._tool_source = tool_template_source(tokenizer, chat_template)
         self._encoder = PieceEncoder(tokenizer)
-        self._writer = ReplyWriter(self._template, self.thinking, self._encoder.added, reasoning=reasoning)
+        self._writer = self._writer_with(template, self.thinking)
+        self._template = self._writer.template
+        self._chosen_source, self._tool_source = chat_template, tool_template_source(tokenizer, chat_template)
         self._backend = tokenizer.backend_tokenizer
         self._layouts: dict[tuple[tuple[str, ...], bool], tuple[Layout, int] | None] = {}
         self._cached_messages = 0
+
+    def _writer_with(self, template: ChatTemplate, thinking: Thinking) -> ReplyWriter:
+        """The writer for a template in this mode. Raises TemplateError if the template has no such mode."""
+        way = thinking.way or (INLINE if self._reasoning == "context" else None)
+        template = template.with_variables(variables_of(thinking, self._mode))
+        template = template.with_reasoning(None if way == APART else way)
+        return ReplyWriter(template, thinking, self._encoder, reasoning=self._reasoning)
+
+    @cached_property
+    def _tools(self) -> tuple[ToolSupport, ReplyWriter]:
+        """What the template for conversations with tools writes of them, and its writer."""
+        source = self._source if self._tool_source is None else self._tool_source
+        template = ChatTemplate(source, date_string=self._date_string, variables=self._variables)
+        support = tool_support(template)
+        template = template.with_text_arguments(support.text_arguments)
+        return support, self._writer_with(template, thinking_of(template))
 
     def with_thinking(self, mode: str) -> Self:
         """The same renderer with thinking on, off or auto. Raises TemplateError if the template has no such mode."""
         return type(self)(
             self._tokenizer,
             date_string=self._date_string,
-            chat_template=self._source,
+            chat_template=self._chosen_source,
             thinking=mode,
             reasoning=self._reasoning,
         )
@@ -170,7 +197,7 @@ class Renderer:
         """Whether a reply without reasoning begins with a thought, or its generation prompt is inside of one."""
         try:
             messages = [Message("user", "Probe"), Message("assistant", "Probe")]
-            last = self._writer.tree(messages, [1]).replies[-1]
+            last = self._writer.tree(messages, [1]).last
         except TemplateError:
             return False
         return CLOSE in last.learned
@@ -204,28 +231,14 @@ class Renderer:
     def template_fingerprint(self) -> str:
         """A digest of the tokenizer and its chat template, whatever the mode of thinking."""
         plain = self if self._mode == "auto" else self.with_thinking("auto")
-        version = TREE_VERSION if plain._rewrites or plain.thinking.way is not None else VERSION
+        version = TREE_VERSION if plain._writer.rewrites or plain.thinking.way is not None else VERSION
         state = (version, self._backend.to_str(), self._source, self._date_string, sorted(self._variables.items()))
         return text_digest(repr(state if self._tool_source is None else (*state, self._tool_source)))
-
-    def _as_asked(self, template: ChatTemplate) -> ChatTemplate:
-        """The template with the recipe's mode of thinking and its way of reasoning."""
-        way = self.thinking.way or (INLINE if self._reasoning == "context" else None)
-        template = template.with_variables(variables_of(self.thinking, self._mode))
-        return template.with_reasoning(None if way == APART else way)
-
-    @cached_property
-    def _tools(self) -> tuple[ChatTemplate, ToolSupport]:
-        """The template for conversations with tools, and what it writes of them."""
-        source = self._source if self._tool_source is None else self._tool_source
-        plain = ChatTemplate(source, date_string=self._date_string, variables=self._variables)
-        template = self._as_asked(plain)
-        return template, tool_support(template)
 
     @cached_property
     def end_of_turn(self) -> str:
         """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError if there is none."""
-        if self._rewrites:
+        if self._writer.rewrites:
             return self._encoder.added.findall(self._writer.turn_end)[-1]
         layout_and_controls = self._layout(("user", "assistant"), False)
         if layout_and_controls is None:
@@ -239,17 +252,18 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The rendered text, with the header of the assistant's next turn if asked for. Raises TemplateError."""
-        template = self._tools[0] if uses_tools(messages) else self._template
+        template = self._tools[1].template if uses_tools(messages) else self._template
         return template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated. Raises TemplateError or DataError."""
-        messages = self._apart(messages)
-        if self._by_tree(messages):
-            standins = StandIns(self._encoder, messages)
-            cut = _guarded(self._writer.prompt(standins.into(messages)), standins, "")
+        writer = self._writer_of(messages, "")
+        messages = self._apart(messages, writer)
+        if self._by_tree(messages, writer):
+            standins = self._standins(messages, "")
+            cut = _guarded(writer.prompt(standins.into(messages)), standins, "")
         else:
-            cut = self._cut(messages, "", add_generation_prompt=True)
+            cut = self._cut(messages, "", writer, add_generation_prompt=True)
         return [int(token) for piece in self._encode([cut])[0] for token in piece]
 
     def opening(self) -> list[int]:
@@ -307,42 +321,57 @@ class Renderer:
         options = _Options(train_on, max_length, truncate)
         results: list[Rendered | None] = []
         for first in range(0, len(batch), _BATCH):
-            items = [self._told(*_messages_and_source(item)) for item in batch[first : first + _BATCH]]
-            results += self._rendered(items, options, dropped)
+            rows = [self._prepared(item, options, dropped) for item in batch[first : first + _BATCH]]
+            results += self._rendered(rows, options, dropped)
         return results
+
+    def _prepared(
+        self, item: Conversation | Sequence[Message], options: _Options, dropped: Counter[str]
+    ) -> _Flat | _Tree | None:
+        """A conversation before its tokens; None, counted, if there is nothing to learn.
+
+        It is a tree where its text does not have the replies as the model writes them.
+        """
+        messages, source = _messages_and_source(item)
+        writer = self._writer_of(messages, source)
+        messages = self._told(messages, source, writer)
+        try:
+            if self._by_tree(messages, writer, options.train_on):
+                return self._limited_tree(messages, source, writer, options, dropped)
+            return self._limited(messages, source, writer, options.max_length)
+        except RefusedByTemplate as error:
+            if writer is self._writer or isinstance(error, RefusedTools | RefusedReasoning):
+                raise
+            raise RefusedTools(str(error)) from error  # e.g. Llama 3.1's, which writes one call a reply
 
     def _rendered(
-        self, items: Sequence[tuple[Sequence[Message], str]], options: _Options, dropped: Counter[str]
+        self, rows: Sequence[_Flat | _Tree | None], options: _Options, dropped: Counter[str]
     ) -> list[Rendered | None]:
-        """Each conversation's tokens: a tree where its text does not have the replies as the model writes them."""
-        by_tree = [self._by_tree(messages, options.train_on) for messages, _ in items]
-        pairs = list(zip(items, by_tree, strict=True))
-        flat = iter(self._flat([item for item, tree in pairs if not tree], options, dropped))
-        trees = iter(self._trees([item for item, tree in pairs if tree], options, dropped))
-        return [next(trees if tree else flat) for tree in by_tree]
-
-    def _flat(
-        self, items: Sequence[tuple[Sequence[Message], str]], options: _Options, dropped: Counter[str]
-    ) -> list[Rendered | None]:
-        """Conversations whose replies stand in their text as the model writes them."""
-        train_on, max_length = options.train_on, options.max_length
+        """The tokens of each row."""
+        flat = iter(self._encode([row.cut for row in rows if isinstance(row, _Flat)]))
+        trees = iter(self._encode_trees([row for row in rows if isinstance(row, _Tree)]))
         results: list[Rendered | None] = []
-        part = [self._limited(messages, source, max_length) for messages, source in items]
-        if part:
-            encoded = self._encode([cut for _, cut, _ in part])
-            for (messages, cut, beyond), pieces in zip(part, encoded, strict=True):
-                length = sum(map(len, pieces))
-                if not pieces:
-                    dropped[NO_REPLY] += 1
-                    results.append(None)
-                elif not beyond and (max_length is None or length <= max_length):
-                    results.append(_learned(messages, pieces, train_on, dropped, truncated=False))
-                elif options.truncate and max_length is not None:
-                    results.append(self._truncated(messages, cut.source, pieces, train_on, max_length, dropped))
-                else:
-                    dropped[OVERFLOW] += 1
-                    results.append(None)
+        for row in rows:
+            if row is None:
+                results.append(None)
+            elif isinstance(row, _Tree):
+                results.append(self._fitting(row, next(trees), options, dropped))
+            else:
+                results.append(self._flat(row, next(flat), options, dropped))
         return results
+
+    def _flat(self, row: _Flat, pieces: list[Tokens], options: _Options, dropped: Counter[str]) -> Rendered | None:
+        """A conversation whose replies stand in its text as the model writes them."""
+        train_on, max_length = options.train_on, options.max_length
+        if not pieces:
+            dropped[NO_REPLY] += 1
+            return None
+        if not row.beyond and (max_length is None or sum(map(len, pieces)) <= max_length):
+            return _learned(row.messages, pieces, train_on, dropped, truncated=False)
+        if options.truncate and max_length is not None:
+            return self._truncated(row, pieces, train_on, max_length, dropped)
+        dropped[OVERFLOW] += 1
+        return None
 
     def documents(self, batch: Sequence[Document], *, max_length: int | None = None) -> list[list[Rendered]]:
         """The tokens of each document or passage, cut into pieces of at most `max_length` tokens; no template.
@@ -370,20 +399,13 @@ class Renderer:
     def _document_frame(self) -> tuple[list[int], list[int]]:
         return self._encoder.frame()
 
-    def _trees(
-        self, items: Sequence[tuple[Sequence[Message], str]], options: _Options, dropped: Counter[str]
-    ) -> list[Rendered | None]:
-        """Conversations as trees; each learned reply stands after its own generation prompt."""
-        trees = [self._limited_tree(messages, source, options, dropped) for messages, source in items]
-        encoded = iter(self._encode_trees([tree for tree in trees if tree is not None]))
-        results: list[Rendered | None] = []
-        for tree in trees:
-            rendered = None if tree is None else self._fitting(tree, next(encoded), options, dropped)
-            results.append(rendered)
-        return results
-
     def _limited_tree(
-        self, messages: Sequence[Message], source: str, options: _Options, dropped: Counter[str]
+        self,
+        messages: Sequence[Message],
+        source: str,
+        writer: ReplyWriter,
+        options: _Options,
+        dropped: Counter[str],
     ) -> _Tree | None:
         """The tree of the replies that can matter; None, counted, if there is nothing to learn."""
         replies = [k for k, message in enumerate(messages) if message.role == "assistant"]
@@ -394,19 +416,19 @@ class Renderer:
             dropped[NOT_TRAINED if replies else NO_REPLY] += 1
             return None
         self._check_reasoning([messages[k] for k in learned], source)
-        standins = StandIns(self._encoder, messages)
+        standins = self._standins(messages, source)
         written = standins.into(messages)
         ends = learned if options.train_on == "assistant" else replies
         count = _FIRST_REPLIES
         while options.max_length is not None and count < len(ends):
             first = ends[:count] if options.train_on == "assistant" else [ends[count - 1]]
-            tree = _Tree(self._writer.tree(written, first, source=source), standins, source, beyond=True)
+            tree = _Tree(writer.tree(written, first, source=source), standins, source, _ends(messages, first), True)
             [encoded] = self._encode_trees([tree])
             lengths = tree.tree.lengths(encoded)
             if lengths[-2 if len(lengths) > 1 else -1] > options.max_length:
                 return tree
             count *= 2
-        return _Tree(self._writer.tree(written, learned, source=source), standins, source, beyond=False)
+        return _Tree(writer.tree(written, learned, source=source), standins, source, _ends(messages, learned), False)
 
     def _encode_trees(self, trees: Sequence[_Tree]) -> list[list[Tokens]]:
         """The tokens of each tree's pieces."""
@@ -429,6 +451,8 @@ class Renderer:
         lengths = tree.tree.lengths(encoded)
         fits = sum(options.max_length is None or length <= options.max_length for length in lengths)
         complete = fits == len(lengths) and not tree.beyond
+        while not complete and fits and not tree.ends[fits - 1]:
+            fits -= 1
         if not complete and (fits == 0 or not options.truncate):
             dropped[FIRST_EXCHANGE_OVERFLOW if options.truncate else OVERFLOW] += 1
             return None
@@ -445,43 +469,47 @@ class Renderer:
                 "data.reasoning: drop to leave the reasoning out, or model.thinking: on to learn it"
             )
 
-    def _by_tree(self, messages: Sequence[Message], train_on: str = "assistant") -> bool:
+    def _writer_of(self, messages: Sequence[Message], source: str) -> ReplyWriter:
+        """The writer of these messages. Raises RefusedTools if they have tools that the template does not write."""
+        if not uses_tools(messages):
+            return self._writer
+        support, writer = self._tools
+        support.check(messages, source)
+        return writer
+
+    def _standins(self, messages: Sequence[Message], source: str) -> StandIns:
+        standins = StandIns(self._encoder, messages)
+        if standins and uses_tools(messages):
+            raise _spelled_with_tools(source)
+        return standins
+
+    def _by_tree(self, messages: Sequence[Message], writer: ReplyWriter, train_on: str = "assistant") -> bool:
         if train_on == "all" and not all(message.trained for message in messages):
             return False  # the mask of such a conversation is that of its whole text
-        if uses_tools(messages):
-            return False
-        return self._rewrites or any(message.reasoning for message in messages)
+        return writer.rewrites or any(message.reasoning for message in messages)
 
-    @cached_property
-    def _rewrites(self) -> bool:
-        """Whether the template writes a reply otherwise once others follow it."""
-        try:
-            return self._writer.rewrites()
-        except TemplateError:
-            return False
-
-    def _apart(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def _apart(self, messages: Sequence[Message], writer: ReplyWriter) -> Sequence[Message]:
         """The messages with reasoning that stands in their texts apart, if the template or the recipe needs it."""
-        if self.thinking.way is None and self._reasoning == "learn":
+        if writer.thinking.way is None and self._reasoning == "learn":
             return messages
         return [with_reasoning_apart(message) for message in messages]
 
-    def _told(self, messages: Sequence[Message], source: str) -> tuple[Sequence[Message], str]:
+    def _told(self, messages: Sequence[Message], source: str, writer: ReplyWriter) -> Sequence[Message]:
         """The messages as they are learned: with their reasoning apart, or without it.
 
         Raises RefusedReasoning if the template has no place for reasoning that stands apart.
         """
-        unwritten = self.thinking.way is None and any(message.reasoning for message in messages)
+        unwritten = writer.thinking.way is None and any(message.reasoning for message in messages)
         if unwritten and self._reasoning != "drop":
             raise RefusedReasoning(
                 f"{_at(source)}a message has reasoning apart from its text, and the chat template of this model does "
                 "not know reasoning; set data.reasoning: drop to leave it out, or write it into the text as "
                 "<think>…</think>"
             )
-        messages = self._apart(messages)
+        messages = self._apart(messages, writer)
         if self._reasoning == "drop" and any(message.reasoning for message in messages):
             messages = [replace(message, reasoning="") for message in messages]
-        return messages, source
+        return messages
 
     def preference(
         self, pair: Preference, *, max_length: int | None = None, dropped: Counter[str] | None = None
@@ -506,36 +534,37 @@ class Renderer:
         results: list[RenderedPair | None] = []
         for first in range(0, len(batch), _BATCH // 2):
             part = batch[first : first + _BATCH // 2]
-            cuts = []
-            for pair in part:
-                chosen, rejected = (
-                    self._answered(*self._told((*pair.prompt, answer), pair.source)) for answer in pair.answers
-                )
-                if chosen.pieces[:-1] != rejected.pieces[:-1]:
-                    raise TemplateError(
-                        f"{pair.source}: the chat template writes the prompt differently before the chosen and the "
-                        "rejected response, so the two cannot be compared"
-                    )
-                # If the tokenizer can encode a piece by itself, the prompt is encoded once.
-                cuts += [chosen, rejected.last() if self._encoder.cuts_anywhere else rejected]
-            encoded = iter(self._encode(cuts))
+            encoded = iter(self._encode([cut for pair in part for cut in self._cut_pair(pair)]))
             for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
                 results.append(_pair(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
         return results
 
+    def _cut_pair(self, pair: Preference) -> tuple[_Cut, _Cut]:
+        """Prompt and chosen response, and prompt and rejected response or the latter alone, rendered and cut."""
+        chosen, rejected = (self._answered((*pair.prompt, answer), pair.source) for answer in pair.answers)
+        if chosen.pieces[:-1] != rejected.pieces[:-1]:
+            raise RefusedByTemplate(
+                f"{pair.source}: the chat template writes the prompt differently before the chosen and the "
+                "rejected response, so the two cannot be compared"
+            )
+        # If the tokenizer can encode a piece by itself, the prompt is encoded once.
+        return chosen, rejected.last() if self._encoder.cuts_anywhere else rejected
+
     def _answered(self, messages: Sequence[Message], source: str) -> _Cut:
         """A prompt and its reply, cut; the last piece is the reply."""
-        if not self._by_tree(messages):
-            return self._cut(messages, source)
+        writer = self._writer_of(messages, source)
+        messages = self._told(messages, source, writer)
+        if not self._by_tree(messages, writer):
+            return self._cut(messages, source, writer)
         self._check_reasoning(messages[-1:], source)
-        standins = StandIns(self._encoder, messages)
-        tree = self._writer.tree(standins.into(messages), [len(messages) - 1], source=source)
+        standins = self._standins(messages, source)
+        tree = writer.tree(standins.into(messages), [len(messages) - 1], source=source)
         *prompt, aside, learned = tree.pieces()
         return _guarded([*prompt, aside + learned], standins, source)
 
     def _limited(
-        self, messages: Sequence[Message], source: str, max_length: int | None
-    ) -> tuple[Sequence[Message], _Cut, bool]:
+        self, messages: Sequence[Message], source: str, writer: ReplyWriter, max_length: int | None
+    ) -> _Flat:
         """The messages that can matter, rendered, and whether others were left out because max_length ends before.
 
         A long conversation is taken up to twice as many replies each time, until one more than fit are there. The
@@ -546,43 +575,40 @@ class Renderer:
             count = _FIRST_REPLIES
             while count < len(ends):
                 taken = messages[: ends[count - 1]]
-                cut = self._cut(taken, source)
+                cut = self._cut(taken, source, writer)
                 [pieces] = self._encode([cut])
                 if sum(map(len, pieces[:-2])) > max_length:
-                    return taken, cut, True
+                    return _Flat(taken, cut, writer, beyond=True)
                 count *= 2
-        return messages, self._cut(messages, source), False
+        return _Flat(messages, self._cut(messages, source, writer), writer, beyond=False)
 
     def _truncated(
-        self,
-        messages: Sequence[Message],
-        source: str,
-        pieces: list[Tokens],
-        train_on: str,
-        max_length: int,
-        dropped: Counter[str],
+        self, row: _Flat, pieces: list[Tokens], train_on: str, max_length: int, dropped: Counter[str]
     ) -> Rendered | None:
         """The conversation up to the last reply with which it still fits, or None if even the first does not fit."""
-        ends = [k + 1 for k, message in enumerate(messages) if message.role == "assistant"]
+        messages = row.messages
+        replies = [k for k, message in enumerate(messages) if message.role == "assistant"]
         length = 0
         fits = 0
         for prompt, reply in zip(pieces[::2], pieces[1::2], strict=True):
             length += len(prompt) + len(reply)
             fits += length <= max_length
-        for end in reversed(ends[:fits]):
-            if messages[end - 1].calls or (end < len(messages) and messages[end].role == "tool"):
-                continue  # a call stays with its result
+        for k, may_end in reversed(list(zip(replies, _ends(messages, replies), strict=True))[:fits]):
+            if not may_end:
+                continue
             # Rendered again, because a template may write a turn differently when it is the last one.
-            shorter = self._encode([self._cut(messages[:end], source)])[0]
+            shorter = self._encode([self._cut(messages[: k + 1], row.cut.source, row.writer)])[0]
             if sum(map(len, shorter)) <= max_length:
-                return _learned(messages[:end], shorter, train_on, dropped, truncated=True)
+                return _learned(messages[: k + 1], shorter, train_on, dropped, truncated=True)
         dropped[FIRST_EXCHANGE_OVERFLOW] += 1
         return None
 
-    def _cut(self, messages: Sequence[Message], source: str, *, add_generation_prompt: bool = False) -> _Cut:
+    def _cut(
+        self, messages: Sequence[Message], source: str, writer: ReplyWriter, *, add_generation_prompt: bool = False
+    ) -> _Cut:
         """Render and cut into prompt, reply, prompt, reply …; the last piece is a reply, or a prompt if asked for."""
-        if uses_tools(messages):
-            return self._cut_with_tools(messages, source, add_generation_prompt)
+        if writer is not self._writer:
+            return self._cut_with_tools(messages, source, writer.template, add_generation_prompt)
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt, source=source)
         roles = tuple(message.role for message in messages)
         if "assistant" not in roles and not add_generation_prompt:
@@ -608,23 +634,14 @@ class Renderer:
         )
         return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
 
-    def _cut_with_tools(self, messages: Sequence[Message], source: str, add_generation_prompt: bool) -> _Cut:
+    def _cut_with_tools(
+        self, messages: Sequence[Message], source: str, template: ChatTemplate, add_generation_prompt: bool
+    ) -> _Cut:
         """Like `_cut`, for a conversation with tools. Raises RefusedTools if the template cannot write it."""
-        template, support = self._tools
-        support.check(messages, source)
-        self._check_reasoning(messages, source)
-        if self._reasoning == "context" and any(message.reasoning for message in messages):
-            raise RefusedReasoning(
-                f"{_at(source)}a conversation with tools has reasoning, which cannot be context only; set "
-                "data.reasoning: learn or drop"
-            )
         control = self._encoder.control
         if any(control.search(text) for message in messages for text in message.texts):
-            raise RefusedTools(
-                f"{_at(source)}a conversation with tools spells one of the model's control tokens; take it out of "
-                "the text"
-            )
-        text = _rendered_with_tools(template, messages, add_generation_prompt, source)
+            raise _spelled_with_tools(source)
+        text = template.render(messages, add_generation_prompt=add_generation_prompt, source=source)
         spans = ToolReplies(template, messages, text, control, source).spans()
         return _Cut(_pieces(text, _edges(text, spans, add_generation_prompt)), None, source)
 
@@ -663,11 +680,15 @@ def _at(source: str) -> str:
     return f"{source}: " if source else ""
 
 
-def _rendered_with_tools(template: ChatTemplate, messages: Sequence[Message], ask: bool, source: str) -> str:
-    try:
-        return template.render(messages, add_generation_prompt=ask, source=source)
-    except TemplateError as error:  # e.g. Llama 3.1's, which writes one call a reply
-        raise RefusedTools(str(error)) from error
+def _spelled_with_tools(source: str) -> RefusedTools:
+    return RefusedTools(
+        f"{_at(source)}a conversation with tools spells one of the model's control tokens; take it out of the text"
+    )
+
+
+def _ends(messages: Sequence[Message], replies: Sequence[int]) -> list[bool]:
+    """Whether a conversation may be cut after each of these replies: a call stays with its result."""
+    return [not messages[k].calls and (k + 1 == len(messages) or messages[k + 1].role != "tool") for k in replies]
 
 
 def _messages_and_source(item: Conversation | Sequence[Message]) -> tuple[Sequence[Message], str]:

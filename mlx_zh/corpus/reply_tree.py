@@ -8,7 +8,8 @@ the model sees when it writes that reply. Here each learned reply stands after e
                      └─[ header 1, reply 1 ]
 
 The trunk is the text up to the last learned reply. A reply that stands in it as the model writes it is learned there;
-each other one is a branch, which leaves the trunk at the end of the question before it.
+each other one is a branch, which leaves the trunk at the end of the question before it. Where a template keeps the
+reasoning before a call until the exchange with tools is over, the exchange is a smaller tree beside the trunk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
 from mlx_zh.corpus.layout import end_of_turn_in, is_checked
 from mlx_zh.corpus.thinking import APART, CLOSE, OPEN, Thinking, is_open
-from mlx_zh.errors import TemplateError
+from mlx_zh.corpus.tool_replies import check_calls
+from mlx_zh.errors import RefusedByTemplate, TemplateError
 
 _MARK = "\U0010fffd"  # of the last private plane
 _FIRST_STANDIN, _STANDINS = 0x100000, 0xF000  # characters of that plane that stand in for control tokens
@@ -53,32 +55,62 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """The tree of an exchange with tools that the trunk writes otherwise: without the reasoning before its calls."""
+
+    at: int  # where it leaves the trunk, at the end of the question
+    tree: ReplyTree
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Texts of a trunk, or of a reply, that follow each other."""
+
+    texts: tuple[str, ...]
+    reply: Reply | None
+    level: int  # 0: of the trunk, 1: of what leaves it, 2: of what leaves that
+    leaves: bool  # whether it leaves the level below here
+
+    def deeper(self, leaves: bool) -> _Step:
+        """The same step, one level up."""
+        return replace(self, level=self.level + 1, leaves=self.leaves or leaves)
+
+
+@dataclass(frozen=True, slots=True)
 class ReplyTree:
     """A trunk and the learned replies in it or beside it; `cuts` are other places where its tokens are cut."""
 
     trunk: str
-    replies: tuple[Reply, ...]
+    replies: tuple[Reply | Side, ...]
     cuts: tuple[int, ...]
+
+    @property
+    def last(self) -> Reply:
+        """The last reply, with which the trunk ends."""
+        reply = self.replies[-1]
+        assert isinstance(reply, Reply)
+        return reply
 
     def pieces(self) -> list[str]:
         """All texts that are encoded each by itself."""
-        return [text for texts, _ in self._steps() for text in texts]
+        return [text for step in self._steps() for text in step.texts]
 
     def wholes(self) -> Iterator[tuple[list[str], list[str]]]:
         """Each run of texts of `pieces`, with the texts that stand before it."""
-        before: list[str] = []
-        for texts, reply in self._steps():
-            yield list(before), list(texts)
-            if reply is None or reply.inside:
-                before += texts
+        before: list[list[str]] = [[]]  # of each level
+        for step in self._steps():
+            if step.leaves:
+                before[step.level :] = [list(before[step.level - 1])]
+            yield list(before[step.level]), list(step.texts)
+            before[step.level] += step.texts
 
     def lengths(self, encoded: Sequence[Tokens]) -> list[int]:
         """How many tokens the tree has if it ends with its first, second … reply; `encoded` are those of `pieces`."""
         lengths, total = [], 0
         tokens = iter(encoded)
-        for texts, reply in self._steps():
-            total += sum(len(next(tokens)) for _ in texts)
-            if reply is not None:
+        for step in self._steps():
+            total += sum(len(next(tokens)) for _ in step.texts)
+            if step.reply is not None:
                 lengths.append(total)
         return lengths
 
@@ -89,18 +121,22 @@ class ReplyTree:
         """
         runs: list[Tokens] = []
         learned: list[bool] = []
-        segments: list[tuple[int, int]] = []  # first run, parent
+        segments = [(0, -1)]  # first run, parent
+        last = [0]  # segment of each level
         tokens = iter(encoded)
-        trunk, on_trunk, left = -1, False, count
-        for texts, reply in self._steps():
-            left -= reply is not None
-            beside = reply is not None and not reply.inside and left > 0
-            if beside or not on_trunk:
-                segments.append((len(runs), trunk))
-                trunk = trunk if beside else len(segments) - 1
-            on_trunk = not beside
-            runs += [next(tokens) for _ in texts]
-            learned += [False] * (len(texts) - 1) + [reply is not None]
+        left = count
+        for step in self._steps():
+            left -= step.reply is not None
+            if step.leaves:
+                follows = left == 0 and last[step.level - 1] == len(segments) - 1  # nothing else does
+                parent = None if follows or not runs else last[step.level - 1]
+            else:
+                parent = last[step.level] if last[step.level] != len(segments) - 1 else None
+            if parent is not None:
+                segments.append((len(runs), parent))
+            last[step.level :] = [len(segments) - 1]
+            runs += [next(tokens) for _ in step.texts]
+            learned += [False] * (len(step.texts) - 1) + [step.reply is not None]
             if left == 0:
                 break
         sizes = np.array([len(run) for run in runs])
@@ -109,16 +145,28 @@ class ReplyTree:
         places = np.array([(edges[run], parent) for run, parent in segments], dtype=np.int32)
         return joined, np.repeat(np.array(learned, dtype=bool), sizes), places if len(places) > 1 else None
 
-    def _steps(self) -> Iterator[tuple[tuple[str, ...], Reply | None]]:
-        """Runs of the trunk (None) and the replies, each as texts."""
+    def beyond(self, start: int) -> ReplyTree:
+        """The tree without the text before `start`, where no reply stands."""
+        replies = tuple(replace(reply, at=reply.at - start) for reply in self.replies)
+        return ReplyTree(self.trunk[start:], replies, tuple(cut - start for cut in self.cuts if cut > start))
+
+    def _steps(self) -> Iterator[_Step]:
+        """Runs of the trunk and the replies, each as texts."""
         cursor = 0
         for reply in self.replies:
             inner = self.cuts[bisect_right(self.cuts, cursor) : bisect_left(self.cuts, reply.at)]
             bounds = [cursor, *inner, reply.at]
             if reply.at > cursor:
-                yield tuple(self.trunk[a:b] for a, b in pairwise(bounds)), None
-            yield reply.texts, reply
-            cursor = reply.at + (sum(map(len, reply.texts)) if reply.inside else 0)
+                yield _Step(tuple(self.trunk[a:b] for a, b in pairwise(bounds)), None, 0, False)
+            cursor = reply.at
+            if isinstance(reply, Side):
+                for number, step in enumerate(reply.tree._steps()):
+                    yield step.deeper(leaves=number == 0)
+            elif reply.inside:
+                yield _Step(reply.texts, reply, 0, False)
+                cursor += sum(map(len, reply.texts))
+            else:
+                yield _Step(reply.texts, reply, 1, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +193,10 @@ class ReplyWriter:
     """Makes the trees of conversations with one template. `reasoning` is learn or context."""
 
     def __init__(
-        self, template: ChatTemplate, thinking: Thinking, added: re.Pattern[str], *, reasoning: str = "learn"
+        self, template: ChatTemplate, thinking: Thinking, encoder: PieceEncoder, *, reasoning: str = "learn"
     ) -> None:
-        self._template, self._thinking, self._added = template, thinking, added
+        self.template, self.thinking = template, thinking
+        self._added, self._control = encoder.added, encoder.control
         self._context = reasoning == "context"
 
     def tree(self, messages: Sequence[Message], learned: Sequence[int], *, source: str = "") -> ReplyTree:
@@ -157,23 +206,32 @@ class ReplyWriter:
         """
         prompt, last = self._written(messages, learned[-1], source)
         trunk = prompt + "".join(last)
-        wanted = set(learned)
-        replies: list[Reply] = []
-        cuts: list[int] = []
-        for k, turn in self._turns(trunk, messages[: learned[-1]], source):
-            cuts += turn.cuts()
-            if k not in wanted:
-                continue
-            if turn.asked is None or turn.parts is None:
-                raise turn.problem or _rewritten(k, source)
-            at = turn.asked + len(turn.header) if turn.inside else turn.asked
-            replies.append(Reply(at, "" if turn.inside else turn.header, *turn.parts, inside=turn.inside))
+        turns = dict(self._turns(trunk, messages[: learned[-1]], source))
+        replies: list[Reply | Side] = []
+        for question, run in groupby(learned[:-1], key=lambda k: _question_of(messages, k)):
+            exchange = list(run)
+            if any(turns[k].asked is None for k in exchange):
+                replies.append(self._side(trunk, messages, question, exchange, learned[-1], source))
+            else:
+                replies += [_placed(turns[k]) for k in exchange]
         replies.append(Reply(len(prompt), "", *last, inside=True))
-        return ReplyTree(trunk, tuple(replies), tuple(cuts))
+        return ReplyTree(trunk, tuple(replies), tuple(cut for turn in turns.values() for cut in turn.cuts()))
+
+    def _side(
+        self, trunk: str, messages: Sequence[Message], question: int, exchange: Sequence[int], last: int, source: str
+    ) -> Side:
+        """The tree of the replies of one exchange, whose later prompts the trunk does not have."""
+        asked = self.template.render(messages[: question + 1], source=source)
+        if not trunk.startswith(asked) or question == _question_of(messages, last):
+            raise _rewritten(exchange[-1], source)
+        tree = self.tree(messages[: exchange[-1] + 1], exchange, source=source)
+        if not tree.trunk.startswith(asked):
+            raise _rewritten(exchange[-1], source)
+        return Side(len(asked), tree.beyond(len(asked)))
 
     def prompt(self, messages: Sequence[Message], *, source: str = "") -> list[str]:
         """The generation prompt in pieces, cut where `tree` cuts it."""
-        text = self._template.render(messages, add_generation_prompt=True, source=source)
+        text = self.template.render(messages, add_generation_prompt=True, source=source)
         cuts = [cut for _, turn in self._turns(text, messages, source) for cut in turn.cuts()]
         return [text[a:b] for a, b in pairwise((0, *cuts, len(text)))]
 
@@ -195,8 +253,8 @@ class ReplyWriter:
 
     def _turn(self, text: str, messages: Sequence[Message], k: int, source: str) -> _Turn:
         """Reply `k`, from renderings of all that stands before it."""
-        prompt = self._template.render(messages[:k], add_generation_prompt=True, source=source)
-        asked = self._template.render(messages[:k], source=source)
+        prompt = self.template.render(messages[:k], add_generation_prompt=True, source=source)
+        asked = self.template.render(messages[:k], source=source)
         if text.startswith(prompt) and not prompt.startswith(asked):
             asked = prompt
         if not prompt.startswith(asked) or not text.startswith(asked):
@@ -208,15 +266,16 @@ class ReplyWriter:
 
         `before` is where the question before the last reply ends in `text`.
         """
-        if [message.role for message in messages[max(k - 3, 0) : k]] != ["user", "assistant", "user"]:
+        turns = messages[max(k - 3, 0) : k]
+        if [message.role for message in turns] != ["user", "assistant", "user"] or turns[1].calls:
             return None
-        system = messages[:1] if messages[0].role == "system" else []
-        first = self._template.render([*system, messages[k - 3]], source=source)
-        both = self._template.render([*system, *messages[k - 3 : k]], source=source)
+        system = [message for message in messages[:2] if message.role in ("tools", "system")]
+        first = self.template.render([*system, messages[k - 3]], source=source)
+        both = self.template.render([*system, *messages[k - 3 : k]], source=source)
         step = both[len(first) :]
         alone = [*system, messages[k - 1]]
-        asked = self._template.render(alone, source=source)
-        prompt = self._template.render(alone, add_generation_prompt=True, source=source)
+        asked = self.template.render(alone, source=source)
+        prompt = self.template.render(alone, add_generation_prompt=True, source=source)
         if not both.startswith(first) or not text.startswith(step, before) or not prompt.startswith(asked):
             return None
         header = prompt[len(asked) :]
@@ -233,20 +292,27 @@ class ReplyWriter:
             return _Turn(asked, header, None, problem, False)
         return _Turn(asked, header, parts, None, text.startswith(header + "".join(parts), asked))
 
+    @cached_property
     def rewrites(self) -> bool:
-        """Whether the template writes a reply otherwise once others follow it. Raises TemplateError."""
+        """Whether the template writes a reply otherwise once others follow it."""
         messages = [Message(("user", "assistant")[i % 2], f"Probe{i}") for i in range(4)]
-        return not all(reply.inside for reply in self.tree(messages, [1, 3]).replies)
+        try:
+            replies = self.tree(messages, [1, 3]).replies
+            return not all(isinstance(reply, Reply) and reply.inside for reply in replies)
+        except TemplateError:
+            return False
 
     def _written(self, messages: Sequence[Message], k: int, source: str) -> tuple[str, tuple[str, str]]:
         """The generation prompt of reply `k`, and the reply: what is not learned of it, and the rest."""
-        prompt = self._template.render(messages[:k], add_generation_prompt=True, source=source)
+        prompt = self.template.render(messages[:k], add_generation_prompt=True, source=source)
         return prompt, self._reply(prompt, messages[: k + 1], source)
 
     def _reply(self, prompt: str, messages: Sequence[Message], source: str) -> tuple[str, str]:
         """The last of `messages` as the model writes it after `prompt`: what is not learned of it, and the rest."""
         k = len(messages) - 1
-        text = self._template.render(messages, source=source)
+        text = self.template.render(messages, source=source)
+        if messages[k].calls:
+            return self._calling_reply(prompt, text, messages[k], k, source)
         tail, turn_end = self._tail
         if not text.endswith(tail):
             raise _lost(k, source)
@@ -254,17 +320,35 @@ class ReplyWriter:
         end = text[stop : stop + turn_end]
         reply = messages[k]
         answer = _answer_start(text[:stop], reply.content)
-        if text.startswith(prompt) and not (self._thinking.way == APART and reply.reasoning):
+        if text.startswith(prompt) and not (self.thinking.way == APART and reply.reasoning):
             if not self._context:
                 return ("", text[len(prompt) : stop] + end)
             if answer is None or answer < len(prompt):
                 raise _lost(k, source)
             return (text[len(prompt) : answer], text[answer:stop] + end)
-        if answer is None or not (is_open(prompt) or self._thinking.way == APART):
+        if answer is None or not (is_open(prompt) or self.thinking.way == APART):
             raise _lost(k, source)
-        thought = f"{'' if is_open(prompt) else OPEN + chr(10)}{reply.reasoning}\n{CLOSE}\n\n"
+        thought = _thought(prompt, reply)
         rest = text[answer:stop] + end
         return (thought, rest) if self._context else ("", thought + rest)
+
+    def _calling_reply(self, prompt: str, text: str, reply: Message, k: int, source: str) -> tuple[str, str]:
+        """The same for a reply with calls: it ends with the last control token that the template writes for it."""
+        opened = is_open(prompt) and not text.startswith(prompt)
+        before = prompt.rstrip().removesuffix(OPEN) if opened else prompt
+        written = text.removeprefix(before)
+        controls = list(self._control.finditer(written))
+        if not text.startswith(before) or not controls or written[controls[-1].end() :].strip():
+            raise _lost(k, source)
+        written = written[: controls[-1].end()]
+        check_calls(reply, k, written, source)
+        thought = ""
+        if opened or (self.thinking.way == APART and reply.reasoning):
+            thought = _thought(prompt, reply)
+        elif self._context and CLOSE in written:
+            answer = written.partition(CLOSE)[2].lstrip()
+            thought, written = written[: -len(answer)], answer
+        return (thought, written) if self._context else ("", thought + written)
 
     @property
     def turn_end(self) -> str:
@@ -275,11 +359,30 @@ class ReplyWriter:
     @cached_property
     def _tail(self) -> tuple[str, int]:
         """The text after the last reply's content, and where in it the turn ends. Raises TemplateError."""
-        text = self._template.render([Message("user", "Probe"), Message("assistant", _MARK)])
+        text = self.template.render([Message("user", "Probe"), Message("assistant", _MARK)])
         if text.count(_MARK) != 1:
             raise TemplateError("the chat template does not write a reply once; set a template that does")
         tail = text.partition(_MARK)[2]
         return tail, end_of_turn_in(tail, self._added)
+
+
+def _question_of(messages: Sequence[Message], k: int) -> int:
+    """The index of the user's message before reply `k`."""
+    return next(i for i in range(k - 1, -1, -1) if messages[i].role == "user")
+
+
+def _placed(turn: _Turn) -> Reply:
+    """The learned reply of a turn whose question is in the text. Raises TemplateError if it is not written."""
+    if turn.asked is None or turn.parts is None:
+        assert turn.problem is not None
+        raise turn.problem
+    at = turn.asked + len(turn.header) if turn.inside else turn.asked
+    return Reply(at, "" if turn.inside else turn.header, *turn.parts, inside=turn.inside)
+
+
+def _thought(prompt: str, reply: Message) -> str:
+    """The thought before a reply, as the model writes it after `prompt`."""
+    return f"{'' if is_open(prompt) else OPEN + chr(10)}{reply.reasoning}\n{CLOSE}\n\n"
 
 
 def _answer_start(text: str, content: str) -> int | None:
@@ -288,15 +391,15 @@ def _answer_start(text: str, content: str) -> int | None:
     return next((len(text) - len(form) for form in forms if text.endswith(form)), None)
 
 
-def _rewritten(k: int, source: str) -> TemplateError:
-    return TemplateError(
+def _rewritten(k: int, source: str) -> RefusedByTemplate:
+    return RefusedByTemplate(
         f"{_at(source)}the chat template writes the {k} messages before a reply otherwise once more messages follow, "
         "so this reply cannot be learned together with the later ones; set data.train_on: last"
     )
 
 
-def _lost(k: int, source: str) -> TemplateError:
-    return TemplateError(
+def _lost(k: int, source: str) -> RefusedByTemplate:
+    return RefusedByTemplate(
         f"{_at(source)}cannot tell what the chat template makes of message {k + 1} (assistant); take marks such as "
         f"{CLOSE} out of its text, or use a template that keeps messages as they are"
     )
@@ -310,7 +413,7 @@ class StandIns:
     """Characters in the place of control tokens that messages spell, to tell them from the template's own."""
 
     def __init__(self, encoder: PieceEncoder, messages: Sequence[Message]) -> None:
-        texts = "".join(message.content + message.reasoning for message in messages)
+        texts = "".join(text for message in messages for text in message.texts)
         spelled = [token for token in dict.fromkeys(encoder.control.findall(texts)) if token not in (OPEN, CLOSE)]
         free = (c for c in map(chr, range(_FIRST_STANDIN, _FIRST_STANDIN + _STANDINS)) if c not in texts)
         self._by_token = dict(zip(spelled, free, strict=False))

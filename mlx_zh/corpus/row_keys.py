@@ -69,8 +69,8 @@ HARMLESS = (
 
 _ANSWERS = ("output", "response", "completion", "messages", "conversations", "conversation", "data", "chat")
 _MESSAGE_KEYS = REFUSED_IN_MESSAGE.keys() | set(NOT_TRAINED)
-_PARTS = ("role", "content", "from", "value", "text", "name", "tool_call_id")
-_READ_IN_MESSAGE = frozenset((*_PARTS, *CALLS, *NOT_TRAINED, *REASONING, *REFUSED_IN_MESSAGE))
+_READ = ("role", "content", "from", "value", "text", "name", "tool_call_id")
+_READ_IN_MESSAGE = frozenset((*_READ, *CALLS, *REASONING, *NOT_TRAINED, *REFUSED_IN_MESSAGE))
 # A switch such as "reasoning": "on", and how tables write that there is nothing.
 _SWITCHES = ("on", "off", "true", "false")
 _TEXT_REFUSED = ("kto_tag", "label", "loss", "train")  # also if a table says "false"
@@ -100,7 +100,9 @@ class RowKeys(NamedTuple):
 @cache
 def row_keys(columns: tuple[str, ...], mapped: tuple[str, ...] = ()) -> RowKeys:
     """What is looked at in a format with these columns; the recipe says which columns of the file are `mapped`."""
-    every = REFUSED_IN_ROW.keys() | FALSE_REFUSED.keys() | NOT_POSITIVE_REFUSED.keys() | {*WEIGHTS, *DESCRIPTIONS}
+    every = {*REFUSED_IN_ROW, *REASONING, *FALSE_REFUSED, *WEIGHTS, *DESCRIPTIONS}
+    if columns != ("text",):  # the score of a raw text is not that of an answer
+        every.update(NOT_POSITIVE_REFUSED)
     marks = {better for better, _ in MARKS} if "rejected" in columns else set()
     watched = every | ((UNREAD.keys() | marks) - set(columns))
     return RowKeys(frozenset(watched), any(name in _ANSWERS for name in mapped))
@@ -162,7 +164,7 @@ def reasoning_in(values: Mapping[str, Any], label: str) -> str:
     """The reasoning in a message or a row; "" if there is none. Raises InvalidRow, which names `label`."""
     if values.keys().isdisjoint(REASONING):
         return ""
-    given = {key: values[key] for key in REASONING if _says(values.get(key))}
+    given = {key: values[key] for key in REASONING if key in values and _counts(key, values[key])}
     for key, value in given.items():
         if not isinstance(value, str):
             raise InvalidRow("wrong type", f"{label}: '{key}' must be text, got {value!r:.40}")
@@ -170,11 +172,6 @@ def reasoning_in(values: Mapping[str, Any], label: str) -> str:
     if len(texts) > 1:
         raise InvalidRow("two reasonings", f"{label}: {' and '.join(given)} are different")
     return texts.pop() if texts else ""
-
-
-def _says(value: Any) -> bool:
-    """Whether a value is more than a switch."""
-    return has_content(value) and value is not True and not (isinstance(value, str) and value.lower() in _SWITCHES)
 
 
 def check_text(message: Message, label: str) -> None:
@@ -187,9 +184,9 @@ def check_text(message: Message, label: str) -> None:
 
 
 def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    """The columns of a row, and keys of its messages, that nothing reads; the harmless ones are left out."""
-    read = (*HARMLESS, *REFUSED_IN_ROW, *DESCRIPTIONS, *REASONING, *UNREAD)
-    known = (*columns, *read, *(name for pair in MARKS for name in pair))
+    """The columns of a row that nothing reads; the harmless ones are left out."""
+    marks = (name for pair in MARKS for name in pair)
+    known = {*columns, *HARMLESS, *REFUSED_IN_ROW, *REASONING, *DESCRIPTIONS, *UNREAD, *marks}
     return [name for name in row if name not in known]
 
 
@@ -206,7 +203,7 @@ def unused_keys(messages: Sequence[Any], column: str) -> list[str]:
     return [
         f"{column}[].{key}"
         for message in messages
-        if isinstance(message, dict) and len(message) > 2
+        if isinstance(message, dict) and len(message) > 2 and ("role" in message or "from" in message)
         for key, value in message.items()
         if (key not in _READ_IN_MESSAGE or (key == "name" and message.get("role") not in RESULT_ROLES))
         and key not in HARMLESS
@@ -218,7 +215,7 @@ def _counts(key: str, value: Any) -> bool:
     """Whether a value that is refused says something. A mask of false does: it may say what is not learned."""
     if REFUSED.get(key) == "mask" and isinstance(value, int | float):  # true and false too
         return True
-    return _says(value)
+    return has_content(value) and value is not True and not (isinstance(value, str) and value.lower() in _SWITCHES)
 
 
 def _is_number(value: Any) -> bool:

@@ -54,8 +54,13 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
     "system": "system",
 }
-_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction")  # that a row may lack
-_OF_MESSAGES = ("messages", "conversations", "context", "prompt", "chosen", "rejected", "rejected_messages")
+# columns that a row may lack
+_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction")
+_OF_MESSAGES = (  # columns that may hold messages
+    *("messages", "conversations", "conversation", "context", "prompt", "response", "completion"),
+    *("chosen", "rejected", "rejected_messages"),
+)
+REASONING_WAY = "write it into each answer as <think>…</think>, or leave it out"
 _HEAD = frozenset(("tools", "system"))  # roles that stand before the first turn
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
@@ -206,8 +211,8 @@ def parse_rows(
     for place, row in rows:
         try:
             items = list(form.parse(_as_row(row, keys)))
-            if not keys.watched.isdisjoint(row) and (tools := described_tools(row)):
-                items = [with_tools(item, tools) for item in items]
+            if not keys.watched.isdisjoint(row):
+                items = [_completed(item, row) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:
             yield place, invalid
@@ -302,6 +307,28 @@ def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parse
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
 
+def _completed(item: Parsed, row: Row) -> Parsed:
+    """What a format has read, with the tools of the row, and its reasoning before the last reply."""
+    tools, reasoning = described_tools(row), _reasoning_of(row, "the row")
+    if isinstance(item, Document):
+        if tools or reasoning:
+            reason = "tool message" if tools else "separate reasoning"
+            raise InvalidRow(reason, "the row has tools or reasoning beside a raw text")
+        return item
+    completed: Any = with_tools(item, tools) if tools else item
+    return _with_reasoning(completed, reasoning) if reasoning else completed
+
+
+def _with_reasoning(parsed: Any, reasoning: str) -> Any:
+    """Messages with this reasoning before the last reply. Raises InvalidRow for a pair, or for another one there."""
+    last = parsed[-1]
+    if not isinstance(parsed[0], Message):
+        raise InvalidRow("separate reasoning", f"the row has reasoning apart from its answers; {REASONING_WAY}")
+    if last.reasoning not in ("", reasoning):
+        raise InvalidRow("two reasonings", "the row's reasoning is not that of its last reply")
+    return (*parsed[:-1], replace(last, reasoning=reasoning))
+
+
 def _as_row(row: Any, keys: RowKeys) -> Row:
     if isinstance(row, InvalidRow):
         raise row
@@ -361,16 +388,20 @@ def message_of(value: Any, label: str) -> Message:
     if calls and ROLES[role.lower()] != "assistant":
         raise InvalidRow("tool message", f"{label}: only the assistant calls tools, got role {role!r}")
     if calls and value.get(keys[1]) is None:
-        return Message("assistant", "", trained, calls=calls)
+        return Message("assistant", "", trained, _reasoning_of(value, label), calls)
     if value.get(keys[1]) is None:
         raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
     said = value[keys[1]]
     if isinstance(said, list) and all(isinstance(part, str) for part in said):
         said = "".join(said)
-    reasoning = _as_text(reasoning_in(value, label), f"{label}: reasoning")
+    reasoning = _reasoning_of(value, label)
     if reasoning and ROLES[role.lower()] != "assistant":
         raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
     return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning, calls)
+
+
+def _reasoning_of(values: Mapping[str, Any], label: str) -> str:
+    return _as_text(reasoning_in(values, label), f"{label}: reasoning")
 
 
 def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
@@ -378,10 +409,13 @@ def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
     if role not in (*CALL_ROLES, *RESULT_ROLES):
         raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
     trained = is_trained(value, label)
+    reasoning = _reasoning_of(value, label)
     if key not in value:
         raise InvalidRow("missing field", f"{label}: '{key}' is missing or null")
     if role in CALL_ROLES:
-        return call_message(value[key], trained, f"{label}: '{key}'")
+        return replace(call_message(value[key], trained, f"{label}: '{key}'"), reasoning=reasoning)
+    if reasoning:
+        raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
     content = _as_text(result_text(value[key]), f"{label}: '{key}'")
     name, call_id = (value[k] if isinstance(value.get(k), str) else "" for k in ("name", "tool_call_id"))
     return Message("tool", content, calls=result_of(name, call_id))
@@ -419,28 +453,11 @@ def changed(messages: Iterable[Message], change: Change) -> list[Message]:
 
 def changed_message(message: Message, change: Change) -> Message:
     """The message with `change` applied to every text in it."""
-    if message.calls or message.role == "tools":
-        message = changed_tools(message, change)
-    else:
-        message = replace(message, content=change(message.content))
-    return replace(message, reasoning=change(message.reasoning)) if message.reasoning else message
-
-
-def with_reasoning_of(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages, with the row's own reasoning before the last reply. Raises InvalidRow if that has another one."""
-    reasoning = _as_text(reasoning_in(row, "the row"), "the row's reasoning")
-    if not reasoning:
-        return messages
-    if messages[-1].reasoning not in ("", reasoning):
-        raise InvalidRow("two reasonings", "the row's reasoning is not that of its last reply")
-    return (*messages[:-1], replace(messages[-1], reasoning=reasoning))
-
-
-def changed_tools(message: Message, change: Change) -> Message:
-    """A message of tools with `change` applied to every text in it."""
-    is_json = message.role == "tools"
-    content = changed_json(message.content, change) if is_json else change(message.content)
-    return replace(message, content=content, calls=changed_json(message.calls, change))
+    if not message.calls and not message.reasoning and message.role != "tools":
+        return Message(message.role, change(message.content), message.trained)
+    content = changed_json(message.content, change) if message.role == "tools" else change(message.content)
+    reasoning = change(message.reasoning) if message.reasoning else ""
+    return Message(message.role, content, message.trained, reasoning, changed_json(message.calls, change))
 
 
 # White space, control characters, and characters that Unicode gives no width or ignores by default.

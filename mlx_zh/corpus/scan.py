@@ -301,10 +301,8 @@ def _row(item: Item) -> tuple[Any, ...]:
 
 def _turn(message: Message) -> tuple[Any, ...]:
     """The fields of a message, without the last ones if they have their defaults."""
-    if message.calls:
+    if message.reasoning or message.calls:
         return message.role, message.content, message.trained, message.reasoning, message.calls
-    if message.reasoning:
-        return message.role, message.content, message.trained, message.reasoning
     return (message.role, message.content) if message.trained else (message.role, message.content, False)
 
 

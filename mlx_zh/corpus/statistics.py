@@ -194,12 +194,11 @@ def tokens_per_character(scans: Sequence[Scan], choice: Choice, renderer: Render
 
 
 def _texts(item: Item) -> list[str]:
-    from mlx_zh.corpus.conversation import Conversation, Document
+    from mlx_zh.corpus.conversation import Document
 
     if isinstance(item, Document):
         return [item.text]
-    messages = item.messages if isinstance(item, Conversation) else (*item.prompt, *item.answers)
-    return [text for message in messages for text in message.texts if text]
+    return [text for message in item.messages for text in message.texts if text]
 
 
 def write_histogram(lengths: npt.NDArray[np.int32], file: IO[bytes], title: str) -> None:

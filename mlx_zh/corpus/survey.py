@@ -134,8 +134,7 @@ def texts_of(item: Item) -> tuple[str, ...]:
     """All texts of a row."""
     if isinstance(item, Document):
         return (item.text,)
-    messages = item.messages if isinstance(item, Conversation) else (*item.prompt, *item.answers)
-    return tuple("".join(message.texts) for message in messages)
+    return tuple("".join(message.texts) for message in item.messages)
 
 
 def _keep(places: list[tuple[int, Item]], place: tuple[int, Item], chooser: random.Random, count: int = 3) -> None:

@@ -47,7 +47,7 @@ class ToolSupport:
 
 
 def tool_support(template: ChatTemplate) -> ToolSupport:
-    """What a template writes of tools; sets its `text_arguments`."""
+    """What a template writes of tools."""
     user = Message("user", "?")
     schema = {"type": "object", "properties": {_KEY: {"type": "string", "description": _KEY}}, "required": [_KEY]}
     function = {"name": _NAME, "description": _NAME, "parameters": schema}
@@ -58,15 +58,14 @@ def tool_support(template: ChatTemplate) -> ToolSupport:
     described = _NAME in _rendered(template, (tools, user), True)
     called = False
     for as_text in (False, True):
-        template.text_arguments = as_text
-        text = _rendered(template, asked, False)
+        text = _rendered(template.with_text_arguments(as_text), asked, False)
         written_by_python, quoted_twice = f"{{'{_KEY}'" in text, f'\\"{_VALUE}\\"' in text
         if _VALUE in text and not written_by_python and not quoted_twice:
             called = True
             break
-    template.text_arguments = called and template.text_arguments
-    answered = _RESULT in _rendered(template, (*asked, result), True)
-    return ToolSupport(described, called, answered, template.text_arguments)
+    text_arguments = called and as_text
+    answered = _RESULT in _rendered(template.with_text_arguments(text_arguments), (*asked, result), True)
+    return ToolSupport(described, called, answered, text_arguments)
 
 
 def _rendered(template: ChatTemplate, messages: Sequence[Message], ask: bool) -> str:
@@ -140,7 +139,7 @@ class ToolReplies:
         controls = list(self._control.finditer(reply))
         if len(reply) == len(answered) or not controls or reply[controls[-1].end() :].strip():
             raise self._uncertain(k)
-        self._check_calls(k, reply)
+        check_calls(self._messages[k], k, reply, self._source)
         header = prompt.removeprefix(self._render(self._messages[:k], False))
         kind = _Kind(header, tuple(match.group() for match in controls))
         if self._text.startswith(prompt):
@@ -153,13 +152,6 @@ class ToolReplies:
         self._kinds[self._kind_of(k)] = kind
         return span
 
-    def _check_calls(self, k: int, reply: str) -> None:
-        """Raise RefusedTools if the template has left out one of the calls."""
-        calls = parse_json(self._messages[k].calls) if self._messages[k].calls else []
-        for name, count in Counter(call["name"] for call in calls).items():
-            if max(reply.count(name), reply.count(json.dumps(name)[1:-1])) < count:
-                raise _refused(self._source, f"the chat template leaves out a call of {name!r} in message {k + 1}")
-
     def _render(self, messages: Sequence[Message], ask: bool) -> str:
         return self._template.render(messages, add_generation_prompt=ask, source=self._source)
 
@@ -169,6 +161,14 @@ class ToolReplies:
             f"cannot tell where the chat template begins or ends message {k + 1} (assistant) of a conversation with "
             "tools",
         )
+
+
+def check_calls(message: Message, k: int, written: str, source: str) -> None:
+    """Raise RefusedTools if the template has left out one of the calls of message `k`."""
+    calls = parse_json(message.calls) if message.calls else []
+    for name, count in Counter(call["name"] for call in calls).items():
+        if max(written.count(name), written.count(json.dumps(name)[1:-1])) < count:
+            raise _refused(source, f"the chat template leaves out a call of {name!r} in message {k + 1}")
 
 
 def _refused(source: str, why: str) -> RefusedTools:

@@ -137,7 +137,8 @@ def linked(messages: Sequence[Message]) -> list[Message]:
         ):
             calls = [*_loaded(before.calls), *_loaded(message.calls)]
             content = "\n".join(text for text in (before.content, message.content) if text)
-            joined[-1] = replace(message, content=content, calls=_text(calls, "the calls"))
+            reasoning = "\n".join(text for text in (before.reasoning, message.reasoning) if text)
+            joined[-1] = replace(message, content=content, reasoning=reasoning, calls=_text(calls, "the calls"))
         else:
             joined.append(message)
     return list(_named(joined))

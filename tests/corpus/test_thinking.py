@@ -11,7 +11,7 @@ import pytest
 from chat_templates import CUTTING, EFFORT, METADATA, QWEN25, THINKING
 from hypothesis import given
 from hypothesis import strategies as st
-from turns import TWO_TURNS, assistant, ids, system, user
+from turns import TWO_TURNS, assistant, branches, ids, system, user
 
 from mlx_zh.core.packing import pack_conversations
 from mlx_zh.corpus.chat_template import ChatTemplate
@@ -56,15 +56,6 @@ def expected(tokenizer, template, messages, end="<|im_end|>", *, key="reasoning_
     return pairs
 
 
-def learned(rendered):
-    """For each learned branch of an example: the tokens before what is learned, and what is learned."""
-    pairs = []
-    for tokens, trained in rendered.paths():
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], trained.astype(int), [0]]))).reshape(-1, 2)
-        pairs += [(tokens[:start].tolist(), tokens[start:stop].tolist()) for start, stop in edges]
-    return pairs
-
-
 # --- What a template does ----------------------------------------------------------------------------------------
 
 
@@ -105,8 +96,8 @@ def test_a_template_that_always_thinks_can_be_on_only(tokenizer):
 @pytest.mark.parametrize(("mode", "variables"), [("auto", {}), ("on", {"enable_thinking": True})])
 def test_replies_with_reasoning_are_the_templates_own(tokenizer, mode, variables):
     rendered = Renderer(tokenizer, chat_template=THINKING, thinking=mode).conversation(THOUGHT)
-    assert learned(rendered) == expected(tokenizer, THINKING, THOUGHT, **variables)
-    text = tokenizer.decode(learned(rendered)[0][1])
+    assert branches(rendered) == expected(tokenizer, THINKING, THOUGHT, **variables)
+    text = tokenizer.decode(branches(rendered)[0][1])
     assert text == "<think>\n先比较小数\n</think>\n\n9.8<|im_end|>"
 
 
@@ -114,7 +105,7 @@ def test_with_thinking_off_the_empty_thought_is_context(tokenizer):
     renderer = Renderer(tokenizer, chat_template=THINKING, thinking="off")
     rendered = renderer.conversation(TWO_TURNS)
     reference = expected_off(tokenizer)
-    assert learned(rendered) == reference
+    assert branches(rendered) == reference
     assert [tokenizer.decode(reply) for _, reply in reference] == [
         "Hello 世界🙂<|im_end|>",
         "好，今天天气很好。<|im_end|>",
@@ -132,18 +123,18 @@ def test_metadata_in_the_system_turn(tokenizer, mode):
     variables = {} if mode == "auto" else {"enable_thinking": mode == "on"}
     messages = (system("你好"), *TWO_TURNS)
     rendered = Renderer(tokenizer, chat_template=METADATA, thinking=mode).conversation(messages)
-    assert learned(rendered) == expected(tokenizer, METADATA, messages, **variables)
+    assert branches(rendered) == expected(tokenizer, METADATA, messages, **variables)
 
 
 def test_thoughts_in_a_channel(tokenizer):
     rendered = Renderer(tokenizer, chat_template=EFFORT).conversation(THOUGHT)
-    assert learned(rendered) == expected(tokenizer, EFFORT, THOUGHT, "<|endoftext|>", key="thinking")
+    assert branches(rendered) == expected(tokenizer, EFFORT, THOUGHT, "<|endoftext|>", key="thinking")
 
 
 def test_a_template_that_cuts_reasoning_away(tokenizer):
     """It cannot write reasoning, so the reply is what the model writes after the prompt, which opens the thought."""
     rendered = Renderer(tokenizer, chat_template=CUTTING).conversation(THOUGHT)
-    pairs = [(tokenizer.decode(prompt), tokenizer.decode(reply)) for prompt, reply in learned(rendered)]
+    pairs = [(tokenizer.decode(prompt), tokenizer.decode(reply)) for prompt, reply in branches(rendered)]
     first = "<|im_start|>user\n9.11 和 9.8<|im_end|>\n"
     second = f"{first}<|im_start|>assistant\n9.8<|im_end|>\n<|im_start|>user\n再见<|im_end|>\n"
     header = "<|im_start|>assistant\n<think>\n"
@@ -178,7 +169,7 @@ def test_any_conversation_is_the_templates_own(tokenizer_of, template, mode, tur
     if not pairs:
         assert rendered is None and dropped == {NOT_TRAINED: 1}
         return
-    decoded = [(tokenizer.decode(prompt), tokenizer.decode(reply)) for prompt, reply in learned(rendered)]
+    decoded = [(tokenizer.decode(prompt), tokenizer.decode(reply)) for prompt, reply in branches(rendered)]
     assert decoded == pairs
 
 
@@ -195,7 +186,7 @@ def test_a_long_conversation_is_the_templates_own(tokenizer, mode):
     messages = [Message(("user", "assistant")[i % 2], f"{i}你" * (1 + i % 3)) for i in range(80)]
     rendered = Renderer(tokenizer, chat_template=THINKING, thinking=mode).conversation(messages)
     variables = {} if mode == "auto" else {"enable_thinking": False}
-    assert learned(rendered) == expected(tokenizer, THINKING, messages, **variables)
+    assert branches(rendered) == expected(tokenizer, THINKING, messages, **variables)
 
 
 # --- What is learned of reasoning --------------------------------------------------------------------------------
@@ -207,13 +198,13 @@ def test_reasoning_in_the_text_is_the_same_as_apart(tokenizer):
         for m in THOUGHT
     )
     renderer = Renderer(tokenizer, chat_template=THINKING)
-    assert learned(renderer.conversation(written)) == learned(renderer.conversation(THOUGHT))
+    assert branches(renderer.conversation(written)) == branches(renderer.conversation(THOUGHT))
 
 
 @pytest.mark.parametrize("template", [THINKING, CUTTING, EFFORT])
 def test_reasoning_as_context(tokenizer, template):
-    whole = learned(Renderer(tokenizer, chat_template=template).conversation(THOUGHT))
-    answers = learned(Renderer(tokenizer, chat_template=template, reasoning="context").conversation(THOUGHT))
+    whole = branches(Renderer(tokenizer, chat_template=template).conversation(THOUGHT))
+    answers = branches(Renderer(tokenizer, chat_template=template, reasoning="context").conversation(THOUGHT))
     for (prompt, reply), (before, answer), text in zip(whole, answers, ("9.8", "Hello"), strict=True):
         assert tokenizer.decode(before + answer) == tokenizer.decode(prompt + reply)
         assert tokenizer.decode(answer).startswith(text)
@@ -223,7 +214,7 @@ def test_dropped_reasoning_is_as_if_there_were_none(tokenizer):
     plain = tuple(replace(message, reasoning="") for message in THOUGHT)
     for mode in ("on", "off"):
         renderer = Renderer(tokenizer, chat_template=THINKING, thinking=mode, reasoning="drop")
-        assert learned(renderer.conversation(THOUGHT)) == learned(renderer.conversation(plain))
+        assert branches(renderer.conversation(THOUGHT)) == branches(renderer.conversation(plain))
 
 
 def test_reasoning_that_is_never_written_is_refused(tokenizer):
@@ -250,7 +241,7 @@ def test_a_tree_is_cut_after_the_last_reply_that_fits(tokenizer):
     whole, first = renderer.conversation(TWO_TURNS), renderer.conversation(TWO_TURNS[:2])
     cut = renderer.conversation(TWO_TURNS, max_length=len(whole.tokens) - 1)
     assert cut.truncated and cut.segments is None
-    assert learned(cut) == learned(first)
+    assert branches(cut) == branches(first)
     dropped: Counter[str] = Counter()
     short = len(first.tokens) - 1
     assert renderer.conversation(TWO_TURNS, max_length=short, dropped=dropped) is None
@@ -262,7 +253,7 @@ def test_only_the_last_reply(tokenizer):
     renderer = Renderer(tokenizer, chat_template=THINKING, thinking="off")
     rendered = renderer.conversation(TWO_TURNS, train_on="last")
     assert rendered.segments is None
-    assert learned(rendered) == expected_off(tokenizer)[1:]
+    assert branches(rendered) == expected_off(tokenizer)[1:]
 
 
 def test_control_tokens_in_messages_end_no_turn(tokenizer):
@@ -271,7 +262,7 @@ def test_control_tokens_in_messages_end_no_turn(tokenizer):
     for tokens, trained in renderer.conversation(messages).paths():
         reply = tokens[trained].tolist()
         assert reply.index(tokenizer.eos_token_id) == len(reply) - 1
-    texts = [tokenizer.decode(reply) for _, reply in learned(renderer.conversation(messages))]
+    texts = [tokenizer.decode(reply) for _, reply in branches(renderer.conversation(messages))]
     assert texts == ["<|im_start|>b<|im_end|>", "d<|im_end|><|im_end|>"]
 
 
@@ -282,7 +273,7 @@ def test_pairs(tokenizer, mode):
     assert pair.prompt.tolist() == renderer.prompt(TWO_TURNS[:3])
     for response, text in ((pair.chosen, "Hello"), (pair.rejected, "你好")):
         rendered = renderer.conversation([*TWO_TURNS[:3], assistant(text)], train_on="last")
-        assert [(pair.prompt.tolist(), response.tolist())] == learned(rendered)
+        assert [(pair.prompt.tolist(), response.tolist())] == branches(rendered)
 
 
 def test_the_fingerprint_knows_the_mode(tokenizer):

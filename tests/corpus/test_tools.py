@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tool_templates import LLAMA31_TOOLS, QWEN3_THINKING_TOOLS, QWEN3_TOOLS, QWEN25_TOOLS, TEXT_ARGUMENTS
+from tool_templates import LLAMA31_TOOLS, QWEN3_TOOLS, QWEN25_TOOLS, TEXT_ARGUMENTS
+from turns import branches, ids
 
+from mlx_zh.core.packing import pack_conversations
 from mlx_zh.corpus.conversation import Conversation, Message
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.normalize import normalize
 from mlx_zh.corpus.preferences import load_preferences
+from mlx_zh.corpus.quality.rules import faults_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.scan import _item, _row
@@ -118,13 +121,8 @@ def independent(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, end:
         reply = render(k + 1, False).removeprefix(prompt)
         assert len(reply) < len(render(k + 1, False))
         learned = reply[: max(reply.rfind(token) + len(token) for token in end.split() if token in reply)]
-        # A template may drop an earlier reply's reasoning: then what is left of it is learned.
-        start = len(prompt) if whole.startswith(prompt) else None
-        if start is None or not whole.startswith(learned, start):
-            header = prompt[len(render(k, False)) :]
-            start = whole.index(header, position) + len(header)
-            learned = whole[start : min(whole.find(token, start) for token in end.split() if token in whole[start:])]
-            learned = whole[start : start + len(learned) + len(end.split()[0])]
+        assert whole.startswith(prompt + learned)
+        start = len(prompt)
         pieces += [(whole[position:start], False), (learned, True)]
         position = start + len(learned)
     ids: list[int] = []
@@ -189,16 +187,112 @@ def test_llama31_refuses_two_calls_in_one_reply(load: Any, llama31: Any) -> None
 
 @pytest.mark.parametrize("tools", [TOOLS, None])
 @pytest.mark.parametrize("name", [*TALKS, *SEVERAL])
-@pytest.mark.parametrize(("family", "template"), [("qwen2", QWEN25_TOOLS), ("qwen3", QWEN3_TOOLS)])
-def test_qwen_learns_its_calls_and_no_result(
-    family: str, template: str, name: str, tools: Any, load: Any, with_template: Any
-) -> None:
+def test_qwen_learns_its_calls_and_no_result(name: str, tools: Any, load: Any, with_template: Any) -> None:
     messages = (TALKS | SEVERAL)[name]
     item = load({"messages": messages, "tools": json.dumps(tools)})
-    learned = check(with_template(family, template), item, messages, tools, "<|im_end|>")
+    learned = check(with_template("qwen2", QWEN25_TOOLS), item, messages, tools, "<|im_end|>")
     assert "tool_response" not in learned and "# Tools" not in learned and "user" not in learned
     assert learned.count("<tool_call>") == sum(len(m.get("tool_calls", ())) for m in messages)
     assert learned.count("<|im_end|>") == sum(m["role"] == "assistant" for m in messages)
+
+
+def replies_of(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, **more: Any) -> list[tuple[Any, Any]]:
+    """Each reply as tokens, with those of its generation prompt, by transformers' rendering of prefixes."""
+    pairs = []
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            options = {"tools": tools, "tokenize": False, **more}
+            prompt = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, **options)
+            whole = tokenizer.apply_chat_template(messages[: k + 1], **options)
+            assert whole.startswith(prompt) and whole.endswith("<|im_end|>\n")
+            pairs.append((ids(tokenizer, prompt), ids(tokenizer, whole[len(prompt) : -1])))
+    return pairs
+
+
+THINKING = {
+    "kept within an exchange": [
+        u("一"), a("好") | {"reasoning_content": "旧"}, u("二"),
+        a("我查一下。", call("北京"), call("上海")) | {"reasoning_content": "想\n想"},
+        t("20", name="get_weather"), t("25", name="get_weather"), a("热。") | {"reasoning_content": "再想"},
+        u("谢谢"), a("不客气。") | {"reasoning_content": "客气"},
+    ],
+    "before a call alone": [u("北京天气？"), a("", call("北京")) | {"reasoning_content": "要查"}],
+    "in the text": SEVERAL["thought"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", [TOOLS, None])
+@pytest.mark.parametrize("name", [*TALKS, *SEVERAL, *THINKING])
+@pytest.mark.parametrize(
+    ("mode", "variables"), [("auto", {}), ("on", {"enable_thinking": True}), ("off", {"enable_thinking": False})]
+)
+def test_calls_and_reasoning_are_learned_together(
+    mode: str, variables: dict[str, bool], name: str, tools: Any, load: Any, with_template: Any
+) -> None:
+    """Qwen3's template writes a reply otherwise once others follow: each stands after its own generation prompt."""
+    tokenizer, messages = with_template("qwen3", QWEN3_TOOLS), (TALKS | SEVERAL | THINKING)[name]
+    item = load({"messages": messages, "tools": json.dumps(tools)})
+    renderer = Renderer(tokenizer, thinking=mode)
+    if mode == "off" and any(m.get("reasoning_content") or "<think>" in m["content"] for m in messages):
+        dropped: Counter[str] = Counter()
+        assert kept_of(renderer, [item], dropped) == [None]
+        assert dropped == {"separate reasoning": 1}
+        with pytest.raises(TemplateError, match=r"row\.jsonl:1: a reply has reasoning, and model\.thinking is off"):
+            renderer.conversation(item)
+        renderer = Renderer(tokenizer, thinking=mode, reasoning="drop")
+        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+        messages = [m | {"content": m["content"].rpartition("</think>\n\n")[2]} for m in messages]
+    written = replies_of(tokenizer, messages, tools, **variables)
+    asked = load({"messages": messages, "tools": json.dumps(tools)}).messages
+    assert sorted(branches(renderer.conversation(item))) == sorted(written)
+    for k, (prompt, reply) in zip(
+        [k for k, m in enumerate(messages) if m["role"] == "assistant"], written, strict=True
+    ):
+        assert renderer.prompt(asked[: k + bool(tools)]) == prompt
+        calls = messages[k].get("tool_calls", ())
+        assert tokenizer.decode(reply).count("<tool_call>") == len(calls)
+
+
+def test_the_reasoning_before_a_call_can_be_context_only(load: Any, with_template: Any) -> None:
+    tokenizer, messages = with_template("qwen3", QWEN3_TOOLS), THINKING["kept within an exchange"]
+    item = load({"messages": messages, "tools": TOOLS})
+    learned = branches(Renderer(tokenizer, thinking="on", reasoning="context").conversation(item))
+    for (prompt, reply), (before, answer) in zip(
+        sorted(replies_of(tokenizer, messages, TOOLS, enable_thinking=True)), sorted(learned), strict=True
+    ):
+        assert before + answer == prompt + reply
+        thought, said = tokenizer.decode(before[len(prompt) :]), tokenizer.decode(answer)
+        assert thought.startswith("<think>\n") and thought.endswith("\n</think>\n\n")
+        assert not said.startswith("\n") and "</think>" not in said
+
+
+def test_an_exchange_beside_the_trunk_is_scored_after_its_own_prompts(load: Any, with_template: Any) -> None:
+    """In the packed row, the position that predicts a token has the token's own prompt as its ancestors."""
+    tokenizer, messages = with_template("qwen3", QWEN3_TOOLS), THINKING["kept within an exchange"]
+    rendered = Renderer(tokenizer).conversation(load({"messages": messages, "tools": TOOLS}))
+    row = pack_conversations([(rendered.tokens, rendered.trained, rendered.segments)])
+    tokens, seen = np.array(row.tokens), []
+    for predictor, target in zip(np.array(row.scored).tolist(), np.array(row.targets).tolist(), strict=True):
+        index = next(i for i, s in enumerate(row.segments) if s.start <= predictor < s.stop)
+        before = [tokens[row.segments[a].start : row.segments[a].stop] for a in row.ancestors(index)]
+        seen.append(([*np.concatenate([*before, tokens[row.segments[index].start : predictor + 1]])], target))
+    replies = replies_of(tokenizer, messages, TOOLS)
+    assert sorted(seen) == sorted((p + r[:n], r[n]) for p, r in replies for n in range(len(r)))
+
+
+def test_a_call_of_a_tree_is_never_cut_from_its_result(load: Any, with_template: Any) -> None:
+    tokenizer, messages = with_template("qwen3", QWEN3_TOOLS), THINKING["kept within an exchange"]
+    renderer, item = Renderer(tokenizer), load({"messages": messages, "tools": TOOLS})
+    replies = replies_of(tokenizer, messages, TOOLS)
+    whole, counts = renderer.conversation(item), set()
+    for most in range(1, len(whole.tokens) + 1):
+        rendered = renderer.conversation(item, max_length=most)
+        if rendered is not None:
+            assert len(rendered.tokens) <= most
+            learned = branches(rendered)
+            assert sorted(learned) == sorted(replies[: len(learned)])
+            counts.add(len(learned))
+    assert counts == {1, 3, 4}  # the second reply is a call
 
 
 def test_arguments_are_given_as_text_where_a_template_wants_them_so(load: Any, with_template: Any) -> None:
@@ -464,30 +558,49 @@ def test_load_functions_take_rows_with_tools(write: Any) -> None:
     assert loaded.chosen == "" and json.loads(loaded.chosen_calls)[0]["name"] == "get_weather"
 
 
-def test_a_call_after_a_thought_is_learned_as_the_model_writes_it(load: Any, with_template: Any) -> None:
-    """Reasoning, a call, its result and an answer; tokens and mask are those of transformers' own rendering."""
-    tokenizer = with_template("qwen3", QWEN3_THINKING_TOOLS)
-    row = copy.deepcopy(FORMS["openai"])
-    row["messages"][1]["reasoning_content"] = "先查天气"
-    rendered = Renderer(tokenizer, thinking="on").conversation(load(row))
-    assert rendered is not None
-    given = {"tools": row["tools"], "tokenize": False, "enable_thinking": True}
-    tokens: list[int] = []
-    trained: list[bool] = []
-    for k in (1, 3):
-        prompt = tokenizer.apply_chat_template(row["messages"][:k], add_generation_prompt=True, **given)
-        reply = tokenizer.apply_chat_template(row["messages"][: k + 1], **given).removeprefix(prompt).rstrip("\n")
-        assert ("先查天气" in reply) == (k == 1) and reply.endswith("<|im_end|>")
-        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        said = tokenizer(reply, add_special_tokens=False)["input_ids"]
-        trained += [False] * (len(before) - len(trained)) + [True] * len(said)
-        tokens = before + said
-    assert rendered.tokens.tolist()[: len(tokens)] == tokens
-    assert rendered.trained.tolist()[: len(tokens)] == trained and not rendered.trained[len(tokens) :].any()
+def test_the_reasoning_of_a_call_is_kept_in_every_form(load: Any) -> None:
+    thought = {"reasoning_content": "要查"}
+    forms = (
+        [a("", call("北京")) | thought],
+        [{"role": "assistant", "content": None, "tool_calls": [call("北京")]} | thought],
+        [{"role": "function_call", "content": ONE} | thought],
+        [a("") | thought, {"role": "tool_call", "content": ONE}],
+        [a("") | {"reasoning": "要"}, {"role": "tool_call", "content": ONE, "reasoning": "查"}],
+    )
+    for calls in forms:
+        item = load({"messages": [u("北京天气？"), *calls, t("晴"), a("晴。")]})
+        assert item.messages[1].reasoning.replace("\n", "") == "要查"
+        assert item.messages[1].calls == ITEM[2].calls and len(item.messages) == 4
+    row = {"messages": [u("北京天气？"), a("", call("北京")), t("晴") | thought, a("晴。")]}
+    assert load(row) == "separate reasoning"
 
 
-def test_steps_that_a_template_rewrites_when_thinking_is_off_are_refused(load: Any, with_template: Any) -> None:
-    """Qwen3 writes an empty thought before a reply, and takes it out of all but the last one."""
-    renderer = Renderer(with_template("qwen3", QWEN3_THINKING_TOOLS), thinking="off")
-    with pytest.raises(TemplateError, match="cannot tell where the chat template begins or ends message 3"):
-        renderer.conversation(load(FORMS["openai"]))
+def test_personal_data_is_masked_in_calls_results_and_reasoning(load: Any) -> None:
+    mail = "zhang.san@foxmail.com"
+    row = {
+        "messages": [
+            u("写信"),
+            a("", call(mail)) | {"reasoning_content": f"写给 {mail}"},
+            t(f"已发给 {mail}"),
+            a("好"),
+        ],
+        "tools": TOOLS,
+    }
+    item = load(row)
+    faults, masked = faults_of(item)
+    assert mail not in repr(masked) and "personal" in faults
+    [tools, _, reply, result, _] = masked.messages
+    assert json.loads(tools.content) == TOOLS and json.loads(reply.calls)[0]["name"] == "get_weather"
+    assert reply.reasoning.startswith("写给 ") and result.content.startswith("已发给 ")
+    pair = load({"prompt": "写信", "chosen": a("", call(mail)), "rejected": "不会", "tools": TOOLS}, "dpo")
+    assert mail not in repr(faults_of(pair)[1]) and faults_of(pair)[1].answers[0].calls
+
+
+@pytest.mark.parametrize("more", [{"tools": TOOLS}, {"reasoning": "想"}])
+def test_a_raw_text_has_neither_tools_nor_reasoning(more: dict[str, Any], load: Any) -> None:
+    assert load({"text": "北京是首都。"} | more) == ("tool message" if "tools" in more else "separate reasoning")
+
+
+def test_the_score_of_a_raw_text_is_not_that_of_an_answer(load: Any) -> None:
+    assert load({"text": "北京是首都。", "score": -1}).text == "北京是首都。"
+    assert load({"instruction": "首都？", "output": "北京", "score": -1}) == "answer not to imitate"

@@ -89,7 +89,7 @@ QWEN25_TOOLS = (
 )
 
 # Qwen3: earlier reasoning is dropped, but not within the exchange that is going on; an empty one stands in the last
-# reply that has none.
+# reply that has none. Without thinking, the generation prompt has the empty one.
 QWEN3_TOOLS = (
     "{%- set DEFAULT = '' %}\n"
     + _CHATML_TOOLS
@@ -105,7 +105,9 @@ QWEN3_TOOLS = (
     {%- elif message.role == 'assistant' %}
         {%- set content = message.content %}
         {%- set reasoning = '' %}
-        {%- if '</think>' in content %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning = message.reasoning_content %}
+        {%- elif '</think>' in content %}
             {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
@@ -122,6 +124,10 @@ QWEN3_TOOLS = (
         {%- endfor %}
         {{- '<|im_end|>\n' }}"""
     + _CHATML_RESULTS
+    + r"""{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}
+    {{- '<think>\n\n</think>\n\n' }}
+{%- endif %}
+"""
 )
 
 # DeepSeek's manner: arguments are JSON text, replies have control tokens of their own, and after results the reply
@@ -140,15 +146,3 @@ TEXT_ARGUMENTS = r"""{%- if tools %}{{- '<|im_start|>system\n' + tools | tojson 
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
-
-# The same with a switch for thinking, and reasoning as a key of its own.
-QWEN3_THINKING_TOOLS = QWEN3_TOOLS.replace(
-    "{%- set reasoning = '' %}",
-    "{%- set reasoning = message.reasoning_content if message.reasoning_content is string else '' %}",
-).replace(
-    "{{- '<|im_start|>assistant\\n' }}{%- endif %}",
-    "{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}"
-    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
-    "{%- endif %}",
-)

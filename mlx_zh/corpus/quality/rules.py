@@ -127,7 +127,7 @@ def _reply_faults(item: Item, names: Collection[str]) -> dict[str, str]:
     question = ""
     for message in _turns(item):
         if message.role == "assistant":
-            if not message.trained:
+            if not message.trained or (message.calls and not message.content.strip()):
                 continue
             for name, rule in list(rules.items()):
                 fault = rule(question, message.content)
@@ -149,19 +149,13 @@ def _turns(item: Item) -> tuple[Message, ...]:
     if isinstance(item, Conversation):
         return item.messages
     asked = (replace(message, trained=False) for message in item.prompt)
-    return (*asked, Message("assistant", item.chosen))
+    return (*asked, item.answers[0])
 
 
 def _texts(item: Item) -> list[str]:
     if isinstance(item, Document):
         return [item.text]
-    if isinstance(item, Conversation):
-        return [text for message in item.messages for text in (message.reasoning, message.content)]
-    return [
-        *(text for message in item.prompt for text in (message.reasoning, message.content)),
-        item.chosen,
-        item.rejected,
-    ]
+    return [text for message in item.messages for text in message.texts]
 
 
 def _changed(item: Item, change: Callable[[str], str]) -> Item:
@@ -170,8 +164,9 @@ def _changed(item: Item, change: Callable[[str], str]) -> Item:
         return replace(item, messages=_changed_turns(item.messages, change))
     if isinstance(item, Document):
         return replace(item, text=change(item.text))
-    prompt = _changed_turns(item.prompt, change)
-    return replace(item, prompt=prompt, chosen=change(item.chosen), rejected=change(item.rejected))
+    *prompt, chosen, rejected = _changed_turns(item.messages, change)
+    changed = replace(item, prompt=tuple(prompt), chosen=chosen.content, rejected=rejected.content)
+    return replace(changed, chosen_calls=chosen.calls, rejected_calls=rejected.calls)
 
 
 def _changed_turns(messages: tuple[Message, ...], change: Callable[[str], str]) -> tuple[Message, ...]:
