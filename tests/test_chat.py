@@ -29,7 +29,7 @@ from mlx_zh.chatting.transcript import ContextError, Transcript
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.reader import read_rows
 from mlx_zh.corpus.render import Renderer
-from mlx_zh.corpus.rows import messages_of
+from mlx_zh.corpus.row_messages import messages_of
 from mlx_zh.errors import DataError, MlxZhError, StorageError
 from mlx_zh.models.adapters.files import save_adapter
 from mlx_zh.models.adapters.layers import add_adapter, trainable

@@ -14,7 +14,8 @@ import yaml
 
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.rows import Format, Row
+from mlx_zh.corpus.row_messages import Row
+from mlx_zh.corpus.rows import Format
 
 Kind = Literal["sft", "dpo"]
 FORMATS: Mapping[Kind, Mapping[str, Format[Any]]] = {"dpo": preferences.FORMATS, "sft": formats.FORMATS}

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import is_trained
-from mlx_zh.corpus.rows import Row, check_turns, history_of, messages_of, system_of, text_of, with_system
+from mlx_zh.corpus.row_messages import Row, check_turns, history_of, messages_of, system_of, text_of, with_system
 
 Messages = tuple[Message, ...]
 _MOSS_MARKS = re.compile(r"^\s*<\|[\w ]{1,20}\|>:\s?|<eo[a-z]>\s*$")

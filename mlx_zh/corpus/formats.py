@@ -28,23 +28,20 @@ from mlx_zh.corpus import dialogues
 from mlx_zh.corpus.conversation import Conversation, Document, Message
 from mlx_zh.corpus.documents import documents_of
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.rows import (
+from mlx_zh.corpus.row_messages import (
     Change,
-    Format,
-    LoadReport,
-    Reading,
     Row,
     changed,
     check_document,
     check_turns,
     history_of,
     instruction_of,
-    iter_rows,
     messages_of,
     system_of,
     text_of,
     with_system,
 )
+from mlx_zh.corpus.rows import Format, LoadReport, Reading, iter_rows
 
 Messages = tuple[Message, ...]
 Parsed = Messages | Document

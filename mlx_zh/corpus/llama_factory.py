@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.corpus.columns import Guess
-from mlx_zh.corpus.rows import ROLES
+from mlx_zh.corpus.row_messages import ROLES
 from mlx_zh.corpus.tools import CALL_ROLES, RESULT_ROLES
 from mlx_zh.errors import DataError, first_line
 from mlx_zh.system.json_text import parse_json

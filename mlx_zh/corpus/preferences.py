@@ -27,12 +27,8 @@ from typing import Any, Unpack
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import check_row, check_text
-from mlx_zh.corpus.rows import (
-    REASONING_WAY,
+from mlx_zh.corpus.row_messages import (
     Change,
-    Format,
-    LoadReport,
-    Reading,
     Row,
     changed,
     changed_message,
@@ -40,13 +36,13 @@ from mlx_zh.corpus.rows import (
     history_of,
     instruction_of,
     is_blank,
-    iter_rows,
     message_of,
     messages_of,
     system_of,
     text_of,
     with_system,
 )
+from mlx_zh.corpus.rows import REASONING_WAY, Format, LoadReport, Reading, iter_rows
 from mlx_zh.corpus.tools import described_tools, with_tools
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")

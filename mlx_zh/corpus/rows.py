@@ -1,9 +1,8 @@
-"""What conversation and preference formats share: the fields, roles and turns of a row, and the loading of a file."""
+"""Loading of a file of rows: its format, what of its rows cannot be used, and which columns nothing reads."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
@@ -17,43 +16,15 @@ from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
-from mlx_zh.corpus.row_keys import (
-    RowKeys,
-    check_text,
-    has_more_keys,
-    is_trained,
-    reasoning_in,
-    row_keys,
-    unused_columns,
-    unused_keys,
-)
+from mlx_zh.corpus.row_keys import RowKeys, has_more_keys, row_keys, unused_columns, unused_keys
+from mlx_zh.corpus.row_messages import Row, kind_of, reasoning_of
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.corpus.text_files import inner_suffix
-from mlx_zh.corpus.tools import (
-    CALL_ROLES,
-    RESULT_ROLES,
-    call_message,
-    calls_of,
-    changed_json,
-    check_tool_turns,
-    described_tools,
-    linked,
-    result_of,
-    result_text,
-    uses_tools,
-    with_tools,
-)
+from mlx_zh.corpus.tools import described_tools, with_tools
 from mlx_zh.errors import DataError
 
-Row = Mapping[str, Any]
 Parsed = TypeVar("Parsed")
-Change = Callable[[str], str]
 
-ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    "system": "system",
-}
 # columns that a row may lack
 _OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction")
 _OF_MESSAGES = (  # columns that may hold messages
@@ -61,7 +32,6 @@ _OF_MESSAGES = (  # columns that may hold messages
     *("chosen", "rejected", "rejected_messages"),
 )
 REASONING_WAY = "write it into each answer as <think>…</think>, or leave it out"
-_HEAD = frozenset(("tools", "system"))  # roles that stand before the first turn
 _EXAMPLES = 3  # places listed for each reason
 _SHOWN = 10  # errors listed for a file
 _WATCHED, _UNUSED = 1000, 100  # different lists of columns that are looked at, and unused columns that are kept
@@ -288,7 +258,7 @@ def _detect(
             break
     first = next((row for _, row in seen if isinstance(row, dict)), None)
     if first is None:
-        got = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {_kind(seen[0][1])}"
+        got = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {kind_of(seen[0][1])}"
         raise DataError(f"{seen[0][0]}: a row must be an object with named columns, got {got}")
     expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
     raise DataError(
@@ -309,7 +279,7 @@ def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parse
 
 def _completed(item: Parsed, row: Row) -> Parsed:
     """What a format has read, with the tools of the row, and its reasoning before the last reply."""
-    tools, reasoning = described_tools(row), _reasoning_of(row, "the row")
+    tools, reasoning = described_tools(row), reasoning_of(row, "the row")
     if isinstance(item, Document):
         if tools or reasoning:
             reason = "tool message" if tools else "separate reasoning"
@@ -333,228 +303,7 @@ def _as_row(row: Any, keys: RowKeys) -> Row:
     if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
-        raise InvalidRow("wrong type", f"a row must be an object, got a {_kind(row)}")
+        raise InvalidRow("wrong type", f"a row must be an object, got a {kind_of(row)}")
     if not keys.watched.isdisjoint(row):
         keys.check(row)
     return row
-
-
-def text_of(row: Row, name: str, *, optional: bool = False) -> str:
-    """The text in column `name`; "" if the column is optional and missing or null. Raises InvalidRow."""
-    value = row.get(name)
-    if value is None:
-        if optional:
-            return ""
-        problem = "is null" if name in row else f"is missing (columns: {', '.join(row) or 'none'})"
-        raise InvalidRow("missing field", f"'{name}' {problem}")
-    return _as_text(value, f"'{name}'")
-
-
-def _as_text(value: Any, label: str) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        value = "".join(_as_text(_part_text(part, label), label) for part in value)
-    if not isinstance(value, str):
-        raise InvalidRow("wrong type", f"{label} must be text, got a {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InvalidRow("broken Unicode", f"{label} holds half of a surrogate pair") from None
-    return value
-
-
-def _part_text(part: Mapping[str, Any], label: str) -> Any:
-    """The text of one part of a message's content: `text` in OpenAI's form, `value` in LLaMA-Factory's v1."""
-    kind = part.get("type", "text")
-    if kind != "text":
-        raise InvalidRow("wrong type", f"{label} must be text, got a list with a part of type {kind!r}")
-    texts = [part[key] for key in ("text", "value", "content") if part.get(key) is not None]
-    if len(texts) != 1:
-        raise InvalidRow("wrong type", f"{label} must be text, got a list with a part that has {len(texts)} texts")
-    return texts[0]
-
-
-def message_of(value: Any, label: str) -> Message:
-    """A message written as {role, content}, {role, text} or {from, value}. Raises InvalidRow, which names `label`."""
-    if not isinstance(value, dict):
-        raise InvalidRow("wrong type", f"{label} must be an object with role and content, got a {_kind(value)}")
-    keys = ("from", "value") if "from" in value else ("role", "content")
-    if "text" in value and keys[1] not in value:
-        keys = (keys[0], "text")
-    role = value.get(keys[0])
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        return _tool_message(value, role, keys[1], label)
-    trained = is_trained(value, label)
-    calls = calls_of(value, label) if len(value) > 2 else ""
-    if calls and ROLES[role.lower()] != "assistant":
-        raise InvalidRow("tool message", f"{label}: only the assistant calls tools, got role {role!r}")
-    if calls and value.get(keys[1]) is None:
-        return Message("assistant", "", trained, _reasoning_of(value, label), calls)
-    if value.get(keys[1]) is None:
-        raise InvalidRow("missing field", f"{label}: '{keys[1]}' is missing or null")
-    said = value[keys[1]]
-    if isinstance(said, list) and all(isinstance(part, str) for part in said):
-        said = "".join(said)
-    reasoning = _reasoning_of(value, label)
-    if reasoning and ROLES[role.lower()] != "assistant":
-        raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
-    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning, calls)
-
-
-def _reasoning_of(values: Mapping[str, Any], label: str) -> str:
-    return _as_text(reasoning_in(values, label), f"{label}: reasoning")
-
-
-def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
-    """A call or a result that is a turn of its own."""
-    if role not in (*CALL_ROLES, *RESULT_ROLES):
-        raise InvalidRow("unknown role", f"{label}: unknown role {role!r}; user, assistant or system is expected")
-    trained = is_trained(value, label)
-    reasoning = _reasoning_of(value, label)
-    if key not in value:
-        raise InvalidRow("missing field", f"{label}: '{key}' is missing or null")
-    if role in CALL_ROLES:
-        return replace(call_message(value[key], trained, f"{label}: '{key}'"), reasoning=reasoning)
-    if reasoning:
-        raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
-    content = _as_text(result_text(value[key]), f"{label}: '{key}'")
-    name, call_id = (value[k] if isinstance(value.get(k), str) else "" for k in ("name", "tool_call_id"))
-    return Message("tool", content, calls=result_of(name, call_id))
-
-
-def messages_of(value: Any, label: str) -> list[Message]:
-    """The messages of a list, without a blank system message. Raises InvalidRow, which names `label`."""
-    if not isinstance(value, list) or not value:
-        raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
-    messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
-    return without_blank_system(linked(messages) if uses_tools(messages) else messages)
-
-
-def without_blank_system(messages: list[Message]) -> list[Message]:
-    """The messages without a system message that is blank."""
-    if messages[0].role not in _HEAD:
-        return messages
-    first = _turns_from(messages) - 1
-    blank = messages[first].role == "system" and is_blank(messages[first].content)
-    return [*messages[:first], *messages[first + 1 :]] if blank else messages
-
-
-def _turns_from(messages: Sequence[Message]) -> int:
-    """The index of the first turn: after the descriptions of tools and the system message, where they are."""
-    if not messages or messages[0].role not in _HEAD:
-        return 0
-    first = 1 if messages[0].role == "tools" else 0
-    return first + 1 if len(messages) > first and messages[first].role == "system" else first
-
-
-def changed(messages: Iterable[Message], change: Change) -> list[Message]:
-    """The messages with `change` applied to every text, and without a system message that is blank then."""
-    return without_blank_system([changed_message(message, change) for message in messages])
-
-
-def changed_message(message: Message, change: Change) -> Message:
-    """The message with `change` applied to every text in it."""
-    if not message.calls and not message.reasoning and message.role != "tools":
-        return Message(message.role, change(message.content), message.trained)
-    content = changed_json(message.content, change) if message.role == "tools" else change(message.content)
-    reasoning = change(message.reasoning) if message.reasoning else ""
-    return Message(message.role, content, message.trained, reasoning, changed_json(message.calls, change))
-
-
-# White space, control characters, and characters that Unicode gives no width or ignores by default.
-_VISIBLE = re.compile(
-    r"[^\s\x00-\x1f\x7f-\xa0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
-    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
-)
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has no character that can be seen."""
-    return _VISIBLE.search(text) is None
-
-
-def history_of(row: Row) -> list[Message]:
-    """The messages of Alpaca's `history`: earlier turns as pairs of question and answer."""
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise InvalidRow("wrong type", f"'history' must be a list of pairs, got a {_kind(history)}")
-    messages = []
-    for i, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise InvalidRow("wrong type", f"'history'[{i}] must be a pair of question and answer")
-        question, answer = (_as_text(text, f"'history'[{i}]") for text in pair)
-        messages += [Message("user", question), Message("assistant", answer)]
-    return messages
-
-
-def system_of(row: Row) -> list[Message]:
-    """The system message of the row's optional `system` column, as a list of none or one."""
-    system = text_of(row, "system", optional=True)
-    return [] if is_blank(system) else [Message("system", system)]
-
-
-def with_system(row: Row, messages: list[Message]) -> list[Message]:
-    """The messages, with the row's optional `system` column as system message. Raises InvalidRow for a second one."""
-    system = system_of(row)
-    if not system or not messages or messages[0].role != "system":
-        return system + messages
-    if messages[0].content.strip() != system[0].content.strip():
-        raise InvalidRow("two system messages", "'system' is not the system message that the messages begin with")
-    return messages
-
-
-def instruction_of(row: Row) -> Message:
-    """The user's message of an Alpaca row: the instruction, and below it the input if there is one."""
-    instruction, input_text = text_of(row, "instruction"), text_of(row, "input", optional=True)
-    return Message("user", "\n".join(text for text in (instruction, input_text) if text))
-
-
-def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...]:
-    """The messages as a tuple, after checks.
-
-    Raises InvalidRow unless a system message stands only at the start, user and assistant alternate after it, the
-    role `last` is at the end, and no message is empty.
-    """
-    first = _turns_from(messages)
-    turns = messages[first:] if first else messages
-    for i, message in enumerate(turns):
-        expected = "assistant" if i % 2 else "user"
-        if message.calls or message.role != expected:
-            if uses_tools(turns):
-                check_tool_turns(turns, is_blank, check_text, last=last, first=first + 1)
-                return _with_a_trained_reply(messages, turns, last)
-            number = i + 1 + len(messages) - len(turns)
-            raise InvalidRow("roles out of order", f"message {number} must be of {expected}, got {message.role}")
-        if is_blank(message.content):
-            reason = "empty reply" if expected == "assistant" else "empty user message"
-            raise InvalidRow(reason, f"message {i + 1 + len(messages) - len(turns)} ({message.role}) is empty")
-        if "<" in message.content:
-            check_text(message, f"message {i + 1 + len(messages) - len(turns)} ({message.role})")
-    if not turns or turns[-1].role != last:
-        got = turns[-1].role if turns else "no turn"
-        raise InvalidRow(f"does not end with {last}", f"the last message must be of {last}, got {got}")
-    return _with_a_trained_reply(messages, turns[1::2], last)
-
-
-def _with_a_trained_reply(messages: Sequence[Message], turns: Sequence[Message], last: str) -> tuple[Message, ...]:
-    """The messages as a tuple. Raises InvalidRow if no reply among the turns of a conversation is to be learned."""
-    if last == "assistant" and not any(message.trained and message.role == "assistant" for message in turns):
-        raise InvalidRow("not to be trained", "every reply has weight 0 or loss false, so there is nothing to learn")
-    return tuple(messages)
-
-
-def check_document(document: Document) -> Document:
-    """The document. Raises InvalidRow if all of it is here and nothing can be seen."""
-    if document.begins and document.ends and is_blank(document.text):
-        raise InvalidRow("empty text", "'text' is empty")
-    return document
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, float) and value != value:
-        return "number that is NaN, which JSON does not have; write null"
-    kinds = {dict: "object", list: "list", str: "text", bool: "boolean", int: "number", float: "number"}
-    return kinds.get(type(value), "null" if value is None else type(value).__name__)
-
-
-def _kind_or_empty(value: Any) -> str:
-    return "an empty list" if value == [] else f"a {_kind(value)}"

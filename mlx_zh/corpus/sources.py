@@ -10,7 +10,8 @@ from typing import Any
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.arithmetic import problems
 from mlx_zh.corpus.conversation import Conversation, Document, Preference
-from mlx_zh.corpus.rows import Change, LoadReport
+from mlx_zh.corpus.row_messages import Change
+from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.recipe import filled, placeholders
 
 Item = Conversation | Document | Preference

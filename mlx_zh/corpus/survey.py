@@ -15,7 +15,8 @@ from mlx_zh.corpus.conversation import Conversation, Document
 from mlx_zh.corpus.excel_rows import is_workbook, sheet_info
 from mlx_zh.corpus.preferences import as_preference
 from mlx_zh.corpus.reader import InvalidRow
-from mlx_zh.corpus.rows import Row, open_rows, parse_rows
+from mlx_zh.corpus.row_messages import Row
+from mlx_zh.corpus.rows import open_rows, parse_rows
 from mlx_zh.corpus.sources import Item
 
 HEAD = 200  # rows from which the columns are guessed

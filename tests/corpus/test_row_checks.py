@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.normalize import normalize
-from mlx_zh.corpus.rows import Change, LoadReport, is_blank
+from mlx_zh.corpus.row_messages import Change, is_blank
+from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.sources import DataSource, Item
 from mlx_zh.errors import DataError
 

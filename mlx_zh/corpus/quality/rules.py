@@ -9,7 +9,8 @@ from typing import TypedDict
 from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
 from mlx_zh.corpus.quality import characters, loops, replies
 from mlx_zh.corpus.quality.personal import Masks
-from mlx_zh.corpus.rows import LoadReport, changed_message
+from mlx_zh.corpus.row_messages import changed_message
+from mlx_zh.corpus.rows import LoadReport
 
 Item = Conversation | Preference | Document
 ReplyRule = Callable[[str, str], str | None]  # (question, reply) -> what is wrong with the reply, or None
