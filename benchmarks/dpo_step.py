@@ -32,7 +32,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm_lora.trainer import dpo_trainer
 
 from mlx_zh.corpus.preferences import load_preferences
-from mlx_zh.corpus.render import RenderedPair, Renderer
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel

@@ -20,7 +20,7 @@ from sft_step import our_step, peer_step
 # isort: split
 import numpy as np
 
-from mlx_zh.corpus.render import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.models.load import LoadedModel
 
 Step = Callable[[list[int]], None]

@@ -29,7 +29,8 @@ import numpy as np
 from mlx_lm.models import llama
 
 from mlx_zh.corpus.formats import load_conversations
-from mlx_zh.corpus.render import Rendered, Renderer
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.models.load import BUILT_IN, LoadedModel, load_model, load_tokenizer, resolve_model
 
 RANK, SCALE, RATE = 16, 2.0, 1e-4  # LoRA of both sides, on every linear layer

@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import llama
 
-from mlx_zh.corpus.render import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import Estimate, step_memory

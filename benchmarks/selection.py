@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.corpus.render import Rendered
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.corpus.selecting import Candidates, ordered
 from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec

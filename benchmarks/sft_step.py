@@ -25,7 +25,7 @@ import numpy as np
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_zh.corpus.render import Rendered
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.load import LoadedModel

@@ -172,7 +172,7 @@ def _exam_line(exams: ExamCheck, dropped: int) -> str:
 
 def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
     """Print rendered examples, with what is learned in green; without colours it stands between ⟦ and ⟧."""
-    from mlx_zh.corpus.render import Rendered
+    from mlx_zh.corpus.rendered import Rendered
     from mlx_zh.stages.showing import painted, rendered_segments
     from mlx_zh.system import console
 

@@ -30,7 +30,7 @@ from preferences import reference_of
 from tolerances import GRADIENT, LOGPROBS, ONE_LOGPROB
 
 from mlx_zh.core.losses import LOSSES
-from mlx_zh.corpus.render import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.exams.prompts import Prompt
 from mlx_zh.exams.scorer import letter_logprobs
 from mlx_zh.models.adapters.layers import add_adapter, trainable

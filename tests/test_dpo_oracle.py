@@ -14,7 +14,7 @@ from oracles import distance
 from tolerances import LOGPROBS
 
 from mlx_zh.core.losses import LOSSES
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Dpo

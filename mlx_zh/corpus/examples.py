@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlx_zh.corpus.render import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.system.digests import value_digest
 
 Ints = npt.NDArray[np.int32]

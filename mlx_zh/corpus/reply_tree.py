@@ -14,7 +14,6 @@ reasoning before a call until the exchange with tools is over, the exchange is a
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,14 +24,13 @@ import numpy as np
 
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
-from mlx_zh.corpus.encoding import Part, PieceEncoder, Tokens
+from mlx_zh.corpus.encoding import PieceEncoder, Tokens
 from mlx_zh.corpus.layout import end_of_turn_in, is_checked
 from mlx_zh.corpus.thinking import APART, CLOSE, OPEN, Thinking, is_open
 from mlx_zh.corpus.tool_replies import check_calls
 from mlx_zh.errors import RefusedByTemplate, TemplateError
 
 _MARK = "\U0010fffd"  # of the last private plane
-_FIRST_STANDIN, _STANDINS = 0x100000, 0xF000  # characters of that plane that stand in for control tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,40 +405,3 @@ def _lost(k: int, source: str) -> RefusedByTemplate:
 
 def _at(source: str) -> str:
     return f"{source}: " if source else ""
-
-
-class StandIns:
-    """Characters in the place of control tokens that messages spell, to tell them from the template's own."""
-
-    def __init__(self, encoder: PieceEncoder, messages: Sequence[Message]) -> None:
-        texts = "".join(text for message in messages for text in message.texts)
-        spelled = [token for token in dict.fromkeys(encoder.control.findall(texts)) if token not in (OPEN, CLOSE)]
-        free = (c for c in map(chr, range(_FIRST_STANDIN, _FIRST_STANDIN + _STANDINS)) if c not in texts)
-        self._by_token = dict(zip(spelled, free, strict=False))
-        self._by_character = {character: token for token, character in self._by_token.items()}
-        self._control = encoder.control
-
-    def __bool__(self) -> bool:
-        return bool(self._by_token)
-
-    def into(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages with the characters in them."""
-        if not self:
-            return messages
-        return [
-            replace(message, content=self._replaced(message.content), reasoning=self._replaced(message.reasoning))
-            for message in messages
-        ]
-
-    def parts(self, text: str) -> list[Part]:
-        """A rendered text, with the control tokens back as content."""
-        pattern = "[" + "".join(map(re.escape, self._by_character)) + "]"
-        parts: list[Part] = []
-        start = 0
-        for match in re.finditer(pattern, text):
-            parts += [(text[start : match.start()], False), (self._by_character[match[0]], True)]
-            start = match.end()
-        return [*parts, (text[start:], False)]
-
-    def _replaced(self, text: str) -> str:
-        return self._control.sub(lambda match: self._by_token.get(match[0], match[0]), text)

@@ -28,7 +28,8 @@ from mlx_zh.corpus.conversation import (
     with_system,
 )
 from mlx_zh.corpus.examples import SCHEMAS, Shards
-from mlx_zh.corpus.render import Rendered, RenderedPair, Renderer
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
 from mlx_zh.errors import RefusedByTemplate

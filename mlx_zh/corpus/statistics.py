@@ -13,13 +13,13 @@ import numpy.typing as npt
 from mlx_zh.corpus.choosing import Choice, ExamRow
 from mlx_zh.corpus.examples import Conversations, Pairs
 from mlx_zh.corpus.quality.rules import RuleReport
-from mlx_zh.corpus.render import (
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import (
     CHOSEN_OVERFLOW,
     FIRST_EXCHANGE_OVERFLOW,
     OVERFLOW,
     PROMPT_OVERFLOW,
     REJECTED_OVERFLOW,
-    Renderer,
 )
 from mlx_zh.corpus.scan import Scan
 from mlx_zh.corpus.selection import SelectionReport

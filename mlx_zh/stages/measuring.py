@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zh.core.logprobs import batch_logprobs
-from mlx_zh.corpus.render import Rendered
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.speed import timed

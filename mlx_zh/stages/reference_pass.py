@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import DeviceError, PlanError
 from mlx_zh.language.notice import Notice

@@ -22,7 +22,8 @@ from mlx_zh.system.json_text import read_object
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.conversation import Conversation
-    from mlx_zh.corpus.render import Rendered, Renderer
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.corpus.rendered import Rendered
     from mlx_zh.corpus.selecting import Floats
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.training.ifd import IfdScores, Replies

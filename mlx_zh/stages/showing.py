@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.conversation import Message
-    from mlx_zh.corpus.render import Rendered, Renderer
+    from mlx_zh.corpus.render import Renderer
+    from mlx_zh.corpus.rendered import Rendered
     from mlx_zh.corpus.sources import Item
 
 Segment = tuple[str, bool]  # text, and whether it is learned

@@ -9,7 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from mlx_zh.corpus.conversation import Message
-from mlx_zh.corpus.render import Rendered, Renderer
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter

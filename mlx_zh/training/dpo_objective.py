@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlx_zh.core.logprobs import batch_logprobs
 from mlx_zh.core.losses import LOSSES, chosen_cross_entropy, length_desensitized, preference_loss, rewards
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.objective import Row, Settings, Sums, plan_share

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_zh.core.logprobs import sum_by_owner
 from mlx_zh.core.packing import PackedBatch, common_prefix_length, pack_pairs
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 
 
 def tree_tokens(pair: RenderedPair) -> int:

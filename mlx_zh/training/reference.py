@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mlx_zh.core import numbers
 from mlx_zh.core.logprobs import batch_logprobs, decoder
 from mlx_zh.core.packing import plan_rows
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import ModelError
 from mlx_zh.models.adapters.spec import AdapterSpec

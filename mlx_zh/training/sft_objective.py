@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mlx_zh.core.logprobs import batch_logprobs
 from mlx_zh.core.losses import sft_loss
 from mlx_zh.core.packing import pack_conversations
-from mlx_zh.corpus.render import Rendered
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.training.objective import Row, Settings, Sums, plan_share
 

@@ -10,14 +10,14 @@ from chat_templates import LLAMA32
 from turns import TWO_TURNS, assistant, ids, system, trained_runs, user
 
 from mlx_zh.corpus.conversation import Conversation, Preference
-from mlx_zh.corpus.render import (
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import (
     CHOSEN_OVERFLOW,
     FIRST_EXCHANGE_OVERFLOW,
     NO_REPLY,
     OVERFLOW,
     PROMPT_OVERFLOW,
     REJECTED_OVERFLOW,
-    Renderer,
 )
 from mlx_zh.errors import DataError
 

@@ -16,7 +16,8 @@ from turns import TWO_TURNS, assistant, branches, ids, system, user
 from mlx_zh.core.packing import pack_conversations
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
-from mlx_zh.corpus.render import FIRST_EXCHANGE_OVERFLOW, NOT_TRAINED, OVERFLOW, Renderer
+from mlx_zh.corpus.render import Renderer
+from mlx_zh.corpus.rendered import FIRST_EXCHANGE_OVERFLOW, NOT_TRAINED, OVERFLOW
 from mlx_zh.corpus.thinking import thinking_of
 from mlx_zh.errors import RefusedReasoning, TemplateError
 

@@ -13,7 +13,7 @@ from sentences import WARNINGS, example, fields
 
 import mlx_zh
 from mlx_zh import errors
-from mlx_zh.corpus import choosing, render, row_keys, shards
+from mlx_zh.corpus import choosing, rendered, row_keys, shards
 from mlx_zh.language.catalogue import FILES, Wording, catalogue, read
 
 PACKAGE = Path(mlx_zh.__file__).parent
@@ -94,11 +94,11 @@ def test_every_warning_is_given_somewhere() -> None:
 
 def test_every_reason_to_leave_out_a_row_has_its_chinese() -> None:
     reasons = {shards.CUT_SHORT, choosing.DUPLICATE, choosing.NEAR_DUPLICATE, choosing.IN_VALIDATION, choosing.EXAM}
-    reasons |= {choosing.NOT_PICKED, render.OVERFLOW, render.FIRST_EXCHANGE_OVERFLOW, render.NO_REPLY}
+    reasons |= {choosing.NOT_PICKED, rendered.OVERFLOW, rendered.FIRST_EXCHANGE_OVERFLOW, rendered.NO_REPLY}
     reasons |= {
-        render.PROMPT_OVERFLOW,
-        render.CHOSEN_OVERFLOW,
-        render.REJECTED_OVERFLOW,
+        rendered.PROMPT_OVERFLOW,
+        rendered.CHOSEN_OVERFLOW,
+        rendered.REJECTED_OVERFLOW,
         errors.RefusedByTemplate.reason,
         errors.RefusedTools.reason,
         errors.RefusedReasoning.reason,

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_zh.corpus.render import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Dpo

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from oracles import random_tokens
 
-from mlx_zh.corpus.render import Rendered
+from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.training.objective import Settings
 from mlx_zh.training.sft_objective import SftObjective
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from oracles import following_logprobs, random_tokens
 
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective
 from mlx_zh.training.objective import Settings

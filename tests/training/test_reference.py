@@ -15,7 +15,7 @@ from preferences import own_sums, pair, pairs, reference_of
 from tolerances import LOGPROBS
 
 from mlx_zh.core import numbers
-from mlx_zh.corpus.render import RenderedPair
+from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.errors import ModelError, StorageError
 from mlx_zh.models.adapters.layers import add_adapter, remove_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
