@@ -197,14 +197,17 @@ class ReplyWriter:
         self._added, self._control = encoder.added, encoder.control
         self._context = reasoning == "context"
 
-    def tree(self, messages: Sequence[Message], learned: Sequence[int], *, source: str = "") -> ReplyTree:
+    def tree(
+        self, messages: Sequence[Message], learned: Sequence[int], *, source: str = "", start: int = 0
+    ) -> ReplyTree:
         """The tree with the replies `learned`, which are indices of messages in rising order.
 
+        With `start` it is only looked at from that message on, because what is before it will be taken off.
         Raises TemplateError, with `source` in front, if the template does not write these replies.
         """
         prompt, last = self._written(messages, learned[-1], source)
         trunk = prompt + "".join(last)
-        turns = dict(self._turns(trunk, messages[: learned[-1]], source))
+        turns = dict(self._turns(trunk, messages[: learned[-1]], source, start))
         replies: list[Reply | Side] = []
         for question, run in groupby(learned[:-1], key=lambda k: _question_of(messages, k)):
             exchange = list(run)
@@ -222,7 +225,7 @@ class ReplyWriter:
         asked = self.template.render(messages[: question + 1], source=source)
         if not trunk.startswith(asked) or question == _question_of(messages, last):
             raise _rewritten(exchange[-1], source)
-        tree = self.tree(messages[: exchange[-1] + 1], exchange, source=source)
+        tree = self.tree(messages[: exchange[-1] + 1], exchange, source=source, start=question)
         if not tree.trunk.startswith(asked):
             raise _rewritten(exchange[-1], source)
         return Side(len(asked), tree.beyond(len(asked)))
@@ -233,14 +236,16 @@ class ReplyWriter:
         cuts = [cut for _, turn in self._turns(text, messages, source) for cut in turn.cuts()]
         return [text[a:b] for a, b in pairwise((0, *cuts, len(text)))]
 
-    def _turns(self, text: str, messages: Sequence[Message], source: str) -> Iterator[tuple[int, _Turn]]:
-        """Each reply in `messages`, by index; `text` is that of the messages and of what follows them.
+    def _turns(
+        self, text: str, messages: Sequence[Message], source: str, start: int = 0
+    ) -> Iterator[tuple[int, _Turn]]:
+        """Each reply in `messages` from `start` on, by index; `text` is that of all messages and of what follows.
 
         Rendering all that stands before every reply would take time that grows with the square of their number. So
         after the first replies most are taken from renderings of the turns next to them, whose place in the text is
         compared with the text.
         """
-        numbers = [k for k, message in enumerate(messages) if message.role == "assistant"]
+        numbers = [k for k, message in enumerate(messages) if message.role == "assistant" and k >= start]
         before: _Turn | None = None
         for number, k in enumerate(numbers):
             turn = None

@@ -549,6 +549,35 @@ def test_a_long_conversation_with_tools_is_found_without_rendering_every_prefix(
     assert sum(rendered_messages) < 64 * 3 * 2 * 64 + 2 * len(talk)
 
 
+def test_exchanges_with_reasoning_are_rendered_a_few_times_for_each_reply(
+    load: Any, with_template: Any, monkeypatch: Any
+) -> None:
+    """Each reply takes three renderings in the trunk and three in its own exchange, and an exchange three more."""
+    tokenizer = with_template("qwen3", QWEN3_TOOLS)
+    talk = [
+        message
+        for i in range(12)
+        for message in (
+            u(f"{i}？"), a("", call(f"城{i}")) | {"reasoning_content": "想"}, t(str(i), name="get_weather"),
+            a(f"{i} 度。") | {"reasoning_content": "好"},
+        )
+    ]  # fmt: skip
+    item, renderer = load({"messages": talk, "tools": TOOLS}), Renderer(tokenizer)
+    renderer.conversation(item.messages[:5])  # what the template does is known from here on
+    from mlx_zh.corpus.chat_template import ChatTemplate
+
+    rendered_messages, original = [], ChatTemplate.render
+
+    def counting(self: Any, messages: Any, **options: Any) -> str:
+        rendered_messages.append(len(messages))
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    rendered = renderer.conversation(item)
+    assert len(rendered_messages) <= 24 * 6 + 12 * 3
+    assert sorted(branches(rendered)) == sorted(replies_of(tokenizer, talk, TOOLS))
+
+
 def test_load_functions_take_rows_with_tools(write: Any) -> None:
     path = write(json.dumps(FORMS["openai"]))
     [item], _ = load_conversations(path)
