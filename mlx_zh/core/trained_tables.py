@@ -37,8 +37,8 @@ def float_weight(module: Any) -> tuple[mx.array, mx.Dtype]:
     return module.weight.astype(mx.float32), module.weight.dtype
 
 
-class TrainedEmbedding(nn.Embedding):
-    """An embedding with trained weights, which is also the output head of a tied model."""
+class _TrainedTable(nn.Module):
+    """A trained float32 copy of the weights (V, D) of a module, which it stands in for."""
 
     def __init__(self, base: Any) -> None:
         nn.Module.__init__(self)
@@ -49,29 +49,24 @@ class TrainedEmbedding(nn.Embedding):
     def base(self) -> Any:
         """The module that it stands in for, unchanged."""
         return self._kept.module
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The logits (T, V) of hidden states (T, D)."""
+        return x @ self.weight.astype(x.dtype).T
+
+
+class TrainedEmbedding(_TrainedTable, nn.Embedding):
+    """An embedding with trained weights, which is also the output head of a tied model."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.weight[x].astype(self._kept.dtype)  # (T,) -> (T, D)
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T  # (T, D) -> (T, V)
 
-
-class TrainedHead(nn.Linear):
+class TrainedHead(_TrainedTable, nn.Linear):
     """An output head without bias, with trained weights."""
 
-    def __init__(self, base: Any) -> None:
-        nn.Module.__init__(self)
-        self.weight, dtype = float_weight(base)
-        self._kept = _Kept(base, dtype)
-
-    @property
-    def base(self) -> Any:
-        """The module that it stands in for, unchanged."""
-        return self._kept.module
-
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T  # (T, D) -> (T, V)
+        return self.as_linear(x)
 
 
 TRAINED_TABLES = (TrainedEmbedding, TrainedHead)
