@@ -87,8 +87,9 @@ def queries(metal: Watchman) -> set[int]:
         ({}, ["model.dtype=bfloat16", "sft.neftune_alpha=5"]),
         ({}, ["model.dtype=float16", "memory.checkpoint_layers=true"]),
         ({"family": "qwen3", "tied": True}, []),
+        ({}, ["lora.modules_to_save=[embed_tokens, lm_head]", "memory.checkpoint_layers=true"]),
     ],
-    ids=["answers", "4-bit", "dora", "bfloat16", "float16", "qwen3"],
+    ids=["answers", "4-bit", "dora", "bfloat16", "float16", "qwen3", "tables"],
 )
 def test_sft(
     on_metal: Project, metal: Watchman, model_folder: Any, model: dict[str, Any], settings: list[str]

@@ -253,6 +253,7 @@ def token_logprobs(
     if _has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
+        hidden = mx.stop_gradient(hidden)  # of one chunk too: no gradient flows through several
         return _one_by_one(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
 
     @mx.custom_function
