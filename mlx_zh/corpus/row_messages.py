@@ -10,6 +10,7 @@ from typing import Any
 from mlx_zh.corpus.conversation import Document, Message
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import check_text, is_trained, reasoning_in
+from mlx_zh.corpus.thinking import with_reasoning_apart
 from mlx_zh.corpus.tools import (
     CALL_ROLES,
     RESULT_ROLES,
@@ -91,7 +92,10 @@ def message_of(value: Any, label: str) -> Message:
     reasoning = reasoning_of(value, label)
     if reasoning and ROLES[role.lower()] != "assistant":
         raise InvalidRow("separate reasoning", f"{label}: only a reply can have reasoning, got it in {role}")
-    return Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning, calls)
+    message = Message(ROLES[role.lower()], _as_text(said, f"{label}: '{keys[1]}'"), trained, reasoning, calls)
+    if reasoning and with_reasoning_apart(replace(message, reasoning="")).reasoning not in ("", reasoning.strip()):
+        raise InvalidRow("two reasonings", f"{label}: the text begins with other reasoning than that beside it")
+    return message
 
 
 def reasoning_of(values: Mapping[str, Any], label: str) -> str:

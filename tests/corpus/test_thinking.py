@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from turns import TWO_TURNS, assistant, branches, ids, system, user
 from mlx_zh.core.packing import pack_conversations
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
+from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rendered import FIRST_EXCHANGE_OVERFLOW, NOT_TRAINED, OVERFLOW
 from mlx_zh.corpus.thinking import thinking_of
-from mlx_zh.errors import RefusedReasoning, TemplateError
+from mlx_zh.errors import DataError, RefusedReasoning, TemplateError
 
 
 def thoughtful(content: str, reasoning: str) -> Message:
@@ -301,3 +304,18 @@ def test_a_tree_scores_each_reply_after_its_own_prompt(tokenizer):
         (prompt + reply[:n], reply[n]) for prompt, reply in expected_off(tokenizer) for n in range(len(reply))
     ]
     assert list(zip(seen, targets, strict=True)) == reference
+
+
+@pytest.mark.parametrize(
+    ("beside", "refused"), [("甲", False), (" 甲\n", False), ("乙", True)], ids=["equal", "but for blanks", "other"]
+)
+def test_reasoning_in_the_text_and_beside_it_must_be_the_same(tmp_path: Path, beside: str, refused: bool) -> None:
+    """Only one of them could be learned, and the other would be lost."""
+    reply = {"role": "assistant", "content": "<think>甲</think>\n\n答", "reasoning_content": beside}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "问"}, reply]}, ensure_ascii=False))
+    if refused:
+        with pytest.raises(DataError, match=r"d\.jsonl:1: .messages.\[1\]: the text begins with other reasoning"):
+            load_conversations(path)
+    else:
+        load_conversations(path)
