@@ -107,7 +107,7 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, renderer: Renderer, secon
     report = corpus.manifest["report"]
     train, held_out, exams = report["train"], report["validation"], report["exam_questions"]
     planned = training_tokens(recipe, name, report)
-    per_character = report["tokens_per_chinese_character"]
+    per_character, took = report["tokens_per_chinese_character"], console.duration(seconds)
     lines = [
         ("examples", f"{train['examples']:,} to learn from, {held_out['examples'] if held_out else 0:,} to validate"),
         ("length", f"median {train['median']}, 95 % below {train['p95']}, longest {train['longest']} tokens"),
@@ -117,7 +117,7 @@ def _report(recipe: Recipe, name: str, corpus: Corpus, renderer: Renderer, secon
         ("over-long", f"{report['over_long']:,} rows ({report['over_long_share']:.1%}) dropped or cut short"),
         ("tokens per Chinese character", "no Chinese" if per_character is None else f"{per_character:.2f}"),
         ("exam questions", _exam_line(exams, len(report["exam_rows"]))),
-        ("data", f"{corpus.folder} ({'found' if corpus.ready else 'made'} in {console.duration(seconds)})"),
+        ("data", f"{corpus.folder} (found in {took})" if corpus.ready else f"{corpus.folder} (made in {took})"),
     ]
     console.say(console.table(lines))
     if renderer.thinking.way is not None or not is_default(recipe):

@@ -23,6 +23,7 @@ from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.exams.archives import benchmark_folder
 from mlx_zh.exams.catalog import benchmark
 from mlx_zh.language.notice import Notice
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.recipe import DataSet, Recipe, Source, placeholders
 from mlx_zh.stages.row_scores import ModelScorer, scorer_of
 from mlx_zh.stages.run_folder import RunFolder
@@ -170,9 +171,9 @@ def source_lines(report: CorpusReport, unit: str) -> list[str]:
     lines = []
     for source in report["sources"]:
         train, held_out = source["train"], source["validation"]
-        notes = [f"{count} {reason}" for reason, count in source["dropped"].items()]
-        notes += [f"{source['cut_short']} cut short"] if source["cut_short"] else []
-        notes += [f"{held_out} of them for validation"] if train and held_out else []
+        notes = [f"{count} {in_readers_language(reason)}" for reason, count in source["dropped"].items()]
+        notes += [f"{source['cut_short']} {in_readers_language('cut short')}"] if source["cut_short"] else []
+        notes += [in_readers_language(f"{held_out} of them for validation")] if train and held_out else []
         lines.append(f"{source['name']}: {train + held_out} {unit}" + (f" ({', '.join(notes)})" if notes else ""))
     return lines
 

@@ -88,9 +88,6 @@ class ModelScorer:
                     self._compute(scores, rows)
                 values.append(scores.ifd(rows))
                 bar.update(len(batch))
-        except KeyboardInterrupt:
-            console.say("Stopped; the scores computed so far are kept.")
-            raise
         finally:
             bar.close()
             self._loaded = None
