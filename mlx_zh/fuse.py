@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.stages.run_folder import RunFolder
 
     recipe = decided(recipe)
+    if arguments.recover:
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"recover": True})})
     with RunFolder.of(recipe).at_work("fuse"):
         _fuse(recipe, arguments)
     return 0
@@ -74,6 +76,11 @@ def _parser() -> Parser:
         metavar="MODEL",
         help="full-precision original of a quantized base: merge into it, then quantize once (default: export.from)",
     )
+    parser.add_argument(
+        "--recover",
+        action="store_true",
+        help="mlx in few bits: round so that the tuning is kept, which takes minutes (= export.recover=true)",
+    )
     parser.add_argument("--no-measure", action="store_true", help="do not compare the result with base + adapter")
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload; with several formats, each name ends in its format"
@@ -105,6 +112,8 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
         yardstick = measure_tuned(fuser.recipe, fuser.fusion.adapter.folder)
     written = []
     for kind in formats:
+        if kind == "mlx" and fuser.export.recover:
+            _ = fuser.recovered  # with a bar of its own
         total = len(fuser.fusion.source.outline.shapes) if kind != "peft" else 1
         bar = console.CountBar(kind, total, "tensor")
         try:
@@ -132,6 +141,11 @@ def _conclude(fuser: Fuser, written: list[Written]) -> None:
             f"measured from it, in nats per token; tuning moved the base by {fidelity.moved:.4f}."
         )
     for w in written:
+        if recovered := w.result.recovered:
+            console.say(
+                f"{w.kind}: recovered in {recovered.seconds / 60:.1f} minutes over {recovered.tokens} tokens, with "
+                f"{recovered.memory_gb:.1f} GB of MLX's memory at the peak."
+            )
         _say_llama_cpp(w)
         if w.assessment.unmeasured:
             console.warn(Notice("fused-not-compared", format=w.kind, reason=w.assessment.unmeasured))
@@ -162,7 +176,8 @@ def _remedy(fuser: Fuser, written: Written) -> str:
         return ""
     bits = next(b for b in (6, 8, 16) if b > (written.result.bits or 0))
     original = "" if fuser.fusion.original else ", or merge into the full-precision original with --from MODEL"
-    return f" Write it with export.bits={bits}{original}; base and adapter used side by side lose nothing."
+    recover = "" if fuser.export.recover else " With export.recover=true, few bits keep the tuning."
+    return f" Write it with export.bits={bits}{original}; base and adapter used side by side lose nothing.{recover}"
 
 
 if __name__ == "__main__":

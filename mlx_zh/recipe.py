@@ -546,6 +546,7 @@ class Export(Section):
 
     formats: Annotated[tuple[Literal["mlx", "hf", "gguf", "peft"], ...], Field(min_length=1)] = ("mlx",)
     bits: Literal["auto", 4, 6, 8, 16] = "auto"
+    recover: bool = False  # mlx: round so that the model's outputs stay, and not each weight for itself
     group_size: Literal[32, 64, 128] | None = None
     gguf_type: Literal["f16", "q8_0"] = "q8_0"
     max_shard_gb: PositiveFloat = 5.0

@@ -280,3 +280,33 @@ def test_a_link_in_the_base_is_refused_and_nothing_is_written(project, run, name
     result = run("--no-measure", "model.path=evil")
     assert result.status == 2 and f"evil/{name} is a link out of the folder, to " in result.err
     assert not FUSED.exists()
+
+
+def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder):
+    recipe = (f"model.path={model_folder(quantized=4)}", "name=packed")
+    project.train(recipe[0], name="packed")
+    folder = Path("runs/packed/fused")
+
+    def told(*arguments):
+        result = run(*recipe, "export.bits=4", *arguments)
+        assert result.status == 0, result
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["mlx"], result.out
+
+    (plain, _), (recovered, out) = told(), told("--recover")
+    assert recovered["fidelity"]["kl"] < 0.5 * plain["fidelity"]["kl"]
+    assert recovered["detail"] == "4-bit, recovered" and recovered["recovered"]["tokens"] > 300
+    assert "recovered in" in out and plain["recovered"] is None
+    assert "rounded together" in (folder / "mlx" / "README.md").read_text(encoding="utf-8")
+    assert files(folder) == ["mlx", "summary.json"]  # the finished blocks are gone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export.bits=16"], "with 16 bits nothing is lost"),
+        (["export.formats=[hf]"], "export.formats does not name it"),
+    ],
+)
+def test_recover_without_anything_to_recover_is_refused(run, arguments, said):
+    result = run("--recover", *arguments)
+    assert result.status != 0 and said in result.err and not FUSED.exists()

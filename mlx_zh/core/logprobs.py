@@ -168,12 +168,16 @@ def _block(
     past: KeysValues | None = None,
     cache: list[KeysValues] | None = None,
 ) -> mx.array:
-    hidden = hidden + _attention(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
+    hidden = hidden + attention_output(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def _attention(
-    attention: Any, x: mx.array, batch: PackedBatch, past: KeysValues | None, cache: list[KeysValues] | None
+def attention_output(
+    attention: Any,
+    x: mx.array,
+    batch: PackedBatch,
+    past: KeysValues | None = None,
+    cache: list[KeysValues] | None = None,
 ) -> mx.array:
     """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
 

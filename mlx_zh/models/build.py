@@ -47,7 +47,7 @@ def build_model(
     import mlx.core as mx
 
     _resolve_config(config, weights, source)
-    model = _lazy_model(config, weights, source)
+    model = lazy_model(config, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -104,7 +104,7 @@ def outline(config: Config, weights: Weights, source: str, *, quantize: tuple[in
     from mlx.utils import tree_flatten
 
     _resolve_config(config, weights, source)
-    model = _lazy_model(config, weights, source)
+    model = lazy_model(config, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -138,7 +138,7 @@ def _resolve_config(config: Config, weights: Weights, source: str) -> None:
         )
 
 
-def _lazy_model(config: Config, weights: Weights, source: str) -> Any:
+def lazy_model(config: Config, weights: Weights, source: str) -> Any:
     """The model with lazy random parameters, which take no memory before they are evaluated."""
     layers = config.get("num_hidden_layers")
     # A layer takes memory before its tensors are compared, so there must be at least enough of them.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from os.path import expanduser
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_zh.errors import AdapterError
+from mlx_zh.errors import AdapterError, DeviceError, RecipeError
 from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
@@ -20,16 +21,18 @@ from mlx_zh.models.export.fidelity import Distance
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
+from mlx_zh.models.export.recover import Recovery, needed_bytes
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages.calibration import calibration_rows
 from mlx_zh.stages.current_models import adapter_digest, current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
 from mlx_zh.system.json_text import load_json
-from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
+from mlx_zh.system.storage import empty, folder_whole, need_space, remove, write_text
 
 _CONFIGS = 40_000_000  # bytes; an upper estimate for the tokenizer and other small files
 
@@ -59,6 +62,7 @@ class Result:
     survivals: list[Survival]  # what is left of the adapter's change to each matrix
     model: Path | None  # the folder or file that can be loaded; None for an adapter
     warnings: tuple[Notice, ...] = ()  # on what could not be written
+    recovered: card.Recovered | None = None  # how the tuning was kept
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,18 @@ class Written:
             measured.fidelity,
             measured.warnings,
             measured.llama_cpp,
+            self.result.recovered,
         )
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for summary.json: each notice as its English sentence and as its code."""
-        about = {"detail": self.result.detail, "bits": self.result.bits, "folder": str(self.folder)}
+        recovered = self.result.recovered
+        about: dict[str, object] = {
+            "detail": self.result.detail,
+            "bits": self.result.bits,
+            "folder": str(self.folder),
+        }
+        about["recovered"] = None if recovered is None else asdict(recovered)
         reason = self.assessment.unmeasured
         codes = {
             "unmeasured_code": reason and reason.as_dict(),
@@ -154,8 +165,12 @@ class Fuser:
     @cached_property
     def mlx_layouts(self) -> list[tuple[Layout, int]]:
         """The layouts of `mlx` to try in turn, with their bits; several only if `bits` is auto."""
-        chosen, group = self.export.bits, self.export.group_size
-        if chosen == "auto":
+        group = self.export.group_size
+        chosen: str | int = self.export.bits
+        if chosen == "auto" and self.export.recover:
+            few = bits.base_bits(self.fusion)
+            chosen = few if few in bits.CHOICES else min(bits.CHOICES)
+        if not isinstance(chosen, int):
             return bits.candidate_layouts(self.fusion, group)
         if chosen == 16:
             return [(full_layout(self.fusion, self.fusion.source.dtype), 16)]
@@ -181,7 +196,21 @@ class Fuser:
         return sum(entry.size for entry in layout.entries()) + _CONFIGS
 
     def check(self) -> None:
-        """Check before writing. Raises AdapterError for PEFT of a full fine-tuning, StorageError for no space."""
+        """Check before writing.
+
+        Raises AdapterError for PEFT of a full fine-tuning, RecipeError if there is nothing to recover, StorageError
+        for no space.
+        """
+        if self.export.recover and "mlx" not in self.export.formats:
+            raise RecipeError(
+                "export.recover is for the format mlx, and export.formats does not name it: write `export.formats: "
+                "[mlx]`. A GGUF file of 8 or 16 bits, and hf, keep the tuning without it."
+            )
+        if self.export.recover and self.export.bits == 16:
+            raise RecipeError(
+                "export.recover is for a model that is quantized, and export.bits is 16: with 16 bits nothing is "
+                "lost. Leave one of them out, or write export.bits=4."
+            )
         if "peft" in self.export.formats and self.fusion.adapter.spec.kind == "full":
             raise AdapterError(
                 "export.formats: a full fine-tuning has no adapter, so `peft` cannot be written; use hf."
@@ -214,6 +243,8 @@ class Fuser:
             written = Written(kind, self.folder / kind, result, assessment)
             missing = licences.write_licence_files(folder, self.licence, self.fusion.base, self.fusion.original)
             write_text(folder / "README.md", card.model_card(self.run_facts(missing), written.format_facts))
+        if result.recovered is not None:
+            remove(self.run.recovering)
         return written
 
     def _assess(self, folder: Path, result: Result, yardstick: Yardstick | None) -> Assessment:
@@ -233,8 +264,44 @@ class Fuser:
 
     def _write_mlx(self, folder: Path, step: Callable[[], None]) -> Result:
         layout, number = self.mlx_layouts[0]
+        detail = f"{number}-bit" if number < 16 else _type_name(layout.dtype)
+        recovered = None
+        if self.export.recover:
+            layout, recovered = self.recovered
+            detail += ", recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
-        return Result(f"{number}-bit" if number < 16 else _type_name(layout.dtype), number, survivals, folder)
+        return Result(detail, number, survivals, folder, recovered=recovered)
+
+    @cached_property
+    def recovered(self) -> tuple[Layout, card.Recovered]:
+        """The layout of `mlx` with codes that keep the tuning; the first call computes them, with a progress bar.
+
+        Raises DataError without text, DeviceError without memory, StorageError.
+        """
+        layout, _ = self.mlx_layouts[0]
+        text = calibration_rows(self.recipe, self.fusion.base.tokenizer)
+        recovery = Recovery(layout, text, self.run.recovering)
+        mx.clear_cache()
+        needed, free = needed_bytes(self.fusion.source.outline.shapes, recovery.tokens), device.free_bytes()
+        if needed > free:
+            raise DeviceError(
+                f"export.recover needs {needed / 1e9:.1f} GB of memory for this model, and {free / 1e9:.1f} GB are "
+                "free. Close other programs, or write the model with export.bits=8 and without export.recover."
+            )
+        blocks = int(self.fusion.source.config["num_hidden_layers"])
+        console.say(
+            f"Rounding block by block over {recovery.tokens} tokens of the training data; finished blocks are kept, "
+            "so the same command goes on after an interruption ..."
+        )
+        bar = console.CountBar("recover", blocks, "block")
+        mx.reset_peak_memory()
+        start = time.monotonic()
+        try:
+            chosen = recovery.run(adapter_digest(self.fusion.adapter.folder), partial(bar.update, 1))
+        finally:
+            bar.close()
+        seconds = time.monotonic() - start
+        return chosen, card.Recovered(recovery.tokens, seconds, mx.get_peak_memory() / 1e9)
 
     def _write_hf(self, folder: Path, step: Callable[[], None]) -> Result:
         survivals = write_folder(folder, self.hf_layout, max_bytes=self._max_bytes, kind="pt", step=step)

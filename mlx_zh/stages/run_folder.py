@@ -71,6 +71,7 @@ class RunFolder:
         self.exams = path / "eval"
         self.fused = path / "fused"
         self.fused_summary = self.fused / "summary.json"
+        self.recovering = self.fused / ".recover"  # finished blocks of a recovery
         self.page = path / "report.html"
         self.text = path / "report.md"
         self.plots = path / "plots"

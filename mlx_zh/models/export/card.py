@@ -53,6 +53,15 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """How a quantized model was adjusted to base + adapter. The names of the fields are keys of summary.json."""
+
+    tokens: int  # of training text
+    seconds: float  # that it took this time; blocks of an interrupted run are not counted
+    memory_gb: float  # the peak of MLX's memory
+
+
+@dataclass(frozen=True)
 class FormatFacts:
     """What a card says about one exported format."""
 
@@ -63,6 +72,7 @@ class FormatFacts:
     fidelity: Fidelity | None = None
     warnings: Sequence[str] = field(default_factory=list)
     llama_cpp: Distance | None = None  # of a GGUF file, as llama.cpp computes it
+    recovered: Recovered | None = None
 
 
 def model_card(run: RunFacts, exported: FormatFacts) -> str:
@@ -130,6 +140,11 @@ def fidelity_text(exported: FormatFacts) -> str:
         sentences.append(
             "This is the fidelity of the weights alone. On a CPU and with CUDA, llama.cpp also rounds the "
             f"activations to 8 bits, which moves the predictions by a KL of about {USUAL_KL}."
+        )
+    if recovered := exported.recovered:
+        sentences.append(
+            f"The matrices were rounded together, for {recovered.tokens} tokens of the training data, so that their "
+            "errors cancel in the outputs of base + adapter (GPTQ)."
         )
     if left := exported.left:
         sentences.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,12 @@ class Layout:
     dtype: mx.Dtype  # of every tensor that is not quantized, and of scales and biases
     packing: dict[str, Form] = field(default_factory=dict)  # quantized module -> its format
     kept: frozenset[str] = frozenset()  # quantized modules whose codes are copied from the source
+    chosen: frozenset[str] = frozenset()  # quantized modules whose codes `codes` has
+    codes: Callable[[str], list[mx.array]] | None = None  # the arrays of one of them, as `pack` gives them
+
+    def with_codes(self, paths: frozenset[str], codes: Callable[[str], list[mx.array]]) -> Layout:
+        """The same layout, in which the modules `paths` are not rounded but have what `codes` returns for them."""
+        return replace(self, chosen=paths, codes=codes)
 
     def entries(self) -> list[Entry]:
         """The tensors to be written, in order."""
@@ -75,7 +81,8 @@ class Layout:
                 watch(tensor, written.astype(mx.float32))
                 yield written
             else:
-                packed = pack(tensor.value, form, self.dtype)
+                chosen = self.codes if path in self.chosen else None
+                packed = chosen(path) if chosen else pack(tensor.value, form, self.dtype)
                 watch(tensor, unpack(packed, form))
                 yield from packed
 

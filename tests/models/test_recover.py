@@ -1,0 +1,188 @@
+"""A quantized model that keeps its tuning: against plain rounding, an independent GPTQ, and mlx-lm's loader."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_models import logits
+from tuned import make_tuned
+
+from mlx_zh.core.packing import pack_conversations
+from mlx_zh.models.adapters.files import load_adapter
+from mlx_zh.models.export import fidelity
+from mlx_zh.models.export.folder_files import pack, packed_layout, unpack
+from mlx_zh.models.export.folder_files import write_folder as write_fused
+from mlx_zh.models.export.recover import Recovery, needed_bytes
+from mlx_zh.models.export.rounding import Grid, Moments, compensated, packed_codes
+from mlx_zh.models.load import load_model
+
+FORM = {"group_size": 32, "bits": 4, "mode": "affine"}
+TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+
+
+def text(seed: int, count: int):
+    """Rows of random tokens, all scored."""
+    rng = np.random.default_rng(seed)
+    examples = [(rng.integers(3, 280, size=100).astype(np.int32), np.ones(100, bool)) for _ in range(count)]
+    return tuple(pack_conversations([example]) for example in examples)
+
+
+def inputs(seed: int = 0, columns: int = 64):
+    """Correlated inputs (T, in) of the exact model and of the rounded one, as their layers before leave them."""
+    rng = np.random.default_rng(seed)
+    exact = rng.normal(size=(400, columns)) @ rng.normal(size=(columns, columns))
+    actual = exact + 0.3 * rng.normal(size=exact.shape) @ rng.normal(size=(columns, columns))
+    return (mx.array(x.astype(np.float32)) for x in (exact, actual))
+
+
+def reference(weight, exact, actual, scales, biases, group, damping=0.01):
+    """GPTQ as its paper derives it, in float64: the inverse is downdated after every column, no Cholesky factor."""
+    squares = actual.T @ actual
+    squares += damping * np.mean(np.diag(squares)) * np.eye(len(squares))
+    inverse = np.linalg.inv(squares)
+    weight = weight + weight @ ((exact - actual).T @ actual) @ inverse
+    codes = np.zeros_like(weight)
+    for column in range(weight.shape[1]):
+        scale, bias = scales[:, column // group], biases[:, column // group]
+        codes[:, column] = np.clip(np.round((weight[:, column] - bias) / scale), 0, 15)
+        error = (weight[:, column] - (scale * codes[:, column] + bias)) / inverse[column, column]
+        weight = weight - np.outer(error, inverse[column])
+        inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    return codes
+
+
+def test_codes_are_those_of_the_paper():
+    exact, actual = inputs()
+    weight = mx.random.normal((16, 64), key=mx.random.key(1))
+    _, scales, biases = pack(weight, FORM, mx.float32)
+    made = compensated(weight, Moments.of(exact, actual), FORM, mx.float32, Grid(scales, biases))
+    codes = mx.dequantize(made[0], mx.ones_like(scales), mx.zeros_like(biases), **FORM)
+    wide = (np.array(a, dtype=np.float64) for a in (weight, exact, actual, scales, biases))
+    expected = reference(*wide, 32)
+    # In float32 a value may lie on the other side of a rounding boundary, and all columns after it follow.
+    assert (np.array(codes) == expected).mean() > 0.98
+    assert (made[1] == scales).all() and (made[2] == biases).all()
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_are_packed_as_mlx_packs_them(bits):
+    form = FORM | {"bits": bits}
+    packed, scales, biases = pack(mx.random.normal((8, 96)), form, mx.float32)
+    codes = mx.dequantize(packed, mx.ones_like(scales), mx.zeros_like(biases), **form)
+    assert float(codes.max()) == 2**bits - 1 and float(codes.min()) == 0
+    assert (packed_codes(codes, bits) == packed).all()
+
+
+def test_outputs_are_closer_than_after_plain_rounding():
+    exact, actual = inputs()
+    weight = mx.random.normal((16, 64), key=mx.random.key(1))
+    made = compensated(weight, Moments.of(exact, actual), FORM, mx.float32, None)
+
+    def error(parts):
+        return float(mx.square(actual @ unpack(parts, FORM).T - exact @ weight.T).sum())
+
+    assert error(made) < 0.6 * error(pack(weight, FORM, mx.float32))
+
+
+def test_equal_weights_and_unseen_inputs_do_not_break_it():
+    weight = mx.concatenate([mx.zeros((4, 32)), mx.random.normal((4, 32), key=mx.random.key(1))], axis=1)
+    seen = mx.concatenate([mx.random.normal((50, 32)), mx.zeros((50, 32))], axis=1)
+    for x in (seen, mx.zeros((50, 64))):
+        made = unpack(compensated(weight, Moments.of(x, x), FORM, mx.float32, None), FORM)
+        assert (made[:, :32] == 0).all()
+        np.testing.assert_allclose(made[:, 32:], weight[:, 32:], atol=0.3)  # half a step of a 4-bit grid of 5 sigma
+
+
+class Tuned:
+    """A tuned model with a 4-bit base, and its predictions on text that no recovery sees."""
+
+    def __init__(self, folder, family="llama", **options):
+        options = {"size": 0.02, "hidden_size": 64, "intermediate_size": 128} | options
+        made = make_tuned(folder, family, quantize=(4, 32), targets=TARGETS, **options)
+        self.fusion, self.folder = made.fusion(quantize=(4, 32)), folder
+        self.layout = packed_layout(self.fusion, 4, 32)
+        self.held_out = fidelity.HeldOut(text(9, 4))
+        loaded = load_model(str(made.base), quantize=(4, 32))
+        load_adapter(loaded.model, made.adapter)
+        loaded.model.eval()
+        self.expected = self.held_out.predictions(loaded.model)
+
+    def recovery(self, work="work"):
+        return Recovery(self.layout, text(8, 30), self.folder / work)
+
+    def written(self, name, layout):
+        (self.folder / name).mkdir()
+        write_fused(self.folder / name, layout, max_bytes=10**9, kind="mlx")
+        return self.folder / name
+
+    def kl(self, folder):
+        found = self.held_out.predictions(load_model(str(folder)).model)
+        return fidelity.distance(self.expected, found, self.held_out.targets).kl
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "lora"), ("qwen3", "lora"), ("qwen2", "dora")])
+def test_a_recovered_model_is_nearer_to_the_tuned_one(tmp_path, family, kind):
+    tuned = Tuned(tmp_path, family, kind=kind)
+    plain = tuned.kl(tuned.written("plain", tuned.layout))
+    recovered = tuned.kl(tuned.written("recovered", tuned.recovery().run("a", lambda: None)))
+    assert recovered < 0.5 * plain
+
+
+def test_what_the_adapter_leaves_alone_keeps_its_codes_and_grids_stay(tmp_path):
+    tuned = Tuned(tmp_path)
+    folder = tuned.written("fused", tuned.recovery().run("a", lambda: None))
+    written, base = mx.load(str(folder / "model.safetensors")), tuned.fusion.base.stored()
+    for path in tuned.fusion.untouched:
+        assert (written[f"{path}.weight"] == base[f"{path}.weight"]).all()
+    assert len(tuned.fusion.untouched) == 2 * (7 - len(TARGETS)) + 2  # of two blocks, and both tables
+    path = "model.layers.1.mlp.up_proj"
+    assert (written[f"{path}.weight"] != base[f"{path}.weight"]).any()
+    assert (written[f"{path}.scales"] == base[f"{path}.scales"].astype(mx.bfloat16)).all()
+
+
+def test_mlx_lm_loads_it_and_predicts_the_same(tmp_path):
+    from mlx_lm import load
+
+    tuned = Tuned(tmp_path)
+    folder = tuned.written("fused", tuned.recovery().run("a", lambda: None))
+    theirs, _ = load(str(folder))
+    np.testing.assert_allclose(logits(theirs), logits(load_model(str(folder), dtype="bfloat16").model), atol=1e-3)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_after_a_kill_the_finished_blocks_are_taken_and_the_bytes_are_the_same(tmp_path, monkeypatch, damaged):
+    tuned = Tuned(tmp_path)
+    whole = tuned.written("whole", tuned.recovery("other").run("a", lambda: None))
+
+    def killed():
+        raise Killed
+
+    with pytest.raises(Killed):
+        tuned.recovery().run("a", killed)
+    first = tmp_path / "work" / "block-000.safetensors"
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == [first.name, "key.json"]
+    if damaged:
+        first.write_bytes(first.read_bytes()[:200])
+    rounded = []
+    monkeypatch.setattr("mlx_zh.models.export.recover.compensated", lambda *a: rounded.append(1) or compensated(*a))
+    again = tuned.written("again", tuned.recovery().run("a", lambda: None))
+    assert len(rounded) == len(TARGETS) * (2 if damaged else 1)
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    tuned.recovery().run("another adapter", lambda: None)
+    assert len(rounded) == len(TARGETS) * (4 if damaged else 3)
+
+
+def test_the_memory_for_an_8b_model_leaves_room_on_a_mac_of_16_gb():
+    """Llama 3.1 8B: 5 x 14336^2 floats for down_proj's moments are 4.1 GB, the rest is 4 GB more."""
+    shapes = {"model.embed_tokens.weight": (128256, 4096)}
+    block = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
+    shapes |= {f"model.layers.0.self_attn.{name}.weight": shape for name, shape in block.items()}
+    shapes |= {f"model.layers.0.mlp.{name}_proj.weight": (14336, 4096) for name in ("gate", "up")}
+    shapes["model.layers.0.mlp.down_proj.weight"] = (4096, 14336)
+    needed = needed_bytes(shapes, 8192)
+    assert 6e9 < needed < 10.5e9  # macOS lets MLX use two thirds of 16 GB
