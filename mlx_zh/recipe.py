@@ -545,7 +545,8 @@ class Export(Section):
     """The files that `mlx-zh fuse` writes from the trained model."""
 
     formats: Annotated[tuple[Literal["mlx", "hf", "gguf", "peft"], ...], Field(min_length=1)] = ("mlx",)
-    bits: Literal["auto", 4, 6, 8, 16] = "auto"
+    bits: Literal["auto", "mixed", 4, 6, 8, 16] = "auto"
+    size_gb: PositiveFloat | None = None  # of mixed bits: the most that the model may take; None: as with 5 bits
     recover: bool = False  # mlx: round so that the model's outputs stay, and not each weight for itself
     group_size: Literal[32, 64, 128] | None = None
     gguf_type: Literal["f16", "q8_0"] = "q8_0"

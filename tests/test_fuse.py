@@ -310,3 +310,17 @@ def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder):
 def test_recover_without_anything_to_recover_is_refused(run, arguments, said):
     result = run("--recover", *arguments)
     assert result.status != 0 and said in result.err and not FUSED.exists()
+
+
+def test_mixed_bits_are_chosen_within_a_size(project, run, model_folder):
+    recipe = (f"model.path={model_folder(quantized=4)}", "name=packed")
+    project.train(recipe[0], name="packed")
+    result = run(*recipe, "export.bits=mixed")
+    assert result.status == 0, result
+    told = json.loads(Path("runs/packed/fused/summary.json").read_text(encoding="utf-8"))["mlx"]
+    assert told["detail"].startswith("mixed, ") and 4 < float(told["detail"][7:10]) < 8
+    described = json.loads(Path("runs/packed/fused/mlx/config.json").read_text(encoding="utf-8"))["quantization"]
+    assert {4} < {described["bits"], *(m["bits"] for m in described.values() if isinstance(m, dict))}
+    for wrong in (["export.bits=mixed", "export.size_gb=0.001"], ["export.bits=8", "export.size_gb=1"]):
+        result = run(*recipe, *wrong)
+        assert result.status != 0 and "export.size_gb" in result.err

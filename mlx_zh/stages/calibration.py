@@ -30,8 +30,8 @@ def calibration_rows(recipe: Recipe, tokenizer: Any) -> tuple[PackedBatch, ...]:
     examples: Sequence[Example] = list(islice(_training(recipe, renderer), _ENOUGH))
     if not examples:
         raise DataError(
-            "export.recover needs text that the adapter was trained on: give the recipe data.sft.train or "
-            "data.dpo.train, or write the model with export.bits=8 and without export.recover."
+            "export.recover and mixed bits need text that the adapter was trained on: give the recipe data.sft.train "
+            "or data.dpo.train, or write the model with export.bits=8 and without export.recover."
         )
     row_tokens = min(recipe.memory.micro_tokens, _LARGEST_ROW)
     return held_out(examples, max_tokens=_TOKENS, row_tokens=row_tokens).rows

@@ -21,7 +21,7 @@ from mlx_zh.models.export.fidelity import Distance
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
-from mlx_zh.models.export.recover import Recovery, needed_bytes
+from mlx_zh.models.export.recover import Recovery, needed_bytes, rounding_errors
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
@@ -34,6 +34,7 @@ from mlx_zh.system import console, device
 from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import empty, folder_whole, need_space, remove, write_text
 
+_MIXED = 6  # stands for the bits of a model with several
 _CONFIGS = 40_000_000  # bytes; an upper estimate for the tokenizer and other small files
 
 
@@ -170,6 +171,8 @@ class Fuser:
         if chosen == "auto" and self.export.recover:
             few = bits.base_bits(self.fusion)
             chosen = few if few in bits.CHOICES else min(bits.CHOICES)
+        if chosen == "mixed":
+            return [(self._mixed_layout(), _MIXED)]
         if not isinstance(chosen, int):
             return bits.candidate_layouts(self.fusion, group)
         if chosen == 16:
@@ -205,6 +208,11 @@ class Fuser:
             raise RecipeError(
                 "export.recover is for the format mlx, and export.formats does not name it: write `export.formats: "
                 "[mlx]`. A GGUF file of 8 or 16 bits, and hf, keep the tuning without it."
+            )
+        if self.export.size_gb is not None and self.export.bits != "mixed":
+            raise RecipeError(
+                f"export.size_gb limits mixed bits, and export.bits is {self.export.bits}. Write export.bits=mixed, "
+                "or leave out export.size_gb."
             )
         if self.export.recover and self.export.bits == 16:
             raise RecipeError(
@@ -265,12 +273,46 @@ class Fuser:
     def _write_mlx(self, folder: Path, step: Callable[[], None]) -> Result:
         layout, number = self.mlx_layouts[0]
         detail = f"{number}-bit" if number < 16 else _type_name(layout.dtype)
+        if self.export.bits == "mixed":
+            detail = f"mixed, {bits.mean_bits(layout):.1f}-bit"
         recovered = None
         if self.export.recover:
             layout, recovered = self.recovered
             detail += ", recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
         return Result(detail, number, survivals, folder, recovered=recovered)
+
+    def _mixed_layout(self) -> Layout:
+        """More bits where rounding hurts most. Raises RecipeError if not even the fewest bits fit into `size_gb`."""
+        group = self.export.group_size
+        least, more = (packed_layout(self.fusion, n, group, at_least=True) for n in bits.CHOICES[:2])
+        sizes = [sum(entry.size for entry in layout.entries()) for layout in (least, more)]
+        limit = sum(sizes) // 2 if self.export.size_gb is None else int(self.export.size_gb * 1e9) - _CONFIGS
+        if limit < sizes[0]:
+            raise RecipeError(
+                f"export.size_gb is {self.export.size_gb:g}, and this model takes {(sizes[0] + _CONFIGS) / 1e9:.2f} "
+                "GB with the fewest bits. Raise it, or leave it out."
+            )
+        text = calibration_rows(self.recipe, self.fusion.base.tokenizer)
+        self._need_memory(sum(row.tokens.size for row in text))
+        console.say("Measuring what rounding does to the output of each matrix ...")
+        bar = console.CountBar("errors", int(self.fusion.source.config["num_hidden_layers"]), "block")
+        try:
+            errors = rounding_errors(least, text, bits.CHOICES, partial(bar.update, 1))
+        finally:
+            bar.close()
+        return bits.mixed_layout(least, errors, limit)
+
+    def _need_memory(self, tokens: int) -> None:
+        """Raise DeviceError if a pass over `tokens` tokens, block by block, does not fit into free memory."""
+        mx.clear_cache()
+        needed, free = needed_bytes(self.fusion.source.outline.shapes, tokens), device.free_bytes()
+        if needed > free:
+            raise DeviceError(
+                f"export.recover and mixed bits need {needed / 1e9:.1f} GB of memory for this model, and "
+                f"{free / 1e9:.1f} GB are free. Close other programs, or write the model with export.bits=8 and "
+                "without export.recover."
+            )
 
     @cached_property
     def recovered(self) -> tuple[Layout, card.Recovered]:
@@ -281,13 +323,7 @@ class Fuser:
         layout, _ = self.mlx_layouts[0]
         text = calibration_rows(self.recipe, self.fusion.base.tokenizer)
         recovery = Recovery(layout, text, self.run.recovering)
-        mx.clear_cache()
-        needed, free = needed_bytes(self.fusion.source.outline.shapes, recovery.tokens), device.free_bytes()
-        if needed > free:
-            raise DeviceError(
-                f"export.recover needs {needed / 1e9:.1f} GB of memory for this model, and {free / 1e9:.1f} GB are "
-                "free. Close other programs, or write the model with export.bits=8 and without export.recover."
-            )
+        self._need_memory(recovery.tokens)
         blocks = int(self.fusion.source.config["num_hidden_layers"])
         console.say(
             f"Rounding block by block over {recovery.tokens} tokens of the training data; finished blocks are kept, "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
 from mlx_zh.models.export.fidelity import KEPT_LIMIT
 from mlx_zh.models.export.folder_files import Layout, full_layout, pack, packed_layout, unpack
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, summarize, survival
@@ -32,6 +36,41 @@ def candidate_layouts(fusion: Fusion, group_size: int | None) -> list[tuple[Layo
             break
         del layouts[0]
     return layouts
+
+
+def mixed_layout(layout: Layout, errors: Mapping[str, Mapping[int, float]], size: int) -> Layout:
+    """More bits for the matrices that rounding hurts most, as far as all tensors fit into `size` bytes.
+
+    `layout` is the one with the fewest bits; `errors` has for each matrix the error of its output by bits. One
+    matrix after another goes up to the next number of bits: the one whose error falls most for a byte.
+    """
+    packing = dict(layout.packing)
+    shapes = layout.fusion.source.outline.shapes
+    room = size - sum(entry.size for entry in layout.entries())
+    while True:
+        best, most = None, 0.0
+        for path, by_bits in errors.items():
+            bits = packing[path]["bits"]
+            higher = min((n for n in by_bits if n > bits), default=None)
+            if higher is None:
+                continue
+            rows, columns = shapes[f"{path}.weight"]
+            cost = rows * columns * (higher - bits) // 8
+            gain = (by_bits[bits] - by_bits[higher]) / cost
+            if cost <= room and gain > most:
+                best, most = (path, higher, cost), gain
+        if best is None:
+            return replace(layout, packing=packing)
+        path, higher, cost = best
+        packing[path] = {**packing[path], "bits": higher}
+        room -= cost
+
+
+def mean_bits(layout: Layout) -> float:
+    """The mean bits of a weight of the quantized matrices, without their scales."""
+    shapes = layout.fusion.source.outline.shapes
+    sizes = {path: prod(shapes[f"{path}.weight"]) for path in layout.packing}
+    return sum(sizes[path] * form["bits"] for path, form in layout.packing.items()) / sum(sizes.values())
 
 
 def sample_survival(fusion: Fusion, layout: Layout) -> SurvivalSummary | None:

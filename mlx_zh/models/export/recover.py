@@ -18,8 +18,10 @@ import numpy as np
 
 from mlx_zh.core.logprobs import attention_output, decoder
 from mlx_zh.core.packing import PackedBatch
-from mlx_zh.models.build import lazy_model
+from mlx_zh.core.sums import total
+from mlx_zh.models.build import Form, Weights, lazy_model
 from mlx_zh.models.export.folder_files import Layout, pack, unpack
+from mlx_zh.models.export.merge import Fusion
 from mlx_zh.models.export.rounding import Grid, Moments, compensated
 from mlx_zh.system.digests import value_digest
 from mlx_zh.system.json_text import read_object
@@ -45,13 +47,8 @@ class Recovery:
 
     @property
     def paths(self) -> frozenset[str]:
-        """The matrices that are rounded here: those of the blocks that the adapter changes."""
-        layout = self.layout
-        return frozenset(
-            path
-            for path, form in layout.packing.items()
-            if path.startswith(_LAYERS) and path not in layout.kept and form["mode"] == "affine"
-        )
+        """The matrices that are rounded here."""
+        return _rounded_here(self.layout)
 
     def run(self, adapter: str, step: Callable[[], None]) -> Layout:
         """Round what is not yet in `work`; returns the layout with the codes. `step` is called after each block.
@@ -60,15 +57,13 @@ class Recovery:
         """
         self._open_work(adapter)
         weights, base = self.layout.fusion.stored(), self.layout.fusion.base.stored()
-        exact, rounded = _Stream(self, self._embeddings(weights)), _Stream(self, self._embeddings(weights))
+        exact, rounded = _Stream(self.layout, self.rows, weights), _Stream(self.layout, self.rows, weights)
         for index in range(len(exact.layers)):
-            self._run_block(index, self._take_block(index, weights), base, exact, rounded)
+            self._run_block(index, _take_block(self.layout.fusion, index, weights), base, exact, rounded)
             step()
         return self.layout.with_codes(self.paths, self._stored)
 
-    def _run_block(
-        self, index: int, block: dict[str, mx.array], base: dict[str, mx.array], exact: _Stream, rounded: _Stream
-    ) -> None:
+    def _run_block(self, index: int, block: Weights, base: Weights, exact: _Stream, rounded: _Stream) -> None:
         """Round the matrices of a block, and move both streams behind it. `base` has the base's stored arrays."""
         prefix = _prefix(index)
         known = self._read(index)
@@ -94,24 +89,7 @@ class Recovery:
         rounded.free(index)
         mx.clear_cache()
 
-    def _take_block(self, index: int, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The merged tensors of a block, float32; they are taken out of `weights`."""
-        fusion, changed = self.layout.fusion, self.layout.fusion.adapter.tensors
-        names = [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]
-        return {name: fusion.merge(name, weights.pop(name), changed).value for name in names}
-
-    def _embeddings(self, weights: dict[str, mx.array]) -> list[mx.array]:
-        """The embedded tokens (T, D) of each row, as the written model has them."""
-        fusion, name = self.layout.fusion, f"{_EMBEDDING}.weight"
-        table = fusion.merge(name, weights[name], fusion.adapter.tensors).value
-        form = self.layout.packing.get(_EMBEDDING)
-        if form is not None and _EMBEDDING not in self.layout.kept:
-            table = unpack(pack(table, form, self.layout.dtype), form)
-        embedded = [table[row.tokens] for row in self.rows]
-        mx.eval(embedded)
-        return embedded
-
-    def _grid(self, path: str, merged: mx.array, base: dict[str, mx.array]) -> Grid | None:
+    def _grid(self, path: str, merged: mx.array, base: Weights) -> Grid | None:
         """The base's own grid, on which all but the adapter's change lies already; None if there is none to keep."""
         fusion, form = self.layout.fusion, self.layout.packing[path]
         if fusion.original is not None or fusion.base.outline.packing.get(path) != form:
@@ -183,18 +161,35 @@ def _flat(codes: dict[str, list[mx.array]]) -> dict[str, mx.array]:
     }
 
 
+def _take_block(fusion: Fusion, index: int, weights: Weights) -> Weights:
+    """The merged tensors of a block, float32; they are taken out of `weights`."""
+    changed = fusion.adapter.tensors
+    names = [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]
+    return {name: fusion.merge(name, weights.pop(name), changed).value for name in names}
+
+
+def _embeddings(layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -> list[mx.array]:
+    """The embedded tokens (T, D) of each row, as the written model has them."""
+    fusion, name = layout.fusion, f"{_EMBEDDING}.weight"
+    table = fusion.merge(name, weights[name], fusion.adapter.tensors).value
+    form = layout.packing.get(_EMBEDDING)
+    if form is not None and _EMBEDDING not in layout.kept:
+        table = unpack(pack(table, form, layout.dtype), form)
+    return _computed(table[row.tokens] for row in rows)
+
+
 class _Stream:
     """A model's hidden states between two blocks, and its blocks, of which one at a time has weights."""
 
-    def __init__(self, recovery: Recovery, hidden: Sequence[mx.array]) -> None:
-        source = recovery.layout.fusion.source
+    def __init__(self, layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -> None:
+        source = layout.fusion.source
         model = lazy_model(dict(source.config), dict.fromkeys(source.outline.shapes, mx.zeros(0)), source.name)
         model.eval()
         self.layers: list[Any] = decoder(model).layers
-        self.rows = recovery.rows
-        self.hidden = list(hidden)
+        self.rows = rows
+        self.hidden = _embeddings(layout, rows, weights)
 
-    def load(self, index: int, block: dict[str, mx.array]) -> None:
+    def load(self, index: int, block: Weights) -> None:
         """Give a block its weights, by full name."""
         prefix = _prefix(index)
         self.layers[index].load_weights([(name.removeprefix(prefix), array) for name, array in block.items()])
@@ -250,6 +245,45 @@ def _computed(arrays: Iterator[mx.array]) -> list[mx.array]:
         mx.eval(array)
         values.append(array)
     return values
+
+
+def _rounded_here(layout: Layout) -> frozenset[str]:
+    """The quantized matrices of the blocks that do not keep the base's codes."""
+    return frozenset(
+        path
+        for path, form in layout.packing.items()
+        if path.startswith(_LAYERS) and path not in layout.kept and form["mode"] == "affine"
+    )
+
+
+def rounding_errors(
+    layout: Layout, rows: Sequence[PackedBatch], choices: Sequence[int], step: Callable[[], None]
+) -> dict[str, dict[int, float]]:
+    """What plain rounding to each number of bits does to each matrix's output over a text.
+
+    For each matrix that is rounded: the squared error of its output divided by the squared output, by bits. `step` is
+    called after each block.
+    """
+    weights = layout.fusion.stored()
+    exact, paths = _Stream(layout, rows, weights), _rounded_here(layout)
+    errors: dict[str, dict[int, float]] = {}
+    for index in range(len(exact.layers)):
+        block, prefix = _take_block(layout.fusion, index, weights), _prefix(index)
+        exact.load(index, block)
+        for leaves, inputs in exact.block(index):
+            squares = inputs.T @ inputs
+            for path in (prefix + leaf for leaf in leaves if prefix + leaf in paths):
+                weight = block[f"{path}.weight"]
+                size = float(total((weight @ squares) * weight))
+                errors[path] = {}
+                for bits in choices:
+                    form: Form = {**layout.packing[path], "bits": bits}
+                    error = unpack(pack(weight, form, layout.dtype), form) - weight
+                    errors[path][bits] = float(total((error @ squares) * error)) / max(size, 1e-30)
+        exact.free(index)
+        mx.clear_cache()
+        step()
+    return errors
 
 
 def needed_bytes(shapes: dict[str, tuple[int, ...]], tokens: int) -> int:
