@@ -179,14 +179,14 @@ def test_after_a_kill_the_finished_blocks_are_taken_and_the_bytes_are_the_same(t
 
 
 def test_the_memory_for_an_8b_model_leaves_room_on_a_mac_of_16_gb():
-    """Llama 3.1 8B: 5 x 14336^2 floats for down_proj's moments are 4.1 GB, the rest is 4 GB more."""
+    """Llama 3.1 8B: five arrays of 14336^2 floats are 4.1 GB, and the largest part."""
     shapes = {"model.embed_tokens.weight": (128256, 4096)}
     block = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
     shapes |= {f"model.layers.0.self_attn.{name}.weight": shape for name, shape in block.items()}
     shapes |= {f"model.layers.0.mlp.{name}_proj.weight": (14336, 4096) for name in ("gate", "up")}
     shapes["model.layers.0.mlp.down_proj.weight"] = (4096, 14336)
     needed = needed_bytes(shapes, 8192)
-    assert 6e9 < needed < 10.5e9  # macOS lets MLX use two thirds of 16 GB
+    assert 4 * 5 * 14336**2 < needed < 10e9  # macOS lets MLX use two thirds of 16 GB
 
 
 def test_mixed_bits_go_where_rounding_hurts_most_and_stay_within_the_size(tmp_path):

@@ -8,7 +8,7 @@ output. Only one block's weights are in memory, and each rounded block is writte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import numpy as np
 from mlx_zh.core.logprobs import attention_output, decoder
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.sums import total
-from mlx_zh.models.build import Form, Weights, lazy_model
+from mlx_zh.models.build import Form, Weights, dequantize, lazy_model
 from mlx_zh.models.export.folder_files import Layout, pack, unpack
-from mlx_zh.models.export.merge import Fusion
+from mlx_zh.models.export.merge import Fusion, Tensor
 from mlx_zh.models.export.rounding import Grid, Moments, compensated
 from mlx_zh.system.digests import value_digest
 from mlx_zh.system.json_text import read_object
@@ -56,19 +56,26 @@ class Recovery:
         `adapter` is a digest of the adapter. Raises StorageError.
         """
         self._open_work(adapter)
-        weights, base = self.layout.fusion.stored(), self.layout.fusion.base.stored()
-        exact, rounded = _Stream(self.layout, self.rows, weights), _Stream(self.layout, self.rows, weights)
+        fusion = self.layout.fusion
+        weights = fusion.source.stored()
+        scales = {name: array for name, array in weights.items() if name.endswith((".scales", ".biases"))}
+        dequantize(weights, fusion.source.outline.packing, mx.float32)
+        embedded = _embeddings(self.layout, self.rows, weights)
+        exact, rounded = (_Stream(self.layout, self.rows, embedded) for _ in range(2))
         for index in range(len(exact.layers)):
-            self._run_block(index, _take_block(self.layout.fusion, index, weights), base, exact, rounded)
+            self._run_block(index, _take_block(fusion, index, weights), scales, exact, rounded)
             step()
         return self.layout.with_codes(self.paths, self._stored)
 
-    def _run_block(self, index: int, block: Weights, base: Weights, exact: _Stream, rounded: _Stream) -> None:
-        """Round the matrices of a block, and move both streams behind it. `base` has the base's stored arrays."""
+    def _run_block(
+        self, index: int, tensors: list[Tensor], scales: Weights, exact: _Stream, rounded: _Stream
+    ) -> None:
+        """Round the matrices of a block, and move both streams behind it. `scales` has the source's, and biases."""
         prefix = _prefix(index)
         known = self._read(index)
-        exact.load(index, block)
-        rounded.load(index, block)
+        exact.load(index, tensors)
+        rounded.load(index, tensors)
+        by_name = {tensor.name: tensor for tensor in tensors}
         codes: dict[str, list[mx.array]] = {}
         points = zip(exact.block(index), rounded.block(index), strict=True)
         for (leaves, right), (_, actual) in points:
@@ -79,8 +86,9 @@ class Recovery:
                 form = self.layout.packing[path]
                 if (parts := known.get(path)) is None:
                     moments = moments or Moments.of(right, actual)
-                    grid = self._grid(path, block[f"{path}.weight"], base)
-                    parts = compensated(block[f"{path}.weight"], moments, form, self.layout.dtype, grid)
+                    tensor = by_name[f"{path}.weight"]
+                    grid = self._grid(path, tensor, scales)
+                    parts = compensated(tensor.value, moments, form, self.layout.dtype, grid)
                 codes[path] = parts
                 rounded.replace(index, leaf, unpack(parts, form))
         if not known and codes:
@@ -89,18 +97,17 @@ class Recovery:
         rounded.free(index)
         mx.clear_cache()
 
-    def _grid(self, path: str, merged: mx.array, base: Weights) -> Grid | None:
+    def _grid(self, path: str, tensor: Tensor, scales: Weights) -> Grid | None:
         """The base's own grid, on which all but the adapter's change lies already; None if there is none to keep."""
         fusion, form = self.layout.fusion, self.layout.packing[path]
         if fusion.original is not None or fusion.base.outline.packing.get(path) != form:
             return None
-        codes, scales, biases = (base.pop(f"{path}.{part}") for part in _PARTS)
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        if fusion.adapter.spec.kind == "dora":  # which also changes the length of each row
-            before = mx.dequantize(codes, scales, biases, **form)
-            length = (merged * before).sum(axis=1) / mx.maximum((before * before).sum(axis=1), 1e-30)
-            scales, biases = scales * length[:, None], biases * length[:, None]
-        return Grid(scales, biases)
+        scale, bias = (scales.pop(f"{path}.{part}").astype(mx.float32) for part in ("scales", "biases"))
+        if fusion.adapter.spec.kind == "dora" and tensor.before is not None:  # it also changes the rows' lengths
+            before = tensor.before
+            length = (tensor.value * before).sum(axis=1) / mx.maximum((before * before).sum(axis=1), 1e-30)
+            scale, bias = scale * length[:, None], bias * length[:, None]
+        return Grid(scale, bias)
 
     # The work folder ------------------------------------------------------------------------------------------
 
@@ -161,17 +168,20 @@ def _flat(codes: dict[str, list[mx.array]]) -> dict[str, mx.array]:
     }
 
 
-def _take_block(fusion: Fusion, index: int, weights: Weights) -> Weights:
-    """The merged tensors of a block, float32; they are taken out of `weights`."""
+def _take_block(fusion: Fusion, index: int, weights: Weights) -> list[Tensor]:
+    """The merged tensors of a block, for DoRA with what they were; they are taken out of `weights`."""
     changed = fusion.adapter.tensors
     names = [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]
-    return {name: fusion.merge(name, weights.pop(name), changed).value for name in names}
+    tensors = (fusion.merge(name, weights.pop(name), changed) for name in names)
+    if fusion.adapter.spec.kind == "dora":
+        return list(tensors)
+    return [replace(tensor, before=None) for tensor in tensors]
 
 
 def _embeddings(layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -> list[mx.array]:
-    """The embedded tokens (T, D) of each row, as the written model has them."""
+    """The embedded tokens (T, D) of each row, as the written model has them. The table is taken out of `weights`."""
     fusion, name = layout.fusion, f"{_EMBEDDING}.weight"
-    table = fusion.merge(name, weights[name], fusion.adapter.tensors).value
+    table = fusion.merge(name, weights.pop(name), fusion.adapter.tensors).value
     form = layout.packing.get(_EMBEDDING)
     if form is not None and _EMBEDDING not in layout.kept:
         table = unpack(pack(table, form, layout.dtype), form)
@@ -181,18 +191,18 @@ def _embeddings(layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -
 class _Stream:
     """A model's hidden states between two blocks, and its blocks, of which one at a time has weights."""
 
-    def __init__(self, layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -> None:
+    def __init__(self, layout: Layout, rows: Sequence[PackedBatch], embedded: list[mx.array]) -> None:
         source = layout.fusion.source
         model = lazy_model(dict(source.config), dict.fromkeys(source.outline.shapes, mx.zeros(0)), source.name)
         model.eval()
         self.layers: list[Any] = decoder(model).layers
         self.rows = rows
-        self.hidden = _embeddings(layout, rows, weights)
+        self.hidden = embedded
 
-    def load(self, index: int, block: Weights) -> None:
-        """Give a block its weights, by full name."""
+    def load(self, index: int, tensors: Sequence[Tensor]) -> None:
+        """Give a block its weights."""
         prefix = _prefix(index)
-        self.layers[index].load_weights([(name.removeprefix(prefix), array) for name, array in block.items()])
+        self.layers[index].load_weights([(tensor.name.removeprefix(prefix), tensor.value) for tensor in tensors])
 
     def replace(self, index: int, leaf: str, weight: mx.array) -> None:
         """Give a matrix another weight."""
@@ -265,15 +275,16 @@ def rounding_errors(
     called after each block.
     """
     weights = layout.fusion.stored()
-    exact, paths = _Stream(layout, rows, weights), _rounded_here(layout)
+    exact, paths = _Stream(layout, rows, _embeddings(layout, rows, weights)), _rounded_here(layout)
     errors: dict[str, dict[int, float]] = {}
     for index in range(len(exact.layers)):
-        block, prefix = _take_block(layout.fusion, index, weights), _prefix(index)
-        exact.load(index, block)
+        tensors, prefix = _take_block(layout.fusion, index, weights), _prefix(index)
+        exact.load(index, tensors)
+        values = {tensor.name: tensor.value for tensor in tensors}
         for leaves, inputs in exact.block(index):
             squares = inputs.T @ inputs
             for path in (prefix + leaf for leaf in leaves if prefix + leaf in paths):
-                weight = block[f"{path}.weight"]
+                weight = values[f"{path}.weight"]
                 size = float(total((weight @ squares) * weight))
                 errors[path] = {}
                 for bits in choices:
@@ -289,14 +300,14 @@ def rounding_errors(
 def needed_bytes(shapes: dict[str, tuple[int, ...]], tokens: int) -> int:
     """The memory at the peak of a recovery over `tokens` tokens: one block, the text's states, and the widest matrix.
 
-    At the widest matrix: its inputs in both models and once more in rows (T, n), five arrays (n, n) for its moments
-    and their Cholesky factor, and four copies of the weight.
+    A block is in memory exact and rounded. At the widest matrix: its inputs in both models, in rows and in one piece
+    (T, n), five arrays (n, n) for its moments and their Cholesky factor, and four copies of the weight.
     """
     first = _prefix(0)
     block = {name: shape for name, shape in shapes.items() if name.startswith(first)}
     values = sum(int(np.prod(shape)) for shape in block.values())
     rows, columns = max((s for s in block.values() if len(s) == 2), key=lambda s: (s[1], s[0]))
     width = shapes[f"{_EMBEDDING}.weight"][1]
-    parts = 2 * values + 4 * tokens * width + 4 * tokens * columns + 5 * columns * columns + 4 * rows * columns
+    parts = 2 * values + 8 * tokens * width + 4 * tokens * columns + 5 * columns * columns + 4 * rows * columns
     table = int(np.prod(shapes[f"{_EMBEDDING}.weight"]))
     return _FLOAT * max(parts, 2 * table)

@@ -30,15 +30,16 @@ class Grid:
 class Moments:
     """What is known of a matrix's inputs: x of T tokens in the rounded model, and x' of the same in the exact one."""
 
-    squares: mx.array  # sum of x x^T, (in, in), float32
+    root: mx.array  # upper triangular U with U^T U = the inverse of the damped sum of x x^T, (in, in), float32
     drift: mx.array  # sum of (x' - x) x^T, (in, in), float32
 
     @staticmethod
     def of(exact: mx.array, rounded: mx.array) -> Moments:
         """Of the inputs (T, in) in both models."""
-        moments = Moments(rounded.T @ rounded, (exact - rounded).T @ rounded)
-        mx.eval(moments.squares, moments.drift)
-        return moments
+        root = _inverse_root(rounded.T @ rounded)
+        drift = (exact - rounded).T @ rounded
+        mx.eval(root, drift)
+        return Moments(root, drift)
 
 
 def compensated(weight: mx.array, inputs: Moments, form: Form, dtype: mx.Dtype, grid: Grid | None) -> list[mx.array]:
@@ -49,7 +50,7 @@ def compensated(weight: mx.array, inputs: Moments, form: Form, dtype: mx.Dtype, 
     in `dtype`.
     """
     group, columns = form["group_size"], weight.shape[1]
-    root = _inverse_root(inputs.squares)
+    root = inputs.root
     # The matrix with the least squared difference of the outputs: W + W (sum of (x' - x) x^T) (sum of x x^T)^-1.
     rest = weight + ((weight @ inputs.drift) @ root.T) @ root
     mx.eval(rest)
@@ -80,7 +81,10 @@ def _inverse_root(squares: mx.array) -> mx.array:
     matrix[np.diag_indices_from(matrix)] += damping if damping > 0 else 1.0
     # With M upper triangular and M M^T = squares, U is the inverse of M. Cholesky's M is lower triangular, so rows
     # and columns are turned round before and after.
-    upper = np.ascontiguousarray(np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1])
+    lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    del matrix
+    upper = np.ascontiguousarray(lower[::-1, ::-1])
+    del lower
     return mx.linalg.tri_inv(mx.array(upper), upper=True, stream=mx.cpu)
 
 
