@@ -101,20 +101,21 @@ def _repositories(name: str | None, formats: tuple[str, ...]) -> dict[str, str]:
 
 
 def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
+    from mlx_zh.recipe import ADAPTER_FORMATS
     from mlx_zh.stages.yardstick import measure_tuned
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_json
 
     formats = list(dict.fromkeys(fuser.export.formats))
     yardstick: Yardstick | None = None
-    if measured and formats != ["peft"]:
+    if measured and set(formats) - set(ADAPTER_FORMATS):
         console.say("Running the base and base + adapter over held-out text ...")
         yardstick = measure_tuned(fuser.recipe, fuser.fusion.adapter.folder)
     written = []
     for kind in formats:
         if kind == "mlx" and fuser.export.recover:
             _ = fuser.recovered  # with a bar of its own
-        total = len(fuser.fusion.source.outline.shapes) if kind != "peft" else 1
+        total = fuser.steps(kind)
         bar = console.CountBar(kind, total, "tensor")
         try:
             written.append(fuser.write(kind, yardstick, partial(bar.update, 1)))

@@ -541,10 +541,14 @@ class Evaluate(Section):
     folder: dict[Literal["ceval", "cmmlu"], Located] = {}
 
 
+Format = Literal["mlx", "hf", "gguf", "peft", "gguf-lora", "mlx-adapter"]
+ADAPTER_FORMATS = ("peft", "gguf-lora", "mlx-adapter")  # those that hold the adapter alone
+
+
 class Export(Section):
     """The files that `mlx-zh fuse` writes from the trained model."""
 
-    formats: Annotated[tuple[Literal["mlx", "hf", "gguf", "peft"], ...], Field(min_length=1)] = ("mlx",)
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("mlx",)
     bits: Literal["auto", "mixed", 4, 6, 8, 16] = "auto"
     size_gb: PositiveFloat | None = None  # of mixed bits: the most that the model may take; None: as with 5 bits
     recover: bool = False  # mlx: round so that the model's outputs stay, and not each weight for itself

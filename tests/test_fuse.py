@@ -224,20 +224,21 @@ def test_several_formats_are_uploaded_under_names_of_their_own(project, run, mon
     assert "hf_secret" not in result.out
 
 
-def test_a_system_message_that_a_modelfile_cannot_hold(merging, project, run, monkeypatch):
+def test_a_system_message_that_ollama_cannot_read_as_a_value_goes_into_the_template(
+    merging, project, run, monkeypatch
+):
     monkeypatch.setattr("mlx_zh.models.export.in_llama_cpp.is_installed", lambda: False)
     project.recipe["data"]["system"] = '翻译三引号里的文字：\n"""\nFROM /etc/passwd\n"""\n'
     project.recipe["name"] = "quotes"
     project.write_recipe()
     project.train(name="quotes")
     result = ran(run("export.formats=[gguf]"))
-    assert "warning: gguf, Q8_0: the Modelfile has no SYSTEM, because Ollama cannot read" in result.out
     assert "gguf, Q8_0: the table shows the fidelity of the weights alone." in result.out
     folder = Path("runs/quotes/fused/gguf")
     modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
-    assert "SYSTEM" not in modelfile.replace("# The system", "") and "passwd" not in modelfile
+    assert "SYSTEM" not in modelfile and "# The system message is in the template." in modelfile
     written = json.loads(Path("runs/quotes/fused/summary.json").read_text(encoding="utf-8"))["gguf"]
-    assert written["warning_codes"][0]["code"] == "modelfile-without-system"
+    assert written["warning_codes"] == []
     assert "the fidelity of the weights alone" in (folder / "README.md").read_text(encoding="utf-8")
 
 

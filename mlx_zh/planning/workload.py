@@ -18,7 +18,7 @@ from mlx_zh.planning.flops import training_flops
 from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.shapes import ModelShape, Target
-from mlx_zh.recipe import Recipe, Sources
+from mlx_zh.recipe import ADAPTER_FORMATS, Recipe, Sources
 from mlx_zh.system.links import is_readable
 from mlx_zh.system.storage import visible
 
@@ -178,7 +178,7 @@ def _fixed(
     for number, name in enumerate(sizes):
         fixed[name] = load + answers * (2 if number == 0 else 1)  # the base answers too, before the first stage
     if sizes and "export" in recipe.model_fields_set:
-        written = weights * len(recipe.export.formats)
+        written = weights * len(set(recipe.export.formats) - set(ADAPTER_FORMATS))
         fixed["fuse"] = 2 * load + 3 * written / _DISK  # merged, written, read again for the comparison
     return fixed | {"report": _REPORT}
 

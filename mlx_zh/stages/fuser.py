@@ -18,14 +18,23 @@ from mlx_zh.models.adapters import peft
 from mlx_zh.models.catalog import packing_on_loading
 from mlx_zh.models.export import bits, card, fidelity, licences, ollama
 from mlx_zh.models.export.fidelity import Distance
-from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, write_folder, write_tokenizer
+from mlx_zh.models.export.folder_files import (
+    Layout,
+    full_layout,
+    generation_config,
+    packed_layout,
+    write_folder,
+    write_tokenizer,
+)
 from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
+from mlx_zh.models.export.gguf_lora import check_for_gguf, write_gguf_lora
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
+from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
 from mlx_zh.models.export.recover import Recovery, needed_bytes, rounding_errors
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
-from mlx_zh.recipe import Recipe
+from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
 from mlx_zh.stages.calibration import calibration_rows
 from mlx_zh.stages.current_models import adapter_digest, current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
@@ -63,6 +72,7 @@ class Result:
     survivals: list[Survival]  # what is left of the adapter's change to each matrix
     model: Path | None  # the folder or file that can be loaded; None for an adapter
     warnings: tuple[Notice, ...] = ()  # on what could not be written
+    file: str = ""  # the name of a file to be loaded; "" if the folder is
     recovered: card.Recovered | None = None  # how the tuning was kept
 
 
@@ -90,12 +100,11 @@ class Written:
     @property
     def format_facts(self) -> card.FormatFacts:
         """The same facts as the model card needs them."""
-        file = self.result.model.name if self.result.model else ""
         measured = self.assessment
         return card.FormatFacts(
             self.kind,
             self.result.detail,
-            file,
+            self.result.file,
             measured.left,
             measured.fidelity,
             measured.warnings,
@@ -191,7 +200,7 @@ class Fuser:
 
     def size(self, kind: str) -> int:
         """The bytes that a format takes on disk."""
-        if kind == "peft":
+        if kind in ADAPTER_FORMATS:
             return sum(a.nbytes for a in self.fusion.adapter.weights.values()) + _CONFIGS
         if kind == "gguf":
             return self.gguf_plan.size + _CONFIGS
@@ -201,8 +210,8 @@ class Fuser:
     def check(self) -> None:
         """Check before writing.
 
-        Raises AdapterError for PEFT of a full fine-tuning, RecipeError if there is nothing to recover, StorageError
-        for no space.
+        Raises AdapterError if a format cannot hold the adapter, RecipeError if there is nothing to recover,
+        StorageError for no room.
         """
         if self.export.recover and "mlx" not in self.export.formats:
             raise RecipeError(
@@ -219,11 +228,21 @@ class Fuser:
                 "export.recover is for a model that is quantized, and export.bits is 16: with 16 bits nothing is "
                 "lost. Leave one of them out, or write export.bits=4."
             )
+        if "gguf-lora" in self.export.formats:
+            check_for_gguf(self.fusion.adapter)
+        if "mlx-adapter" in self.export.formats:
+            check_for_mlx_lm(self.fusion.adapter)
         if "peft" in self.export.formats and self.fusion.adapter.spec.kind == "full":
             raise AdapterError(
                 "export.formats: a full fine-tuning has no adapter, so `peft` cannot be written; use hf."
             )
         need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
+
+    def steps(self, kind: str) -> int:
+        """How many times `write` calls `step` for a format."""
+        if kind == "gguf-lora":
+            return len(self.fusion.adapter.tensors)
+        return 1 if kind in ADAPTER_FORMATS else len(self.fusion.source.outline.shapes)
 
     def _too_large(self, size: int) -> Notice | None:
         needed = self.fusion.source.parameters * 4 if device.is_cpu() else size
@@ -344,22 +363,43 @@ class Fuser:
         return Result(_type_name(self.hf_layout.dtype), 16, survivals, folder)
 
     def _write_gguf(self, folder: Path, step: Callable[[], None]) -> Result:
-        kind, data, base = self.export.gguf_type.upper(), self.recipe.data, self.fusion.base
+        kind = self.export.gguf_type.upper()
         path = folder / f"{self.title}-{kind}.gguf"
         survivals = write_gguf(path, self.gguf_plan, step=step)
-        system = self.recipe.system_message()
-        text = ollama.modelfile(
-            path.name,
-            base.tokenizer,
-            data.date_string,
-            system=system,
-            context=int(base.config.get("max_position_embeddings", 2048)),
-            notes=[f"{self.title}, written by mlx-zh. ollama create {self.title.lower()} -f Modelfile"],
+        warnings = self._write_modelfile(folder, path.name)
+        return Result(kind, 16 if kind == "F16" else 8, survivals, path, warnings, path.name)
+
+    def _write_modelfile(self, folder: Path, file: str, base: str | None = None) -> tuple[Notice, ...]:
+        """Write the Modelfile of `file`, with `base` of an adapter; returns what it lacks."""
+        source, note = self.fusion.base, f"ollama create {ollama.ollama_name(self.title)} -f Modelfile"
+        notes = [f"{self.title}, written by mlx-zh. {note}"]
+        if base is not None:
+            notes.append(f"FROM: write the name in Ollama of {Path(source.name).name}, or the path of its GGUF file.")
+        written = ollama.modelfile(
+            file,
+            source.tokenizer,
+            self.recipe.data.date_string,
+            system=self.recipe.system_message(),
+            context=int(source.config.get("max_position_embeddings", 2048)),
+            base=base,
+            parameters=ollama.parameters(generation_config(source)),
+            licences=licences.licence_texts(self.licence, source, self.fusion.original),
+            notes=notes,
         )
-        write_text(folder / "Modelfile", text)
-        left_out = system is not None and ollama.quoted(system) is None
-        warnings = (Notice("modelfile-without-system"),) if left_out else ()
-        return Result(kind, 16 if kind == "F16" else 8, survivals, path, warnings)
+        write_text(folder / "Modelfile", written.text)
+        return (Notice("modelfile-without-system"),) if written.lacks_system else ()
+
+    def _write_gguf_lora(self, folder: Path, step: Callable[[], None]) -> Result:
+        path, base = folder / f"{self.title}-LoRA.gguf", self.fusion.base
+        survivals = write_gguf_lora(path, self.fusion, self.title, step=step)
+        named = base.path.name if base.path.is_file() else f"{Path(base.name).name}.gguf"
+        warnings = self._write_modelfile(folder, path.name, f"./{named}")
+        return Result("adapter", None, survivals, None, warnings, path.name)
+
+    def _write_mlx_adapter(self, folder: Path, step: Callable[[], None]) -> Result:
+        write_mlx_adapter(folder, self.fusion)
+        step()
+        return Result("adapter", None, [], None)
 
     def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
         adapter, base = self.fusion.adapter, self.fusion.source
@@ -407,6 +447,8 @@ _WRITERS: dict[str, Callable[[Fuser, Path, Callable[[], None]], Result]] = {
     "hf": Fuser._write_hf,
     "gguf": Fuser._write_gguf,
     "peft": Fuser._write_peft,
+    "gguf-lora": Fuser._write_gguf_lora,
+    "mlx-adapter": Fuser._write_mlx_adapter,
 }
 
 

@@ -11,6 +11,7 @@ from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.adapters.layers import remove_adapter
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.models.identity import is_foreign
+from mlx_zh.recipe import ADAPTER_FORMATS
 from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import blas, console, device
@@ -40,7 +41,7 @@ class RunModels:
     def _require_fused(self, requested: str | None) -> None:
         recipe = self._recipe
         if requested == "fused" and not self._run.fused_model().is_dir():
-            loadable = "" if set(recipe.export.formats) - {"peft"} else " 'export.formats=[mlx]'"
+            loadable = "" if set(recipe.export.formats) - set(ADAPTER_FORMATS) else " 'export.formats=[mlx]'"
             raise ModelError(
                 f"there is no fused model at {self._run.fused_model()}; run `mlx-zh fuse {recipe.words}{loadable}` "
                 "first."

@@ -73,7 +73,7 @@ def test_ollama_writes_what_training_wrote(byte_tokenizer, template, bos, system
 
 def test_a_modelfile(byte_tokenizer):
     tokenizer = byte_tokenizer
-    text = ollama.modelfile("m.gguf", tokenizer, "26 Jul 2024", system="你好", context=4096, notes=["a note"])
+    text = ollama.modelfile("m.gguf", tokenizer, "26 Jul 2024", system="你好", context=4096, notes=["a note"]).text
     assert text.startswith('# a note\nFROM ./m.gguf\n\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
     assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 4096" in text and 'SYSTEM """你好"""' in text
 
@@ -85,7 +85,7 @@ def test_a_template_that_cannot_be_told_is_left_to_ollama(byte_tokenizer):
     for template in (PLAIN, "{{ raise_exception('no') }}", CHATML + "{{ messages | length }}"):
         tokenizer.chat_template = template
         assert ollama.find_turns(tokenizer, "26 Jul 2024") is None
-        assert "TEMPLATE" not in ollama.modelfile("m.gguf", tokenizer, "", system=None, context=10)
+        assert "TEMPLATE" not in ollama.modelfile("m.gguf", tokenizer, "", system=None, context=10).text
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from modelfiles import NotRead, read_modelfile, run_template
 from transformers import PreTrainedTokenizerFast
 
-from mlx_zh.models.export.ollama import Turns, find_turns, go_text, modelfile, quoted
+from mlx_zh.models.export.ollama import Turns, find_turns, go_text, modelfile, ollama_name, parameters, quoted
 
 PIECES = [
     '"',
@@ -116,7 +118,7 @@ def test_a_strangers_template_writes_no_command(byte_tokenizer, mark: str):
     assert find_turns(tokenizer, "") is not None
     text = modelfile(
         "m.gguf", tokenizer, "", system="好", context=5, notes=["a\nFROM /etc/passwd", "b\rADAPTER x", "c\u2028d"]
-    )
+    ).text
     commands = read_modelfile(text)
     stops = [value for name, value in commands if name == "parameter stop"]
     others = {name: value for name, value in commands if name != "parameter stop"}
@@ -127,9 +129,74 @@ def test_a_strangers_template_writes_no_command(byte_tokenizer, mark: str):
     assert run_template(others["template"], "", [("user", "问")]) == expected
 
 
-def test_a_system_message_that_cannot_be_written_is_left_out_with_a_word(byte_tokenizer):
+@given(TEXTS.filter(bool), TEXTS)
+@example('a\n"""\nFROM /etc/passwd\n', "")
+@example("\u3000\u3000第一段", "MIT\x0cLicence\u00a0\u3000")
+@example('"""', 'a"""\nADAPTER x\n')
+def test_every_system_message_is_said(byte_tokenizer, system: str, licence: str):
+    """In SYSTEM, or in the template where the user gives none; a licence writes no other command either."""
+    written = modelfile("m.gguf", byte_tokenizer, "", system=system, context=5, licences=[licence])
+    commands = read_modelfile(written.text)
+    values = {name: value for name, value in commands if name != "parameter stop"}
+    assert values.keys() - {"system", "license"} == {"from", "template", "parameter num_ctx"}
+    assert len(commands) - len(values) == sum(name == "parameter stop" for name, _ in commands)
+    expected = byte_tokenizer.apply_chat_template(
+        [{"role": "system", "content": system}, {"role": "user", "content": "问"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    halves = system.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    asked = [("user", "问")]
+    assert run_template(values["template"], values.get("system", ""), asked) == expected.replace(system, halves)
+    other = byte_tokenizer.apply_chat_template(
+        [{"role": "system", "content": "另"}, {"role": "user", "content": "问"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert run_template(values["template"], "另", asked) == other
+    assert not written.lacks_system
+    if "license" in values:
+        assert (
+            values["license"].split()
+            == "".join(c if c.isprintable() else " " if c.isspace() else "" for c in licence).split()
+        )
+
+
+def test_without_a_template_such_a_system_message_is_left_out_with_a_word(byte_tokenizer):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
     for system in ('a\n"""\nFROM /etc/passwd\n', "\u3000\u3000第一段"):
-        text = modelfile("m.gguf", byte_tokenizer, "26 Jul 2024", system=system, context=5)
-        assert [name for name, _ in read_modelfile(text) if name in ("system", "adapter")] == []
-        assert [value for name, value in read_modelfile(text) if name == "from"] == ["./m.gguf"]
-        assert "# The system message is left out" in text
+        written = modelfile("m.gguf", tokenizer, "26 Jul 2024", system=system, context=5)
+        assert [name for name, _ in read_modelfile(written.text) if name in ("system", "adapter", "template")] == []
+        assert [value for name, value in read_modelfile(written.text) if name == "from"] == ["./m.gguf"]
+        assert "# The system message is left out" in written.text and written.lacks_system
+
+
+def test_an_adapter_names_its_base_and_parameters_are_ollamas(byte_tokenizer):
+    text = modelfile(
+        "lora.gguf",
+        byte_tokenizer,
+        "",
+        system=None,
+        context=99999,
+        base="./base.gguf\nLICENSE x",
+        parameters=parameters(
+            {"temperature": 0.6, "top_k": 20, "do_sample": True, "top_p": float("nan"), "max_length": 5}
+        ),
+        licences=["Apache 2.0"],
+    ).text
+    values = [(name, value) for name, value in read_modelfile(text) if name not in ("parameter stop", "template")]
+    assert values == [
+        ("from", "./base.gguf LICENSE x"),
+        ("adapter", "./lora.gguf"),
+        ("parameter num_ctx", "8192"),
+        ("parameter temperature", "0.6"),
+        ("parameter top_k", "20"),
+        ("license", "Apache 2.0"),
+    ]
+    assert parameters({"temperature": 0.6, "do_sample": False}) == {}
+
+
+@given(st.text())
+@example("Llama-3.1-医学 问答")
+def test_ollama_accepts_the_name(title: str):
+    assert re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,79}", ollama_name(title))

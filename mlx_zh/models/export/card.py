@@ -14,9 +14,17 @@ from mlx_zh.models.export.fidelity import Distance, Fidelity
 from mlx_zh.models.export.in_llama_cpp import USUAL_KL
 from mlx_zh.models.export.licences import Licence
 from mlx_zh.models.export.merge import SurvivalSummary
+from mlx_zh.models.export.ollama import ollama_name
 from mlx_zh.system.escaping import markdown, markdown_code, markdown_table, one_line
 
-_LIBRARIES = {"mlx": "mlx", "hf": "transformers", "gguf": "gguf", "peft": "peft"}
+_LIBRARIES = {
+    "mlx": "mlx",
+    "hf": "transformers",
+    "gguf": "gguf",
+    "peft": "peft",
+    "gguf-lora": "gguf",
+    "mlx-adapter": "mlx",
+}
 _USE = {
     "mlx": "```bash\npip install mlx-lm\nmlx_lm.chat --model .\n```",
     "hf": (
@@ -32,6 +40,17 @@ _USE = {
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         'base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")\n'
         'model = PeftModel.from_pretrained(base, ".")\n```'
+    ),
+    "gguf-lora": (
+        "This is an adapter: it needs a GGUF file of the base model (any quantization).\n\n"
+        "```bash\nllama-cli -m BASE.gguf --lora {file}\n```\n\n"
+        "Ollama: name the base in the first line of `Modelfile`, then `ollama create {name} -f Modelfile`. Only some "
+        "versions of Ollama take adapters."
+    ),
+    "mlx-adapter": (
+        "This is an adapter: it needs the base model.\n\n"
+        "```bash\npip install mlx-lm\nmlx_lm.chat --model {base} --adapter-path .\n"
+        "mlx_lm.server --model {base} --adapter-path .\n```"
     ),
 }
 
@@ -65,7 +84,7 @@ class Recovered:
 class FormatFacts:
     """What a card says about one exported format."""
 
-    kind: str  # mlx, hf, gguf or peft
+    kind: str  # one of export.formats
     detail: str  # for example "4-bit" or "Q8_0"
     file: str = ""  # name of the GGUF file
     left: SurvivalSummary | None = None  # what is left of the adapter's change
@@ -112,9 +131,14 @@ def _metadata(run: RunFacts, exported: FormatFacts) -> str:
 
 
 def _use(run: RunFacts, exported: FormatFacts) -> str:
-    file, name, base = quote(one_line(exported.file)), quote(one_line(run.title.lower())), one_line(run.base)
-    text = _USE[exported.kind].format(file=file, name=name, base=dumps(base, ensure_ascii=False))
-    on_hub = "" if exported.kind == "gguf" else "; elsewhere, write its path or its name on a hub in place of the dot"
+    file, name, base = quote(one_line(exported.file)), quote(ollama_name(run.title)), one_line(run.base)
+    shown = quote(base) if exported.kind == "mlx-adapter" else dumps(base, ensure_ascii=False)
+    text = _USE[exported.kind].format(file=file, name=name, base=shown)
+    on_hub = (
+        ""
+        if exported.kind in ("gguf", "gguf-lora")
+        else "; elsewhere, write its path or its name on a hub in place of the dot"
+    )
     return f"In this folder{on_hub}:\n\n{text}"
 
 

@@ -161,15 +161,20 @@ def write_configs(folder: Path, layout: Layout) -> None:
         described = describe_packing(layout.packing, source.outline.matrices)
         config["quantization"] = config["quantization_config"] = described
     write_json(folder / "config.json", dict(sorted(config.items())))
-    own = source.path / "generation_config.json"
-    generation: dict[str, Any] = {}
-    if source.path.is_dir() and own.is_file():
-        check_file(source.path, own, ModelError)
-        generation = read_json(own)
+    generation = generation_config(source)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation[name] = config[name]
     write_json(folder / "generation_config.json", generation)
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+    """The model's generation_config.json; empty if it has none."""
+    path = source.path / "generation_config.json"
+    if not (source.path.is_dir() and path.is_file()):
+        return {}
+    check_file(source.path, path, ModelError)
+    return read_json(path)
 
 
 def write_tokenizer(folder: Path, base: Source) -> None:

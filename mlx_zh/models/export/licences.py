@@ -13,6 +13,7 @@ from mlx_zh.system.links import check_file, copy_file
 from mlx_zh.system.storage import visible
 
 _LLAMA3_VOCABULARY = 128256  # the same for every model with Llama 3's tokenizer, also for distilled ones
+_LONGEST = 1_000_000  # bytes of a licence file that is put into other files
 _FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*")
 
 # Patterns of model names, because the files of these models do not name the licence.
@@ -104,6 +105,20 @@ def write_licence_files(folder: Path, licence: Licence, base: Source, original: 
     if any(name.upper().startswith("LICENSE") for name in copied):
         return []
     return [f"a copy of the Llama {licence.version} Community License (LICENSE) must go with the model"]
+
+
+def licence_texts(licence: Licence, base: Source, original: Source | None = None) -> list[str]:
+    """The texts of the licence files that `write_licence_files` copies, each once."""
+    sources = [source.path for source in (base, original) if source is not None and source.path.is_dir()]
+    files = [(folder, file) for folder in sources for file in _licence_files(folder)]
+    texts = []
+    for folder, file in files:
+        check_file(folder, file, ModelError)
+        if file.stat().st_size <= _LONGEST:
+            texts.append(file.read_text(encoding="utf-8", errors="replace"))
+    if licence.notice is not None and not any(licence.notice.strip() in text for text in texts):
+        texts.append(licence.notice)
+    return list(dict.fromkeys(texts))
 
 
 def _licence_files(folder: Path) -> list[Path]:

@@ -5,14 +5,16 @@ for every family of models.
 
 How Ollama reads a Modelfile (its parser/parser.go): a command's value that begins with three quotes ends at the first
 end of a line at which the text so far, without white space around it, also ends with three quotes; nothing escapes
-them. Characters that Go's strconv.IsPrint refuses, such as U+3000, are dropped. So not every text can be written.
+them. Characters that Go's strconv.IsPrint refuses, such as U+3000, are dropped. So not every text can be a value. A
+string constant in a template can hold every text, so a system message that cannot be a value goes into the template.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from mlx_zh.models.export.gguf_vocabulary import adds_bos
@@ -32,11 +34,12 @@ class Turns:
     assistant: tuple[str, str]
     reply: str  # after the last user message, before the reply
 
-    def template(self) -> str:
-        """Ollama's template, in Go's template language."""
+    def template(self, default_system: str | None = None) -> str:
+        """Ollama's template, in Go's template language; with `default_system` where the user gives no system message."""
         system, user, answer = (tuple(map(go_text, pair)) for pair in (self.system, self.user, self.assistant))
+        opening = self.opening if default_system is None else default_system.join(self.system)
         start = f"{{{{ if .System }}}}{system[0]}{{{{ .System }}}}{system[1]}"
-        start += f"{{{{ else }}}}{go_text(self.opening)}{{{{ end }}}}" if self.opening else "{{ end }}"
+        start += f"{{{{ else }}}}{go_text(opening)}{{{{ end }}}}" if opening else "{{ end }}"
         turn = f'{{{{ if eq .Role "user" }}}}{user[0]}{{{{ .Content }}}}{user[1]}'
         turn += f'{{{{ else if eq .Role "assistant" }}}}{answer[0]}{{{{ .Content }}}}{answer[1]}'
         return f"{start}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{{{{ end }}}}{go_text(self.reply)}"
@@ -136,25 +139,92 @@ def _rendered(turns: Turns, *, with_system: bool) -> str:
     return start + exchange * 2
 
 
-def modelfile(
-    file_name: str, tokenizer: Any, date_string: str, *, system: str | None, context: int, notes: Sequence[str] = ()
-) -> str:
-    """The text of the Modelfile.
+def ollama_name(title: str) -> str:
+    """A name of a model that Ollama accepts: at most 80 of a-z, 0-9, `-`, `_` and `.`, the first a letter or digit."""
+    name = re.sub(r"[^a-z0-9_.-]+", "-", title.lower())[:80].strip("-_.")
+    return name or "tuned-model"
 
-    Without TEMPLATE if `find_turns` is None: Ollama then uses the GGUF file's own. Without SYSTEM if `quoted` is None
-    for it; a comment says so.
+
+@dataclass(frozen=True)
+class Modelfile:
+    """The text of a Modelfile."""
+
+    text: str
+    lacks_system: bool = False  # whether the system message could not be written
+
+
+def modelfile(
+    file_name: str,
+    tokenizer: Any,
+    date_string: str,
+    *,
+    system: str | None,
+    context: int,
+    base: str | None = None,
+    parameters: Mapping[str, float] | None = None,
+    licences: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Modelfile:
+    """The Modelfile of a GGUF file beside it: of a whole model, or with `base` of an adapter over that model.
+
+    It has no TEMPLATE if `find_turns` is None: Ollama then uses the GGUF file's own, and a system message that cannot
+    be a value is left out. `parameters` are Ollama's, by name; `licences` are the texts of licences.
     """
-    lines = [f"# {one_line(note)}" for note in notes] + [f"FROM ./{one_line(file_name)}", ""]
+    source = [f"FROM ./{one_line(file_name)}"]
+    if base is not None:
+        source = [f"FROM {one_line(base)}", f"ADAPTER ./{one_line(file_name)}"]
+    lines = [f"# {one_line(note)}" for note in notes] + source + [""]
     turns = find_turns(tokenizer, date_string)
-    vocabulary = tokenizer.get_vocab()
-    stops = [mark for mark in _STOPS if mark in vocabulary]
-    if turns is not None and (template := quoted(turns.template())) is not None:
+    value = quoted(system) if system else None
+    inside = system if system and value is None else None  # what the template must hold
+    template = None if turns is None else quoted(turns.template(inside))
+    if template is not None:
         lines += [f"TEMPLATE {template}", ""]
-        stops = [mark for mark in stops if mark in turns.template()] or stops
-    lines += [f'PARAMETER stop "{mark}"' for mark in stops]
+    lines += [f'PARAMETER stop "{mark}"' for mark in _stops(tokenizer, turns)]
     lines.append(f"PARAMETER num_ctx {min(context, 8192)}")
-    if system:
-        value = quoted(system)
+    lines += [f"PARAMETER {name} {number:g}" for name, number in (parameters or {}).items()]
+    if value is not None:
+        lines += ["", f"SYSTEM {value}"]
+    elif inside is not None:
         left_out = "# The system message is left out: a Modelfile cannot hold it. Set it where you use the model."
-        lines += ["", left_out if value is None else f"SYSTEM {value}"]
-    return "\n".join(lines) + "\n"
+        lines += ["", left_out if template is None else "# The system message is in the template."]
+    lines += [line for text in licences for line in ("", _licence(text))]
+    return Modelfile("\n".join(lines) + "\n", lacks_system=inside is not None and template is None)
+
+
+_PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}  # of generation_config.json -> of Ollama
+
+
+def parameters(generation: Mapping[str, Any]) -> dict[str, float]:
+    """Ollama's sampling parameters from the base's generation_config.json, as its makers recommend them."""
+    if generation.get("do_sample") is False:
+        return {}
+    return {
+        name: value
+        for key, name in _PARAMETERS.items()
+        if isinstance(value := generation.get(key), int | float) and not isinstance(value, bool) and isfinite(value)
+    }
+
+
+def _stops(tokenizer: Any, turns: Turns | None) -> list[str]:
+    """The marks at which an answer ends: those of the template, else all that the vocabulary has."""
+    vocabulary = tokenizer.get_vocab()
+    marks = dict.fromkeys([*_STOPS, tokenizer.eos_token])
+    plain = [
+        mark for mark in marks if mark in vocabulary and re.fullmatch(r'[^"\s]+', mark) and all(map(_kept, mark))
+    ]
+    used = [] if turns is None else [mark for mark in plain if mark in turns.template()]
+    return used or plain
+
+
+def _licence(text: str) -> str:
+    """The LICENSE command; unusual white space becomes a space, and other characters that Ollama drops are left out."""
+    spaced = "".join(c if _kept(c) else " " if c.isspace() else "" for c in text)
+    value = quoted(spaced)
+    return "# The licence is in a file beside this one." if value is None else f"LICENSE {value}"
