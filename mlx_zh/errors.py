@@ -63,6 +63,10 @@ class UploadError(MlxZhError):
     """A model that could not be uploaded to a hub."""
 
 
+class PlacingError(MlxZhError):
+    """A model that could not be given to Ollama or LM Studio."""
+
+
 class DownloadError(MlxZhError):
     """A file that could not be downloaded, or whose content is not the expected one."""
 

@@ -39,14 +39,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from mlx_zh.models.export import licences, upload
+    from mlx_zh.stages import placing
     from mlx_zh.stages.fuser import Fuser, newest_adapter
     from mlx_zh.system import console
 
+    to = arguments.to
+    program = to if to in placing.PROGRAMS else None
+    if program is not None:
+        wanted = recipe.export.name or recipe.name
+        chosen = recipe.export.formats if "formats" in recipe.export.model_fields_set else ()
+        formats = placing.Place(program, wanted, False).formats(chosen)
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"formats": formats})})
     adapter = Path(expanduser(arguments.adapter)) if arguments.adapter else newest_adapter(recipe)
     fuser = Fuser(recipe, adapter, arguments.original or recipe.export.original)
     fuser.check()
+    place = None if program is None else placing.Place(program, fuser.title, arguments.replace)
+    if place is not None:
+        place.check()
     hub = arguments.hub or (recipe.model.hub if recipe.model.hub != "auto" else "huggingface")
-    for repository in _repositories(arguments.push_to_hub, recipe.export.formats).values():
+    push_to = arguments.push_to_hub or (upload.own_repository(fuser.title, hub) if to == "hub" else None)
+    for repository in _repositories(push_to, recipe.export.formats).values():
         licences.check_repository(fuser.licence, repository)
         upload.check(repository, hub)
     if fuser.title != fuser.wanted_name:
@@ -56,7 +68,9 @@ def _fuse(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
     written = _write_all(fuser, measured=not arguments.no_measure)
     _conclude(fuser, written)
-    for kind, repository in _repositories(arguments.push_to_hub, recipe.export.formats).items():
+    if place is not None:
+        place.put(fuser.folder, recipe.export.formats)
+    for kind, repository in _repositories(push_to, recipe.export.formats).items():
         console.say(f"Uploading {kind} to {repository} ...")
         console.say(upload.push(fuser.folder / kind, repository, hub, public=arguments.public))
 
@@ -89,6 +103,15 @@ def _parser() -> Parser:
         "--hub",
         choices=("huggingface", "modelscope"),
         help="hub to upload to (default: model.hub, else huggingface)",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("ollama", "lmstudio", "hub"),
+        help="place the model in this program, or upload it; a format that it reads is added if export.formats has "
+        "none",
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="with --to: replace a model of the same name that is there"
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     return parser

@@ -152,9 +152,10 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     return AdapterSpec(kind, 10**6, largest_rank, scale, dropout, saved=saved_of(weights)), weights
 
 
-# Initialisations that also change the base model's weights, so that the adapter fits no other base. PEFT writes the
-# name of another kind, or true, once such an adapter is converted.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+# Initialisations that leave the base model's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change
+# them too, so that the adapter fits no other base; PEFT writes true once such an adapter is converted.
+_KEEPS_BASE = ("true", "false", "none", "gaussian", "orthogonal", "eva")
+_KNOWN_USES = ("use_rslora", "use_dora")  # every other key `use_…` is another kind of LoRA
 
 
 def _named_tables(config: dict[str, Any]) -> set[str]:
@@ -163,9 +164,14 @@ def _named_tables(config: dict[str, Any]) -> set[str]:
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
-    unsupported = {
-        "init_lora_weights": str(config.get("init_lora_weights")).startswith(_CHANGES_BASE),
+    variants = [key for key, value in config.items() if key.startswith("use_") and value and key not in _KNOWN_USES]
+    unsupported = dict.fromkeys(variants, True) | {
+        "init_lora_weights": str(config.get("init_lora_weights")).lower() not in _KEEPS_BASE,
         "alora_invocation_tokens": bool(config.get("alora_invocation_tokens")),
+        "invocation_string": bool(config.get("invocation_string")),
+        "layer_replication": bool(config.get("layer_replication")),
+        "arrow_config": bool(config.get("arrow_config")),
+        "megatron_config": bool(config.get("megatron_config")),
         "peft_type": config.get("peft_type", "LORA") != "LORA",
         "bias": config.get("bias", "none") != "none",
         "lora_bias": bool(config.get("lora_bias")),
@@ -175,9 +181,15 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         "target_parameters": bool(config.get("target_parameters")),
     }
     if used := [f"{name} {config.get(name)!r}" for name, is_used in unsupported.items() if is_used]:
+        convert = ""
+        if unsupported["init_lora_weights"]:
+            convert = (
+                " This initialisation changes the base model's weights too: save the adapter again with PEFT's "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
+            )
         raise AdapterError(
             f"{folder}: {', '.join(used)} cannot be read; only LoRA and DoRA on linear layers can. Merge it with "
-            "PEFT (merge_and_unload) and take the merged model."
+            f"PEFT (merge_and_unload) and take the merged model.{convert}"
         )
 
 

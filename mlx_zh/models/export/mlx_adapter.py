@@ -17,7 +17,8 @@ def check_for_mlx_lm(adapter: Adapter) -> None:
     if adapter.spec.kind != "full" and adapter.spec.saved:
         raise AdapterError(
             f"export.formats: mlx-lm does not load trained tables ({', '.join(adapter.spec.saved)}) beside an "
-            f"adapter, so `mlx-adapter` cannot be written for {adapter.folder}. Export `mlx`, which holds the merged model."
+            f"adapter, so `mlx-adapter` cannot be written for {adapter.folder}. Export `mlx`, which holds the "
+            "merged model."
         )
 
 

@@ -35,7 +35,7 @@ class Turns:
     reply: str  # after the last user message, before the reply
 
     def template(self, default_system: str | None = None) -> str:
-        """Ollama's template, in Go's template language; with `default_system` where the user gives no system message."""
+        """Ollama's template, in Go's template language; `default_system` is said where the user gives none."""
         system, user, answer = (tuple(map(go_text, pair)) for pair in (self.system, self.user, self.assistant))
         opening = self.opening if default_system is None else default_system.join(self.system)
         start = f"{{{{ if .System }}}}{system[0]}{{{{ .System }}}}{system[1]}"
@@ -140,7 +140,7 @@ def _rendered(turns: Turns, *, with_system: bool) -> str:
 
 
 def ollama_name(title: str) -> str:
-    """A name of a model that Ollama accepts: at most 80 of a-z, 0-9, `-`, `_` and `.`, the first a letter or digit."""
+    """A name that Ollama accepts: at most 80 of a-z, 0-9, `-`, `_` and `.`, the first a letter or digit."""
     name = re.sub(r"[^a-z0-9_.-]+", "-", title.lower())[:80].strip("-_.")
     return name or "tuned-model"
 
@@ -224,7 +224,7 @@ def _stops(tokenizer: Any, turns: Turns | None) -> list[str]:
 
 
 def _licence(text: str) -> str:
-    """The LICENSE command; unusual white space becomes a space, and other characters that Ollama drops are left out."""
+    """The LICENSE command; unusual white space becomes a space, other characters that Ollama drops go."""
     spaced = "".join(c if _kept(c) else " " if c.isspace() else "" for c in text)
     value = quoted(spaced)
     return "# The licence is in a file beside this one." if value is None else f"LICENSE {value}"

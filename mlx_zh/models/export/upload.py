@@ -32,6 +32,23 @@ def check(repository: str, hub: str) -> None:
         _modelscope_api()
 
 
+def own_repository(title: str, hub: str) -> str:
+    """`OWNER/NAME` for a model, with the logged-in user as its owner. Raises UploadError."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title).strip("-.") or "tuned-model"
+    if hub != "huggingface":
+        raise UploadError(f"name the repository on ModelScope yourself: --push-to-hub OWNER/{name}.")
+    check(f"me/{name}", hub)
+    try:
+        from huggingface_hub import whoami
+
+        return f"{whoami()['name']}/{name}"
+    except Exception as error:  # the library raises its own errors and those of its HTTP library
+        raise UploadError(
+            f"the hub does not say who is logged in: {_reason(error)}. Name the repository yourself: --push-to-hub "
+            f"OWNER/{name}."
+        ) from error
+
+
 def push(folder: Path, repository: str, hub: str, *, public: bool) -> str:
     """Upload everything in `folder` and return the repository's address; the repository is created if needed.
 

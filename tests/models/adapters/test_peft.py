@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -92,24 +93,89 @@ def test_rslora_divides_by_the_root_of_the_rank(tmp_path):
     assert read_adapter(folder)[0].scale == 4.0  # 8 / sqrt(4)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"bias": "all"}, "bias 'all'"),
-        ({"modules_to_save": ["score"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
-        ({"init_lora_weights": "corda"}, "init_lora_weights"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"r": None}, "is damaged or no PEFT adapter"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(tmp_path, change, words):
+# Every key of PEFT's LoraConfig (0.9 to 0.18): values with which the adapter is plain LoRA or DoRA, and others.
+READ = {
+    "alora_invocation_tokens": [None, []],
+    "alpha_pattern": [{}, None, {"q_proj": 8}],
+    "arrow_config": [None],
+    "auto_mapping": [None, {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}],
+    "base_model_name_or_path": ["x", None],
+    "bias": ["none"],
+    "corda_config": [None, {"corda_method": "kpm"}],
+    "ensure_weight_tying": [False, True],
+    "eva_config": [None, {"rho": 2.0}],
+    "exclude_modules": [None, ["lm_head"]],
+    "fan_in_fan_out": [False],
+    "inference_mode": [True, False],
+    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
+    "layer_replication": [None],
+    "layers_pattern": [None, "layers", ["layers"]],
+    "layers_to_transform": [None, 1, [0, 1]],
+    "loftq_config": [{}, {"loftq_bits": 4}],
+    "lora_bias": [False],
+    "megatron_config": [None],
+    "megatron_core": ["megatron.core"],
+    "modules_to_save": [None, []],
+    "peft_type": ["LORA"],
+    "peft_version": ["0.18.0"],
+    "qalora_group_size": [16],
+    "rank_pattern": [{}, None],
+    "revision": [None, "main"],
+    "target_modules": ["all-linear", r".*_proj", ["q_proj"]],
+    "target_parameters": [None, []],
+    "task_type": ["CAUSAL_LM", None],
+    "trainable_token_indices": [None],
+    "use_dora": [False],
+    "use_qalora": [False],
+    "use_rslora": [False, True],
+    "lora_dtype": ["bfloat16"],  # of another program
+}
+REFUSED = {
+    "alora_invocation_tokens": [[1, 2]],
+    "arrow_config": [{"top_k": 3}],
+    "bias": ["all", "lora_only"],
+    "fan_in_fan_out": [True],
+    "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "something_new", "PiSSA"],
+    "invocation_string": ["<|start|>"],
+    "layer_replication": [[[0, 1], [0, 2]]],
+    "lora_bias": [True],
+    "megatron_config": [{"hidden_size": 64}],
+    "modules_to_save": [["score"], ["embed_tokens", "norm"]],
+    "peft_type": ["IA3", "VERA", "LOHA", "LOKR", "ADALORA", "PROMPT_TUNING", "PREFIX_TUNING", "OFT", "BONE", "XLORA"],
+    "target_parameters": [["experts.gate_up_proj"]],
+    "trainable_token_indices": [[1, 2], {"embed_tokens": [3]}],
+    "use_qalora": [True],
+    "use_something_new": [True],
+}
+
+
+def test_every_setting_of_pefts_is_read_or_refused_by_name(tmp_path):
     _, folder = export(tmp_path)
-    config(folder, **change)
-    with pytest.raises(AdapterError, match=words):
+    original = config(folder)
+    path = folder / "adapter_config.json"
+    for key, values in READ.items():
+        for value in values:
+            path.write_text(json.dumps(original | {key: value}))
+            read_peft(folder)
+    for key, values in REFUSED.items():
+        for value in values:
+            path.write_text(json.dumps(original | {key: value}))
+            with pytest.raises(AdapterError, match=rf"{key} {re.escape(repr(value))}") as error:
+                read_peft(folder)
+            assert "merge_and_unload" in str(error.value)
+            assert ("path_initial_model_for_weight_conversion" in str(error.value)) == (key == "init_lora_weights")
+
+
+@pytest.mark.oracle
+def test_the_tables_know_every_setting_of_the_installed_peft():
+    peft = pytest.importorskip("peft")
+    assert set(peft.LoraConfig(r=4).to_dict()) <= READ.keys() | REFUSED.keys()
+
+
+def test_settings_without_a_rank_are_damage(tmp_path):
+    _, folder = export(tmp_path)
+    config(folder, r=None)
+    with pytest.raises(AdapterError, match="is damaged or no PEFT adapter"):
         read_peft(folder)
 
 

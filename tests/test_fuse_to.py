@@ -1,0 +1,138 @@
+"""`fuse --to`: the model is in the program's list, and no other model is replaced silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_zh import fuse
+from mlx_zh.stages import placing
+
+OLLAMA = """#!/bin/sh
+[ "$1" = list ] && { [ -n "$BROKEN" ] && { echo "could not connect" >&2; exit 1; }
+  printf 'NAME\\tID\\n'; cat "$STORE/list" 2>/dev/null; exit 0; }
+[ "$1" = create ] && [ "$3" = -f ] && [ -f "$4" ] || exit 9
+[ -n "$FULL" ] && { echo "no space" >&2; exit 3; }
+file=$(sed -n 's/^FROM //p' "$4"); [ -f "$file" ] || exit 8
+echo "creating $2"; cp "$4" "$STORE/$2"; printf '%s:latest\\tabc\\n' "$2" >> "$STORE/list"
+"""
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    folder = tmp_path / "home"
+    (folder / "bin").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setattr("pathlib.Path.home", lambda: folder)
+    monkeypatch.setenv("STORE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def ollama(home, monkeypatch):
+    program = home / "bin" / "ollama"
+    program.write_text(OLLAMA)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    return home
+
+
+@pytest.fixture
+def run(project):
+    """`mlx-zh fuse recipe.yaml --no-measure ARGUMENTS` after training, of a base that llama.cpp can run."""
+    shutil.copytree(project.model, "merging")
+    path = Path("merging/tokenizer.json")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["model"] |= {"vocab": state["model"]["vocab"] | {"zq": 290}, "merges": [["z", "q"]]}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    project.model = Path("merging").absolute()
+    project.recipe["model"]["path"] = "merging"
+    project.write_recipe()
+    project.train()
+    return lambda *arguments: project.run(fuse.main, "--no-measure", *map(str, arguments))
+
+
+def test_ollama_gets_the_model_once(run, ollama):
+    result = run("--to", "ollama", "export.name=My_Model")
+    assert result.status == 0 and "ollama run my_model" in result.out, result.err
+    assert "FROM ./My_Model-Q8_0.gguf" in (ollama / "my_model").read_text(encoding="utf-8")
+    (ollama / "my_model").write_text("another model")
+    for name in ("My_Model", "MY_MODEL"):
+        refused = run("--to", "ollama", f"export.name={name}")
+        assert refused.status == 2 and "Ollama already has a model named my_model" in refused.err
+    assert (ollama / "my_model").read_text() == "another model"
+    assert run("--to", "ollama", "export.name=my_model", "--replace").status == 0
+    assert "FROM ./my_model-Q8_0.gguf" in (ollama / "my_model").read_text(encoding="utf-8")
+
+
+def test_what_ollama_says_goes_on_to_the_user(run, ollama, monkeypatch):
+    monkeypatch.setenv("FULL", "1")
+    failed = run("--to", "ollama")
+    assert failed.status == 2 and "ended with status 3" in failed.err
+    assert "cd runs/tiny/fused/gguf && ollama create tiny -f Modelfile" in failed.err
+    assert Path("runs/tiny/fused/gguf/tiny-Q8_0.gguf").is_file()
+    monkeypatch.setenv("BROKEN", "1")
+    shutil.rmtree("runs/tiny/fused")
+    silent = run("--to", "ollama")
+    assert silent.status == 2 and "Ollama does not answer (could not connect)" in silent.err
+    assert not Path("runs/tiny/fused").exists()  # it is told before the work
+
+
+def test_without_the_programs_the_steps_are_given(run, home, monkeypatch):
+    monkeypatch.setattr("mlx_zh.stages.placing.shutil.which", lambda name: None)
+    result = run("--to", "ollama")
+    assert result.status == 0 and "Ollama is not installed here" in result.out
+    assert "\n  cd runs/tiny/fused/gguf && ollama create tiny -f Modelfile\n  ollama run tiny" in result.out
+    result = run("--to", "lmstudio")
+    assert result.status == 0 and f"copy the folder {Path('runs/tiny/fused').resolve()}/" in result.out
+    assert "to ~/.lmstudio/models/mlx-zh/tiny" in result.out
+
+
+@pytest.mark.parametrize(("system", "kind"), [("Darwin", "mlx"), ("Linux", "gguf")])
+def test_lm_studio_gets_files_that_it_lists(run, home, monkeypatch, system, kind):
+    monkeypatch.setattr("mlx_zh.stages.placing.platform.system", lambda: system)
+    (home / ".lmstudio" / "models").mkdir(parents=True)
+    result = run("--to", "lmstudio", "export.formats=[peft]")
+    assert result.status == 0 and "In LM Studio: mlx-zh/tiny" in result.out, result.err
+    target, source = home / ".lmstudio" / "models" / "mlx-zh" / "tiny", Path("runs/tiny/fused") / kind
+    expected = "model.safetensors" if kind == "mlx" else "tiny-Q8_0.gguf"
+    assert os.path.samefile(target / expected, source / expected)  # a link needs no space
+    assert ((target / "config.json").is_file(), (target / "Modelfile").exists()) == (kind == "mlx", False)
+    before = (target / expected).read_bytes()
+    refused = run("--to", "lmstudio")
+    assert refused.status == 2 and "already has a model named tiny" in refused.err
+    (target / "mine.txt").write_text("mine")
+    assert run("--to", "lmstudio", "--replace").status == 0
+    assert not (target / "mine.txt").exists() and (target / expected).read_bytes() == before
+
+
+def test_lm_studios_folder_is_where_it_says(home):
+    assert placing.lmstudio_models() is None
+    old = home / ".cache" / "lm-studio"
+    old.mkdir(parents=True)
+    assert placing.lmstudio_models() == old / "models"
+    (home / "elsewhere").mkdir()
+    (home / ".lmstudio-home-pointer").write_text(f"{home}/elsewhere\n")
+    assert placing.lmstudio_models() == home / "elsewhere" / "models"
+    (home / "big").mkdir()
+    (home / "elsewhere" / "settings.json").write_text(json.dumps({"downloadsFolder": str(home / "big")}))
+    assert placing.lmstudio_models() == home / "big"
+    for damaged in ("{", '{"downloadsFolder": 3}', '{"downloadsFolder": "gone"}'):
+        (home / "elsewhere" / "settings.json").write_text(damaged)
+        assert placing.lmstudio_models() == home / "elsewhere" / "models"
+
+
+def test_the_hub_is_that_of_the_logged_in_user(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    monkeypatch.setattr("huggingface_hub.whoami", lambda: {"name": "me"})
+    monkeypatch.setattr(
+        "mlx_zh.models.export.upload.push", lambda folder, name, hub, public: pushed.append((name, hub)) or "done"
+    )
+    assert run("--to", "hub").status == 0 and pushed == [("me/tiny", "huggingface")]
+    refused = run("--to", "hub", "--hub", "modelscope")
+    assert refused.status == 2 and "--push-to-hub OWNER/tiny" in refused.err
