@@ -31,8 +31,9 @@ from mlx_zh.corpus.reader import read_rows
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.row_messages import messages_of
 from mlx_zh.errors import DataError, MlxZhError, StorageError
-from mlx_zh.models.adapters.files import save_adapter
+from mlx_zh.models.adapters.files import read_adapter, save_adapter
 from mlx_zh.models.adapters.layers import add_adapter, trainable
+from mlx_zh.models.adapters.peft import write_peft
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.generate import GenerationSession, Sampling, StreamDecoder, common_prefix
 from mlx_zh.models.load import LoadedModel, load_model
@@ -125,6 +126,19 @@ def adapter(loaded, tmp_path) -> Path:
     folder = tmp_path / "adapters"
     save_adapter(folder, weights, spec, {})
     return folder
+
+
+def test_a_peft_folder_is_an_adapter(
+    folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, weights = read_adapter(adapter)
+    write_peft(tmp_path / "peft", spec, weights, base="b", matrices=[])
+    answers = []
+    for options in ([], ["--adapter", str(adapter)], ["--adapter", str(tmp_path / "peft")]):
+        piped(monkeypatch, "你好")
+        assert chat.main([str(folder), "--max-tokens", "8", "--temp", "0", *options]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1] == answers[2]
 
 
 def fresh_logits(model: Any, tokens: list[int]) -> mx.array:

@@ -16,7 +16,7 @@ def check_for_mlx_lm(adapter: Adapter) -> None:
     """Raise AdapterError for an adapter that mlx-lm's `load_adapters` refuses."""
     if adapter.spec.kind != "full" and adapter.spec.saved:
         raise AdapterError(
-            f"export.formats: mlx-lm does not load trained tables ({', '.join(adapter.spec.saved)}) beside an "
+            f"mlx-lm does not load trained tables ({', '.join(adapter.spec.saved)}) beside an "
             f"adapter, so `mlx-adapter` cannot be written for {adapter.folder}. Export `mlx`, which holds the "
             "merged model."
         )
