@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_zh.errors import ModelError
+from mlx_zh.models.gguf_blocks import BLOCKS, unpack_blocks
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -37,11 +38,6 @@ _TYPE_NAMES = {
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
     27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
-
-# Weights per block and bytes per block of the supported types.
-_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
-GROUP_SIZE = 32
-BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
 @dataclass(frozen=True)
@@ -169,11 +165,11 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], int]:
 def _table(cursor: _Cursor, metadata: dict[str, Any], rows: int) -> dict[str, TensorInfo]:
     path = cursor.path
     entries = [_row(cursor) for _ in range(rows)]
-    unread = sorted({kind for _, kind, _, _ in entries if kind not in _BLOCKS})
+    unread = sorted({kind for _, kind, _, _ in entries if kind not in BLOCKS})
     if unread:
         raise ModelError(
-            f"{path} holds tensors of type {', '.join(unread)}; only {', '.join(_BLOCKS)} can be read. Take the "
-            "Q4_0, Q4_1, Q8_0 or BF16 file of the same model."
+            f"{path} holds tensors of type {', '.join(unread)}; only {', '.join(BLOCKS)} can be read. Take the "
+            "Q4_K_M, Q8_0 or BF16 file of the same model."
         )
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0:
@@ -182,7 +178,7 @@ def _table(cursor: _Cursor, metadata: dict[str, Any], rows: int) -> dict[str, Te
     tensors: dict[str, TensorInfo] = {}
     bad: list[str] = []
     for name, kind, shape, offset in entries:
-        weights, size = _BLOCKS[kind]
+        weights, size = BLOCKS[kind]
         if name in tensors or not shape or shape[-1] % weights or math.prod(shape) == 0:
             bad.append(f"{name} {kind} {shape}")
             continue
@@ -217,8 +213,8 @@ def _some(names: list[str]) -> str:
 def read_tensor(file: GGUFFile, name: str) -> dict[str, mx.array]:
     """The tensor as MLX arrays: {"weight"}, or {"weight", "scales", "biases"} in groups of 32 if it is quantized.
 
-    Nothing is rounded. F16, BF16 and F32 keep their type. Quantized weights keep their codes, and
-    `scale * code + bias` in float32 equals the weight that llama.cpp computes.
+    Nothing is rounded. F16, BF16 and F32 keep their type. Quantized weights keep their codes where MLX has such a
+    format, and become float32 where it has none. `scale * code + bias` in float32 is the weight of llama.cpp.
     """
     import mlx.core as mx
 
@@ -230,49 +226,6 @@ def read_tensor(file: GGUFFile, name: str) -> dict[str, mx.array]:
         return {"weight": mx.array(raw.view(np.float16).reshape(info.shape))}
     if info.kind == "BF16":
         return {"weight": mx.array(raw.view(np.uint16).reshape(info.shape)).view(mx.bfloat16)}
-    groups = info.shape[-1] // GROUP_SIZE
-    blocks = mx.array(raw.reshape(*info.shape[:-1], groups, -1))  # (..., rows, groups, bytes of a block)
-    return _UNPACK[info.kind](blocks)
-
-
-def _half(blocks: mx.array, at: int) -> mx.array:
-    """The float16 at byte `at` of every block: (rows, groups, bytes) -> (rows, groups)."""
-    import mlx.core as mx
-
-    return mx.contiguous(blocks[..., at : at + 2]).view(mx.float16).squeeze(-1)
-
-
-def _words(codes: mx.array) -> mx.array:
-    """Codes in order, as the 32-bit words that MLX expects: (rows, groups, bytes) -> (rows, words)."""
-    import mlx.core as mx
-
-    return mx.contiguous(codes.flatten(-2)).view(mx.uint32)
-
-
-def _nibbles(codes: mx.array) -> mx.array:
-    """4-bit codes in MLX's order: (rows, groups, 16 bytes) -> (rows, words).
-
-    GGUF stores weights 0-15 of a block in the low halves of its bytes and 16-31 in the high halves; MLX stores
-    neighbours in one byte.
-    """
-    import mlx.core as mx
-
-    low, high = codes & 15, codes >> 4
-    return _words(mx.concatenate([half[..., ::2] | (half[..., 1::2] << 4) for half in (low, high)], axis=-1))
-
-
-def _q4_0(blocks: mx.array) -> dict[str, mx.array]:
-    scales = _half(blocks, 0)
-    return {"weight": _nibbles(blocks[..., 2:]), "scales": scales, "biases": -8 * scales}
-
-
-def _q4_1(blocks: mx.array) -> dict[str, mx.array]:
-    return {"weight": _nibbles(blocks[..., 4:]), "scales": _half(blocks, 0), "biases": _half(blocks, 2)}
-
-
-def _q8_0(blocks: mx.array) -> dict[str, mx.array]:
-    scales = _half(blocks, 0)
-    return {"weight": _words(blocks[..., 2:] ^ 128), "scales": scales, "biases": -128 * scales}
-
-
-_UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+    weights, size = BLOCKS[info.kind]
+    blocks = mx.array(raw.reshape(-1, info.shape[-1] // weights, size))
+    return {part: array.reshape(*info.shape[:-1], -1) for part, array in unpack_blocks(info.kind, blocks).items()}

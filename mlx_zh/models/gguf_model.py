@@ -11,7 +11,8 @@ import numpy.typing as npt
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, describe_packing
-from mlx_zh.models.gguf import BITS, GROUP_SIZE, GGUFFile, read_tensor
+from mlx_zh.models.gguf import GGUFFile, read_tensor
+from mlx_zh.models.gguf_blocks import BITS, GROUP_SIZE
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -157,32 +158,60 @@ def _rope_scaling(file: GGUFFile, key: _Keys, config: Config) -> Config | None:
 def _llama3_scaling(file: GGUFFile, config: Config) -> Config:
     """config.json's "rope_scaling" of Llama 3.1, derived from the frequency divisors that GGUF stores.
 
-    `factor` is the largest divisor. The other three numbers are the same in Llama 3.1, 3.2 and 3.3. To check them,
-    the divisors are recomputed and compared with the stored ones. Raises ModelError if they differ.
+    Raises ModelError if the divisors are not of Llama 3.1's form.
     """
     stored = np.array(read_tensor(file, ROPE_FACTORS)["weight"], dtype=np.float64)
-    scaling = {
+    head_dim, theta = config["head_dim"], config["rope_theta"]
+    if stored.shape == (head_dim // 2,) and np.isfinite(stored).all() and stored.min() > 0 and theta > 0:
+        for scaling in (_usual_scaling(stored), _fitted_scaling(stored, head_dim, theta)):
+            if scaling and np.allclose(stored, llama3_divisors(scaling, head_dim, theta), rtol=1e-3):
+                return scaling
+    raise ModelError(
+        f"{file.path}: the RoPE scaling in {ROPE_FACTORS} is not Llama 3's. Take the model's safetensors instead."
+    )
+
+
+def _usual_scaling(divisors: npt.NDArray[np.float64], original: int = 8192, high: float = 4.0) -> Config:
+    """A scaling whose largest divisor is that of `divisors`; the other numbers are those of Llama 3.1, 3.2 and 3.3."""
+    return {
         "rope_type": "llama3",
-        "factor": float(stored.max()),
+        "factor": float(divisors.max()),
         "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
     }
-    fits = stored.shape == (config["head_dim"] // 2,) and stored.min() > 0 and config["rope_theta"] > 0
-    expected = llama3_divisors(scaling, config["head_dim"], config["rope_theta"]) if fits else np.empty(0)
-    if not fits or not np.allclose(stored, expected, rtol=1e-3):
-        raise ModelError(
-            f"{file.path}: the RoPE scaling in {ROPE_FACTORS} is not Llama 3's. Take the model's safetensors instead."
-        )
-    return scaling
+
+
+def _fitted_scaling(divisors: npt.NDArray[np.float64], head_dim: int, theta: float) -> Config | None:
+    """The scaling of a model that was trained on another length; None if the divisors do not determine it.
+
+    Between the two ends, a frequency makes `turns = low + share * (high - low)` turns in the original length, where
+    `share` follows from its divisor. Multiplying length, low and high by one number changes no divisor, so low is 1.
+    """
+    factor = divisors.max()
+    between = (divisors > 1 + 1e-4) & (divisors < factor * (1 - 1e-4))
+    if not between.any():
+        return None
+    wavelengths = _wavelengths(head_dim, theta)[between]
+    share = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
+    if between.sum() == 1:
+        return _usual_scaling(divisors, round(float((1 + 3 * share[0]) * wavelengths[0])))
+    # length / wavelength - share * (high - 1) = 1, for every frequency between the ends
+    (length, above), *_ = np.linalg.lstsq(np.stack([1 / wavelengths, -share], 1), np.ones(share.size), rcond=None)
+    high = round(1 + float(above), 3)
+    return _usual_scaling(divisors, round(float(length)), high) if length >= 1 and high > 1 else None
+
+
+def _wavelengths(head_dim: int, theta: float) -> npt.NDArray[np.float64]:
+    """The positions in which each pair of a head's dimensions turns once: (head_dim / 2,)."""
+    half = head_dim // 2
+    return np.asarray(2 * np.pi * theta ** (np.arange(half) / half))
 
 
 def llama3_divisors(scaling: Config, head_dim: int, theta: float) -> npt.NDArray[np.float64]:
     """The number by which Llama 3.1 divides each rotation frequency: (head_dim / 2,)."""
     low, high = float(scaling.get("low_freq_factor", 1.0)), float(scaling.get("high_freq_factor", 4.0))
-    half = head_dim // 2
-    wavelength = 2 * np.pi * theta ** (np.arange(half) / half)
-    turns = scaling.get("original_max_position_embeddings", 8192) / wavelength
+    turns = scaling.get("original_max_position_embeddings", 8192) / _wavelengths(head_dim, theta)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))
 

@@ -193,26 +193,26 @@ def _load(
         tokenizer = folder.folder_tokenizer(path)
         weights = folder.folder_weights(path)
         quantize = quantize or catalog.packing_on_loading(source, config)
-    target, keep_quantized = _precision(dtype, weights, path.is_file())
+    target, keep_quantized = _precision(dtype, file if path.is_file() else None)
     model = build_model(config, weights, str(path), dtype=target, keep_quantized=keep_quantized, quantize=quantize)
     _check_vocabulary(tokenizer, model, path)
     ends = end_of_turn_ids(tokenizer, config, path)
     return LoadedModel(model, tokenizer, config, path, source, fingerprint_of(path, reading), ends)
 
 
-def _precision(dtype: str, weights: dict[str, mx.array], from_gguf: bool) -> tuple[mx.Dtype | None, bool]:
-    """The dtype to cast to (None: as stored), and whether quantized weights stay quantized."""
+def _precision(dtype: str, file: gguf.GGUFFile | None) -> tuple[mx.Dtype | None, bool]:
+    """The dtype to cast to (None: as stored), and whether quantized weights stay quantized; `file` is a GGUF file."""
     import mlx.core as mx
 
     if dtype != "auto":
         return getattr(mx, dtype), True
     if device.is_cpu():
         return mx.float32, False
-    if not from_gguf:
+    if file is None:
         return None, True
     # GGUF stores norms in float32 whatever the matrices are; uncast, they would make every activation float32.
-    stored = weights["model.embed_tokens.weight"].dtype
-    return (stored if mx.issubdtype(stored, mx.floating) else mx.bfloat16), True
+    stored = {"F32": mx.float32, "F16": mx.float16}
+    return stored.get(file.tensors["token_embd.weight"].kind, mx.bfloat16), True
 
 
 def _check_vocabulary(tokenizer: Any, model: Any, path: Path) -> None:

@@ -13,10 +13,11 @@ import tiny_models as tiny
 
 from mlx_zh.errors import ModelError
 from mlx_zh.models.gguf import read_gguf, read_tensor
+from mlx_zh.models.gguf_model import _fitted_scaling, llama3_divisors
 from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.models.load import load_config, load_model, load_tokenizer
 
-KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,32 @@ def test_llama3_position_scaling(tmp_path: Path, factor: float) -> None:
     assert load_config(path)["rope_scaling"] == scaling
     np.testing.assert_allclose(tiny.logits(load_model(str(path)).model), tiny.logits(model), atol=1e-5)
 
-    other = tiny.write_gguf(tmp_path / "o.gguf", config, model, rope_factors=divisors**2)
-    with pytest.raises(ModelError, match="not Llama 3's"):
-        load_config(other)
+    for number, strange in enumerate((divisors[::-1], divisors * np.nan, np.linspace(1, factor, divisors.size) ** 2)):
+        other = tiny.write_gguf(tmp_path / f"{number}.gguf", config, model, rope_factors=strange)
+        with pytest.raises(ModelError, match="not Llama 3's"):
+            load_config(other)
+
+
+@pytest.mark.parametrize("length", [2048, 4096, 16384, 32768, 131072])
+@pytest.mark.parametrize(("theta", "head_dim"), [(500000.0, 128), (500000.0, 64), (1000000.0, 128)])
+@pytest.mark.parametrize("high", [4.0, 8.0])
+def test_llama3_position_scaling_of_any_length(length: int, theta: float, head_dim: int, high: float) -> None:
+    """The file has the divisors only. What is derived from them gives the same divisors again."""
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+    divisors = llama3_divisors(scaling, head_dim, theta).astype(np.float32).astype(np.float64)
+    found = _fitted_scaling(divisors, head_dim, theta)
+    between = ((divisors > 1.001) & (divisors < 7.99)).sum()
+    assert (found is None) == (between == 0)
+    if found:
+        np.testing.assert_allclose(llama3_divisors(found, head_dim, theta), divisors, rtol=1e-3)
+    if found and between > 1:
+        assert found["original_max_position_embeddings"] == pytest.approx(length, rel=1e-3)
+        assert found["high_freq_factor"] == pytest.approx(high, rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("linear", {}), ("yarn", {"original_max_position_embeddings": 128})])
@@ -265,13 +289,13 @@ def test_unread_tensor_types_are_named(tmp_path: Path) -> None:
 
     path = tmp_path / "k.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
-    raw = np.zeros((4, 144), dtype=np.uint8)  # one block of 256 weights a row
-    writer.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    raw = np.zeros((4, 66), dtype=np.uint8)  # one block of 256 weights a row
+    writer.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refused(path, "Q4_K", "Q4_0, Q4_1, Q8_0")
+    refused(path, "IQ2_XXS", "Q4_0, Q4_1, Q5_0", "Take the Q4_K_M")
 
 
 @pytest.mark.parametrize(
