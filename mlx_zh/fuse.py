@@ -129,7 +129,8 @@ def _write_all(fuser: Fuser, *, measured: bool) -> list[Written]:
     from mlx_zh.system import console
     from mlx_zh.system.storage import write_json
 
-    formats = list(dict.fromkeys(fuser.export.formats))
+    # `mlx` comes first: a GGUF file of the type q4_1 takes its codes.
+    formats = sorted(dict.fromkeys(fuser.export.formats), key=lambda kind: kind != "mlx")
     yardstick: Yardstick | None = None
     if measured and set(formats) - set(ADAPTER_FORMATS):
         console.say("Running the base and base + adapter over held-out text ...")
@@ -187,9 +188,10 @@ def _say_llama_cpp(written: Written) -> None:
             f"{written.kind}, {written.result.detail}, as llama.cpp computes it: KL {measured.kl:.4f}, top-1 "
             f"{measured.top1:.1%}, perplexity {measured.perplexity:.3f}."
         )
-    elif written.assessment.fidelity and written.result.detail == "Q8_0":
+    elif written.assessment.fidelity and written.kind == "gguf" and (written.result.bits or 16) < 16:
         console.say(
-            "gguf, Q8_0: the table shows the fidelity of the weights alone. On a CPU and with CUDA, llama.cpp also "
+            f"gguf, {written.result.detail}: the table shows the fidelity of the weights alone. On a CPU and with "
+            "CUDA, llama.cpp also "
             f"rounds the activations to 8 bits, which moves the predictions by a KL of about {USUAL_KL}. With the "
             "package llama-cpp-python installed, fuse measures it."
         )

@@ -553,7 +553,10 @@ class Export(Section):
     size_gb: PositiveFloat | None = None  # of mixed bits: the most that the model may take; None: as with 5 bits
     recover: bool = False  # mlx: round so that the model's outputs stay, and not each weight for itself
     group_size: Literal[32, 64, 128] | None = None
-    gguf_type: Literal["f16", "q8_0"] = "q8_0"
+    gguf_type: Literal[
+        "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"
+    ] = "q8_0"
+    imatrix: bool = False
     max_shard_gb: PositiveFloat = 5.0
     original: Annotated[Located | None, Field(alias="from")] = None
     name: Annotated[str, AfterValidator(_folder_name)] | None = None

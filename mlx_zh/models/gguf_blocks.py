@@ -1,8 +1,8 @@
 """The blocks of GGUF's tensor types, decoded to MLX arrays; lazy, so that one tensor at a time needs the memory.
 
-A block holds the codes of 32 or 256 neighbouring weights of a row and their scales. Types with one scale for every 32
-weights stay quantized. Q2_K, Q3_K and Q6_K have one for every 16, and the IQ4 types have a table of values: MLX has no
-such formats, so these become float32. Either way a weight is the number that llama.cpp computes.
+A block holds the codes of 32 or 256 neighbouring weights of a row and their scales. Types with one scale for every
+32 weights stay quantized. Q2_K, Q3_K and Q6_K have one for every 16, and the IQ4 types have a table of values: MLX has
+no such formats, so these become float32. Either way a weight is the number that llama.cpp computes.
 
 Formats: ggml-common.h and dequantize_row_* in ggml-quants.c of https://github.com/ggml-org/ggml
 """
@@ -55,7 +55,7 @@ def _split(data: mx.array, shifts: Sequence[int], mask: int) -> mx.array:
 
 
 def _nibbles(data: mx.array, width: int) -> mx.array:
-    """4-bit codes in order: of every `width` bytes, first all low halves, then all high ones: (..., n) -> (..., 2n)."""
+    """4-bit codes in order: of `width` bytes, first all low halves, then all high ones: (..., n) -> (..., 2n)."""
     return _split(data.reshape(*data.shape[:-1], -1, width), (0, 4), 15).flatten(-3)
 
 

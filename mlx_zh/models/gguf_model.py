@@ -172,7 +172,7 @@ def _llama3_scaling(file: GGUFFile, config: Config) -> Config:
 
 
 def _usual_scaling(divisors: npt.NDArray[np.float64], original: int = 8192, high: float = 4.0) -> Config:
-    """A scaling whose largest divisor is that of `divisors`; the other numbers are those of Llama 3.1, 3.2 and 3.3."""
+    """A scaling whose largest divisor is that of `divisors`; the other numbers are those of Llama 3.1 to 3.3."""
     return {
         "rope_type": "llama3",
         "factor": float(divisors.max()),

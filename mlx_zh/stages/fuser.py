@@ -16,7 +16,7 @@ from mlx_zh.exams.current import is_current
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.catalog import packing_on_loading
-from mlx_zh.models.export import bits, card, fidelity, licences, ollama
+from mlx_zh.models.export import bits, card, fidelity, licences, llama_quantizer, ollama
 from mlx_zh.models.export.fidelity import Distance
 from mlx_zh.models.export.folder_files import (
     Layout,
@@ -26,9 +26,11 @@ from mlx_zh.models.export.folder_files import (
     write_folder,
     write_tokenizer,
 )
-from mlx_zh.models.export.gguf_file import GGUFPlan, plan_gguf, write_gguf
+from mlx_zh.models.export.gguf_file import About, GGUFOutcome, GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.gguf_lora import check_for_gguf, write_gguf_lora
-from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, open_adapter, summarize
+from mlx_zh.models.export.importance import Importance
+from mlx_zh.models.export.llama_types import LLAMA_TYPES
+from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, no_adapter, open_adapter, summarize
 from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
 from mlx_zh.models.export.recover import Recovery, needed_bytes, rounding_errors
 from mlx_zh.models.export.source import open_source
@@ -44,6 +46,7 @@ from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import empty, folder_whole, need_space, remove, write_text
 
 _MIXED = 6  # stands for the bits of a model with several
+_GGUF_BITS = {"f16": 16, "bf16": 16, "q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}
 _CONFIGS = 40_000_000  # bytes; an upper estimate for the tokenizer and other small files
 
 
@@ -156,6 +159,8 @@ class Fuser:
         self.title = licences.display_name(self.licence, self.wanted_name)
         self.run = RunFolder.of(recipe)
         self.folder = self.run.fused
+        self.importance: Importance | None = None  # of each input of each matrix, for llama.cpp's quantization
+        self.mlx_written: int | None = None  # the bits of the `mlx` folder, once it is written
 
     @property
     def adapter_is_foreign(self) -> bool:
@@ -195,15 +200,32 @@ class Fuser:
 
     @cached_property
     def gguf_plan(self) -> GGUFPlan:
-        """The GGUF file's metadata and tensor list, without the weights."""
-        return plan_gguf(self.fusion, self.export.gguf_type, self.title)
+        """The GGUF file's metadata and tensor list, without the weights; f16 if llama.cpp quantizes that file."""
+        kind = self.export.gguf_type
+        return plan_gguf(self.fusion, "f16" if kind in LLAMA_TYPES else kind, self.title, self._about)
+
+    @property
+    def _about(self) -> About:
+        """What a GGUF file says about the model."""
+        name = next(iter((hub_ids(self.fusion.base.name) or {}).values()), self.fusion.base.name)
+        owner, _, base = name.rpartition("/")
+        on_hub = bool(owner) and not Path(expanduser(self.fusion.base.name)).exists()
+        return About(
+            base=Path(base).name,
+            owner=owner if on_hub else None,
+            licence=None if self.licence.tag == "other" else self.licence.tag,
+            tags=("mlx-zh", "chat", "text-generation"),
+            languages=("zh", "en"),
+        )
 
     def size(self, kind: str) -> int:
         """The bytes that a format takes on disk."""
         if kind in ADAPTER_FORMATS:
             return sum(a.nbytes for a in self.fusion.adapter.weights.values()) + _CONFIGS
         if kind == "gguf":
-            return self.gguf_plan.size + _CONFIGS
+            llama = LLAMA_TYPES.get(self.export.gguf_type)  # then the plan's file is there for a while too
+            quantized = 0 if llama is None else int(self.fusion.source.parameters * llama.most_bits / 8)
+            return self.gguf_plan.size + quantized + _CONFIGS
         layout = self.mlx_layouts[-1][0] if kind == "mlx" else self.hf_layout
         return sum(entry.size for entry in layout.entries()) + _CONFIGS
 
@@ -236,6 +258,8 @@ class Fuser:
             raise AdapterError(
                 "export.formats: a full fine-tuning has no adapter, so `peft` cannot be written; use hf."
             )
+        if "gguf" in self.export.formats:
+            llama_quantizer.check(self.export.gguf_type)
         need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
 
     def steps(self, kind: str) -> int:
@@ -259,6 +283,8 @@ class Fuser:
 
         `mlx` with `bits: auto` is written again with more bits while the measurement gives warnings.
         """
+        if kind == "gguf" and self.export.imatrix and self.export.gguf_type in LLAMA_TYPES and yardstick is not None:
+            self.importance = yardstick.importance
         with folder_whole(self.folder / kind) as folder:
             result = _WRITERS[kind](self, folder, step)
             assessment = self._assess(folder, result, yardstick)
@@ -299,6 +325,7 @@ class Fuser:
             layout, recovered = self.recovered
             detail += ", recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
+        self.mlx_written = number
         return Result(detail, number, survivals, folder, recovered=recovered)
 
     def _mixed_layout(self) -> Layout:
@@ -365,9 +392,24 @@ class Fuser:
     def _write_gguf(self, folder: Path, step: Callable[[], None]) -> Result:
         kind = self.export.gguf_type.upper()
         path = folder / f"{self.title}-{kind}.gguf"
-        survivals = write_gguf(path, self.gguf_plan, step=step)
+        if self.export.gguf_type in LLAMA_TYPES:
+            left = llama_quantizer.quantize(path, self.gguf_plan, self.export.gguf_type, self.importance, step=step)
+            outcome, number = GGUFOutcome(left), LLAMA_TYPES[self.export.gguf_type].bits
+        else:
+            outcome, number = write_gguf(path, self._gguf_source(), step=step), _GGUF_BITS[self.export.gguf_type]
         warnings = self._write_modelfile(folder, path.name)
-        return Result(kind, 16 if kind == "F16" else 8, survivals, path, warnings, path.name)
+        if outcome.rounded:
+            values = {"rounded": outcome.rounded, "kept": outcome.kept, "error": outcome.error}
+            warnings += (Notice("gguf-scales-rounded", **values),)
+        return Result(kind, number, outcome.survivals, path, warnings, path.name)
+
+    def _gguf_source(self) -> GGUFPlan:
+        """The plan to write: for q4_1, of the `mlx` folder if this command wrote it in 4 bits."""
+        kind, folder = self.export.gguf_type, self.folder / "mlx"
+        if kind != "q4_1" or self.mlx_written != 4:
+            return self.gguf_plan
+        source = open_source(folder, self.fusion.base.name)
+        return plan_gguf(Fusion(source, no_adapter(folder)), kind, self.title, self._about)
 
     def _write_modelfile(self, folder: Path, file: str, base: str | None = None) -> tuple[Notice, ...]:
         """Write the Modelfile of `file`, with `base` of an adapter; returns what it lacks."""

@@ -12,7 +12,8 @@ from tiny_models import HEAD_DIM, MERGES, SPECIAL, TEXT_IDS, TOKENS, llama3_divi
 from tuned import make_tuned
 
 from mlx_zh.errors import ModelError
-from mlx_zh.models.export.gguf_file import plan_gguf, quantize_q8_0, write_gguf
+from mlx_zh.models.export.gguf_encoding import quantize_q8_0
+from mlx_zh.models.export.gguf_file import plan_gguf, write_gguf
 from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
 from mlx_zh.models.gguf_tokenizer import _CUTS, _PROBE, _cutter, cutting_rule
 from mlx_zh.models.load import load_model
@@ -30,7 +31,7 @@ FAMILIES = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", Fal
 def export(tmp_path, kind, family="llama", **options):
     tuned = make_tuned(tmp_path, family, **options)
     path = tmp_path / "model.gguf"
-    left = write_gguf(path, plan_gguf(tuned.fusion(), kind, "Tiny"))
+    left = write_gguf(path, plan_gguf(tuned.fusion(), kind, "Tiny")).survivals
     return tuned, path, left
 
 

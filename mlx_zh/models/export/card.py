@@ -160,7 +160,7 @@ def fidelity_text(exported: FormatFacts) -> str:
             f"As llama.cpp itself computes it, activations rounded too: mean KL {measured.kl:.4f}, the same most "
             f"likely token {measured.top1:.1%} of the time, perplexity {measured.perplexity:.3f}."
         )
-    elif exported.fidelity and exported.kind == "gguf" and exported.detail == "Q8_0":
+    elif exported.fidelity and exported.kind == "gguf" and exported.detail not in ("F16", "BF16"):
         sentences.append(
             "This is the fidelity of the weights alone. On a CPU and with CUDA, llama.cpp also rounds the "
             f"activations to 8 bits, which moves the predictions by a KL of about {USUAL_KL}."

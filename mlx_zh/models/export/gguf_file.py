@@ -1,12 +1,13 @@
-"""Write a merged model as one GGUF file (F16 or Q8_0) for llama.cpp, LM Studio and Ollama.
+"""Write a merged model as one GGUF file for llama.cpp, LM Studio and Ollama.
 
-Names, the order of rows and metadata are those of llama.cpp's convert_hf_to_gguf.py.
+Names, the order of rows and metadata are those of llama.cpp's convert_hf_to_gguf.py. A matrix that is quantized in 4
+or 5 bits by MLX, and that the adapter does not change, keeps its codes: Q4_1 and Q5_1 have MLX's form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,45 @@ import numpy.typing as npt
 
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError
+from mlx_zh.models.build import Form, Weights
+from mlx_zh.models.export.folder_files import pack, packed_layout, unpack
+from mlx_zh.models.export.gguf_encoding import Encoded, encode, keep_codes, same_codes, stored_bytes
 from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
-from mlx_zh.models.export.merge import Fusion, Survival, survival
+from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
+from mlx_zh.models.gguf_blocks import GROUP_SIZE
 from mlx_zh.models.gguf_model import ROPE_FACTORS, gguf_name, llama3_divisors, permute
 from mlx_zh.system.storage import storage_errors
 
-_BLOCK = 32
-_FILE_TYPES = {"f16": 1, "q8_0": 7}  # llama.cpp's llama_ftype: MOSTLY_F16, MOSTLY_Q8_0
+# The types that are written here, with the numbers of llama.cpp's llama_ftype.
+FILE_TYPES = {"f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7}
+_FULL = ("f16", "bf16")  # types without quantization
+
+
+@dataclass(frozen=True)
+class About:
+    """What the file says about the model beside its title; LM Studio, Ollama and the hubs show it."""
+
+    base: str | None = None  # the name of the base, without its owner
+    owner: str | None = None  # the owner of the base on a hub
+    url: str | None = None  # the base's page on a hub
+    licence: str | None = None  # its name on the hub
+    tags: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+
+    def metadata(self, title: str) -> dict[str, Any]:
+        """The metadata `general.*` of a model with this title; without what is not known."""
+        base = {"name": self.base, "organization": self.owner, "repo_url": self.url}
+        entries: dict[str, Any] = {
+            "general.name": title,
+            "general.basename": self.base,
+            "general.finetune": title if self.base else None,
+            "general.license": self.licence,
+            "general.base_model.count": 1 if self.base else None,
+            **{f"general.base_model.0.{key}": value for key, value in base.items()},
+            "general.tags": list(self.tags),
+            "general.languages": list(self.languages),
+        }
+        return {key: value for key, value in entries.items() if value}
 
 
 @dataclass(frozen=True)
@@ -30,19 +63,47 @@ class GGUFPlan:
     """Everything in the file except the weights. A plan can be made only if the file can be written."""
 
     fusion: Fusion
-    kind: str  # f16 or q8_0
+    kind: str  # one of FILE_TYPES
     title: str
     metadata: dict[str, Any]
     rope_factors: npt.NDArray[np.float32] | None  # (head_dim / 2,) Llama 3.1's frequency divisors
+    packing: dict[str, Form] = field(default_factory=dict)  # module -> MLX's form, whose codes are written
 
     @property
     def size(self) -> int:
         """The size of the tensors in bytes."""
-        return sum(_layout(shape, self.kind)[1] for shape in self.fusion.source.outline.shapes.values())
+        shapes = self.fusion.source.outline.shapes
+        return sum(stored_bytes(self.type_of(name), shape) for name, shape in shapes.items())
+
+    def type_of(self, name: str) -> str:
+        """The type in which a tensor is stored. Vectors stay float32, as llama.cpp expects."""
+        shape = self.fusion.source.outline.shapes[name]
+        if len(shape) == 1:
+            return "F32"
+        form = self.packing.get(name.removesuffix(".weight"))
+        if kept := same_codes(form):
+            return kept
+        if shape[-1] % GROUP_SIZE:
+            return "BF16" if self.kind == "bf16" else "F16"
+        if form is not None:
+            return "Q8_0"  # more bits than Q5_1 has
+        if self.kind == "q4_1":
+            return "F16"  # not quantized by MLX either
+        return self.kind.upper()
 
 
-def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
-    """The plan of a file of `kind` f16 or q8_0.
+@dataclass
+class GGUFOutcome:
+    """What writing the weights changed."""
+
+    survivals: list[Survival] = field(default_factory=list)  # what is left of the change to each changed matrix
+    kept: int = 0  # groups of 32 weights whose codes are MLX's own
+    rounded: int = 0  # of them, those whose scale or minimum float16 does not hold exactly
+    error: float = 0.0  # the largest norm of that rounding in a matrix, as a share of the matrix's
+
+
+def plan_gguf(fusion: Fusion, kind: str, title: str, about: About | None = None) -> GGUFPlan:
+    """The plan of a file of a `kind` in FILE_TYPES. With q4_1, MLX quantizes what is not yet quantized.
 
     Raises ModelError if llama.cpp could not run the model or would split text differently.
     """
@@ -52,9 +113,9 @@ def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
     head_dim = config.get("head_dim") or hidden // heads
     metadata: dict[str, Any] = {
         "general.type": "model",
-        "general.name": title,
+        **(about or About()).metadata(title),
         "general.size_label": _size_label(fusion.source.parameters),
-        "general.file_type": _FILE_TYPES[kind],
+        "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": 2,
     }
     keys: dict[str, Any] = {
@@ -74,7 +135,16 @@ def plan_gguf(fusion: Fusion, kind: str, title: str) -> GGUFPlan:
     scaling, factors = _rope(config, head_dim, fusion.source.name)
     metadata |= {f"{architecture}.{name}": value for name, value in (keys | scaling).items()}
     metadata = {"architecture": architecture} | metadata | tokenizer_metadata(fusion.base)
-    return GGUFPlan(fusion, kind, title, metadata, factors)
+    return GGUFPlan(fusion, kind, title, metadata, factors, _packing(fusion, kind))
+
+
+def _packing(fusion: Fusion, kind: str) -> dict[str, Form]:
+    """The modules that are written with MLX's codes, and their forms."""
+    if kind in _FULL:
+        return {}
+    if kind == "q4_1":
+        return packed_layout(fusion, 4, GROUP_SIZE).packing
+    return {path: form for path, form in fusion.untouched.items() if same_codes(form)}
 
 
 def _rope(config: Config, head_dim: int, name: str) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
@@ -97,8 +167,8 @@ def _rope(config: Config, head_dim: int, name: str) -> tuple[dict[str, Any], npt
     return metadata, None
 
 
-def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda: None) -> list[Survival]:
-    """Write the file tensor by tensor; returns what is left of the change to each changed matrix.
+def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda: None) -> GGUFOutcome:
+    """Write the file tensor by tensor; returns what is left of the adapter's change, and what was rounded.
 
     `step` is called once for each tensor. Raises ModelError for weights that the type cannot hold, StorageError if
     the file cannot be written.
@@ -110,12 +180,11 @@ def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda:
         _add(writer, key, value)
     if plan.rope_factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, plan.rope_factors.shape, np.dtype(np.float32), plan.rope_factors.nbytes)
-    shapes = plan.fusion.source.outline.shapes
-    for name, shape in shapes.items():
-        kind, size = _layout(shape, plan.kind)
+    for name, shape in plan.fusion.source.outline.shapes.items():
+        kind = plan.type_of(name)
         raw = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, raw_dtype=raw)
-    survivals: list[Survival] = []
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), stored_bytes(kind, shape), raw_dtype=raw)
+    outcome = GGUFOutcome()
     with storage_errors(path):
         try:
             writer.open_output_file(path)
@@ -124,59 +193,54 @@ def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda:
             writer.write_ti_data_to_file()
             if plan.rope_factors is not None:
                 writer.write_tensor_data(plan.rope_factors)
-            for tensor in plan.fusion.tensors():
+            for name, encoded in _encoded(plan, outcome):
                 step()
-                data, written = _encode(tensor.value, plan, tensor.name)
-                if tensor.before is not None and (tensor_survival := survival(tensor.before, tensor.value, written)):
-                    survivals.append(tensor_survival)
-                writer.write_tensor_data(data)
+                writer.write_tensor_data(np.array(permute(name, encoded.data, plan.fusion.source.config)))
         finally:
             writer.close()
-    return survivals
+    return outcome
 
 
-def _layout(shape: tuple[int, ...], kind: str) -> tuple[str, int]:
-    """The type in which a tensor is stored, and its size in bytes. Vectors stay float32, as llama.cpp expects."""
-    count = int(np.prod(shape))
-    if len(shape) == 1:
-        return "F32", 4 * count
-    if kind == "q8_0" and shape[-1] % _BLOCK == 0:
-        return "Q8_0", count // _BLOCK * (2 + _BLOCK)
-    return "F16", 2 * count
+def _encoded(plan: GGUFPlan, outcome: GGUFOutcome) -> Iterator[tuple[str, Encoded]]:
+    """Every tensor as it is written, one in memory at a time; `outcome` is filled."""
+    fusion = plan.fusion
+    untouched = {path: form for path, form in fusion.untouched.items() if path in plan.packing}
+    weights = fusion.stored(packed=bool(untouched))
+    changed = fusion.adapter.tensors
+    for name in fusion.source.outline.shapes:
+        path = name.removesuffix(".weight")
+        if form := fusion.untouched.get(path) if untouched else None:
+            parts = [weights.pop(f"{path}.{part}") for part in _parts(weights, path)]
+            if same_codes(plan.packing.get(path)):
+                yield name, _kept(parts, form, name, outcome)
+            else:
+                yield name, encode(unpack(parts, form), plan.type_of(name), name)
+            continue
+        tensor = fusion.merge(name, weights.pop(name), changed)
+        form = plan.packing.get(path)
+        if form is not None and same_codes(form):
+            encoded = _kept(pack(tensor.value, form, mx.float16), form, name, outcome)
+        else:
+            encoded = encode(tensor.value, plan.type_of(name), name)
+        _watch(tensor, encoded, outcome)
+        yield name, encoded
 
 
-def _encode(value: mx.array, plan: GGUFPlan, name: str) -> tuple[npt.NDArray[Any], mx.array]:
-    """A tensor as it is written, and the float32 value that this stands for, with rows in the model's order."""
-    kind, _ = _layout(value.shape, plan.kind)
-    config = plan.fusion.source.config
-    if kind == "F32":
-        return np.array(permute(name, value, config)), value
-    limit = 65504.0 * (127 if kind == "Q8_0" else 1)  # the maximum of float16, the type of Q8_0's scales and F16
-    if not float(mx.abs(value).max()) <= limit:
-        raise ModelError(
-            f"{name} has weights beyond what {kind} can hold (or NaN), so no GGUF file is written. Export `hf` in "
-            "bfloat16 instead, and look at the losses of the training."
-        )
-    if kind == "F16":
-        half = value.astype(mx.float16)
-        return np.array(permute(name, half, config)), half.astype(mx.float32)
-    codes, scales = quantize_q8_0(value)
-    written = (codes.astype(mx.float32) * scales.astype(mx.float32)).reshape(value.shape)
-    rows = value.shape[0]
-    groups = [permute(name, part.reshape(rows, -1), config) for part in (codes, scales)]
-    quants = np.array(groups[0]).reshape(-1, _BLOCK).view(np.uint8)
-    halves = np.array(groups[1]).reshape(-1, 1).view(np.uint8)
-    return np.concatenate([halves, quants], axis=1), written
+def _parts(weights: Weights, path: str) -> list[str]:
+    return [part for part in ("weight", "scales", "biases") if f"{path}.{part}" in weights]
 
 
-def quantize_q8_0(value: mx.array) -> tuple[mx.array, mx.array]:
-    """Codes (blocks, 32) int8 and scales (blocks, 1) float16, equal to llama.cpp's quantize_row_q8_0 bit for bit."""
-    blocks = value.reshape(-1, _BLOCK)
-    scale = mx.abs(blocks).max(axis=1, keepdims=True) / 127
-    inverse = mx.where(scale == 0, 0.0, 1 / scale)
-    scaled = blocks * inverse
-    rounded = mx.sign(scaled) * mx.floor(mx.abs(scaled) + 0.5)  # rounds halves away from zero, as C's roundf
-    return rounded.astype(mx.int8), scale.astype(mx.float16)
+def _kept(parts: list[mx.array], form: Form, name: str, outcome: GGUFOutcome) -> Encoded:
+    encoded = keep_codes(parts, form, name)
+    outcome.kept += encoded.value.size // GROUP_SIZE
+    outcome.rounded += encoded.rounded
+    outcome.error = max(outcome.error, encoded.error)
+    return encoded
+
+
+def _watch(tensor: Tensor, encoded: Encoded, outcome: GGUFOutcome) -> None:
+    if tensor.before is not None and (left := survival(tensor.before, tensor.value, encoded.value)):
+        outcome.survivals.append(left)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
