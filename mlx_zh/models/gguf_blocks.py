@@ -1,8 +1,8 @@
 """The blocks of GGUF's tensor types, decoded to MLX arrays; lazy, so that one tensor at a time needs the memory.
 
 A block holds the codes of 32 or 256 neighbouring weights of a row and their scales. Types with one scale for every
-32 weights stay quantized. Q2_K, Q3_K and Q6_K have one for every 16, and the IQ4 types have a table of values: MLX has
-no such formats, so these become float32. Either way a weight is the number that llama.cpp computes.
+32 weights stay quantized. Q2_K, Q3_K and Q6_K have one for every 16, and the IQ4 types have a table of values: MLX
+has no such formats, so these become float32. Either way a weight is the number that llama.cpp computes.
 
 Formats: ggml-common.h and dequantize_row_* in ggml-quants.c of https://github.com/ggml-org/ggml
 """

@@ -18,7 +18,7 @@ from mlx_zh.models.export.fidelity import held_out
 from mlx_zh.models.export.folder_files import Layout, packed_layout
 from mlx_zh.models.export.folder_files import write_folder as write_mlx
 from mlx_zh.models.export.gguf_encoding import keep_codes
-from mlx_zh.models.export.gguf_file import plan_gguf, write_gguf
+from mlx_zh.models.export.gguf_file import About, plan_gguf, write_gguf
 from mlx_zh.models.export.merge import Fusion, no_adapter
 from mlx_zh.models.export.source import Source, open_source
 from mlx_zh.models.gguf_model import permute
@@ -174,3 +174,25 @@ def test_without_llama_cpp_the_way_is_named(monkeypatch):
     llama_quantizer.check("q4_1")
     with pytest.raises(ModelError, match=r"pip install llama-cpp-python.*choose q4_1"):
         llama_quantizer.check("q4_k_m")
+
+
+def test_the_file_says_what_it_is_and_what_it_is_made_of(tmp_path):
+    about = About(base="Tiny-1B", owner="someone", licence="apache-2.0", tags=("chat",), languages=("zh", "en"))
+    plan = plan_gguf(make_tuned(tmp_path).fusion(), "q5_1", "Mine", about)
+    write_gguf(tmp_path / "m.gguf", plan)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    expected = {
+        "name": "Mine",
+        "basename": "Tiny-1B",
+        "finetune": "Mine",
+        "license": "apache-2.0",
+        "base_model.count": 1,
+        "base_model.0.name": "Tiny-1B",
+        "base_model.0.organization": "someone",
+        "tags": ["chat"],
+        "languages": ["zh", "en"],
+        "file_type": 9,
+        "quantization_version": 2,
+    }
+    assert {key: fields[f"general.{key}"] for key in expected} == expected
+    assert "general.base_model.0.repo_url" not in fields
