@@ -160,7 +160,7 @@ class Fuser:
         self.run = RunFolder.of(recipe)
         self.folder = self.run.fused
         self.importance: Importance | None = None  # of each input of each matrix, for llama.cpp's quantization
-        self.mlx_written: int | None = None  # the bits of the `mlx` folder, once it is written
+        self.mlx_written: Result | None = None  # the `mlx` folder, once it is written
 
     @property
     def adapter_is_foreign(self) -> bool:
@@ -325,8 +325,8 @@ class Fuser:
             layout, recovered = self.recovered
             detail += ", recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
-        self.mlx_written = number
-        return Result(detail, number, survivals, folder, recovered=recovered)
+        self.mlx_written = Result(detail, number, survivals, folder, recovered=recovered)
+        return self.mlx_written
 
     def _mixed_layout(self) -> Layout:
         """More bits where rounding hurts most. Raises RecipeError if not even the fewest bits fit into `size_gb`."""
@@ -401,12 +401,13 @@ class Fuser:
         if outcome.rounded:
             values = {"rounded": outcome.rounded, "kept": outcome.kept, "error": outcome.error}
             warnings += (Notice("gguf-scales-rounded", **values),)
-        return Result(kind, number, outcome.survivals, path, warnings, path.name)
+        survivals = outcome.survivals or (self.mlx_written.survivals if self.mlx_written else [])
+        return Result(kind, number, survivals, path, warnings, path.name)
 
     def _gguf_source(self) -> GGUFPlan:
         """The plan to write: for q4_1, of the `mlx` folder if this command wrote it in 4 bits."""
         kind, folder = self.export.gguf_type, self.folder / "mlx"
-        if kind != "q4_1" or self.mlx_written != 4:
+        if kind != "q4_1" or self.mlx_written is None or self.mlx_written.bits != 4:
             return self.gguf_plan
         source = open_source(folder, self.fusion.base.name)
         return plan_gguf(Fusion(source, no_adapter(folder)), kind, self.title, self._about)
