@@ -196,3 +196,15 @@ def test_the_file_says_what_it_is_and_what_it_is_made_of(tmp_path):
     }
     assert {key: fields[f"general.{key}"] for key in expected} == expected
     assert "general.base_model.0.repo_url" not in fields
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "expected"), [(4, "q4_0", "Q4_1"), (8, "q4_0", "Q8_0"), (4, "q8_0", "Q4_1")]
+)
+def test_matrices_without_an_adapter_are_not_quantized_more_coarsely(tmp_path, bits, kind, expected):
+    tuned = make_tuned(tmp_path, hidden_size=128, intermediate_size=256, targets=("q_proj",), quantize=(bits, 32))
+    path = tmp_path / "m.gguf"
+    write_gguf(path, plan_gguf(tuned.fusion(quantize=(bits, 32)), kind, "Tiny"))
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert types["blk.0.ffn_up.weight"] == types["output.weight"] == expected
+    assert types["blk.0.attn_q.weight"] == kind.upper()

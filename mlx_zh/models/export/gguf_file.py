@@ -67,7 +67,7 @@ class GGUFPlan:
     title: str
     metadata: dict[str, Any]
     rope_factors: npt.NDArray[np.float32] | None  # (head_dim / 2,) Llama 3.1's frequency divisors
-    packing: dict[str, Form] = field(default_factory=dict)  # module -> MLX's form, whose codes are written
+    packing: dict[str, Form] = field(default_factory=dict)  # module -> MLX's form, as which it is written
 
     @property
     def size(self) -> int:
@@ -139,12 +139,12 @@ def plan_gguf(fusion: Fusion, kind: str, title: str, about: About | None = None)
 
 
 def _packing(fusion: Fusion, kind: str) -> dict[str, Form]:
-    """The modules that are written with MLX's codes, and their forms."""
+    """The modules that are written as MLX has them, and their forms; those of more than 5 bits become Q8_0."""
     if kind in _FULL:
         return {}
     if kind == "q4_1":
         return packed_layout(fusion, 4, GROUP_SIZE).packing
-    return {path: form for path, form in fusion.untouched.items() if same_codes(form)}
+    return fusion.untouched
 
 
 def _rope(config: Config, head_dim: int, name: str) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
