@@ -15,7 +15,8 @@ from mlx_zh.system.arguments import Parser
 
 if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe
-    from mlx_zh.stages.fuser import Fuser, Written
+    from mlx_zh.stages.fuser import Fuser
+    from mlx_zh.stages.written import Written
     from mlx_zh.stages.yardstick import Yardstick
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cached_property
 from os.path import expanduser
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_zh.errors import AdapterError, DeviceError, RecipeError
-from mlx_zh.exams.current import is_current
+from mlx_zh.errors import AdapterError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.catalog import packing_on_loading
 from mlx_zh.models.export import bits, card, fidelity, licences, llama_quantizer, ollama
-from mlx_zh.models.export.fidelity import Distance
 from mlx_zh.models.export.folder_files import (
     Layout,
     full_layout,
@@ -30,19 +26,19 @@ from mlx_zh.models.export.gguf_file import About, GGUFOutcome, GGUFPlan, plan_gg
 from mlx_zh.models.export.gguf_lora import check_for_gguf, write_gguf_lora
 from mlx_zh.models.export.importance import Importance
 from mlx_zh.models.export.llama_types import LLAMA_TYPES
-from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, no_adapter, open_adapter, summarize
+from mlx_zh.models.export.merge import Fusion, no_adapter, open_adapter, summarize
 from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
-from mlx_zh.models.export.recover import Recovery, needed_bytes, rounding_errors
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
-from mlx_zh.stages.calibration import calibration_rows
-from mlx_zh.stages.current_models import adapter_digest, current_models
+from mlx_zh.stages.current_models import adapter_digest
+from mlx_zh.stages.few_bits import mixed_layout, recovered_layout
+from mlx_zh.stages.model_facts import run_facts
 from mlx_zh.stages.run_folder import TUNED, RunFolder
+from mlx_zh.stages.written import Assessment, Result, Written
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
-from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import empty, folder_whole, need_space, remove, write_text
 
 _MIXED = 6  # stands for the bits of a model with several
@@ -64,72 +60,6 @@ def newest_adapter(recipe: Recipe) -> Path:
             "--adapter DIR."
         )
     return adapter
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was written for a format."""
-
-    detail: str  # for example "4-bit" or "Q8_0"
-    bits: int | None
-    survivals: list[Survival]  # what is left of the adapter's change to each matrix
-    model: Path | None  # the folder or file that can be loaded; None for an adapter
-    warnings: tuple[Notice, ...] = ()  # on what could not be written
-    file: str = ""  # the name of a file to be loaded; "" if the folder is
-    recovered: card.Recovered | None = None  # how the tuning was kept
-
-
-@dataclass(frozen=True)
-class Assessment:
-    """What was measured of a written format. The names of the fields are keys of summary.json."""
-
-    size: int  # bytes
-    left: SurvivalSummary | None  # how much of the adapter's change is left after quantization
-    fidelity: fidelity.Fidelity | None
-    unmeasured: Notice | None  # why `fidelity` is None
-    warnings: list[Notice]
-    llama_cpp: Distance | None = None  # of a GGUF file, as llama.cpp computes it
-
-
-@dataclass(frozen=True)
-class Written:
-    """A format that is on disk."""
-
-    kind: str
-    folder: Path
-    result: Result
-    assessment: Assessment
-
-    @property
-    def format_facts(self) -> card.FormatFacts:
-        """The same facts as the model card needs them."""
-        measured = self.assessment
-        return card.FormatFacts(
-            self.kind,
-            self.result.detail,
-            self.result.file,
-            measured.left,
-            measured.fidelity,
-            measured.warnings,
-            measured.llama_cpp,
-            self.result.recovered,
-        )
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values for summary.json: each notice as its English sentence and as its code."""
-        recovered = self.result.recovered
-        about: dict[str, object] = {
-            "detail": self.result.detail,
-            "bits": self.result.bits,
-            "folder": str(self.folder),
-        }
-        about["recovered"] = None if recovered is None else asdict(recovered)
-        reason = self.assessment.unmeasured
-        codes = {
-            "unmeasured_code": reason and reason.as_dict(),
-            "warning_codes": [warning.as_dict() for warning in self.assessment.warnings],
-        }
-        return about | asdict(self.assessment) | codes
 
 
 class Fuser:
@@ -186,12 +116,20 @@ class Fuser:
             few = bits.base_bits(self.fusion)
             chosen = few if few in bits.CHOICES else min(bits.CHOICES)
         if chosen == "mixed":
-            return [(self._mixed_layout(), _MIXED)]
+            return [(mixed_layout(self.recipe, self.fusion, _CONFIGS), _MIXED)]
         if not isinstance(chosen, int):
             return bits.candidate_layouts(self.fusion, group)
         if chosen == 16:
             return [(full_layout(self.fusion, self.fusion.source.dtype), 16)]
         return [(packed_layout(self.fusion, chosen, group), chosen)]
+
+    @cached_property
+    def recovered(self) -> tuple[Layout, card.Recovered]:
+        """The layout of `mlx` with codes that keep the tuning; the first call computes them, with a progress bar.
+
+        Raises DataError without text, DeviceError without memory, StorageError.
+        """
+        return recovered_layout(self.recipe, self.fusion, self.mlx_layouts[0][0], self.run.recovering)
 
     @cached_property
     def hf_layout(self) -> Layout:
@@ -295,7 +233,8 @@ class Fuser:
                 assessment = self._assess(folder, result, yardstick)
             written = Written(kind, self.folder / kind, result, assessment)
             missing = licences.write_licence_files(folder, self.licence, self.fusion.base, self.fusion.original)
-            write_text(folder / "README.md", card.model_card(self.run_facts(missing), written.format_facts))
+            facts = run_facts(self.recipe, self.fusion, self.title, self.licence, missing)
+            write_text(folder / "README.md", card.model_card(facts, written.format_facts))
         if result.recovered is not None:
             remove(self.run.recovering)
         return written
@@ -327,63 +266,6 @@ class Fuser:
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
         self.mlx_written = Result(detail, number, survivals, folder, recovered=recovered)
         return self.mlx_written
-
-    def _mixed_layout(self) -> Layout:
-        """More bits where rounding hurts most. Raises RecipeError if not even the fewest bits fit into `size_gb`."""
-        group = self.export.group_size
-        least, more = (packed_layout(self.fusion, n, group, at_least=True) for n in bits.CHOICES[:2])
-        sizes = [sum(entry.size for entry in layout.entries()) for layout in (least, more)]
-        limit = sum(sizes) // 2 if self.export.size_gb is None else int(self.export.size_gb * 1e9) - _CONFIGS
-        if limit < sizes[0]:
-            raise RecipeError(
-                f"export.size_gb is {self.export.size_gb:g}, and this model takes {(sizes[0] + _CONFIGS) / 1e9:.2f} "
-                "GB with the fewest bits. Raise it, or leave it out."
-            )
-        text = calibration_rows(self.recipe, self.fusion.base.tokenizer)
-        self._need_memory(sum(row.tokens.size for row in text))
-        console.say("Measuring what rounding does to the output of each matrix ...")
-        bar = console.CountBar("errors", int(self.fusion.source.config["num_hidden_layers"]), "block")
-        try:
-            errors = rounding_errors(least, text, bits.CHOICES, partial(bar.update, 1))
-        finally:
-            bar.close()
-        return bits.mixed_layout(least, errors, limit)
-
-    def _need_memory(self, tokens: int) -> None:
-        """Raise DeviceError if a pass over `tokens` tokens, block by block, does not fit into free memory."""
-        mx.clear_cache()
-        needed, free = needed_bytes(self.fusion.source.outline.shapes, tokens), device.free_bytes()
-        if needed > free:
-            raise DeviceError(
-                f"export.recover and mixed bits need {needed / 1e9:.1f} GB of memory for this model, and "
-                f"{free / 1e9:.1f} GB are free. Close other programs, or write the model with export.bits=8 and "
-                "without export.recover."
-            )
-
-    @cached_property
-    def recovered(self) -> tuple[Layout, card.Recovered]:
-        """The layout of `mlx` with codes that keep the tuning; the first call computes them, with a progress bar.
-
-        Raises DataError without text, DeviceError without memory, StorageError.
-        """
-        layout, _ = self.mlx_layouts[0]
-        text = calibration_rows(self.recipe, self.fusion.base.tokenizer)
-        recovery = Recovery(layout, text, self.run.recovering)
-        self._need_memory(recovery.tokens)
-        blocks = int(self.fusion.source.config["num_hidden_layers"])
-        console.say(
-            f"Rounding block by block over {recovery.tokens} tokens of the training data; finished blocks are kept, "
-            "so the same command goes on after an interruption ..."
-        )
-        bar = console.CountBar("recover", blocks, "block")
-        mx.reset_peak_memory()
-        start = time.monotonic()
-        try:
-            chosen = recovery.run(adapter_digest(self.fusion.adapter.folder), partial(bar.update, 1))
-        finally:
-            bar.close()
-        seconds = time.monotonic() - start
-        return chosen, card.Recovered(recovery.tokens, seconds, mx.get_peak_memory() / 1e9)
 
     def _write_hf(self, folder: Path, step: Callable[[], None]) -> Result:
         survivals = write_folder(folder, self.hf_layout, max_bytes=self._max_bytes, kind="pt", step=step)
@@ -458,32 +340,6 @@ class Fuser:
     def _max_bytes(self) -> int:
         return int(self.export.max_shard_gb * 1e9)
 
-    # The model card -------------------------------------------------------------------------------------------
-
-    def run_facts(self, missing: Sequence[str]) -> card.RunFacts:
-        """What the model cards say about the run; `missing` names licence files that the base lacks."""
-        recipe, base, spec = self.recipe, self.fusion.base, self.fusion.adapter.spec
-        stages = [name for name in TUNED if self.run.stage(name).adapter.is_dir()]
-        kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
-        rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
-        name = next(iter((hub_ids(base.name) or {}).values()), base.name)  # a short name's id on a hub
-        on_hub = not Path(expanduser(base.name)).exists() and "/" in name
-        settings = [("lora.type", spec.kind), ("lora.rank", str(spec.rank)), ("scale", f"{spec.scale:g}")]
-        settings += [(f"{s}.learning_rate", f"{getattr(recipe, s).learning_rate:g}") for s in stages]
-        settings += [(f"{s}.batch_size", str(getattr(recipe, s).batch_size)) for s in stages]
-        return card.RunFacts(
-            title=self.title,
-            base=name if on_hub else Path(base.name).name,
-            base_hub_id=name if on_hub else None,
-            original=None if self.fusion.original is None else Path(self.fusion.original.name).name,
-            licence=self.licence,
-            method=f"{kind}{rank}" + (f" by {', then '.join(s.upper() for s in stages)}" if stages else ""),
-            data=_data_files(self.run),
-            settings=settings,
-            scores=_scores(self.run),
-            missing=missing,
-        )
-
 
 _WRITERS: dict[str, Callable[[Fuser, Path, Callable[[], None]], Result]] = {
     "mlx": Fuser._write_mlx,
@@ -497,33 +353,3 @@ _WRITERS: dict[str, Callable[[Fuser, Path, Callable[[], None]], Result]] = {
 
 def _type_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
-
-
-def _data_files(run: RunFolder) -> list[tuple[str, str]]:
-    """The name, without folders, and the SHA-256 of each data file of a run."""
-    try:
-        digests = load_json(run.manifest)["data"]
-        return [(Path(path).name, str(digest)) for path, digest in digests.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
-def _scores(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Exam, model and accuracy of each finished evaluation of the run's models as they are now.
-
-    Figures of a fused model are of the one that is about to be replaced.
-    """
-    current = current_models(run)
-    scores = []
-    for path in sorted(run.exams.glob("*.json")):
-        model, _, exam = path.stem.partition("-")
-        try:
-            report = load_json(path)
-            if model == "fused" or not is_current(report.get("about"), current.get(model, {})):
-                continue
-            row = report["rows"][0]
-            low, high = row["interval"]
-            scores.append((exam, model, f"{row['macro']:.1%} ({low:.1%} to {high:.1%})"))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            continue  # a file for submission, or one of another program
-    return scores
