@@ -64,12 +64,13 @@ SAID_BY = {
     "--use {use} needs rows": ("init",),
     "--use sft needs rows": ("init",),
 }
-ELSEWHERE = {"--token"}  # options of other programs
+ELSEWHERE = {"--token", "--install"}  # options of other programs
 
 # Variables of other programs that this one passes on to or takes over.
 VARIABLES_ELSEWHERE = {
     *("HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HTTPS_PROXY", "PIP_INDEX_URL"),
     *("MODELSCOPE_API_TOKEN", "MODELSCOPE_CACHE", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "OPENBLAS_NUM_THREADS"),
+    "Q4_K_M",  # a type of llama.cpp
 }
 
 
