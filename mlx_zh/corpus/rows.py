@@ -180,7 +180,8 @@ def parse_rows(
     keys = row_keys(form.columns, tuple(columns or ()))
     for place, row in rows:
         try:
-            items = list(form.parse(_as_row(row, keys)))
+            row = _as_row(row, keys)
+            items = list(form.parse(row))
             if not keys.watched.isdisjoint(row):
                 items = [_completed(item, row) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
@@ -304,6 +305,4 @@ def _as_row(row: Any, keys: RowKeys) -> Row:
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("wrong type", f"a row must be an object, got a {kind_of(row)}")
-    if not keys.watched.isdisjoint(row):
-        keys.check(row)
-    return row
+    return keys.read(row)
