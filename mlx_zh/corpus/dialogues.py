@@ -109,8 +109,8 @@ def moss(row: Row) -> Iterator[Messages]:
         if command not in ("", "None"):
             raise InvalidRow(
                 "tool message",
-                f"'Commands' calls a tool, {command[:40]!r}, and the row does not describe tools as JSON; write it as "
-                "messages with `tools` and `tool_calls`, or leave it out with data.on_invalid=skip",
+                f"'Commands' calls a tool, {command[:40]!r}, and the row does not describe tools as JSON; write it "
+                "as messages with `tools` and `tool_calls`, or leave it out with data.on_invalid=skip",
             )
         thought = _without_marks(turn, "Inner Thoughts", optional=True).strip()
         messages += [

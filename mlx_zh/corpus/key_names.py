@@ -15,82 +15,75 @@ margin     margin, reward_margin               by how much it is better
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _LONGEST = 60  # characters of a name that are looked at
-
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-_MEDIA = _set("image images img imgs picture pictures photo photos video videos audio audios pixel wav")
-_CHINESE_MEDIA = ("图片", "图像", "视频", "音频")
-_CHINESE = {
-    **dict.fromkeys(("权重", "是否训练"), "learned"),
-    **dict.fromkeys(("是否正确", "是否采纳", "是否通过"), "good"),
-    **dict.fromkeys(("系统", "系统提示", "系统提示词"), "system"),
-    **dict.fromkeys(("历史", "历史对话", "对话历史"), "history"),
-}
-_LEARNED = _set("loss losses train training trainable trained learn learnable weight weights supervised")
-_UNLEARNED = _set("mask masks masked masking ignore ignored skip skipped exclude excluded")
-_NEGATION = frozenset(("no", "not", "without"))
-_SWITCH_WORDS = (
-    _LEARNED
-    | _UNLEARNED
-    | _NEGATION
-    | _set("is do to be on for in use should has the calculate calc compute with sample example row")
-    | _set("message turn token tokens target targets label labels response reply answer output")
-    | _set("assistant scale value flag per")
-)
-_GOOD = _set("good correct desirable preferred chosen accepted approved liked upvoted thumbs")
-_BAD = _set("bad wrong incorrect undesirable rejected disliked downvoted down")
-_ANSWER = _set("answer answers response responses reply replies output outputs completion completions")
-_ASKED = frozenset(("is", "was", "marked"))
-_JUDGED_WORDS = _GOOD | _BAD | _ANSWER | _ASKED | frozenset(("the", "up", "as"))
-_REJECTED = frozenset(("rejected", "dispreferred", "nonpreferred"))
-_SYSTEM_WORDS = _set("system sys prompt message instruction text content msg")
-_PAST = frozenset(("history", "histories", "previous", "past"))
-_HISTORY_WORDS = _PAST | _set("chat dialog dialogue conversation conversations message messages turns")
-_MARKS = _set("score scores rating ratings reward rewards")
 _NO = ("false", "no", "否", "不", "f", "n")
 _YES = ("true", "yes", "是", "y", "t")
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    table: dict[str, Any] = yaml.safe_load(files(__package__).joinpath("key_names.yaml").read_text(encoding="utf-8"))
+    return {kind: frozenset(words) if isinstance(words, list) else words for kind, words in table.items()}
 
 
 @lru_cache(maxsize=4096)
 def kind_of_name(name: str) -> str:
     """What a key of this name says, one of the words above; "" for any other."""
-    name = name[:_LONGEST].strip()
-    if name in _CHINESE:
-        return _CHINESE[name]
-    if any(word in name for word in _CHINESE_MEDIA):
+    name, table = name[:_LONGEST].strip(), _table()
+    if name in table["chinese"]:
+        return str(table["chinese"][name])
+    if any(word in name for word in table["chinese_media"]):
         return "media"
-    listed = [word.lower() for word in _WORD.findall(name)]
-    words = set(listed)
+    words = {word.lower() for word in _WORD.findall(name)}
     if not words:
         return ""
-    if words & _MEDIA:
+    if words & table["media"]:
         return "media"
-    if words <= _SWITCH_WORDS and words & (_LEARNED | _UNLEARNED):
-        return "unlearned" if words & (_UNLEARNED | _NEGATION) else "learned"
-    if words <= _JUDGED_WORDS and words & (_GOOD | _BAD):
-        if words & _ANSWER and not words & _ASKED:  # correct_answer is an answer, is_correct_answer says yes or no
-            return "rejected" if words & _BAD else ""
-        if not words & _REJECTED or words & _ASKED:
-            return "bad" if words & _BAD else "good"
-    if words & _REJECTED:
-        return "rejected"
-    if listed[0] in ("system", "sys") and words <= _SYSTEM_WORDS and len(words) > 1:
+    return _switch(words, table) or _judgement(words, table) or _turns(words, table) or _mark(words, table)
+
+
+Words = frozenset[str] | set[str]
+
+
+def _switch(words: Words, table: Mapping[str, Any]) -> str:
+    off = table["unlearned"] | table["negation"]
+    core = table["learned"] | table["unlearned"]
+    if not words & core or not words <= core | off | table["around_switches"]:
+        return ""
+    return "unlearned" if words & off else "learned"
+
+
+def _judgement(words: Words, table: Mapping[str, Any]) -> str:
+    """The kind of a name that judges an answer. correct_answer is an answer, is_correct_answer says yes or no."""
+    judged = table["good"] | table["bad"]
+    asks = bool(words & table["asked"])
+    if words & judged and words <= judged | table["answer"] | table["asked"] | table["around_marks"]:
+        if words & table["answer"] and not asks:
+            return "rejected" if words & table["bad"] else ""
+        if asks or not words & table["rejected"]:
+            return "bad" if words & table["bad"] else "good"
+    return "rejected" if words & table["rejected"] else ""
+
+
+def _turns(words: Words, table: Mapping[str, Any]) -> str:
+    named = table["system"] | table["around_system"]
+    if words & table["system"] and words & table["around_system"] and words <= named:
         return "system"
-    if words <= _HISTORY_WORDS and words & _PAST:
-        return "history"
-    if "chosen" in words and words & _MARKS:
+    return "history" if words & table["past"] and words <= table["past"] | table["around_past"] else ""
+
+
+def _mark(words: Words, table: Mapping[str, Any]) -> str:
+    if "chosen" in words and words & table["mark"]:
         return "mark"
-    if "margin" in words and words <= {"margin", *_MARKS}:
-        return "margin"
-    return ""
+    return "margin" if "margin" in words and words <= {"margin"} | table["mark"] else ""
 
 
 def number_of(value: Any) -> float | None:

@@ -118,6 +118,8 @@ def _telling(names: tuple[str, ...], keys: RowKeys) -> tuple[tuple[str, str], ..
     """Those of a row's keys whose names tell what they mean though no format has them, each with its kind."""
     known = {*keys.columns, *keys.watched, *HARMLESS, *UNREAD}
     telling = [(name, kind) for name in names if name not in known and (kind := kind_of_name(name))]
+    if keys.columns == {"text"}:  # pictures beside a raw text are not what it is about
+        telling = [(name, kind) for name, kind in telling if kind in ("learned", "unlearned")]
     is_pair = any(kind_of_name(name) == "rejected" for name in keys.columns)
     return tuple(
         (name, kind)

@@ -259,21 +259,29 @@ def _detect(
             break
     first = next((row for _, row in seen if isinstance(row, dict)), None)
     if first is None:
-        got = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {kind_of(seen[0][1])}"
-        raise DataError(f"{seen[0][0]}: a row must be an object with named columns, got {got}")
+        place, value = seen[0]
+        if isinstance(value, InvalidRow):
+            raise DataError(f"{place}: {value}")
+        raise DataError(f"{place}: a row must be an object with named columns, got a {kind_of(value)}")
     expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
     raise DataError(
         f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known formats and their columns: "
         f"{expected}. Write in the recipe which columns these are, the name in this program first: "
-        f"{_entry(path, list(first), formats)}"
+        f"{_entry(path, [row for _, row in seen if isinstance(row, dict)], formats)}"
     )
 
 
-def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parsed]]) -> str:
-    """A recipe's entry of a file, with the file's first columns as an example of `columns`."""
+def _entry(path: Path, rows: Sequence[Row], formats: Mapping[str, Format[Parsed]]) -> str:
+    """A recipe's entry of a file: with the columns that names and content suggest, else the first as an example."""
+    from mlx_zh.corpus.columns import guess_columns  # which imports the formats, and they this module
+
     pairs = any("chosen" in form.columns for form in formats.values())
-    ours = ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
-    columns = dict(zip_longest(ours, theirs[: len(ours)], fillvalue="..."))
+    guess = guess_columns(rows)
+    if guess is not None and guess.kind == ("dpo" if pairs else "sft"):
+        columns = guess.columns
+    else:
+        ours = ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
+        columns = dict(zip_longest(ours, list(rows[0])[: len(ours)], fillvalue="..."))
     entry = {"path": str(path), "columns": columns}
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
