@@ -26,7 +26,8 @@ from mlx_zh.errors import DataError
 Parsed = TypeVar("Parsed")
 
 # columns that a row may lack
-_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction")
+_REASONING = "reasoning_content"  # a column that every format may have
+_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction", _REASONING)
 _OF_MESSAGES = (  # columns that may hold messages
     *("messages", "conversations", "conversation", "context", "prompt", "response", "completion"),
     *("chosen", "rejected", "rejected_messages"),
@@ -202,7 +203,7 @@ def _check_names(path: Path, formats: Mapping[str, Format[Parsed]], format: str,
         raise DataError(
             f"unknown data format {format!r}{_nearest(format, formats)}; choose auto or one of {', '.join(formats)}"
         )
-    our_names = {name for form in formats.values() for name in form.columns}
+    our_names = {name for form in formats.values() for name in form.columns} | {_REASONING}
     for name in columns:
         if name not in our_names:
             raise DataError(

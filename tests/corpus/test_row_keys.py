@@ -243,7 +243,16 @@ def test_tables_write_numbers_and_false_as_text(no: str, load: Any) -> None:
     assert load(GOOD[0] | {"weight": "0.5"}) == "weight of a row"
     kto = {"prompt": "问", "completion": "答", "label": "0"}
     assert load(kto) == "answer not to imitate"
+    assert load(kto | {"label": 0.0}) == "answer not to imitate"  # pandas makes numbers of true, false and nothing
     assert load(kto | {"label": "1"}).messages[-1].content == "答"
+
+
+def test_kto_rows_whose_first_has_no_label(tmp_path: Path) -> None:
+    rows = [{"prompt": "问", "completion": "答", "label": label} for label in (None, 0, 1.0, "FALSE")]
+    path, report = tmp_path / "kto.jsonl", LoadReport()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert len(list(DataSource("kto", (str(path),)).items("sft", "skip", report, normalize))) == 2
+    assert report.dropped == {"answer not to imitate": 2}
 
 
 @pytest.mark.parametrize("key", ["label", "kto_tag", "score", "rating", "reward", "is_correct"])
@@ -329,6 +338,15 @@ def test_the_system_column_can_have_another_name(tmp_path: Path) -> None:
     path.write_text(json.dumps(PAIR | {"persona": "海盗"}), encoding="utf-8")
     [pair], _ = load_preferences(path, columns={"system": "persona"})
     assert pair.prompt[0] == Message("system", "海盗")
+
+
+def test_reasoning_can_have_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "row.jsonl"
+    rows = [{"Question": "问", "Complex_CoT": "想", "Response": "答"}, {"Question": "问", "Response": "答"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = {"prompt": "Question", "response": "Response", "reasoning_content": "Complex_CoT"}
+    talks, _ = load_conversations(path, columns=columns)
+    assert [talk.messages[-1].reasoning for talk in talks] == ["想", ""]
 
 
 def test_earlier_turns_beside_prompt_and_response_are_honoured(load: Any) -> None:
