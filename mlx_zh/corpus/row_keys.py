@@ -353,6 +353,7 @@ def unused_keys(messages: Sequence[Any], column: str) -> list[str]:
         for key, value in message.items()
         if (key not in _READ_IN_MESSAGE or (key == "name" and message.get("role") not in RESULT_ROLES))
         and key not in HARMLESS
+        and kind_of_name(key) != "learned"
         and has_content(value)
     ]
 

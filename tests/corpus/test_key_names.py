@@ -118,6 +118,14 @@ def test_a_picture_beside_a_raw_text_is_only_named(tmp_path: Any) -> None:
     assert report.unused == ["image_url", "is_good"]
 
 
+def test_a_switch_that_is_honoured_is_not_called_unused(tmp_path: Any) -> None:
+    path, report = tmp_path / "row.jsonl", LoadReport()
+    rows = [{"messages": [USER, REPLY | {"trainable": False, "mood": "x"}, USER, REPLY]}]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    list(DataSource("row", (str(path),)).items("sft", "error", report, normalize))
+    assert report.unused == ["messages[].mood"]
+
+
 def test_no_name_makes_an_error(tmp_path: Any) -> None:
     for first, second in itertools.product(["is", "loss", "image", "", "🙂", "_" * 99], repeat=2):
         assert isinstance(kind_of_name(f"{first}_{second}"), str)
