@@ -129,8 +129,6 @@ def _belle_seed(row: Row) -> Iterator[Messages]:
 
 def _prompt_response(row: Row) -> Iterator[Messages]:
     name = "completion" if "completion" in row and "response" not in row else "response"
-    if name == "completion" and says_no(row.get("label")):  # KTO's rows, of which the first may have no label
-        raise _not_to_imitate(row["label"])
     turns = [*history_of(row), *_said(row, "prompt", "user"), *_said(row, name, "assistant")]
     yield check_turns(with_system(row, turns), last="assistant")
 
@@ -154,17 +152,13 @@ def _kto(row: Row) -> Iterator[Messages]:
     if not _is_label(label):
         raise InvalidRow("wrong type", f"'label' must be true or false, got {label!r}")
     if says_no(label):
-        raise _not_to_imitate(label)
+        raise InvalidRow("answer not to imitate", f"'label' is {label!r}, so this answer is not to be learned")
     return _prompt_response(row)
 
 
 def _is_label(value: object) -> bool:
     """Whether a label says if an answer is good; other numbers are classes."""
     return str(value).strip().lower() in ("true", "false") or value is True or number_of(value) in (0, 1)
-
-
-def _not_to_imitate(label: object) -> InvalidRow:
-    return InvalidRow("answer not to imitate", f"'label' is {label!r}, so this answer is not to be learned")
 
 
 def arithmetic(line: str) -> Messages:

@@ -28,8 +28,10 @@ from mlx_zh.corpus.text_files import (
     wrong_encoding,
 )
 from mlx_zh.errors import DataError
+from mlx_zh.system.json_text import parse_json
 
 _PARQUET_ROWS = 1024
+_START = 1 << 16  # characters of a text in which JSON is looked for
 _FEW_ROWS, _SMALL, _RATIO = 10_000, 1 << 26, 50  # what a Parquet file may unpack to: rows, bytes, times its size
 
 
@@ -108,6 +110,27 @@ def _array_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
             raise
         with open_text(path, encoding, errors=MARK_BYTES) as file:
             yield from islice(array_rows(path, file, has_marks=True), count, None)
+
+
+def holds_json_rows(path: Path) -> bool:
+    """Whether a file of text holds rows as JSON: its first line is an object, or it begins an array of objects.
+
+    Raises the errors of `read_rows` for a file that holds no text.
+    """
+    try:
+        with open_text(path, encoding_of(check_file(path)), errors=MARK_BYTES) as file:
+            if first_character(file) not in ("{", "["):
+                return False
+            start = file.read(_START).lstrip()
+    except (OSError, UnicodeDecodeError):
+        return False  # who reads the file says what is wrong
+    if start[0] == "[":
+        return start[1:].lstrip()[:1] == "{"
+    line = start.partition("\n")[0]
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return len(line) == len(start) == _START  # a row that is longer
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:

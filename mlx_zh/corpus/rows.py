@@ -15,7 +15,7 @@ from mlx_zh.corpus.conversation import Document, Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
-from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
+from mlx_zh.corpus.reader import InvalidRow, holds_json_rows, read_lines, read_rows
 from mlx_zh.corpus.row_keys import RowKeys, has_more_keys, row_keys, unused_columns, unused_keys
 from mlx_zh.corpus.row_messages import Row, kind_of, reasoning_of
 from mlx_zh.corpus.tables import read_arrow
@@ -120,7 +120,7 @@ def iter_rows(
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
     _check_names(path, formats, format, columns or {})
     lines = format in formats and formats[format].lines
-    rows = read_lines(path) if lines else open_rows(path, columns, sheet)
+    rows = read_lines(path) if lines else open_rows(path, columns, sheet, as_text=format == "text")
     if format == "auto":
         format, rows = _detect(path, rows, formats)
     report.format = format
@@ -158,15 +158,20 @@ def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: Load
 
 
 def open_rows(
-    path: Path, columns: Mapping[str, str] | None = None, sheet: str | None = None
+    path: Path, columns: Mapping[str, str] | None = None, sheet: str | None = None, *, as_text: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """The rows of a file of any kind, with their places; `columns` renames columns. Raises DataError."""
+    """The rows of a file of any kind, with their places; `columns` renames columns. Raises DataError.
+
+    A `.txt` file with rows of JSON is no document, unless `as_text` says that it is.
+    """
     if is_workbook(path):
         rows = read_excel(path, sheet)
     elif sheet is not None:
         raise DataError(f"{path} is no Excel workbook, so it has no sheet {sheet!r}; leave out `sheet`")
     else:
-        rows = _READERS.get(inner_suffix(path), read_rows)(path)
+        suffix = inner_suffix(path)
+        is_json = suffix == ".txt" and not as_text and holds_json_rows(path)
+        rows = (read_rows if is_json else _READERS.get(suffix, read_rows))(path)
     return _renamed_rows(path, rows, columns) if columns else rows
 
 

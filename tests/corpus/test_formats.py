@@ -618,3 +618,17 @@ def test_an_unknown_format_is_answered_with_the_columns_to_write(write):
         load_conversations(write(lines({"question": "问", "答案": "答"})))
     with pytest.raises(DataError, match=r"columns: \{instruction: x, output: y\}\}$"):
         load_conversations(write(lines({"x": 1, "y": 2, "z": 3})))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_rows_of_json_in_a_txt_file_are_no_document(write, encoding):
+    row = json.dumps({"instruction": "你们在哪里工作", "output": "我们在北京工作"}, ensure_ascii=False)
+    expected = [("user", "你们在哪里工作"), ("assistant", "我们在北京工作")]
+    for text in (row, f"[\n {row}]", f"{row}\n"):
+        path = write(text.encode(encoding), "data.txt")
+        assert said(path) == expected
+        [document], _ = load_conversations(path, format="text")
+        assert document.text == text
+    for prose in ("[1] 参考文献", "{花括号}", "{\n", "[[1, 2]]"):
+        [document], _ = load_conversations(write(prose, "data.txt"))
+        assert document.text == prose

@@ -247,14 +247,6 @@ def test_tables_write_numbers_and_false_as_text(no: str, load: Any) -> None:
     assert load(kto | {"label": "1"}).messages[-1].content == "答"
 
 
-def test_kto_rows_whose_first_has_no_label(tmp_path: Path) -> None:
-    rows = [{"prompt": "问", "completion": "答", "label": label} for label in (None, 0, 1.0, "FALSE")]
-    path, report = tmp_path / "kto.jsonl", LoadReport()
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert len(list(DataSource("kto", (str(path),)).items("sft", "skip", report, normalize))) == 2
-    assert report.dropped == {"answer not to imitate": 2}
-
-
 @pytest.mark.parametrize("key", ["label", "kto_tag", "score", "rating", "reward", "is_correct"])
 def test_a_mark_of_a_message_says_whether_it_is_to_be_imitated(key: str, load: Any) -> None:
     assert load({"messages": [USER, REPLY | {key: False}, USER, REPLY]}) == "answer not to imitate"
