@@ -54,7 +54,7 @@ from mlx_zh.system.storage import (
     written_whole,
 )
 
-VERSION = 4  # part of the key; raise it when the same input would give another corpus
+VERSION = 5  # part of the key; raise it when the same input would give another corpus
 _WORK_KEPT = 30 * 24 * 3600.0  # seconds for which the parts of an interrupted run are kept
 _MANIFEST = "manifest.json"
 _LARGE = 32 << 20  # data files of this many bytes or more are scanned by one process a source

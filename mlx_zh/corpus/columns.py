@@ -66,7 +66,7 @@ def given_columns(columns: Mapping[str, str], rows: Sequence[Row]) -> Guess | No
     renamed = [_renamed(row, columns) for row in rows]
     for kind, known in FORMATS.items():
         for name, form in known.items():
-            if columns.keys() <= set(form.columns) and any(form.fits(row) for row in renamed):
+            if columns.keys() <= {*form.columns, "reasoning_content"} and any(form.fits(row) for row in renamed):
                 return Guess(kind, name, dict(columns), "given", _explicit(kind, name, renamed))
     return None
 

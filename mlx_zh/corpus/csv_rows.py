@@ -7,7 +7,6 @@ line of a row.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import re
 from collections import Counter
@@ -16,38 +15,24 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_zh.corpus.reader import InvalidRow, read_rows
+from mlx_zh.corpus.text_encoding import file_encoding
 from mlx_zh.corpus.text_files import (
     LONGEST,
     MARK_BYTES,
     MARKED,
-    check_file,
-    convert,
-    encoding_of,
+    WEB_PAGE,
     first_character,
     inner_suffix,
-    open_bytes,
     open_text,
     text_lines,
+    web_page,
     within_bounds,
     wrong_encoding,
 )
 from mlx_zh.errors import DataError
 
 _JSON = ("{", "[")  # some files of JSON lines are called .csv
-_WEB_PAGE = ("<html", "<!doctype", "<table", "<meta", "<?xml")  # some exports are HTML or XML, called .xls
 _MARK = "\ufeff"  # a byte-order mark in GB18030 is text to Python
-_CHUNK = 1 << 20  # bytes decoded at once
-_COMMON = 0.75  # in Chinese text, at least this share of the characters beyond ASCII is in GB2312
-_FEW_MARKS = 0.1  # bytes that are no text, for each character
-# Korean and Japanese in their old encodings decode as GB18030, to other Chinese characters than Chinese texts have:
-# of those, these hundred are more than a third.
-_FREQUENT = re.compile(
-    "[的一是了我不人在他有这个上们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学"
-    "么之都好看起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间斯知世什两次使身者被高已亲其进此话常与活正感]"
-)
-_HANZI = re.compile("[\u4e00-\u9fff]")
-_KANA = re.compile("[\u3041-\u30fe]")
-_JUDGED, _FREQUENT_SHARE, _KANA_SHARE = 200, 0.06, 0.2  # Chinese characters that tell enough; shares of them
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -97,73 +82,15 @@ def _without_marks(path: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[tupl
 
 def _separator(path: Path, file: IO[str], encoding: str) -> str:
     suffix = inner_suffix(path)
-    if suffix == ".tsv" or (suffix == ".csv" and encoding != "utf-16"):
-        return "\t" if suffix == ".tsv" else ","
     first = file.readline(LONGEST)
     file.seek(0)
-    if first.lstrip().lower().startswith(_WEB_PAGE):
+    if first.lstrip().lower().startswith(WEB_PAGE):
+        if suffix in (".csv", ".tsv"):
+            raise web_page(path)
         raise DataError(f"{path}: a web page that is called {suffix}; open it in Excel and save it as .xlsx")
+    if suffix == ".tsv" or (suffix == ".csv" and encoding != "utf-16"):
+        return "\t" if suffix == ".tsv" else ","
     return "\t" if "\t" in first else ","
-
-
-def file_encoding(path: Path) -> tuple[str, bool]:
-    """The file's encoding, and whether some bytes are no text in it: UTF-8, UTF-16 with a mark, or Chinese GB18030.
-
-    Raises DataError if it is none of these. A few wrong bytes do not count.
-    """
-    if encoding_of(check_file(path)) == "utf-16":
-        return "utf-16", False
-    marked, right, _ = _census(path, "utf-8")
-    if marked <= right:
-        return "utf-8-sig", marked > 0
-    # Nearly any bytes can be decoded as GB18030, so there most characters must also be common ones.
-    marked, right, common = _census(path, "gb18030")
-    if marked <= _FEW_MARKS * right and common >= _COMMON * right:
-        _check_chinese(path)
-        return "gb18030", marked > 0
-    raise wrong_encoding(path)
-
-
-def _census(path: Path, encoding: str) -> tuple[int, int, int]:
-    """The bytes that are no text in this encoding, the characters beyond ASCII, and those of them in GB2312."""
-    decoder = codecs.getincrementaldecoder(encoding)(MARK_BYTES)
-    marked = right = common = 0
-    with open_bytes(path) as file:
-        chunk = b"-"
-        while chunk:
-            chunk = file.read(_CHUNK)
-            text = decoder.decode(chunk, final=not chunk)
-            if text.isascii():
-                continue
-            beyond = len(text) - len(text.encode("ascii", "ignore"))
-            marks = 0 if _is_right(text) else len(MARKED.findall(text))
-            marked += marks
-            right += beyond - marks
-            if encoding == "gb18030":
-                common += (len(text.encode("gb2312", "ignore")) - (len(text) - beyond)) // 2
-    return marked, right, common
-
-
-def _is_right(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_chinese(path: Path) -> None:
-    """Raise DataError if the start of a text that GB18030 decodes is hardly Chinese, but Korean or Japanese."""
-    with open_text(path, "gb18030", errors=MARK_BYTES) as file:
-        text = file.read(_CHUNK)
-    letters, kana = len(_HANZI.findall(text)), len(_KANA.findall(text))
-    if letters + kana < _JUDGED:
-        return
-    if kana > _KANA_SHARE * letters or len(_FREQUENT.findall(text)) < _FREQUENT_SHARE * letters:
-        raise DataError(
-            f"{path}: the text is not UTF-8, and as GB18030 it is hardly Chinese. Convert it from its own encoding, "
-            f"which may be EUC-KR (Korean) or EUC-JP (Japanese), to UTF-8: {convert(path, 'EUC-KR')}"
-        )
 
 
 def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -217,7 +144,7 @@ def _columns(place: str, path: Path, header: Sequence[str]) -> list[str]:
         raise DataError(f"{place}: two columns are called {twice[0]!r}; rename one of them")
     if re.fullmatch(r'"?sep=.?"?', "".join(columns)):
         raise DataError(f"{place}: delete this line, which only Excel understands; the first line names the columns")
-    if len(columns) == 1 and (mark := next((mark for mark in ";\t|," if mark in columns[0]), None)):
+    if len(columns) == 1 and (mark := next((mark for mark in ";\t|,，" if mark in columns[0]), None)):
         raise DataError(
             f"{place}: only one column, {columns[0]!r}. It seems to be separated by {mark!r}; separate columns "
             "by commas in a .csv file, by tabs in a .tsv file"

@@ -9,7 +9,16 @@ from typing import Any
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import is_trained
-from mlx_zh.corpus.row_messages import Row, check_turns, history_of, messages_of, system_of, text_of, with_system
+from mlx_zh.corpus.row_messages import (
+    Row,
+    check_turns,
+    history_of,
+    listed,
+    messages_of,
+    system_of,
+    text_of,
+    with_system,
+)
 
 Messages = tuple[Message, ...]
 _MOSS_MARKS = re.compile(r"^\s*<\|[\w ]{1,20}\|>:\s?|<eo[a-z]>\s*$")
@@ -26,7 +35,7 @@ def rounds(row: Row, name: str = "conversation") -> Iterator[Messages]:
 
     Some others have messages there: [{role, content}, …].
     """
-    turns = row.get(name)
+    turns = listed(row.get(name))
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise InvalidRow("wrong type", f"'{name}' must be a list of objects with human and assistant")
     if not are_rounds(turns) and ("role" in turns[0] or "from" in turns[0]):
@@ -53,6 +62,21 @@ def are_rounds(value: Any) -> bool:
     )
 
 
+_SPEAKER = re.compile(r"(?:\A\s*|\n\s*)(Human|Assistant)[:：]")  # BELLE's set of dialogues
+
+
+def transcript(text: str) -> list[Message]:
+    """The messages of a text like "Human:…\\nAssistant:…\\nHuman:…\\nAssistant:"; none for any other text."""
+    if not text.lstrip().startswith("Human") or not text.rstrip().endswith(("Assistant:", "Assistant：")):
+        return []
+    before, *parts = _SPEAKER.split(text)
+    speakers, said = parts[::2], parts[1::2]
+    if before.strip() or speakers != ["Human", "Assistant"] * (len(speakers) // 2) or said[-1].strip():
+        return []
+    names = {"Human": "user", "Assistant": "assistant"}
+    return [Message(names[name], part.strip()) for name, part in zip(speakers[:-1], said[:-1], strict=True)]
+
+
 def alternating(row: Row) -> Iterator[Messages]:
     """UltraChat: data = [question, answer, question, answer, …]."""
     texts = row.get("data")
@@ -70,7 +94,8 @@ def is_texts(value: Any) -> bool:
 def moss(row: Row) -> Iterator[Messages]:
     """MOSS: meta_instruction?, chat = {turn_1: {Human, MOSS}, …}; marks such as <|Human|>: and <eoh> are taken off.
 
-    A turn with a command to a tool is no conversation. Tables have a column for each turn, null after the last.
+    Inner thoughts are the reasoning before a reply. A turn with a command is refused, because the row describes the
+    tools in prose only. Tables have a column for each turn, null after the last.
     """
     chat = row.get("chat")
     if isinstance(chat, Mapping):
@@ -80,13 +105,17 @@ def moss(row: Row) -> Iterator[Messages]:
     assert isinstance(chat, Mapping)
     messages = system_of({"system": row.get("meta_instruction")})
     for turn in chat.values():
-        if _without_marks(turn, "Commands", optional=True).strip() not in ("", "None"):
-            raise InvalidRow("tool message", "messages of tools are not supported ('Commands')")
-        if _without_marks(turn, "Inner Thoughts", optional=True).strip() not in ("", "None"):
-            raise InvalidRow("separate reasoning", "'Inner Thoughts' is not supported")
+        command = _without_marks(turn, "Commands", optional=True).strip()
+        if command not in ("", "None"):
+            raise InvalidRow(
+                "tool message",
+                f"'Commands' calls a tool, {command[:40]!r}, and the row does not describe tools as JSON; write it "
+                "as messages with `tools` and `tool_calls`, or leave it out with data.on_invalid=skip",
+            )
+        thought = _without_marks(turn, "Inner Thoughts", optional=True).strip()
         messages += [
             Message("user", _without_marks(turn, "Human")),
-            Message("assistant", _without_marks(turn, "MOSS")),
+            Message("assistant", _without_marks(turn, "MOSS"), reasoning="" if thought == "None" else thought),
         ]
     yield check_turns(messages, last="assistant")
 

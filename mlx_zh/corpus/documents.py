@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_zh.corpus.conversation import Document
-from mlx_zh.corpus.csv_rows import file_encoding
+from mlx_zh.corpus.text_encoding import file_encoding
 from mlx_zh.corpus.text_files import open_text
 from mlx_zh.errors import DataError
 

@@ -1,6 +1,8 @@
 """Local files to conversations and raw text: the formats in which Chinese data is published.
 
-    alpaca           instruction, input?, output, system?, history? = [[question, answer], …]
+    alpaca           instruction, input?, output, system?, history? = [[question, answer], …]. BELLE's dialogues
+                     have one as instruction: Human:…\nAssistant:…\nHuman:…\nAssistant:
+    dolly            instruction, context? (or input), response, system?, history?
     sharegpt         conversations = [{from: human|gpt|system, value}, …], system?
     messages         messages = [{role, content}, …], system?            (OpenAI)
     belle-seed       instruction, instances = [{input, output}, …]       one conversation for each instance
@@ -10,6 +12,8 @@
     rounds           conversation = [{human, assistant}, …] (Firefly), [{system?, input, output}, …] (XTuner), or
                      [{role, content}, …]
     alternating      data = [question, answer, …]                        (UltraChat)
+    xlam             query, answers = calls, tools                            (also as JSON text)
+    glaive           system, chat = USER: … ASSISTANT: … FUNCTION RESPONSE: …
     moss             meta_instruction?, chat = {turn_1: {Human, MOSS}, …}
     text             text; also .txt and .md files, each of which is a document        raw text, no conversation
     mathglm          lines of text, expression=step=…=answer             only when named, never recognised
@@ -24,9 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from mlx_zh.corpus import dialogues
+from mlx_zh.corpus import dialogues, function_calls
 from mlx_zh.corpus.conversation import Conversation, Document, Message
 from mlx_zh.corpus.documents import documents_of
+from mlx_zh.corpus.key_names import number_of, says_no
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_messages import (
     Change,
@@ -36,6 +41,8 @@ from mlx_zh.corpus.row_messages import (
     check_turns,
     history_of,
     instruction_of,
+    is_blank,
+    listed,
     messages_of,
     system_of,
     text_of,
@@ -47,7 +54,10 @@ Messages = tuple[Message, ...]
 Parsed = Messages | Document
 # Columns beside `text` that make a row something else than raw text: an exercise, a class, an article to ask about.
 _NOT_RAW = frozenset(
-    ("title", "label", "labels", "answer", "output", "response", "completion", "question", "summary")
+    (
+        *("title", "label", "labels", "answer", "output", "response", "completion", "question", "summary"),
+        *("role", "parent_id", "query", "target"),
+    )
 )
 
 
@@ -82,11 +92,22 @@ def iter_conversations(
 
 def _alpaca(row: Row) -> Iterator[Messages]:
     reply = Message("assistant", text_of(row, "output"))
-    yield check_turns([*system_of(row), *history_of(row), instruction_of(row), reply], last="assistant")
+    question = instruction_of(row)
+    asked = dialogues.transcript(question.content) or [question]
+    yield check_turns([*system_of(row), *history_of(row), *asked, reply], last="assistant")
+
+
+def _dolly(row: Row) -> Iterator[Messages]:
+    about = [name for name in ("input", "context") if not is_blank(text_of(row, name, optional=True))]
+    if len(about) > 1:
+        raise InvalidRow("wrong type", "the row has an 'input' and a 'context'; keep one of them")
+    question = instruction_of({**row, "input": row[about[0]] if about else None})
+    reply = Message("assistant", text_of(row, "response"))
+    yield check_turns([*system_of(row), *history_of(row), question, reply], last="assistant")
 
 
 def _sharegpt(row: Row) -> Iterator[Messages]:
-    if dialogues.are_rounds(row.get("conversations")):
+    if dialogues.are_rounds(listed(row.get("conversations"))):
         return dialogues.rounds(row, "conversations")
     messages = messages_of(row.get("conversations"), "'conversations'")
     return iter([check_turns(with_system(row, messages), last="assistant")])
@@ -130,14 +151,14 @@ def _kto(row: Row) -> Iterator[Messages]:
     label = row.get("label")
     if not _is_label(label):
         raise InvalidRow("wrong type", f"'label' must be true or false, got {label!r}")
-    if str(label).lower() in ("false", "0"):
+    if says_no(label):
         raise InvalidRow("answer not to imitate", f"'label' is {label!r}, so this answer is not to be learned")
     return _prompt_response(row)
 
 
 def _is_label(value: object) -> bool:
     """Whether a label says if an answer is good; other numbers are classes."""
-    return str(value).lower() in ("true", "false", "0", "1")
+    return str(value).strip().lower() in ("true", "false") or value is True or number_of(value) in (0, 1)
 
 
 def arithmetic(line: str) -> Messages:
@@ -175,6 +196,11 @@ FORMATS: dict[str, Format[Parsed]] = {
     "belle-seed": Format(
         ("instruction", "instances"), lambda row: {"instruction", "instances"} <= row.keys(), _belle_seed
     ),
+    "dolly": Format(
+        ("instruction", "context", "input", "response", "system", "history", "tools"),
+        lambda row: {"instruction", "response"} <= row.keys() and "output" not in row,
+        _dolly,
+    ),
     "alpaca": Format(
         ("instruction", "input", "output", "system", "history", "kto_tag", "tools"),
         lambda row: "instruction" in row,
@@ -195,6 +221,12 @@ FORMATS: dict[str, Format[Parsed]] = {
         lambda row: "query" in row and "response" in row,
         dialogues.query_response,
     ),
+    "xlam": Format(
+        ("query", "answers", "tools", "system"),
+        lambda row: {"query", "answers", "tools"} <= row.keys(),
+        function_calls.xlam,
+    ),
+    "glaive": Format(("system", "chat"), function_calls.is_glaive, function_calls.glaive),
     "rounds": Format(
         ("conversation", "system", "tools"), lambda row: isinstance(row.get("conversation"), list), dialogues.rounds
     ),

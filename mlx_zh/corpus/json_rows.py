@@ -13,6 +13,7 @@ from mlx_zh.corpus.text_files import (
     LONGEST,
     MARKED,
     beyond_ascii,
+    is_utf8_in_gb18030,
     not_utf8,
     text_lines,
     too_long,
@@ -24,13 +25,15 @@ from mlx_zh.system.json_text import NestedTooDeeply, parse_json
 _CHUNK = 1 << 20  # characters of a JSON array read at once
 _WORD = 16  # characters; longer than any word or escape of JSON
 _BLANK = " \t\r\n"
+_MIXED = "the row is UTF-8 in a file that is GB18030 (GBK) elsewhere"
+_AROUND = "\r\n\ufeff"  # around a line: files that were joined have a byte-order mark in the middle
 _DECODER = json.JSONDecoder()
 _TRAILING_COMMA = re.compile(r",\s*([}\]])")
 
 
-def line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
-    """The lines of `file`, which was opened with errors=MARK_BYTES. Raises DataError if the file is not UTF-8."""
-    has_utf8 = False  # whether an earlier line has characters beyond ASCII, all of them UTF-8
+def line_rows(path: Path, file: IO[str], encoding: str = "utf-8") -> Iterator[tuple[str, Any]]:
+    """The lines of `file`, which was opened with errors=MARK_BYTES. Raises WrongEncoding if the file is not UTF-8."""
+    has_utf8 = encoding == "gb18030"  # whether an earlier line has characters beyond ASCII, all of them UTF-8
     for number, line in enumerate(text_lines(path, file), start=1):
         if line.isspace():
             continue
@@ -39,11 +42,14 @@ def line_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
         if marked:
             if not has_utf8 and marked > right:
                 raise wrong_encoding(path)
-            yield place, not_utf8(line, marked, right)
+            yield place, not_utf8(line, marked, right, encoding)
             continue
         has_utf8 = has_utf8 or right > 0
+        if right and encoding == "gb18030" and is_utf8_in_gb18030(line):
+            yield place, InvalidRow("not UTF-8", _MIXED)
+            continue
         try:
-            row = parse_json(line.rstrip("\r\n"))
+            row = parse_json(line.strip(_AROUND))
         except NestedTooDeeply:
             row = InvalidRow("nested too deeply", "the JSON is nested too deeply")
         except ValueError as error:
@@ -65,14 +71,18 @@ def _column(error: ValueError) -> str:
 
 def reason_of(error: json.JSONDecodeError) -> str:
     """What is wrong with a JSON text. Python's versions differ in what they say of a comma too many."""
+    if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
+        return "there is a comma after the row; take it out"
     comma = error.doc.rfind(",", 0, error.pos + 1)
     match = _TRAILING_COMMA.match(error.doc, comma) if comma >= 0 else None
     return f"there is a comma before {match[1]}; take it out" if match and match.end() > error.pos else error.msg
 
 
-def array_rows(path: Path, file: IO[str], *, has_marks: bool = False) -> Iterator[tuple[str, Any]]:
+def array_rows(
+    path: Path, file: IO[str], *, has_marks: bool = False, encoding: str = "utf-8"
+) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON array; memory holds only the part of the file that is being read."""
-    text = JsonWindow(path, file, has_marks=has_marks)
+    text = JsonWindow(path, file, has_marks=has_marks, encoding=encoding)
     if text.expect("[") and text.peek() == "]":
         raise DataError(f"{path}: the array is empty")
     for index, row in enumerate(text.elements()):
@@ -87,14 +97,16 @@ class JsonWindow:
     With `has_marks`, the file was opened with errors=MARK_BYTES, and each row is looked at for marks.
     """
 
-    def __init__(self, path: Path, file: IO[str], *, has_marks: bool = False):
+    def __init__(self, path: Path, file: IO[str], *, has_marks: bool = False, encoding: str = "utf-8"):
         self._path, self._file = path, file
         self._text, self._position = "", 0
         self._line, self._column = 1, 1  # of the window's first character
         self._ended = False
         self._start = 0  # of the last value, in the window
         self._has_marks = has_marks
-        self._has_utf8 = False  # whether an earlier row has characters beyond ASCII, all of them UTF-8
+        self._encoding = encoding
+        # whether an earlier row has characters beyond ASCII, all of them UTF-8; GB18030 is known before
+        self._has_utf8 = encoding == "gb18030"
 
     def peek(self) -> str:
         """The next character that is not blank, or "" at the end of the file; it is not consumed."""
@@ -166,7 +178,9 @@ class JsonWindow:
         if marked and not self._has_utf8 and marked > right:
             raise wrong_encoding(self._path)
         self._has_utf8 = self._has_utf8 or right > marked
-        return not_utf8(text, marked, right) if marked else value
+        if right and self._encoding == "gb18030" and is_utf8_in_gb18030(text):
+            return InvalidRow("not UTF-8", _MIXED)
+        return not_utf8(text, marked, right, self._encoding) if marked else value
 
     def value(self, longest: int | None = None) -> Any:
         """Consume and return the next JSON value, which may have `longest` characters (None: as many as a row)."""

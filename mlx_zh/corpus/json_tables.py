@@ -1,6 +1,6 @@
 """JSON documents that are one object with all rows in it, as pandas and other libraries write them.
 
-{"data": [row, …]}, also train, rows or examples           the first of them, beside other keys
+{"data": [row, …]}, also train, rows, examples, records     the first of them, beside other keys
 {"prompt": [value, …], "response": [value, …]}              columns as lists of one length
 {"prompt": {"0": value, …}, "response": {"0": value, …}}    pandas, orient="columns"
 {"0": row, "1": row, …}                                     pandas, orient="index"
@@ -18,14 +18,14 @@ from mlx_zh.corpus.text_files import LONGEST, beyond_ascii, wrong_encoding
 from mlx_zh.errors import DataError
 from mlx_zh.system.json_text import NestedTooDeeply, parse_json
 
-_HOLDERS = ("train", "data", "rows", "examples")  # keys of a list with all rows
+_HOLDERS = ("train", "data", "rows", "examples", "records", "RECORDS")  # keys of a list with all rows
 _SPLITS = ("test", "validation", "valid", "val", "dev")  # keys of lists with other rows
 _LONGEST_COLUMN = 1 << 28  # characters; all columns of a document are in memory
 _OPEN_ENDS = ("{", "[", ",", ":")  # of a line on which a value goes on
 _SPLIT_KEYS = {"columns", "index", "data", "index_names", "column_names"}
 
 
-def object_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]] | None:
+def object_rows(path: Path, file: IO[str], encoding: str = "utf-8") -> Iterator[tuple[str, Any]] | None:
     """The rows of a document that is one object; None if `file` holds JSON lines. The file is at its start then.
 
     Only the first line is read to tell: in JSON lines it is a whole object, and others follow. The iterator raises
@@ -40,23 +40,31 @@ def object_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]] | None:
     except NestedTooDeeply:
         goes_on = False
     except ValueError:
-        goes_on = len(first) == LONGEST or first.rstrip().endswith(_OPEN_ENDS)
+        goes_on = len(first) == LONGEST or (first.rstrip().endswith(_OPEN_ENDS) and not _is_row(first))
     else:
         while (line := file.readline(LONGEST)) and line.isspace():
             pass
         rows = None if line else table_rows(document)
         if rows is not None:
             marked, right = beyond_ascii(first)
-            if marked > right:
+            if marked > right and encoding != "gb18030":
                 raise wrong_encoding(path)
             return ((f"{path}[{index}]", row) for index, row in enumerate(rows))
     file.seek(0)
-    return _walk(path, file) if goes_on else None
+    return _walk(path, file, encoding) if goes_on else None
 
 
-def _walk(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
+def _is_row(line: str) -> bool:
+    """Whether a line is a whole object with a comma after it."""
+    try:
+        return isinstance(parse_json(line.rstrip().removesuffix(",")), dict)
+    except ValueError:
+        return False
+
+
+def _walk(path: Path, file: IO[str], encoding: str) -> Iterator[tuple[str, Any]]:
     """The rows of an object, read key by key; a list with all rows is never wholly in memory."""
-    text = JsonWindow(path, file, has_marks=True)
+    text = JsonWindow(path, file, has_marks=True, encoding=encoding)
     others: dict[str, Any] = {}
     index = 0
     for key in text.object_keys():

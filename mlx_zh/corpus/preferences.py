@@ -4,6 +4,7 @@
     sharegpt  conversations, chosen = {from, value}, rejected, system?
     messages  messages, chosen = {role, content}, rejected, system?
     swift     messages that end with the chosen answer, rejected_response or rejected_messages          (ms-swift)
+    query     query, response, rejected_response, system?, history?                                     (ms-swift)
     context   context (text or messages), chosen, rejected, system?                 (hh_rlhf_cn)
     alpaca    instruction, input?, system?, history?, and chosen, rejected or output = [best, next, …] (the first two)
     orca      question, chosen, rejected, system?
@@ -28,6 +29,7 @@ from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import check_row, check_text
 from mlx_zh.corpus.row_messages import (
+    ROLES,
     Change,
     Row,
     changed,
@@ -205,6 +207,11 @@ def _swift(row: Row) -> Iterator[Pair]:
     yield _check_pair(chosen[:-1], _learned(chosen[-1], "messages"), _response(row, "rejected_response"))
 
 
+def _query(row: Row) -> Iterator[Pair]:
+    prompt = [*system_of(row), *history_of(row), Message("user", text_of(row, "query"))]
+    yield _check_pair(prompt, _response(row, "response"), _response(row, "rejected_response"))
+
+
 def _context(row: Row) -> Iterator[Pair]:
     yield _beside(row, _asked(row, "context"))
 
@@ -223,11 +230,11 @@ def _alpaca(row: Row) -> Iterator[Pair]:
 
 
 def _orca(row: Row) -> Iterator[Pair]:
-    yield _beside(row, _asked(row, "question"))
+    yield _beside(row, [*history_of(row), *_asked(row, "question")])
 
 
 def _prompt(row: Row) -> Iterator[Pair]:
-    yield _beside(row, _asked(row, "prompt"))
+    yield _beside(row, [*history_of(row), *_asked(row, "prompt")])
 
 
 def _languages(row: Row) -> tuple[str, str, str] | None:
@@ -266,7 +273,7 @@ def _is_prompt(messages: Any, chosen: Any) -> bool:
     if not _is_conversation(chosen):
         return messages is not None
     last = messages[-1] if isinstance(messages, list) and messages else None
-    return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+    return isinstance(last, dict) and ROLES.get(str(last.get("role", last.get("from"))).lower()) == "user"
 
 
 def _is_context(row: Row) -> bool:
@@ -296,6 +303,11 @@ FORMATS: dict[str, Format[Pair]] = {
         lambda row: "messages" in row and ("rejected_response" in row or "rejected_messages" in row),
         _swift,
     ),
+    "query": Format(
+        ("query", "response", "rejected_response", "system", "history", "tools"),
+        _has("query", "response", "rejected_response"),
+        _query,
+    ),
     "context": Format(
         ("context", *_BOTH, "system", "tools"),
         lambda row: "chosen" in row and _is_context(row),
@@ -306,8 +318,8 @@ FORMATS: dict[str, Format[Pair]] = {
         lambda row: "instruction" in row and ("chosen" in row or isinstance(row.get("output"), list)),
         _alpaca,
     ),
-    "orca": Format(("system", "question", *_BOTH, "tools"), _has("question", "chosen"), _orca),
-    "prompt": Format(("prompt", *_BOTH, "system", "tools"), _has("prompt", "chosen"), _prompt),
+    "orca": Format(("system", "question", *_BOTH, "history", "tools"), _has("question", "chosen"), _orca),
+    "prompt": Format(("prompt", *_BOTH, "system", "history", "tools"), _has("prompt", "chosen"), _prompt),
     "zh-en": Format(
         ("question", "answer_zh", "answer_en", "system", "tools"), lambda row: _languages(row) is not None, _zh_en
     ),

@@ -10,21 +10,28 @@ from typing import Any
 from mlx_zh.corpus.invalid_row import InvalidRow as InvalidRow  # readers of rows take it from here
 from mlx_zh.corpus.json_rows import array_rows, line_rows
 from mlx_zh.corpus.json_tables import object_rows
+from mlx_zh.corpus.text_encoding import file_encoding
 from mlx_zh.corpus.text_files import (
+    LONGEST,
     MARK_BYTES,
     MARKED,
     PARQUET,
+    WEB_PAGE,
+    WrongEncoding,
     check_file,
     encoding_of,
     first_character,
     open_text,
     text_lines,
+    web_page,
     within_bounds,
     wrong_encoding,
 )
 from mlx_zh.errors import DataError
+from mlx_zh.system.json_text import parse_json
 
 _PARQUET_ROWS = 1024
+_START = 1 << 16  # characters of a text in which JSON is looked for
 _FEW_ROWS, _SMALL, _RATIO = 10_000, 1 << 26, 50  # what a Parquet file may unpack to: rows, bytes, times its size
 
 
@@ -36,7 +43,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     file of UTF-8, is yielded as an InvalidRow.
 
     Raises DataError for a broken array (with line and column), a missing or empty file, a folder, and text that is
-    neither UTF-8 nor UTF-16 with a byte-order mark.
+    neither UTF-8 nor UTF-16 with a byte-order mark nor Chinese GB18030.
     """
     return within_bounds(path, _rows(path))
 
@@ -47,32 +54,52 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         if start == PARQUET:
             yield from _parquet_rows(path)
             return
+        count = 0
         encoding = encoding_of(start)
-        with open_text(path, encoding, errors=MARK_BYTES) as file:
-            head = first_character(file)
-            if head == "{":
-                rows = object_rows(path, file)
-                yield from line_rows(path, file) if rows is None else rows
-            elif head == "[":
-                yield from _array_rows(path, encoding)
-            elif head:
-                if MARKED.match(head):
-                    raise wrong_encoding(path)
-                raise DataError(
-                    f"{path}: not JSON: it begins with {head!r}. A JSON array of rows or one JSON object per line "
-                    "is expected"
-                )
-            else:
-                raise DataError(f"{path}: the file holds no rows")
+        try:
+            for row in _json_rows(path, encoding):
+                yield row
+                count += 1
+        except WrongEncoding:
+            encoding, _ = file_encoding(path)
+            if encoding != "gb18030":
+                raise
+            # The rows before the first Chinese one are read again: they are ASCII, so they are the same.
+            yield from islice(_json_rows(path, encoding), count, None)
     except UnicodeDecodeError as error:
         raise wrong_encoding(path) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+    with open_text(path, encoding, errors=MARK_BYTES) as file:
+        head = first_character(file)
+        if head == "{":
+            rows = object_rows(path, file, encoding)
+            yield from line_rows(path, file, encoding) if rows is None else rows
+        elif head == "[":
+            yield from _array_rows(path, encoding)
+        elif head:
+            if MARKED.match(head):
+                raise wrong_encoding(path)
+            if head == "<" and file.readline(LONGEST).lstrip().lower().startswith(WEB_PAGE):
+                raise web_page(path)
+            raise DataError(
+                f"{path}: not JSON: it begins with {head!r}. A JSON array of rows or one JSON object per line "
+                "is expected"
+            )
+        else:
+            raise DataError(f"{path}: the file holds no rows")
+
+
 def _array_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
     """The rows of a JSON array. To look for marks takes time, so only a file with a wrong byte is read with them."""
     count = 0
+    if encoding == "gb18030":
+        with open_text(path, encoding, errors=MARK_BYTES) as file:
+            yield from array_rows(path, file, has_marks=True, encoding=encoding)
+        return
     try:
         with open_text(path, encoding) as file:
             for row in array_rows(path, file):
@@ -83,6 +110,27 @@ def _array_rows(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
             raise
         with open_text(path, encoding, errors=MARK_BYTES) as file:
             yield from islice(array_rows(path, file, has_marks=True), count, None)
+
+
+def holds_json_rows(path: Path) -> bool:
+    """Whether a file of text holds rows as JSON: its first line is an object, or it begins an array of objects.
+
+    Raises the errors of `read_rows` for a file that holds no text.
+    """
+    try:
+        with open_text(path, encoding_of(check_file(path)), errors=MARK_BYTES) as file:
+            if first_character(file) not in ("{", "["):
+                return False
+            start = file.read(_START).lstrip()
+    except (OSError, UnicodeDecodeError):
+        return False  # who reads the file says what is wrong
+    if start[0] == "[":
+        return start[1:].lstrip()[:1] == "{"
+    line = start.partition("\n")[0]
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return len(line) == len(start) == _START  # a row that is longer
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:

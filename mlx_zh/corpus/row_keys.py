@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.key_names import is_list_of_switches, kind_of_name, number_of, says_no, says_yes
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.tools import CALLS, DESCRIPTIONS, RESULT_ROLES, has_content
 
@@ -30,6 +31,9 @@ UNREAD = {
         ("rejected", "rejected_response", "rejected_messages", "non_preferred_output"), "preference pair"
     ),
 }
+# columns with a text that a question may be about; refused beside a question that does not repeat it
+ABOUT = ("context", "input")
+_QUESTIONS = ("instruction", "prompt", "query", "question")
 # keys of a message, or of a row with one reply: what its author thought before it
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # key -> the reason under which a row is refused if the value is false or 0
@@ -73,28 +77,106 @@ _READ = ("role", "content", "from", "value", "text", "name", "tool_call_id")
 _READ_IN_MESSAGE = frozenset((*_READ, *CALLS, *REASONING, *NOT_TRAINED, *REFUSED_IN_MESSAGE))
 # A switch such as "reasoning": "on", and how tables write that there is nothing.
 _SWITCHES = ("on", "off", "true", "false")
-_TEXT_REFUSED = ("kto_tag", "label", "loss", "train")  # also if a table says "false"
 _NOBODY = ("user", "human", "system", "prompt")  # NeMo's `mask`: who is not learned, and is not here either
-# What stands for a picture or a sound, and is nothing else.
+# What stands for a picture or a sound, and is nothing else: control tokens, numbered places, and names of files
+# between tags.
 _PLACEHOLDER = re.compile(
-    r"<\|(?:image|image_\d+|image_pad|vision_start|video|video_pad|audio|audio_pad|audio_bos|AUDIO)\|>"
-    r"|<image_soft_token>|<start_of_image>|<ImageHere>"
+    r"<\|\w*(?:image|vision|video|audio)\w*\|>"
+    r"|<(?:image_soft_token|start_of_image|ImageHere|(?:image|video|audio)(?:[_ ]?\d{1,3}|_placeholder))>"
+    r"|<(img|image|video|audio)>\s*[^<>\s]+\.\w{2,5}\s*</\1>",
+    re.IGNORECASE,
 )
 # These are names of HTML too, so alone they count only on a line of their own without a tag that closes them.
-_TAG = re.compile(r"<(image|video|audio)>")
-_TAG_LINE = re.compile(r"^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE)
+_TAG = re.compile(r"<(image|video|audio)>", re.IGNORECASE)
+_TAG_LINE = re.compile(r"^[ \t]*<(image|video|audio)>[ \t]*$", re.MULTILINE | re.IGNORECASE)
 
 
 class RowKeys(NamedTuple):
     """The keys of a row that are looked at in one format."""
 
+    columns: frozenset[str]
     watched: frozenset[str]
     told: bool  # whether the recipe says itself which column has the answer, so that a pair's other one is left out
 
-    def check(self, row: Mapping[str, Any]) -> None:
-        """Raise InvalidRow if a key of the row changes its meaning in a way that is not supported."""
+    def read(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row, with a column such as `system_prompt` under the name `system`.
+
+        Raises InvalidRow if a key of the row changes its meaning in a way that is not supported.
+        """
+        for key, kind in _telling(tuple(row), self):
+            if kind == "system" and "system" in self.columns:
+                row = _with_system(row, key)
+            else:
+                _check_named(key, kind, row, self.told)
         for key in sorted(self.watched.intersection(row)):
             _check_key(key, row, self.told)
+        return row
+
+
+@lru_cache(maxsize=1024)
+def _telling(names: tuple[str, ...], keys: RowKeys) -> tuple[tuple[str, str], ...]:
+    """Those of a row's keys whose names tell what they mean though no format has them, each with its kind."""
+    known = {*keys.columns, *keys.watched, *HARMLESS, *UNREAD}
+    telling = [(name, kind) for name in names if name not in known and (kind := kind_of_name(name))]
+    if keys.columns == {"text"}:  # pictures beside a raw text are not what it is about
+        telling = [(name, kind) for name, kind in telling if kind in ("learned", "unlearned")]
+    is_pair = any(kind_of_name(name) == "rejected" for name in keys.columns)
+    return tuple(
+        (name, kind)
+        for name, kind in telling
+        if (kind != "rejected" if is_pair else kind not in ("mark", "margin"))
+        and not (kind == "mark" and name.replace("chosen", "rejected") not in names)
+    )
+
+
+def _with_system(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    own, value = row.get("system"), row[key]
+    if has_content(own) and has_content(value) and own != value:
+        raise InvalidRow("two system messages", f"'system' and '{key}' are different")
+    return {**row, "system": value} if has_content(value) else row
+
+
+def _check_named(key: str, kind: str, row: Mapping[str, Any], told: bool) -> None:
+    """Raise InvalidRow if a key that is known by its name alone changes the meaning of its row."""
+    value = row[key]
+    is_text = isinstance(value, str | list | dict) and has_content(value)
+    if kind == "media" and is_text:
+        raise _refused("not only text", key)
+    if kind in ("system", "history") and is_text:
+        raise InvalidRow("part of the conversation not read", _unread(key))
+    if kind == "rejected" and is_text and not told:
+        raise InvalidRow("preference pair", _other_answer(key))
+    if kind == "learned":
+        _check_weight(key, value)
+    if (kind == "learned" and is_list_of_switches(value)) or (kind == "unlearned" and _says_mask(value)):
+        raise _refused("mask", key)
+    if (kind == "good" and says_no(value)) or (kind == "bad" and says_yes(value)):
+        raise InvalidRow("answer not to imitate", f"'{key}' is {value!r}, so this answer is not to be learned")
+    if kind == "mark":
+        _check_marks(row, key, key.replace("chosen", "rejected"))
+    if kind == "margin" and (number_of(value) or 0) < 0:
+        raise InvalidRow("pair in reverse", f"'{key}' is {value!r}, less than 0")
+
+
+def _check_weight(key: str, value: Any) -> None:
+    if says_no(value):
+        raise InvalidRow("not to be trained", f"'{key}' is {value!r}, so this answer is not to be learned")
+    if number_of(value) not in (None, 1):
+        raise InvalidRow("weight of a row", f"'{key}' must be 0 or 1, got {value!r}")
+
+
+def _says_mask(value: Any) -> bool:
+    return says_yes(value) or is_list_of_switches(value)
+
+
+def _refused(reason: str, key: str) -> InvalidRow:
+    return InvalidRow(reason, f"'{key}' is not supported; take it out of the rows, or leave them out")
+
+
+def _check_marks(row: Mapping[str, Any], better: str, worse: str) -> None:
+    marks = number_of(row[better]), number_of(row.get(worse))
+    if marks[0] is not None and marks[1] is not None and marks[0] < marks[1]:
+        raise InvalidRow("pair in reverse", f"'{better}' is {row[better]!r}, less than '{worse}', {row[worse]!r}")
 
 
 @cache
@@ -103,14 +185,14 @@ def row_keys(columns: tuple[str, ...], mapped: tuple[str, ...] = ()) -> RowKeys:
     every = {*REFUSED_IN_ROW, *REASONING, *FALSE_REFUSED, *WEIGHTS, *DESCRIPTIONS}
     if columns != ("text",):  # the score of a raw text is not that of an answer
         every.update(NOT_POSITIVE_REFUSED)
-    marks = {better for better, _ in MARKS} if "rejected" in columns else set()
-    watched = every | ((UNREAD.keys() | marks) - set(columns))
-    return RowKeys(frozenset(watched), any(name in _ANSWERS for name in mapped))
+    about = ABOUT if any(name in columns for name in _QUESTIONS) else ()
+    watched = every | ({*UNREAD, *about} - set(columns))
+    return RowKeys(frozenset(columns), frozenset(watched), any(name in _ANSWERS for name in mapped))
 
 
 def check_row(row: Mapping[str, Any]) -> None:
     """Raise InvalidRow if a key changes the meaning of an object that holds a part of a row, such as its messages."""
-    row_keys(("system", "history"), ("messages",)).check(row)
+    row_keys(("system", "history"), ("messages",)).read(row)
 
 
 def _check_key(key: str, row: Mapping[str, Any], told: bool) -> None:
@@ -118,46 +200,106 @@ def _check_key(key: str, row: Mapping[str, Any], told: bool) -> None:
     if key == "mask" and isinstance(value, str) and value.strip().lower() in _NOBODY:
         return
     if key in REFUSED_IN_ROW and _counts(key, value):
-        raise InvalidRow(REFUSED_IN_ROW[key], f"'{key}' is not supported; take it out of the rows, or leave them out")
+        raise _refused(REFUSED_IN_ROW[key], key)
     if key in _MEDIA and (tag := _tag_in(row)):
         raise InvalidRow(REFUSED[key], f"{tag} stands for what is not in '{key}'; leave this row out")
     if key in UNREAD and has_content(value) and not (told and UNREAD[key] == "preference pair"):
-        raise InvalidRow(UNREAD[key], _unread(key))
+        raise InvalidRow(UNREAD[key], _other_answer(key) if UNREAD[key] == "preference pair" else _unread(key))
+    if key in ABOUT and isinstance(value, str) and has_content(value) and not _is_repeated(value, row):
+        raise InvalidRow("part of the conversation not read", _beside(key))
     if key in FALSE_REFUSED and _is_false(key, value):
         raise InvalidRow(FALSE_REFUSED[key], f"'{key}' is {value!r}, so this answer is not to be learned")
-    if key in NOT_POSITIVE_REFUSED and (value is False or (_is_number(value) and value <= 0)):
+    if key in NOT_POSITIVE_REFUSED and (value is False or _is_not_positive(value)):
         raise InvalidRow(NOT_POSITIVE_REFUSED[key], f"'{key}' is {value!r}, so this answer is not to be learned")
-    if key in WEIGHTS and _is_number(value) and value not in (0, 1):
-        raise InvalidRow("weight of a row", f"'{key}' must be 0 or 1, got {value!r}")
-    for better, worse in MARKS:
-        if key == better and _is_number(value) and _is_number(row.get(worse)) and value < row[worse]:
-            raise InvalidRow("pair in reverse", f"'{better}' is {value!r}, less than '{worse}', {row[worse]!r}")
+    if key in WEIGHTS:
+        _check_weight(key, value)
+
+
+def _is_not_positive(value: Any) -> bool:
+    number = number_of(value)
+    return number is not None and number <= 0
+
+
+def _is_repeated(text: str, row: Mapping[str, Any]) -> bool:
+    """Whether a question of the row has this text in it already."""
+    return any(isinstance(question := row.get(name), str) and text.strip() in question for name in _QUESTIONS)
+
+
+def _other_answer(key: str) -> str:
+    return (
+        f"'{key}' says that this row is a pair for DPO; name the file under data.dpo, or say with `columns` "
+        "which column has the answer to learn"
+    )
 
 
 def _unread(key: str) -> str:
-    if UNREAD[key] == "preference pair":
-        return (
-            f"'{key}' says that this row is a pair for DPO; name the file under data.dpo, or say with `columns` "
-            "which column has the answer to learn"
-        )
     return f"'{key}' is not read in this format; put it into the messages, or take it out of the rows"
+
+
+def _beside(key: str) -> str:
+    return (
+        f"'{key}' is not read beside this question; if the question is about it, map both with `columns` "
+        f"(instruction: the column of the question, input: {key}), else take it out of the rows"
+    )
 
 
 def is_trained(message: Mapping[str, Any], label: str) -> bool:
     """Whether the reply in a message is to be learned. Raises InvalidRow, which names `label`."""
-    if len(message) == 2 or _MESSAGE_KEYS.isdisjoint(message):
+    if len(message) == 2:
         return True
     trained = True
+    for key, kind in _telling_in_message(tuple(message)):
+        value = message[key]
+        if kind == "learned" and (says_no(value) or number_of(value) not in (None, 1)):
+            trained = trained and _weight_of_message(key, value, label)
+        elif kind == "media" and isinstance(value, str | list | dict) and has_content(value):
+            raise _refused_in(label, "not only text", key)
+        elif kind in ("learned", "unlearned") and (
+            is_list_of_switches(value) or (kind == "unlearned" and says_yes(value))
+        ):
+            raise _refused_in(label, "mask", key)
+        elif _is_bad(key, kind, value):
+            raise InvalidRow("answer not to imitate", f"{label}: '{key}' is {value!r}, so it is not to be learned")
     for key in _MESSAGE_KEYS.intersection(message):
         value = message[key]
         if key in REFUSED_IN_MESSAGE and _counts(key, value):
-            detail = f"{label}: '{key}' is not supported; take it out of the rows, or leave them out"
-            raise InvalidRow(REFUSED_IN_MESSAGE[key], detail)
+            raise _refused_in(label, REFUSED_IN_MESSAGE[key], key)
         if key in NOT_TRAINED and value is not None:
-            if value not in (0, 1):  # true is 1, and false is 0
-                raise InvalidRow("weight of a message", f"{label}: '{key}' must be 0 or 1, got {value!r}")
-            trained = trained and bool(value)
+            trained = trained and _weight_of_message(key, value, label)
     return trained
+
+
+def _weight_of_message(key: str, value: Any, label: str) -> bool:
+    """Whether a message with this weight is learned. Raises InvalidRow for what is neither 0 nor 1."""
+    if says_no(value):
+        return False
+    if value is True or number_of(value) == 1 or (isinstance(value, str) and says_yes(value)):
+        return True
+    raise InvalidRow("weight of a message", f"{label}: '{key}' must be 0 or 1, got {value!r}")
+
+
+@lru_cache(maxsize=1024)
+def _telling_in_message(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Those of a message's keys whose names tell what they mean, each with its kind."""
+    marks = (*FALSE_REFUSED, *NOT_POSITIVE_REFUSED)
+    return tuple(
+        (name, kind_of_name(name))
+        for name in names
+        if name not in _READ_IN_MESSAGE and (kind_of_name(name) or name in marks)
+    )
+
+
+def _is_bad(key: str, kind: str, value: Any) -> bool:
+    """Whether a mark of a message says that it is not to be imitated."""
+    if key in NOT_POSITIVE_REFUSED:
+        return value is False or _is_not_positive(value)
+    if key in FALSE_REFUSED:
+        return _is_false(key, value)
+    return (kind == "good" and says_no(value)) or (kind == "bad" and says_yes(value))
+
+
+def _refused_in(label: str, reason: str, key: str) -> InvalidRow:
+    return InvalidRow(reason, f"{label}: '{key}' is not supported; take it out of the rows, or leave them out")
 
 
 def reasoning_in(values: Mapping[str, Any], label: str) -> str:
@@ -177,8 +319,10 @@ def reasoning_in(values: Mapping[str, Any], label: str) -> str:
 def check_text(message: Message, label: str) -> None:
     """Raise InvalidRow, which names `label`, if a message has a placeholder of a picture, a video or a sound."""
     text = message.content
-    place = _PLACEHOLDER.search(text) or (_TAG_LINE.search(text) if message.role == "user" else None)
-    if place is None or (place.lastindex and f"</{place[1]}>" in text):
+    place = _PLACEHOLDER.search(text)
+    if place is None and message.role == "user":
+        place = next((line for line in _TAG_LINE.finditer(text) if f"</{line[1]}>" not in text), None)
+    if place is None:
         return
     raise InvalidRow("not only text", f"{label} has {place[0].strip()}, which stands for something that is no text")
 
@@ -187,7 +331,9 @@ def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """The columns of a row that nothing reads; the harmless ones are left out."""
     marks = (name for pair in MARKS for name in pair)
     known = {*columns, *HARMLESS, *REFUSED_IN_ROW, *REASONING, *DESCRIPTIONS, *UNREAD, *marks}
-    return [name for name in row if name not in known]
+    return [
+        name for name in row if name not in known and not ("system" in columns and kind_of_name(name) == "system")
+    ]
 
 
 def has_more_keys(messages: Sequence[Any]) -> bool:
@@ -207,6 +353,7 @@ def unused_keys(messages: Sequence[Any], column: str) -> list[str]:
         for key, value in message.items()
         if (key not in _READ_IN_MESSAGE or (key == "name" and message.get("role") not in RESULT_ROLES))
         and key not in HARMLESS
+        and kind_of_name(key) != "learned"
         and has_content(value)
     ]
 
@@ -218,17 +365,11 @@ def _counts(key: str, value: Any) -> bool:
     return has_content(value) and value is not True and not (isinstance(value, str) and value.lower() in _SWITCHES)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_false(key: str, value: Any) -> bool:
     """Whether a value says no. A label of 0 may be a class, so only false counts there."""
-    if isinstance(value, str):
-        return key in _TEXT_REFUSED and value.strip().lower() == "false"
-    if isinstance(value, bool) or key == "label":
-        return value is False
-    return _is_number(value) and bool(value == 0)
+    if key == "label":
+        return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+    return says_no(value)
 
 
 def _tag_in(value: Any) -> str:

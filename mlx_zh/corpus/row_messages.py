@@ -18,18 +18,21 @@ from mlx_zh.corpus.tools import (
     calls_of,
     changed_json,
     check_tool_turns,
+    has_content,
     linked,
     result_of,
     result_text,
     uses_tools,
 )
+from mlx_zh.system.json_text import parse_json
 
 Row = Mapping[str, Any]
 Change = Callable[[str], str]
 ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("human", "user", "prompter", "用户", "人类"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("助手", "助理", "机器人", "客服"), "assistant"),
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
 }
 _HEAD = frozenset(("tools", "system"))  # roles that stand before the first turn
 
@@ -37,7 +40,7 @@ _HEAD = frozenset(("tools", "system"))  # roles that stand before the first turn
 def text_of(row: Row, name: str, *, optional: bool = False) -> str:
     """The text in column `name`; "" if the column is optional and missing or null. Raises InvalidRow."""
     value = row.get(name)
-    if value is None:
+    if value is None or (optional and value != value):  # pandas writes NaN for nothing
         if optional:
             return ""
         problem = "is null" if name in row else f"is missing (columns: {', '.join(row) or 'none'})"
@@ -120,8 +123,26 @@ def _tool_message(value: Row, role: Any, key: str, label: str) -> Message:
     return Message("tool", content, calls=result_of(name, call_id))
 
 
+def listed(value: Any) -> Any:
+    """A list that was written as JSON text, as in a table, or as an object of lists, as `datasets` writes it."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
+        parts = list(value.values())
+        if len({len(part) for part in parts}) == 1:
+            return [dict(zip(value, values, strict=True)) for values in zip(*parts, strict=True)]
+    return value
+
+
 def messages_of(value: Any, label: str) -> list[Message]:
     """The messages of a list, without a blank system message. Raises InvalidRow, which names `label`."""
+    if not isinstance(value, list):
+        value = listed(value)
+    if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ "):
+        raise InvalidRow("wrong type", f"{label} is a text that is not JSON; write it with json.dumps, not with str")
     if not isinstance(value, list) or not value:
         raise InvalidRow("wrong type", f"{label} must be a list of messages, got {_kind_or_empty(value)}")
     messages = [message_of(item, f"{label}[{i}]") for i, item in enumerate(value)]
@@ -172,17 +193,30 @@ def is_blank(text: str) -> bool:
 
 
 def history_of(row: Row) -> list[Message]:
-    """The messages of Alpaca's `history`: earlier turns as pairs of question and answer."""
-    history = row.get("history") or []
+    """The earlier turns in Alpaca's `history`: pairs of question and answer, or messages."""
+    history = listed(row.get("history"))
+    if not has_content(history) or history != history:
+        return []
     if not isinstance(history, list):
         raise InvalidRow("wrong type", f"'history' must be a list of pairs, got a {kind_of(history)}")
+    if all(isinstance(part, dict) and ("role" in part or "from" in part) for part in history):
+        return messages_of(history, "'history'")
     messages = []
     for i, pair in enumerate(history):
+        pair = list(pair.values()) if _is_exchange(pair) else pair
         if not isinstance(pair, list) or len(pair) != 2:
             raise InvalidRow("wrong type", f"'history'[{i}] must be a pair of question and answer")
         question, answer = (_as_text(text, f"'history'[{i}]") for text in pair)
         messages += [Message("user", question), Message("assistant", answer)]
     return messages
+
+
+_EXCHANGES = (("query", "response"), ("question", "answer"), ("prompt", "response"), ("human", "assistant"))
+
+
+def _is_exchange(pair: Any) -> bool:
+    """Whether a value is an object of a question and its answer, in this order."""
+    return isinstance(pair, dict) and tuple(pair) in _EXCHANGES
 
 
 def system_of(row: Row) -> list[Message]:
@@ -215,6 +249,8 @@ def check_turns(messages: Sequence[Message], *, last: str) -> tuple[Message, ...
     """
     first = _turns_from(messages)
     turns = messages[first:] if first else messages
+    if first and "<" in messages[first - 1].content and messages[first - 1].role == "system":
+        check_text(messages[first - 1], "the system message")
     for i, message in enumerate(turns):
         expected = "assistant" if i % 2 else "user"
         if message.calls or message.role != expected:

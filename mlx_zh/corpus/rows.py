@@ -15,7 +15,7 @@ from mlx_zh.corpus.conversation import Document, Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
-from mlx_zh.corpus.reader import InvalidRow, read_lines, read_rows
+from mlx_zh.corpus.reader import InvalidRow, holds_json_rows, read_lines, read_rows
 from mlx_zh.corpus.row_keys import RowKeys, has_more_keys, row_keys, unused_columns, unused_keys
 from mlx_zh.corpus.row_messages import Row, kind_of, reasoning_of
 from mlx_zh.corpus.tables import read_arrow
@@ -26,7 +26,8 @@ from mlx_zh.errors import DataError
 Parsed = TypeVar("Parsed")
 
 # columns that a row may lack
-_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction")
+_REASONING = "reasoning_content"  # a column that every format may have
+_OPTIONAL = ("input", "system", "history", "tools", "kto_tag", "label", "meta_instruction", _REASONING)
 _OF_MESSAGES = (  # columns that may hold messages
     *("messages", "conversations", "conversation", "context", "prompt", "response", "completion"),
     *("chosen", "rejected", "rejected_messages"),
@@ -119,7 +120,7 @@ def iter_rows(
         raise ValueError(f"on_invalid must be error or skip, got {on_invalid!r}")
     _check_names(path, formats, format, columns or {})
     lines = format in formats and formats[format].lines
-    rows = read_lines(path) if lines else open_rows(path, columns, sheet)
+    rows = read_lines(path) if lines else open_rows(path, columns, sheet, as_text=format == "text")
     if format == "auto":
         format, rows = _detect(path, rows, formats)
     report.format = format
@@ -157,15 +158,20 @@ def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: Load
 
 
 def open_rows(
-    path: Path, columns: Mapping[str, str] | None = None, sheet: str | None = None
+    path: Path, columns: Mapping[str, str] | None = None, sheet: str | None = None, *, as_text: bool = False
 ) -> Iterator[tuple[str, Any]]:
-    """The rows of a file of any kind, with their places; `columns` renames columns. Raises DataError."""
+    """The rows of a file of any kind, with their places; `columns` renames columns. Raises DataError.
+
+    A `.txt` file with rows of JSON is no document, unless `as_text` says that it is.
+    """
     if is_workbook(path):
         rows = read_excel(path, sheet)
     elif sheet is not None:
         raise DataError(f"{path} is no Excel workbook, so it has no sheet {sheet!r}; leave out `sheet`")
     else:
-        rows = _READERS.get(inner_suffix(path), read_rows)(path)
+        suffix = inner_suffix(path)
+        is_json = suffix == ".txt" and not as_text and holds_json_rows(path)
+        rows = (read_rows if is_json else _READERS.get(suffix, read_rows))(path)
     return _renamed_rows(path, rows, columns) if columns else rows
 
 
@@ -180,7 +186,8 @@ def parse_rows(
     keys = row_keys(form.columns, tuple(columns or ()))
     for place, row in rows:
         try:
-            items = list(form.parse(_as_row(row, keys)))
+            row = _as_row(row, keys)
+            items = list(form.parse(row))
             if not keys.watched.isdisjoint(row):
                 items = [_completed(item, row) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
@@ -201,7 +208,7 @@ def _check_names(path: Path, formats: Mapping[str, Format[Parsed]], format: str,
         raise DataError(
             f"unknown data format {format!r}{_nearest(format, formats)}; choose auto or one of {', '.join(formats)}"
         )
-    our_names = {name for form in formats.values() for name in form.columns}
+    our_names = {name for form in formats.values() for name in form.columns} | {_REASONING}
     for name in columns:
         if name not in our_names:
             raise DataError(
@@ -258,21 +265,29 @@ def _detect(
             break
     first = next((row for _, row in seen if isinstance(row, dict)), None)
     if first is None:
-        got = str(seen[0][1]) if isinstance(seen[0][1], InvalidRow) else f"a {kind_of(seen[0][1])}"
-        raise DataError(f"{seen[0][0]}: a row must be an object with named columns, got {got}")
+        place, value = seen[0]
+        if isinstance(value, InvalidRow):
+            raise DataError(f"{place}: {value}")
+        raise DataError(f"{place}: a row must be an object with named columns, got a {kind_of(value)}")
     expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
     raise DataError(
         f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known formats and their columns: "
         f"{expected}. Write in the recipe which columns these are, the name in this program first: "
-        f"{_entry(path, list(first), formats)}"
+        f"{_entry(path, [row for _, row in seen if isinstance(row, dict)], formats)}"
     )
 
 
-def _entry(path: Path, theirs: Sequence[str], formats: Mapping[str, Format[Parsed]]) -> str:
-    """A recipe's entry of a file, with the file's first columns as an example of `columns`."""
+def _entry(path: Path, rows: Sequence[Row], formats: Mapping[str, Format[Parsed]]) -> str:
+    """A recipe's entry of a file: with the columns that names and content suggest, else the first as an example."""
+    from mlx_zh.corpus.columns import guess_columns  # which imports the formats, and they this module
+
     pairs = any("chosen" in form.columns for form in formats.values())
-    ours = ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
-    columns = dict(zip_longest(ours, theirs[: len(ours)], fillvalue="..."))
+    guess = guess_columns(rows)
+    if guess is not None and guess.kind == ("dpo" if pairs else "sft"):
+        columns = guess.columns
+    else:
+        ours = ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
+        columns = dict(zip_longest(ours, list(rows[0])[: len(ours)], fillvalue="..."))
     entry = {"path": str(path), "columns": columns}
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
@@ -304,6 +319,4 @@ def _as_row(row: Any, keys: RowKeys) -> Row:
         raise row
     if not isinstance(row, dict):
         raise InvalidRow("wrong type", f"a row must be an object, got a {kind_of(row)}")
-    if not keys.watched.isdisjoint(row):
-        keys.check(row)
-    return row
+    return keys.read(row)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.corpus.data_files import WAY
+from mlx_zh.corpus.text_files import HEAD, check_stored
 from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.system.downloads import reason_of
 from mlx_zh.system.hub import endpoint
@@ -103,6 +104,8 @@ def read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    with path.open("rb") as file:
+        check_stored(path, file.read(HEAD))
     index = 0
     try:
         for batch in _datasets().Dataset.from_file(str(path)).iter(batch_size=_BATCH):

@@ -34,10 +34,13 @@ _CHUNK = 1 << 20
 # What a packed file may unpack to: bytes, and times its size; rows, and bytes of its size for each more; lines, and
 # one more for each byte of its size.
 _SMALL, _RATIO, _FEW_ROWS, _BYTES_A_ROW, _LINES = 1 << 24, 50, 10_000, 4, 1 << 20
+WEB_PAGE = ("<html", "<!doctype", "<table", "<meta", "<?xml")  # how an HTML or XML file begins
 _OLE, _APPLE_DOUBLE = b"\xd0\xcf\x11\xe0", b"\0\5\x16\7"
 _LFS = b"version https://git-lfs.github.com/spec/"
+_ARCHIVES, _PDF = (b"7z\xbc\xaf'\x1c", b"Rar!\x1a\x07"), b"%PDF-"
 _TAR, _TAR_AT = b"ustar", 257
-_HEAD = 512  # bytes that tell what a file is
+_TELLING = 6  # bytes after the first ones of characters in UTF-8, which GB18030 seldom has by chance
+HEAD = 512  # bytes that tell what a file is
 # What the libraries raise for damaged content; RuntimeError: a zip archive with a password.
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OSError)
 
@@ -52,7 +55,16 @@ def check_file(path: Path) -> bytes:
         raise DataError(f"{path}: no such file")
     check_regular(path, DataError)
     with open_bytes(path) as file:
-        head = file.read(_HEAD)
+        head = file.read(HEAD)
+    check_stored(path, head)
+    if is_packed(path) and head.startswith((PARQUET, ZIP, _OLE)):
+        raise DataError(f"{path}: what is compressed is no text; unpack it, and name the file in it")
+    _check_unicode(path, head)
+    return head[:4]
+
+
+def check_stored(path: Path, head: bytes) -> None:
+    """Raise DataError for a file that begins so and stands for another one, is damaged, or is of a kind not read."""
     if head.startswith(_LFS):
         raise DataError(
             f"{path}: a Git LFS pointer, not the data itself. Run `git lfs pull` in that folder, or download the "
@@ -64,10 +76,12 @@ def check_file(path: Path) -> bytes:
         raise DataError(f"{path}: the file begins with zero bytes, so it is damaged; copy or download it again")
     if head[_TAR_AT:].startswith(_TAR):
         raise DataError(f"{path}: a tar archive; unpack it, and name the data file in it")
-    if is_packed(path) and head.startswith((PARQUET, ZIP, _OLE)):
-        raise DataError(f"{path}: what is compressed is no text; unpack it, and name the file in it")
-    _check_unicode(path, head)
-    return head[:4]
+    if head.startswith(_ARCHIVES):
+        raise DataError(f"{path}: a 7z or RAR archive; unpack it, and name the data file in it")
+    if head.startswith(_PDF):
+        raise DataError(
+            f"{path}: a PDF document; save its text as .txt or .md, or its questions and answers as .xlsx"
+        )
 
 
 def _check_unicode(path: Path, head: bytes) -> None:
@@ -294,13 +308,22 @@ def too_long(place: str, kind: str) -> DataError:
     )
 
 
-def wrong_encoding(path: Path) -> DataError:
+def web_page(path: Path) -> DataError:
+    """An error for a web page under the name of a data file, such as a hub's page of an error or a login."""
+    return DataError(f"{path}: a web page, not the data; download the file again, from its own address")
+
+
+class WrongEncoding(DataError):
+    """A text that is neither UTF-8 nor UTF-16."""
+
+
+def wrong_encoding(path: Path) -> WrongEncoding:
     """An error with the first line that is not UTF-8, and the encoding that it seems to have."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, line = 1, b""
     with open_bytes(path) as file:
         if encoding_of(head := file.read(_CHUNK)) == "utf-16":
-            return DataError(f"{path}: the UTF-16 text is damaged; save it again as UTF-8")
+            return WrongEncoding(f"{path}: the UTF-16 text is damaged; save it again as UTF-8")
         chunk = head
         while chunk:
             try:
@@ -316,8 +339,10 @@ def wrong_encoding(path: Path) -> DataError:
     try:
         codecs.getincrementaldecoder("gb18030")().decode(line)
     except UnicodeDecodeError:
-        return DataError(f"{path}:{number}: the text is not UTF-8; convert the file to UTF-8 or correct this line")
-    return DataError(
+        return WrongEncoding(
+            f"{path}:{number}: the text is not UTF-8; convert the file to UTF-8 or correct this line"
+        )
+    return WrongEncoding(
         f"{path}:{number}: the text is not UTF-8, it looks like GBK; convert it: {convert(path, 'GB18030')}"
     )
 
@@ -338,8 +363,20 @@ def beyond_ascii(text: str) -> tuple[int, int]:
         return len(text) - len(right), len(right.encode()) - len(right.encode("ascii", "ignore"))
 
 
-def not_utf8(text: str, marked: int, right: int) -> InvalidRow:
-    """A row with `marked` bytes that are not UTF-8, and `right` beyond ASCII that are."""
+def is_utf8_in_gb18030(text: str) -> bool:
+    """Whether a text that was decoded as GB18030 is UTF-8: a file that two others were joined to."""
+    raw = text.encode("gb18030", MARK_BYTES)
+    try:
+        beyond = len(raw) - len(raw.decode())
+    except UnicodeDecodeError:
+        return False
+    return beyond >= _TELLING
+
+
+def not_utf8(text: str, marked: int, right: int, encoding: str = "utf-8") -> InvalidRow:
+    """A row with `marked` bytes that are not in the file's encoding, and `right` beyond ASCII that are."""
+    if encoding == "gb18030":
+        return InvalidRow("not UTF-8", f"{marked} bytes of the row are no text in the file's encoding")
     try:
         text.encode(errors=MARK_BYTES).decode("gb18030")
     except UnicodeDecodeError:

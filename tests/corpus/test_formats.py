@@ -370,7 +370,7 @@ def test_bad_rows(write, row, reason, message):
         (
             "moss",
             {"meta_instruction": "", "chat": {"turn_1": {"Human": "a", "MOSS": "b", "Commands": "Search(1)<eoc>"}}},
-            "messages of tools are not supported",
+            "'Commands' calls a tool, 'Search.1.'",
         ),
     ],
 )
@@ -509,3 +509,126 @@ def test_reasoning_stands_before_its_reply(tmp_path, key):
     path.write_text(lines({"messages": [question, {**reply, key: "想"}], key: "思"}))
     with pytest.raises(DataError, match="not that of its last reply"):
         load_conversations(path)
+
+
+def said(path) -> list[tuple[str, str]]:
+    """Roles and texts of a file's only conversation."""
+    [conversation], _ = load_conversations(path)
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+def test_dolly_has_its_text_in_context(write):
+    row = {"instruction": "问", "context": "资料", "response": "答", "category": "qa"}
+    assert said(write(lines(row))) == [("user", "问\n资料"), ("assistant", "答")]
+    assert said(write(lines({"instruction": "问", "input": "资料", "response": "答"}))) == said(write(lines(row)))
+    with pytest.raises(DataError, match="an 'input' and a 'context'"):
+        load_conversations(write(lines(row | {"input": "别的"})))
+
+
+def test_belles_dialogues_are_turns(write):
+    row = {"instruction": "Human:你好\nAssistant:你好！\n请讲\nHuman:再见\nAssistant:", "input": "", "output": "拜"}
+    turns = [("user", "你好"), ("assistant", "你好！\n请讲"), ("user", "再见"), ("assistant", "拜")]
+    assert said(write(lines(row))) == turns
+    for question in (
+        "Human:你好",
+        "说说 Human: 和 Assistant:",
+        "Human:a\nHuman:b\nAssistant:",
+        "Human: a Assistant:",
+    ):
+        assert said(write(lines({"instruction": question, "output": "b"}))) == [
+            ("user", question),
+            ("assistant", "b"),
+        ]
+
+
+def test_history_as_messages_as_exchanges_and_as_text(write):
+    turns = [("user", "早"), ("assistant", "好"), ("user", "问"), ("assistant", "答")]
+    messages = [{"role": "user", "content": "早"}, {"role": "assistant", "content": "好"}]
+    for history in (messages, [{"query": "早", "response": "好"}], [["早", "好"]], '[["早", "好"]]'):
+        assert said(write(lines({"query": "问", "response": "答", "history": history}))) == turns
+    for nothing in (None, [], "", "[]", float("nan")):
+        assert said(write(lines({"query": "问", "response": "答", "history": nothing}))) == turns[2:]
+
+
+def test_roles_of_other_names(write):
+    for user, assistant in (("prompter", "AI"), ("用户", "助手"), ("human", "bing")):
+        turns = [
+            {"from": "developer", "value": "海盗"},
+            {"from": user, "value": "问"},
+            {"from": assistant, "value": "答"},
+        ]
+        assert said(write(lines({"conversations": turns}))) == [
+            ("system", "海盗"),
+            ("user", "问"),
+            ("assistant", "答"),
+        ]
+
+
+def test_messages_of_a_tree_are_no_raw_text(write):
+    with pytest.raises(DataError, match="no known format has the columns message_id, parent_id, text, role"):
+        load_conversations(write(lines({"message_id": "1", "parent_id": None, "text": "hi", "role": "prompter"})))
+
+
+def test_xlams_calls(write):
+    calls = [{"name": "天气", "arguments": {"城市": "北京"}}]
+    tools = [{"name": "天气", "description": "查天气", "parameters": {"城市": {"type": "str"}}}]
+    row = {"query": "北京天气", "answers": json.dumps(calls), "tools": json.dumps(tools)}
+    [conversation], _ = load_conversations(write(lines(row)))
+    described, asked, reply = conversation.messages
+    assert (described.role, asked, reply.content) == ("tools", Message("user", "北京天气"), "")
+    assert json.loads(reply.calls) == calls
+    assert json.loads(described.content)[0]["function"]["name"] == "天气"
+
+
+def test_glaives_dialogues(write):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    system = f"SYSTEM: You are helpful, with access to functions -\n{json.dumps(tool, indent=1)}\n"
+    call = """<functioncall> {"name": "f", "arguments": '{"a": "it\'s"}'} <|endoftext|>"""
+    chat = (
+        f"USER: hi\n\n\nASSISTANT: hello <|endoftext|>\n\n\nUSER: call\n\n\nASSISTANT: {call}\n\n\n"
+        'FUNCTION RESPONSE: {"r": 1}\n\n\nASSISTANT: done <|endoftext|>\n'
+    )
+    [conversation], _ = load_conversations(write(lines({"system": system, "chat": chat})))
+    described, head, *turns = conversation.messages
+    assert json.loads(described.content) == [{"type": "function", "function": tool}]
+    assert head == Message("system", "You are helpful, with access to functions")
+    assert [(turn.role, turn.content) for turn in turns] == [
+        ("user", "hi"), ("assistant", "hello"), ("user", "call"), ("assistant", ""), ("tool", '{"r": 1}'),
+        ("assistant", "done"),
+    ]  # fmt: skip
+    assert json.loads(turns[3].calls) == [{"name": "f", "arguments": {"a": "it's"}}]
+    with pytest.raises(DataError, match="the call in 'chat' is not JSON"):
+        load_conversations(write(lines({"system": "", "chat": "USER: a\nASSISTANT: <functioncall> f(1)"})))
+    [plain], _ = load_conversations(write(lines({"system": "SYSTEM: hi", "chat": "USER: a\n\nASSISTANT: b"})))
+    assert [message.role for message in plain.messages] == ["system", "user", "assistant"]
+
+
+def test_inner_thoughts_of_moss_are_reasoning(write):
+    turn = {
+        "Human": "<|Human|>: 问<eoh>\n",
+        "Inner Thoughts": "<|Inner Thoughts|>: 想<eot>\n",
+        "MOSS": "<|MOSS|>: 答<eom>",
+    }
+    [conversation], _ = load_conversations(write(lines({"chat": {"turn_1": turn}})))
+    assert conversation.messages[-1] == Message("assistant", "答", reasoning="想")
+
+
+def test_an_unknown_format_is_answered_with_the_columns_to_write(write):
+    with pytest.raises(DataError, match=r"columns: \{prompt: question, response: 答案\}\}$"):
+        load_conversations(write(lines({"question": "问", "答案": "答"})))
+    with pytest.raises(DataError, match=r"columns: \{instruction: x, output: y\}\}$"):
+        load_conversations(write(lines({"x": 1, "y": 2, "z": 3})))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_rows_of_json_in_a_txt_file_are_no_document(write, encoding):
+    row = json.dumps({"instruction": "你们在哪里工作", "output": "我们在北京工作"}, ensure_ascii=False)
+    expected = [("user", "你们在哪里工作"), ("assistant", "我们在北京工作")]
+    for text in (row, f"[\n {row}]", f"{row}\n"):
+        path = write(text.encode(encoding), "data.txt")
+        assert said(path) == expected
+        [document], _ = load_conversations(path, format="text")
+        assert document.text == text
+    for prose in ("[1] 参考文献", "{花括号}", "{\n", "[[1, 2]]"):
+        [document], _ = load_conversations(write(prose, "data.txt"))
+        assert document.text == prose

@@ -99,10 +99,28 @@ def test_every_prompt_beside_every_form_of_answers(write, name, given, answers):
     assert pair.prompt == ((S, Q, A, R) if answers == "rest" else (S, Q))
 
 
-def test_a_text_beside_a_question_is_no_prompt(write):
-    pairs, report = load_preferences(write(json.dumps({"context": "资料", "question": "你好", **BOTH})))
-    assert pairs[0].prompt == (Q,)
-    assert report.unused == ["context"]
+def test_a_text_beside_a_question_is_refused_or_mapped(write):
+    path = write(json.dumps({"context": "资料", "question": "你好", **BOTH}))
+    with pytest.raises(DataError, match=r"'context' is not read beside this question; .* input: context"):
+        load_preferences(path)
+    [pair], _ = load_preferences(path, columns={"instruction": "question", "input": "context"})
+    assert pair.prompt == (Message("user", "你好\n资料"),)
+
+
+def test_earlier_turns_beside_a_question_and_ms_swifts_query(write):
+    rows = [
+        {"prompt": "你好", **BOTH, "history": [["早", "好"]]},
+        {
+            "query": "你好",
+            "response": BOTH["chosen"],
+            "rejected_response": BOTH["rejected"],
+            "history": [["早", "好"]],
+        },
+    ]
+    for row in rows:
+        [pair], _ = load_preferences(write(json.dumps(row)))
+        assert [message.content for message in pair.prompt] == ["早", "好", "你好"]
+        assert (pair.chosen, pair.rejected) == (BOTH["chosen"], BOTH["rejected"])
 
 
 def test_transcripts(write):

@@ -90,10 +90,58 @@ def test_broken_lines_are_rows_of_their_own(write):
     assert str(found[1]) == "broken JSON at column 7: Expecting value"
 
 
-def test_gbk_is_named_with_the_line_and_the_remedy(write):
-    path = write('{"a": 1}\n{"a": "世界和平"}\n'.encode("gbk"))
-    with pytest.raises(DataError, match=r"data\.jsonl:2: .* looks like GBK; convert it: iconv -f GB18030 -t UTF-8"):
-        rows_of(path)
+CHINESE = "中国的首都是北京，他们在那里工作和学习。"
+
+
+@pytest.mark.parametrize("name", ["lines", "array", "columns", "document"])
+def test_json_in_gb18030_is_read(write, name):
+    """As tables are. The first rows are ASCII, so the encoding shows only later."""
+    rows = [{"a": "x"}, {"a": CHINESE}, {"a": "誠實\\"}, {"a": "这是我们的"}]  # 誠 has a backslash as its second byte
+    texts = {
+        "lines": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "array": json.dumps(rows, ensure_ascii=False),
+        "columns": json.dumps({"a": [row["a"] for row in rows], "b": ["y"] * 4}, ensure_ascii=False),
+        "document": json.dumps({"data": rows}, ensure_ascii=False, indent=1),
+    }
+    read = rows_of(write(texts[name].encode("gb18030")))
+    assert [row["a"] for row in read] == [row["a"] for row in rows]
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_row_in_another_encoding_than_gb18030_is_one_bad_row(write, as_array):
+    good, other = json.dumps({"a": CHINESE}, ensure_ascii=False), json.dumps({"a": CHINESE[:11]}, ensure_ascii=False)
+    rows = [good.encode("gb18030")] * 9 + [other.encode(), b'{"a": "\xff\xff"}']
+    read = rows_of(write(b"[" + b",".join(rows) + b"]" if as_array else b"\n".join(rows)))
+    assert [row["a"] for row in read[:9]] == [CHINESE] * 9
+    assert [row.reason for row in read[9:]] == ["not UTF-8"] * 2
+
+
+def test_texts_in_other_encodings_are_named(write):
+    big5 = '{"a": "這個問題怎麼回答，我們不知道"}\n'.encode("big5")
+    with pytest.raises(DataError, match=r"looks like Big5; convert it: iconv -f BIG5-HKSCS"):
+        rows_of(write(big5))
+    with pytest.raises(DataError, match=r"data\.jsonl:1: the text is not UTF-8; convert the file"):
+        rows_of(write('{"a": "é à"}\n'.encode("latin1")))
+
+
+def test_marks_in_joined_files_and_commas_after_rows(write):
+    assert rows_of(write('\ufeff{"a": 1}\n\ufeff{"a": 2}\n'.encode())) == [{"a": 1}, {"a": 2}]
+    first, _ = rows_of(write(b'{"a": 1},\n{"a": 2},\n'))
+    assert str(first) == "broken JSON at column 9: there is a comma after the row; take it out"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html>\n<html>", "a web page, not the data"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"Rar!\x1a\x07\x00", "a 7z or RAR archive"),
+        (b"7z\xbc\xaf'\x1c", "a 7z or RAR archive"),
+    ],
+)
+def test_files_of_other_kinds_are_named(write, content, what):
+    with pytest.raises(DataError, match=rf"data\.jsonl: {what}"):
+        rows_of(write(content))
 
 
 def test_a_line_in_gbk_among_others_is_one_bad_row(write):
@@ -158,13 +206,6 @@ def test_a_row_of_an_array_with_a_bad_byte_is_one_bad_row(tmp_path, monkeypatch,
     assert first[1] == third[1] == {"a": "好"}
     assert place == f"{path}[1]"
     assert (second.reason, str(second)) == ("not UTF-8", "2 bytes of the line are not UTF-8")
-
-
-@pytest.mark.parametrize("text", ["世界和平", "誠實\\"])  # in GBK the second byte of 誠 is a backslash
-def test_an_array_in_gbk_is_named(write, text):
-    path = write(f'[{{"a": 1}},\n{{"a": "{text}"}}]'.encode("gb18030"), "data.json")
-    with pytest.raises(DataError, match=r"data\.json:2: .* looks like GBK; convert it"):
-        rows_of(path)
 
 
 def test_a_row_of_a_parquet_file_with_a_bad_byte_is_one_bad_row(tmp_path):

@@ -113,7 +113,8 @@ def test_an_answer_with_a_score_of_nothing_is_refused(key: str, load: Any) -> No
 def test_a_pair_whose_better_answer_has_the_lower_score_is_refused(names: tuple[str, str], load: Any) -> None:
     better, worse = names
     assert load(PAIR | {better: 1, worse: 4.5}, "dpo") == "pair in reverse"
-    for marks in ({better: 4.5, worse: 1}, {better: 1}, {better: "1", worse: "2"}):
+    assert load(PAIR | {better: "1", worse: "2"}, "dpo") == "pair in reverse"  # as a table has them
+    for marks in ({better: 4.5, worse: 1}, {better: 1}, {better: "A", worse: "B"}):
         assert load(PAIR | marks, "dpo") == load(PAIR, "dpo")
 
 
@@ -138,13 +139,18 @@ def test_turns_that_a_format_does_not_read_are_refused(load: Any) -> None:
     assert load(TALK | {"history": []}) == load(TALK)
 
 
-MEDIA_TOKENS = ["<|image|>", "<|image_1|>", "<|vision_start|>", "<|video_pad|>", "<|AUDIO|>", "<image_soft_token>"]
+MEDIA_TOKENS = [
+    *("<|image|>", "<|image_1|>", "<|vision_start|>", "<|video_pad|>", "<|AUDIO|>", "<image_soft_token>"),
+    *("<|begin_of_image|>", "<|audio_1|>", "<image_1>", "<image 2>", "<image_placeholder>", "<Img>a/b.jpg</Img>"),
+    *("<audio>声.wav</audio>", "<video>a.mp4</video>"),
+]
 
 
 @pytest.mark.parametrize("token", MEDIA_TOKENS)
 def test_a_placeholder_of_a_picture_is_refused_in_every_text(token: str, load: Any) -> None:
     assert load({"prompt": f"看{token}，这是什么？", "response": "猫"}) == "not only text"
     assert load({"prompt": "问", "response": f"答{token}"}) == "not only text"
+    assert load({"prompt": "问", "response": "答", "system": f"看{token}"}) == "not only text"
     assert load(PAIR | {"rejected": f"坏{token}"}, "dpo") == "not only text"
 
 
@@ -156,6 +162,7 @@ def test_a_tag_of_html_is_refused_only_where_it_stands_for_a_picture(tag: str, l
         assert load(row | {f"{tag}s": []}) == "not only text"
     for question in (f"<{tag}>\n这是什么？", f"这是什么？\n<{tag}>"):
         assert load({"prompt": question, "response": "猫"}) == "not only text"
+        assert load({"prompt": question.upper(), "response": "猫"}) == "not only text"
 
 
 def test_keys_of_messages_that_nothing_reads_are_noted(tmp_path: Path) -> None:
@@ -223,7 +230,49 @@ def test_a_label_of_zero_is_a_class(load: Any) -> None:
     assert load(GOOD[0] | {"label": 0}).messages[-1].content == "答"
     assert load(GOOD[0] | {"kto_tag": 0}) == "answer not to imitate"
     assert load(GOOD[0] | {"label": "False"}) == "answer not to imitate"
-    assert load(GOOD[0] | {"weight": "65"}).messages[-1].content == "答"
+    assert load(GOOD[0] | {"weight": "heavy"}).messages[-1].content == "答"
+
+
+@pytest.mark.parametrize("no", ["0", "0.0", "false", "FALSE", "否", "no"])
+def test_tables_write_numbers_and_false_as_text(no: str, load: Any) -> None:
+    assert load(GOOD[0] | {"kto_tag": no}) == "answer not to imitate"
+    for key in ("weight", "loss", "train"):
+        assert load(GOOD[0] | {key: no}) == "not to be trained"
+        assert load({"messages": [USER, REPLY | {"weight": no}, USER, REPLY]}).messages[1].trained is False
+    assert load(GOOD[0] | {"score": "-1.5"}) == load(GOOD[0] | {"reward": "0"}) == "answer not to imitate"
+    assert load(GOOD[0] | {"weight": "0.5"}) == "weight of a row"
+    kto = {"prompt": "问", "completion": "答", "label": "0"}
+    assert load(kto) == "answer not to imitate"
+    assert load(kto | {"label": 0.0}) == "answer not to imitate"  # pandas makes numbers of true, false and nothing
+    assert load(kto | {"label": "1"}).messages[-1].content == "答"
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag", "score", "rating", "reward", "is_correct"])
+def test_a_mark_of_a_message_says_whether_it_is_to_be_imitated(key: str, load: Any) -> None:
+    assert load({"messages": [USER, REPLY | {key: False}, USER, REPLY]}) == "answer not to imitate"
+    assert load({"messages": [USER, REPLY | {key: True}]}) == load(TALK)
+
+
+@pytest.mark.parametrize("key", ["input", "context"])
+def test_a_text_beside_a_question_is_refused_unless_the_question_repeats_it(key: str, load: Any) -> None:
+    for row in ({"prompt": "问", "response": "答"}, {"query": "问", "response": "答"}):
+        assert load(row | {key: "资料"}) == "part of the conversation not read"
+        assert load(row | {key: "问"}) == load(row | {key: ""}) == load(row | {key: None}) == load(row)
+    assert load(GOOD[0] | {"context": "资料"}) == "part of the conversation not read"
+    assert load(PAIR | {key: "资料"}, "dpo") == "part of the conversation not read"
+    assert load(TALK | {key: "资料"}) == load(TALK)
+
+
+@pytest.mark.parametrize("key", ["system_prompt", "systemMessage", "sys_prompt", "System Prompt", "系统提示词"])
+def test_a_system_prompt_under_another_name_is_honoured(key: str, load: Any) -> None:
+    for row in [*GOOD, {"query": "问", "response": "答"}]:
+        assert load(row | {key: "海盗"}) == load(row | {"system": "海盗"})
+        assert load(row | {key: ""}) == load(row)
+    assert load(PAIR | {key: "海盗"}, "dpo") == load(PAIR | {"system": "海盗"}, "dpo")
+    assert load(GOOD[0] | {key: "海盗", "system": "海盗"}) == load(GOOD[0] | {"system": "海盗"})
+    assert load(GOOD[0] | {key: "海盗", "system": "诗人"}) == "two system messages"
+    belle = {"instruction": "问", "instances": [{"input": "", "output": "答"}]}
+    assert load(belle | {key: "海盗"}) == "part of the conversation not read"
 
 
 @pytest.mark.parametrize("key", NOT_TRAINED)
@@ -281,6 +330,15 @@ def test_the_system_column_can_have_another_name(tmp_path: Path) -> None:
     path.write_text(json.dumps(PAIR | {"persona": "海盗"}), encoding="utf-8")
     [pair], _ = load_preferences(path, columns={"system": "persona"})
     assert pair.prompt[0] == Message("system", "海盗")
+
+
+def test_reasoning_can_have_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "row.jsonl"
+    rows = [{"Question": "问", "Complex_CoT": "想", "Response": "答"}, {"Question": "问", "Response": "答"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = {"prompt": "Question", "response": "Response", "reasoning_content": "Complex_CoT"}
+    talks, _ = load_conversations(path, columns=columns)
+    assert [talk.messages[-1].reasoning for talk in talks] == ["想", ""]
 
 
 def test_earlier_turns_beside_prompt_and_response_are_honoured(load: Any) -> None:

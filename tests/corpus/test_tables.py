@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -72,11 +73,22 @@ def test_messages_of_every_type_that_datasets_gives_them(tmp_path: Path, kind: s
     assert [(m.role, m.content) for m in conversation.messages] == [("user", "你好"), ("assistant", "您好！")]
 
 
-def test_an_object_of_lists_is_no_list_of_messages_in_json(write):
-    """As in version 0.1, whose prepared data under the same key left such rows out."""
-    path = write('{"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}}\n')
-    with pytest.raises(DataError, match="'messages' must be a list of messages"):
-        load_conversations(path)
+def test_messages_as_an_object_of_lists_or_as_json_text(write):
+    """`datasets` writes the one into JSON lines, and tables have the other."""
+    lists = {"role": ["user", "assistant"], "content": ["a", "b"]}
+    for value in (
+        lists,
+        json.dumps(lists),
+        json.dumps([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]),
+    ):
+        [conversation], _ = load_conversations(write(json.dumps({"messages": value}) + "\n"))
+        assert [message.content for message in conversation.messages] == ["a", "b"]
+    for value, what in (
+        ({"role": ["user"], "content": ["a", "b"]}, "a object"),
+        ("[{'role': 'user'}]", "json.dumps"),
+    ):
+        with pytest.raises(DataError, match=rf"'messages' (must be a list of messages, got {what}|.*{what})"):
+            load_conversations(write(json.dumps({"messages": value}) + "\n"))
 
 
 def test_preferences_and_their_errors_by_row(tmp_path: Path):
