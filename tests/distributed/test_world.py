@@ -46,7 +46,7 @@ Make = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(model_folder: Callable[..., Path], snapshots: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Makes a folder with a recipe for everything, data, an exam and a cache of its own."""
 
     def write(name: str) -> Path:
@@ -81,6 +81,7 @@ def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
         (folder / "cache").mkdir()
         (folder / "cache" / "blas").symlink_to(storage.cache_folder() / "blas")
+        (folder / "cache" / "tokenizers").symlink_to(snapshots)
         return folder
 
     return write
