@@ -1,8 +1,8 @@
 """Run the numeric tests with every matrix kernel of OpenBLAS that this processor can run (`make test-cores`).
 
 OpenBLAS reads its kernels' name from OPENBLAS_CORETYPE when it is loaded, so each set has a process of its own. The
-kernels that OpenBLAS chooses itself run on two threads, which divide a matrix otherwise: `make test` runs them on one.
-The others run on one. `--every` runs each on one and on two (`make thorough`).
+kernels that OpenBLAS chooses itself run on two threads, which divide a matrix otherwise; `make test` has run them on
+one. The others run on one. `--every` runs each on one and on two (`make thorough`).
 """
 
 from __future__ import annotations
