@@ -229,6 +229,15 @@ def metal() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def run_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run share; what they make there is made under a lock."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "run-wide"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The snapshots of tokenizers, kept from test to test: two processes make one, and take five seconds."""
     return tmp_path_factory.mktemp("tokenizers")
