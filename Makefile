@@ -7,8 +7,12 @@ INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.develop
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -c constraints.txt
 
-# Installs what follows with pip, and names each package as it comes. $(call install,WHAT)
+# Makes the virtual environment and installs into it with pip, which names each package as it comes.
+# $(call install,WHAT)
 define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). The first time, some hundred megabytes are downloaded."
 	@$(PIP) $(1) || { echo "If the package index is slow or cannot be reached, name a mirror:"; \
 		echo "    PIP_INDEX_URL=https://MIRROR/simple make $(MAKECMDGOALS)"; exit 1; }
@@ -28,8 +32,9 @@ test: $(DEVELOP)
 # The tests that take long and repeat at length what the others cover.
 thorough: $(DEVELOP)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m thorough
+	$(BIN)/python tests/core_types.py --every
 
-# The numeric tests with every matrix kernel of OpenBLAS that this processor can run, with one thread and with two.
+# The numeric tests with every matrix kernel of OpenBLAS that this processor can run, and with two threads.
 test-cores: $(DEVELOP)
 	$(BIN)/python tests/core_types.py
 
@@ -94,16 +99,13 @@ fuzz: $(DEVELOP)
 	done
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
 	$(call install,-e .)
 	@touch $@
 
-# Tools for those who change the program: linter, type checker, test runner.
-$(DEVELOP): $(INSTALLED)
+# The program, and tools for those who change it: linter, type checker, test runner.
+$(DEVELOP): pyproject.toml constraints.txt
 	$(call install,-e '.[dev]')
-	@touch $@
+	@touch $(INSTALLED) $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -228,9 +228,25 @@ def metal() -> Iterator[Any]:
         yield watchman
 
 
+@pytest.fixture(scope="session")
+def run_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run share; what they make there is made under a lock."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "run-wide"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The snapshots of tokenizers, kept from test to test: two processes make one, and take five seconds."""
+    return tmp_path_factory.mktemp("tokenizers")
+
+
 @pytest.fixture
 def project(
     model_folder: Callable[..., Path],
+    snapshots: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -243,6 +259,7 @@ def project(
     cache = tmp_path / "cache"  # what an earlier run prepared must not show
     cache.mkdir()
     (cache / "blas").symlink_to(storage.cache_folder() / "blas")
+    (cache / "tokenizers").symlink_to(snapshots)
     monkeypatch.setenv("MLX_ZH_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
     return Project(model_folder(), capsys)

@@ -1,7 +1,8 @@
 """Run the numeric tests with every matrix kernel of OpenBLAS that this processor can run (`make test-cores`).
 
-OpenBLAS reads its kernels' name from OPENBLAS_CORETYPE when it is loaded, so each set has a process of its own. Each
-runs on one thread and on two, which add numbers up in another order.
+OpenBLAS reads its kernels' name from OPENBLAS_CORETYPE when it is loaded, so each set has a process of its own. The
+kernels that OpenBLAS chooses itself run on two threads, which divide a matrix otherwise; `make test` has run them on
+one. The others run on one. `--every` runs each on one and on two (`make thorough`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # What the kernels of each name need, as Linux calls it (/proc/cpuinfo). Older ones are for processors without AVX.
@@ -39,16 +39,21 @@ def processor_flags() -> set[str]:
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
+def chosen(name: str | None = None) -> str | None:
+    """The kernels that OpenBLAS takes where it is asked for those of `name`, or by itself; None where it fails."""
+    environment = os.environ | ({"OPENBLAS_CORETYPE": name} if name else {})
+    answer = subprocess.run([sys.executable, "-c", _ASK], env=environment, capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
 def core_types() -> list[str | None]:
-    """One name for each set of kernels; only None, for OpenBLAS's own choice, where the processor is not x86."""
-    names: dict[str, str] = {}
+    """One name for each set of kernels, OpenBLAS's own choice first, which is None."""
+    names: dict[str | None, str | None] = {chosen(): None}
     flags = processor_flags()
     for name in (name for name, needed in NEEDS.items() if needed <= flags):
-        environment = os.environ | {"OPENBLAS_CORETYPE": name}
-        answer = subprocess.run([sys.executable, "-c", _ASK], env=environment, capture_output=True, text=True)
-        if answer.returncode == 0:
-            names.setdefault(answer.stdout.strip(), name)
-    return list(names.values()) or [None]
+        if (kernels := chosen(name)) is not None:
+            names.setdefault(kernels, name)
+    return list(names.values())
 
 
 def numeric_files() -> list[str]:
@@ -58,17 +63,21 @@ def numeric_files() -> list[str]:
     return [str(file) for file in files if "pytest.mark.numeric" in file.read_text(encoding="utf-8")]
 
 
-def runs() -> Iterator[tuple[str | None, int]]:
-    """(name of the kernels, threads). OpenBLAS is only on Linux; there is one run elsewhere."""
-    for name in core_types():
-        for threads in (1, 2) if sys.platform == "linux" else (1,):
-            yield name, threads
+def runs(every: bool) -> list[tuple[str | None, int]]:
+    """(name of the kernels, threads). OpenBLAS is only on Linux; elsewhere `make test` has run all there is."""
+    if sys.platform != "linux":
+        return []
+    own, *others = core_types()
+    fewest = [(own, 2), *((name, 1) for name in others)]
+    return [*fewest, (own, 1), *((name, 2) for name in others)] if every else fewest
 
 
 def main(arguments: list[str]) -> int:
     failed = []
-    for name, threads in runs():
-        label = f"{name or 'default'}, {threads} thread{'s' * (threads > 1)}"
+    every = "--every" in arguments
+    arguments = [argument for argument in arguments if argument != "--every"]
+    for name, threads in runs(every):
+        label = f"{name or 'own choice'}, {threads} thread{'s' * (threads > 1)}"
         print(f"{label}:", flush=True)
         environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
         if name:

@@ -42,18 +42,12 @@ PUBLISHED: dict[str, Callable[[], dict[str, Any]]] = {
 SFT = ("belle-1m", "llama3-chinese", "chinese-modern-poetry", "python-code-18k")
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tokenizer's snapshot is kept from test to test; making it starts Transformers."""
-    return tmp_path_factory.mktemp("tokenizers")
-
-
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch, model_folder: Callable[..., Path], tokenizers: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch, model_folder: Callable[..., Path], snapshots: Path) -> Path:
     """The current folder: a recipe with every data set of the mission, each as a local file."""
     monkeypatch.chdir(tmp_path)
     Path("cache").mkdir()
-    Path("cache/tokenizers").symlink_to(tokenizers)
+    Path("cache/tokenizers").symlink_to(snapshots)
     monkeypatch.setenv("MLX_ZH_CACHE", str(tmp_path / "cache"))
     sources: dict[str, list[Any]] = {"sft": [], "dpo": []}
     for name, row in PUBLISHED.items():

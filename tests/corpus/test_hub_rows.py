@@ -9,15 +9,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from forks import Forks, forks
 from pyarrow import parquet
 
+DEAD = "http://127.0.0.1:9"  # nobody listens there
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "refs/convert/parquet": "c" * 40}
 
 
@@ -174,16 +176,22 @@ class _Answers(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    made = Hub()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
 @pytest.fixture
-def server() -> Iterator[Hub]:
-    found = Hub()
-    threading.Thread(target=found.serve_forever, daemon=True).start()
-    yield found
-    found.shutdown()
-    found.server_close()
+def server(hub: Hub) -> Hub:
+    """That nobody has asked yet."""
+    hub.asked.clear()
+    return hub
 
 
-# In a process of its own, since huggingface_hub and datasets read HF_ENDPOINT when they are imported.
 SCRIPT = """
 import json, sys
 from mlx_zh.errors import MlxZhError
@@ -199,15 +207,43 @@ for entry, source in json.loads(sys.argv[1]):
 """
 
 
-def ask(endpoint: str, home: Path, *sources: tuple[dict[str, Any], dict[str, Any]], **more: str) -> list[str]:
-    """What each source gives: the paths of its files, or its error."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "MLX_ZH_CACHE": str(home / "cache")}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", **more}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(sources)]
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    """What huggingface_hub and datasets read when they are imported."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+
+
+@pytest.fixture(scope="module")
+def ready(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Forks, Path]]:
+    """A process that has imported both for this hub, and the link that is its Hugging Face folder."""
+    link = tmp_path_factory.mktemp("ready") / "hf"
+    with forks(["datasets", "mlx_zh.stages.data", "mlx_zh.corpus.hub_rows"], environment(hub.url, link)) as process:
+        yield process, link
+
+
+Ask = Callable[..., list[str]]
+
+
+@pytest.fixture
+def ask(server: Hub, ready: tuple[Forks, Path], tmp_path: Path) -> Ask:
+    """What each source gives: the paths of its files, or its error. Another hub or variable takes another process."""
+    process, link = ready
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "hf")
+    (tmp_path / "hf").mkdir()
+
+    def give(*sources: tuple[dict[str, Any], dict[str, Any]], endpoint: str = "", **more: str) -> list[str]:
+        cache = {"MLX_ZH_CACHE": str(tmp_path / "cache")}
+        if endpoint or more:
+            own = environment(endpoint or server.url, tmp_path / "hf") | cache | more
+            command = [sys.executable, "-c", SCRIPT, json.dumps(sources)]
+            done = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        else:
+            done = process.run(SCRIPT, [json.dumps(sources)], tmp_path, cache, seconds=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return give
 
 
 def numbers(path: str) -> list[int]:
@@ -226,21 +262,21 @@ def data_asked(server: Hub) -> list[str]:
     )
 
 
-def test_a_subset_whole_and_streamed(server: Hub, tmp_path: Path):
+def test_a_subset_whole_and_streamed(server: Hub, ask: Ask):
     """Of the four shards of three rows, four rows need two."""
-    (path,) = ask(server.url, tmp_path, ({"id": "org/set", "subset": "zh"}, {"streaming": True, "max_samples": 4}))
+    (path,) = ask(({"id": "org/set", "subset": "zh"}, {"streaming": True, "max_samples": 4}))
     assert numbers(path) == [10, 11, 12, 20]
     assert data_asked(server) == ["train-1.parquet", "train-2.parquet"]
 
 
-def test_rows_are_kept_for_a_run_without_a_network(server: Hub, tmp_path: Path):
+def test_rows_are_kept_for_a_run_without_a_network(server: Hub, ask: Ask):
     streamed = {"id": "org/set", "subset": "zh", "streaming": True}
     sources: list[Any] = [
         (streamed, {"max_samples": 2}),
         (streamed, {}),
         (streamed, {"split": "test", "max_samples": 2}),
     ]
-    found = ask(server.url, tmp_path, *sources)
+    found = ask(*sources)
     assert [numbers(path) for path in found] == [
         [10, 11],
         [n for i in range(1, 5) for n in range(10 * i, 10 * i + 3)],
@@ -260,18 +296,17 @@ def test_rows_are_kept_for_a_run_without_a_network(server: Hub, tmp_path: Path):
     }
     asked = len(data_asked(server))
     server.asked.clear()
-    assert ask(server.url, tmp_path, *sources) == found and data_asked(server) == [] and asked
-    assert ask("http://127.0.0.1:9", tmp_path, *sources) == found
-    assert ask(server.url, tmp_path, *sources, HF_HUB_OFFLINE="1") == found
-    (error,) = ask(server.url, tmp_path, (streamed, {"max_samples": 3}), HF_HUB_OFFLINE="1")
+    assert ask(*sources) == found and data_asked(server) == [] and asked
+    assert ask(*sources, endpoint=DEAD) == found
+    assert ask(*sources, HF_HUB_OFFLINE="1") == found
+    (error,) = ask((streamed, {"max_samples": 3}), HF_HUB_OFFLINE="1")
     assert error.startswith("DownloadError: mine: org/set ")
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "about", "about gone"])
-def test_damaged_rows_are_fetched_again(server: Hub, tmp_path: Path, damage: str):
+def test_damaged_rows_are_fetched_again(ask: Ask, damage: str):
     streamed = ({"id": "org/set", "subset": "zh", "streaming": True}, {"max_samples": 2})
-    path = Path(ask(server.url, tmp_path, streamed)[0])
+    path = Path(ask(streamed)[0])
     whole, about = path.read_bytes(), path.with_name("about.json")
     if damage == "flipped":
         path.write_bytes(whole.replace(b"10", b"18", 1))
@@ -281,24 +316,20 @@ def test_damaged_rows_are_fetched_again(server: Hub, tmp_path: Path, damage: str
         about.write_text("[]")
     else:
         (about if damage == "about gone" else path).unlink()
-    assert ask(server.url, tmp_path, streamed) == [str(path)]
+    assert ask(streamed) == [str(path)]
     assert path.read_bytes() == whole
 
 
-def test_another_revision_is_another_file(server: Hub, tmp_path: Path):
+def test_another_revision_is_another_file(ask: Ask):
     main, v1 = ask(
-        server.url,
-        tmp_path,
         ({"id": "org/set", "subset": "zh"}, {}),
         ({"id": "org/set"}, {"subset": "zh", "revision": "v1"}),
     )
     assert numbers(v1) == [1] and main != v1 and len(numbers(main)) == 12
 
 
-def test_what_is_not_there_is_named_with_what_is(server: Hub, tmp_path: Path):
+def test_what_is_not_there_is_named_with_what_is(ask: Ask):
     errors = ask(
-        server.url,
-        tmp_path,
         ({"id": "org/set", "streaming": True}, {}),
         ({"id": "org/set"}, {"subset": "jp"}),
         ({"id": "org/set"}, {"subset": "en", "split": "test"}),
@@ -319,20 +350,18 @@ def test_what_is_not_there_is_named_with_what_is(server: Hub, tmp_path: Path):
         assert all(word in error for word in expected), error
 
 
-def test_streaming_takes_the_files_that_fetching_takes(server: Hub, tmp_path: Path):
+def test_streaming_takes_the_files_that_fetching_takes(ask: Ask):
     entry = {"id": "org/lines", "files": ["*.jsonl"]}
-    whole, streamed = ask(server.url, tmp_path, (entry, {}), (entry, {"streaming": True, "max_samples": 4}))
+    whole, streamed = ask((entry, {}), (entry, {"streaming": True, "max_samples": 4}))
     assert Path(whole).name == "train.jsonl"
     rows = [json.loads(line) for line in Path(streamed).read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == ["0", "1", "2", "3"]
-    (error,) = ask(server.url, tmp_path, ({"id": "org/lines", "files": ["*.csv"]}, {"streaming": True}))
+    (error,) = ask(({"id": "org/lines", "files": ["*.csv"]}, {"streaming": True}))
     assert "holds no data file like *.csv of split train" in error
 
 
-def test_a_set_made_by_a_script_comes_from_the_hubs_conversion(server: Hub, tmp_path: Path):
+def test_a_set_made_by_a_script_comes_from_the_hubs_conversion(server: Hub, ask: Ask):
     found = ask(
-        server.url,
-        tmp_path,
         ({"id": "org/script"}, {}),  # no data file of its own: read through datasets without being asked
         ({"id": "org/script"}, {"subset": "other"}),
         ({"id": "org/script", "revision": "refs/convert/parquet", "streaming": True}, {"max_samples": 1}),
@@ -348,17 +377,17 @@ def test_a_set_made_by_a_script_comes_from_the_hubs_conversion(server: Hub, tmp_
     assert not any(path.endswith(".py") and server.asked.count(path) for path in server.asked if "never" in path)
 
 
-def test_a_folder_of_the_same_name_is_not_read_instead(server: Hub, tmp_path: Path):
+def test_a_folder_of_the_same_name_is_not_read_instead(ask: Ask, tmp_path: Path):
     (tmp_path / "org" / "set").mkdir(parents=True)
     (tmp_path / "org" / "set" / "train.jsonl").write_text('{"messages": []}\n')
-    (path,) = ask(server.url, tmp_path, ({"id": "org/set", "subset": "en"}, {}))
+    (path,) = ask(({"id": "org/set", "subset": "en"}, {}))
     assert numbers(path) == [90]
 
 
-def test_nothing_half_read_is_kept(server: Hub, tmp_path: Path, monkeypatch):
+def test_nothing_half_read_is_kept(ask: Ask, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(SETS["org/set"]["a" * 40], "zh/train-3.parquet", b"PAR1 damaged")
-    (error,) = ask(server.url, tmp_path, ({"id": "org/set", "subset": "zh"}, {}))
+    (error,) = ask(({"id": "org/set", "subset": "zh"}, {}))
     assert error.startswith("DownloadError: mine: org/set could not be read through `datasets`: ")
     assert not list((tmp_path / "cache").rglob("rows*"))
-    (path,) = ask(server.url, tmp_path, ({"id": "org/set", "subset": "zh"}, {"streaming": True, "max_samples": 6}))
+    (path,) = ask(({"id": "org/set", "subset": "zh"}, {"streaming": True, "max_samples": 6}))
     assert numbers(path) == [10, 11, 12, 20, 21, 22]

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import ranks
 import yaml
+from filelock import FileLock
 from oracles import moved_apart
 from project import VARYING, message
 from tolerances import MOVED, later_loss
@@ -46,8 +47,14 @@ Make = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Makes a folder with a recipe for everything, data, an exam and a cache of its own."""
+def make(
+    model_folder: Callable[..., Path], run_wide: Path, snapshots: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Make:
+    """Makes a folder with a recipe for everything, data, an exam and a cache of its own. All have one model."""
+    model = run_wide / "ranks-model"
+    with FileLock(f"{model}.lock"):
+        if not model.exists():
+            shutil.copytree(model_folder(), model)
 
     def write(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
@@ -68,7 +75,7 @@ def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         split = {"sft": ("train", "held"), "dpo": ("pairs", "pairs-held")}
         recipe = {
             "name": "tiny",
-            "model": {"path": str(model_folder())},
+            "model": {"path": str(model)},
             "lora": {"rank": 4, "alpha": 8},
             "data": {"max_length": 128, "deduplicate": {"exact": False, "near": None}}
             | {stage: {"train": [f"{t}.jsonl"], "validation": [f"{v}.jsonl"]} for stage, (t, v) in split.items()},
@@ -81,21 +88,24 @@ def make(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
         (folder / "cache").mkdir()
         (folder / "cache" / "blas").symlink_to(storage.cache_folder() / "blas")
+        (folder / "cache" / "tokenizers").symlink_to(snapshots)
         return folder
 
     return write
 
 
 @pytest.fixture(scope="module")
-def whole(make: Make) -> Callable[[int], Path]:
-    """The folder in which that many ranks ran all stages."""
-    known: dict[int, Path] = {}
+def whole(make: Make, run_wide: Path) -> Callable[[int], Path]:
+    """The folder in which that many ranks ran all stages; one for all test processes."""
 
     def run(count: int) -> Path:
-        if count not in known:
-            known[count] = make(f"ranks{count}")
-            ranks.run(count, *STAGES, folder=known[count])
-        return known[count]
+        done = run_wide / f"ranks{count}.txt"
+        with FileLock(f"{done}.lock"):
+            if not done.exists():
+                folder = make(f"ranks{count}")
+                ranks.run(count, *STAGES, folder=folder)
+                done.write_text(str(folder), encoding="utf-8")
+        return Path(done.read_text(encoding="utf-8"))
 
     return run
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny_models as tiny
+from forks import Forks, forks
 
 from mlx_zh.errors import DownloadError, ModelError, StorageError
 from mlx_zh.system import hub
@@ -141,7 +142,11 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirror]:
         files[name] = b"must not be fetched"
     server = Mirror(files)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
+    link = tmp_path_factory.mktemp("ready") / "hf"
+    with forks(["mlx_zh.models.load", "transformers", "mlx_lm", "httpx2"], environment(server.url, link)) as process:
+        READY[server.url] = process, link
+        yield server
+    del READY[server.url]
     server.over.set()
     server.shutdown()
     server.server_close()
@@ -160,19 +165,36 @@ except MlxZhError as error:
 """
 
 
+# By hub: a process that has imported huggingface_hub for it, and the link that is its Hugging Face folder.
+READY: dict[str, tuple[Forks, Path]] = {}
+
+
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    """What huggingface_hub reads when it is imported, and how a process finds no other hub."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "*", "MODELSCOPE_ENDPOINT": DEAD}
+
+
 def ask(endpoint: str, cache: Path, name: str, revision: str = "", **more: str) -> tuple[int, str, str]:
-    """In a process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported."""
+    """What loading a model gives."""
     return python(SCRIPT, [name, revision], endpoint, cache, **more)
 
 
 def python(script: str, arguments: list[str], endpoint: str, cache: Path, **more: str) -> tuple[int, str, str]:
-    """The exit status, what was printed, and the last line of what was complained of."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "NO_PROXY": "*"}
-    environment |= {"MODELSCOPE_ENDPOINT": DEAD, "MODELSCOPE_CACHE": str(cache / "modelscope")} | more
-    environment["MLX_ZH_CACHE"] = str(cache / "mlx-zh")
-    command = [sys.executable, "-c", script, *arguments]
-    result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=120)
+    """The exit status, what was printed, and the last line of what was complained of.
+
+    A fork runs it where one is ready for the hub; with more variables it is a process of its own.
+    """
+    caches = {"MODELSCOPE_CACHE": str(cache / "modelscope"), "MLX_ZH_CACHE": str(cache / "mlx-zh")}
+    if endpoint in READY and not more:
+        process, link = READY[endpoint]
+        link.unlink(missing_ok=True)
+        link.symlink_to(cache)
+        result = process.run(script, arguments, cache, caches, seconds=120)
+    else:
+        command = [sys.executable, "-c", script, *arguments]
+        own = environment(endpoint, cache) | caches | more
+        result = subprocess.run(command, env=own, cwd=cache, capture_output=True, text=True, timeout=120)
     return result.returncode, result.stdout, result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
 
 
