@@ -293,10 +293,10 @@ def test_rows_are_counted_masked_and_dropped():
     assert report.dropped == {"personal data": 1}
 
 
-def test_a_sample_is_the_first_rows_and_one_in_32_of_the_others():
-    rows = [talk(*REFUSES)] * 1640  # rows 1,000 to 1,639 hold 20 multiples of 32
+def test_a_sample_is_the_first_rows_and_one_in_128_of_the_others():
+    rows = [talk(*REFUSES)] * 1640  # rows 500 to 1,639 hold 9 multiples of 128
     rules = applied({"echo": "count"}, rows)[2]
-    assert (rules["refusal"]["checked"], rules["refusal"]["rows"]) == (1020, 1020)
+    assert (rules["refusal"]["checked"], rules["refusal"]["rows"]) == (509, 509)
     assert rules["echo"]["checked"] == 1640
     assert len(rules["refusal"]["examples"]) == 3
 
