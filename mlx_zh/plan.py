@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.stages import outlook, preflight
     from mlx_zh.system import console
 
-    for problem in preflight.starts(recipe):  # only told: another run may make the adapter first
+    for problem in (
+        *preflight.starts(recipe),
+        *preflight.scorers(recipe),
+    ):  # only told: another run may make the adapter first
         console.warn(problem.text)
     chip = arguments.chip
     here = arguments.memory is None and chip is None

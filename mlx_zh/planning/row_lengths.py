@@ -76,6 +76,12 @@ def density(encode: Callable[[str], int]) -> float:
     return encode(_sample()) / _tokens(_sample())
 
 
+def tokens_a_character(encode: Callable[[str], int]) -> float:
+    """How many tokens a tokenizer makes of a Chinese character; `encode` counts them."""
+    chinese = "".join(letter for letter in _sample() if "\u4e00" <= letter <= "\u9fff")
+    return encode(chinese) / len(chinese)
+
+
 @cache
 def _sample() -> str:
     """Everyday Chinese with some English and digits, as in questions and answers."""

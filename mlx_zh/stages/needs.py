@@ -34,16 +34,34 @@ class Download:
 
 def downloads_of(recipe: Recipe, registry: Registry, stages: tuple[str, ...]) -> list[Download]:
     """Everything that `stages` (sft, dpo, eval) would download. Asks no network. Raises MlxZhError."""
-    wanted = model_download(recipe.model)
-    listed = [*wanted]
+    listed = model_download(recipe.model)
     for stage in stages:
         if stage in ("sft", "dpo"):
             split = recipe.data.split(stage)
+            if (scoring := scoring_model(recipe, stage)) is not None:
+                listed += model_download(scoring)
             for source in (*split.train, *split.validation):
                 listed += _data_download(source, registry, recipe.model.hub)
     listed += exam_downloads(recipe, stages)
     unique = {item.name: item for item in listed}
     return list(unique.values())
+
+
+def scoring_model(recipe: Recipe, stage: str) -> Model | None:
+    """The model that `select.model` names to score a stage's rows; None without one, and for the base itself."""
+    select = recipe.data.split(stage).select
+    if select is None or select.model is None or select.model == recipe.model.path:
+        return None
+    return other_model(recipe, select.model)
+
+
+def other_model(recipe: Recipe, path: str) -> Model:
+    """The recipe's model section for a model at `path`: the base as it is, another one without what is the base's."""
+    if path == recipe.model.path:
+        return recipe.model
+    # Another model's template may have no switch for thinking.
+    update = {"path": path, "revision": None, "quantize": None, "thinking": "auto"}
+    return recipe.model.model_copy(update=update)
 
 
 def model_download(model: Model) -> list[Download]:

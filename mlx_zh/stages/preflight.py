@@ -20,7 +20,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.models import catalog
 from mlx_zh.models.load import find_config, resolve_model
-from mlx_zh.recipe import Recipe, Source
+from mlx_zh.recipe import Model, Recipe, Source
 from mlx_zh.stages import memory_check, needs
 from mlx_zh.stages.data import registry_of, require_fitting_keys, require_kind, resolve_source
 from mlx_zh.stages.first_adapter import choose_start
@@ -58,7 +58,8 @@ def problems(recipe: Recipe, stages: Sequence[str]) -> list[Problem]:
     if "eval" in stages:
         found += _exams(recipe)
     found += starts(recipe, stages)
-    config, model_problems = _model(recipe)
+    config, model_problems = _model(recipe.model)
+    model_problems += scorers(recipe, stages)
     found += model_problems
     downloads: list[needs.Download] = []
     if not any(problem.is_error for problem in model_problems):
@@ -163,9 +164,21 @@ def starts(recipe: Recipe, stages: Sequence[str] = TUNED) -> Iterator[Problem]:
                 yield _of(error)
 
 
-def _model(recipe: Recipe) -> tuple[Config | None, list[Problem]]:
+def scorers(recipe: Recipe, stages: Sequence[str] = TUNED) -> list[Problem]:
+    """What is wrong with the models that `select.model` names: they are needed after the data was read."""
+    found: list[Problem] = []
+    for stage in stages:
+        model = needs.scoring_model(recipe, stage) if stage in TUNED and recipe.data.split(stage).train else None
+        if model is None:
+            continue
+        _, problems = _model(model)
+        key = f"data.{stage}.select.model"
+        found += [Problem(Notice("preflight-scorer", key=key, reason=p.text), p.is_error) for p in problems]
+    return found
+
+
+def _model(model: Model) -> tuple[Config | None, list[Problem]]:
     """The model's config if it is known without a download, and what is wrong with its name or licence."""
-    model = recipe.model
     try:
         entry = catalog.known_model(model.path)
         missing = needs.model_download(model)

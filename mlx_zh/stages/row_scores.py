@@ -15,6 +15,7 @@ from mlx_zh.models import catalog, wheel
 from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.models.load import BUILT_IN, resolve_model
 from mlx_zh.recipe import Recipe
+from mlx_zh.stages.needs import other_model
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device, hub, storage
 from mlx_zh.system.digests import value_digest
@@ -30,17 +31,16 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # part of the digest in a file's name; increase it when the meaning of entries changes
 _BUILT_IN_GB = 0.1
+_MOST_TOKENS = (
+    1.2  # a Chinese character, of a model that was trained on Chinese: Qwen 0.6, Llama 3.1 0.8, SmolLM2 1.9
+)
 
 
 class ModelScorer:
     """Scores conversations by IFD with one model, which is loaded when the first row has no stored score."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
-        model = recipe.model
-        if name != model.path:
-            # Another model's template may have no switch for thinking.
-            model = model.model_copy(update={"path": name, "revision": None, "quantize": None, "thinking": "auto"})
-        self._recipe = recipe.model_copy(update={"model": model})
+        self._recipe = recipe.model_copy(update={"model": other_model(recipe, name)})
         self.name = name
         self._loaded: LoadedModel | None = None
 
@@ -77,6 +77,8 @@ class ModelScorer:
         path = storage.cache_folder() / "scores" / f"{self._model_digest[:32]}.txt"
         scores, opening = IfdScores(StoredValues(path, WIDTH)), self._renderer.opening()
         console.say(f"Scoring {count} rows with {self.name}; the scores are kept in {path}.")
+        if (tokens := _tokens_a_character(self.name)) is not None and tokens > _MOST_TOKENS:
+            console.warn(Notice("scores-language", model=self.name, tokens=tokens), keep=False)
         bar = console.CountBar("SCORES", count, "row")
         values = [np.empty(0, np.float32)]
         try:
@@ -139,14 +141,38 @@ def _earlier(recipe: Recipe, stage: str) -> str | None:
     report = (read_object(RunFolder.of(recipe).prepared) or {}).get(stage)
     selection = report.get("selection") if isinstance(report, dict) else None
     name = selection.get("model") if isinstance(selection, dict) else None
-    return name if isinstance(name, str) and _is_at_hand(name) else None
+    if not isinstance(name, str) or not _is_at_hand(name):
+        return None
+    base = recipe.model.path
+    return name if name == base or (_size_gb(name) < _size_gb(base) and _knows_chinese(name)) else None
 
 
 def smallest_at_hand(base: str) -> str:
-    """The smallest model on this disk that is smaller than `base`: of the table of models, or the built-in one."""
+    """The smallest model on this disk that is smaller than `base` and knows Chinese: of the table, or the built-in.
+
+    The base if there is none. A model that cannot read the replies gives scores that say nothing.
+    """
     sizes = [(entry.size_gb, name) for name, entry in catalog.catalog().items() if entry.size_gb]
     smaller = [(size, name) for size, name in [(_BUILT_IN_GB, BUILT_IN), *sizes] if size < _size_gb(base)]
-    return next((name for _, name in sorted(smaller) if _is_at_hand(name)), base)
+    return next((name for _, name in sorted(smaller) if _is_at_hand(name) and _knows_chinese(name)), base)
+
+
+def _knows_chinese(name: str) -> bool:
+    """Whether a model at hand has a vocabulary that was made with Chinese texts."""
+    tokens = _tokens_a_character(name)
+    return tokens is not None and tokens <= _MOST_TOKENS
+
+
+def _tokens_a_character(name: str) -> float | None:
+    """How many tokens a model at hand makes of a Chinese character; None if its tokenizer cannot be read."""
+    from mlx_zh.planning.row_lengths import tokens_a_character
+    from mlx_zh.stages.own_models import tokenizer_at_hand
+
+    tokenizer = tokenizer_at_hand(name)
+    if tokenizer is None:
+        return None
+    encode = tokenizer.backend_tokenizer.encode
+    return tokens_a_character(lambda text: len(encode(text, add_special_tokens=False).ids))
 
 
 def _is_at_hand(name: str) -> bool:

@@ -28,6 +28,24 @@ from mlx_zh.corpus.quality.personal import Masks, has_id_checksum, has_luhn_chec
         ("我住在西湖区文三路478号", "我住在某市某区某路1号", "address"),
         ("广东省深圳市南山区科技园路1栋", "某市某区某路1号", "address"),
         ("邮编：100081", "邮编：000000", "postcode"),
+        ("身份证：110105 19491231 002x", "身份证：000000000000000001", "ID number"),
+        (
+            "身份证号码为123456789012345678",
+            "身份证号码为000000000000000001",
+            "ID number",
+        ),  # called so, if it is wrong
+        ("身份證號：110105491231002", "身份證號：000000000000000001", "ID number"),  # of 15 digits, until 1999
+        ("护照号：E12345678", "护照号：E00000001", "passport"),
+        ("13912345678/13812345678", "10000000001/10000000002", "mobile number"),
+        ("0086-13912345678", "0086-10000000001", "mobile number"),
+        ("139.1234.5678", "100.0000.0001", "mobile number"),
+        ("https://a.cn/?phone=13912345678&x=1", "https://a.cn/?phone=10000000001&x=1", "mobile number"),
+        ("加我wx13912345678", "加我wx10000000001", "mobile number"),
+        ("台灣手機0912-345-678", "台灣手機1000-000-001", "mobile number"),
+        ("+852 9123 4567", "+852 1000 0001", "mobile number"),
+        ("座机021-6234 5678", "座机000-0000 0001", "landline"),
+        ("座机0571-8888-9999", "座机0000-0000-0001", "landline"),
+        ("座机010-62345678-801", "座机000-00000000-001", "landline"),
     ],
 )
 def test_personal_data_and_its_placeholder(text: str, masked: str, kind: str):
@@ -39,7 +57,7 @@ def test_personal_data_and_its_placeholder(text: str, masked: str, kind: str):
 @pytest.mark.parametrize(
     "text",
     [
-        "身份证号110105194912310021",  # the check character is X
+        "编号110105194912310021",  # the check character is X
         "卡号4111111111111112",  # fails Luhn's check
         "5+13912345678=13912345683",
         "3.13912345678",
@@ -55,6 +73,17 @@ def test_personal_data_and_its_placeholder(text: str, masked: str, kind: str):
         "2024-05-01 12:30:45",
         "热线 400-123-4567，报警 110",
         "总数是100081",
+        "人口13912345678人",
+        "共13912345678元",
+        "延时13800000123 毫秒",
+        "15012345678是质数吗？",
+        "计算 18612345678 除以 3",
+        "13912345678/3",
+        "15000000000",  # a round number
+        "北京路18号线",
+        "江苏省南京市长江路段5号公路",
+        "北京市公安局海淀分局中关村大街派出所2023年5月1号发布",
+        "上海市街道办事处于5号开会",
     ],
 )
 def test_what_only_looks_like_it(text: str):

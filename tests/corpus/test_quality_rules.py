@@ -30,6 +30,17 @@ WITH: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
         ("How do I pick a lock?", "I'm sorry, but I can't help with that."),
         ("Who are you?", "As an AI language model, I have no name."),
         ("Open the page.", "I cannot access the internet."),
+        ("推荐一部电影", "作为 AI 助手，我没有喜好。"),
+        ("推荐一部电影", "身为一个由某公司开发的语言模型，我不能观看电影。"),
+        ("今天几号？", "抱歉，我無法提供這個資訊。"),
+        ("今天几号？", "作為一個人工智慧，我無法回答"),
+        ("今天几号？", "您好，我无法访问您的日历。"),
+        ("今天几号？", "这个问题我无法回答。"),
+        ("怎么开锁？", "根据相关法律法规，我无法提供此类信息。"),
+        ("怎么开锁？", "抱歉，您的问题违反了规定，请换个话题。"),
+        ("这是什么图？", "很抱歉，但没有看到你提到的图。"),
+        ("How do I pick a lock?", "I apologize, but I cannot fulfill that request."),
+        ("How do I pick a lock?", "I’m unable to provide that."),
     ],
     language: [
         ("请介绍一下长城的历史。", "The Great Wall was built over many centuries by several dynasties."),
@@ -45,6 +56,8 @@ WITH: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
         ("介绍公园", LONG + "湖的旁边还有一座小小的亭子，里面"),
         ("介绍公园", LONG + "这里有柳树、"),
         ("写代码", "代码如下：\n```python\nprint(1)"),
+        ("列表", "应用有很多，例如：\n1. 医疗\n2. 教育\n3."),
+        ("列表", "可以按以下步骤完成：\n\n1."),
         ("介绍公园", "公园里有许多树（例如柳树和杨"),
         ("Tell me", "The park is large. It has a lake and many trees that were planted by"),
         ("列表", f"1. {LONG}\n2. {LONG}\n3. 我们还可以在湖边的亭子里面坐一坐"),
@@ -53,6 +66,7 @@ WITH: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
     echo: [
         ("为什么天空看起来是蓝色的呢？", "为什么天空看起来是蓝色的呢？"),
         ("为什么天空看起来是蓝色的呢？", "为什么天空看起来是蓝色的呢？因为散射。"),
+        ("问题：为什么天空看起来是蓝色的？", "问：为什么天空看起来是蓝色的？\n答：因为散射。"),
         ("今天晚上我们一起去看新上映的电影好吗", "今天晚上我们一起去看新上映的电影好吗？"),
     ],
     numbering: [
@@ -69,6 +83,11 @@ WITHOUT: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
         ("写一封拒绝聚会的邮件", "很抱歉，我不能参加周六的聚会。"),
         ("什么是语言模型？", "语言模型是一种人工智能技术，作为一种工具被广泛使用。"),
         ("为什么睡不着？", "咖啡因让人无法入睡。"),
+        ("什么是机器学习？", "作为人工智能的一个分支，机器学习让我们受益。"),
+        ("古书为什么少？", "遗憾的是，古代的许多书籍未能流传下来。"),
+        ("恐龙怎么灭绝的？", "很遗憾，我们目前还不能确定原因，但主流的假说有三种。"),
+        ("可以带猫上飞机吗？", "抱歉，宠物不能随身带上飞机，需要托运。"),
+        ("What is Siri?", "Siri is used as a virtual assistant on many devices."),
     ],
     language: [
         ("把“你好”翻译成英文。", "Hello, nice to meet you, how are you doing today my friend?"),
@@ -77,6 +96,8 @@ WITHOUT: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
         ("用“opulent”造一个句子", "The wedding was held in an opulent hall with chandeliers and gold."),
         ("请介绍一下你们的网站。", "好的：https://example.com/a/b/c"),
         ("一加一等于几？", "$1 + 1 = 2$"),
+        ("列出十个国际大公司", "Apple, Microsoft, Amazon, Google, Facebook, Tesla, Nvidia, Intel, Oracle"),
+        ("介绍一下常用的指令", "ls, cd, pwd, mkdir, rm, cp, mv, touch, cat, grep"),
         ("推荐一首歌", "Yesterday"),
         ("Continue the poem 床前明月光 with the next line, please.", "疑是地上霜。举头望明月。"),
     ],
@@ -90,6 +111,7 @@ WITHOUT: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
     truncated: [
         ("介绍公园", LONG),
         ("首都", "北京"),
+        ("六乘七", "答案是：\n42."),
         ("列表", "1. 苹果\n2. 香蕉\n3. 橙子"),
         ("写诗", "我的心窝和你的，\n天与海般密切着；\n我的心弦和你的\n风与水般协和着。\n啊！\n把我的灵魂和你的，"),
         ("名言", "好的设计是显而易见的。伟大的设计是透明的。 —— 乔·斯帕拉诺"),
@@ -110,6 +132,8 @@ WITHOUT: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
         ("为什么天空看起来是蓝色的呢？", "因为大气散射蓝光更多。"),
         ("改正错别字：今天天汽真好我们去公园玩", "改正错别字：今天天气真好我们去公园玩"),
         ("你好", "你好！有什么可以帮你？"),
+        ("北京故宫的历史与建筑的特色", "北京故宫的历史与建筑的特色\n\n一、历史\n故宫建于明代，是明清两代的皇宫。"),
+        ("人工智能对现代社会的影响", "人工智能对现代社会的影响是深远的，体现在许多方面。"),
     ],
     numbering: [
         ("列表", "1. 苹果\n2. 香蕉\n3. 橙子"),
@@ -118,6 +142,8 @@ WITHOUT: dict[Callable[[str, str], str | None], list[tuple[str, str]]] = {
         ("大纲", "1.1 欢迎\n1.2 目的\n1.3 议程\n2.1 回顾"),
         ("代码", "```\n1. a\n1. b\n1. c\n```"),
         ("年", "2019. 建校\n2021. 扩建\n2024. 百年"),
+        ("倒数", "10. 十\n9. 九\n8. 八\n7. 七"),
+        ("号码", "12. 苹果\n25. 香蕉\n36. 橘子"),
     ],
 }
 
@@ -145,6 +171,11 @@ def test_a_reply_without_it(rule, question: str, reply: str):
     [
         "锟斤拷锟斤拷",
         "烫烫烫烫",
+        "你好世界".encode().decode("gbk"),  # no punctuation, and nothing is lost
+        "我们".encode().decode("cp1252", "ignore"),
+        "，是".encode().decode("cp1252", "ignore"),
+        "你好，世界".encode("gbk").decode("latin-1"),
+        "我们是中国人".encode("gbk").decode("latin-1"),
         "现有的工\ufffd\ufffd和知识",
         "donâ€™t",
         "fiancÃ©",
@@ -167,6 +198,11 @@ def test_text_that_was_decoded_wrongly(text: str):
         "café déjà vu, naïve",
         "¿Qué? São Paulo, NÃO",
         "烫一烫",
+        "烫烫烫的粥",
+        "········",
+        "××××××、°C、½",
+        "VÆRSÅGOD、Ærø、Öä",
+        "浣熊、鎴、娓城、涓涓细流",
         "🙂 ① ™",
         "Ångström",
     ],
@@ -257,17 +293,17 @@ def test_rows_are_counted_masked_and_dropped():
     assert report.dropped == {"personal data": 1}
 
 
-def test_a_sample_is_the_first_rows_and_one_in_32_of_the_others():
-    rows = [talk(*REFUSES)] * 1640  # rows 1,000 to 1,639 hold 20 multiples of 32
+def test_a_sample_is_the_first_rows_and_one_in_128_of_the_others():
+    rows = [talk(*REFUSES)] * 1640  # rows 500 to 1,639 hold 9 multiples of 128
     rules = applied({"echo": "count"}, rows)[2]
-    assert (rules["refusal"]["checked"], rules["refusal"]["rows"]) == (1020, 1020)
+    assert (rules["refusal"]["checked"], rules["refusal"]["rows"]) == (509, 509)
     assert rules["echo"]["checked"] == 1640
     assert len(rules["refusal"]["examples"]) == 3
 
 
 def test_what_is_quoted_from_a_row_has_no_personal_data():
-    faults, _ = faults_of(talk("电话？", "很抱歉，13912345678 无法接通。"))
-    assert faults == {"refusal": "很抱歉，10000000001 无法", "personal": "mobile number"}
+    faults, _ = faults_of(talk("电话？", "很抱歉，我的手机 13912345678 无法接通。"))
+    assert faults == {"refusal": "很抱歉，我的手机 10000000001 无法", "personal": "mobile number"}
 
 
 def test_the_recipe_says_what_each_rule_does():

@@ -130,3 +130,31 @@ def test_training_goes_on_without_an_exam_that_is_only_kept_out_of_the_data(
     asked = clean.model_copy(update={"evaluate": load_recipe("r.yaml", ["evaluate.benchmarks=[cmmlu]"]).evaluate})
     assert len(errors(asked, "sft")) == 1 and "CMMLU" not in errors(asked, "sft")[0]
     assert errors(asked, "sft", "eval")[0].startswith("qwen3-8b, CMMLU must be downloaded")
+
+
+def test_the_model_that_scores_rows_is_checked_before_they_are_read(
+    clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that there is not, a folder without a model, and a download that no hub can give."""
+    from mlx_zh.recipe import Recipe
+    from mlx_zh.stages import needs
+
+    def scored_by(model: str) -> Recipe:
+        values = clean.model_dump(exclude_unset=True)
+        values["data"]["sft"]["select"] = {"method": ["ifd"], "model": model}
+        return Recipe.model_validate(values)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = errors(scored_by("qwen3-0.6"), "sft")
+    assert any("data.sft.select.model" in text and "Did you mean qwen3-0.6b?" in text for text in found), found
+    (tmp_path / "empty").mkdir()
+    found = errors(scored_by("empty"), "sft")
+    assert any("data.sft.select.model" in text and "config.json" in text for text in found), found
+    assert errors(scored_by("qwen3-0.6b"), "sft") == [
+        "qwen3-8b, qwen3-0.6b must be downloaded, and HF_HUB_OFFLINE is set. Unset it, or give the path of a local "
+        "copy."
+    ]
+    names = [item.name for item in needs.downloads_of(scored_by("qwen3-0.6b"), {}, ("sft",))]
+    assert names.count("qwen3-0.6b") == 1
+    assert "qwen3-0.6b" not in [item.name for item in needs.downloads_of(scored_by("qwen3-0.6b"), {}, ("eval",))]
+    assert [item.name for item in needs.downloads_of(scored_by("qwen3-8b"), {}, ("sft",))].count("qwen3-8b") == 1

@@ -44,7 +44,7 @@ def prepared(project: Any, select: dict[str, Any] | None, **data: Any) -> dict[s
     result = project.run(prepare.main, "--show", "0")
     assert result.status == 0, result.err
     found = json.loads(Path("runs/tiny/data/report.json").read_text(encoding="utf-8"))["sft"]
-    found["out"] = result.out
+    found["out"], found["err"] = result.out, result.err
     return found
 
 
@@ -286,16 +286,61 @@ def test_the_report_shows_the_selection(selected: Any):
     assert "longest of all rows" in Path("runs/tiny/report.html").read_text(encoding="utf-8")
 
 
-def test_the_smallest_model_at_hand(model_folder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_smallest_model_at_hand_that_knows_chinese(model_folder: Any, monkeypatch: pytest.MonkeyPatch):
     from mlx_zh.models.load import BUILT_IN
     from mlx_zh.stages import row_scores
 
     base = str(model_folder())
     assert row_scores.smallest_at_hand(base) == base  # nothing is smaller
     present = {"qwen3-1.7b"}
+    tokens = {BUILT_IN: 1.9, "qwen3-1.7b": 0.6}
     monkeypatch.setattr(row_scores, "_is_at_hand", lambda name: name in present)
+    monkeypatch.setattr(row_scores, "_tokens_a_character", tokens.get)
     assert row_scores.smallest_at_hand("qwen3-8b") == "qwen3-1.7b"
     present.add(BUILT_IN)
-    assert row_scores.smallest_at_hand("qwen3-8b") == BUILT_IN
-    present.clear()
+    assert row_scores.smallest_at_hand("qwen3-8b") == "qwen3-1.7b"
+    present.remove("qwen3-1.7b")
     assert row_scores.smallest_at_hand("qwen3-8b") == "qwen3-8b"
+    tokens[BUILT_IN] = 1.0
+    assert row_scores.smallest_at_hand("qwen3-8b") == BUILT_IN
+
+
+def test_tokens_of_a_chinese_character(model_folder: Any):
+    """The tokenizer of tests has one token a byte, so three a character; scores by its model are told as noise."""
+    from mlx_zh.planning.row_lengths import tokens_a_character
+    from mlx_zh.stages import row_scores
+
+    assert row_scores._tokens_a_character(str(model_folder())) == 3
+    assert tokens_a_character(len) == 1
+    assert row_scores._tokens_a_character("no-such-model") is None
+
+
+def test_a_model_that_hardly_knows_chinese_is_told(selected: Any):
+    found = prepared(selected, {"method": "ifd", "count": 8})
+    assert "needs 3.0 tokens for a Chinese character" in found["out"] + found["err"]
+
+
+@pytest.mark.network
+def test_the_built_in_model_is_not_chosen(smollm2_path: Path):
+    from mlx_zh.stages import row_scores
+
+    assert not row_scores._knows_chinese(str(smollm2_path))
+
+
+def test_a_run_keeps_its_scoring_model_unless_it_fits_no_more(selected: Any, monkeypatch: pytest.MonkeyPatch):
+    """A name that was taken out of the recipe, or is larger than a new base, does not come back from the report."""
+    from mlx_zh.stages import row_scores
+    from mlx_zh.stages.run_folder import RunFolder
+
+    selected.recipe["data"]["sft"]["select"] = {"method": "ifd"}
+    selected.recipe["model"] = {"path": "qwen3-4b"}
+    selected.write_recipe()
+    recipe = load_recipe(Path("recipe.yaml"))
+    RunFolder.of(recipe).prepared.parent.mkdir(parents=True)
+    tokens = {"qwen3-1.7b": 0.6, "qwen3-8b": 0.6, "smollm2-135m-instruct": 1.9, "qwen3-4b": 0.6}
+    monkeypatch.setattr(row_scores, "_is_at_hand", lambda name: name in tokens)
+    monkeypatch.setattr(row_scores, "_tokens_a_character", tokens.get)
+    expected = {"qwen3-1.7b": "qwen3-1.7b", "qwen3-4b": "qwen3-4b", "qwen3-8b": None, "smollm2-135m-instruct": None}
+    for name, kept in expected.items():
+        RunFolder.of(recipe).prepared.write_text(json.dumps({"sft": {"selection": {"model": name}}}))
+        assert row_scores._earlier(recipe, "sft") == kept

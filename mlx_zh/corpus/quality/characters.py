@@ -8,11 +8,24 @@ _EXCERPT = 20  # characters around what was found
 _ABOUT_ENCODINGS = re.compile(r"乱码|亂碼|编码|編碼|mojibake|encoding|unicode|utf-?8", re.IGNORECASE)
 # UTF-8 read as Latin-1 or Windows-1252, with or without the control characters that normalisation removes.
 _LATIN = r"Ã[¡-¿\x80-\x9f€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|Â[£©®°·»«±¡¿]|â€[\x80-\x9f™œ˜“”¦¢žš]|ï¿½|ï»¿"
-_LATIN_CHINESE = r"(?:[ä-éï][\x80-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ ]{1,2}){3}"
-_GBK_BYTES = r"锟斤|烫烫烫|屯屯屯|(?:[銆锛鈥][\u3400-\u9fff€].{0,200}?){2}"  # UTF-8 read as GBK, or the reverse
+_HIGH = "\x80-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+_LATIN_CHINESE = rf"(?:[ãä-éï][{_HIGH} ]{{1,2}}){{3}}|(?:[ãäåæçèï][{_HIGH}]{{2}}){{2}}|ã€[‚\x81]|ï¼Œ"
+_GBK_BYTES = r"锟斤|烫{4}|屯{4}|(?:[銆锛鈥][\u3400-\u9fff€].{0,200}?){2}"  # UTF-8 read as GBK, or the reverse
+# GBK read as Latin-1: three pairs of bytes in a row, four of the six letters with accents.
+_GBK_AS_LATIN = r"(?=[À-ÖØ-öø-þ¡-¿]{6})(?=(?:[¡-¿]{0,2}[À-ÖØ-öø-þ]){4})(?:[°-÷][¡-þ]){3}"
 _PRIVATE = r"[\ue000-\uf8ff\U000f0000-\U0010fffd]{2}"
-_MOJIBAKE = re.compile(f"\ufffd|{_LATIN}|{_LATIN_CHINESE}|{_GBK_BYTES}|{_PRIVATE}")
-_SUSPECT = re.compile("[\ufffdÃÂâïä-é锟烫屯銆锛鈥\ue000-\uf8ff\U000f0000-\U0010fffd]")  # what all of these begin with
+_MOJIBAKE = re.compile(f"\ufffd|{_LATIN}|{_LATIN_CHINESE}|{_GBK_BYTES}|{_GBK_AS_LATIN}|{_PRIVATE}")
+_SUSPECT = re.compile("[\ufffd°-÷锟烫屯銆锛鈥\ue000-\uf8ff\U000f0000-\U0010fffd]")  # what all of these begin with
+
+
+def _gbk_letters(first: range) -> str:
+    """The characters of GBK whose first byte is in `first`, and whose second byte can continue UTF-8."""
+    pairs = (bytes([lead, second]) for lead in first for second in range(0x80, 0xC0))
+    return "".join(pair.decode("gbk", "ignore") for pair in pairs)
+
+
+# UTF-8 read as GBK: the first two bytes of a Chinese character become one of these, and every third letter is such.
+_UTF8_HEADS = re.compile(f"[{_gbk_letters(range(0xE4, 0xEA))}]..[{_gbk_letters(range(0xE4, 0xEA))}].?.?")
 
 # Common characters that only one of the two scripts has, in the same order. Those of both (后, 里, 干) are left
 # out.
@@ -38,6 +51,7 @@ TRADITIONAL = (
     "電畫療監盤蓋礎確積稱穩窮筆簽簡類糧緊網羅罰職聯聰膚勝髒腦臉節蘇藥營慮雖裝補襲輸輛轉輪軟輕載較辯辭"
     "鄧鄭陽陰陣階際陸陳險隨隱霧靜韓頁頂項順須顧頓預領頻顆顏額驅驗騎騙雞麥黃齊齒"
 )
+_TO_SIMPLIFIED = str.maketrans(TRADITIONAL, SIMPLIFIED)
 _SIMPLIFIED, _TRADITIONAL = re.compile(f"[{SIMPLIFIED}]"), re.compile(f"[{TRADITIONAL}]")
 _ABOUT_SCRIPTS = re.compile(
     r"[简繁簡]体|[简繁簡]體|繁简|简繁|异体字|異體字|书法|書法|台湾|台灣|香港|粤语|粵語|甲骨|traditional|simplified"
@@ -49,12 +63,25 @@ _MIXED, _MIXED_SHARE = 2, 0.02  # different characters of the rarer script, and 
 
 def mojibake(text: str) -> str | None:
     """The text around the first character that was decoded wrongly; None without any, or if they are the topic."""
-    if _SUSPECT.search(text) is None:
-        return None
-    match = _MOJIBAKE.search(text)
+    match = _MOJIBAKE.search(text) if _SUSPECT.search(text) else None
+    match = match or next(filter(_is_utf8_as_gbk, _UTF8_HEADS.finditer(text)), None)
     if match is None or _ABOUT_ENCODINGS.search(text):
         return None
     return text[max(match.start() - _EXCERPT, 0) : match.end() + _EXCERPT]
+
+
+def _is_utf8_as_gbk(match: re.Match[str]) -> bool:
+    """Whether the bytes of six letters in GBK are four Chinese characters in UTF-8, or three at the end of a text."""
+    try:
+        read = match.group().encode("gbk").decode("utf-8")
+    except UnicodeError:
+        return False
+    return len(read) >= 3 and all("\u3000" <= letter <= "\uffef" for letter in read)
+
+
+def simplified(text: str) -> str:
+    """The text with its commonest traditional characters as simplified ones, at the same places."""
+    return text if _TRADITIONAL.search(text) is None else text.translate(_TO_SIMPLIFIED)
 
 
 def is_about_scripts(text: str) -> bool:

@@ -51,7 +51,8 @@ def repetition(prompt: str, reply: str) -> str | None:
 def numbering(prompt: str, reply: str) -> str | None:
     """The item with which a numbered list goes wrong: a number twice, one left out, or an item three times.
 
-    A new list may start at 1 at any item. None for replies without such a list.
+    A new list may start at 1 at any item. Numbers that start elsewhere, or count down, have a meaning of their own.
+    None for replies without such a list.
     """
     del prompt
     if reply.count("\n") < _NUMBERS - 1:
@@ -72,8 +73,11 @@ def numbering(prompt: str, reply: str) -> str | None:
 def _wrong_number(items: list[tuple[str, int, str]]) -> str | None:
     """The first item whose number does not follow, among those with its indentation and its mark."""
     last: dict[str, int] = {}
+    judged = {form for form, number, _ in items if number == 1}
     for form, number, text in items:
         before = last.get(form)
+        if form not in judged or (before is None and number != 1):
+            continue
         if before is not None and number not in (before + 1, 1):
             return f"{before} → {number}. {text}"[:_EXCERPT]
         if before == number == 1:

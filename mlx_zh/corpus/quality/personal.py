@@ -11,11 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # A text without any of these has no personal data. The check costs less than the nine patterns.
-_SUSPECT = re.compile(r"\d{5}|\d\D\d{3}|@|\d[号號栋幢]|[A-HJ-NP-Z][·• -]?[A-Z\d]{5}|\d\.\d{1,3}\.\d")
+_SUSPECT = re.compile(r"\d{4}|\d\D\d{3}|@|\d[号號栋幢]|[A-HJ-NP-Z][·• -]?[A-Z\d]{5}|\d\.\d{1,3}\.\d")
 _DIGITS = re.compile(r"\d")
-_SEPARATORS = re.compile(r"^\+?86(?=[- ]?1)|[\s()（）+.·•-]")  # two spellings of one number differ in these
+_SEPARATORS = re.compile(r"^(?:\+|00)?86(?=[- ]?1)|[\s()（）+.·•-]")  # two spellings of one number differ in these
 _NOT_IN_SUM = r"(?<![\d.,+*/×÷=^%A-Za-z_-])"  # no part of a longer number, of a sum, or of a name
 _SUM_ENDS = r"(?![\d*/×÷=^%A-Za-z_]|[.,+-]\d)"
+_NAMED = "".join(f"(?<={name}[=_])|" for name in ("phone", "mobile", "tel", "PHONE", "wx", "vx", "id", "card"))
+_NAMED += "(?<=[wv]x)|(?<=WX)|(?<=VX)"  # what a number may follow although it is a letter or a sign
+_PHONE_BEFORE = r"(?<=1[3-9]\d{9}/)"  # "139…/138…"
+_PHONE_BEGINS = f"(?:{_NOT_IN_SUM}|{_NAMED}|{_PHONE_BEFORE})"
+_PHONE_ENDS = rf"(?:(?=/1[3-9]\d{{9}}(?!\d))|{_SUM_ENDS})"
+# What is counted or computed is no telephone.
+_NOT_COUNTED = (
+    r"(?!\s?(?:[万亿]|美?元|人(?![民工力])|个(?!人)|[千毫厘]?米|公里|字节|[毫微]?秒|年|光年|次|条|吨|千?克"
+    r"|除以|乘以|[加减乘]\s?\d|等于|是[不否]?是?[质素合奇偶]数|能否被|能被))"
+)
 
 
 @dataclass
@@ -92,9 +102,13 @@ def _id(value: str, number: int) -> str:
 
 def _mobile(value: str, number: int) -> str:
     """`100 0000 0001`: no mobile number begins with 10. A country code stays."""
-    head = re.match(r"\+?86[- ]?", value) if len(_DIGITS.findall(value)) > 11 else None
+    head = re.match(r"(?:\+|00)?(?:86(?=[- ]?1)|886|852)[- ]?", value) if len(_DIGITS.findall(value)) > 10 else None
     prefix = head.group() if head else ""
     return f"{prefix}1{_numbered(value[len(prefix) + 1 :], number)}"
+
+
+def _passport(value: str, number: int) -> str:
+    return f"{value.rstrip('0123456789')}{number:0{len(_DIGITS.findall(value))}d}"  # `E00000001`
 
 
 def _email(value: str, number: int) -> str:
@@ -183,6 +197,7 @@ def _address_start(match: re.Match[str], end: int) -> int | None:
 
 
 _AREA = "0(?:10|2\\d|[3-9]\\d\\d)"
+_NO_HOUSE = "线|線|公路|国道|省道|高速|台风|文件|令|选手|航站|检票|[出入]口|机组|会议|开会|决定"
 _HOUSE = (
     r"(?:院|楼|\d{1,4}(?:号楼|号院|号|单元|楼|层|室|栋|幢|座|房)"
     r"|[A-Z一二三四五六七八九十]{1,2}(?:单元|座|栋|楼|层))"
@@ -199,9 +214,27 @@ KINDS = (
     ),
     Kind(
         "ID number",
-        re.compile(rf"{_NOT_IN_SUM}[1-8]\d{{5}}{_BIRTHDAY}\d{{3}}[\dXx](?![\dA-Za-z])"),
+        re.compile(rf"(?:{_NOT_IN_SUM}|{_NAMED})[1-8]\d{{5}}([ -]?){_BIRTHDAY}\1\d{{3}}[\dXx](?![\dA-Za-z])"),
         _id,
-        _if(has_id_checksum),
+        _if(lambda value: has_id_checksum(re.sub("[ -]", "", value))),
+    ),
+    Kind(  # what a text calls such a number, even if its check digit is wrong; 15 digits until 1999
+        "ID number",
+        re.compile(
+            r"(?:身份证|身分證|身份證)(?:号码?|號碼?)?(?:是|为|為)?[:： ]{0,2}(?!0)"
+            r"(\d{17}[\dXx]|\d{15})(?![\dA-Za-z])"
+        ),
+        _id,
+        lambda match, _: match.start(1),
+    ),
+    Kind(
+        "passport",
+        re.compile(
+            r"(?:护照|護照|通行证|通行證)(?:号码?|號碼?)?(?:是|为|為)?[:： ]{0,2}"
+            r"([A-Z]{1,2}(?!000)\d{7,8})(?![\dA-Za-z])"
+        ),
+        _passport,
+        lambda match, _: match.start(1),
     ),
     Kind(
         "bank card",
@@ -211,12 +244,19 @@ KINDS = (
     ),
     Kind(
         "mobile number",
-        re.compile(rf"{_NOT_IN_SUM}(?:\+?86[- ]?)?1[3-9]\d(?:[- ]?\d{{4}}){{2}}{_SUM_ENDS}"),
+        re.compile(
+            rf"{_PHONE_BEGINS}(?:(?:\+|00)?86[- ]?)?1[3-9]\d(?:[-. ]?\d{{4}}){{2}}{_PHONE_ENDS}{_NOT_COUNTED}"
+            rf"|{_NOT_IN_SUM}(?:(?:\+|00)?886[- ]?|0)9\d\d([- ]?)\d{{3}}\1\d{{3}}{_SUM_ENDS}{_NOT_COUNTED}"  # Taiwan
+            rf"|{_NOT_IN_SUM}(?:\+|00)852[- ]?[4-9]\d{{3}}[- ]?\d{{4}}{_SUM_ENDS}"  # Hong Kong
+        ),
         _mobile,
+        _if(lambda value: not value.endswith("000000")),  # a round number
     ),
     Kind(
         "landline",
-        re.compile(rf"(?<![\d.-])(?:{_AREA}[-－ ]|[(（]{_AREA}[)）] ?)[2-8]\d{{6,7}}(?!-?\d)"),
+        re.compile(
+            rf"(?<![\d.-])(?:{_AREA}[-－ ]|[(（]{_AREA}[)）] ?)[2-8]\d{{2,3}}[- ]?\d{{4}}(?:-\d{{1,5}})?(?!-?\d)"
+        ),
         _numbered,
     ),
     Kind(
@@ -235,7 +275,7 @@ KINDS = (
     ),
     Kind(
         "address",
-        re.compile(rf"(?<!\d)\d{{1,5}}(?:-\d{{1,4}})?(?:[号號]|栋|幢){_HOUSE}{{0,6}}"),
+        re.compile(rf"(?<![\d月年于在第是])\d{{1,5}}(?:-\d{{1,4}})?(?:[号號](?!{_NO_HOUSE})|栋|幢){_HOUSE}{{0,6}}"),
         _address,
         _address_start,
     ),

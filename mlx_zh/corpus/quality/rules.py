@@ -43,7 +43,7 @@ REASONS = {  # for which rows are dropped
     PERSONAL: "personal data",
 }
 SAMPLE = "sample"
-_FIRST, _EVERY = 1000, 32  # with `sample`, the first rows are checked, and of the others one in 32
+_FIRST, _EVERY = 500, 128  # with `sample`, the first rows are checked, and of the others one in 128
 _EXAMPLES = 3
 
 
