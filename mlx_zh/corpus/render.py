@@ -17,7 +17,7 @@ from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.flat_rendering import Flat, FlatRenderer
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
 from mlx_zh.corpus.rendered import Rendered, RenderedPair, pair_of
-from mlx_zh.corpus.reply_tree import ReplyWriter
+from mlx_zh.corpus.reply_writer import ReplyWriter
 from mlx_zh.corpus.text_cuts import Cut, encode_cuts, guarded
 from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, Thinking, thinking_of, variables_of, with_reasoning_apart
 from mlx_zh.corpus.tool_replies import ToolSupport, tool_support
