@@ -149,8 +149,10 @@ class ReplyTree:
                 yield _Step(tuple(self.trunk[a:b] for a, b in pairwise(bounds)), None, 0, False)
             cursor = reply.at
             if isinstance(reply, Side):
-                for number, step in enumerate(reply.tree._steps()):
-                    yield step.deeper(leaves=number == 0)
+                begun = False  # a reply before the side's own trunk leaves this one too
+                for step in reply.tree._steps():
+                    yield step.deeper(leaves=not begun) if begun or step.level == 0 else step
+                    begun |= step.level == 0
             elif reply.inside:
                 yield _Step(reply.texts, reply, 0, False)
                 cursor += sum(map(len, reply.texts))

@@ -21,6 +21,7 @@ Parts = tuple[str, str]
 WriteReply = Callable[[str, Sequence[Message], str], Parts]
 
 _MARKS = tuple(chr(0x10FFF0 + number) for number in range(3))  # of the last private plane
+_FIRST = 4  # replies whose prompts are compared with the text of what they answer in any case
 _STRIPS: tuple[Callable[[str], str], ...] = (str, str.strip, lambda text: text.lstrip("\n"), str.rstrip, str.lstrip)
 
 
@@ -114,17 +115,18 @@ class Turns:
         for number, k in enumerate(numbers):
             near = self._near_turn(k) if self.near and number else None
             turn = near
-            if near is None or is_checked(number, len(numbers)):
-                turn = self._whole_turn(k)
+            if near is None or is_checked(number):
+                turn = self._whole_turn(k, near.header if near is not None and number >= _FIRST else "")
                 self.near &= near is None or near == turn
             assert turn is not None
             self._asked[k] = turn.asked
             yield k, turn
 
-    def _whole_turn(self, k: int) -> Turn:
-        """Reply `k`, from renderings of all that stands before it."""
+    def _whole_turn(self, k: int, header: str) -> Turn:
+        """Reply `k`, from renderings of all that stands before it. `header` ends its prompt, if known."""
         prompt = self._render(self._messages[:k], ask=True)
-        asked = self._render(self._messages[:k])
+        known = header and prompt.endswith(header)
+        asked = prompt[: -len(header)] if known else self._render(self._messages[:k])
         if self._text.startswith(prompt) and not prompt.startswith(asked):
             asked = prompt
         if not prompt.startswith(asked) or not self._text.startswith(asked):
