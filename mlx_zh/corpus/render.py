@@ -10,7 +10,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from mlx_zh.corpus.chat_template import ChatTemplate, template_source, tool_template_source
+from mlx_zh.corpus.chat_template import (
+    NO_TEMPLATE,
+    ChatTemplate,
+    has_template,
+    template_source,
+    tool_template_source,
+)
 from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
 from mlx_zh.corpus.document_pieces import cut_tokens
 from mlx_zh.corpus.encoding import PieceEncoder
@@ -41,7 +47,8 @@ class Renderer:
     token, and no token crosses either end, so the tokens before a reply are exactly those of `prompt`. Control tokens
     that are spelled inside a message are encoded as ordinary text.
 
-    Raises TemplateError if there is no valid chat template, ModelError if the tokenizer is not a fast one.
+    With `raw_text` a tokenizer without a chat template will do; then only documents can be rendered. Raises
+    TemplateError if there is no valid chat template, ModelError if the tokenizer is not a fast one.
     """
 
     def __init__(
@@ -52,9 +59,11 @@ class Renderer:
         chat_template: str | None = None,
         thinking: str = "auto",
         reasoning: str = "learn",
+        raw_text: bool = False,
     ):
         self._tokenizer, self._date_string = tokenizer, date_string
-        self._source = template_source(tokenizer, chat_template)
+        self.has_template = not raw_text or chat_template is not None or has_template(tokenizer)
+        self._source = template_source(tokenizer, chat_template) if self.has_template else ""
         self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
         self.thinking = thinking_of(template)
@@ -83,6 +92,11 @@ class Renderer:
         template = template.with_text_arguments(support.text_arguments)
         return support, self._writer_with(template, thinking_of(template))
 
+    def check_template(self) -> None:
+        """Raise TemplateError if there is no chat template, so that no conversation can be rendered."""
+        if not self.has_template:
+            raise TemplateError(NO_TEMPLATE)
+
     def with_thinking(self, mode: str) -> Self:
         """The same renderer with thinking on, off or auto. Raises TemplateError if the template has no such mode."""
         return type(self)(
@@ -91,6 +105,7 @@ class Renderer:
             chat_template=self._chosen_source,
             thinking=mode,
             reasoning=self._reasoning,
+            raw_text=not self.has_template,
         )
 
     @property
@@ -144,10 +159,12 @@ class Renderer:
     @property
     def end_of_turn(self) -> str:
         """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError if there is none."""
+        self.check_template()
         return self._texts.end_of_turn
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The rendered text, with the header of the assistant's next turn if asked for. Raises TemplateError."""
+        self.check_template()
         template = self._tools[1].template if uses_tools(messages) else self._template
         return template.render(messages, add_generation_prompt=add_generation_prompt)
 
@@ -165,8 +182,10 @@ class Renderer:
     def opening(self) -> list[int]:
         """The tokens from which a reply would be generated without any message: BOS and the assistant's header.
 
-        Empty if the template writes neither.
+        Empty if the template writes neither, or there is none.
         """
+        if not self.has_template:
+            return []
         question = [Message("user", "?")]
         text, prompt = self.text(question), self.text(question, add_generation_prompt=True)
         bos = self._variables.get("bos_token", "")
@@ -284,6 +303,7 @@ class Renderer:
 
     def _writer_of(self, messages: Sequence[Message], source: str) -> ReplyWriter:
         """The writer of these messages. Raises RefusedTools if they have tools that the template does not write."""
+        self.check_template()
         if not uses_tools(messages):
             return self._writer
         support, writer = self._tools

@@ -12,7 +12,7 @@ from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.layout import end_of_turn_in
 from mlx_zh.corpus.reply_tree import Reply, ReplyTree, Side
 from mlx_zh.corpus.reply_turns import History, Turn, Turns, leading, question_of
-from mlx_zh.corpus.thinking import APART, CLOSE, OPEN, Thinking, is_open
+from mlx_zh.corpus.thinking import APART, CLOSE, OPEN, Thinking, is_closed, is_open
 from mlx_zh.corpus.tool_replies import check_calls
 from mlx_zh.errors import RefusedByTemplate, TemplateError
 
@@ -101,16 +101,18 @@ class ReplyWriter:
             if answer is None or answer < len(prompt):
                 raise _lost(k, source)
             return (text[len(prompt) : answer], text[answer:stop] + end)
-        if answer is None or not (is_open(prompt) or self.thinking.way == APART):
+        unthinking = _without_thought(prompt, text, reply)
+        if answer is None or not (unthinking or is_open(prompt) or self.thinking.way == APART):
             raise _lost(k, source)
-        thought = _thought(prompt, reply)
+        thought = "" if unthinking else _thought(prompt, reply)
         rest = text[answer:stop] + end
         return (thought, rest) if self._context else ("", thought + rest)
 
     def _calling_reply(self, prompt: str, text: str, reply: Message, k: int, source: str) -> tuple[str, str]:
         """The same for a reply with calls: it ends with the last control token that the template writes for it."""
         opened = is_open(prompt) and not text.startswith(prompt)
-        before = prompt.rstrip().removesuffix(OPEN) if opened else prompt
+        unthinking = not text.startswith(prompt) and _without_thought(prompt, text, reply)
+        before = prompt.rpartition(OPEN)[0] if opened or unthinking else prompt
         written = text.removeprefix(before)
         controls = list(self._control.finditer(written))
         if not text.startswith(before) or not controls or written[controls[-1].end() :].strip():
@@ -202,6 +204,11 @@ def _placed(turn: Turn) -> Reply:
         raise turn.problem
     at = turn.asked + len(turn.header) if turn.inside else turn.asked
     return Reply(at, "" if turn.inside else turn.header, *turn.parts, inside=turn.inside)
+
+
+def _without_thought(prompt: str, text: str, reply: Message) -> bool:
+    """Whether `text` has a reply as if its prompt did not end with an empty thought."""
+    return is_closed(prompt) and not reply.reasoning and text.startswith(prompt.rpartition(OPEN)[0])
 
 
 def _thought(prompt: str, reply: Message) -> str:
