@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from project import Project, metrics
 
 from mlx_zh import chat, dpo, fuse, prepare, report
+from mlx_zh.system.entry import entry
 
 
 @pytest.fixture
@@ -43,9 +46,20 @@ def test_a_conversation_among_the_text_is_refused(base: Project) -> None:
     assert result.status == 2 and "has no chat template" in result.err
 
 
-@pytest.mark.parametrize("main", [dpo.main, chat.main])
-def test_what_needs_a_template_says_so(base: Project, main: object) -> None:
+def test_pairs_and_chat_need_a_template(base: Project) -> None:
+    pair = {"prompt": "一", "chosen": "二", "rejected": "三"}
+    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
     base.recipe["data"]["dpo"] = {"train": ["pairs.jsonl"]}
     base.write_recipe()
-    result = base.run(main)
-    assert result.status == 2 and "has no chat template" in result.err
+    for main in (dpo.main, prepare.main):
+        result = base.run(main, "dpo.start=base")
+        assert result.status == 2 and "has no chat template" in result.err
+
+
+def test_chat_needs_a_template(
+    base: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("你好"))
+    with pytest.raises(SystemExit) as stop:
+        entry(chat.main, ["recipe.yaml", "--adapter", "none"])
+    assert stop.value.code == 2 and "has no chat template" in capsys.readouterr().err

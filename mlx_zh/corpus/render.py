@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
-import numpy as np
-
 from mlx_zh.corpus.chat_template import (
     NO_TEMPLATE,
     ChatTemplate,
@@ -18,7 +16,7 @@ from mlx_zh.corpus.chat_template import (
     tool_template_source,
 )
 from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
-from mlx_zh.corpus.document_pieces import cut_tokens
+from mlx_zh.corpus.document_rendering import DocumentRenderer
 from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.flat_rendering import Flat, FlatRenderer
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
@@ -75,6 +73,7 @@ class Renderer:
         self._chosen_source, self._tool_source = chat_template, tool_template_source(tokenizer, chat_template)
         self._backend = tokenizer.backend_tokenizer
         self._texts = FlatRenderer(self._encoder, self._writer)
+        self._documents = DocumentRenderer(self._encoder)
 
     def _writer_with(self, template: ChatTemplate, thinking: Thinking) -> ReplyWriter:
         """The writer for a template in this mode. Raises TemplateError if the template has no such mode."""
@@ -281,25 +280,7 @@ class Renderer:
         A piece begins with what the tokenizer writes before every text (BOS, or nothing); the end of a document has
         EOS. Every token but the first of a piece is trained. Raises DataError for a text that cannot be encoded.
         """
-        before, end = self._document_frame
-        encoded = self._encoder.encode_documents([d.text for d in batch], [d.source for d in batch])
-        results: list[list[Rendered]] = []
-        for document, (tokens, spans) in zip(batch, encoded, strict=True):
-            after = end if document.ends else []
-            room = None if max_length is None else max(max_length - len(before), len(after) + 1)
-            pieces = []
-            for piece in cut_tokens(document.text, [*tokens, *after], spans, room):
-                whole = np.array([*before, *piece], dtype=np.int32)
-                trained = np.ones(len(whole), dtype=bool)
-                trained[0] = False
-                if len(whole) > 1:  # one token alone teaches nothing
-                    pieces.append(Rendered(whole, trained, truncated=False))
-            results.append(pieces)
-        return results
-
-    @cached_property
-    def _document_frame(self) -> tuple[list[int], list[int]]:
-        return self._encoder.frame()
+        return self._documents.render(batch, max_length)
 
     def _writer_of(self, messages: Sequence[Message], source: str) -> ReplyWriter:
         """The writer of these messages. Raises RefusedTools if they have tools that the template does not write."""
