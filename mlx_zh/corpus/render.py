@@ -20,13 +20,13 @@ from mlx_zh.corpus.document_rendering import DocumentRenderer
 from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.flat_rendering import Flat, FlatRenderer
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
-from mlx_zh.corpus.rendered import Rendered, RenderedPair, pair_of
+from mlx_zh.corpus.rendered import PROMPT_OVERFLOW, Rendered, RenderedPair, pair_of
 from mlx_zh.corpus.reply_writer import ReplyWriter
 from mlx_zh.corpus.text_cuts import Cut, encode_cuts, guarded
 from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, Thinking, thinking_of, variables_of, with_reasoning_apart
 from mlx_zh.corpus.tool_replies import ToolSupport, tool_support
 from mlx_zh.corpus.tools import uses_tools
-from mlx_zh.corpus.tree_rendering import Options, Tree, TreeRenderer, at
+from mlx_zh.corpus.tree_rendering import FIRST_REPLIES, Options, Tree, TreeRenderer, at
 from mlx_zh.errors import RefusedByTemplate, RefusedReasoning, RefusedTools, TemplateError
 from mlx_zh.system.digests import text_digest
 
@@ -169,14 +169,18 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated. Raises TemplateError or DataError."""
-        writer = self._writer_of(messages, "")
+        return [
+            int(token) for piece in encode_cuts(self._encoder, [self._prompt(messages, "")])[0] for token in piece
+        ]
+
+    def _prompt(self, messages: Sequence[Message], source: str) -> Cut:
+        """The text from which a reply is generated, cut where earlier replies begin and end."""
+        writer = self._writer_of(messages, source)
         messages = self._apart(messages, writer)
         if self._by_tree(messages, writer):
-            standins = self._trees.standins(messages, "")
-            cut = guarded(writer.prompt(standins.into(messages)), standins, "")
-        else:
-            cut = self._texts.cut(messages, "", writer, add_generation_prompt=True)
-        return [int(token) for piece in encode_cuts(self._encoder, [cut])[0] for token in piece]
+            standins = self._trees.standins(messages, source)
+            return guarded(writer.prompt(standins.into(messages), source=source), standins, source)
+        return self._texts.cut(messages, source, writer, add_generation_prompt=True)
 
     def opening(self) -> list[int]:
         """The tokens from which a reply would be generated without any message: BOS and the assistant's header.
@@ -342,10 +346,29 @@ class Renderer:
         results: list[RenderedPair | None] = []
         for first in range(0, len(batch), _BATCH // 2):
             part = batch[first : first + _BATCH // 2]
-            encoded = iter(encode_cuts(self._encoder, [cut for pair in part for cut in self._cut_pair(pair)]))
-            for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
-                results.append(pair_of(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
+            cuts = [None if self._overflows(pair, max_length) else self._cut_pair(pair) for pair in part]
+            encoded = iter(encode_cuts(self._encoder, [cut for both in cuts if both is not None for cut in both]))
+            for pair, both in zip(part, cuts, strict=True):
+                if both is None:
+                    dropped[PROMPT_OVERFLOW] += 1
+                    results.append(None)
+                else:
+                    results.append(pair_of(pair.source, next(encoded), next(encoded), max_length, dropped))
         return results
+
+    def _overflows(self, pair: Preference, max_length: int | None) -> bool:
+        """Whether the first turns of a long prompt are longer than max_length already; up to twice as many each time.
+
+        The last question of those does not count: a template may write the last turn differently.
+        """
+        questions = [k for k, message in enumerate(pair.prompt) if message.role == "user"]
+        count = FIRST_REPLIES
+        while max_length is not None and count < len(questions):
+            cut = self._prompt(pair.prompt[: questions[count] + 1], pair.source)
+            if sum(map(len, encode_cuts(self._encoder, [cut])[0][:-1])) > max_length:
+                return True
+            count *= 2
+        return False
 
     def _cut_pair(self, pair: Preference) -> tuple[Cut, Cut]:
         """Prompt and chosen response, and prompt and rejected response or the latter alone, rendered and cut."""
