@@ -127,6 +127,7 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
             reading=console.say_reading,
         )
         renderer = renderer_of(recipe, loaded.tokenizer)
+        renderer.check_template()
     else:
         bar = console.DownloadBar()
         loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=bar, reading=console.say_reading)

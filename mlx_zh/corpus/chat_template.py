@@ -132,6 +132,12 @@ def listed(roles: Sequence[str]) -> str:
     return ", ".join(roles) if len(roles) <= 12 else f"{', '.join(roles[:12])} … ({len(roles)} messages)"
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template of any form."""
+    source = getattr(tokenizer, "chat_template", None)
+    return bool(source.strip() if isinstance(source, str) else source)
+
+
 def template_source(tokenizer: Any, chosen: str | None = None) -> str:
     """The template's text: `chosen` if given, else the tokenizer's own (the one named `default` if it has several).
 

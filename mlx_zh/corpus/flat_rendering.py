@@ -12,7 +12,7 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.encoding import PieceEncoder, Tokens
 from mlx_zh.corpus.layout import Layout, find_layout, find_replies
 from mlx_zh.corpus.rendered import FIRST_EXCHANGE_OVERFLOW, NO_REPLY, OVERFLOW, Rendered, learned_of
-from mlx_zh.corpus.reply_tree import ReplyWriter
+from mlx_zh.corpus.reply_writer import ReplyWriter
 from mlx_zh.corpus.text_cuts import Cut, edges_of, encode_cuts, parts_of, pieces_of
 from mlx_zh.corpus.tool_replies import ToolReplies
 from mlx_zh.corpus.tree_rendering import FIRST_REPLIES, Options, may_end_after, spelled_with_tools

@@ -88,10 +88,10 @@ def _numbers(text: str) -> list[int]:
     ]
 
 
-def is_checked(number: int, count: int) -> bool:
-    """Whether the messages before reply `number` of `count` are rendered in any case."""
+def is_checked(number: int, count: int | None = None) -> bool:
+    """Whether the messages before reply `number`, of `count` if known, are rendered in any case."""
     power_of_four = number & (number - 1) == 0 and number.bit_length() % 2 == 1
-    return number < _CHECKED or number == count - 1 or power_of_four
+    return number < _CHECKED or power_of_four or number + 1 == count
 
 
 def find_layout(

@@ -8,21 +8,25 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
-import numpy as np
-
-from mlx_zh.corpus.chat_template import ChatTemplate, template_source, tool_template_source
+from mlx_zh.corpus.chat_template import (
+    NO_TEMPLATE,
+    ChatTemplate,
+    has_template,
+    template_source,
+    tool_template_source,
+)
 from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
-from mlx_zh.corpus.document_pieces import cut_tokens
+from mlx_zh.corpus.document_rendering import DocumentRenderer
 from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.flat_rendering import Flat, FlatRenderer
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
-from mlx_zh.corpus.rendered import Rendered, RenderedPair, pair_of
-from mlx_zh.corpus.reply_tree import ReplyWriter
+from mlx_zh.corpus.rendered import PROMPT_OVERFLOW, Rendered, RenderedPair, pair_of
+from mlx_zh.corpus.reply_writer import ReplyWriter
 from mlx_zh.corpus.text_cuts import Cut, encode_cuts, guarded
 from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, Thinking, thinking_of, variables_of, with_reasoning_apart
 from mlx_zh.corpus.tool_replies import ToolSupport, tool_support
 from mlx_zh.corpus.tools import uses_tools
-from mlx_zh.corpus.tree_rendering import Options, Tree, TreeRenderer, at
+from mlx_zh.corpus.tree_rendering import FIRST_REPLIES, Options, Tree, TreeRenderer, at
 from mlx_zh.errors import RefusedByTemplate, RefusedReasoning, RefusedTools, TemplateError
 from mlx_zh.system.digests import text_digest
 
@@ -41,7 +45,8 @@ class Renderer:
     token, and no token crosses either end, so the tokens before a reply are exactly those of `prompt`. Control tokens
     that are spelled inside a message are encoded as ordinary text.
 
-    Raises TemplateError if there is no valid chat template, ModelError if the tokenizer is not a fast one.
+    With `raw_text` a tokenizer without a chat template will do; then only documents can be rendered. Raises
+    TemplateError if there is no valid chat template, ModelError if the tokenizer is not a fast one.
     """
 
     def __init__(
@@ -52,9 +57,11 @@ class Renderer:
         chat_template: str | None = None,
         thinking: str = "auto",
         reasoning: str = "learn",
+        raw_text: bool = False,
     ):
         self._tokenizer, self._date_string = tokenizer, date_string
-        self._source = template_source(tokenizer, chat_template)
+        self.has_template = not raw_text or chat_template is not None or has_template(tokenizer)
+        self._source = template_source(tokenizer, chat_template) if self.has_template else ""
         self._variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         template = ChatTemplate(self._source, date_string=date_string, variables=self._variables)
         self.thinking = thinking_of(template)
@@ -66,6 +73,7 @@ class Renderer:
         self._chosen_source, self._tool_source = chat_template, tool_template_source(tokenizer, chat_template)
         self._backend = tokenizer.backend_tokenizer
         self._texts = FlatRenderer(self._encoder, self._writer)
+        self._documents = DocumentRenderer(self._encoder)
 
     def _writer_with(self, template: ChatTemplate, thinking: Thinking) -> ReplyWriter:
         """The writer for a template in this mode. Raises TemplateError if the template has no such mode."""
@@ -83,6 +91,11 @@ class Renderer:
         template = template.with_text_arguments(support.text_arguments)
         return support, self._writer_with(template, thinking_of(template))
 
+    def check_template(self) -> None:
+        """Raise TemplateError if there is no chat template, so that no conversation can be rendered."""
+        if not self.has_template:
+            raise TemplateError(NO_TEMPLATE)
+
     def with_thinking(self, mode: str) -> Self:
         """The same renderer with thinking on, off or auto. Raises TemplateError if the template has no such mode."""
         return type(self)(
@@ -91,6 +104,7 @@ class Renderer:
             chat_template=self._chosen_source,
             thinking=mode,
             reasoning=self._reasoning,
+            raw_text=not self.has_template,
         )
 
     @property
@@ -144,29 +158,37 @@ class Renderer:
     @property
     def end_of_turn(self) -> str:
         """The token that ends a reply, e.g. <|eot_id|>. Raises TemplateError if there is none."""
+        self.check_template()
         return self._texts.end_of_turn
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The rendered text, with the header of the assistant's next turn if asked for. Raises TemplateError."""
+        self.check_template()
         template = self._tools[1].template if uses_tools(messages) else self._template
         return template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens from which a reply is generated. Raises TemplateError or DataError."""
-        writer = self._writer_of(messages, "")
+        return [
+            int(token) for piece in encode_cuts(self._encoder, [self._prompt(messages, "")])[0] for token in piece
+        ]
+
+    def _prompt(self, messages: Sequence[Message], source: str) -> Cut:
+        """The text from which a reply is generated, cut where earlier replies begin and end."""
+        writer = self._writer_of(messages, source)
         messages = self._apart(messages, writer)
         if self._by_tree(messages, writer):
-            standins = self._trees.standins(messages, "")
-            cut = guarded(writer.prompt(standins.into(messages)), standins, "")
-        else:
-            cut = self._texts.cut(messages, "", writer, add_generation_prompt=True)
-        return [int(token) for piece in encode_cuts(self._encoder, [cut])[0] for token in piece]
+            standins = self._trees.standins(messages, source)
+            return guarded(writer.prompt(standins.into(messages), source=source), standins, source)
+        return self._texts.cut(messages, source, writer, add_generation_prompt=True)
 
     def opening(self) -> list[int]:
         """The tokens from which a reply would be generated without any message: BOS and the assistant's header.
 
-        Empty if the template writes neither.
+        Empty if the template writes neither, or there is none.
         """
+        if not self.has_template:
+            return []
         question = [Message("user", "?")]
         text, prompt = self.text(question), self.text(question, add_generation_prompt=True)
         bos = self._variables.get("bos_token", "")
@@ -262,28 +284,11 @@ class Renderer:
         A piece begins with what the tokenizer writes before every text (BOS, or nothing); the end of a document has
         EOS. Every token but the first of a piece is trained. Raises DataError for a text that cannot be encoded.
         """
-        before, end = self._document_frame
-        encoded = self._encoder.encode_documents([d.text for d in batch], [d.source for d in batch])
-        results: list[list[Rendered]] = []
-        for document, (tokens, spans) in zip(batch, encoded, strict=True):
-            after = end if document.ends else []
-            room = None if max_length is None else max(max_length - len(before), len(after) + 1)
-            pieces = []
-            for piece in cut_tokens(document.text, [*tokens, *after], spans, room):
-                whole = np.array([*before, *piece], dtype=np.int32)
-                trained = np.ones(len(whole), dtype=bool)
-                trained[0] = False
-                if len(whole) > 1:  # one token alone teaches nothing
-                    pieces.append(Rendered(whole, trained, truncated=False))
-            results.append(pieces)
-        return results
-
-    @cached_property
-    def _document_frame(self) -> tuple[list[int], list[int]]:
-        return self._encoder.frame()
+        return self._documents.render(batch, max_length)
 
     def _writer_of(self, messages: Sequence[Message], source: str) -> ReplyWriter:
         """The writer of these messages. Raises RefusedTools if they have tools that the template does not write."""
+        self.check_template()
         if not uses_tools(messages):
             return self._writer
         support, writer = self._tools
@@ -341,10 +346,29 @@ class Renderer:
         results: list[RenderedPair | None] = []
         for first in range(0, len(batch), _BATCH // 2):
             part = batch[first : first + _BATCH // 2]
-            encoded = iter(encode_cuts(self._encoder, [cut for pair in part for cut in self._cut_pair(pair)]))
-            for pair, chosen_pieces, rejected_pieces in zip(part, encoded, encoded, strict=True):
-                results.append(pair_of(pair.source, chosen_pieces, rejected_pieces, max_length, dropped))
+            cuts = [None if self._overflows(pair, max_length) else self._cut_pair(pair) for pair in part]
+            encoded = iter(encode_cuts(self._encoder, [cut for both in cuts if both is not None for cut in both]))
+            for pair, both in zip(part, cuts, strict=True):
+                if both is None:
+                    dropped[PROMPT_OVERFLOW] += 1
+                    results.append(None)
+                else:
+                    results.append(pair_of(pair.source, next(encoded), next(encoded), max_length, dropped))
         return results
+
+    def _overflows(self, pair: Preference, max_length: int | None) -> bool:
+        """Whether the first turns of a long prompt are longer than max_length already; up to twice as many each time.
+
+        The last question of those does not count: a template may write the last turn differently.
+        """
+        questions = [k for k, message in enumerate(pair.prompt) if message.role == "user"]
+        count = FIRST_REPLIES
+        while max_length is not None and count < len(questions):
+            cut = self._prompt(pair.prompt[: questions[count] + 1], pair.source)
+            if sum(map(len, encode_cuts(self._encoder, [cut])[0][:-1])) > max_length:
+                return True
+            count *= 2
+        return False
 
     def _cut_pair(self, pair: Preference) -> tuple[Cut, Cut]:
         """Prompt and chosen response, and prompt and rejected response or the latter alone, rendered and cut."""

@@ -42,6 +42,8 @@ _CODECS = ("utf-8", "utf8", "ascii")  # some others, such as punycode, are slow
 _BY_CHARACTER = frozenset(
     ("batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "slice")
 ) | {"sort", "sum", "title", "unique", "wordcount"}
+_OF_DICT = frozenset(dir(dict))
+_NAMES = 1024  # of attributes that are remembered as safe or not
 _NUMBER = re.compile(r"\d{1,18}")
 # Filters that `_Guard` writes; no template can write these names.
 _ROUNDS, _USED, _MEASURED, _JOINED = " rounds", " used", " measured", " joined"
@@ -70,6 +72,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._work = _Work()
+        self._safe: dict[tuple[type, str], bool] = {}
         del self.globals["lipsum"]  # writes filler text of any length
         for name in _ABSENT:
             del self.filters[name]
@@ -95,6 +98,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Guard().visit(super()._parse(source, name, filename))
         return tree
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """The attribute or item, as in Jinja; a key of a message is looked up at once."""
+        if type(obj) is not dict or attribute in _OF_DICT:
+            return super().getattr(obj, attribute)
+        try:
+            return obj[attribute]
+        except KeyError:
+            return self.undefined(obj=obj, name=attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Whether a template may use the attribute, as in Jinja, where the object's type and the name decide."""
+        key = (type(obj), attr)
+        if (safe := self._safe.get(key)) is None:
+            if len(self._safe) >= _NAMES:
+                self._safe.clear()
+            safe = self._safe[key] = super().is_safe_attribute(obj, attr, value)
+        return safe
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The sum, product, power or formatted text. Raises SecurityError if it would be too large."""

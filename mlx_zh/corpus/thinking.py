@@ -52,6 +52,11 @@ def is_open(prompt: str) -> bool:
     return prompt.rstrip().endswith(OPEN)
 
 
+def is_closed(prompt: str) -> bool:
+    """Whether a generation prompt ends with a thought, an empty one where thinking is off."""
+    return prompt.rstrip().endswith(CLOSE)
+
+
 def variables_of(thinking: Thinking, mode: str) -> dict[str, bool]:
     """The variables that put the template into `mode`. Raises TemplateError if it has no such mode."""
     if mode not in MODES:

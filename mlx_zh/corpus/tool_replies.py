@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.layout import is_checked
 from mlx_zh.errors import RefusedTools, TemplateError
 from mlx_zh.system.json_text import parse_json
 
-_CHECKED = 64  # first replies that are found by rendering the messages before them; later ones may be told from these
 _NAME, _KEY, _VALUE, _RESULT = "qzx_tool", "qzx_key", "qzx_value", "qzx_result"
 
 
@@ -101,7 +101,7 @@ class ToolReplies:
         spans, cursor = [], 0
         replies = [k for k, message in enumerate(self._messages) if message.role == "assistant"]
         for number, k in enumerate(replies):
-            kind = self._kinds.get(self._kind_of(k)) if number >= _CHECKED else None
+            kind = None if is_checked(number, len(replies)) else self._kinds.get(self._kind_of(k))
             span = None if kind is None else self._written(cursor, kind)
             if span is not None and self._messages[k].content.strip() not in self._text[slice(*span)]:
                 span = None

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.encoding import PieceEncoder, Tokens
 from mlx_zh.corpus.rendered import FIRST_EXCHANGE_OVERFLOW, NO_REPLY, NOT_TRAINED, OVERFLOW, Rendered
-from mlx_zh.corpus.reply_tree import ReplyTree, ReplyWriter
+from mlx_zh.corpus.reply_tree import ReplyTree
+from mlx_zh.corpus.reply_writer import ReplyWriter
 from mlx_zh.corpus.stand_ins import StandIns
 from mlx_zh.corpus.text_cuts import Cut, encode_cuts, guarded
 from mlx_zh.corpus.tools import uses_tools

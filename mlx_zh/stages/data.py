@@ -67,8 +67,11 @@ def prepare_stage(
 ) -> Corpus:
     """The examples of `stage` (sft or dpo), prepared unless they are cached; prints a line for each source.
 
-    Raises DataError for data that cannot be used, and DownloadError for data that cannot be fetched.
+    Raises DataError for data that cannot be used, DownloadError for data that cannot be fetched, and TemplateError if
+    the data has conversations and the model no chat template.
     """
+    if stage == "dpo":
+        renderer.check_template()
     split = recipe.data.split(stage)
     registry = registry_of(recipe)
     sources = [

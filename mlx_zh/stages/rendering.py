@@ -12,7 +12,7 @@ from mlx_zh.stages.own_models import tokenizer_at_hand
 
 
 def renderer_of(recipe: Recipe, tokenizer: Any) -> Renderer:
-    """Messages to tokens as in training, evaluation and chat of this recipe.
+    """Messages and raw text to tokens as in training, evaluation and chat of this recipe.
 
     Raises TemplateError if the model's chat template has no such mode of thinking.
     """
@@ -21,6 +21,7 @@ def renderer_of(recipe: Recipe, tokenizer: Any) -> Renderer:
         date_string=recipe.data.date_string,
         thinking=recipe.model.thinking,
         reasoning=recipe.data.reasoning,
+        raw_text=True,
     )
 
 

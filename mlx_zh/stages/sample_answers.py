@@ -36,8 +36,9 @@ class Samples:
 
     def lacks(self, name: str, adapter: Path | None = None) -> bool:
         """Whether the model `name`, the base with `adapter`, has not answered the prompts."""
-        answered = name in self._read("answers") and self._read("keys").get(name) == self._key(adapter)
-        return bool(self._prompts) and not answered
+        if not self._prompts or not self._renderer.has_template:  # a model of raw text answers nothing
+            return False
+        return not (name in self._read("answers") and self._read("keys").get(name) == self._key(adapter))
 
     def ask(self, name: str, adapter: Path | None = None) -> None:
         """Store the current model's answers under `name`, unless they are there; `adapter` is the adapter it has."""

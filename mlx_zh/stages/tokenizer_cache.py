@@ -57,7 +57,7 @@ def save_snapshot(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer into a snapshot folder; `save_vocabulary` completes it."""
     from mlx_zh.corpus.render import Renderer
 
-    write_exact_text(folder / "tokenizer.json", Renderer(tokenizer).tokenizer_json())
+    write_exact_text(folder / "tokenizer.json", Renderer(tokenizer, raw_text=True).tokenizer_json())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     about = {"chat_template": tokenizer.chat_template, "special_tokens_map": special}
     ends = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token")}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.conversation import Document, Message
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.errors import DataError, DownloadError, first_line
@@ -106,6 +106,10 @@ def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:
 
 
 def _bundled(renderer: Renderer) -> list[Rendered]:
+    """The bundled conversations, or their texts alone if the model has no chat template."""
+    if not renderer.has_template:
+        texts = ["\n\n".join(text for _, text in turns) for turns in bundled_conversations()]
+        return [piece for pieces in renderer.documents([Document(text) for text in texts]) for piece in pieces]
     conversations = [[Message(role, text) for role, text in turns] for turns in bundled_conversations()]
     return [rendered for rendered in renderer.conversations(conversations) if rendered is not None]
 

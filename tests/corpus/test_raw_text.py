@@ -17,6 +17,7 @@ from mlx_zh.corpus.choosing import DUPLICATE, EXAM, NEAR_DUPLICATE, ChoiceSettin
 from mlx_zh.corpus.conversation import Conversation, Document
 from mlx_zh.corpus.data_files import folder_files
 from mlx_zh.corpus.documents import PASSAGE, read_document
+from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
@@ -97,6 +98,25 @@ def test_no_piece_ends_inside_a_character(tokenizer_of):
     tokenizer = tokenizer_of("qwen2")
     [pieces] = Renderer(tokenizer).documents([Document("𠮷🙂" * 40)], max_length=10)
     assert len(pieces) > 10 and not any("\ufffd" in tokenizer.decode(piece.tokens) for piece in pieces)
+
+
+def test_only_so_many_characters_are_encoded_at_once(tokenizer_of, monkeypatch):
+    """The tokenizer's record of a token takes some hundred bytes; documents together are as each by itself."""
+    renderer = Renderer(tokenizer_of("qwen2"))
+    documents = [Document(STORY * count) for count in (1, 400, 2000, 1, 1, 3000, 1)]
+    each = [renderer.documents([document], max_length=64)[0] for document in documents]
+    encoded, original = [], PieceEncoder.encode_documents
+
+    def counting(self, texts, sources):
+        encoded.append([len(text) for text in texts])
+        return original(self, texts, sources)
+
+    monkeypatch.setattr(PieceEncoder, "encode_documents", counting)
+    together = renderer.documents(documents, max_length=64)
+    assert [length for lengths in encoded for length in lengths] == [len(document.text) for document in documents]
+    assert all(len(lengths) == 1 or sum(lengths) <= 1 << 16 for lengths in encoded) and len(encoded) < 7
+    for one, other in zip(each, together, strict=True):
+        assert [piece.tokens.tolist() for piece in one] == [piece.tokens.tolist() for piece in other]
 
 
 def test_a_control_token_in_a_text_is_ordinary_characters(tokenizer_of):

@@ -20,7 +20,7 @@ from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Conversation, Message, Preference
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.render import Renderer
-from mlx_zh.corpus.rendered import FIRST_EXCHANGE_OVERFLOW, NOT_TRAINED, OVERFLOW
+from mlx_zh.corpus.rendered import FIRST_EXCHANGE_OVERFLOW, NOT_TRAINED, OVERFLOW, PROMPT_OVERFLOW
 from mlx_zh.corpus.thinking import thinking_of
 from mlx_zh.errors import DataError, RefusedReasoning, TemplateError
 
@@ -278,6 +278,35 @@ def test_pairs(tokenizer, mode):
     for response, text in ((pair.chosen, "Hello"), (pair.rejected, "你好")):
         rendered = renderer.conversation([*TWO_TURNS[:3], assistant(text)], train_on="last")
         assert [(pair.prompt.tolist(), response.tolist())] == branches(rendered)
+
+
+@pytest.mark.parametrize("template", [THINKING, QWEN25])
+def test_a_long_prompt_is_rendered_no_further_than_it_fits(tokenizer, template, monkeypatch):
+    """The pair is dropped for the same reason; one that fits is as without a limit."""
+    renderer = Renderer(tokenizer, chat_template=template)
+    turns = [Message(("user", "assistant")[i % 2], f"{i}你") for i in range(1601)]
+    pair, fits = Preference(tuple(turns), "Hello", "你好", "x"), Preference(tuple(turns[:201]), "Hello", "你好", "x")
+    whole = renderer.preference(fits)
+    limit = len(whole.prompt) + 100
+    rendered, original = [], ChatTemplate.render
+
+    def counting(self, messages, **options):
+        rendered.append(len(messages))
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    dropped: Counter[str] = Counter()
+    assert renderer.preference(pair, max_length=limit, dropped=dropped) is None
+    assert dropped == {PROMPT_OVERFLOW: 1} and max(rendered) < 600
+    kept = renderer.preference(fits, max_length=limit)
+    assert [kept.prompt.tolist(), kept.chosen.tolist()] == [whole.prompt.tolist(), whole.chosen.tolist()]
+
+
+def test_with_thinking_off_a_template_may_leave_the_empty_thought_out(tokenizer):
+    """As MiniCPM's: the generation prompt has it, the reply does not; the model still writes the reply after it."""
+    template = THINKING.replace("(loop.last or reasoning)", "reasoning")
+    rendered = Renderer(tokenizer, chat_template=template, thinking="off").conversation(TWO_TURNS)
+    assert branches(rendered) == expected_off(tokenizer)
 
 
 def test_the_fingerprint_knows_the_mode(tokenizer):

@@ -14,6 +14,7 @@ from tool_templates import LLAMA31_TOOLS, QWEN3_TOOLS, QWEN25_TOOLS, TEXT_ARGUME
 from turns import branches, ids
 
 from mlx_zh.core.packing import pack_conversations
+from mlx_zh.corpus.chat_template import ChatTemplate
 from mlx_zh.corpus.conversation import Conversation, Message
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.normalize import normalize
@@ -536,8 +537,6 @@ def test_a_long_conversation_with_tools_is_found_without_rendering_every_prefix(
         for message in (u(f"{i}？"), a("", call(f"城{i}")), t(str(i), name="get_weather"), a(f"{i} 度。"))
     ]
     item = load({"messages": talk, "tools": TOOLS})
-    from mlx_zh.corpus.chat_template import ChatTemplate
-
     rendered_messages, original = [], ChatTemplate.render
 
     def counting(self: Any, messages: Any, **options: Any) -> str:
@@ -549,33 +548,82 @@ def test_a_long_conversation_with_tools_is_found_without_rendering_every_prefix(
     assert sum(rendered_messages) < 64 * 3 * 2 * 64 + 2 * len(talk)
 
 
-def test_exchanges_with_reasoning_are_rendered_a_few_times_for_each_reply(
-    load: Any, with_template: Any, monkeypatch: Any
-) -> None:
-    """Each reply takes three renderings in the trunk and three in its own exchange, and an exchange three more."""
-    tokenizer = with_template("qwen3", QWEN3_TOOLS)
-    talk = [
-        message
-        for i in range(12)
-        for message in (
-            u(f"{i}？"), a("", call(f"城{i}")) | {"reasoning_content": "想"}, t(str(i), name="get_weather"),
-            a(f"{i} 度。") | {"reasoning_content": "好"},
-        )
-    ]  # fmt: skip
-    item, renderer = load({"messages": talk, "tools": TOOLS}), Renderer(tokenizer)
-    renderer.conversation(item.messages[:5])  # what the template does is known from here on
-    from mlx_zh.corpus.chat_template import ChatTemplate
+def exchanges(count: int, thoughts: str) -> list[dict[str, Any]]:
+    """Questions that are answered with a call, two calls one after the other, or at once; some replies have thoughts.
 
-    rendered_messages, original = [], ChatTemplate.render
+    `thoughts`: "all", "none" or "some".
+    """
+    talk = []
+    for i in range(count):
+        steps = [(call(f"城{i}"),), (call(f"镇{i}"), call(f"村{i}"))][: i % 3]
+        talk.append(u(f"{i}？"))
+        for calls in steps:
+            talk += [a("查" * (i % 2), *calls), *(t(f"{i}", name="get_weather") for _ in calls)]
+        talk.append(a(f"{i} 度。"))
+    replies = [m for m in talk if m["role"] == "assistant"]
+    for number, reply in enumerate(replies):
+        if thoughts == "all" or (thoughts == "some" and number % 5 < 2):
+            reply["reasoning_content"] = f"想{number}"
+    return talk
+
+
+@pytest.mark.parametrize("thoughts", ["all", "some", "none"])
+def test_long_exchanges_are_the_templates_own(thoughts: str, load: Any, with_template: Any) -> None:
+    """More replies than are rendered with all that stands before them."""
+    tokenizer, talk = with_template("qwen3", QWEN3_TOOLS), exchanges(18, thoughts)
+    item = load({"messages": talk, "tools": TOOLS})
+    rendered = Renderer(tokenizer).conversation(item)
+    assert sorted(branches(rendered)) == sorted(replies_of(tokenizer, talk, TOOLS))
+
+
+def test_an_exchange_of_many_calls_is_the_templates_own(load: Any, with_template: Any) -> None:
+    tokenizer, talk = with_template("qwen3", QWEN3_TOOLS), [u("一"), a("二"), u("各地？")]
+    for i in range(40):
+        talk += [a("", call(f"城{i}")) | ({"reasoning_content": "想"} if i % 3 else {}), t("晴", name="get_weather")]
+    talk += [a("都晴。"), u("谢谢"), a("不谢")]
+    rendered = Renderer(tokenizer).conversation(load({"messages": talk, "tools": TOOLS}))
+    assert sorted(branches(rendered)) == sorted(replies_of(tokenizer, talk, TOOLS))
+
+
+NUMBERED_TURNS = QWEN3_TOOLS.replace(
+    "'<|im_start|>assistant\\n'", "'<|im_start|>assistant ' ~ loop.index ~ '\\n'"
+).replace(
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant ' ~ loop.index ~ '\\n' }}",
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant ' ~ (messages | length + 1) ~ '\\n' }}",
+)
+
+
+@pytest.mark.parametrize("thoughts", ["all", "none"])
+def test_a_template_that_numbers_its_turns_is_rendered_whole(thoughts: str, load: Any, with_template: Any) -> None:
+    """The turns next to a reply do not say its number."""
+    assert NUMBERED_TURNS.count("assistant ' ~") == 2
+    tokenizer, talk = with_template("qwen3", NUMBERED_TURNS), exchanges(18, thoughts)
+    rendered = Renderer(tokenizer).conversation(load({"messages": talk, "tools": TOOLS}))
+    assert sorted(branches(rendered)) == sorted(replies_of(tokenizer, talk, TOOLS))
+
+
+@pytest.mark.parametrize("thoughts", ["all", "some", "none"])
+def test_what_is_rendered_grows_with_the_replies_of_a_conversation(
+    thoughts: str, load: Any, with_template: Any, monkeypatch: Any
+) -> None:
+    """Beyond the first replies, each of which is rendered with all that stands before it."""
+    tokenizer = with_template("qwen3", QWEN3_TOOLS)
+    items = [load({"messages": exchanges(count, thoughts), "tools": TOOLS}) for count in (100, 200, 400)]
+    renderer = Renderer(tokenizer)
+    renderer.conversation(items[0].messages[:5])  # what the template does is known from here on
+    rendered_messages, original = [0], ChatTemplate.render
 
     def counting(self: Any, messages: Any, **options: Any) -> str:
-        rendered_messages.append(len(messages))
+        rendered_messages[-1] += len(messages)
         return original(self, messages, **options)
 
     monkeypatch.setattr(ChatTemplate, "render", counting)
-    rendered = renderer.conversation(item)
-    assert len(rendered_messages) <= 24 * 6 + 12 * 3
-    assert sorted(branches(rendered)) == sorted(replies_of(tokenizer, talk, TOOLS))
+    for item in items:
+        rendered_messages.append(0)
+        assert renderer.conversation(item) is not None
+    once, twice, four_times = rendered_messages[1:]
+    assert twice - once < 100 * 100
+    assert four_times - twice < 200 * 100
 
 
 def test_load_functions_take_rows_with_tools(write: Any) -> None:
