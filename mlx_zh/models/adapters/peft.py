@@ -153,13 +153,13 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     return AdapterSpec(kind, 10**6, largest_rank, scale, dropout, saved=saved_of(weights)), weights
 
 
-# Initialisations that leave the base model's weights as they are. EVA and MiCA choose A or B from the data or the base,
-# and both matrices are in the file. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights too, so that
-# the adapter fits no other base; PEFT writes true once such an adapter is converted.
+# Initialisations that leave the base model's weights as they are. EVA and MiCA choose A or B from the data or the
+# base, and both matrices are in the file. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights too,
+# so that the adapter fits no other base; PEFT writes true once such an adapter is converted.
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # what PEFT's conversion to plain LoRA knows
-# Every other key `use_…`, and every other object `…_config`, is another kind of LoRA. These configure an initialisation
-# or the training program.
+# Every other key `use_…`, and every other object `…_config`, is another kind of LoRA. These configure an
+# initialisation or the training program.
 _KNOWN_USES = ("use_rslora", "use_dora")
 _KNOWN_CONFIGS = ("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config")
 # What PEFT cannot merge: the change depends on the text.
@@ -176,7 +176,7 @@ def _named_tables(config: dict[str, Any]) -> set[str]:
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
-    """Raise AdapterError for an adapter that is more than LoRA or DoRA on linear layers, with the settings that say so."""
+    """Raise AdapterError for an adapter that is more than LoRA or DoRA on linear layers; it names the settings."""
     variants = [
         key
         for key, value in config.items()
@@ -221,8 +221,8 @@ def _instead(config: dict[str, Any], used: Collection[str]) -> str:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
         )
     return (
-        f"{text} This initialisation may have changed the base model's weights too, so merge it where it was trained, "
-        "into the weights that it was trained on."
+        f"{text} This initialisation may have changed the base model's weights too, so merge it where it was "
+        "trained, into the weights that it was trained on."
     )
 
 
