@@ -112,7 +112,7 @@ def find_turns(tokenizer: Any, date_string: str) -> Turns | None:
 
 
 def _answer_ends(last: str, without_system: str, prompt: str) -> list[str]:
-    """What may be the text that ends an answer: that after the last one, or all before the header of the next message.
+    """What may end an answer: the text after the last one, or all before the header of the next message.
 
     They differ if a template writes the last answer in a way of its own, as Qwen3's does.
     """
@@ -126,8 +126,8 @@ def _answer_ends(last: str, without_system: str, prompt: str) -> list[str]:
 def _read_turns(full: str, without_system: str, prompt: str, end: str) -> Turns | None:
     """The turns from three prompts of marks; None if a mark is missing or the pieces do not agree.
 
-    `full`: system, user, answer, user, answer, user. `without_system`: the same without the first. `prompt`: user, and
-    the header of the reply. `end`: the text that ends an answer.
+    `full`: system, user, answer, user, answer, user. `without_system`: the same without the first. `prompt`: user,
+    and the header of the reply. `end`: the text that ends an answer.
     """
     pieces: list[str] = []
     rest = full
