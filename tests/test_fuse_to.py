@@ -237,3 +237,14 @@ def test_own_repository_has_such_a_name(monkeypatch):
     monkeypatch.setattr("huggingface_hub.whoami", lambda: {"name": "me"})
     for title, name in (("a--b..c", "a-b-c"), ("x" * 150, "x" * 60), ("a-", "a"), ("Llama-3.1-x", "Llama-3.1-x")):
         assert upload.own_repository(title, "huggingface") == f"me/{name}"
+
+
+def test_the_card_names_only_the_stages_that_made_the_adapter(run):
+    assert run("export.formats=[mlx-adapter]").status == 0
+    card = Path("runs/tiny/fused/mlx-adapter/README.md")
+    own = card.read_text(encoding="utf-8")
+    assert " by SFT. " in own and "Data:" in own
+    shutil.copytree("runs/tiny/sft/adapters", "another")
+    assert run("export.formats=[mlx-adapter]", "--adapter", "another").status == 0
+    text = card.read_text(encoding="utf-8")
+    assert "SFT" not in text and "Data:" not in text
