@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Write `runs/NAME/fused/FORMAT/` for each format in the recipe; returns the exit status. Raises MlxZhError."""
-    arguments = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.replace and arguments.to not in ("ollama", "lmstudio"):
+        parser.error("--replace is for --to ollama and --to lmstudio")
     recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_zh import fuse
+from mlx_zh.errors import PlacingError, StorageError, UploadError
+from mlx_zh.models.export import upload
 from mlx_zh.stages import placing
 
 OLLAMA = """#!/bin/sh
@@ -88,8 +91,8 @@ def test_without_the_programs_the_steps_are_given(run, home, monkeypatch):
     assert result.status == 0 and "Ollama is not installed here" in result.out
     assert "\n  cd runs/tiny/fused/gguf && ollama create tiny -f Modelfile\n  ollama run tiny" in result.out
     result = run("--to", "lmstudio")
-    assert result.status == 0 and f"copy the folder {Path('runs/tiny/fused').resolve()}/" in result.out
-    assert "to ~/.lmstudio/models/mlx-zh/tiny" in result.out
+    assert result.status == 0 and "\n  mkdir -p ~/.lmstudio/models/mlx-zh\n  cp -R runs/tiny/fused/" in result.out
+    assert " ~/.lmstudio/models/mlx-zh/tiny" in result.out
 
 
 @pytest.mark.parametrize(("system", "kind"), [("Darwin", "mlx"), ("Linux", "gguf")])
@@ -136,3 +139,112 @@ def test_the_hub_is_that_of_the_logged_in_user(run, monkeypatch):
     assert run("--to", "hub").status == 0 and pushed == [("me/tiny", "huggingface")]
     refused = run("--to", "hub", "--hub", "modelscope")
     assert refused.status == 2 and "--push-to-hub OWNER/tiny" in refused.err
+
+
+STRANGE = {
+    "fails": 'echo 1>&2; printf "\\033[?25l\\033[31mError: no server\\033[0m\\r\\n" >&2; exit 1',
+    "is cut off": 'printf "NAME\\tID\\n\\377\\376 x\\n"; kill -9 $$',
+    "prints nothing": "exit 0",
+    "prints other bytes": 'printf "NAME\\n\\377\\376:latest x\\n"',
+}
+
+
+@pytest.mark.parametrize("how", STRANGE)
+def test_whatever_ollama_answers_no_traceback_follows(ollama, how):
+    (ollama / "bin" / "ollama").write_text(f"#!/bin/sh\n{STRANGE[how]}\n")
+    place = placing.Place("ollama", "tiny", False)
+    if how.startswith("prints"):
+        place.check()
+    else:
+        reason = "Error: no server" if how == "fails" else "no reason given"
+        with pytest.raises(PlacingError, match=rf"does not answer \({reason}\)"):
+            place.check()
+
+
+def test_ollama_that_hangs_or_cannot_run(ollama, monkeypatch):
+    monkeypatch.setattr(placing, "_ANSWER", 0.2)
+    (ollama / "bin" / "ollama").write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(PlacingError, match="gave no answer in"):
+        placing.Place("ollama", "tiny", False).check()
+    (ollama / "bin" / "ollama").write_bytes(b"\x7fELF and no more")
+    with pytest.raises(PlacingError, match="could not be run"):
+        placing.Place("ollama", "tiny", False).check()
+
+
+def test_a_model_that_came_while_this_one_was_written_is_not_replaced(ollama, tmp_path):
+    place = placing.Place("ollama", "tiny", False)
+    place.check()
+    (ollama / "list").write_text("TINY:latest\tabc\n")
+    with pytest.raises(PlacingError, match=r"already has a model named tiny.*is whole in .*ollama create tiny"):
+        place.put(tmp_path, ("gguf",))
+    assert not (ollama / "tiny").exists()
+
+
+def test_the_adapter_alone_is_not_for_ollama():
+    assert placing.Place("ollama", "tiny", False).formats(("gguf-lora",)) == ("gguf-lora", "gguf")
+    assert placing.Place("ollama", "tiny", False).formats(("peft", "gguf")) == ("peft", "gguf")
+
+
+@pytest.mark.parametrize(
+    "pointer", [b"\xff\xfe", b"", b"relative", b"/" + b"x" * 5000, b"/a\0b", b"~no_such_user/x", b"/gone"]
+)
+def test_a_broken_pointer_is_passed_over(home, pointer):
+    (home / ".lmstudio").mkdir()
+    (home / ".lmstudio-home-pointer").write_bytes(pointer)
+    assert placing.lmstudio_models() == home / ".lmstudio" / "models"
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_what_lm_studio_had_stays_if_the_copy_fails(home, tmp_path, monkeypatch, fault):
+    models = home / ".lmstudio" / "models"
+    old = models / "mlx-zh" / "tiny"
+    old.mkdir(parents=True)
+    (old / "old.gguf").write_text("old")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "new.gguf").write_text("new")
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC if fault == "full" else errno.EROFS, "no")
+
+    monkeypatch.setattr("os.link", fail)
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with pytest.raises(StorageError):
+        placing.Place("lmstudio", "tiny", True).put(tmp_path, ("gguf",))
+    assert [path.name for path in old.parent.iterdir()] == ["tiny"] and (old / "old.gguf").read_text() == "old"
+
+
+@pytest.mark.parametrize("arguments", [["--replace"], ["--replace", "--to", "hub"]])
+def test_replace_is_for_a_program(project, arguments):
+    result = project.run(fuse.main, *arguments)
+    assert result.status == 2 and "--replace is for --to ollama and --to lmstudio" in result.err
+
+
+@pytest.mark.parametrize(
+    "name", ["我/模型", "me/a..b", "me/a--b", "me/a.", "me/" + "a" * 100, "me/a.git", "me", "a/b/c"]
+)
+def test_a_repository_that_a_hub_would_refuse_is_refused_before_the_work(name):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    with pytest.raises(UploadError, match="is not a repository's name"):
+        upload.check(name, "modelscope")
+    if name != "me":
+        with pytest.raises(HFValidationError):
+            validate_repo_id(name)
+
+
+def test_own_repository_has_such_a_name(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    monkeypatch.setattr("huggingface_hub.whoami", lambda: {"name": "me"})
+    for title, name in (("a--b..c", "a-b-c"), ("x" * 150, "x" * 60), ("a-", "a"), ("Llama-3.1-x", "Llama-3.1-x")):
+        assert upload.own_repository(title, "huggingface") == f"me/{name}"
+
+
+def test_the_card_names_only_the_stages_that_made_the_adapter(run):
+    assert run("export.formats=[mlx-adapter]").status == 0
+    card = Path("runs/tiny/fused/mlx-adapter/README.md")
+    own = card.read_text(encoding="utf-8")
+    assert " by SFT. " in own and "Data:" in own
+    shutil.copytree("runs/tiny/sft/adapters", "another")
+    assert run("export.formats=[mlx-adapter]", "--adapter", "another").status == 0
+    text = card.read_text(encoding="utf-8")
+    assert "SFT" not in text and "Data:" not in text

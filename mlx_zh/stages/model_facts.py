@@ -20,7 +20,7 @@ from mlx_zh.system.json_text import load_json
 def run_facts(recipe: Recipe, fusion: Fusion, title: str, licence: Licence, missing: Sequence[str]) -> card.RunFacts:
     """The facts of a run; `missing` names licence files that the base lacks."""
     base, spec, run = fusion.base, fusion.adapter.spec, RunFolder.of(recipe)
-    stages = [name for name in TUNED if run.stage(name).adapter.is_dir()]
+    stages = _stages(run, fusion)
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
     rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
     name = next(iter((hub_ids(base.name) or {}).values()), base.name)  # a short name's id on a hub
@@ -35,11 +35,19 @@ def run_facts(recipe: Recipe, fusion: Fusion, title: str, licence: Licence, miss
         original=None if fusion.original is None else Path(fusion.original.name).name,
         licence=licence,
         method=f"{kind}{rank}" + (f" by {', then '.join(s.upper() for s in stages)}" if stages else ""),
-        data=_data_files(run),
+        data=_data_files(run) if stages else [],
         settings=settings,
         scores=_scores(run),
         missing=missing,
     )
+
+
+def _stages(run: RunFolder, fusion: Fusion) -> list[str]:
+    """The run's stages that made the adapter, in order; none if it is not the run's own."""
+    made = [name for name in TUNED if run.stage(name).adapter.is_dir()]
+    folder = fusion.adapter.folder.resolve()
+    last = next((i for i, name in enumerate(made) if run.stage(name).adapter.resolve() == folder), -1)
+    return made[: last + 1]
 
 
 def _data_files(run: RunFolder) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from mlx_zh.system.storage import folder_whole, need_space, storage_errors, visi
 PROGRAMS = ("ollama", "lmstudio")
 PUBLISHER = "mlx-zh"  # the first of the two levels in LM Studio's list
 _ANSWER = 60  # seconds that Ollama may take to list its models
+_ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and movements of the cursor
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Place:
     def readable(self) -> tuple[str, ...]:
         """The formats that the program reads on this machine, the best one first."""
         if self.program == "ollama":
-            return ("gguf", "gguf-lora")
+            return ("gguf",)  # many versions run no adapters
         return ("mlx", "gguf") if platform.system() == "Darwin" else ("gguf",)
 
     def formats(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -88,6 +90,11 @@ class Place:
             )
             return
         try:
+            self.check()  # another program may have come first while this one worked
+        except PlacingError as error:
+            raise PlacingError(f"{error} The model is whole in {folder}: `{words}` is left to do.") from error
+        console.say(f"Ollama is reading the model; if you stop it, `{words}` goes on later.")
+        try:
             status = subprocess.run(["ollama", "create", self.name, "-f", "Modelfile"], cwd=folder, check=False)
         except OSError as error:
             raise PlacingError(f"ollama could not be run: {error.strerror}. The model is in {folder}.") from error
@@ -101,9 +108,11 @@ class Place:
     def _copy(self, folder: Path, kind: str) -> None:
         target = self.target
         if target is None:
+            models = f"~/.lmstudio/models/{PUBLISHER}"
+            words = f"mkdir -p {models}\n  cp -R {shlex.quote(str(folder))} {models}/{shlex.quote(self.title)}"
             console.say(
-                f"LM Studio is not installed here, so nothing was placed. Install it from lmstudio.ai, start it "
-                f"once, then copy the folder {folder.resolve()} to ~/.lmstudio/models/{PUBLISHER}/{self.title}."
+                "LM Studio is not installed here, so nothing was placed. Install it from lmstudio.ai, start it once, "
+                f"then run:\n  {words}"
             )
             return
         files = visible(folder.iterdir()) if kind == "mlx" else visible(folder.glob("*.gguf"))
@@ -126,11 +135,26 @@ class Place:
 def _ollama_models() -> set[str]:
     """The names of Ollama's models, those with the tag `latest` also without it. Raises PlacingError."""
     try:
-        done = subprocess.run(["ollama", "list"], capture_output=True, text=True, timeout=_ANSWER, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise PlacingError(f"`ollama list` could not be run ({error}). Start Ollama, then run this again.") from error
+        done = subprocess.run(
+            ["ollama", "list"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_ANSWER,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PlacingError(
+            f"`ollama list` gave no answer in {_ANSWER} seconds. Start Ollama again, then run this again."
+        ) from error
+    except OSError as error:
+        raise PlacingError(
+            f"`ollama list` could not be run ({error.strerror}). Install Ollama again, or leave out --to ollama."
+        ) from error
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        lines = [line.strip() for line in _ANSI.sub("", done.stderr).splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
         raise PlacingError(f"Ollama does not answer ({reason}). Start it (`ollama serve`), then run this again.")
     names = [line.split()[0].lower() for line in done.stdout.splitlines()[1:] if line.split()]
     return {short for name in names for short in (name, name.removesuffix(":latest"))}
@@ -142,7 +166,7 @@ def lmstudio_models() -> Path | None:
     homes = [user / ".lmstudio", user / ".cache" / "lm-studio"]
     with suppress(OSError, ValueError):
         homes.insert(0, Path(os.path.expanduser((user / ".lmstudio-home-pointer").read_text("utf-8").strip())))
-    home = next((path for path in homes if path.is_absolute() and path.is_dir()), None)
+    home = next((path for path in homes if os.path.isabs(path) and os.path.isdir(path)), None)
     if home is None:
         return None
     chosen = (read_object(home / "settings.json") or {}).get("downloadsFolder")

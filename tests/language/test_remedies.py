@@ -52,6 +52,8 @@ SAID_BY = {
     "Times are measured on this": ("plan",),
     "{0} has no adapter yet.": ("fuse",),
     "with --to: replace": ("fuse",),
+    "--replace is for": ("fuse",),
+    "`ollama list` could not": ("fuse",),
     "name the repository on ModelScope": ("fuse",),
     "the hub does not say who is logged in": ("fuse",),
     "{0} already has a model named": ("fuse",),

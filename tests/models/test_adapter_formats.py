@@ -191,3 +191,28 @@ def test_llama_cpp_agrees_with_base_and_adapter(tmp_path, family):
     assert np.linalg.norm(over_base - merged) < limit
     assert np.linalg.norm(over_base - tuned.logits) < limit
     assert np.linalg.norm(llama_cpp_logits(tmp_path / "base.gguf") - merged) > 20 * limit
+
+
+@pytest.mark.skipif(not in_llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_llama_cpp_agrees_over_a_base_in_four_bits(tmp_path, scaled):
+    """The base is Q4_1 on both sides, shaped as Llama 3.1 if `scaled`. For such weights llama.cpp rounds activations
+    to 8 bits: a relative error of up to 2^-8 in each of fourteen products."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8}
+    tuned = make_tuned(tmp_path, **({"rope_scaling": rope} if scaled else {}))
+    source = tuned.fusion().base
+    untuned = Fusion(source, open_adapter(zero_adapter(tmp_path, tuned), source))
+    write_gguf(tmp_path / "base.gguf", plan_gguf(untuned, "q4_1", "Tiny"))
+    base = open_source(tmp_path / "base.gguf", "base")
+    ours = load_model(str(tmp_path / "base.gguf"))
+    load_adapter(ours.model, tuned.adapter)
+    ours.model.eval()
+    expected = logits(ours.model)
+    fusion = Fusion(base, open_adapter(tuned.adapter, base))
+    write_gguf(tmp_path / "merged.gguf", plan_gguf(fusion, "f16", "Tiny"))
+    limit = 14 * 2**-8 * np.linalg.norm(expected)
+    over_base = llama_cpp_logits(tmp_path / "base.gguf", written(tmp_path, fusion))
+    assert np.linalg.norm(over_base - expected) < limit
+    assert np.linalg.norm(over_base - llama_cpp_logits(tmp_path / "merged.gguf")) < limit
+    assert np.linalg.norm(llama_cpp_logits(tmp_path / "base.gguf") - expected) > 5 * limit

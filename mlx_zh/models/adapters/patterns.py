@@ -26,6 +26,13 @@ Positions = frozenset[int]
 Matcher = Callable[[str, Positions], Positions]  # where a part may begin in a text -> where it may end
 
 
+# Where a path begins, and where it ends.
+_ANCHORS: dict[str, Matcher] = {
+    "^": lambda text, starts: starts & {0},
+    "$": lambda text, starts: starts & {len(text)},
+}
+
+
 @dataclass
 class Patterns:
     """A value for each module path: that of the first pattern that matches the path or its end, after a dot."""
@@ -72,8 +79,7 @@ class _Parser:
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
-        # Each is matched up to the end of the path, so these anchors say nothing more.
-        self.rest = pattern.removeprefix("^").removesuffix("$")
+        self.rest = pattern
 
     def unusable(self) -> ValueError:
         """The error for the place that the parser has reached."""
@@ -94,6 +100,10 @@ class _Parser:
         parts: list[Matcher] = []
         deepest = 0
         while self.rest and self.rest[0] not in "|)":
+            if anchor := _ANCHORS.get(self.rest[0]):
+                self.rest = self.rest[1:]
+                parts.append(anchor)
+                continue
             part, nested = self._group(depth) if self.rest[0] == "(" else (self._character(), 0)
             if match := _REPEAT.match(self.rest):
                 nested += 1

@@ -27,7 +27,8 @@ _BACK = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_v
 _BACK["lora_magnitude_vector.weight"] = "m"  # some versions of PEFT wrote this
 _KEY = re.compile(r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 
-
+# PEFT stores the table under an adapted head too. It is the base's own: LoRA does not change it.
+_UNDER_ADAPTER = re.compile(r"base_model\.model\.(lm_head)\.base_layer\.weight")
 _TABLE = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)\.(?:modules_to_save\.(?:default\.)?)?weight")
 
 
@@ -152,10 +153,21 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
     return AdapterSpec(kind, 10**6, largest_rank, scale, dropout, saved=saved_of(weights)), weights
 
 
-# Initialisations that leave the base model's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change
-# them too, so that the adapter fits no other base; PEFT writes true once such an adapter is converted.
-_KEEPS_BASE = ("true", "false", "none", "gaussian", "orthogonal", "eva")
-_KNOWN_USES = ("use_rslora", "use_dora")  # every other key `use_…` is another kind of LoRA
+# Initialisations that leave the base model's weights as they are. EVA and MiCA choose A or B from the data or the
+# base, and both matrices are in the file. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights too,
+# so that the adapter fits no other base; PEFT writes true once such an adapter is converted.
+_KEEPS_BASE = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # what PEFT's conversion to plain LoRA knows
+# Every other key `use_…`, and every other object `…_config`, is another kind of LoRA. These configure an
+# initialisation or the training program.
+_KNOWN_USES = ("use_rslora", "use_dora")
+_KNOWN_CONFIGS = ("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config")
+# What PEFT cannot merge: the change depends on the text.
+_NEVER_MERGED = ("alora_invocation_tokens", "invocation_string", "arrow_config")
+_NEVER_MERGED_TYPES = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "POLY", "SHADOW", "XLORA",
+)  # fmt: skip
 
 
 def _named_tables(config: dict[str, Any]) -> set[str]:
@@ -164,14 +176,22 @@ def _named_tables(config: dict[str, Any]) -> set[str]:
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
-    variants = [key for key, value in config.items() if key.startswith("use_") and value and key not in _KNOWN_USES]
+    """Raise AdapterError for an adapter that is more than LoRA or DoRA on linear layers; it names the settings."""
+    variants = [
+        key
+        for key, value in config.items()
+        if value
+        and (
+            (key.startswith("use_") and key not in _KNOWN_USES)
+            or (key.endswith("_config") and key not in _KNOWN_CONFIGS)
+        )
+    ]
+    initialisation = str(config.get("init_lora_weights")).lower()
     unsupported = dict.fromkeys(variants, True) | {
-        "init_lora_weights": str(config.get("init_lora_weights")).lower() not in _KEEPS_BASE,
+        "init_lora_weights": initialisation not in _KEEPS_BASE,
         "alora_invocation_tokens": bool(config.get("alora_invocation_tokens")),
         "invocation_string": bool(config.get("invocation_string")),
         "layer_replication": bool(config.get("layer_replication")),
-        "arrow_config": bool(config.get("arrow_config")),
-        "megatron_config": bool(config.get("megatron_config")),
         "peft_type": config.get("peft_type", "LORA") != "LORA",
         "bias": config.get("bias", "none") != "none",
         "lora_bias": bool(config.get("lora_bias")),
@@ -180,17 +200,30 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         "trainable_token_indices": bool(config.get("trainable_token_indices")),
         "target_parameters": bool(config.get("target_parameters")),
     }
-    if used := [f"{name} {config.get(name)!r}" for name, is_used in unsupported.items() if is_used]:
-        convert = ""
-        if unsupported["init_lora_weights"]:
-            convert = (
-                " This initialisation changes the base model's weights too: save the adapter again with PEFT's "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
-            )
+    if used := [name for name, is_used in unsupported.items() if is_used]:
+        named = ", ".join(f"{name} {config.get(name)!r}" for name in used)
         raise AdapterError(
-            f"{folder}: {', '.join(used)} cannot be read; only LoRA and DoRA on linear layers can. Merge it with "
-            f"PEFT (merge_and_unload) and take the merged model.{convert}"
+            f"{folder}: {named} cannot be read; only LoRA and DoRA on linear layers can. {_instead(config, used)}"
         )
+
+
+def _instead(config: dict[str, Any], used: Collection[str]) -> str:
+    """What to do with an adapter that is not read because of the settings `used`."""
+    if set(used) & set(_NEVER_MERGED) or config.get("peft_type") in _NEVER_MERGED_TYPES:
+        return "PEFT cannot merge it either, so no model can be made of it. Give another adapter."
+    text = "Merge it with PEFT (merge_and_unload) and take the merged model."
+    initialisation = str(config.get("init_lora_weights")).lower()
+    if "init_lora_weights" not in used:
+        return text
+    if initialisation.startswith(_CONVERTIBLE):
+        return (
+            f"{text} This initialisation changes the base model's weights too: save the adapter again with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
+        )
+    return (
+        f"{text} This initialisation may have changed the base model's weights too, so merge it where it was "
+        "trained, into the weights that it was trained on."
+    )
 
 
 def _by_module(stored: dict[str, mx.array], folder: Path) -> dict[str, dict[str, mx.array]]:
@@ -198,6 +231,8 @@ def _by_module(stored: dict[str, mx.array], folder: Path) -> dict[str, dict[str,
     modules: dict[str, dict[str, mx.array]] = {}
     unexpected = []
     for key, array in stored.items():
+        if (under := _UNDER_ADAPTER.fullmatch(key)) and f"{_PREFIX}{under[1]}.lora_A.weight" in stored:
+            continue
         match = _KEY.fullmatch(key)
         if match and (match[2] not in ("lora_A.weight", "lora_B.weight") or array.ndim == 2):
             modules.setdefault(match[1], {})[_BACK[match[2]]] = array

@@ -80,9 +80,13 @@ def _go_constant(match: re.Match[str]) -> str:
 
 
 def find_turns(tokenizer: Any, date_string: str) -> Turns | None:
-    """The turns of a chat template; None if it does more than write messages one after the other."""
+    """The turns of a chat template; None if it does more than write messages one after the other.
 
-    def render(*messages: tuple[str, str], reply: bool = False) -> str:
+    Only prompts are compared, since Ollama writes nothing else: an answer is always followed by a question. What
+    a template changes within an answer, such as the thoughts in it, is not seen.
+    """
+
+    def render(*messages: tuple[str, str], reply: bool = True) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
         text: str = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=reply, date_string=date_string
@@ -92,22 +96,38 @@ def find_turns(tokenizer: Any, date_string: str) -> Turns | None:
 
     try:
         system, user, answer = ("system", _SYSTEM), ("user", _USER), ("assistant", _ANSWER)
-        full = render(system, user, answer, user, answer)
-        without_system = render(user, answer, user, answer)
-        prompt = render(user, reply=True)
+        full = render(system, user, answer, user, answer, user)
+        without_system = render(user, answer, user, answer, user)
+        prompt = render(user)
+        last = render(user, answer, reply=False)
     except Exception:  # a template may refuse any of these
         return None
-    turns = _read_turns(full, without_system, prompt)
-    if turns is None or _rendered(turns, with_system=True) != full:
-        return None
-    return turns if _rendered(turns, with_system=False) == without_system else None
+    for end in _answer_ends(last, without_system, prompt):
+        turns = _read_turns(full, without_system, prompt, end)
+        if turns is None or _rendered(turns, with_system=True) != full:
+            continue
+        if _rendered(turns, with_system=False) == without_system:
+            return turns
+    return None
 
 
-def _read_turns(full: str, without_system: str, prompt: str) -> Turns | None:
-    """The turns from three renderings of marks; None if a mark is missing or the pieces do not agree.
+def _answer_ends(last: str, without_system: str, prompt: str) -> list[str]:
+    """What may end an answer: the text after the last one, or all before the header of the next message.
 
-    `full`: system, user, answer, user, answer. `without_system`: the same without the first. `prompt`: user, and the
-    header of the reply.
+    They differ if a template writes the last answer in a way of its own, as Qwen3's does.
+    """
+    following = without_system.partition(_ANSWER)[2].partition(_USER)[0]
+    header = prompt.partition(_USER)[2].rpartition("assistant")[0]
+    head = header[header.rfind("<") :] if "<" in header else ""
+    cut = following.rfind(head) if head else -1
+    return [last.partition(_ANSWER)[2], *([following[:cut]] if cut > 0 else [])]
+
+
+def _read_turns(full: str, without_system: str, prompt: str, end: str) -> Turns | None:
+    """The turns from three prompts of marks; None if a mark is missing or the pieces do not agree.
+
+    `full`: system, user, answer, user, answer, user. `without_system`: the same without the first. `prompt`: user,
+    and the header of the reply. `end`: the text that ends an answer.
     """
     pieces: list[str] = []
     rest = full
@@ -117,26 +137,26 @@ def _read_turns(full: str, without_system: str, prompt: str) -> Turns | None:
             return None
         pieces.append(before)
     opening, after_system, after_user, after_answer, _ = pieces
-    before_user = after_answer.removeprefix(rest)
+    before_user = after_answer.removeprefix(end)
     head = before_user.partition("user")[0]  # the text with which every header begins
     cut = after_user.find(head) if head else -1
     prompt_end = prompt.partition(_USER)[2]
-    if cut < 0 or not rest or prompt_end[:cut] != after_user[:cut]:
+    if cut < 0 or not end or prompt_end[:cut] != after_user[:cut]:
         return None
     return Turns(
         opening=without_system.partition(_USER)[0].removesuffix(before_user),
         system=(opening, after_system.removesuffix(before_user)),
         user=(before_user, after_user[:cut]),
-        assistant=(after_user[cut:], rest),
+        assistant=(after_user[cut:], end),
         reply=prompt_end[cut:],
     )
 
 
 def _rendered(turns: Turns, *, with_system: bool) -> str:
-    """Two exchanges of marks as Ollama's template would write them, for comparison with the chat template."""
+    """The prompt after two exchanges of marks as Ollama's template would write it."""
     start = f"{turns.system[0]}{_SYSTEM}{turns.system[1]}" if with_system else turns.opening
     exchange = _USER.join(turns.user) + _ANSWER.join(turns.assistant)
-    return start + exchange * 2
+    return start + exchange * 2 + _USER.join(turns.user) + turns.reply
 
 
 def ollama_name(title: str) -> str:

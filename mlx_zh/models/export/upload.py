@@ -12,14 +12,20 @@ from mlx_zh.errors import UploadError, first_line
 from mlx_zh.system.environment import pip_install
 from mlx_zh.system.links import check_folder
 
-_REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# Both hubs take ASCII; Hugging Face also refuses two dots or dashes in a row, and a name that ends with them.
+_PART = r"\w(?:[.-]?\w)*"
+_REPOSITORY = re.compile(rf"{_PART}/{_PART}", re.ASCII)
+_LONGEST = 96  # characters of OWNER/NAME on Hugging Face
 _SECRET = re.compile(r"(hf_|ms-|Bearer )[\w-]+")
 
 
 def check(repository: str, hub: str) -> None:
     """Check the repository's name, the library and the login before the export. Raises UploadError."""
-    if not _REPOSITORY.fullmatch(repository):
-        raise UploadError(f"{repository!r} is not a repository's name; write it as OWNER/NAME.")
+    if not _REPOSITORY.fullmatch(repository) or len(repository) > _LONGEST or repository.endswith(".git"):
+        raise UploadError(
+            f"{repository!r} is not a repository's name; write it as OWNER/NAME, in at most {_LONGEST} of the "
+            "characters a-z, A-Z, 0-9, -, _ and ."
+        )
     if hub == "huggingface":
         from huggingface_hub import get_token
 
@@ -34,7 +40,7 @@ def check(repository: str, hub: str) -> None:
 
 def own_repository(title: str, hub: str) -> str:
     """`OWNER/NAME` for a model, with the logged-in user as its owner. Raises UploadError."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title).strip("-.") or "tuned-model"
+    name = re.sub(r"[.-]{2,}", "-", re.sub(r"[^A-Za-z0-9_.-]", "-", title))[:60].strip("-.") or "tuned-model"
     if hub != "huggingface":
         raise UploadError(f"name the repository on ModelScope yourself: --push-to-hub OWNER/{name}.")
     check(f"me/{name}", hub)

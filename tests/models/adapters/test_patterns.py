@@ -20,7 +20,7 @@ def as_peft(pattern: str, path: str) -> bool:
 
 
 EXPRESSIONS = st.recursive(
-    st.sampled_from(["a", "b", r"\.", ".", "[ab]", "[^a.]", r"\d", "1"]),
+    st.sampled_from(["a", "b", r"\.", ".", "[ab]", "[^a.]", r"\d", "1", "^", "$"]),
     lambda inner: (
         st.tuples(inner, inner).map("".join)
         | st.tuples(inner, inner).map(lambda two: f"({two[0]}|{two[1]})")

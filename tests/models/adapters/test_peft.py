@@ -12,6 +12,7 @@ from tiny_models import TEXT_IDS, logits
 from tuned import make_tuned
 
 from mlx_zh.errors import AdapterError
+from mlx_zh.models.adapters import peft as peft_format
 from mlx_zh.models.adapters.files import load_adapter, read_adapter
 from mlx_zh.models.adapters.peft import read_peft, write_peft
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -93,7 +94,7 @@ def test_rslora_divides_by_the_root_of_the_rank(tmp_path):
     assert read_adapter(folder)[0].scale == 4.0  # 8 / sqrt(4)
 
 
-# Every key of PEFT's LoraConfig (0.9 to 0.18): values with which the adapter is plain LoRA or DoRA, and others.
+# Every key of PEFT's LoraConfig (0.9 to 0.21): values with which the adapter is plain LoRA or DoRA, and others.
 READ = {
     "alora_invocation_tokens": [None, []],
     "alpha_pattern": [{}, None, {"q_proj": 8}],
@@ -107,27 +108,36 @@ READ = {
     "exclude_modules": [None, ["lm_head"]],
     "fan_in_fan_out": [False],
     "inference_mode": [True, False],
-    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva"],
+    "init_lora_weights": [True, False, None, "gaussian", "orthogonal", "eva", "mica"],
+    "kasa_config": [None],
     "layer_replication": [None],
     "layers_pattern": [None, "layers", ["layers"]],
     "layers_to_transform": [None, 1, [0, 1]],
     "loftq_config": [{}, {"loftq_bits": 4}],
+    "lora_alpha": [8, 0.5],
     "lora_bias": [False],
+    "lora_dropout": [0.0, 0.1],
+    "lora_ga_config": [None, {"direction": "ArB2r"}],
     "megatron_config": [None],
     "megatron_core": ["megatron.core"],
+    "monteclora_config": [None],
     "modules_to_save": [None, []],
     "peft_type": ["LORA"],
     "peft_version": ["0.18.0"],
     "qalora_group_size": [16],
+    "r": [4],
     "rank_pattern": [{}, None],
     "revision": [None, "main"],
+    "runtime_config": [None, {"ephemeral_gpu_offload": False}],
     "target_modules": ["all-linear", r".*_proj", ["q_proj"]],
     "target_parameters": [None, []],
     "task_type": ["CAUSAL_LM", None],
     "trainable_token_indices": [None],
+    "use_bdlora": [None],
     "use_dora": [False],
     "use_qalora": [False],
     "use_rslora": [False, True],
+    "velora_config": [None],
     "lora_dtype": ["bfloat16"],  # of another program
 }
 REFUSED = {
@@ -137,16 +147,23 @@ REFUSED = {
     "fan_in_fan_out": [True],
     "init_lora_weights": ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "something_new", "PiSSA"],
     "invocation_string": ["<|start|>"],
+    "kasa_config": [{"beta": 0.0001}],
     "layer_replication": [[[0, 1], [0, 2]]],
     "lora_bias": [True],
     "megatron_config": [{"hidden_size": 64}],
     "modules_to_save": [["score"], ["embed_tokens", "norm"]],
+    "monteclora_config": [{"num_samples": 8}],
     "peft_type": ["IA3", "VERA", "LOHA", "LOKR", "ADALORA", "PROMPT_TUNING", "PREFIX_TUNING", "OFT", "BONE", "XLORA"],
     "target_parameters": [["experts.gate_up_proj"]],
     "trainable_token_indices": [[1, 2], {"embed_tokens": [3]}],
+    "something_new_config": [{"x": 1}],
+    "use_bdlora": [{"nblocks": 2}],
     "use_qalora": [True],
     "use_something_new": [True],
+    "velora_config": [{"num_groups": 64}],
 }
+CONVERTIBLE = ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA")  # by PEFT, to plain LoRA
+NEVER_MERGED = ("PROMPT_TUNING", "PREFIX_TUNING", "XLORA")
 
 
 def test_every_setting_of_pefts_is_read_or_refused_by_name(tmp_path):
@@ -162,8 +179,11 @@ def test_every_setting_of_pefts_is_read_or_refused_by_name(tmp_path):
             path.write_text(json.dumps(original | {key: value}))
             with pytest.raises(AdapterError, match=rf"{key} {re.escape(repr(value))}") as error:
                 read_peft(folder)
-            assert "merge_and_unload" in str(error.value)
-            assert ("path_initial_model_for_weight_conversion" in str(error.value)) == (key == "init_lora_weights")
+            merged = value not in NEVER_MERGED if key == "peft_type" else key not in peft_format._NEVER_MERGED
+            assert ("Merge it with PEFT (merge_and_unload)" in str(error.value)) == merged
+            assert ("PEFT cannot merge it either" in str(error.value)) == (not merged)
+            convertible = key == "init_lora_weights" and value in CONVERTIBLE
+            assert ("path_initial_model_for_weight_conversion" in str(error.value)) == convertible
 
 
 @pytest.mark.oracle
