@@ -283,9 +283,12 @@ def test_a_link_in_the_base_is_refused_and_nothing_is_written(project, run, name
     assert not FUSED.exists()
 
 
-def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder):
-    recipe = (f"model.path={model_folder(quantized=4)}", "name=packed")
-    project.train(recipe[0], name="packed")
+@pytest.mark.parametrize("on_load", [False, True])
+def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder, on_load):
+    base = project.model if on_load else model_folder(quantized=4)
+    more = ("model.quantize={bits: 4, group_size: 32}",) if on_load else ()
+    recipe = (f"model.path={base}", *more, "name=packed")
+    project.train(*recipe[:-1], name="packed")
     folder = Path("runs/packed/fused")
 
     def told(*arguments):

@@ -47,11 +47,12 @@ def mixed_layout(recipe: Recipe, fusion: Fusion, others: int) -> Layout:
     return bits.mixed_layout(least, errors, limit)
 
 
-def recovered_layout(recipe: Recipe, fusion: Fusion, layout: Layout, kept: Path) -> tuple[Layout, card.Recovered]:
+def recovered_layout(recipe: Recipe, layout: Layout, kept: Path) -> tuple[Layout, card.Recovered]:
     """`layout` with codes that keep the tuning, computed with a progress bar; `kept` holds finished blocks.
 
     Raises DataError without text, DeviceError without memory, StorageError.
     """
+    fusion = layout.fusion
     text = calibration_rows(recipe, fusion.base.tokenizer)
     recovery = Recovery(layout, text, kept)
     _need_memory(fusion, text)
