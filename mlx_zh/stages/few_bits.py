@@ -29,6 +29,8 @@ def mixed_layout(recipe: Recipe, fusion: Fusion, others: int) -> Layout:
     """
     export = recipe.export
     least, more = (packed_layout(fusion, n, export.group_size, at_least=True) for n in bits.CHOICES[:2])
+    if export.recover:
+        least, more = bits.with_fine_tables(least), bits.with_fine_tables(more)
     sizes = [sum(entry.size for entry in layout.entries()) for layout in (least, more)]
     limit = sum(sizes) // 2 if export.size_gb is None else int(export.size_gb * 1e9) - others
     if limit < sizes[0]:

@@ -123,10 +123,10 @@ class Fuser:
     def mlx_layouts(self) -> list[tuple[Layout, int]]:
         """The layouts of `mlx` to try in turn, with their bits; several only if `bits` is auto."""
         group, fusion = self.export.group_size, self.mlx_fusion
-        chosen: str | int = self.export.bits
-        if chosen == "auto" and self.export.recover:
-            few = bits.base_bits(fusion)
-            chosen = few if few in bits.CHOICES else min(bits.CHOICES)
+        chosen = self.export.bits
+        if self.export.recover and chosen != "mixed":
+            layout = bits.own_layout(fusion, group) if chosen == "auto" else packed_layout(fusion, chosen, group)
+            return [(bits.with_fine_tables(layout), bits.most_common(layout.packing))]
         if chosen == "mixed":
             return [(mixed_layout(self.recipe, fusion, _CONFIGS), _MIXED)]
         if not isinstance(chosen, int):
@@ -210,7 +210,10 @@ class Fuser:
             )
         if "gguf" in self.export.formats:
             llama_quantizer.check(self.export.gguf_type)
-        need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
+        sizes = [self.size(kind) for kind in self.export.formats]
+        if self.export.recover:
+            sizes.append(self.size("mlx"))  # of the finished blocks
+        need_space(self.folder, sum(sizes), "the fused model")
 
     def steps(self, kind: str) -> int:
         """How many times `write` calls `step` for a format."""

@@ -9,6 +9,7 @@ from tiny_models import logits
 from tuned import make_tuned
 
 from mlx_zh.core.packing import pack_conversations
+from mlx_zh.errors import ModelError
 from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.export import bits, fidelity
 from mlx_zh.models.export.folder_files import pack, packed_layout, unpack
@@ -233,3 +234,52 @@ def test_mixed_and_recovered_at_once(tmp_path):
     plain = tuned.kl(tuned.written("plain", mixed))
     recovery = Recovery(mixed, text(8, 30), tmp_path / "work")
     assert tuned.kl(tuned.written("recovered", recovery.run("a", lambda: None))) < 0.7 * plain
+
+
+def test_trained_tables_get_eight_bits_and_every_matrix_its_own(tmp_path):
+    """Plain rounding loses the change of a table, so recovered blocks alone would not help."""
+    made = make_tuned(tmp_path, quantize=(6, 32), size=0.02, saved=("lm_head",), targets=TARGETS)
+    fusion = made.fusion(quantize=(6, 32))
+    path = "model.layers.0.mlp.up_proj"
+    fusion.base.outline.packing[path] = {**FORM, "bits": 3}
+    own = bits.own_layout(fusion, None)
+    assert own.packing[path]["bits"] == 3 and bits.most_common(own.packing) == 6
+    fine = bits.with_fine_tables(own)
+    differing = {name: form["bits"] for name, form in fine.packing.items() if form["bits"] != 6}
+    assert differing == {path: 3, "lm_head": 8}
+    assert bits.most_common({}) == 16
+
+
+def test_unusable_states_are_an_error_of_the_users(tmp_path):
+    tuned = Tuned(tmp_path)
+    name = "model.layers.0.mlp.up_proj.lora_b"
+    tuned.fusion.adapter.weights[name] = tuned.fusion.adapter.weights[name] * float("nan")
+    with pytest.raises(ModelError, match="computes NaN or infinity"):
+        tuned.recovery().run("a", lambda: None)
+
+
+def test_equal_columns_get_damping_enough_for_a_factor():
+    """1e12 in every entry of the sum of x x^T: float32 leaves 1e5 of error, and the damping is 1e10."""
+    x = mx.broadcast_to(mx.random.normal((400, 1), key=mx.random.key(0)) * 5e4, (400, 64))
+    weight = mx.random.normal((16, 64), key=mx.random.key(1))
+    for scale in (1, 1e-20, 1e12):
+        made = compensated(weight, Inputs.of([x * scale], [x * scale]), FORM, mx.float32, None)
+        assert mx.isfinite(unpack(made, FORM)).all()
+
+
+@pytest.mark.parametrize("columns", [32, 512, 544, 1088])
+def test_panels_do_not_change_the_result(columns, monkeypatch):
+    exact, actual = inputs(columns=columns)
+    weight = mx.random.normal((4, columns), key=mx.random.key(1))
+    _, scales, biases = pack(weight, FORM, mx.float32)
+    made = []
+    for size in (32, 512):
+        monkeypatch.setattr("mlx_zh.models.export.rounding.PANEL", size)
+        made.append(compensated(weight, Inputs.of([exact], [actual]), FORM, mx.float32, Grid(scales, biases)))
+
+    def error(parts):
+        return float(mx.square(actual @ unpack(parts, FORM).T - exact @ weight.T).sum())
+
+    # In float32 a few values lie on the other side of a rounding boundary, and all columns after them follow.
+    np.testing.assert_allclose(error(made[0]), error(made[1]), rtol=0.02)
+    assert (unpack(made[0], FORM) == unpack(made[1], FORM)).mean() > 0.9

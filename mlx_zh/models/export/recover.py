@@ -9,6 +9,7 @@ work folder at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,10 +95,10 @@ class Recovery:
                 path = prefix + leaf
                 form, tensor = self.layout.packing[path], tensors.pop(f"{path}.weight")
                 if (parts := known.get(path)) is None:
-                    if inputs is None:
-                        inputs = repeated(partial(self._inputs, right, actual))
                     grid = self._grid(path, tensor, scales)
-                    parts = repeated(partial(compensated, tensor.value, inputs, form, self.layout.dtype, grid))
+                    with self._finite():
+                        inputs = inputs or repeated(partial(Inputs.of, right, actual))
+                        parts = repeated(partial(compensated, tensor.value, inputs, form, self.layout.dtype, grid))
                 codes[path] = parts
                 rounded.replace(index, leaf, unpack(parts, form))
             for leaf in leaves:
@@ -108,10 +109,11 @@ class Recovery:
         rounded.free(index)
         mx.clear_cache()
 
-    def _inputs(self, exact: list[mx.array], rounded: list[mx.array]) -> Inputs:
-        """What `compensated` takes. Raises ModelError."""
+    @contextmanager
+    def _finite(self) -> Iterator[None]:
+        """Raise ModelError where a matrix or its inputs are not finite."""
         try:
-            return Inputs.of(exact, rounded)
+            yield
         except NotFiniteError as error:
             fusion = self.layout.fusion
             raise ModelError(

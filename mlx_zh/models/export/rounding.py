@@ -17,11 +17,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core.sums import total
 from mlx_zh.models.build import Form
 from mlx_zh.models.export.folder_files import pack, unpack
 
 _DAMPING = 0.01  # of the mean squared input, added to every column's own, as in the paper
-_MORE_DAMPING = 10  # times as much, if rounding errors have left the sum of x x^T without a factor
+_DAMPINGS = 4  # that are tried, each 10 times the one before: rounding can leave the sum of x x^T without a factor
+_WIDTHS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's grid, as a share of MLX's own; the first one is MLX's
 PANEL = 512  # columns; a multiple of every group size
 
 
@@ -34,7 +36,7 @@ class Grid:
 
 
 class NotFiniteError(Exception):
-    """The inputs of a matrix contain NaN or infinity."""
+    """A matrix or its inputs contain NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Inputs:
     @staticmethod
     def of(exact: Sequence[mx.array], rounded: Sequence[mx.array]) -> Inputs:
         """Of the inputs in both models. Raises NotFiniteError."""
+        _need_finite(exact)
+        _need_finite(rounded)
         return Inputs(exact, rounded, *_factor(rounded))
 
     def pulls(self, weight: mx.array) -> list[mx.array]:
@@ -77,9 +81,10 @@ def compensated(weight: mx.array, inputs: Inputs, form: Form, dtype: mx.Dtype, g
     """Quantize `weight` (out, in), float32, so that its output on x is close to that of `weight` on x'.
 
     Columns are rounded one after another, and the error of each is made up for by those after it. Without a `grid`,
-    each group gets MLX's own for what its weights are when it is reached. Returns packed codes, and scales and biases
-    in `dtype`.
+    each group gets one that fits what its weights are when it is reached. Returns packed codes, and scales and biases
+    in `dtype`. Raises NotFiniteError.
     """
+    _need_finite([weight])
     pulls = inputs.pulls(weight)
     parts: list[list[mx.array]] = []
     errors: list[mx.array] = []  # of the panels, (out, panel) each
@@ -98,6 +103,11 @@ def compensated(weight: mx.array, inputs: Inputs, form: Form, dtype: mx.Dtype, g
         parts.append(part)
         errors.append(error)
     return [mx.concatenate(list(arrays), axis=1) for arrays in zip(*parts, strict=True)]
+
+
+def _need_finite(arrays: Sequence[mx.array]) -> None:
+    if not all(mx.isfinite(array).all().item() for array in arrays):
+        raise NotFiniteError
 
 
 def _bounds(index: int, columns: int) -> tuple[int, int]:
@@ -122,16 +132,18 @@ def _columns(grid: Grid, form: Form, start: int, stop: int) -> Grid:
 
 
 def _factor(rows: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-    """The panels of M with M M^T = the damped sum of x x^T, M upper triangular, and the inverses of their ends."""
-    squares = float(_sum(mx.square(row).sum() for row in rows))
-    if not np.isfinite(squares):
-        raise NotFiniteError
+    """The panels of M with M M^T = the damped sum of x x^T, M upper triangular, and the inverses of their ends.
+
+    Raises NotFiniteError.
+    """
+    squares = sum(float(total(mx.square(row))) for row in rows)
     damping = _DAMPING * squares / rows[0].shape[1] or 1.0
-    while True:
+    for power in range(_DAMPINGS):
         try:
-            return _factor_damped(rows, damping)
+            return _factor_damped(rows, damping * 10**power)
         except np.linalg.LinAlgError:
-            damping *= _MORE_DAMPING
+            pass
+    raise NotFiniteError
 
 
 def _factor_damped(rows: Sequence[mx.array], damping: float) -> tuple[list[mx.array], list[mx.array]]:
@@ -172,11 +184,11 @@ def _round_panel(rest: mx.array, root: mx.array, form: Form, dtype: mx.Dtype, gr
     codes, scales, biases = [], [], []
     for number, start in enumerate(range(0, root.shape[0], group)):
         now, rest = rest[:, :group], rest[:, group:]
+        block = root[start : start + group]
         if grid is None:
-            _, scale, bias = pack(now, form, dtype)
+            scale, bias = _fitted(now, block[:, start : start + group], form, dtype)
         else:
             scale, bias = (part[:, number : number + 1].astype(dtype) for part in (grid.scales, grid.biases))
-        block = root[start : start + group]
         rounded, errors = _round_group(
             now, block[:, start : start + group], scale.astype(mx.float32), bias.astype(mx.float32), form["bits"]
         )
@@ -187,6 +199,22 @@ def _round_panel(rest: mx.array, root: mx.array, form: Form, dtype: mx.Dtype, gr
         biases.append(bias)
     packed = packed_codes(mx.concatenate(codes, axis=1), form["bits"])
     return [packed, mx.concatenate(scales, axis=1), mx.concatenate(biases, axis=1)]
+
+
+def _fitted(weight: mx.array, root: mx.array, form: Form, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """The scale and bias (out, 1) of a group (out, group): of `_WIDTHS`, those with the least error in each row."""
+    _, scale, bias = pack(weight, form, dtype)
+    middle = bias.astype(mx.float32) + scale.astype(mx.float32) * (2 ** form["bits"] - 1) / 2
+    scales = [(scale * width).astype(dtype) for width in _WIDTHS]
+    biases = [(middle - s.astype(mx.float32) * (2 ** form["bits"] - 1) / 2).astype(dtype) for s in scales]
+    scales[0], biases[0] = scale, bias
+    tried = [mx.concatenate(parts).astype(mx.float32) for parts in ([weight] * len(_WIDTHS), scales, biases)]
+    _, errors = _round_group(tried[0], root, tried[1], tried[2], form["bits"])
+    losses = mx.square(errors).sum(axis=1).reshape(len(_WIDTHS), -1)  # (widths * out, group) -> (widths, out)
+    best = losses.argmin(axis=0)[None, :, None]  # (1, out, 1)
+    chosen = (mx.take_along_axis(mx.stack(parts), best, axis=0)[0] for parts in (scales, biases))
+    scale, bias = chosen
+    return scale, bias
 
 
 def _round_group(
