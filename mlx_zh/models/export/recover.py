@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mlx_zh.core.sums import total
 from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, Weights, dequantize, lazy_model
 from mlx_zh.models.export.folder_files import Layout, pack, unpack
-from mlx_zh.models.export.merge import Fusion, Tensor
+from mlx_zh.models.export.merge import Fusion
 from mlx_zh.models.export.rounding import PANEL, Grid, Inputs, NotFiniteError, compensated
 from mlx_zh.models.export.source import Source
 from mlx_zh.system.accelerator import repeated
@@ -75,17 +75,15 @@ class Recovery:
             step()
         return self.layout.with_codes(self.paths, self._stored)
 
-    def _run_block(
-        self, index: int, tensors: dict[str, Tensor], scales: Weights, exact: _Stream, rounded: _Stream
-    ) -> None:
+    def _run_block(self, index: int, block: _Block, scales: Weights, exact: _Stream, rounded: _Stream) -> None:
         """Round the matrices of a block, and move both streams behind it. `scales` has the source's, and biases.
 
-        `tensors` is emptied.
+        The matrices of `block` are taken out of it.
         """
         prefix = _prefix(index)
         known = self._read(index)
-        exact.load(index, tensors)
-        rounded.load(index, tensors)
+        exact.load(index, block.values)
+        rounded.load(index, block.values)
         codes: dict[str, list[mx.array]] = {}
         points = zip(exact.block(index), rounded.block(index), strict=True)
         for (leaves, right), (_, actual) in points:
@@ -93,16 +91,16 @@ class Recovery:
             inputs = None
             for leaf in changed:
                 path = prefix + leaf
-                form, tensor = self.layout.packing[path], tensors.pop(f"{path}.weight")
+                form, weight = self.layout.packing[path], block.values.pop(f"{path}.weight")
                 if (parts := known.get(path)) is None:
-                    grid = self._grid(path, tensor, scales)
+                    grid = self._grid(path, block.growth.get(f"{path}.weight"), scales)
                     with self._finite():
                         inputs = inputs or repeated(partial(Inputs.of, right, actual))
-                        parts = repeated(partial(compensated, tensor.value, inputs, form, self.layout.dtype, grid))
+                        parts = repeated(partial(compensated, weight, inputs, form, self.layout.dtype, grid))
                 codes[path] = parts
                 rounded.replace(index, leaf, unpack(parts, form))
             for leaf in leaves:
-                tensors.pop(f"{prefix}{leaf}.weight", None)
+                block.values.pop(f"{prefix}{leaf}.weight", None)
         if not known and codes:
             write_arrays(self._file(index), _flat(codes))
         exact.free(index)
@@ -121,16 +119,17 @@ class Recovery:
                 "training data, so there is nothing to recover. Train again with a smaller learning_rate."
             ) from error
 
-    def _grid(self, path: str, tensor: Tensor, scales: Weights) -> Grid | None:
-        """The base's own grid, on which all but the adapter's change lies already; None if there is none to keep."""
+    def _grid(self, path: str, growth: mx.array | None, scales: Weights) -> Grid | None:
+        """The base's own grid, on which all but the adapter's change lies already; None if there is none to keep.
+
+        The rows of a matrix with DoRA have grown by `growth` (out,).
+        """
         fusion, form = self.layout.fusion, self.layout.packing[path]
         if fusion.original is not None or fusion.base.outline.packing.get(path) != form:
             return None
         scale, bias = (scales.pop(f"{path}.{part}").astype(mx.float32) for part in ("scales", "biases"))
-        if fusion.adapter.spec.kind == "dora" and tensor.before is not None:  # it also changes the rows' lengths
-            before = tensor.before
-            length = (tensor.value * before).sum(axis=1) / mx.maximum((before * before).sum(axis=1), 1e-30)
-            scale, bias = scale * length[:, None], bias * length[:, None]
+        if growth is not None:
+            scale, bias = scale * growth[:, None], bias * growth[:, None]
         return Grid(scale, bias)
 
     # The work folder ------------------------------------------------------------------------------------------
@@ -197,15 +196,25 @@ def _packed_in(weights: Weights, source: Source) -> dict[str, Form]:
     return {path: form for path, form in source.outline.packing.items() if f"{path}.scales" in weights}
 
 
-def _take_block(fusion: Fusion, index: int, weights: Weights) -> dict[str, Tensor]:
-    """The merged tensors of a block by name, for DoRA with what they were; they are taken out of `weights`."""
-    changed = fusion.adapter.tensors
-    names = [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]
-    tensors = {}
-    for name in names:
+@dataclass(frozen=True)
+class _Block:
+    """The merged tensors of a block by name; of each matrix that DoRA changes also its rows' growth (out,)."""
+
+    values: dict[str, mx.array]  # float32
+    growth: dict[str, mx.array]
+
+
+def _take_block(fusion: Fusion, index: int, weights: Weights) -> _Block:
+    """Merge a block; its tensors are taken out of `weights`."""
+    changed, block = fusion.adapter.tensors, _Block({}, {})
+    for name in [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]:
         tensor = fusion.merge(name, weights.pop(name), changed)
-        tensors[name] = tensor if fusion.adapter.spec.kind == "dora" else replace(tensor, before=None)
-    return tensors
+        block.values[name] = tensor.value
+        if fusion.adapter.spec.kind == "dora" and (before := tensor.before) is not None:
+            growth = (tensor.value * before).sum(axis=1) / mx.maximum((before * before).sum(axis=1), 1e-30)
+            mx.eval(growth)
+            block.growth[name] = growth
+    return block
 
 
 def _embeddings(layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -> list[mx.array]:
@@ -241,10 +250,10 @@ class _Stream:
         self.rows = rows
         self.hidden = list(embedded)
 
-    def load(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, index: int, values: Mapping[str, mx.array]) -> None:
         """Give a block its weights."""
         prefix = _prefix(index)
-        self.layers[index].load_weights([(name.removeprefix(prefix), t.value) for name, t in tensors.items()])
+        self.layers[index].load_weights([(name.removeprefix(prefix), value) for name, value in values.items()])
 
     def replace(self, index: int, leaf: str, weight: mx.array) -> None:
         """Give a matrix another weight."""
@@ -350,11 +359,11 @@ def rounding_errors(
     dequantize(weights, _packed_in(weights, fusion.source), mx.float32)
     errors: dict[str, dict[int, float]] = {}
     for index in range(len(exact.layers)):
-        tensors, prefix = _take_block(fusion, index, weights), _prefix(index)
-        exact.load(index, tensors)
+        values, prefix = _take_block(fusion, index, weights).values, _prefix(index)
+        exact.load(index, values)
         for leaves, inputs in exact.block(index):
             for path in (prefix + leaf for leaf in leaves):
-                weight = tensors.pop(f"{path}.weight").value
+                weight = values.pop(f"{path}.weight")
                 if path not in paths:
                     continue
                 size = _output_size(inputs, weight)
@@ -377,9 +386,10 @@ def _output_size(inputs: Sequence[mx.array], weight: mx.array) -> float:
 def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> int:
     """The memory at the peak of a recovery over rows of `lengths` tokens, the base's file not counted.
 
-    Either a block is loaded, with the text's states and normed states in both models, and the inputs of its widest
-    matrix are being computed row by row. Or that matrix is rounded: with its inputs and states in both models, half a
-    square for the factor of its moments with its corners' inverses, its outputs' drift, and four copies of itself.
+    Either a block is being merged, with copies of its widest matrix and the text's states in both models. Or the
+    inputs of that matrix are computed row by row, with normed states. Or it is rounded: with its inputs and states in
+    both models, half a square for the factor of its moments with its corners' inverses, its outputs' drift, and four
+    copies of itself.
     """
     tokens, longest = sum(lengths), max(lengths)
     first = _prefix(0)
@@ -387,7 +397,8 @@ def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> 
     values = sum(int(np.prod(shape)) for shape in block.values())
     rows, columns = max((s for s in block.values() if len(s) == 2), key=lambda s: (s[1], s[0]))
     width = shapes[f"{_EMBEDDING}.weight"][1]
+    merging = values + 3 * rows * columns + 2 * tokens * width
     loaded = values + tokens * (4 * width + 2 * columns) + longest * 4 * columns
     factor = columns * (columns + 3 * PANEL) // 2
     rounding = tokens * (2 * width + 2 * columns + rows) + factor + 4 * rows * columns
-    return _FLOAT * max(loaded, rounding)
+    return _FLOAT * max(merging, loaded, rounding)
