@@ -87,25 +87,34 @@ class Recovery:
         codes: dict[str, list[mx.array]] = {}
         points = zip(exact.block(index), rounded.block(index), strict=True)
         for (leaves, right), (_, actual) in points:
-            changed = [leaf for leaf in leaves if prefix + leaf in self.paths]
-            inputs = None
-            for leaf in changed:
-                path = prefix + leaf
-                form, weight = self.layout.packing[path], block.values.pop(f"{path}.weight")
-                if (parts := known.get(path)) is None:
-                    grid = self._grid(path, block.growth.get(f"{path}.weight"), scales)
-                    with self._finite():
-                        inputs = inputs or repeated(partial(Inputs.of, right, actual))
-                        parts = repeated(partial(compensated, weight, inputs, form, self.layout.dtype, grid))
-                codes[path] = parts
-                rounded.replace(index, leaf, unpack(parts, form))
-            for leaf in leaves:
-                block.values.pop(f"{prefix}{leaf}.weight", None)
+            weights = {prefix + leaf: block.values.pop(f"{prefix}{leaf}.weight") for leaf in leaves}
+            made = {path: known[path] for path in weights if path in known}
+            made = made or self._round(weights, right, actual, block.growth, scales)
+            del weights  # the streams drop their matrices when they go on
+            for path, parts in made.items():
+                rounded.replace(index, path.removeprefix(prefix), unpack(parts, self.layout.packing[path]))
+            codes |= made
         if not known and codes:
             write_arrays(self._file(index), _flat(codes))
         exact.free(index)
         rounded.free(index)
         mx.clear_cache()
+
+    def _round(
+        self, weights: Weights, exact: list[mx.array], rounded: list[mx.array], growth: Weights, scales: Weights
+    ) -> dict[str, list[mx.array]]:
+        """Round those of `weights`, by path, that are rounded here. Their inputs are the same. Raises ModelError."""
+        made: dict[str, list[mx.array]] = {}
+        inputs = None
+        for path in weights:
+            if path not in self.paths:
+                continue
+            grid = self._grid(path, growth.get(f"{path}.weight"), scales)
+            with self._finite():
+                inputs = inputs or repeated(partial(Inputs.of, exact, rounded))
+                form = self.layout.packing[path]
+                made[path] = repeated(partial(compensated, weights[path], inputs, form, self.layout.dtype, grid))
+        return made
 
     @contextmanager
     def _finite(self) -> Iterator[None]:
