@@ -395,7 +395,7 @@ def _output_size(inputs: Sequence[mx.array], weight: mx.array) -> float:
 def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> int:
     """The memory at the peak of a recovery over rows of `lengths` tokens, the base's file not counted.
 
-    Either a block is being merged, with copies of its widest matrix and the text's states in both models. Or the
+    Either a block is being merged, with copies and codes of its widest matrix and the text's states in both models. Or the
     inputs of that matrix are computed row by row, with normed states. Or it is rounded: with its inputs and states in
     both models, half a square for the factor of its moments with its corners' inverses, its outputs' drift, and four
     copies of itself.
@@ -406,7 +406,7 @@ def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> 
     values = sum(int(np.prod(shape)) for shape in block.values())
     rows, columns = max((s for s in block.values() if len(s) == 2), key=lambda s: (s[1], s[0]))
     width = shapes[f"{_EMBEDDING}.weight"][1]
-    merging = values + 3 * rows * columns + 2 * tokens * width
+    merging = values + 13 * rows * columns // 4 + 2 * tokens * width
     loaded = values + tokens * (4 * width + 2 * columns) + longest * 4 * columns
     factor = columns * (columns + 3 * PANEL) // 2
     rounding = tokens * (2 * width + 2 * columns + rows) + factor + 4 * rows * columns
