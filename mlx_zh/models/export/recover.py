@@ -395,10 +395,10 @@ def _output_size(inputs: Sequence[mx.array], weight: mx.array) -> float:
 def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> int:
     """The memory at the peak of a recovery over rows of `lengths` tokens, the base's file not counted.
 
-    Either a block is being merged, with copies and codes of its widest matrix and the text's states in both models. Or the
-    inputs of that matrix are computed row by row, with normed states. Or it is rounded: with its inputs and states in
-    both models, half a square for the factor of its moments with its corners' inverses, its outputs' drift, and four
-    copies of itself.
+    Either a block is being merged, with copies and codes of its widest matrix and the text's states in both models.
+    Or the inputs of that matrix are computed row by row, with normed states. Or it is rounded: with its inputs and
+    states in both models, half a square for the factor of its moments with its corners' inverses, its outputs' drift,
+    and four copies of itself.
     """
     tokens, longest = sum(lengths), max(lengths)
     first = _prefix(0)
