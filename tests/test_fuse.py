@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_zh import fuse
+from mlx_zh import dpo, fuse
 from mlx_zh.language.notice import notice_of
 from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter
 from mlx_zh.models.load import load_model
@@ -283,9 +283,12 @@ def test_a_link_in_the_base_is_refused_and_nothing_is_written(project, run, name
     assert not FUSED.exists()
 
 
-def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder):
-    recipe = (f"model.path={model_folder(quantized=4)}", "name=packed")
-    project.train(recipe[0], name="packed")
+@pytest.mark.parametrize("on_load", [False, True])
+def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder, on_load):
+    base = project.model if on_load else model_folder(quantized=4)
+    more = ("model.quantize={bits: 4, group_size: 32}",) if on_load else ()
+    recipe = (f"model.path={base}", *more, "name=packed")
+    project.train(*recipe[:-1], name="packed")
     folder = Path("runs/packed/fused")
 
     def told(*arguments):
@@ -325,3 +328,45 @@ def test_mixed_bits_are_chosen_within_a_size(project, run, model_folder):
     for wrong in (["export.bits=mixed", "export.size_gb=0.001"], ["export.bits=8", "export.size_gb=1"]):
         result = run(*recipe, *wrong)
         assert result.status != 0 and "export.size_gb" in result.err
+
+
+def recovered(project, *arguments):
+    """What summary.json says of a recovered 4-bit model, made in the run `tiny` of a full-precision base."""
+    ran(project.run(fuse.main, "--recover", *arguments))
+    return summary()["mlx"]["recovered"]
+
+
+def test_recover_adjusts_to_one_short_row(project):
+    project.write_data("train.jsonl", (("问？", "好"),))
+    project.train()
+    assert 0 < recovered(project)["tokens"] < 40
+
+
+def test_recover_adjusts_to_preferred_answers_where_there_was_no_sft(project):
+    rows = [{"prompt": [{"role": "user", "content": f"问{n}"}]} for n in range(3)]
+    answers = {key: [{"role": "assistant", "content": text}] for key, text in (("chosen", "好"), ("rejected", "不"))}
+    text = "".join(json.dumps(row | answers, ensure_ascii=False) + "\n" for row in rows)
+    Path("pairs.jsonl").write_text(text, encoding="utf-8")
+    project.recipe["data"] = {"dpo": {"train": ["pairs.jsonl"]}, "max_length": 128}
+    project.recipe["dpo"] = {"batch_size": 3, "max_steps": 2, "learning_rate": 1e-2}
+    project.write_recipe()
+    ran(project.run(dpo.main))
+    assert recovered(project)["tokens"] > 10
+
+
+def test_recover_adjusts_to_raw_text_and_to_personal_variables(project):
+    Path("book.txt").write_text("第一章。天气很好。\n\n" * 30, encoding="utf-8")
+    project.write_data("train.jsonl", (("你是谁？", "我是{{name}}。"),))
+    project.recipe["data"] |= {"sft": {"train": ["book.txt", "train.jsonl"]}, "variables": {"name": "小城"}}
+    project.write_recipe()
+    project.train()
+    assert recovered(project)["tokens"] > 20
+
+
+def test_recover_without_any_data_says_what_it_needs(project):
+    project.train()
+    project.recipe["data"] = {}
+    project.write_recipe()
+    result = project.run(fuse.main, "--recover", "--adapter", "runs/tiny/sft/adapters")
+    assert result.status == 2 and "need text that the adapter was trained on" in result.err
+    assert not FUSED.exists()

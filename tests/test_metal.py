@@ -163,6 +163,13 @@ def test_fuse_and_chat(on_metal: Project, metal: Watchman, monkeypatch: pytest.M
     assert metal.fewest_queries(gradient=False)["none"] == 1  # token by token
 
 
+def test_few_bits_that_keep_the_tuning(on_metal: Project, metal: Watchman) -> None:
+    well(on_metal.sft())
+    metal.calls.clear()
+    result = well(on_metal.run(fuse.main, "export.formats=[mlx]", "export.bits=mixed", "--recover", "--no-measure"))
+    assert "recovered in" in result and metal.of("attention")
+
+
 # The simulation refuses
 
 

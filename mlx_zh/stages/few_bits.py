@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_zh.core.packing import PackedBatch
 from mlx_zh.errors import DeviceError, RecipeError
 from mlx_zh.models.export import bits, card
 from mlx_zh.models.export.folder_files import Layout, packed_layout
@@ -27,6 +29,8 @@ def mixed_layout(recipe: Recipe, fusion: Fusion, others: int) -> Layout:
     """
     export = recipe.export
     least, more = (packed_layout(fusion, n, export.group_size, at_least=True) for n in bits.CHOICES[:2])
+    if export.recover:
+        least, more = bits.with_fine_tables(least), bits.with_fine_tables(more)
     sizes = [sum(entry.size for entry in layout.entries()) for layout in (least, more)]
     limit = sum(sizes) // 2 if export.size_gb is None else int(export.size_gb * 1e9) - others
     if limit < sizes[0]:
@@ -35,7 +39,7 @@ def mixed_layout(recipe: Recipe, fusion: Fusion, others: int) -> Layout:
             "GB with the fewest bits. Raise it, or leave it out."
         )
     text = calibration_rows(recipe, fusion.base.tokenizer)
-    _need_memory(fusion, sum(row.tokens.size for row in text))
+    _need_memory(fusion, text)
     console.say("Measuring what rounding does to the output of each matrix ...")
     bar = console.CountBar("errors", _blocks(fusion), "block")
     try:
@@ -45,14 +49,15 @@ def mixed_layout(recipe: Recipe, fusion: Fusion, others: int) -> Layout:
     return bits.mixed_layout(least, errors, limit)
 
 
-def recovered_layout(recipe: Recipe, fusion: Fusion, layout: Layout, kept: Path) -> tuple[Layout, card.Recovered]:
+def recovered_layout(recipe: Recipe, layout: Layout, kept: Path) -> tuple[Layout, card.Recovered]:
     """`layout` with codes that keep the tuning, computed with a progress bar; `kept` holds finished blocks.
 
     Raises DataError without text, DeviceError without memory, StorageError.
     """
+    fusion = layout.fusion
     text = calibration_rows(recipe, fusion.base.tokenizer)
     recovery = Recovery(layout, text, kept)
-    _need_memory(fusion, recovery.tokens)
+    _need_memory(fusion, text)
     console.say(
         f"Rounding block by block over {recovery.tokens} tokens of the training data; finished blocks are kept, "
         "so the same command goes on after an interruption ..."
@@ -72,10 +77,13 @@ def _blocks(fusion: Fusion) -> int:
     return int(fusion.source.config["num_hidden_layers"])
 
 
-def _need_memory(fusion: Fusion, tokens: int) -> None:
-    """Raise DeviceError if a pass over `tokens` tokens, block by block, does not fit into free memory."""
+def _need_memory(fusion: Fusion, text: Sequence[PackedBatch]) -> None:
+    """Raise DeviceError if a pass over `text`, block by block, does not fit into free memory."""
     mx.clear_cache()
-    needed, free = needed_bytes(fusion.source.outline.shapes, tokens), device.free_bytes()
+    file = fusion.source.path
+    held = file.stat().st_size if file.is_file() else 0  # a GGUF file is read whole
+    needed = held + needed_bytes(fusion.source.outline.shapes, [row.tokens.size for row in text])
+    free = device.free_bytes()
     if needed > free:
         raise DeviceError(
             f"export.recover and mixed bits need {needed / 1e9:.1f} GB of memory for this model, and "

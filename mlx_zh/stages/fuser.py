@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from os.path import expanduser
 from pathlib import Path
@@ -76,12 +77,13 @@ class Fuser:
         quantize = model.quantization or packing_on_loading(model.path, load_config(path))
         base = open_source(path, model.path, quantize=quantize, reading=console.say_reading)
         # The path of a model that is quantized on load holds its full-precision original.
-        original = original or (model.path if quantize else None)
+        named = original or (model.path if quantize else None)
         full = None
-        if original is not None:
-            full = open_source(resolve_model(original, hub=model.hub, progress=bar), original)
+        if named is not None:
+            full = open_source(resolve_model(named, hub=model.hub, progress=bar), named)
         self.fusion = Fusion(base, open_adapter(adapter, base), full)
         self.fusion.check_original()
+        self.asked_for_original = original is not None
         self.licence = licences.find_licence(base)
         if self.licence.tag == "other" and full is not None:
             self.licence = licences.find_licence(full)
@@ -107,21 +109,31 @@ class Fuser:
 
     # What will be written -------------------------------------------------------------------------------------
 
+    @property
+    def mlx_fusion(self) -> Fusion:
+        """What `mlx` is made of. A recovered model follows base + adapter, so its source is the base.
+
+        Only `--from` merges into another model. A base that is quantized on load has an original without it.
+        """
+        if self.export.recover and not self.asked_for_original:
+            return replace(self.fusion, original=None)
+        return self.fusion
+
     @cached_property
     def mlx_layouts(self) -> list[tuple[Layout, int]]:
         """The layouts of `mlx` to try in turn, with their bits; several only if `bits` is auto."""
-        group = self.export.group_size
-        chosen: str | int = self.export.bits
-        if chosen == "auto" and self.export.recover:
-            few = bits.base_bits(self.fusion)
-            chosen = few if few in bits.CHOICES else min(bits.CHOICES)
+        group, fusion = self.export.group_size, self.mlx_fusion
+        chosen = self.export.bits
+        if self.export.recover and chosen != "mixed":
+            layout = bits.own_layout(fusion, group) if chosen == "auto" else packed_layout(fusion, chosen, group)
+            return [(bits.with_fine_tables(layout), bits.most_common(layout.packing))]
         if chosen == "mixed":
-            return [(mixed_layout(self.recipe, self.fusion, _CONFIGS), _MIXED)]
+            return [(mixed_layout(self.recipe, fusion, _CONFIGS), _MIXED)]
         if not isinstance(chosen, int):
-            return bits.candidate_layouts(self.fusion, group)
+            return bits.candidate_layouts(fusion, group)
         if chosen == 16:
-            return [(full_layout(self.fusion, self.fusion.source.dtype), 16)]
-        return [(packed_layout(self.fusion, chosen, group), chosen)]
+            return [(full_layout(fusion, fusion.source.dtype), 16)]
+        return [(packed_layout(fusion, chosen, group), chosen)]
 
     @cached_property
     def recovered(self) -> tuple[Layout, card.Recovered]:
@@ -129,7 +141,7 @@ class Fuser:
 
         Raises DataError without text, DeviceError without memory, StorageError.
         """
-        return recovered_layout(self.recipe, self.fusion, self.mlx_layouts[0][0], self.run.recovering)
+        return recovered_layout(self.recipe, self.mlx_layouts[0][0], self.run.recovering)
 
     @cached_property
     def hf_layout(self) -> Layout:
@@ -198,7 +210,10 @@ class Fuser:
             )
         if "gguf" in self.export.formats:
             llama_quantizer.check(self.export.gguf_type)
-        need_space(self.folder, sum(self.size(kind) for kind in self.export.formats), "the fused model")
+        sizes = [self.size(kind) for kind in self.export.formats]
+        if self.export.recover:
+            sizes.append(self.size("mlx"))  # of the finished blocks
+        need_space(self.folder, sum(sizes), "the fused model")
 
     def steps(self, kind: str) -> int:
         """How many times `write` calls `step` for a format."""

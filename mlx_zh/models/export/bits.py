@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
+from mlx_zh.models.build import Form
 from mlx_zh.models.export.fidelity import KEPT_LIMIT
 from mlx_zh.models.export.folder_files import Layout, full_layout, pack, packed_layout, unpack
 from mlx_zh.models.export.merge import Fusion, Survival, SurvivalSummary, summarize, survival
@@ -15,8 +16,19 @@ CHOICES = (4, 6, 8)
 
 def base_bits(fusion: Fusion) -> int:
     """The most common number of bits of the base's quantized modules; 16 if none is quantized."""
-    bits = [form["bits"] for form in fusion.base.outline.packing.values()]
+    return most_common(fusion.base.outline.packing)
+
+
+def most_common(packing: Mapping[str, Form]) -> int:
+    """The most common number of bits of quantized modules; 16 if there are none."""
+    bits = [form["bits"] for form in packing.values()]
     return max(set(bits), key=bits.count) if bits else 16
+
+
+def own_layout(fusion: Fusion, group_size: int | None) -> Layout:
+    """Every matrix in the bits that it has in the base; those not quantized there in its fewest bits, or 4."""
+    bits = [form["bits"] for form in fusion.base.outline.packing.values()]
+    return packed_layout(fusion, min(bits, default=min(CHOICES)), group_size, at_least=True)
 
 
 def candidate_layouts(fusion: Fusion, group_size: int | None) -> list[tuple[Layout, int]]:
@@ -64,6 +76,17 @@ def mixed_layout(layout: Layout, errors: Mapping[str, Mapping[int, float]], size
         path, higher, cost = best
         packing[path] = {**packing[path], "bits": higher}
         room -= cost
+
+
+def with_fine_tables(layout: Layout) -> Layout:
+    """At least 8 bits for tables (embedding, head) that the adapter changes: only blocks can be recovered."""
+    changed = layout.fusion.adapter.tensors
+    tables = [path for path in layout.packing if _block(path) < 0 and f"{path}.weight" in changed]
+    return replace(layout, packing=layout.packing | {path: _fine(layout.packing[path]) for path in tables})
+
+
+def _fine(form: Form) -> Form:
+    return {**form, "bits": max(form["bits"], max(CHOICES))}
 
 
 def mean_bits(layout: Layout) -> float:

@@ -2,13 +2,16 @@
 
 Two copies of the model run over text, block by block: an exact one, and one whose matrices are rounded as soon as
 their inputs are known. Each matrix is rounded so that its output on the rounded model's inputs is close to the exact
-output. Only one block's weights are in memory, and each rounded block is written to a work folder at once.
+output. Only one block's weights are in memory, each until it has been used, and each rounded block is written to a
+work folder at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,18 @@ import numpy as np
 from mlx_zh.core.logprobs import attention_output, decoder
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.sums import total
+from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, Weights, dequantize, lazy_model
 from mlx_zh.models.export.folder_files import Layout, pack, unpack
-from mlx_zh.models.export.merge import Fusion, Tensor
-from mlx_zh.models.export.rounding import Grid, Moments, compensated
+from mlx_zh.models.export.merge import Fusion
+from mlx_zh.models.export.rounding import PANEL, Grid, Inputs, NotFiniteError, compensated
+from mlx_zh.models.export.source import Source
+from mlx_zh.system.accelerator import repeated
 from mlx_zh.system.digests import value_digest
 from mlx_zh.system.json_text import read_object
 from mlx_zh.system.storage import empty, make_folder, write_arrays, write_exact_json
 
-_VERSION = 1  # of the method: blocks of another version are computed anew
+_VERSION = 2  # of the method: blocks of another version are computed anew
 _LAYERS, _EMBEDDING = "model.layers.", "model.embed_tokens"
 _FLOAT = 4
 
@@ -58,55 +64,81 @@ class Recovery:
         self._open_work(adapter)
         fusion = self.layout.fusion
         weights = fusion.source.stored()
-        scales = {name: array for name, array in weights.items() if name.endswith((".scales", ".biases"))}
-        dequantize(weights, fusion.source.outline.packing, mx.float32)
+        grids = {f"{path}.{part}" for path in self.paths for part in _PARTS[1:]}
+        scales = {name: array for name, array in weights.items() if name in grids}
         embedded = _embeddings(self.layout, self.rows, weights)
+        dequantize(weights, _packed_in(weights, fusion.source), mx.float32)
         exact, rounded = (_Stream(self.layout, self.rows, embedded) for _ in range(2))
+        del embedded
         for index in range(len(exact.layers)):
             self._run_block(index, _take_block(fusion, index, weights), scales, exact, rounded)
             step()
         return self.layout.with_codes(self.paths, self._stored)
 
-    def _run_block(
-        self, index: int, tensors: list[Tensor], scales: Weights, exact: _Stream, rounded: _Stream
-    ) -> None:
-        """Round the matrices of a block, and move both streams behind it. `scales` has the source's, and biases."""
+    def _run_block(self, index: int, block: _Block, scales: Weights, exact: _Stream, rounded: _Stream) -> None:
+        """Round the matrices of a block, and move both streams behind it. `scales` has the source's, and biases.
+
+        The matrices of `block` are taken out of it.
+        """
         prefix = _prefix(index)
         known = self._read(index)
-        exact.load(index, tensors)
-        rounded.load(index, tensors)
-        by_name = {tensor.name: tensor for tensor in tensors}
+        exact.load(index, block.values)
+        rounded.load(index, block.values)
         codes: dict[str, list[mx.array]] = {}
         points = zip(exact.block(index), rounded.block(index), strict=True)
         for (leaves, right), (_, actual) in points:
-            changed = [leaf for leaf in leaves if prefix + leaf in self.paths]
-            moments = None
-            for leaf in changed:
-                path = prefix + leaf
-                form = self.layout.packing[path]
-                if (parts := known.get(path)) is None:
-                    moments = moments or Moments.of(right, actual)
-                    tensor = by_name[f"{path}.weight"]
-                    grid = self._grid(path, tensor, scales)
-                    parts = compensated(tensor.value, moments, form, self.layout.dtype, grid)
-                codes[path] = parts
-                rounded.replace(index, leaf, unpack(parts, form))
+            weights = {prefix + leaf: block.values.pop(f"{prefix}{leaf}.weight") for leaf in leaves}
+            made = {path: known[path] for path in weights if path in known}
+            made = made or self._round(weights, right, actual, block.growth, scales)
+            del weights  # the streams drop their matrices when they go on
+            for path, parts in made.items():
+                rounded.replace(index, path.removeprefix(prefix), unpack(parts, self.layout.packing[path]))
+            codes |= made
         if not known and codes:
             write_arrays(self._file(index), _flat(codes))
         exact.free(index)
         rounded.free(index)
         mx.clear_cache()
 
-    def _grid(self, path: str, tensor: Tensor, scales: Weights) -> Grid | None:
-        """The base's own grid, on which all but the adapter's change lies already; None if there is none to keep."""
+    def _round(
+        self, weights: Weights, exact: list[mx.array], rounded: list[mx.array], growth: Weights, scales: Weights
+    ) -> dict[str, list[mx.array]]:
+        """Round those of `weights`, by path, that are rounded here. Their inputs are the same. Raises ModelError."""
+        made: dict[str, list[mx.array]] = {}
+        inputs = None
+        for path in weights:
+            if path not in self.paths:
+                continue
+            grid = self._grid(path, growth.get(f"{path}.weight"), scales)
+            with self._finite():
+                inputs = inputs or repeated(partial(Inputs.of, exact, rounded))
+                form = self.layout.packing[path]
+                made[path] = repeated(partial(compensated, weights[path], inputs, form, self.layout.dtype, grid))
+        return made
+
+    @contextmanager
+    def _finite(self) -> Iterator[None]:
+        """Raise ModelError where a matrix or its inputs are not finite."""
+        try:
+            yield
+        except NotFiniteError as error:
+            fusion = self.layout.fusion
+            raise ModelError(
+                f"{fusion.base.name} with the adapter {fusion.adapter.folder} computes NaN or infinity on its "
+                "training data, so there is nothing to recover. Train again with a smaller learning_rate."
+            ) from error
+
+    def _grid(self, path: str, growth: mx.array | None, scales: Weights) -> Grid | None:
+        """The base's own grid, on which all but the adapter's change lies already; None if there is none to keep.
+
+        The rows of a matrix with DoRA have grown by `growth` (out,).
+        """
         fusion, form = self.layout.fusion, self.layout.packing[path]
         if fusion.original is not None or fusion.base.outline.packing.get(path) != form:
             return None
         scale, bias = (scales.pop(f"{path}.{part}").astype(mx.float32) for part in ("scales", "biases"))
-        if fusion.adapter.spec.kind == "dora" and tensor.before is not None:  # it also changes the rows' lengths
-            before = tensor.before
-            length = (tensor.value * before).sum(axis=1) / mx.maximum((before * before).sum(axis=1), 1e-30)
-            scale, bias = scale * length[:, None], bias * length[:, None]
+        if growth is not None:
+            scale, bias = scale * growth[:, None], bias * growth[:, None]
         return Grid(scale, bias)
 
     # The work folder ------------------------------------------------------------------------------------------
@@ -168,41 +200,69 @@ def _flat(codes: dict[str, list[mx.array]]) -> dict[str, mx.array]:
     }
 
 
-def _take_block(fusion: Fusion, index: int, weights: Weights) -> list[Tensor]:
-    """The merged tensors of a block, for DoRA with what they were; they are taken out of `weights`."""
-    changed = fusion.adapter.tensors
-    names = [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]
-    tensors = (fusion.merge(name, weights.pop(name), changed) for name in names)
-    if fusion.adapter.spec.kind == "dora":
-        return list(tensors)
-    return [replace(tensor, before=None) for tensor in tensors]
+def _packed_in(weights: Weights, source: Source) -> dict[str, Form]:
+    """The quantized modules of `source` that `weights` still has."""
+    return {path: form for path, form in source.outline.packing.items() if f"{path}.scales" in weights}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The merged tensors of a block by name; of each matrix that DoRA changes also its rows' growth (out,)."""
+
+    values: dict[str, mx.array]  # float32
+    growth: dict[str, mx.array]
+
+
+def _take_block(fusion: Fusion, index: int, weights: Weights) -> _Block:
+    """Merge a block; its tensors are taken out of `weights`."""
+    changed, block = fusion.adapter.tensors, _Block({}, {})
+    for name in [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]:
+        tensor = fusion.merge(name, weights.pop(name), changed)
+        block.values[name] = tensor.value
+        if fusion.adapter.spec.kind == "dora" and (before := tensor.before) is not None:
+            growth = (tensor.value * before).sum(axis=1) / mx.maximum((before * before).sum(axis=1), 1e-30)
+            mx.eval(growth)
+            block.growth[name] = growth
+    return block
 
 
 def _embeddings(layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -> list[mx.array]:
-    """The embedded tokens (T, D) of each row, as the written model has them. The table is taken out of `weights`."""
+    """The embedded tokens (T, D) of each row, as the written model has them.
+
+    The table is taken out of `weights`. Only the rows of the tokens that occur are read into memory as numbers.
+    """
     fusion, name = layout.fusion, f"{_EMBEDDING}.weight"
-    table = fusion.merge(name, weights.pop(name), fusion.adapter.tensors).value
+    ids, places = np.unique(np.concatenate([np.array(row.tokens) for row in rows]), return_inverse=True)
+    whole = fusion.adapter.weights.get(name)
+    parts = {part: weights.pop(f"{_EMBEDDING}.{part}", None) for part in _PARTS}
+    if whole is not None:
+        table = whole[mx.array(ids)].astype(mx.float32)
+    else:
+        used = {f"{_EMBEDDING}.{part}": array[mx.array(ids)] for part, array in parts.items() if array is not None}
+        dequantize(used, _packed_in(used, fusion.source), mx.float32)
+        table = used[name].astype(mx.float32)
     form = layout.packing.get(_EMBEDDING)
     if form is not None and _EMBEDDING not in layout.kept:
         table = unpack(pack(table, form, layout.dtype), form)
-    return _computed(table[row.tokens] for row in rows)
+    ends = np.cumsum([row.tokens.size for row in rows])[:-1]
+    return [_computed(table.__getitem__, mx.array(part)) for part in np.split(places.reshape(-1), ends)]
 
 
 class _Stream:
     """A model's hidden states between two blocks, and its blocks, of which one at a time has weights."""
 
-    def __init__(self, layout: Layout, rows: Sequence[PackedBatch], embedded: list[mx.array]) -> None:
+    def __init__(self, layout: Layout, rows: Sequence[PackedBatch], embedded: Sequence[mx.array]) -> None:
         source = layout.fusion.source
         model = lazy_model(dict(source.config), dict.fromkeys(source.outline.shapes, mx.zeros(0)), source.name)
         model.eval()
         self.layers: list[Any] = decoder(model).layers
         self.rows = rows
-        self.hidden = embedded
+        self.hidden = list(embedded)
 
-    def load(self, index: int, tensors: Sequence[Tensor]) -> None:
+    def load(self, index: int, values: Mapping[str, mx.array]) -> None:
         """Give a block its weights."""
         prefix = _prefix(index)
-        self.layers[index].load_weights([(tensor.name.removeprefix(prefix), tensor.value) for tensor in tensors])
+        self.layers[index].load_weights([(name.removeprefix(prefix), value) for name, value in values.items()])
 
     def replace(self, index: int, leaf: str, weight: mx.array) -> None:
         """Give a matrix another weight."""
@@ -213,26 +273,52 @@ class _Stream:
         """Drop a block."""
         self.layers[index] = None
 
-    def block(self, index: int) -> Iterator[tuple[tuple[str, ...], mx.array]]:
-        """Run a block; yields the names of matrices and their common input (T, in) before they are used."""
+    def block(self, index: int) -> Iterator[tuple[tuple[str, ...], list[mx.array]]]:
+        """Run a block; yields the names of matrices and the rows (T, in) of their input before they are used.
+
+        A matrix is dropped as soon as it has been used.
+        """
         layer = self.layers[index]
-        attention, mlp = layer.self_attn, layer.mlp
-        normed = _computed(layer.input_layernorm(hidden) for hidden in self.hidden)
-        yield ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), mx.concatenate(normed)
+        normed = self._each(layer.input_layernorm)
+        yield ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), normed
 
-        with _passing(attention, "o_proj"):
-            inner = _computed(attention_output(attention, x, row) for x, row in zip(normed, self.rows, strict=True))
-        yield ("self_attn.o_proj",), mx.concatenate(inner)
+        with _passing(layer.self_attn, "o_proj"):
+            inner = [_computed(attention_output, layer.self_attn, x, row) for x, row in _pairs(normed, self.rows)]
+        _drop(layer.self_attn, "q_proj", "k_proj", "v_proj")
+        del normed
+        yield ("self_attn.o_proj",), inner
 
-        self.hidden = _computed(h + attention.o_proj(x) for h, x in zip(self.hidden, inner, strict=True))
-        normed = _computed(layer.post_attention_layernorm(hidden) for hidden in self.hidden)
-        yield ("mlp.gate_proj", "mlp.up_proj"), mx.concatenate(normed)
+        self._add(layer.self_attn.o_proj, inner)
+        _drop(layer.self_attn, "o_proj")
+        del inner
+        normed = self._each(layer.post_attention_layernorm)
+        yield ("mlp.gate_proj", "mlp.up_proj"), normed
 
-        with _passing(mlp, "down_proj"):
-            inner = _computed(mlp(x) for x in normed)
-        yield ("mlp.down_proj",), mx.concatenate(inner)
+        with _passing(layer.mlp, "down_proj"):
+            inner = [_computed(layer.mlp, x) for x in normed]
+        _drop(layer.mlp, "gate_proj", "up_proj")
+        del normed
+        yield ("mlp.down_proj",), inner
 
-        self.hidden = _computed(h + mlp.down_proj(x) for h, x in zip(self.hidden, inner, strict=True))
+        self._add(layer.mlp.down_proj, inner)
+
+    def _each(self, function: Callable[[mx.array], mx.array]) -> list[mx.array]:
+        return [_computed(function, hidden) for hidden in self.hidden]
+
+    def _add(self, matrix: Callable[[mx.array], mx.array], inputs: Sequence[mx.array]) -> None:
+        """Add the matrix's outputs to the hidden states."""
+        for number, x in enumerate(inputs):
+            self.hidden[number] = _computed(lambda hidden, x: hidden + matrix(x), self.hidden[number], x)
+
+
+def _pairs(inputs: Sequence[mx.array], rows: Sequence[PackedBatch]) -> Iterator[tuple[mx.array, PackedBatch]]:
+    return zip(inputs, rows, strict=True)
+
+
+def _drop(module: Any, *names: str) -> None:
+    """Free matrices of a module."""
+    for name in names:
+        module[name] = nn.Identity()
 
 
 class _passing:
@@ -248,13 +334,15 @@ class _passing:
         self.module[self.name] = self.matrix
 
 
-def _computed(arrays: Iterator[mx.array]) -> list[mx.array]:
-    """The arrays, each computed before the next."""
-    values = []
-    for array in arrays:
-        mx.eval(array)
-        values.append(array)
-    return values
+def _computed(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
+    """The result of `function`, computed at once; again if the accelerator gives it up. Raises AcceleratorError."""
+
+    def work() -> mx.array:
+        result = function(*arguments)
+        mx.eval(result)
+        return result
+
+    return repeated(work)
 
 
 def _rounded_here(layout: Layout) -> frozenset[str]:
@@ -274,40 +362,52 @@ def rounding_errors(
     For each matrix that is rounded: the squared error of its output divided by the squared output, by bits. `step` is
     called after each block.
     """
-    weights = layout.fusion.stored()
-    exact, paths = _Stream(layout, rows, _embeddings(layout, rows, weights)), _rounded_here(layout)
+    fusion, paths = layout.fusion, _rounded_here(layout)
+    weights = fusion.source.stored()
+    exact = _Stream(layout, rows, _embeddings(layout, rows, weights))
+    dequantize(weights, _packed_in(weights, fusion.source), mx.float32)
     errors: dict[str, dict[int, float]] = {}
     for index in range(len(exact.layers)):
-        tensors, prefix = _take_block(layout.fusion, index, weights), _prefix(index)
-        exact.load(index, tensors)
-        values = {tensor.name: tensor.value for tensor in tensors}
+        values, prefix = _take_block(fusion, index, weights).values, _prefix(index)
+        exact.load(index, values)
         for leaves, inputs in exact.block(index):
-            squares = inputs.T @ inputs
-            for path in (prefix + leaf for leaf in leaves if prefix + leaf in paths):
-                weight = values[f"{path}.weight"]
-                size = float(total((weight @ squares) * weight))
+            for path in (prefix + leaf for leaf in leaves):
+                weight = values.pop(f"{path}.weight")
+                if path not in paths:
+                    continue
+                size = _output_size(inputs, weight)
                 errors[path] = {}
                 for bits in choices:
                     form: Form = {**layout.packing[path], "bits": bits}
                     error = unpack(pack(weight, form, layout.dtype), form) - weight
-                    errors[path][bits] = float(total((error @ squares) * error)) / max(size, 1e-30)
+                    errors[path][bits] = _output_size(inputs, error) / max(size, 1e-30)
         exact.free(index)
         mx.clear_cache()
         step()
     return errors
 
 
-def needed_bytes(shapes: dict[str, tuple[int, ...]], tokens: int) -> int:
-    """The memory at the peak of a recovery over `tokens` tokens: one block, the text's states, and the widest matrix.
+def _output_size(inputs: Sequence[mx.array], weight: mx.array) -> float:
+    """The squared output of a matrix over the rows (T, in) of its input."""
+    return sum(float(_computed(lambda x: total(mx.square(x @ weight.T)), x)) for x in inputs)
 
-    A block is in memory exact and rounded. At the widest matrix: its inputs in both models, in rows and in one piece
-    (T, n), five arrays (n, n) for its moments and their Cholesky factor, and four copies of the weight.
+
+def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> int:
+    """The memory at the peak of a recovery over rows of `lengths` tokens, the base's file not counted.
+
+    Either a block is being merged, with copies and codes of its widest matrix and the text's states in both models.
+    Or the inputs of that matrix are computed row by row, with normed states. Or it is rounded: with its inputs and
+    states in both models, half a square for the factor of its moments with its corners' inverses, its outputs' drift,
+    and four copies of itself.
     """
+    tokens, longest = sum(lengths), max(lengths)
     first = _prefix(0)
     block = {name: shape for name, shape in shapes.items() if name.startswith(first)}
     values = sum(int(np.prod(shape)) for shape in block.values())
     rows, columns = max((s for s in block.values() if len(s) == 2), key=lambda s: (s[1], s[0]))
     width = shapes[f"{_EMBEDDING}.weight"][1]
-    parts = 2 * values + 8 * tokens * width + 4 * tokens * columns + 5 * columns * columns + 4 * rows * columns
-    table = int(np.prod(shapes[f"{_EMBEDDING}.weight"]))
-    return _FLOAT * max(parts, 2 * table)
+    merging = values + 13 * rows * columns // 4 + 2 * tokens * width
+    loaded = values + tokens * (4 * width + 2 * columns) + longest * 4 * columns
+    factor = columns * (columns + 3 * PANEL) // 2
+    rounding = tokens * (2 * width + 2 * columns + rows) + factor + 4 * rows * columns
+    return _FLOAT * max(merging, loaded, rounding)
