@@ -8,22 +8,20 @@ work folder at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlx_zh.core.logprobs import attention_output, decoder
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.sums import total
 from mlx_zh.errors import ModelError
-from mlx_zh.models.build import Form, Weights, dequantize, lazy_model
+from mlx_zh.models.build import Form, Weights, dequantize
+from mlx_zh.models.export.block_stream import BlockStream, block_prefix, computed
 from mlx_zh.models.export.folder_files import Layout, pack, unpack
 from mlx_zh.models.export.merge import Fusion
 from mlx_zh.models.export.rounding import PANEL, Grid, Inputs, NotFiniteError, compensated
@@ -68,19 +66,21 @@ class Recovery:
         scales = {name: array for name, array in weights.items() if name in grids}
         embedded = _embeddings(self.layout, self.rows, weights)
         dequantize(weights, _packed_in(weights, fusion.source), mx.float32)
-        exact, rounded = (_Stream(self.layout, self.rows, embedded) for _ in range(2))
+        exact, rounded = (BlockStream(self.layout, self.rows, embedded) for _ in range(2))
         del embedded
         for index in range(len(exact.layers)):
             self._run_block(index, _take_block(fusion, index, weights), scales, exact, rounded)
             step()
         return self.layout.with_codes(self.paths, self._stored)
 
-    def _run_block(self, index: int, block: _Block, scales: Weights, exact: _Stream, rounded: _Stream) -> None:
+    def _run_block(
+        self, index: int, block: _Block, scales: Weights, exact: BlockStream, rounded: BlockStream
+    ) -> None:
         """Round the matrices of a block, and move both streams behind it. `scales` has the source's, and biases.
 
         The matrices of `block` are taken out of it.
         """
-        prefix = _prefix(index)
+        prefix = block_prefix(index)
         known = self._read(index)
         exact.load(index, block.values)
         rounded.load(index, block.values)
@@ -174,7 +174,7 @@ class Recovery:
         except (OSError, RuntimeError, ValueError):
             return {}
         assert isinstance(arrays, dict)
-        paths = [path for path in self.paths if path.startswith(_prefix(index))]
+        paths = [path for path in self.paths if path.startswith(block_prefix(index))]
         names = [f"{path}.{part}" for path in paths for part in _PARTS]
         if set(arrays) != set(names):
             return {}
@@ -188,10 +188,6 @@ class Recovery:
 
 
 _PARTS = ("weight", "scales", "biases")
-
-
-def _prefix(index: int) -> str:
-    return f"{_LAYERS}{index}."
 
 
 def _flat(codes: dict[str, list[mx.array]]) -> dict[str, mx.array]:
@@ -216,7 +212,7 @@ class _Block:
 def _take_block(fusion: Fusion, index: int, weights: Weights) -> _Block:
     """Merge a block; its tensors are taken out of `weights`."""
     changed, block = fusion.adapter.tensors, _Block({}, {})
-    for name in [name for name in fusion.source.outline.shapes if name.startswith(_prefix(index))]:
+    for name in [name for name in fusion.source.outline.shapes if name.startswith(block_prefix(index))]:
         tensor = fusion.merge(name, weights.pop(name), changed)
         block.values[name] = tensor.value
         if fusion.adapter.spec.kind == "dora" and (before := tensor.before) is not None:
@@ -245,104 +241,7 @@ def _embeddings(layout: Layout, rows: Sequence[PackedBatch], weights: Weights) -
     if form is not None and _EMBEDDING not in layout.kept:
         table = unpack(pack(table, form, layout.dtype), form)
     ends = np.cumsum([row.tokens.size for row in rows])[:-1]
-    return [_computed(table.__getitem__, mx.array(part)) for part in np.split(places.reshape(-1), ends)]
-
-
-class _Stream:
-    """A model's hidden states between two blocks, and its blocks, of which one at a time has weights."""
-
-    def __init__(self, layout: Layout, rows: Sequence[PackedBatch], embedded: Sequence[mx.array]) -> None:
-        source = layout.fusion.source
-        model = lazy_model(dict(source.config), dict.fromkeys(source.outline.shapes, mx.zeros(0)), source.name)
-        model.eval()
-        self.layers: list[Any] = decoder(model).layers
-        self.rows = rows
-        self.hidden = list(embedded)
-
-    def load(self, index: int, values: Mapping[str, mx.array]) -> None:
-        """Give a block its weights."""
-        prefix = _prefix(index)
-        self.layers[index].load_weights([(name.removeprefix(prefix), value) for name, value in values.items()])
-
-    def replace(self, index: int, leaf: str, weight: mx.array) -> None:
-        """Give a matrix another weight."""
-        parent, name = leaf.split(".")
-        self.layers[index][parent][name].weight = weight
-
-    def free(self, index: int) -> None:
-        """Drop a block."""
-        self.layers[index] = None
-
-    def block(self, index: int) -> Iterator[tuple[tuple[str, ...], list[mx.array]]]:
-        """Run a block; yields the names of matrices and the rows (T, in) of their input before they are used.
-
-        A matrix is dropped as soon as it has been used.
-        """
-        layer = self.layers[index]
-        normed = self._each(layer.input_layernorm)
-        yield ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), normed
-
-        with _passing(layer.self_attn, "o_proj"):
-            inner = [_computed(attention_output, layer.self_attn, x, row) for x, row in _pairs(normed, self.rows)]
-        _drop(layer.self_attn, "q_proj", "k_proj", "v_proj")
-        del normed
-        yield ("self_attn.o_proj",), inner
-
-        self._add(layer.self_attn.o_proj, inner)
-        _drop(layer.self_attn, "o_proj")
-        del inner
-        normed = self._each(layer.post_attention_layernorm)
-        yield ("mlp.gate_proj", "mlp.up_proj"), normed
-
-        with _passing(layer.mlp, "down_proj"):
-            inner = [_computed(layer.mlp, x) for x in normed]
-        _drop(layer.mlp, "gate_proj", "up_proj")
-        del normed
-        yield ("mlp.down_proj",), inner
-
-        self._add(layer.mlp.down_proj, inner)
-
-    def _each(self, function: Callable[[mx.array], mx.array]) -> list[mx.array]:
-        return [_computed(function, hidden) for hidden in self.hidden]
-
-    def _add(self, matrix: Callable[[mx.array], mx.array], inputs: Sequence[mx.array]) -> None:
-        """Add the matrix's outputs to the hidden states."""
-        for number, x in enumerate(inputs):
-            self.hidden[number] = _computed(lambda hidden, x: hidden + matrix(x), self.hidden[number], x)
-
-
-def _pairs(inputs: Sequence[mx.array], rows: Sequence[PackedBatch]) -> Iterator[tuple[mx.array, PackedBatch]]:
-    return zip(inputs, rows, strict=True)
-
-
-def _drop(module: Any, *names: str) -> None:
-    """Free matrices of a module."""
-    for name in names:
-        module[name] = nn.Identity()
-
-
-class _passing:
-    """Inside this context, a module's last matrix passes its input through."""
-
-    def __init__(self, module: Any, name: str) -> None:
-        self.module, self.name, self.matrix = module, name, module[name]
-
-    def __enter__(self) -> None:
-        self.module[self.name] = nn.Identity()
-
-    def __exit__(self, *_: object) -> None:
-        self.module[self.name] = self.matrix
-
-
-def _computed(function: Callable[..., mx.array], *arguments: Any) -> mx.array:
-    """The result of `function`, computed at once; again if the accelerator gives it up. Raises AcceleratorError."""
-
-    def work() -> mx.array:
-        result = function(*arguments)
-        mx.eval(result)
-        return result
-
-    return repeated(work)
+    return [computed(table.__getitem__, mx.array(part)) for part in np.split(places.reshape(-1), ends)]
 
 
 def _rounded_here(layout: Layout) -> frozenset[str]:
@@ -364,11 +263,11 @@ def rounding_errors(
     """
     fusion, paths = layout.fusion, _rounded_here(layout)
     weights = fusion.source.stored()
-    exact = _Stream(layout, rows, _embeddings(layout, rows, weights))
+    exact = BlockStream(layout, rows, _embeddings(layout, rows, weights))
     dequantize(weights, _packed_in(weights, fusion.source), mx.float32)
     errors: dict[str, dict[int, float]] = {}
     for index in range(len(exact.layers)):
-        values, prefix = _take_block(fusion, index, weights).values, _prefix(index)
+        values, prefix = _take_block(fusion, index, weights).values, block_prefix(index)
         exact.load(index, values)
         for leaves, inputs in exact.block(index):
             for path in (prefix + leaf for leaf in leaves):
@@ -389,7 +288,7 @@ def rounding_errors(
 
 def _output_size(inputs: Sequence[mx.array], weight: mx.array) -> float:
     """The squared output of a matrix over the rows (T, in) of its input."""
-    return sum(float(_computed(lambda x: total(mx.square(x @ weight.T)), x)) for x in inputs)
+    return sum(float(computed(lambda x: total(mx.square(x @ weight.T)), x)) for x in inputs)
 
 
 def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> int:
@@ -401,7 +300,7 @@ def needed_bytes(shapes: dict[str, tuple[int, ...]], lengths: Sequence[int]) -> 
     and four copies of itself.
     """
     tokens, longest = sum(lengths), max(lengths)
-    first = _prefix(0)
+    first = block_prefix(0)
     block = {name: shape for name, shape in shapes.items() if name.startswith(first)}
     values = sum(int(np.prod(shape)) for shape in block.values())
     rows, columns = max((s for s in block.values() if len(s) == 2), key=lambda s: (s[1], s[0]))
