@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_zh.errors import DeviceError, RecipeError
+from mlx_zh.errors import DataError, DeviceError, DownloadError, RecipeError
 from mlx_zh.models.export import bits, card
 from mlx_zh.models.export.folder_files import Layout, packed_layout
 from mlx_zh.models.export.merge import Fusion
@@ -66,6 +66,15 @@ def recovered_layout(recipe: Recipe, fusion: Fusion, layout: Layout, kept: Path)
         bar.close()
     seconds = time.monotonic() - start
     return chosen, card.Recovered(recovery.tokens, seconds, mx.get_peak_memory() / 1e9)
+
+
+def recovery_fits(recipe: Recipe, fusion: Fusion) -> bool:
+    """Whether there is text and memory for `recovered_layout`."""
+    try:
+        _need_memory(fusion, sum(row.tokens.size for row in calibration_rows(recipe, fusion.base.tokenizer)))
+    except (DataError, DownloadError, DeviceError):
+        return False
+    return True
 
 
 def _blocks(fusion: Fusion) -> int:

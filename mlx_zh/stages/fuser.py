@@ -33,7 +33,7 @@ from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
 from mlx_zh.stages.current_models import adapter_digest
-from mlx_zh.stages.few_bits import mixed_layout, recovered_layout
+from mlx_zh.stages.few_bits import mixed_layout, recovered_layout, recovery_fits
 from mlx_zh.stages.importance import measured_importance
 from mlx_zh.stages.model_facts import run_facts
 from mlx_zh.stages.run_folder import TUNED, RunFolder
@@ -103,6 +103,23 @@ class Fuser:
         folder = self.fusion.adapter.folder.resolve()
         stage = next((name for name in TUNED if self.run.stage(name).adapter.resolve() == folder), None)
         return {"stage": stage, "adapter": None if stage is None else adapter_digest(folder)}
+
+    def choose_q4_1(self, *, for_program: bool) -> bool:
+        """Write GGUF as q4_1 that keeps the tuning, if the recipe leaves the type open; returns whether it will be.
+
+        So it is where `recover` asks for it, and for a program if the base has 4 bits and a recovery can be done.
+        """
+        export = self.export
+        given = export.model_fields_set
+        if "gguf" not in export.formats or "mlx" in export.formats or "gguf_type" in given:
+            return False
+        if not export.recover:
+            small = for_program and "recover" not in given and bits.base_bits(self.fusion) <= min(bits.CHOICES)
+            if not small or not recovery_fits(self.recipe, self.fusion):
+                return False
+        self.export = export.model_copy(update={"gguf_type": "q4_1", "recover": True})
+        self.recipe = self.recipe.model_copy(update={"export": self.export})
+        return True
 
     # What will be written -------------------------------------------------------------------------------------
 
