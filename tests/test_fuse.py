@@ -355,6 +355,28 @@ def test_recover_writes_a_gguf_file_without_an_mlx_folder(project, run, model_fo
     assert "rounded together" in (folder / "gguf" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "detail"),
+    [
+        (["--to", "ollama"], "Q4_1, recovered"),
+        (["--recover", "export.formats=[gguf]"], "Q4_1, recovered"),
+        (["export.formats=[gguf]"], "Q8_0"),
+        (["--to", "ollama", "export.gguf_type=q8_0"], "Q8_0"),
+        (["--to", "ollama", "export.recover=false"], "Q8_0"),
+    ],
+)
+def test_ollama_gets_four_bits_that_keep_the_tuning_of_a_four_bit_base(
+    project, run, model_folder, monkeypatch, arguments, detail
+):
+    monkeypatch.setattr("mlx_zh.stages.placing.shutil.which", lambda name: None)
+    with_merges(model_folder(quantized=4), "four")
+    project.train("model.path=four", name="packed")
+    result = run("model.path=four", "name=packed", "--no-measure", *arguments)
+    assert result.status == 0, result
+    told = json.loads(Path("runs/packed/fused/summary.json").read_text(encoding="utf-8"))
+    assert list(told) == ["gguf"] and told["gguf"]["detail"] == detail
+
+
 def test_the_importance_matrix_has_an_effect_or_is_refused(merging, run):
     """Also without a measurement of the result; the types that llama.cpp does not write do not take it."""
     result = run("--no-measure", "export.formats=[gguf]", "export.imatrix=true")
@@ -362,7 +384,9 @@ def test_the_importance_matrix_has_an_effect_or_is_refused(merging, run):
     if in_llama_cpp.is_installed():
         contents = []
         for given in ("true", "false"):
-            result = run("--no-measure", "export.formats=[gguf]", "export.gguf_type=q4_k_m", f"export.imatrix={given}")
+            result = run(
+                "--no-measure", "export.formats=[gguf]", "export.gguf_type=q4_k_m", f"export.imatrix={given}"
+            )
             assert result.status == 0, result
             contents.append((FUSED / "gguf" / "tiny-Q4_K_M.gguf").read_bytes())
         assert contents[0] != contents[1]

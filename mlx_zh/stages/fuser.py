@@ -105,7 +105,7 @@ class Fuser:
         return {"stage": stage, "adapter": None if stage is None else adapter_digest(folder)}
 
     def choose_q4_1(self, *, for_program: bool) -> bool:
-        """Write GGUF as q4_1 that keeps the tuning, if the recipe leaves the type open; returns whether it will be.
+        """Write GGUF as q4_1 that keeps the tuning if the recipe leaves the type open; returns whether it is so.
 
         So it is where `recover` asks for it, and for a program if the base has 4 bits and a recovery can be done.
         """

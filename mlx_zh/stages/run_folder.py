@@ -105,7 +105,7 @@ class RunFolder:
         return next((stage.adapter for stage in stages if stage.has_adapter), None)
 
     def fused_model(self) -> Path:
-        """The folder of the fused model that can be loaded: of the last `fuse` if it wrote one, MLX's format first."""
+        """The folder of the fused model: of the last `fuse` if it wrote a model that loads, MLX's format first."""
         last = read_object(self.fused_summary) or {}
         folders = [self.fused / kind for kind in sorted(("mlx", "hf", "gguf"), key=lambda kind: kind not in last)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])

@@ -43,7 +43,10 @@ def exported(llama31, tiny_model, tmp_path_factory):
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     llama31.save_pretrained(folder)
     path = "model.layers.0.self_attn.q_proj"
-    weights = {f"{path}.lora_a": mx.zeros((64, 2)), f"{path}.lora_b": 0.1 * mx.random.normal((2, 64), key=mx.random.key(1))}
+    weights = {
+        f"{path}.lora_a": mx.zeros((64, 2)),
+        f"{path}.lora_b": 0.1 * mx.random.normal((2, 64), key=mx.random.key(1)),
+    }
     save_adapter(folder / "adapter", weights, AdapterSpec("lora", 1, 2, 1.0), {})
     base = open_source(folder, "Llama-3.1")
     plan = plan_gguf(Fusion(base, open_adapter(folder / "adapter", base)), "f16", "Llama-3.1-zh")

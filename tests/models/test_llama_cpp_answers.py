@@ -41,7 +41,7 @@ def answer(model, prompt):
 
 
 def agreeing(rows, others, limit):
-    """How many rows have the same most likely token; where they differ, no more than the logits' distance explains."""
+    """How many rows have the same most likely token; where they differ, as the logits' distance explains."""
     assert np.linalg.norm(others - rows) < limit * np.linalg.norm(rows)
     same = 0
     for row, other in zip(rows, others, strict=True):

@@ -116,7 +116,7 @@ def model_card(run: RunFacts, exported: FormatFacts) -> str:
 
 
 def with_exams(text: str, rows: Sequence[tuple[str, str, str]]) -> str:
-    """A card with a table of exam, the stage that was fused, and the difference; without a licence section, as it is."""
+    """A card with a table of exam, fused stage and difference; without a licence section it stays as it is."""
     before, heading, after = text.rpartition("\n## Licence\n")
     if not heading:
         return text
