@@ -141,7 +141,7 @@ class Fuser:
 
     @cached_property
     def recovered(self) -> tuple[Layout, card.Recovered]:
-        """The layout of `mlx` and q4_1 with codes that keep the tuning; the first call computes them, with a progress bar.
+        """The layout of `mlx` and q4_1 with codes that keep the tuning; the first call computes them, with a bar.
 
         Raises DataError without text, DeviceError without memory, StorageError.
         """
