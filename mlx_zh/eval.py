@@ -75,6 +75,7 @@ def _ask(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:
             examination.ask(name, exam)
     for exam in exams if world.first else []:
         _conclude(examination, exam, protocol)
+        _compare_fused(recipe, examination, exam)
     return 0
 
 
@@ -152,6 +153,23 @@ def _conclude(examination: Examination, exam: Exam, protocol: Protocol) -> None:
             console.warn(f"{exam.title}, {name}: {in_readers_language(warning)}")
     for path in examination.write(exam):
         console.say(f"  {path}")
+
+
+def _compare_fused(recipe: Recipe, examination: Examination, exam: Exam) -> None:
+    """What fusing cost in this exam goes into the fused model's card, if base + adapter answered it too."""
+    from mlx_zh.stages import fused_exams
+    from mlx_zh.stages.run_folder import RunFolder
+    from mlx_zh.system import console
+
+    run = RunFolder.of(recipe)
+    stages, stage = examination.side_by_side(exam), fused_exams.fused_stage(run)
+    if not exam.labelled or "fused" not in stages or stage is None:
+        return
+    if stage in stages:
+        fused_exams.record(run, exam.title, examination.compare(exam, stage, "fused"))
+        console.say(f"  {run.fused_model() / 'README.md'}")
+    else:
+        console.say(f"To see what fusing cost, run `mlx-zh eval {recipe.words} --stage {stage}` too.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import pytest
 from mlx_zh import dpo, fuse
 from mlx_zh.language.notice import notice_of
 from mlx_zh.models.adapters.files import load_adapter, read_adapter, save_adapter
+from mlx_zh.models.build import dequantize
+from mlx_zh.models.export import in_llama_cpp
+from mlx_zh.models.export.source import open_source
 from mlx_zh.models.load import load_model
 from mlx_zh.system import storage
 
@@ -47,6 +50,14 @@ def tuned(project, adapter="runs/tiny/sft/adapters"):
     return logits(loaded.model)
 
 
+def weights(model):
+    """Its tensors in float32."""
+    source = open_source(model, "tiny")
+    stored = source.stored()
+    dequantize(stored, source.outline.packing, mx.float32)
+    return {name: np.array(array.astype(mx.float32)) for name, array in stored.items()}
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -55,14 +66,18 @@ def summary():
     return json.loads((FUSED / "summary.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def merging(project):
-    """llama.cpp wants a tokenizer with merges; the project's has a token a byte."""
-    shutil.copytree(project.model, "merging")
-    path = Path("merging/tokenizer.json")
+def with_merges(model, copy):
+    """A copy of a model whose tokenizer merges; llama.cpp wants that, and the project's has a token a byte."""
+    shutil.copytree(model, copy)
+    path = Path(copy, "tokenizer.json")
     state = json.loads(path.read_text(encoding="utf-8"))
     state["model"] |= {"vocab": state["model"]["vocab"] | {"zq": 290}, "merges": [["z", "q"]]}
     path.write_text(json.dumps(state), encoding="utf-8")
+
+
+@pytest.fixture
+def merging(project):
+    with_merges(project.model, "merging")
     project.model = Path("merging").absolute()
     project.recipe["model"]["path"] = "merging"
     project.write_recipe()
@@ -243,7 +258,6 @@ def test_a_system_message_that_ollama_cannot_read_as_a_value_goes_into_the_templ
 
 
 def test_what_llama_cpp_computes_is_shown_where_it_is_installed(merging, project, run, monkeypatch):
-    from mlx_zh.models.export import in_llama_cpp
     from mlx_zh.models.export.fidelity import Distance
 
     monkeypatch.setattr(in_llama_cpp, "is_installed", lambda: True)
@@ -299,7 +313,7 @@ def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder, on_lo
     (plain, _), (recovered, out) = told(), told("--recover")
     assert recovered["fidelity"]["kl"] < 0.5 * plain["fidelity"]["kl"]
     assert recovered["detail"] == "4-bit, recovered" and recovered["recovered"]["tokens"] > 300
-    assert "recovered in" in out and plain["recovered"] is None
+    assert "Recovered in" in out and plain["recovered"] is None
     assert "rounded together" in (folder / "mlx" / "README.md").read_text(encoding="utf-8")
     assert files(folder) == ["mlx", "summary.json"]  # the finished blocks are gone
 
@@ -308,12 +322,77 @@ def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder, on_lo
     ("arguments", "said"),
     [
         (["export.bits=16"], "with 16 bits nothing is lost"),
-        (["export.formats=[hf]"], "export.formats does not name it"),
+        (["export.formats=[hf]"], "export.formats asks for none"),
+        (["export.formats=[hf, gguf]"], "export.formats asks for none"),
+        (["export.formats=[mlx, gguf]", "export.gguf_type=q4_1", "export.bits=6"], "write export.bits=4"),
     ],
 )
 def test_recover_without_anything_to_recover_is_refused(run, arguments, said):
     result = run("--recover", *arguments)
     assert result.status != 0 and said in result.err and not FUSED.exists()
+
+
+def test_recover_writes_a_gguf_file_without_an_mlx_folder(project, run, model_folder):
+    """Its weights are those of the recovered `mlx` folder bit for bit, and so is its measure of the change."""
+    with_merges(model_folder(quantized=4), "four")
+    recipe = ("model.path=four", "name=packed", "export.gguf_type=q4_1", "--recover")
+    project.train(recipe[0], name="packed")
+    folder = Path("runs/packed/fused")
+
+    def told(formats):
+        result = run(*recipe, f"export.formats={formats}")
+        assert result.status == 0, result
+        assert not (folder / ".recover").exists()
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+    alone, file = told("[gguf]"), folder / "gguf" / "packed-Q4_1.gguf"
+    content = file.read_bytes()
+    both = told("[gguf, mlx]")
+    assert file.read_bytes() == content and list(alone) == ["gguf"]
+    mlx, gguf = weights(folder / "mlx"), weights(file)
+    assert mlx.keys() == gguf.keys()
+    for name, array in mlx.items():
+        np.testing.assert_array_equal(gguf[name], array, err_msg=name)
+    assert alone["gguf"]["detail"] == "Q4_1, recovered" and alone["gguf"]["fidelity"] == both["gguf"]["fidelity"]
+    assert alone["gguf"]["left"] == both["gguf"]["left"] == both["mlx"]["left"]
+    assert "rounded together" in (folder / "gguf" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "detail"),
+    [
+        (["--to", "ollama"], "Q4_1, recovered"),
+        (["--recover", "export.formats=[gguf]"], "Q4_1, recovered"),
+        (["export.formats=[gguf]"], "Q8_0"),
+        (["--to", "ollama", "export.gguf_type=q8_0"], "Q8_0"),
+        (["--to", "ollama", "export.recover=false"], "Q8_0"),
+    ],
+)
+def test_ollama_gets_four_bits_that_keep_the_tuning_of_a_four_bit_base(
+    project, run, model_folder, monkeypatch, arguments, detail
+):
+    monkeypatch.setattr("mlx_zh.stages.placing.shutil.which", lambda name: None)
+    with_merges(model_folder(quantized=4), "four")
+    project.train("model.path=four", name="packed")
+    result = run("model.path=four", "name=packed", "--no-measure", *arguments)
+    assert result.status == 0, result
+    told = json.loads(Path("runs/packed/fused/summary.json").read_text(encoding="utf-8"))
+    assert list(told) == ["gguf"] and told["gguf"]["detail"] == detail
+
+
+def test_the_importance_matrix_has_an_effect_or_is_refused(merging, run):
+    """Also without a measurement of the result; the types that llama.cpp does not write do not take it."""
+    result = run("--no-measure", "export.formats=[gguf]", "export.imatrix=true")
+    assert result.status != 0 and "export.imatrix is for the types that llama.cpp writes" in result.err
+    if in_llama_cpp.is_installed():
+        contents = []
+        for given in ("true", "false"):
+            result = run(
+                "--no-measure", "export.formats=[gguf]", "export.gguf_type=q4_k_m", f"export.imatrix={given}"
+            )
+            assert result.status == 0, result
+            contents.append((FUSED / "gguf" / "tiny-Q4_K_M.gguf").read_bytes())
+        assert contents[0] != contents[1]
 
 
 def test_mixed_bits_are_chosen_within_a_size(project, run, model_folder):

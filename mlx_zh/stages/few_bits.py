@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_zh.core.packing import PackedBatch
-from mlx_zh.errors import DeviceError, RecipeError
+from mlx_zh.errors import DataError, DeviceError, DownloadError, RecipeError
 from mlx_zh.models.export import bits, card
 from mlx_zh.models.export.folder_files import Layout, packed_layout
 from mlx_zh.models.export.merge import Fusion
@@ -71,6 +71,15 @@ def recovered_layout(recipe: Recipe, layout: Layout, kept: Path) -> tuple[Layout
         bar.close()
     seconds = time.monotonic() - start
     return chosen, card.Recovered(recovery.tokens, seconds, mx.get_peak_memory() / 1e9)
+
+
+def recovery_fits(recipe: Recipe, fusion: Fusion) -> bool:
+    """Whether there is text and memory for `recovered_layout`."""
+    try:
+        _need_memory(fusion, calibration_rows(recipe, fusion.base.tokenizer))
+    except (DataError, DownloadError, DeviceError):
+        return False
+    return True
 
 
 def _blocks(fusion: Fusion) -> int:

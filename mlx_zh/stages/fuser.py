@@ -25,22 +25,22 @@ from mlx_zh.models.export.folder_files import (
 )
 from mlx_zh.models.export.gguf_file import About, GGUFOutcome, GGUFPlan, plan_gguf, write_gguf
 from mlx_zh.models.export.gguf_lora import check_for_gguf, write_gguf_lora
-from mlx_zh.models.export.importance import Importance
 from mlx_zh.models.export.llama_types import LLAMA_TYPES
-from mlx_zh.models.export.merge import Fusion, no_adapter, open_adapter, summarize
+from mlx_zh.models.export.merge import Fusion, open_adapter, summarize
 from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_ids, load_config, resolve_model
 from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
 from mlx_zh.stages.current_models import adapter_digest
-from mlx_zh.stages.few_bits import mixed_layout, recovered_layout
+from mlx_zh.stages.few_bits import mixed_layout, recovered_layout, recovery_fits
+from mlx_zh.stages.importance import measured_importance
 from mlx_zh.stages.model_facts import run_facts
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.written import Assessment, Result, Written
 from mlx_zh.stages.yardstick import Yardstick
 from mlx_zh.system import console, device
-from mlx_zh.system.storage import empty, folder_whole, need_space, remove, write_text
+from mlx_zh.system.storage import empty, folder_whole, need_space, write_text
 
 _MIXED = 6  # stands for the bits of a model with several
 _GGUF_BITS = {"f16": 16, "bf16": 16, "q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}
@@ -91,8 +91,6 @@ class Fuser:
         self.title = licences.display_name(self.licence, self.wanted_name)
         self.run = RunFolder.of(recipe)
         self.folder = self.run.fused
-        self.importance: Importance | None = None  # of each input of each matrix, for llama.cpp's quantization
-        self.mlx_written: Result | None = None  # the `mlx` folder, once it is written
 
     @property
     def adapter_is_foreign(self) -> bool:
@@ -106,6 +104,23 @@ class Fuser:
         folder = self.fusion.adapter.folder.resolve()
         stage = next((name for name in TUNED if self.run.stage(name).adapter.resolve() == folder), None)
         return {"stage": stage, "adapter": None if stage is None else adapter_digest(folder)}
+
+    def choose_q4_1(self, *, for_program: bool) -> bool:
+        """Write GGUF as q4_1 that keeps the tuning if the recipe leaves the type open; returns whether it is so.
+
+        So it is where `recover` asks for it, and for a program if the base has 4 bits and a recovery can be done.
+        """
+        export = self.export
+        given = export.model_fields_set
+        if "gguf" not in export.formats or "mlx" in export.formats or "gguf_type" in given:
+            return False
+        if not export.recover:
+            small = for_program and "recover" not in given and bits.base_bits(self.fusion) <= min(bits.CHOICES)
+            if not small or not recovery_fits(self.recipe, self.fusion):
+                return False
+        self.export = export.model_copy(update={"gguf_type": "q4_1", "recover": True})
+        self.recipe = self.recipe.model_copy(update={"export": self.export})
+        return True
 
     # What will be written -------------------------------------------------------------------------------------
 
@@ -121,10 +136,12 @@ class Fuser:
 
     @cached_property
     def mlx_layouts(self) -> list[tuple[Layout, int]]:
-        """The layouts of `mlx` to try in turn, with their bits; several only if `bits` is auto."""
+        """The layouts of `mlx` (and q4_1) to try in turn, with their bits; several only if `bits` is auto."""
         group, fusion = self.export.group_size, self.mlx_fusion
         chosen = self.export.bits
         if self.export.recover and chosen != "mixed":
+            if chosen == "auto" and "mlx" not in self.export.formats:
+                chosen = 4  # of q4_1
             layout = bits.own_layout(fusion, group) if chosen == "auto" else packed_layout(fusion, chosen, group)
             return [(bits.with_fine_tables(layout), bits.most_common(layout.packing))]
         if chosen == "mixed":
@@ -137,7 +154,7 @@ class Fuser:
 
     @cached_property
     def recovered(self) -> tuple[Layout, card.Recovered]:
-        """The layout of `mlx` with codes that keep the tuning; the first call computes them, with a progress bar.
+        """The layout of `mlx` and q4_1 with codes that keep the tuning; the first call computes them, with a bar.
 
         Raises DataError without text, DeviceError without memory, StorageError.
         """
@@ -185,10 +202,11 @@ class Fuser:
         Raises AdapterError if a format cannot hold the adapter, RecipeError if there is nothing to recover,
         StorageError for no room.
         """
-        if self.export.recover and "mlx" not in self.export.formats:
+        if self.export.recover and not any(map(self.recovers, self.export.formats)):
             raise RecipeError(
-                "export.recover is for the format mlx, and export.formats does not name it: write `export.formats: "
-                "[mlx]`. A GGUF file of 8 or 16 bits, and hf, keep the tuning without it."
+                "export.recover is for models in few bits, and export.formats asks for none: write `export.formats: "
+                "[mlx]`, or [gguf] with `export.gguf_type: q4_1`. hf, and GGUF files of other types, are written "
+                "without it."
             )
         if self.export.size_gb is not None and self.export.bits != "mixed":
             raise RecipeError(
@@ -209,11 +227,30 @@ class Fuser:
                 "export.formats: a full fine-tuning has no adapter, so `peft` cannot be written; use hf."
             )
         if "gguf" in self.export.formats:
-            llama_quantizer.check(self.export.gguf_type)
+            self._check_gguf()
         sizes = [self.size(kind) for kind in self.export.formats]
         if self.export.recover:
             sizes.append(self.size("mlx"))  # of the finished blocks
         need_space(self.folder, sum(sizes), "the fused model")
+
+    def _check_gguf(self) -> None:
+        kind = self.export.gguf_type
+        llama_quantizer.check(kind)
+        if self.export.imatrix and kind not in LLAMA_TYPES:
+            raise RecipeError(
+                f"export.imatrix is for the types that llama.cpp writes ({', '.join(LLAMA_TYPES)}), and "
+                f"export.gguf_type is {kind}. Choose one of them, or leave out export.imatrix."
+            )
+        if self.recovers("gguf") and self.mlx_layouts[0][1] != 4:
+            raise RecipeError(
+                "With export.recover, a GGUF file of the type q4_1 has 4 bits, and so must mlx beside it: write "
+                "export.bits=4."
+            )
+
+    def recovers(self, kind: str) -> bool:
+        """Whether a format is written with codes that keep the tuning."""
+        q4_1 = kind == "gguf" and self.export.gguf_type == "q4_1"
+        return self.export.recover and (kind == "mlx" or q4_1)
 
     def steps(self, kind: str) -> int:
         """How many times `write` calls `step` for a format."""
@@ -236,8 +273,6 @@ class Fuser:
 
         `mlx` with `bits: auto` is written again with more bits while the measurement gives warnings.
         """
-        if kind == "gguf" and self.export.imatrix and self.export.gguf_type in LLAMA_TYPES and yardstick is not None:
-            self.importance = yardstick.importance
         with folder_whole(self.folder / kind) as folder:
             result = _WRITERS[kind](self, folder, step)
             assessment = self._assess(folder, result, yardstick)
@@ -250,8 +285,6 @@ class Fuser:
             missing = licences.write_licence_files(folder, self.licence, self.fusion.base, self.fusion.original)
             facts = run_facts(self.recipe, self.fusion, self.title, self.licence, missing)
             write_text(folder / "README.md", card.model_card(facts, written.format_facts))
-        if result.recovered is not None:
-            remove(self.run.recovering)
         return written
 
     def _assess(self, folder: Path, result: Result, yardstick: Yardstick | None) -> Assessment:
@@ -279,35 +312,39 @@ class Fuser:
             layout, recovered = self.recovered
             detail += ", recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
-        self.mlx_written = Result(detail, number, survivals, folder, recovered=recovered)
-        return self.mlx_written
+        return Result(detail, number, survivals, folder, recovered=recovered)
 
     def _write_hf(self, folder: Path, step: Callable[[], None]) -> Result:
         survivals = write_folder(folder, self.hf_layout, max_bytes=self._max_bytes, kind="pt", step=step)
         return Result(_type_name(self.hf_layout.dtype), 16, survivals, folder)
 
     def _write_gguf(self, folder: Path, step: Callable[[], None]) -> Result:
-        kind = self.export.gguf_type.upper()
-        path = folder / f"{self.title}-{kind}.gguf"
-        if self.export.gguf_type in LLAMA_TYPES:
-            left = llama_quantizer.quantize(path, self.gguf_plan, self.export.gguf_type, self.importance, step=step)
-            outcome, number = GGUFOutcome(left), LLAMA_TYPES[self.export.gguf_type].bits
+        kind = self.export.gguf_type
+        path = folder / f"{self.title}-{kind.upper()}.gguf"
+        recovered = self.recovered[1] if self.recovers("gguf") else None
+        if kind in LLAMA_TYPES:
+            importance = measured_importance(self.recipe, self.fusion.adapter.folder) if self.export.imatrix else None
+            left = llama_quantizer.quantize(path, self.gguf_plan, kind, importance, step=step)
+            outcome, number = GGUFOutcome(left), LLAMA_TYPES[kind].bits
         else:
-            outcome, number = write_gguf(path, self._gguf_source(), step=step), _GGUF_BITS[self.export.gguf_type]
+            outcome, number = write_gguf(path, self._final_plan(), step=step), _GGUF_BITS[kind]
         warnings = self._write_modelfile(folder, path.name)
         if outcome.rounded:
             values = {"rounded": outcome.rounded, "kept": outcome.kept, "error": outcome.error}
             warnings += (Notice("gguf-scales-rounded", **values),)
-        survivals = outcome.survivals or (self.mlx_written.survivals if self.mlx_written else [])
-        return Result(kind, number, survivals, path, warnings, path.name)
+        detail = kind.upper() + (", recovered" if recovered else "")
+        return Result(detail, number, outcome.survivals, path, warnings, path.name, recovered)
 
-    def _gguf_source(self) -> GGUFPlan:
-        """The plan to write: for q4_1, of the `mlx` folder if this command wrote it in 4 bits."""
-        kind, folder = self.export.gguf_type, self.folder / "mlx"
-        if kind != "q4_1" or self.mlx_written is None or self.mlx_written.bits != 4:
+    def _final_plan(self) -> GGUFPlan:
+        """The plan to write: q4_1 has the weights of the `mlx` folder if that is written too, with 4 bits."""
+        if self.export.gguf_type != "q4_1":
             return self.gguf_plan
-        source = open_source(folder, self.fusion.base.name)
-        return plan_gguf(Fusion(source, no_adapter(folder)), kind, self.title, self._about)
+        layout = None
+        if self.recovers("gguf"):
+            layout = self.recovered[0]
+        elif "mlx" in self.export.formats and self.mlx_layouts[0][1] == 4:
+            layout = self.mlx_layouts[0][0]
+        return self.gguf_plan if layout is None else replace(self.gguf_plan, fusion=layout.fusion, layout=layout)
 
     def _write_modelfile(self, folder: Path, file: str, base: str | None = None) -> tuple[Notice, ...]:
         """Write the Modelfile of `file`, with `base` of an adapter; returns what it lacks."""

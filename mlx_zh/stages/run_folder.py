@@ -105,8 +105,9 @@ class RunFolder:
         return next((stage.adapter for stage in stages if stage.has_adapter), None)
 
     def fused_model(self) -> Path:
-        """The folder of the fused model in MLX's format, else in another format that can be loaded."""
-        folders = [self.fused / kind for kind in ("mlx", "hf", "gguf")]
+        """The folder of the fused model: of the last `fuse` if it wrote a model that loads, MLX's format first."""
+        last = read_object(self.fused_summary) or {}
+        folders = [self.fused / kind for kind in sorted(("mlx", "hf", "gguf"), key=lambda kind: kind not in last)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def unused_name(self) -> str:

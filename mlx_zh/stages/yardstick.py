@@ -16,7 +16,6 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.files import load_adapter
 from mlx_zh.models.export import fidelity, in_llama_cpp
 from mlx_zh.models.export.held_out import bundled_conversations
-from mlx_zh.models.export.importance import Importance, measure_importance
 from mlx_zh.models.load import load_model
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.data import prepare_stage
@@ -39,7 +38,6 @@ class Yardstick:
     perplexity: float  # of base + adapter
     moved: float  # KL(base + adapter || base), in nats per token
     probes: tuple[tuple[int, ...], ...]  # the token ids of each bundled conversation
-    importance: Importance | None = None  # of each input of each matrix of base + adapter, if export.imatrix asks
 
     def measure(self, path: Path) -> tuple[fidelity.Fidelity, list[Notice]]:
         """Load a written model as a user would; returns its fidelity, and a warning if its tokenizer differs."""
@@ -90,8 +88,7 @@ def measure_tuned(recipe: Recipe, adapter: Path) -> Yardstick | None:
     tuned = text.predictions(loaded.model)
     moved = fidelity.distance(tuned, base, text.targets).kl
     perplexity = fidelity.distance(tuned, tuned, text.targets).perplexity
-    importance = measure_importance(loaded.model, text) if recipe.export.imatrix else None
-    return Yardstick(recipe, text, tuned, perplexity, moved, tuple(map(_tokens, bundled)), importance)
+    return Yardstick(recipe, text, tuned, perplexity, moved, tuple(map(_tokens, bundled)))
 
 
 def _validation(recipe: Recipe, renderer: Renderer) -> Sequence[Rendered]:

@@ -12,6 +12,7 @@ from tiny_models import logits, tiny_config, tiny_model, write_folder
 from tuned import make_tuned
 
 from mlx_zh.errors import ModelError
+from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.build import dequantize
 from mlx_zh.models.export import importance, in_llama_cpp, llama_quantizer
 from mlx_zh.models.export.fidelity import held_out
@@ -19,7 +20,7 @@ from mlx_zh.models.export.folder_files import Layout, packed_layout
 from mlx_zh.models.export.folder_files import write_folder as write_mlx
 from mlx_zh.models.export.gguf_encoding import keep_codes
 from mlx_zh.models.export.gguf_file import About, plan_gguf, write_gguf
-from mlx_zh.models.export.merge import Fusion, no_adapter
+from mlx_zh.models.export.merge import Adapter, Fusion
 from mlx_zh.models.export.source import Source, open_source
 from mlx_zh.models.gguf_model import permute
 from mlx_zh.models.load import load_model
@@ -34,6 +35,10 @@ def mlx_model(folder: Path, bits: int, group: int, dtype: mx.Dtype, family: str 
     layout = packed_layout(fusion, bits, group)
     write_mlx(folder / "mlx", Layout(fusion, dtype, layout.packing), max_bytes=10**9, kind="mlx")
     return open_source(folder / "mlx", "tiny")
+
+
+def no_adapter(folder: Path) -> Adapter:
+    return Adapter(folder, AdapterSpec("lora", 0), {})
 
 
 def dense(source: Source) -> dict[str, mx.array]:

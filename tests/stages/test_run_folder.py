@@ -100,6 +100,13 @@ def test_the_fused_model_is_mlxs_where_there_is_one(tmp_path: Path, written: tup
     assert RunFolder(tmp_path).fused_model() == tmp_path / "fused" / chosen
 
 
+def test_the_fused_model_is_what_the_last_command_wrote(tmp_path: Path) -> None:
+    for kind in ("mlx", "gguf"):
+        (tmp_path / "fused" / kind).mkdir(parents=True)
+    (tmp_path / "fused" / "summary.json").write_text('{"gguf": {}}', encoding="utf-8")
+    assert RunFolder(tmp_path).fused_model() == tmp_path / "fused" / "gguf"
+
+
 def test_no_other_file_spells_the_paths_of_a_run() -> None:
     spelled = re.compile(
         r"[\"'](?:adapters|checkpoints|metrics\.jsonl|skipped\.jsonl|manifest\.json|samples\.json)[\"']"

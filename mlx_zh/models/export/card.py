@@ -115,6 +115,19 @@ def model_card(run: RunFacts, exported: FormatFacts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def with_exams(text: str, rows: Sequence[tuple[str, str, str]]) -> str:
+    """A card with a table of exam, fused stage and difference; without a licence section it stays as it is."""
+    before, heading, after = text.rpartition("\n## Licence\n")
+    if not heading:
+        return text
+    before = before.partition(f"\n{_EXAMS}\n")[0].rstrip("\n")
+    table = markdown_table(["exam", "base + adapter", "difference of this model"], rows)
+    return f"{before}\n\n{_EXAMS}\n\n{table}\n{heading}{after}"
+
+
+_EXAMS = "## Exams after fusing"
+
+
 def _metadata(run: RunFacts, exported: FormatFacts) -> str:
     data: dict[str, Any] = {
         "license": run.licence.tag,

@@ -72,7 +72,7 @@ class Layout:
             path, _, leaf = name.rpartition(".")
             if leaf == "weight" and path in self.kept:
                 parts = [weights.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
-                yield from (self._half(part) for part in parts if part is not None)
+                yield from (self.half(part) for part in parts if part is not None)
                 continue
             tensor = self.fusion.merge(name, weights.pop(name), changed)
             form = self.packing.get(path) if leaf == "weight" else None
@@ -81,12 +81,18 @@ class Layout:
                 watch(tensor, written.astype(mx.float32))
                 yield written
             else:
-                chosen = self.codes if path in self.chosen else None
-                packed = chosen(path) if chosen else pack(tensor.value, form, self.dtype)
+                packed = self.packed(path, tensor)
                 watch(tensor, unpack(packed, form))
                 yield from packed
 
-    def _half(self, array: mx.array) -> mx.array:
+    def packed(self, path: str, tensor: Tensor) -> list[mx.array]:
+        """The arrays of a quantized module that does not keep its codes: chosen ones, or the rounded tensor's."""
+        if self.codes is not None and path in self.chosen:
+            return self.codes(path)
+        return pack(tensor.value, self.packing[path], self.dtype)
+
+    def half(self, array: mx.array) -> mx.array:
+        """An array in the layout's type; codes as they are."""
         return array.astype(self.dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 

@@ -7,7 +7,7 @@ or 5 bits by MLX, and that the adapter does not change, keeps its codes: Q4_1 an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, Weights
-from mlx_zh.models.export.folder_files import pack, packed_layout, unpack
+from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, unpack
 from mlx_zh.models.export.gguf_encoding import Encoded, encode, keep_codes, same_codes, stored_bytes
 from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
 from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
@@ -67,7 +67,7 @@ class GGUFPlan:
     title: str
     metadata: dict[str, Any]
     rope_factors: npt.NDArray[np.float32] | None  # (head_dim / 2,) Llama 3.1's frequency divisors
-    packing: dict[str, Form] = field(default_factory=dict)  # module -> MLX's form, as which it is written
+    layout: Layout  # which matrices are written as MLX quantizes them, and in which form
 
     @property
     def size(self) -> int:
@@ -80,7 +80,7 @@ class GGUFPlan:
         shape = self.fusion.source.outline.shapes[name]
         if len(shape) == 1:
             return "F32"
-        form = self.packing.get(name.removesuffix(".weight"))
+        form = self.layout.packing.get(name.removesuffix(".weight"))
         if kept := same_codes(form):
             return kept
         if shape[-1] % GROUP_SIZE:
@@ -102,8 +102,12 @@ class GGUFOutcome:
     error: float = 0.0  # the largest norm of that rounding in a matrix, as a share of the matrix's
 
 
-def plan_gguf(fusion: Fusion, kind: str, title: str, about: About | None = None) -> GGUFPlan:
+def plan_gguf(
+    fusion: Fusion, kind: str, title: str, about: About | None = None, layout: Layout | None = None
+) -> GGUFPlan:
     """The plan of a file of a `kind` in FILE_TYPES. With q4_1, MLX quantizes what is not yet quantized.
+
+    With `layout`, the file has the weights of the folder of that layout.
 
     Raises ModelError if llama.cpp could not run the model or would split text differently.
     """
@@ -135,16 +139,18 @@ def plan_gguf(fusion: Fusion, kind: str, title: str, about: About | None = None)
     scaling, factors = _rope(config, head_dim, fusion.source.name)
     metadata |= {f"{architecture}.{name}": value for name, value in (keys | scaling).items()}
     metadata = {"architecture": architecture} | metadata | tokenizer_metadata(fusion.base)
-    return GGUFPlan(fusion, kind, title, metadata, factors, _packing(fusion, kind))
+    return GGUFPlan(fusion, kind, title, metadata, factors, layout or _layout(fusion, kind))
 
 
-def _packing(fusion: Fusion, kind: str) -> dict[str, Form]:
+def _layout(fusion: Fusion, kind: str) -> Layout:
     """The modules that are written as MLX has them, and their forms; those of more than 5 bits become Q8_0."""
+    layout = full_layout(fusion, mx.float16)
     if kind in _FULL:
-        return {}
+        return layout
     if kind == "q4_1":
-        return packed_layout(fusion, 4, GROUP_SIZE).packing
-    return fusion.untouched
+        return replace(packed_layout(fusion, 4, GROUP_SIZE), dtype=mx.float16)
+    untouched = fusion.untouched
+    return replace(layout, packing=untouched, kept=frozenset(untouched))
 
 
 def _rope(config: Config, head_dim: int, name: str) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
@@ -203,25 +209,25 @@ def write_gguf(path: Path, plan: GGUFPlan, *, step: Callable[[], None] = lambda:
 
 def _encoded(plan: GGUFPlan, outcome: GGUFOutcome) -> Iterator[tuple[str, Encoded]]:
     """Every tensor as it is written, one in memory at a time; `outcome` is filled."""
-    fusion = plan.fusion
-    untouched = {path: form for path, form in fusion.untouched.items() if path in plan.packing}
-    weights = fusion.stored(packed=bool(untouched))
+    fusion, layout = plan.fusion, plan.layout
+    as_in_mlx = layout.dtype == mx.bfloat16  # a folder's layout; its numbers are rounded to bfloat16 first
+    weights = fusion.stored(packed=bool(layout.kept))
     changed = fusion.adapter.tensors
     for name in fusion.source.outline.shapes:
         path = name.removesuffix(".weight")
-        if form := fusion.untouched.get(path) if untouched else None:
+        form = layout.packing.get(path)
+        if form is not None and path in layout.kept:
             parts = [weights.pop(f"{path}.{part}") for part in _parts(weights, path)]
-            if same_codes(plan.packing.get(path)):
-                yield name, _kept(parts, form, name, outcome)
-            else:
-                yield name, encode(unpack(parts, form), plan.type_of(name), name)
+            if as_in_mlx:
+                parts = [layout.half(part) for part in parts]
+            yield name, _as_packed(parts, form, plan, name, outcome)
             continue
         tensor = fusion.merge(name, weights.pop(name), changed)
-        form = plan.packing.get(path)
-        if form is not None and same_codes(form):
-            encoded = _kept(pack(tensor.value, form, mx.float16), form, name, outcome)
+        if form is None:
+            value = layout.half(tensor.value).astype(mx.float32) if as_in_mlx else tensor.value
+            encoded = encode(value, plan.type_of(name), name)
         else:
-            encoded = encode(tensor.value, plan.type_of(name), name)
+            encoded = _as_packed(layout.packed(path, tensor), form, plan, name, outcome)
         _watch(tensor, encoded, outcome)
         yield name, encoded
 
@@ -230,7 +236,10 @@ def _parts(weights: Weights, path: str) -> list[str]:
     return [part for part in ("weight", "scales", "biases") if f"{path}.{part}" in weights]
 
 
-def _kept(parts: list[mx.array], form: Form, name: str, outcome: GGUFOutcome) -> Encoded:
+def _as_packed(parts: list[mx.array], form: Form, plan: GGUFPlan, name: str, outcome: GGUFOutcome) -> Encoded:
+    """A matrix that MLX quantized: with the same codes if a type of GGUF has them."""
+    if same_codes(form) is None:
+        return encode(unpack(parts, form), plan.type_of(name), name)
     encoded = keep_codes(parts, form, name)
     outcome.kept += encoded.value.size // GROUP_SIZE
     outcome.rounded += encoded.rounded

@@ -85,11 +85,6 @@ def open_adapter(folder: Path, source: Source) -> Adapter:
     return adapter
 
 
-def no_adapter(folder: Path) -> Adapter:
-    """An adapter that changes nothing: the model in `folder` is written as it is."""
-    return Adapter(folder, AdapterSpec("lora", 0), {})
-
-
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of the merged model."""
