@@ -323,7 +323,7 @@ def test_recover_keeps_the_tuning_in_four_bits(project, run, model_folder, on_lo
     [
         (["export.bits=16"], "with 16 bits nothing is lost"),
         (["export.formats=[hf]"], "export.formats asks for none"),
-        (["export.formats=[hf, gguf]"], "export.formats asks for none"),
+        (["export.formats=[hf, gguf]", "export.gguf_type=q8_0"], "export.formats asks for none"),
         (["export.formats=[mlx, gguf]", "export.gguf_type=q4_1", "export.bits=6"], "write export.bits=4"),
     ],
 )

@@ -59,6 +59,7 @@ SAID_BY = {
     "{0} already has a model named": ("fuse",),
     "{0} has no adapter, and the": ("fuse",),
     "--fresh is an option of": ("sft", "dpo", "run"),
+    "The GGUF file gets 4 bits": ("fuse",),
     "{place} exceeded 65,504": ("sft", "dpo", "run"),
     "GUESSED: check the samples": ("init",),
     "--columns {given}": ("init",),
