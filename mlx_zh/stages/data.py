@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _COLUMNS, _COLUMN = 12, 40  # unused columns that are named, and characters of a name
 _MANY_NEAR = 20  # near duplicates of a source; with fewer than this, nothing is said
-_UNITS = {"sft": "examples", "dpo": "pairs"}
+_UNITS = {"sft": "examples", "dpo": "pairs", "kto": "answers"}
 
 
 class TrainingTokens(TypedDict):
@@ -90,7 +90,8 @@ def prepare_stage(
         )
     for remark in corpus.remarks:
         console.warn(remark, keep=False)  # the data is as it was
-    for line in (*source_lines(corpus.manifest["report"], _UNITS[stage]), *quality_lines(corpus.manifest["report"])):
+    report, unit = corpus.manifest["report"], _UNITS[recipe.kind(stage)]
+    for line in (*source_lines(report, unit), *quality_lines(report)):
         console.say(line)
     for reported in corpus.manifest["report"]["sources"]:
         if reported["unused"]:
@@ -307,7 +308,7 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
     data = recipe.data
     return CorpusSettings(
         render=RenderSettings(
-            stage,
+            recipe.kind(stage),
             data.train_on if stage == "sft" else "assistant",
             data.max_length,
             data.on_overflow if stage == "sft" else "drop",

@@ -20,7 +20,7 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.examples import Conversations, Pairs
+    from mlx_zh.corpus.examples import AnySplit
 
 _SHORT = 64  # tokens; the length assumed for every example before the data is read
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -121,7 +121,7 @@ def require(
     force: bool,
     fresh: bool = False,
     config: Config | None = None,
-    corpus: Conversations | Pairs | None = None,
+    corpus: AnySplit | None = None,
 ) -> None:
     """Raise PlanError if a stage cannot fit into memory; with `force`, only warn.
 
