@@ -481,6 +481,11 @@ class Dpo(Training):
         """Whether the loss learns from single answers with a label (KTO), instead of pairs."""
         return self.loss in _UNPAIRED
 
+    @property
+    def has_kl(self) -> bool:
+        """Whether every step needs one more forward pass, for KTO's KL term."""
+        return self.loss == "kto"
+
     @field_validator("reference", mode="before")
     @classmethod
     def _fits_loss(cls, value: Any, info: ValidationInfo) -> Any:
@@ -637,6 +642,10 @@ class Recipe(Section):
     def kind(self, stage: str) -> str:
         """What the rows of a training stage are: sft (conversations), dpo (pairs) or kto (labelled answers)."""
         return "kto" if stage == "dpo" and self.dpo.unpaired else stage
+
+    def unit(self, stage: str) -> str:
+        """What the rows of a training stage are called."""
+        return {"sft": "examples", "dpo": "pairs", "kto": "answers"}[self.kind(stage)]
 
     @property
     def budget_seconds(self) -> int | None:

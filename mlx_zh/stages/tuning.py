@@ -488,6 +488,7 @@ _SHOWN = {
     "eval_rewards/accuracies": "reward accuracy",
     "eval_rewards/margins": "reward margin",
     "eval_rewards/chosen": "chosen reward",
+    "eval_kl": "KL",
 }
 
 
