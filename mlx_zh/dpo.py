@@ -62,8 +62,9 @@ class Dpo:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train an adapter on pairs of a better and a worse answer; returns the exit status. Raises MlxZhError."""
-    return command.train(Dpo(), "Fine-tune a model on preferences: pairs of a better and a worse answer.", argv)
+    """Train an adapter on pairs of answers, or on labelled ones; returns the exit status. Raises MlxZhError."""
+    purpose = "Fine-tune a model on preferences: pairs of a better and a worse answer, or good and bad answers (KTO)."
+    return command.train(Dpo(), purpose, argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import ranks
 from project import Project, Result, interrupt_after, metrics
 
-from mlx_zh import dpo, plan, prepare, report
+from mlx_zh import cli, dpo, plan, prepare, report
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.recipe import Dpo, load_recipe
@@ -217,3 +217,8 @@ def test_two_ranks_give_the_run_of_one(labelling: Project) -> None:
         for name in ("loss", "eval_loss", "kl", "rewards/margins", "eval_kl"):
             if name in one:
                 assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_command_kto_names_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RecipeError, match=r"mlx-zh dpo RECIPE dpo\.loss=kto"):
+        cli._stage(["kto", "recipe.yaml"])
