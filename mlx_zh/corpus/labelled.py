@@ -13,12 +13,11 @@ from typing import Any, Unpack
 
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.conversation import Answer, Labelled
+from mlx_zh.corpus.key_names import kind_of_name, number_of, says_no, says_yes
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import LABELS
 from mlx_zh.corpus.row_messages import Change, Row, changed, check_turns, reasoning_of
 from mlx_zh.corpus.rows import REASONING_WAY, Format, LoadReport, Reading, iter_rows
-
-_VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def load_labelled(path: Path, **reading: Unpack[Reading]) -> tuple[list[Labelled], LoadReport]:
@@ -44,20 +43,37 @@ def iter_labelled(
         yield Labelled(answer.messages, place, answer.label)
 
 
+def labels_in(row: Row) -> dict[str, Any]:
+    """The columns of a row that say whether its answer is good, with their values.
+
+    Beside `label` and `kto_tag` these are columns whose names tell, such as thumbs_up, if their values say yes or no.
+    """
+    named = {n: v for n, v in row.items() if kind_of_name(n) in ("good", "bad") and as_label(v) is not None}
+    return {name: row[name] for name in LABELS if row.get(name) not in (None, "")} | named
+
+
+def as_label(value: Any) -> bool | None:
+    """What a value says: true, false, 1, 0, yes or no, also as a text; None for anything else."""
+    if isinstance(value, list | dict) or number_of(value) not in (None, 0, 1):
+        return None
+    return True if says_yes(value) else False if says_no(value) else None
+
+
 def label_of(row: Row) -> bool:
     """Whether a row says that its answer is good. Raises InvalidRow if it does not say, or says both."""
-    given = {name: row[name] for name in LABELS if row.get(name) not in (None, "")}
+    given = labels_in(row)
     if not given:
         raise InvalidRow("no label", "neither 'label' nor 'kto_tag' says whether the answer is good: true or false")
-    labels = set()
+    labels = {}
     for name, value in given.items():
-        label = _VALUES.get(str(value).strip().lower()) if isinstance(value, str | int | float) else None
+        label = as_label(value)
         if label is None:
             raise InvalidRow("wrong type", f"{name!r} must be true or false, got {value!r:.40}")
-        labels.add(label)
-    if len(labels) > 1:
-        raise InvalidRow("two labels", f"'label' is {given['label']!r} and 'kto_tag' is {given['kto_tag']!r}")
-    return labels.pop()
+        labels[name] = label != (kind_of_name(name) == "bad")
+    if len(set(labels.values())) > 1:
+        good, bad = (next(name for name, label in labels.items() if label is side) for side in (True, False))
+        raise InvalidRow("two labels", f"{good!r} says that the answer is good, and {bad!r} that it is bad")
+    return next(iter(labels.values()))
 
 
 def _labelled(form: Format[Any], row: Row) -> Iterator[Answer]:
