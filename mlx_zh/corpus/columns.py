@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from mlx_zh.corpus import formats, labelled, preferences
-from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.key_names import number_of
+from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_messages import Row
 from mlx_zh.corpus.rows import Format
 
@@ -58,13 +58,17 @@ def _labelled(guess: Guess | None, rows: Sequence[Row]) -> Guess | None:
     """The guess, for KTO if conversations have labels and some are bad. A 0 may be the number of a class."""
     if guess is None or guess.kind != "sft" or guess.format not in FORMATS["kto"]:
         return guess
-    given = [labelled.labels_in(_renamed(row, guess.columns)) for row in rows]
-    bad = any(label is False and (guess.format == "kto" or number_of(value) is None) for value, label in _all(given))
+    bad = any(_is_bad(_renamed(row, guess.columns), guess.format == "kto") for row in rows)
     return replace(guess, kind="kto") if bad else guess
 
 
-def _all(given: Sequence[Mapping[str, Any]]) -> list[tuple[Any, bool | None]]:
-    return [(value, labelled.as_label(value)) for labels in given for value in labels.values()]
+def _is_bad(row: Row, numbers: bool) -> bool:
+    """Whether a row says that its answer is bad, if `numbers` also with a 0."""
+    try:
+        values = labelled.labels_in(row).values()
+        return not labelled.label_of(row) and (numbers or any(number_of(value) is None for value in values))
+    except InvalidRow:
+        return False
 
 
 def _guessed(rows: Sequence[Row]) -> Guess | None:

@@ -47,7 +47,7 @@ def refused(write, *rows) -> dict[str, int]:
     return report.dropped
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0, 1.0, 0.0, "true", "False", " TRUE ", "0"])
+@pytest.mark.parametrize("label", [True, False, 1, 0, 1.0, 0.0, "true", "False", " TRUE ", "0", "yes", "否"])
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -60,10 +60,10 @@ def refused(write, *rows) -> dict[str, int]:
         ({"query": "你好", "response": "好"}, (Q,)),
     ],
 )
-@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize("column", ["label", "kto_tag", "thumbs_up", "is_correct"])
 def test_a_row_with_a_label_is_one_answer(write, row, prompt, label, column):
     items = load(write, row | {column: label})
-    wanted = str(label).strip().lower() in ("true", "1", "1.0")
+    wanted = str(label).strip().lower() in ("true", "1", "1.0", "yes")
     assert [(tuple(map(said, item.messages)), item.label) for item in items] == [
         (tuple(map(said, (*prompt, GOOD))), wanted)
     ]
@@ -71,6 +71,11 @@ def test_a_row_with_a_label_is_one_answer(write, row, prompt, label, column):
 
 def said(message: Message) -> tuple[str, str]:
     return message.role, message.content
+
+
+def test_a_column_named_after_a_fault_says_the_opposite(write):
+    rows = [{"prompt": "你好", "completion": "好", "thumbs_down": down} for down in (True, False)]
+    assert [item.label for item in load(write, *rows)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,7 @@ def test_columns_name_the_label(write):
         ({"prompt": "你好", "completion": "坏", "label": "good?"}, "wrong type"),
         ({"prompt": "你好", "completion": "坏", "label": [True]}, "wrong type"),
         ({"prompt": "你好", "completion": "坏", "label": True, "kto_tag": False}, "two labels"),
+        ({"prompt": "你好", "completion": "坏", "label": True, "thumbs_down": 1}, "two labels"),
         ({"prompt": "你好", "completion": [role(A), role(R), role(BAD)], "label": True}, "several replies"),
         ({"prompt": "你好", "completion": [role(BAD) | {"weight": 0}], "label": True}, "not to be trained"),
         ({"prompt": "你好", "completion": " ", "label": True}, "empty reply"),
