@@ -339,9 +339,11 @@ def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """The columns of a row that nothing reads; the harmless ones are left out."""
     marks = (name for pair in MARKS for name in pair)
     known = {*columns, *HARMLESS, *REFUSED_IN_ROW, *REASONING, *DESCRIPTIONS, *UNREAD, *marks}
-    return [
-        name for name in row if name not in known and not ("system" in columns and kind_of_name(name) == "system")
-    ]
+    # columns that are read by the words of their names
+    kinds = {"system"} if "system" in columns else set()
+    if set(LABELS) <= set(columns):
+        kinds |= {"good", "bad"}
+    return [name for name in row if name not in known and kind_of_name(name) not in kinds]
 
 
 def has_more_keys(messages: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from mlx_zh.corpus.build import CorpusSettings, Exams, prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.conversation import Labelled, Message, Preference
 from mlx_zh.corpus.formats import load_conversations
-from mlx_zh.corpus.labelled import load_labelled
+from mlx_zh.corpus.labelled import iter_labelled, load_labelled
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rows import LoadReport
@@ -76,6 +76,9 @@ def said(message: Message) -> tuple[str, str]:
 def test_a_column_named_after_a_fault_says_the_opposite(write):
     rows = [{"prompt": "你好", "completion": "好", "thumbs_down": down} for down in (True, False)]
     assert [item.label for item in load(write, *rows)] == [False, True]
+    report = LoadReport()
+    list(iter_labelled(write(json.dumps(rows[0] | {"note": "x"})), report))
+    assert report.unused == ["note"]
 
 
 @pytest.mark.parametrize(
