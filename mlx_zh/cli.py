@@ -13,7 +13,7 @@ STAGES = {
     "run": "run all steps of a recipe; steps that are up to date are not repeated",
     "prepare": "read, clean, mix and tokenize the data",
     "sft": "fine-tune the model on conversations",
-    "dpo": "fine-tune the model on pairs of a better and a worse answer",
+    "dpo": "fine-tune the model on pairs of a better and a worse answer, or on good and bad ones (KTO)",
     "eval": "test models on C-Eval, CMMLU or an exam of your own, and compare them",
     "fuse": "merge the adapter into the base, for mlx-lm, transformers, llama.cpp or PEFT",
     "chat": "chat with a model",
@@ -46,6 +46,11 @@ def _stage(argv: list[str] | None) -> int:
 
         print(f"mlx-zh {__version__}")
         return 0
+    if stage == "kto":
+        raise RecipeError(
+            "KTO is a loss of the stage dpo: run `mlx-zh dpo RECIPE dpo.loss=kto`. Its rows, with a label or as "
+            "pairs, stand in data.dpo."
+        )
     if stage not in STAGES:
         raise RecipeError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}.")
     return importlib.import_module(f"mlx_zh.{stage}").main(rest) or 0

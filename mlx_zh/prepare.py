@@ -172,7 +172,7 @@ def _exam_line(exams: ExamCheck, dropped: int) -> str:
 
 def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
     """Print rendered examples, with what is learned in green; without colours it stands between ⟦ and ⟧."""
-    from mlx_zh.corpus.rendered import Rendered
+    from mlx_zh.corpus.rendered import Rendered, RenderedAnswer
     from mlx_zh.stages.showing import painted, rendered_segments
     from mlx_zh.system import console
 
@@ -183,6 +183,16 @@ def _show(corpus: Corpus, renderer: Renderer, count: int) -> None:
         console.say(f"\n--- example {number}")
         if isinstance(example, Rendered):
             console.say(painted(rendered_segments(example, renderer)))
+        elif isinstance(example, RenderedAnswer):
+            console.say(painted([(renderer.decode(example.prompt.tolist()), False)]))
+            console.say(
+                painted(
+                    [
+                        ("[good] " if example.label else "[bad] ", False),
+                        (renderer.decode(example.response.tolist()), True),
+                    ]
+                )
+            )
         else:
             console.say(painted([(renderer.decode(example.prompt.tolist()), False)]))
             for which in ("chosen", "rejected"):

@@ -105,6 +105,7 @@ LaterReasoning = Annotated[Reasoning, Field(exclude_if=lambda value: value == "l
 LaterText = Annotated[str | None, Field(min_length=1, exclude_if=lambda value: value is None)]
 LaterSwitch = Annotated[bool | None, Field(exclude_if=lambda value: value is None)]
 LaterLocated = Annotated[Located | None, Field(exclude_if=lambda value: value is None)]
+LaterWeight = Annotated[NotNegative, Field(exclude_if=lambda value: value == 1.0)]
 LaterTexts = Annotated[dict[str, str], Field(exclude_if=lambda value: not value)]
 
 
@@ -422,6 +423,15 @@ class Sft(Training):
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot")
 _DIVERGENT = ("sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm")
 _WITHOUT_REFERENCE = ("simpo", "orpo")
+# The losses that learn from single answers with a label, instead of pairs.
+_UNPAIRED = ("kto", "apo_zero_unpaired")
+
+_LOSSES_OF = {
+    "label_smoothing": _SMOOTHED,
+    "f_divergence": _DIVERGENT,
+    "desirable_weight": _UNPAIRED,
+    "undesirable_weight": _UNPAIRED,
+}
 
 PreferenceLossName = Literal[
     "sigmoid",
@@ -439,11 +449,13 @@ PreferenceLossName = Literal[
     "aot",
     "simpo",
     "orpo",
+    "kto",
+    "apo_zero_unpaired",
 ]
 
 
 class Dpo(Training):
-    """Preference tuning.
+    """Preference tuning: from pairs, or with `loss` kto and apo_zero_unpaired from single answers with a label.
 
     `start` is sft (the SFT adapter of this run), base, or an adapter folder. Its default is sft when the recipe has
     SFT data, otherwise base. `reference` is start, base, or none (for losses without a reference).
@@ -461,6 +473,18 @@ class Dpo(Training):
     discopop_tau: PositiveFloat = 0.05
     start: Located | None = None
     reference: Annotated[Literal["start", "base", "none"], Field(validate_default=True)] = "start"
+    desirable_weight: LaterWeight = 1.0
+    undesirable_weight: LaterWeight = 1.0
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss learns from single answers with a label (KTO), instead of pairs."""
+        return self.loss in _UNPAIRED
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether every step needs one more forward pass, for KTO's KL term."""
+        return self.loss == "kto"
 
     @field_validator("reference", mode="before")
     @classmethod
@@ -476,11 +500,18 @@ class Dpo(Training):
             )
         return value
 
-    @field_validator("label_smoothing", "f_divergence")
+    @field_validator("ld_alpha")
+    @classmethod
+    def _of_pairs(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("loss") in _UNPAIRED:
+            raise ValueError(f"left out, because it has no effect on dpo.loss {info.data['loss']}")
+        return value
+
+    @field_validator("label_smoothing", "f_divergence", "desirable_weight", "undesirable_weight")
     @classmethod
     def _used_by_loss(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
-        losses = _SMOOTHED if name == "label_smoothing" else _DIVERGENT
+        losses = _LOSSES_OF[name]
         default = cls.model_fields[name].default
         if value != default and info.data.get("loss", losses[0]) not in losses:
             raise ValueError(f"{default}, because it has no effect on dpo.loss {info.data['loss']}")
@@ -607,6 +638,14 @@ class Recipe(Section):
     def training(self, stage: str) -> Training:
         """The section of training stage `stage` (sft or dpo)."""
         return self.sft if stage == "sft" else self.dpo
+
+    def kind(self, stage: str) -> str:
+        """What the rows of a training stage are: sft (conversations), dpo (pairs) or kto (labelled answers)."""
+        return "kto" if stage == "dpo" and self.dpo.unpaired else stage
+
+    def unit(self, stage: str) -> str:
+        """What the rows of a training stage are called."""
+        return {"sft": "examples", "dpo": "pairs", "kto": "answers"}[self.kind(stage)]
 
     @property
     def budget_seconds(self) -> int | None:

@@ -1,4 +1,4 @@
-"""DPO against PyTorch: transformers' own Llama with the same LoRA, and TRL's DPOTrainer where it is installed."""
+"""DPO and KTO against PyTorch: transformers' own Llama with the same LoRA, and TRL's trainers if it is there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from oracles import distance
 from tolerances import LOGPROBS
 
 from mlx_zh.core.losses import LOSSES
-from mlx_zh.corpus.rendered import RenderedPair
+from mlx_zh.corpus.rendered import RenderedAnswer, RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective
+from mlx_zh.training.kto_objective import KtoObjective
+from mlx_zh.training.mismatched import MismatchedAnswers
 from mlx_zh.training.objective import Settings
 from mlx_zh.training.reference import Reference, ReferenceStore
 from mlx_zh.training.step import loss_and_gradients, set_weights
@@ -55,7 +57,7 @@ class Ours:
         set_weights(model, self.start)
         reference = Reference(ReferenceStore(folder / "reference.txt"), self.pairs)
         list(reference.compute(model, row_tokens=40))
-        self.reference = reference.logprobs(self.pairs)
+        self.reference, self.folder = reference.logprobs(self.pairs), folder
         set_weights(model, self.policy)
 
     def step(self, **section: Any) -> tuple[float, dict[str, float], dict[str, mx.array]]:
@@ -231,3 +233,103 @@ def test_losses_figures_and_gradients_equal_trls(ours: Ours, trainer: Any) -> No
         assert {"rewards/margins", "logps/rejected"} <= trainer._metrics["train"].keys()
         theirs = {n: p.grad.numpy().T for n, p in peft_names(trainer.model, ours.policy).items()}
         assert distance(slopes, theirs) < 2e-3, (loss, options)
+
+
+# TRL's KTO
+
+
+LABELS = (True, False, False, True)
+
+
+@pytest.fixture
+def kto_trainer(ours: Ours, byte_tokenizer: Any, tmp_path: Path) -> Any:
+    """A KTOTrainer whose "ref" adapter is our start, and whose trained one is our policy."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    from datasets import Dataset
+
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(torch_model(ours.model), config)
+    put(model, ours.start)
+    arguments = trl.KTOConfig(
+        output_dir=str(tmp_path / "trl"),
+        use_cpu=True,
+        report_to=[],
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+    )
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    found = trl.KTOTrainer(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer
+    )
+    put(found.model, ours.policy)
+    return found
+
+
+KTO_CASES = [
+    ("kto", LABELS, {}),
+    ("kto", LABELS, {"desirable_weight": 1.5, "undesirable_weight": 0.7}),
+    ("kto", (True,) * 4, {}),
+    ("kto", (False,) * 4, {}),
+    ("apo_zero_unpaired", LABELS, {"desirable_weight": 1.5}),
+]
+
+
+# The mean log-ratio of the mismatched answers is -0.02 in the first case, so that the KL term is 0.
+@pytest.mark.parametrize(("further", "kl"), [(1.0, 0.0), (6.0, 0.1808)])
+def test_kto_equals_trls_in_value_gradient_kl_and_figures(
+    ours: Ours, kto_trainer: Any, further: float, kl: float
+) -> None:
+    """The same answers and the same mismatched ones through `compute_loss`."""
+    policy = {name: ours.start[name] + further * (w - ours.start[name]) for name, w in ours.policy.items()}
+    set_weights(ours.model, policy)
+    put(kto_trainer.model, policy)
+    for loss, labels, options in KTO_CASES:
+        answers = [RenderedAnswer(p.prompt, p.chosen, label) for p, label in zip(ours.pairs, labels, strict=True)]
+        others = np.roll(np.arange(len(answers)), 1)  # as TRL moves them within a batch
+        mismatched = MismatchedAnswers(answers, others, 512)
+        set_weights(ours.model, ours.start)
+        reference = Reference(ReferenceStore(ours.folder / "kto.txt"), mismatched)
+        list(reference.compute(ours.model, row_tokens=40))
+        set_weights(ours.model, policy)
+        section = Dpo(loss=loss, beta=0.3, **options)
+        objective = KtoObjective(
+            mismatched, reference.logprobs(mismatched), section, Settings(seed=0, micro_tokens=40)
+        )
+        value, sums, slopes = loss_and_gradients(ours.model, objective, objective.rows(np.arange(4), 0), policy)
+        figures = objective.metrics({name: float(total) for name, total in sums.items()})
+
+        kto_trainer.loss_type, kto_trainer.beta = loss, 0.3
+        kto_trainer.desirable_weight = options.get("desirable_weight", 1.0)
+        kto_trainer.undesirable_weight = options.get("undesirable_weight", 1.0)
+        kto_trainer.calculate_KL = loss == "kto"
+        rows = [
+            {
+                "prompt_ids": answer.prompt.tolist(),
+                "completion_ids": answer.response.tolist(),
+                "KL_completion_ids": answers[other].response.tolist(),
+                "label": answer.label,
+            }
+            for answer, other in zip(answers, others, strict=True)
+        ]
+        kto_trainer._metrics["train"].clear()
+        kto_trainer.model.train()
+        kto_trainer.model.zero_grad()
+        expected = kto_trainer.compute_loss(kto_trainer.model, kto_trainer.data_collator(rows))
+        expected.backward()
+        logged = kto_trainer._metrics["train"]
+        assert float(value) == pytest.approx(expected.item(), rel=1e-4), (loss, options)
+        for name in (
+            "kl",
+            "rewards/margins",
+            *(f"{a}/{b}" for a in ("rewards", "logps") for b in ("chosen", "rejected")),
+        ):
+            assert (name in figures) == (name in logged), name
+            if name in figures:
+                assert figures[name] == pytest.approx(logged[name][-1], rel=1e-3, abs=1e-4), (loss, options, name)
+        theirs = {n: p.grad.numpy().T for n, p in peft_names(kto_trainer.model, policy).items()}
+        assert distance(slopes, theirs) < 2e-3, (loss, options)
+        assert figures["kl"] == pytest.approx(kl if loss == "kto" else 0.0, abs=1e-4)

@@ -434,3 +434,38 @@ def test_any_bytes_are_a_recipe_or_one_paragraph(
     path = tmp_path_factory.mktemp("any") / f"a{suffix}"
     path.write_bytes(content)
     told(lambda: init.main([str(path), "--yes", "--force"]))
+
+
+def labelled(folder: Path, name: str = "votes.jsonl") -> Path:
+    rows = [{"prompt": q, "completion": a, "label": number % 3 > 0} for number, (q, a) in enumerate(QA[1:])]
+    path = folder / name
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_answers_marked_good_or_bad_become_a_recipe_of_kto(run, folder: Path) -> None:
+    labelled(folder)
+    status, shown, err = run("votes.jsonl", "--yes", "--name", "votes")
+    assert status == 0, err
+    assert "标签：好" in shown or "label: good" in shown or "标签：坏" in shown or "label: bad" in shown
+    recipe = load_recipe("votes.yaml")
+    assert recipe.dpo.loss == "kto" and recipe.kind("dpo") == "kto"
+    assert [source.path for source in recipe.data.dpo.train] == ["votes.jsonl"] and not recipe.data.sft.train
+    assert recipe.data.on_invalid == "error"
+
+
+def test_for_sft_the_good_ones_are_learned_and_the_others_left_out(run, folder: Path) -> None:
+    labelled(folder)
+    assert run("votes.jsonl", "--yes", "--use", "sft", "--name", "good")[0] == 0
+    recipe = load_recipe("good.yaml")
+    assert recipe.data.on_invalid == "skip" and not recipe.data.dpo.train
+    items, report = load_conversations(folder / "votes.jsonl", on_invalid="skip")
+    assert len(items) == 20 and report.dropped == {"answer not to imitate": 10}
+
+
+def test_labels_that_are_all_good_or_classes_are_no_kto(run, folder: Path) -> None:
+    for number, label in enumerate((True, 0)):
+        rows = [{"instruction": q, "output": a, "label": label} for q, a in QA[1:]]
+        (folder / "fine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert run("fine.jsonl", "--yes", "--name", f"fine{number}")[0] == 0
+        assert load_recipe(f"fine{number}.yaml").data.sft.train

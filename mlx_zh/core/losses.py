@@ -70,6 +70,27 @@ def preference_loss(
     return kind.formula(pairs)
 
 
+def answer_loss(
+    policy: mx.array,
+    reference: mx.array,
+    good: mx.array,
+    *,
+    kl: float = 0.0,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> mx.array:
+    """Loss of each of P single answers, (P,) float32, from summed log-probs (P,); `good` (P,) says which are good.
+
+    w (1 - s(beta (r - z))) of a good answer and w (1 - s(beta (z - r))) of a bad one, with r = log(pi / pi_ref), z =
+    `kl` and the weight of its kind: KTO (arXiv:2402.01306, equation 7), as in TRL's KTOTrainer (1.16). With z = 0 it
+    is TRL's apo_zero_unpaired, from APO-zero (arXiv:2408.06266, equation 7).
+    """
+    advantage = beta * (_float32(policy) - _float32(reference) - kl)
+    weight = mx.where(good, desirable_weight, undesirable_weight)
+    return weight * mx.sigmoid(mx.where(good, -advantage, advantage))
+
+
 def rewards(
     policy: mx.array, reference: mx.array | None, *, loss: str, beta: float, lengths: mx.array | None = None
 ) -> mx.array:
@@ -332,3 +353,13 @@ LOSSES: dict[str, PreferenceLoss] = {
     "simpo": PreferenceLoss(_simpo, reference=False, lengths=True),
     "orpo": PreferenceLoss(_orpo, reference=False, lengths=True),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedLoss:
+    """A loss of single answers with a label, which `answer_loss` computes."""
+
+    kl: bool  # whether it has a KL term; with it, an answer's loss depends on the other answers of the step
+
+
+UNPAIRED: dict[str, UnpairedLoss] = {"kto": UnpairedLoss(kl=True), "apo_zero_unpaired": UnpairedLoss(kl=False)}

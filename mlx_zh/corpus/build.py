@@ -31,7 +31,17 @@ from mlx_zh import errors
 from mlx_zh.corpus import choosing, statistics
 from mlx_zh.corpus.contamination import ExamIndex, read_questions
 from mlx_zh.corpus.exam_table import exam_files
-from mlx_zh.corpus.examples import SCHEMAS, Conversations, Pairs, Shards, content_digest, positions_of
+from mlx_zh.corpus.examples import (
+    OPENED,
+    SCHEMAS,
+    Answers,
+    AnySplit,
+    Conversations,
+    Pairs,
+    Shards,
+    content_digest,
+    positions_of,
+)
 from mlx_zh.corpus.joined_encoding import JoinedEncoder, Vocabulary, vocabulary_of
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.scan import Scan, ScanSettings, open_scan, scan
@@ -116,7 +126,7 @@ class Corpus:
     folder: Path
     key: str
     manifest: Manifest
-    splits: dict[str, Conversations | Pairs]  # train and validation
+    splits: dict[str, AnySplit]  # train and validation
     ready: bool  # whether it came from the cache
     remarks: tuple[Notice, ...] = ()  # about an earlier copy that was damaged
 
@@ -136,6 +146,12 @@ class Corpus:
         pairs = self.splits[split]
         assert isinstance(pairs, Pairs)
         return pairs
+
+    def answers(self, split: str) -> Answers:
+        """The labelled answers of a split ("train" or "validation") of a corpus for KTO."""
+        answers = self.splits[split]
+        assert isinstance(answers, Answers)
+        return answers
 
 
 def corpus_key(
@@ -247,8 +263,7 @@ def open_corpus(folder: Path, kind: str, *, ready: bool) -> Corpus:
     """A finished corpus; its rows stay on disk."""
     manifest: Manifest = load_json(folder / _MANIFEST)
     shards = Shards([folder / name for name in manifest["files"]])
-    open_as = Conversations if kind == "sft" else Pairs
-    splits = {split: open_as(shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}
+    splits = {split: OPENED[kind](shards, np.load(folder / f"{split}.npy")) for split in ("train", "validation")}
     return Corpus(folder, folder.name, manifest, splits, ready)
 
 
@@ -400,8 +415,7 @@ def _finish(
         for source, reasons in counts.items():
             rendering.setdefault(source, Counter()).update(reasons)
     kind = settings.render.kind
-    open_as = Conversations if kind == "sft" else Pairs
-    opened = {split: open_as(shards, positions) for split, positions in splits.items()}
+    opened: dict[str, Any] = {split: OPENED[kind](shards, positions) for split, positions in splits.items()}
     report: CorpusReport = {
         **statistics.describe(sources, scans, choice, rendering, opened["train"], opened["validation"]),
         "exam_questions": exam_report,

@@ -5,20 +5,25 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
 import yaml
 
-from mlx_zh.corpus import formats, preferences
+from mlx_zh.corpus import formats, labelled, preferences
+from mlx_zh.corpus.key_names import number_of
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_messages import Row
 from mlx_zh.corpus.rows import Format
 
-Kind = Literal["sft", "dpo"]
-FORMATS: Mapping[Kind, Mapping[str, Format[Any]]] = {"dpo": preferences.FORMATS, "sft": formats.FORMATS}
+Kind = Literal["sft", "dpo", "kto"]
+FORMATS: Mapping[Kind, Mapping[str, Format[Any]]] = {
+    "dpo": preferences.FORMATS,
+    "sft": formats.FORMATS,
+    "kto": labelled.FORMATS,
+}
 
 _FEW = 10  # among fewer rows, texts that occur again say nothing
 _FILLED = 0.6  # share of the rows in which a column of questions or answers has text
@@ -46,6 +51,27 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def guess_columns(rows: Sequence[Row]) -> Guess | None:
     """How a file with these first rows is to be read; None if neither names nor content tell it."""
+    return _labelled(_guessed(rows), rows)
+
+
+def _labelled(guess: Guess | None, rows: Sequence[Row]) -> Guess | None:
+    """The guess, for KTO if conversations have labels and some are bad. A 0 may be the number of a class."""
+    if guess is None or guess.kind != "sft" or guess.format not in FORMATS["kto"]:
+        return guess
+    bad = any(_is_bad(_renamed(row, guess.columns), guess.format == "kto") for row in rows)
+    return replace(guess, kind="kto") if bad else guess
+
+
+def _is_bad(row: Row, numbers: bool) -> bool:
+    """Whether a row says that its answer is bad, if `numbers` also with a 0."""
+    try:
+        values = labelled.labels_in(row).values()
+        return not labelled.label_of(row) and (numbers or any(number_of(value) is None for value in values))
+    except InvalidRow:
+        return False
+
+
+def _guessed(rows: Sequence[Row]) -> Guess | None:
     known = _known_format(rows)
     if known is not None:
         return known
@@ -67,7 +93,7 @@ def given_columns(columns: Mapping[str, str], rows: Sequence[Row]) -> Guess | No
     for kind, known in FORMATS.items():
         for name, form in known.items():
             if columns.keys() <= {*form.columns, "reasoning_content"} and any(form.fits(row) for row in renamed):
-                return Guess(kind, name, dict(columns), "given", _explicit(kind, name, renamed))
+                return _labelled(Guess(kind, name, dict(columns), "given", _explicit(kind, name, renamed)), rows)
     return None
 
 

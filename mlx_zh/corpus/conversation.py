@@ -1,8 +1,9 @@
-"""What a row of a data set becomes: a conversation or a document for SFT, or a pair of answers for DPO."""
+"""What a row of a data set becomes: a conversation or a document for SFT, a pair of answers or a labelled one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,20 @@ class Conversation:
 
     messages: tuple[Message, ...]
     source: str
+
+
+class Answer(NamedTuple):
+    """What a format for KTO reads: messages that end with a reply, and whether it is good."""
+
+    messages: tuple[Message, ...]
+    label: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled(Conversation):
+    """A conversation whose last reply is good (`label` true; "desirable" in KTO's words) or bad."""
+
+    label: bool
 
 
 @dataclass(frozen=True, slots=True)

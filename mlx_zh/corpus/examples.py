@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlx_zh.corpus.rendered import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedAnswer, RenderedPair
 from mlx_zh.system.digests import value_digest
 
 Ints = npt.NDArray[np.int32]
-Example = TypeVar("Example", Rendered, RenderedPair)
+Example = TypeVar("Example", Rendered, RenderedPair, RenderedAnswer)
 
 _LIST = pa.list_(pa.int32())
 SFT_SCHEMA = pa.schema(
@@ -32,7 +32,10 @@ SFT_SCHEMA = pa.schema(
     }
 )
 DPO_SCHEMA = pa.schema({"prompt": _LIST, "chosen": _LIST, "rejected": _LIST, "source": pa.int32(), "row": pa.int32()})
-SCHEMAS = {"sft": SFT_SCHEMA, "dpo": DPO_SCHEMA}
+KTO_SCHEMA = pa.schema(
+    {"prompt": _LIST, "response": _LIST, "label": pa.bool_(), "source": pa.int32(), "row": pa.int32()}
+)
+SCHEMAS = {"sft": SFT_SCHEMA, "dpo": DPO_SCHEMA, "kto": KTO_SCHEMA}
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,34 @@ class Pairs(Examples[RenderedPair]):
         return RenderedPair(*self._lists(index))
 
 
-def content_digest(splits: Mapping[str, Conversations | Pairs]) -> str:
+class Answers(Examples[RenderedAnswer]):
+    """Rendered labelled answers."""
+
+    def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
+        super().__init__(shards, rows, ("prompt", "response"))
+        prompt, response = (column.lengths()[rows] for column in self._columns)
+        self.lengths: Ints = prompt + response  # (N,) tokens
+        self.scored: Ints = response  # (N,) tokens whose log-probs are summed
+        self.replies: Ints = response
+        self.labels: Ints = shards.numbers("label")[rows]  # (N,) 1: the answer is good
+
+    def example(self, index: int) -> RenderedAnswer:
+        """The answer number `index`."""
+        prompt, response = self._lists(index)
+        return RenderedAnswer(prompt, response, bool(self.labels[index]))
+
+    def _digested(self, index: int) -> list[Ints]:
+        return [*self._lists(index), self.labels[index : index + 1]]
+
+
+AnySplit = Conversations | Pairs | Answers
+OPENED: dict[str, type[Conversations] | type[Pairs] | type[Answers]] = {
+    "sft": Conversations,
+    "dpo": Pairs,
+    "kto": Answers,
+}
+
+
+def content_digest(splits: Mapping[str, AnySplit]) -> str:
     """SHA-256 of the examples of all splits, 64 hex digits."""
     return value_digest({split: examples.digest() for split, examples in splits.items()})

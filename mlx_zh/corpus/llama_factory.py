@@ -157,4 +157,4 @@ def _guess(columns: Mapping[str, str], sharegpt: bool, ranking: bool) -> Guess:
     if "kto_tag" in columns and not ranking:
         mapped["kto_tag"] = columns["kto_tag"]
     changed = {ours: theirs for ours, theirs in mapped.items() if ours != theirs}
-    return Guess("dpo" if ranking else "sft", format, changed, "given")
+    return Guess("dpo" if ranking else "kto" if "kto_tag" in mapped else "sft", format, changed, "given")

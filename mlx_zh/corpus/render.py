@@ -15,12 +15,12 @@ from mlx_zh.corpus.chat_template import (
     template_source,
     tool_template_source,
 )
-from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Labelled, Message, Preference
 from mlx_zh.corpus.document_rendering import DocumentRenderer
 from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.flat_rendering import Flat, FlatRenderer
 from mlx_zh.corpus.joined_encoding import JoinedEncoder
-from mlx_zh.corpus.rendered import PROMPT_OVERFLOW, Rendered, RenderedPair, pair_of
+from mlx_zh.corpus.rendered import PROMPT_OVERFLOW, Rendered, RenderedAnswer, RenderedPair, answer_of, pair_of
 from mlx_zh.corpus.reply_writer import ReplyWriter
 from mlx_zh.corpus.text_cuts import Cut, encode_cuts, guarded
 from mlx_zh.corpus.thinking import APART, CLOSE, INLINE, Thinking, thinking_of, variables_of, with_reasoning_apart
@@ -346,7 +346,10 @@ class Renderer:
         results: list[RenderedPair | None] = []
         for first in range(0, len(batch), _BATCH // 2):
             part = batch[first : first + _BATCH // 2]
-            cuts = [None if self._overflows(pair, max_length) else self._cut_pair(pair) for pair in part]
+            cuts = [
+                None if self._overflows(pair.prompt, pair.source, max_length) else self._cut_pair(pair)
+                for pair in part
+            ]
             encoded = iter(encode_cuts(self._encoder, [cut for both in cuts if both is not None for cut in both]))
             for pair, both in zip(part, cuts, strict=True):
                 if both is None:
@@ -356,15 +359,45 @@ class Renderer:
                     results.append(pair_of(pair.source, next(encoded), next(encoded), max_length, dropped))
         return results
 
-    def _overflows(self, pair: Preference, max_length: int | None) -> bool:
+    def answers(
+        self,
+        batch: Sequence[Labelled],
+        *,
+        max_length: int | None = None,
+        dropped: Counter[str] | None = None,
+    ) -> list[RenderedAnswer | None]:
+        """The tokens of prompts and last replies with their labels; None for one longer than `max_length` tokens.
+
+        Replies are never cut; `dropped` counts the reasons. The tokens are those of `preferences`.
+        """
+        dropped = Counter() if dropped is None else dropped
+        results: list[RenderedAnswer | None] = []
+        for first in range(0, len(batch), _BATCH):
+            part = batch[first : first + _BATCH]
+            cuts = [
+                None
+                if self._overflows(item.messages[:-1], item.source, max_length)
+                else self._answered(item.messages, item.source)
+                for item in part
+            ]
+            encoded = iter(encode_cuts(self._encoder, [cut for cut in cuts if cut is not None]))
+            for item, cut in zip(part, cuts, strict=True):
+                if cut is None:
+                    dropped[PROMPT_OVERFLOW] += 1
+                    results.append(None)
+                else:
+                    results.append(answer_of(next(encoded), item.label, max_length, dropped))
+        return results
+
+    def _overflows(self, prompt: Sequence[Message], source: str, max_length: int | None) -> bool:
         """Whether the first turns of a long prompt are longer than max_length already; up to twice as many each time.
 
         The last question of those does not count: a template may write the last turn differently.
         """
-        questions = [k for k, message in enumerate(pair.prompt) if message.role == "user"]
+        questions = [k for k, message in enumerate(prompt) if message.role == "user"]
         count = FIRST_REPLIES
         while max_length is not None and count < len(questions):
-            cut = self._prompt(pair.prompt[: questions[count] + 1], pair.source)
+            cut = self._prompt(prompt[: questions[count] + 1], source)
             if sum(map(len, encode_cuts(self._encoder, [cut])[0][:-1])) > max_length:
                 return True
             count *= 2

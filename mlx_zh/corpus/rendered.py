@@ -21,6 +21,7 @@ NOT_TRAINED = "not to be trained"  # every reply that is left is context only
 PROMPT_OVERFLOW = "prompt longer than max_length"
 CHOSEN_OVERFLOW = "chosen response does not fit into max_length"
 REJECTED_OVERFLOW = "rejected response does not fit into max_length"
+ANSWER_OVERFLOW = "answer does not fit into max_length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,15 @@ class RenderedPair:
     prompt: np.ndarray  # (P,)
     chosen: np.ndarray  # (C,)
     rejected: np.ndarray  # (R,)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedAnswer:
+    """A prompt and a response, int32, which ends with its end-of-turn token; and whether it is good."""
+
+    prompt: np.ndarray  # (P,)
+    response: np.ndarray  # (R,)
+    label: bool
 
 
 def learned_of(
@@ -118,6 +128,17 @@ def pair_of(
                 dropped[reason] += 1
                 return None
     return RenderedPair(prompt, _joined(chosen[-1:]), _joined(rejected[-1:]))
+
+
+def answer_of(
+    pieces: Sequence[Tokens], label: bool, max_length: int | None, dropped: Counter[str]
+) -> RenderedAnswer | None:
+    """The labelled answer from the pieces of prompt + response; None, counted, if they are too long."""
+    prompt, response = _joined(pieces[:-1]), _joined(pieces[-1:])
+    if max_length is not None and len(prompt) + len(response) > max_length:
+        dropped[PROMPT_OVERFLOW if len(prompt) >= max_length else ANSWER_OVERFLOW] += 1
+        return None
+    return RenderedAnswer(prompt, response, label)
 
 
 def _joined(pieces: Sequence[Tokens]) -> np.ndarray:

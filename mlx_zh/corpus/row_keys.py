@@ -36,9 +36,11 @@ ABOUT = ("context", "input")
 _QUESTIONS = ("instruction", "prompt", "query", "question")
 # keys of a message, or of a row with one reply: what its author thought before it
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# columns that say whether an answer is good; KTO learns from both kinds
+LABELS = ("label", "kto_tag")
 # key -> the reason under which a row is refused if the value is false or 0
 FALSE_REFUSED = {
-    **dict.fromkeys(("label", "kto_tag"), "answer not to imitate"),
+    **dict.fromkeys(LABELS, "answer not to imitate"),
     **dict.fromkeys(("weight", "loss", "train", "loss_scale", "sample_weight"), "not to be trained"),
 }
 # key -> the reason under which a row is refused if the value is a number that is not positive, or false
@@ -71,7 +73,7 @@ HARMLESS = (
     "parallel_tool_calls",
 )
 
-_ANSWERS = ("output", "response", "completion", "messages", "conversations", "conversation", "data", "chat")
+ANSWERS = ("output", "response", "completion", "messages", "conversations", "conversation", "data", "chat")
 _MESSAGE_KEYS = REFUSED_IN_MESSAGE.keys() | set(NOT_TRAINED)
 _READ = ("role", "content", "from", "value", "text", "name", "tool_call_id")
 _READ_IN_MESSAGE = frozenset((*_READ, *CALLS, *REASONING, *NOT_TRAINED, *REFUSED_IN_MESSAGE))
@@ -97,6 +99,7 @@ class RowKeys(NamedTuple):
     columns: frozenset[str]
     watched: frozenset[str]
     told: bool  # whether the recipe says itself which column has the answer, so that a pair's other one is left out
+    labelled: bool = False  # whether the format itself reads if an answer is good
 
     def read(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row, with a column such as `system_prompt` under the name `system`.
@@ -106,7 +109,7 @@ class RowKeys(NamedTuple):
         for key, kind in _telling(tuple(row), self):
             if kind == "system" and "system" in self.columns:
                 row = _with_system(row, key)
-            else:
+            elif not (self.labelled and kind in ("good", "bad")):
                 _check_named(key, kind, row, self.told)
         for key in sorted(self.watched.intersection(row)):
             _check_key(key, row, self.told)
@@ -180,14 +183,19 @@ def _check_marks(row: Mapping[str, Any], better: str, worse: str) -> None:
 
 
 @cache
-def row_keys(columns: tuple[str, ...], mapped: tuple[str, ...] = ()) -> RowKeys:
-    """What is looked at in a format with these columns; the recipe says which columns of the file are `mapped`."""
+def row_keys(columns: tuple[str, ...], mapped: tuple[str, ...] = (), labelled: bool = False) -> RowKeys:
+    """What is looked at in a format with these columns; the recipe says which columns of the file are `mapped`.
+
+    A format that is `labelled` reads itself whether an answer is good.
+    """
     every = {*REFUSED_IN_ROW, *REASONING, *FALSE_REFUSED, *WEIGHTS, *DESCRIPTIONS}
     if columns != ("text",):  # the score of a raw text is not that of an answer
         every.update(NOT_POSITIVE_REFUSED)
+    if labelled:
+        every.difference_update(LABELS, NOT_POSITIVE_REFUSED)
     about = ABOUT if any(name in columns for name in _QUESTIONS) else ()
     watched = every | ({*UNREAD, *about} - set(columns))
-    return RowKeys(frozenset(columns), frozenset(watched), any(name in _ANSWERS for name in mapped))
+    return RowKeys(frozenset(columns), frozenset(watched), any(name in ANSWERS for name in mapped), labelled)
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -331,9 +339,11 @@ def unused_columns(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """The columns of a row that nothing reads; the harmless ones are left out."""
     marks = (name for pair in MARKS for name in pair)
     known = {*columns, *HARMLESS, *REFUSED_IN_ROW, *REASONING, *DESCRIPTIONS, *UNREAD, *marks}
-    return [
-        name for name in row if name not in known and not ("system" in columns and kind_of_name(name) == "system")
-    ]
+    # columns that are read by the words of their names
+    kinds = {"system"} if "system" in columns else set()
+    if set(LABELS) <= set(columns):
+        kinds |= {"good", "bad"}
+    return [name for name in row if name not in known and kind_of_name(name) not in kinds]
 
 
 def has_more_keys(messages: Sequence[Any]) -> bool:

@@ -11,12 +11,12 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 import yaml
 
-from mlx_zh.corpus.conversation import Document, Message
+from mlx_zh.corpus.conversation import Answer, Document, Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
 from mlx_zh.corpus.reader import InvalidRow, holds_json_rows, read_lines, read_rows
-from mlx_zh.corpus.row_keys import RowKeys, has_more_keys, row_keys, unused_columns, unused_keys
+from mlx_zh.corpus.row_keys import ANSWERS, LABELS, RowKeys, has_more_keys, row_keys, unused_columns, unused_keys
 from mlx_zh.corpus.row_messages import Row, kind_of, reasoning_of
 from mlx_zh.corpus.tables import read_arrow
 from mlx_zh.corpus.text_files import inner_suffix
@@ -95,6 +95,7 @@ class Format(Generic[Parsed]):
     fits: Callable[[Row], bool]  # whether a row has this format
     parse: Callable[[Row], Iterable[Parsed]]  # the items of a row; raises InvalidRow
     lines: bool = False  # whether rows are lines of text, read as {"text": line}
+    labelled: bool = False  # whether a label of false is read, and not a reason to leave the row out
 
 
 def iter_rows(
@@ -183,7 +184,7 @@ def parse_rows(
     columns: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, list[Parsed] | InvalidRow]]:
     """The place and the items of each row, or why it cannot be used. `columns` are those that `open_rows` renamed."""
-    keys = row_keys(form.columns, tuple(columns or ()))
+    keys = row_keys(form.columns, tuple(columns or ()), form.labelled)
     for place, row in rows:
         try:
             row = _as_row(row, keys)
@@ -269,6 +270,12 @@ def _detect(
         if isinstance(value, InvalidRow):
             raise DataError(f"{place}: {value}")
         raise DataError(f"{place}: a row must be an object with named columns, got a {kind_of(value)}")
+    ours = _named_columns(formats)
+    if ours[-1] == "rejected" and any(name in first for name in LABELS) and any(name in first for name in ANSWERS):
+        raise DataError(
+            f"{path}: the rows are no pairs of answers, but single answers with a label; to learn from them, write "
+            f"dpo.loss: kto (columns: {', '.join(first)})"
+        )
     expected = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in formats.items())
     raise DataError(
         f"{path}: no known format has the columns {', '.join(first) or '(none)'}. Known formats and their columns: "
@@ -281,19 +288,28 @@ def _entry(path: Path, rows: Sequence[Row], formats: Mapping[str, Format[Parsed]
     """A recipe's entry of a file: with the columns that names and content suggest, else the first as an example."""
     from mlx_zh.corpus.columns import guess_columns  # which imports the formats, and they this module
 
-    pairs = any("chosen" in form.columns for form in formats.values())
+    ours = _named_columns(formats)
     guess = guess_columns(rows)
-    if guess is not None and guess.kind == ("dpo" if pairs else "sft"):
+    if guess is not None and guess.kind == {"rejected": "dpo", "label": "kto"}.get(ours[-1], "sft"):
         columns = guess.columns
     else:
-        ours = ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
         columns = dict(zip_longest(ours, list(rows[0])[: len(ours)], fillvalue="..."))
     entry = {"path": str(path), "columns": columns}
     return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 16).strip()
 
 
+def _named_columns(formats: Mapping[str, Format[Parsed]]) -> tuple[str, ...]:
+    """Our names of the columns that a file for these formats has at least."""
+    if any(form.labelled for form in formats.values()):
+        return "prompt", "completion", "label"
+    pairs = any("chosen" in form.columns for form in formats.values())
+    return ("prompt", "chosen", "rejected") if pairs else ("instruction", "output")
+
+
 def _completed(item: Parsed, row: Row) -> Parsed:
     """What a format has read, with the tools of the row, and its reasoning before the last reply."""
+    if isinstance(item, Answer):
+        return item._replace(messages=_completed(item.messages, row))
     tools, reasoning = described_tools(row), reasoning_of(row, "the row")
     if isinstance(item, Document):
         if tools or reasoning:

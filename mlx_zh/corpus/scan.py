@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.corpus.contamination import ExamFilter, ExamIndex
-from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Labelled, Message, Preference
 from mlx_zh.corpus.duplicates import SIDE_LETTERS, SIDES, Rows, sketch
 from mlx_zh.corpus.normalize import normalize, simplifier
 from mlx_zh.corpus.quality.rules import Quality, RuleReport
@@ -194,10 +194,9 @@ class _ScanWriter:
     def _hash_batch(self) -> None:
         texts = [_texts(item) for item in self._batch]
         digests = [hashlib.blake2b("\x1f".join(parts).encode(), digest_size=16).digest() for parts in texts]
-        questions = [[m.content for m in _prompt(item) if m.role == "user"] for item in self._batch]
         self.columns["exact"].append(np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2))
         self.columns["prompts"].append(_hashes(["".join(self._subject(item).split()) for item in self._batch]))
-        self.columns["numbers"].append(_hashes([",".join(_DIGITS.findall(" ".join(asked))) for asked in questions]))
+        self.columns["numbers"].append(_hashes([_numbers(item) for item in self._batch]))
         if self._ngram is not None or self._exams is not None:
             sides = letters(["".join(side) for item in self._batch for side in sides_of(item)])
             batch_letters = Letters(sides.hashes, sides.ends[::SIDES])
@@ -252,13 +251,20 @@ def _prompt(item: Item) -> tuple[Message, ...]:
     return item.messages if isinstance(item, Conversation) else item.prompt
 
 
+def _numbers(item: Item) -> str:
+    """The numbers in the questions: rows with different ones are no near duplicates, nor a good and a bad answer."""
+    asked = " ".join(message.content for message in _prompt(item) if message.role == "user")
+    numbers = ",".join(_DIGITS.findall(asked))
+    return f"{item.label} {numbers}" if isinstance(item, Labelled) else numbers
+
+
 def _texts(item: Item) -> list[str]:
     """The texts of a row without the system message: rows that differ only in that are duplicates."""
     if isinstance(item, Document):
         return [item.text.strip()]
     texts = [_text(message) for message in _prompt(item) if message.role != "system"]
     if isinstance(item, Conversation):
-        return texts
+        return [*texts, f"\x1e{item.label}"] if isinstance(item, Labelled) else texts
     return [*texts, item.chosen.strip() + item.chosen_calls, item.rejected.strip() + item.rejected_calls]
 
 
@@ -293,6 +299,8 @@ def _row(item: Item) -> tuple[Any, ...]:
     if isinstance(item, Document):
         return item.source, item.text, item.begins, item.ends
     turns = tuple(map(_turn, _prompt(item)))
+    if isinstance(item, Labelled):
+        return item.source, turns, item.label
     if isinstance(item, Conversation):
         return item.source, turns
     calls = (item.chosen_calls, item.rejected_calls) if item.chosen_calls or item.rejected_calls else ()
@@ -313,6 +321,8 @@ def _item(row: tuple[Any, ...]) -> Item:
     messages = tuple(Message(*turn) for turn in turns)
     if not answers:
         return Conversation(messages, source)
+    if isinstance(answers[0], bool):
+        return Labelled(messages, source, answers[0])
     chosen, rejected, *calls = answers
     return Preference(messages, chosen, rejected, source, *calls)
 

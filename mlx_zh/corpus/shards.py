@@ -23,13 +23,14 @@ import pyarrow as pa
 from mlx_zh.corpus.conversation import (
     Conversation,
     Document,
+    Labelled,
     Preference,
     prompt_with_system,
     with_system,
 )
 from mlx_zh.corpus.examples import SCHEMAS, Shards
 from mlx_zh.corpus.render import Renderer
-from mlx_zh.corpus.rendered import Rendered, RenderedPair
+from mlx_zh.corpus.rendered import Rendered, RenderedAnswer, RenderedPair
 from mlx_zh.corpus.scan import Scan, characters_of
 from mlx_zh.corpus.sources import Item
 from mlx_zh.errors import RefusedByTemplate
@@ -54,7 +55,7 @@ Result = TypeVar("Result")
 class RenderSettings:
     """How rows become tokens; the fields have the meanings of `Renderer.conversation`'s arguments."""
 
-    kind: str  # sft or dpo
+    kind: str  # sft, dpo or kto
     train_on: str
     max_length: int | None
     on_overflow: str
@@ -157,7 +158,7 @@ def _report_from(progress: Progress, start: int, done: int) -> None:
 
 CUT_SHORT = "cut short"
 _Batch = tuple[int, list[int], list[Item]]  # source, row numbers, rows
-_Example = tuple[int, Rendered | RenderedPair]  # index in the batch, and what became of that row
+_Example = tuple[int, Rendered | RenderedPair | RenderedAnswer]  # index in the batch, and what became of that row
 _Result = tuple[list[_Example], Counter[str]]
 
 
@@ -222,7 +223,7 @@ def _render(renderer: Renderer, settings: RenderSettings, skip_refused: bool, ba
 
 def _accepted(
     renderer: Renderer, settings: RenderSettings, skip_refused: bool, items: Sequence[Item], dropped: Counter[str]
-) -> Sequence[Rendered | RenderedPair | None]:
+) -> Sequence[Rendered | RenderedPair | RenderedAnswer | None]:
     """The rendered rows, None for each that was dropped; the chat template's refusals cost their rows."""
     items = [_with_system(item, settings.system) for item in items]
     counts: Counter[str] = Counter()
@@ -233,7 +234,7 @@ def _accepted(
     except RefusedByTemplate as error:
         if not skip_refused:
             raise type(error)(f"{error}. Correct the row, or drop such rows with data.on_invalid=skip") from error
-    results: list[Rendered | RenderedPair | None] = []
+    results: list[Rendered | RenderedPair | RenderedAnswer | None] = []
     for item in items:
         try:
             results += _rendered(renderer, settings, [item], dropped)
@@ -251,11 +252,14 @@ def _with_system(item: Item, system: str | None) -> Item:
 
 def _rendered(
     renderer: Renderer, settings: RenderSettings, items: Sequence[Item], dropped: Counter[str]
-) -> Sequence[Rendered | RenderedPair | None]:
-    """Each conversation or pair, or None for one that is dropped."""
+) -> Sequence[Rendered | RenderedPair | RenderedAnswer | None]:
+    """Each conversation, pair or answer, or None for one that is dropped."""
     if settings.kind == "dpo":
         pairs = [item for item in items if isinstance(item, Preference)]
         return renderer.preferences(pairs, max_length=settings.max_length, dropped=dropped)
+    if settings.kind == "kto":
+        answers = [item for item in items if isinstance(item, Labelled)]
+        return renderer.answers(answers, max_length=settings.max_length, dropped=dropped)
     return renderer.conversations(
         [item for item in items if isinstance(item, Conversation)],
         train_on=settings.train_on,
@@ -301,8 +305,10 @@ def _record_batch(kept: Sequence[_Example], source: int, schema: pa.Schema) -> p
         )
         columns["truncated"] = pa.array([item.truncated for item in conversations], type=pa.bool_())
     else:
-        for name in ("prompt", "chosen", "rejected"):
-            columns[name] = _lists([getattr(item, name) for _, item in kept])
+        names = [name for name in ("prompt", "chosen", "rejected", "response") if name in schema.names]
+        columns |= {name: _lists([getattr(item, name) for _, item in kept]) for name in names}
+        if "label" in schema.names:
+            columns["label"] = pa.array([item.label for _, item in kept], type=pa.bool_())  # type: ignore[union-attr]
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 

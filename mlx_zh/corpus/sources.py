@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.corpus import formats, preferences
+from mlx_zh.corpus import formats, labelled, preferences
 from mlx_zh.corpus.arithmetic import problems
 from mlx_zh.corpus.conversation import Conversation, Document, Preference
 from mlx_zh.corpus.row_messages import Change
@@ -15,6 +15,11 @@ from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.recipe import filled, placeholders
 
 Item = Conversation | Document | Preference
+_READERS: dict[str, Callable[..., Iterator[Item]]] = {
+    "sft": formats.iter_conversations,
+    "dpo": preferences.iter_preferences,
+    "kto": labelled.iter_labelled,
+}
 _PLACEHOLDERS = 1000  # names that are no variable's and are kept
 
 
@@ -35,9 +40,11 @@ class DataSource:
     variables: dict[str, str] = field(default_factory=dict)  # name -> text that replaces {{name}} in every message
 
     def items(self, kind: str, on_invalid: str, report: LoadReport, change: Change | None = None) -> Iterator[Item]:
-        """Every usable conversation or document (kind "sft") or preference ("dpo"). Fills `report`. Raises DataError.
+        """Every usable row: conversations and documents (kind "sft"), preferences ("dpo"), labelled answers ("kto").
 
-        The variables are filled in every text, then `change` is applied to it, and then the row is checked.
+
+        The variables are filled in every text, then `change` is applied to it, and then the row is checked. Fills
+        `report`. Raises DataError.
         """
         if self.generate is not None:
             yield from self._generated(report)
@@ -46,7 +53,7 @@ class DataSource:
             file_report = LoadReport()
             options: dict[str, Any] = {"on_invalid": on_invalid, "columns": self.columns, "sheet": self.sheet}
             options["change"] = self._change(change, file_report)
-            read = formats.iter_conversations if kind == "sft" else preferences.iter_preferences
+            read = _READERS[kind]
             try:
                 yield from read(Path(path), format=self.format, report=file_report, **options)
             finally:

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.corpus.choosing import Choice, ExamRow
-from mlx_zh.corpus.examples import Conversations, Pairs
+from mlx_zh.corpus.examples import AnySplit
 from mlx_zh.corpus.quality.rules import RuleReport
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rendered import (
+    ANSWER_OVERFLOW,
     CHOSEN_OVERFLOW,
     FIRST_EXCHANGE_OVERFLOW,
     OVERFLOW,
@@ -36,6 +37,7 @@ _TOO_LONG = (
     PROMPT_OVERFLOW,
     CHOSEN_OVERFLOW,
     REJECTED_OVERFLOW,
+    ANSWER_OVERFLOW,
     CUT_SHORT,
 )
 _BARS = "▁▂▃▄▅▆▇█"
@@ -111,8 +113,8 @@ def describe(
     scans: Sequence[Scan],
     choice: Choice,
     rendering: Mapping[int, Counter[str]],
-    train: Conversations | Pairs,
-    validation: Conversations | Pairs,
+    train: AnySplit,
+    validation: AnySplit,
 ) -> RowReport:
     """The report of a corpus, as values that JSON can hold.
 
@@ -149,7 +151,7 @@ def describe(
     }
 
 
-def _lengths(examples: Conversations | Pairs) -> LengthReport:
+def _lengths(examples: AnySplit) -> LengthReport:
     lengths = examples.lengths
     edges = np.linspace(0, int(lengths.max()), BINS + 1)
     counts, _ = np.histogram(lengths, edges)

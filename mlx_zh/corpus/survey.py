@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_zh.corpus.columns import FORMATS, Guess, columns_of, given_columns, guess_columns
-from mlx_zh.corpus.conversation import Conversation, Document
+from mlx_zh.corpus.conversation import Conversation, Document, Labelled
 from mlx_zh.corpus.excel_rows import is_workbook, sheet_info
 from mlx_zh.corpus.preferences import as_preference
 from mlx_zh.corpus.reader import InvalidRow
@@ -123,11 +123,13 @@ def survey(path: Path, head: Head, guess: Guess) -> Survey:
 
 
 def as_item(kind: str, parsed: Any, place: str) -> Item:
-    """What a format's parser returns, as a conversation, a document or a pair."""
+    """What a format's parser returns, as a conversation, a document, a pair or a labelled answer."""
     if isinstance(parsed, Document):
         return replace(parsed, source=place)
     if kind == "sft":
         return Conversation(parsed, place)
+    if kind == "kto":
+        return Labelled(parsed.messages, place, parsed.label)
     return as_preference(parsed, place)
 
 

@@ -12,7 +12,9 @@ from mlx_zh.recipe import Select, Source, Sources
 from mlx_zh.system.storage import visible_tree
 
 _ROWS = 10_000  # assumed for a set that states no number
-_TOKENS = {"sft": 200.0, "dpo": 700.0}  # assumed for an example or a pair of unknown length
+# Assumed for an example, a pair or a labelled answer of unknown length.
+_TOKENS = {"sft": 200.0, "dpo": 700.0, "kto": 450.0}
+_OF_PAIR = 2 / 3  # tokens of prompt and one answer, for a token of the pair
 _BYTES_PER_TOKEN = 3.5  # of a folder's files in UTF-8, with their punctuation
 
 
@@ -61,15 +63,15 @@ class DataSize:
 
 
 def data_size(
-    sources: Sources, stage: str, registry: Registry, *, mixing: str, max_length: int, density: float = 1.0
+    sources: Sources, kind: str, registry: Registry, *, mixing: str, max_length: int, density: float = 1.0
 ) -> DataSize:
-    """The size of a stage's data (sft or dpo): local files are looked at, registered sets are not downloaded.
+    """The size of a stage's data: local files are looked at, registered sets are not downloaded.
 
-    `density` is how many tokens the tokenizer makes of a text where Llama 3.1's makes one. Examples longer than
-    `max_length` are counted as that long (pairs: one and a half times).
+    `kind` is sft, dpo or kto, as `Recipe.kind` says. `density` is how many tokens the tokenizer makes of a text where
+    Llama 3.1's makes one. Examples longer than `max_length` are counted as that long (pairs: one and a half times).
     """
-    longest = max_length if stage == "sft" else 1.5 * max_length
-    sizes = (_source_size(source, stage, registry) for source in sources)
+    longest = 1.5 * max_length if kind == "dpo" else max_length
+    sizes = (_source_size(source, kind, registry) for source in sources)
     return DataSize(tuple(_limited(size, size.tokens * density, longest) for size in sizes), mixing)
 
 
@@ -87,30 +89,34 @@ def selected(size: DataSize, select: Select) -> DataSize:
     return DataSize(sources, size.mixing)
 
 
-def _source_size(source: Source, stage: str, registry: Registry) -> SourceSize:
-    rows, tokens, counted, raw = _stored(source, stage, registry)
+def _source_size(source: Source, kind: str, registry: Registry) -> SourceSize:
+    rows, tokens, counted, raw, pairs = _stored(source, kind, registry)
     stored = rows
+    if kind == "kto" and pairs:  # each of them is two answers
+        rows, tokens = 2 * rows, _OF_PAIR * tokens
     if source.max_samples is not None:
         rows, counted = min(rows, source.max_samples) if counted else source.max_samples, True
     return SourceSize(max(rows, 1), tokens, counted, source.weight, stored, raw)
 
 
-def _stored(source: Source, stage: str, registry: Registry) -> tuple[int, float, bool, bool]:
-    """Rows, mean tokens, whether the rows were counted, and whether they are raw text, without `max_samples`."""
+def _stored(source: Source, kind: str, registry: Registry) -> tuple[int, float, bool, bool, bool]:
+    """Rows, mean tokens, and whether the rows were counted, are raw text, are pairs; without `max_samples`."""
     path = None if source.path is None else Path(expanduser(source.path))
     if path is not None and path.exists():
         lengths = estimate_row_lengths(path, source.columns.values(), source.sheet) if path.is_file() else None
         if lengths is not None:
-            return lengths.rows, lengths.tokens, True, lengths.raw or "text" in source.columns
+            raw = lengths.raw or "text" in source.columns
+            return lengths.rows, lengths.tokens, True, raw, lengths.pairs or "chosen" in source.columns
         size = sum(
             file.stat().st_size for file in ([path] if path.is_file() else visible_tree(path)) if file.is_file()
         )
-        return max(round(size / _BYTES_PER_TOKEN / _TOKENS[stage]), 1), _TOKENS[stage], False, False
+        return max(round(size / _BYTES_PER_TOKEN / _TOKENS[kind]), 1), _TOKENS[kind], False, False, False
     name = source.name or str(source.path)
     entry = registry.get(name)
     if entry is None:
-        return _ROWS, _TOKENS[stage], False, False
+        return _ROWS, _TOKENS[kind], False, False, False
     rows = entry.rows
     if entry.hub == "generated":  # made to measure: as many as are asked for
         rows = source.max_samples or rows or _ROWS
-    return rows or _ROWS, float(entry.mean_tokens or _TOKENS[stage]), rows is not None, entry.format == "text"
+    tokens = float(entry.mean_tokens or _TOKENS["dpo" if entry.kind == "dpo" else kind])
+    return rows or _ROWS, tokens, rows is not None, entry.format == "text", entry.kind == "dpo"

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 class Examples:
     """Tokens (N,) and scored tokens (N,) of a stage's examples. The prompt of a pair counts once."""
 
-    stage: str
+    stage: str  # sft, dpo or kto, as `Recipe.kind` says
     tokens: Ints
     scored: Ints
     batch_size: int
@@ -38,7 +38,7 @@ class Examples:
         scored = [int(self.scored[index]) for index in chosen]
         longest = self.tokens[order[: self.batch_size]]
         rows = math.ceil(int(longest.sum()) / max(micro_tokens, int(longest[0])))
-        if self.stage == "sft":
+        if self.stage != "dpo":
             return conversations(tokens, sum(scored)), rows
         halves = [(max(n - s, 1), max(s // 2, 1), max(s - s // 2, 1)) for n, s in zip(tokens, scored, strict=True)]
         return pairs(halves), rows
@@ -49,5 +49,5 @@ def uniform_examples(stage: str, length: int, batch_size: int) -> Examples:
 
     A pair is taken to have a prompt of a third of its length.
     """
-    scored = length - 1 if stage == "sft" else length - length // 3
+    scored = length - length // 3 if stage == "dpo" else length - 1
     return Examples(stage, np.full(batch_size, length), np.full(batch_size, scored), batch_size)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mlx_zh.corpus import preferences
 from mlx_zh.corpus.formats import FORMATS
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.rows import open_rows
@@ -30,6 +31,7 @@ class RowLengths:
     sampled: int
     tokens: float
     raw: bool = False  # whether the rows are raw text, so that a long one becomes several examples
+    pairs: bool = False  # whether the rows are preference pairs
 
 
 def estimate_row_lengths(path: Path, columns: Collection[str] = (), sheet: str | None = None) -> RowLengths | None:
@@ -39,21 +41,21 @@ def estimate_row_lengths(path: Path, columns: Collection[str] = (), sheet: str |
     one without rows.
     """
     rows = sampled = 0
-    raw = False
+    raw = pairs = False
     tokens = 0.0
     try:
         for row in _json_lines(path) if path.suffix.lower() == ".jsonl" else _rows(path, sheet):
             rows += 1
             if sampled < _SAMPLED_ROWS:
                 used = parse_json(row) if isinstance(row, str) else row
-                raw = raw or _is_raw(used)
+                raw, pairs = raw or _is_raw(used), pairs or _is_pair(used)
                 if columns and isinstance(used, dict):
                     used = [used.get(column) for column in columns]
                 tokens += _TEMPLATE_TOKENS + _tokens(used)
                 sampled += 1
     except (MlxZhError, OSError, ValueError):
         return None
-    return RowLengths(rows, sampled, tokens / sampled, raw) if sampled else None
+    return RowLengths(rows, sampled, tokens / sampled, raw, pairs) if sampled else None
 
 
 def _json_lines(path: Path) -> Iterator[str]:
@@ -69,6 +71,10 @@ def _rows(path: Path, sheet: str | None) -> Iterator[Any]:
 def _is_raw(row: Any) -> bool:
     """Whether the reader would take a row for raw text."""
     return isinstance(row, dict) and next((n for n, form in FORMATS.items() if form.fits(row)), None) == "text"
+
+
+def _is_pair(row: Any) -> bool:
+    return isinstance(row, dict) and any(form.fits(row) for form in preferences.FORMATS.values())
 
 
 def density(encode: Callable[[str], int]) -> float:

@@ -22,7 +22,7 @@ from mlx_zh.recipe import ADAPTER_FORMATS, Recipe, Sources
 from mlx_zh.system.links import is_readable
 from mlx_zh.system.storage import visible
 
-SCORED = {"sft": 0.6, "dpo": 0.8}  # share of an example's tokens that are scored
+SCORED = {"sft": 0.6, "dpo": 0.8, "kto": 0.6}  # share of an example's tokens that are scored
 
 # Preparation: 3,581 rows a second on two cores, reading and tokenizing (docs/data.md); a third of that is reading,
 # which all rows of a source need, and the rest is for the rows that are chosen.
@@ -69,7 +69,9 @@ def data_sizes(recipe: Recipe, registry: Registry, density: float = 1.0) -> dict
 
 def _data_size(recipe: Recipe, sources: Sources, stage: str, registry: Registry, density: float) -> DataSize:
     data = recipe.data
-    return data_size(sources, stage, registry, mixing=data.mixing, max_length=data.max_length, density=density)
+    return data_size(
+        sources, recipe.kind(stage), registry, mixing=data.mixing, max_length=data.max_length, density=density
+    )
 
 
 def costs_of(recipe: Recipe, machine: Machine, registry: Registry) -> Costs:
@@ -82,13 +84,13 @@ def costs_of(recipe: Recipe, machine: Machine, registry: Registry) -> Costs:
 
 
 def _training(recipe: Recipe, name: str, size: DataSize, machine: Machine, registry: Registry) -> Training:
-    section, pace, model = recipe.training(name), machine.pace, machine.model
-    seconds = pace.training
-    if name == "dpo":  # the same work per token, but more of the tokens are scored
-        seconds *= _flops(recipe, machine, "dpo") / _flops(recipe, machine, "sft")
-    scored_seconds = pace.forward * (1 + SCORED[name] * model.hidden * model.vocabulary / _block_values(model))
+    section, pace, model, kind = recipe.training(name), machine.pace, machine.model, recipe.kind(name)
+    # The same work per token, but of pairs more of the tokens are scored.
+    seconds = pace.training * _flops(recipe, machine, kind) / _flops(recipe, machine, "sft")
+    scored_seconds = pace.forward * (1 + SCORED[kind] * model.hidden * model.vocabulary / _block_values(model))
     fraction = 0.0 if recipe.data.split(name).validation else recipe.data.validation_fraction
-    references = 1.0 if name == "dpo" and recipe.dpo.reference != "none" else 0.0
+    others = 1.0 if kind == "kto" and recipe.dpo.has_kl else 0.0  # forward passes over mismatched answers
+    references = (1.0 + others * SCORED[kind]) if name == "dpo" and recipe.dpo.reference != "none" else 0.0
     held_out = _data_size(recipe, recipe.data.split(name).validation, name, registry, machine.density)
     per_epoch = math.ceil(size.examples * (1 - fraction) / section.batch_size)
     return Training(
@@ -97,10 +99,10 @@ def _training(recipe: Recipe, name: str, size: DataSize, machine: Machine, regis
         batch_size=section.batch_size,
         examples=size.examples,
         counted=size.counted or section.max_steps is not None,
-        step=section.batch_size * size.tokens * seconds + pace.update,
+        step=section.batch_size * size.tokens * (seconds + others * scored_seconds) + pace.update,
         example=_WRITE_ROW + references * (1 + fraction) * size.tokens * scored_seconds,
-        validation=held_out.examples * held_out.tokens * scored_seconds,
-        validation_share=fraction * size.tokens * scored_seconds,
+        validation=(1 + others) * held_out.examples * held_out.tokens * scored_seconds,
+        validation_share=(1 + others) * fraction * size.tokens * scored_seconds,
         eval_steps=section.eval_steps,
         checkpoint=3 * 4 * trained_values(model, machine.trained) / _DISK,
         every_steps=recipe.checkpoint.every_steps,

@@ -106,6 +106,7 @@ def _dpo(training: TrainingResult) -> list[Curves]:
         Curves(
             "dpo-margins", say("chart_dpo_margins"), say("rewards/margins"), _pair(training, "rewards/margins", 0)
         ),
+        Curves("kto-kl", say("chart_kto_kl"), say("kl"), _pair(training, "kl", 1)),
         Curves("dpo-accuracies", say("chart_dpo_accuracies"), say("accuracy_axis"), accuracies, percent=True),
     ]
     return [chart for chart in charts if chart.series]

@@ -59,10 +59,13 @@ def tiles(findings: Findings) -> list[Tile]:
         before, after = (sft.summary.get(f"eval_loss_{side}") for side in ("before", "after"))
         if isinstance(before, float) and isinstance(after, float):
             shown.append(Tile(say("val_loss_tile"), f"{before:.3f} → {after:.3f}", _times(before, after)))
-    if (dpo := findings.training.get("dpo")) and (accuracy := at_end(dpo, "rewards/accuracies")) is not None:
-        margin = at_end(dpo, "rewards/margins")
-        remark = Text.same("") if margin is None else say("margin_remark", margin=margin)
-        shown.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
+    if dpo := findings.training.get("dpo"):
+        accuracy, margin = at_end(dpo, "rewards/accuracies"), at_end(dpo, "rewards/margins")
+        if accuracy is not None:
+            remark = Text.same("") if margin is None else say("margin_remark", margin=margin)
+            shown.append(Tile(say("accuracy_tile"), f"{accuracy:.1%}", remark))
+        elif margin is not None:  # KTO has no pairs, so no accuracy
+            shown.append(Tile(say("margin_tile"), f"{margin:.3f}", Text.same("")))
     if seconds := total_seconds(findings):
         peak = max((t.highest("peak_memory_gb") or 0 for t in findings.training.values()), default=0)
         remark = say("memory_remark", size=peak) if peak else Text.same("")

@@ -347,7 +347,7 @@ def _content(recipe: Recipe, record: BudgetRecord, name: str) -> str:
         full, batch = record["full_steps"][name], recipe.training(name).batch_size
         steps = record["steps"].get(name, full)
         part = f"{steps:,} of {full:,} steps" if steps < full else f"all {full:,} steps"
-        return f"{part} of {batch} {'pairs' if name == 'dpo' else 'examples'}"
+        return f"{part} of {batch} {recipe.unit(name)}"
     if name.startswith("eval-"):
         limit = recipe.evaluate.limit or record["limit"]
         return f"{limit} questions a subject" if limit else "all questions"

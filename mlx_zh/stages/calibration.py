@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_zh.core.packing import PackedBatch
+from mlx_zh.corpus.build import Corpus
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DataError
 from mlx_zh.models.export.fidelity import Example, held_out
@@ -42,6 +43,13 @@ def _training(recipe: Recipe, renderer: Renderer) -> Iterator[Example]:
         for rendered in prepare_stage(recipe, "sft", renderer).conversations("train"):
             yield rendered.tokens, rendered.trained
     elif recipe.data.dpo.train:
-        for pair in prepare_stage(recipe, "dpo", renderer).pairs("train"):
-            tokens = np.concatenate([pair.prompt, pair.chosen])
-            yield tokens, np.arange(len(tokens)) >= len(pair.prompt)
+        for prompt, response in _preferred(recipe, prepare_stage(recipe, "dpo", renderer)):
+            tokens = np.concatenate([prompt, response])
+            yield tokens, np.arange(len(tokens)) >= len(prompt)
+
+
+def _preferred(recipe: Recipe, corpus: Corpus) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The prompts and preferred answers of DPO's data, or the good ones of KTO's."""
+    if recipe.dpo.unpaired:
+        return ((a.prompt, a.response) for a in corpus.answers("train") if a.label)
+    return ((pair.prompt, pair.chosen) for pair in corpus.pairs("train"))

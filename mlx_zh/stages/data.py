@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _COLUMNS, _COLUMN = 12, 40  # unused columns that are named, and characters of a name
 _MANY_NEAR = 20  # near duplicates of a source; with fewer than this, nothing is said
-_UNITS = {"sft": "examples", "dpo": "pairs"}
 
 
 class TrainingTokens(TypedDict):
@@ -90,8 +89,13 @@ def prepare_stage(
         )
     for remark in corpus.remarks:
         console.warn(remark, keep=False)  # the data is as it was
-    for line in (*source_lines(corpus.manifest["report"], _UNITS[stage]), *quality_lines(corpus.manifest["report"])):
+    report, unit = corpus.manifest["report"], recipe.unit(stage)
+    for line in (*source_lines(report, unit), *quality_lines(report)):
         console.say(line)
+    if recipe.kind(stage) == "kto":
+        labels = corpus.answers("train").labels
+        good = int(labels.sum())
+        console.say(f"KTO learns from {good} good and {len(labels) - good} bad answers.")
     for reported in corpus.manifest["report"]["sources"]:
         if reported["unused"]:
             listed = [name[:_COLUMN] for name in reported["unused"][:_COLUMNS]]
@@ -307,7 +311,7 @@ def _settings(recipe: Recipe, stage: str) -> CorpusSettings:
     data = recipe.data
     return CorpusSettings(
         render=RenderSettings(
-            stage,
+            recipe.kind(stage),
             data.train_on if stage == "sft" else "assistant",
             data.max_length,
             data.on_overflow if stage == "sft" else "drop",

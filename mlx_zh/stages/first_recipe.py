@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from mlx_zh.recipe_text import inline
 from mlx_zh.system import storage
 
 Use = Literal["sft", "sft-dpo", "dpo"]
+_PREFERENCES = ("dpo", "kto")  # kinds of files that the stage dpo learns from
 USES: tuple[Use, ...] = ("sft", "sft-dpo", "dpo")
 
 _COMMENT = 34  # column at which comments begin
@@ -42,15 +43,15 @@ class Choices:
 
 
 def default_use(surveys: Sequence[Survey]) -> Use:
-    """SFT, or with pairs SFT and DPO; DPO alone if no answers can be learned by SFT."""
-    if not any(result.guess.kind == "dpo" for result in surveys):
+    """SFT, or with pairs or labelled answers also DPO; DPO alone without other answers that SFT can learn."""
+    if not any(result.guess.kind in _PREFERENCES for result in surveys):
         return "sft"
-    return "sft-dpo" if any(_for_sft(result) for result in surveys) else "dpo"
+    return "sft-dpo" if any(result.guess.kind != "kto" and _for_sft(result) for result in surveys) else "dpo"
 
 
 def check_use(use: Use, surveys: Sequence[Survey]) -> None:
     """Raise DataError if the files do not have what a use needs."""
-    if use != "sft" and not any(result.guess.kind == "dpo" for result in surveys):
+    if use != "sft" and not any(result.guess.kind in _PREFERENCES for result in surveys):
         raise DataError(say("init-no-pairs", use=use))
     if use != "dpo" and not any(_for_sft(result) for result in surveys):
         raise DataError(say("init-only-pairs"))
@@ -109,14 +110,16 @@ def _data(folder: Path, surveys: Sequence[Survey], choices: Choices) -> list[str
         lines += ["  sft:", _line("    train:", say("init-recipe-rows", rows=rows))]
         lines += [line for result, guess in entries for line in _entry(folder, result, guess)]
     if choices.use != "sft":
-        pairs = [result for result in surveys if result.guess.kind == "dpo"]
-        lines += ["  dpo:", _line("    train:", say("init-recipe-pairs"))]
+        pairs = [result for result in surveys if result.guess.kind in _PREFERENCES]
+        comment = say("init-recipe-answers" if _is_kto(surveys) else "init-recipe-pairs")
+        lines += ["  dpo:", _line("    train:", comment)]
         lines += [line for result in pairs for line in _entry(folder, result, result.guess)]
     rows = sum(result.usable for result in surveys)
     if rows >= _LEAST:
         share = 0.05 if rows >= _ENOUGH else 0.1
         lines += [_line(f"  validation_fraction: {share}", say("init-recipe-validation"))]
-    if any(result.unusable for result in surveys):
+    bad_answers = choices.use != "dpo" and _is_kto(surveys)  # SFT leaves them out
+    if bad_answers or any(result.unusable for result in surveys):
         lines += [_line("  on_invalid: skip", say("init-recipe-invalid"))]
     if rows < _SOME:
         lines += [_line("  deduplicate: {near: null}", say("init-recipe-near"))]
@@ -127,8 +130,15 @@ def _data(folder: Path, surveys: Sequence[Survey], choices: Choices) -> list[str
 
 
 def _for_sft(result: Survey) -> Guess | None:
-    """How SFT reads a file: of pairs, the better answers; None if it cannot."""
+    """How SFT reads a file: of pairs the better answers, of labelled ones the good ones; None if it cannot."""
+    if result.guess.kind == "kto":
+        return replace(result.guess, kind="sft")
     return result.guess if result.guess.kind == "sft" else better_answers(result.guess, result.head.rows)
+
+
+def _is_kto(surveys: Sequence[Survey]) -> bool:
+    """Whether a file has labelled answers. KTO learns from pairs too."""
+    return any(result.guess.kind == "kto" for result in surveys)
 
 
 def _entry(folder: Path, result: Survey, guess: Guess) -> list[str]:
@@ -167,7 +177,8 @@ def _training(surveys: Sequence[Survey], choices: Choices) -> list[str]:
     rate = _SMALL_MODELS.get(choices.model)
     rates = [_line(f"  learning_rate: {rate}", say("init-recipe-rate"))] if rate else []
     sft = ["", "sft:", *lines, *batch, *rates] if choices.use != "dpo" and (lines or batch or rates) else []
-    dpo = ["", "dpo:", *batch] if choices.use != "sft" and batch else []
+    loss = [_line("  loss: kto", say("init-recipe-kto"))] if _is_kto(surveys) else []
+    dpo = ["", "dpo:", *loss, *batch] if choices.use != "sft" and (loss or batch) else []
     return sft + dpo
 
 

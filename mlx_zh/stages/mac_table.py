@@ -74,7 +74,7 @@ def _hours(chip: Chip, need: Needs) -> str:
     time = f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.0f} days"
     learned = [
         f"{decision.steps[name] * need.recipe.training(name).batch_size:,} {unit}"
-        for name, unit in (("sft", "conversations"), ("dpo", "pairs"))
+        for name, unit in (("sft", "conversations"), ("dpo", "answers" if need.recipe.dpo.unpaired else "pairs"))
         if name in decision.steps
     ]
     return ", ".join([time, *learned])

@@ -20,7 +20,7 @@ from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.examples import Conversations, Pairs
+    from mlx_zh.corpus.examples import AnySplit
 
 _SHORT = 64  # tokens; the length assumed for every example before the data is read
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -82,8 +82,8 @@ def training_step(
     )
     if examples is None:
         batch = recipe.training(stage).batch_size
-        length = recipe.data.max_length
-        examples = uniform_examples(stage, length if stage == "sft" else 3 * length // 2, batch)
+        length, kind = recipe.data.max_length, recipe.kind(stage)
+        examples = uniform_examples(kind, 3 * length // 2 if kind == "dpo" else length, batch)
     return Step(model, trained, target_of(recipe, config, machine), examples)
 
 
@@ -121,7 +121,7 @@ def require(
     force: bool,
     fresh: bool = False,
     config: Config | None = None,
-    corpus: Conversations | Pairs | None = None,
+    corpus: AnySplit | None = None,
 ) -> None:
     """Raise PlanError if a stage cannot fit into memory; with `force`, only warn.
 
@@ -136,9 +136,9 @@ def require(
         config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     batch = recipe.training(stage).batch_size
     if corpus is None:
-        examples = uniform_examples(stage, min(_SHORT, recipe.data.max_length), batch)
+        examples = uniform_examples(recipe.kind(stage), min(_SHORT, recipe.data.max_length), batch)
     else:
-        examples = Examples(stage, np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
+        examples = Examples(recipe.kind(stage), np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
     if not len(examples.tokens):
         return
     machine = this_machine()

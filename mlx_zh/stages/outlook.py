@@ -60,14 +60,14 @@ def amount_of(recipe: Recipe, stage: str) -> Amount:
     if prepared is not None:
         return prepared
     data, registry = recipe.data, registry_of(recipe)
-    split, longest = data.split(stage), data.max_length
-    size = data_size(split.train, stage, registry, mixing=data.mixing, max_length=longest)
-    held_out = data_size(split.validation, stage, registry, mixing="concat", max_length=longest).examples
+    split, longest, kind = data.split(stage), data.max_length, recipe.kind(stage)
+    size = data_size(split.train, kind, registry, mixing=data.mixing, max_length=longest)
+    held_out = data_size(split.validation, kind, registry, mixing="concat", max_length=longest).examples
     if not split.validation:
         held_out = data.validation_fraction * size.examples
     count = size.examples - (0 if split.validation else held_out)
     basis = Notice("outlook-expected" if size.counted else "outlook-assumed", rows=size.rows, tokens=size.tokens)
-    return Amount(count, held_out, size.tokens, SCORED[stage] * size.tokens, basis)
+    return Amount(count, held_out, size.tokens, SCORED[kind] * size.tokens, basis)
 
 
 def _prepared(recipe: Recipe, stage: str) -> Amount | None:
@@ -115,11 +115,18 @@ def show_time(recipe: Recipe, stage: str, step: Step, speed: Speed) -> float:
     checkpoint = recipe.memory.checkpoint_layers
     tokens, scored = batch * amount.tokens, batch * amount.scored
     seconds = speed.step_seconds(step.model, step.trained, tokens=tokens, scored=scored, checkpoint=checkpoint)
+    others = stage == "dpo" and recipe.dpo.has_kl  # a forward pass over as many mismatched answers
+    if others:
+        seconds += speed.forward_seconds(step.model, tokens=tokens, scored=scored)
     console.say(
         f"time: about {seconds:.3g} s a step of {tokens:.0f} tokens ({tokens / seconds:.0f} tokens/s); {amount.basis}"
     )
     steps = amount.steps(section.epochs, batch, section.max_steps)
-    one_pass = amount.validation * speed.forward_seconds(step.model, tokens=amount.tokens, scored=amount.scored)
+    one_pass = (
+        (1 + others)
+        * amount.validation
+        * speed.forward_seconds(step.model, tokens=amount.tokens, scored=amount.scored)
+    )
     passes = 1 + math.ceil(steps / (section.eval_steps or steps)) if amount.validation else 0
     console.say(f"      {steps} steps: about {console.duration(steps * seconds)}")
     if passes:
@@ -130,10 +137,15 @@ def show_time(recipe: Recipe, stage: str, step: Step, speed: Speed) -> float:
     reference = 0.0
     if stage == "dpo" and recipe.dpo.reference != "none":
         pairs = min(steps * batch, amount.examples) + amount.validation
-        reference = pairs * speed.forward_seconds(step.model, tokens=amount.tokens, scored=amount.scored)
-        console.say(
-            f"      before them, reference log-probs of {pairs:.0f} pairs: about {console.duration(reference)}, once"
+        more = others * amount.scored
+        reference = pairs * speed.forward_seconds(
+            step.model, tokens=amount.tokens + more, scored=amount.scored + more
         )
+        once = console.duration(reference)
+        if recipe.dpo.unpaired:
+            console.say(f"      before them, reference log-probs of {pairs:.0f} answers: about {once}, once")
+        else:
+            console.say(f"      before them, reference log-probs of {pairs:.0f} pairs: about {once}, once")
     return steps * seconds + passes * one_pass + reference
 
 

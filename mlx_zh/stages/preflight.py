@@ -126,7 +126,7 @@ def _source(recipe: Recipe, source: Source, registry: Registry, stage: str) -> I
         return
     opened = resolve_source(source, registry, stage, recipe.seed, validation=False)
     report = LoadReport()
-    first = next(opened.items(stage, recipe.data.on_invalid, report), None)
+    first = next(opened.items(recipe.kind(stage), recipe.data.on_invalid, report), None)
     if first is None:
         yield Problem(Notice("preflight-no-rows", source=source.label, path=str(source.path)))
 

@@ -85,7 +85,10 @@ def find_reference(
     store = ReferenceStore(storage.cache_folder() / "reference" / name)
     reference = Reference(store, needed, world)
     missing = len(reference.missing)
-    console.say(f"Reference log-probs: {reference.cached} pairs found in {store.path}, {missing} to compute.")
+    if section.unpaired:
+        console.say(f"Reference log-probs: {reference.cached} answers found in {store.path}, {missing} to compute.")
+    else:
+        console.say(f"Reference log-probs: {reference.cached} pairs found in {store.path}, {missing} to compute.")
     if missing:
         _compute(reference, recipe, loaded, world)
     return ReferenceLogprobs(reference.logprobs(pairs), reference.logprobs(validation) if validation else None)

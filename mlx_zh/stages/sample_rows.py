@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 
-from mlx_zh.corpus.conversation import Conversation
+from mlx_zh.corpus.conversation import Conversation, Labelled
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.sources import Item
 from mlx_zh.corpus.survey import Survey
@@ -30,7 +30,8 @@ def show(surveys: Sequence[Survey], model: str) -> None:
         code = "init-sample-colour" if in_colour() else "init-sample-marked"
         console.say()
         console.say(say(code, number=number, place=place))
-        console.say(painted(_cut(_segments(item, renderer))))
+        label = say("init-label-good" if item.label else "init-label-bad") if isinstance(item, Labelled) else ""
+        console.say(painted(_cut(_segments(item, renderer))) + (f"\n{label}" if label else ""))
 
 
 def _renderer(model: str) -> Renderer | None:

@@ -52,7 +52,7 @@ from mlx_zh.training.step import set_weights
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.build import Corpus
-    from mlx_zh.corpus.examples import Conversations, Pairs
+    from mlx_zh.corpus.examples import AnySplit
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.stages.first_adapter import Start
@@ -67,7 +67,7 @@ class Method(Protocol):
     def start(self, recipe: Recipe, world: World) -> Start:
         """Where training starts."""
 
-    def examples(self, corpus: Corpus, split: str) -> Conversations | Pairs:
+    def examples(self, corpus: Corpus, split: str) -> AnySplit:
         """The examples of a split (train or validation)."""
 
     def objectives(self, session: Session, loaded: LoadedModel, start: Start, corpus: Corpus) -> Objectives:
@@ -136,7 +136,7 @@ def _session(
     return Session(recipe, stage, loaded, start.spec(loaded), learning_values(recipe, stage, content), world)
 
 
-def _fits(session: Session, examples: Conversations | Pairs, force: bool) -> bool:
+def _fits(session: Session, examples: AnySplit, force: bool) -> bool:
     """Check memory and the device; returns whether attention must be computed unfused."""
     recipe, loaded = session.recipe, session.loaded
     memory_check.require(recipe, session.stage, force=force, config=loaded.config, corpus=examples)
@@ -488,6 +488,7 @@ _SHOWN = {
     "eval_rewards/accuracies": "reward accuracy",
     "eval_rewards/margins": "reward margin",
     "eval_rewards/chosen": "chosen reward",
+    "eval_kl": "KL",
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
-from mlx_zh.core.losses import LOSSES
 from mlx_zh.errors import TrainingError
 from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import Dpo
@@ -48,17 +48,18 @@ class DpoWatch:
         return self._remarks()
 
     def _check_start(self, figures: MetricsLine) -> None:
-        """Raises TrainingError unless every reward is 0 and the sigmoid loss is -log sigmoid(0) = ln 2.
+        """Raises TrainingError unless every reward is 0, KTO's KL term too, and the sigmoid loss is ln 2.
 
-        These values follow from policy = reference.
+        These values follow from policy = reference: -log sigmoid(0) = ln 2.
         """
-        section = self._section
-        responses = 2 * figures["pairs"]
+        section, values = self._section, cast(dict[str, float], figures)
+        responses = 2 * values["pairs"] if "pairs" in values else values["count/chosen"] + values["count/rejected"]
         allowed = section.beta * self._token_error * figures["scored_tokens"] / responses + 1e-6
+        limits = {"rewards/chosen": allowed, "rewards/rejected": allowed, "kl": allowed / section.beta}
         wrong = [
-            f"{name} is {figures[name]:.4g}, not 0"
-            for name in ("rewards/chosen", "rewards/rejected")
-            if not abs(figures[name]) <= allowed
+            f"{name} is {values[name]:.4g}, not 0"
+            for name, limit in limits.items()
+            if name in values and not abs(values[name]) <= limit
         ]
         if section.loss == "sigmoid" and not section.sft_weight and not abs(figures["loss"] - math.log(2)) <= allowed:
             wrong.append(f"the loss is {figures['loss']:.4f}, not ln 2 = 0.6931")
@@ -80,9 +81,11 @@ class DpoWatch:
     def _degeneration(self) -> Notice | None:
         """A warning when the chosen reward is below 0 and falls from window to window while margins rise."""
         needed = _WINDOW * (_FALLS + 1)
-        if not LOSSES[self._section.loss].reference or len(self._steps) < needed or len(self._steps) % _WINDOW:
+        if self._section.reference == "none" or len(self._steps) < needed or len(self._steps) % _WINDOW:
             return None
         last = self._steps[-needed:]
+        if not all("rewards/margins" in step for step in last):  # KTO: a step without answers of one kind
+            return None
         chosen = _window_means([step["rewards/chosen"] for step in last])
         margins = _window_means([step["rewards/margins"] for step in last])
         falling = all(b < a for a, b in pairwise(chosen))
@@ -95,11 +98,12 @@ class DpoWatch:
     def _saturation(self) -> Notice | None:
         """A warning when every pair of the first steps was ranked correctly."""
         first = self._steps[:_EARLY]
-        if not LOSSES[self._section.loss].reference or len(first) < _EARLY or first[0]["step"] != 1:
+        section = self._section
+        if section.unpaired or section.reference == "none" or len(first) < _EARLY or first[0]["step"] != 1:
             return None
         if sum(step["pairs"] for step in first) < 12 or any(step["rewards/accuracies"] < 1 for step in first):
             return None
-        return Notice("dpo-perfect-at-once", steps=_EARLY, reference=self._section.reference)
+        return Notice("dpo-perfect-at-once", steps=_EARLY, reference=section.reference)
 
 
 def _window_means(values: Sequence[float]) -> list[float]:

@@ -25,7 +25,7 @@ MetricsLine = TypedDict(
         "step": Required[int],  # optimizer steps so far
         "epoch": float,  # passes over the training data so far
         # A step
-        "loss": float,  # mean over the step's scored tokens (SFT) or pairs (DPO), all ranks together
+        "loss": float,  # mean over the step's scored tokens (SFT), pairs (DPO) or answers (KTO), all ranks together
         "learning_rate": float,
         "grad_norm": float,  # before it is limited to max_grad_norm
         "scored_tokens": int,  # tokens that the loss is over
@@ -41,6 +41,10 @@ MetricsLine = TypedDict(
         "logps/chosen": float,
         "logps/rejected": float,
         "pairs": int,
+        # A step of KTO: means over its good (chosen) and its bad (rejected) answers, if there are any
+        "kl": float,  # the KL term, which is 0 or more
+        "count/chosen": int,
+        "count/rejected": int,
         # A step that was skipped
         "skipped_examples": list[int],  # numbered from 0 in the prepared training data
         # A step of more than one rank
@@ -56,6 +60,9 @@ MetricsLine = TypedDict(
         "eval_logps/chosen": float,
         "eval_logps/rejected": float,
         "eval_pairs": int,
+        "eval_kl": float,
+        "eval_count/chosen": int,
+        "eval_count/rejected": int,
     },
     total=False,
 )

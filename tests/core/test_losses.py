@@ -13,6 +13,7 @@ from mlx_zh import recipe
 from mlx_zh.core.losses import (
     DIVERGENCES,
     LOSSES,
+    UNPAIRED,
     chosen_cross_entropy,
     length_desensitized,
     preference_loss,
@@ -186,7 +187,8 @@ def test_a_missing_reference_is_refused_where_it_is_read() -> None:
 
 def test_the_recipe_knows_the_same_losses() -> None:
     """`recipe.py` may not import MLX, so it repeats names and traits."""
-    assert get_args(recipe.PreferenceLossName) == tuple(LOSSES)
+    assert get_args(recipe.PreferenceLossName) == (*LOSSES, *UNPAIRED)
+    assert tuple(UNPAIRED) == recipe._UNPAIRED
     assert tuple(n for n, loss in LOSSES.items() if not loss.reference) == recipe._WITHOUT_REFERENCE
     assert {n for n, loss in LOSSES.items() if loss.smoothing} == set(recipe._SMOOTHED)
     assert {n for n, loss in LOSSES.items() if loss.divergence} == set(recipe._DIVERGENT)

@@ -137,7 +137,7 @@ def test_the_column_of_kto_is_read(tmp_path: Path) -> None:
     path = table(tmp_path, kto={"file_name": "kto.json", "formatting": "sharegpt", "columns": columns, "tags": keys})
     [entry] = read_entries(path)
     assert entry.guess is not None
-    assert entry.guess.columns == {"conversations": "messages", "kto_tag": "label"}
+    assert entry.guess.columns == {"conversations": "messages", "kto_tag": "label"} and entry.guess.kind == "kto"
     talks, report = load_conversations(
         entry.path, format=entry.guess.format, columns=entry.guess.columns, on_invalid="skip"
     )

@@ -99,6 +99,7 @@ def test_every_reason_to_leave_out_a_row_has_its_chinese() -> None:
         rendered.PROMPT_OVERFLOW,
         rendered.CHOSEN_OVERFLOW,
         rendered.REJECTED_OVERFLOW,
+        rendered.ANSWER_OVERFLOW,
         errors.RefusedByTemplate.reason,
         errors.RefusedTools.reason,
         errors.RefusedReasoning.reason,

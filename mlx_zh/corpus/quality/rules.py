@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TypedDict
 
-from mlx_zh.corpus.conversation import Conversation, Document, Message, Preference
+from mlx_zh.corpus.conversation import Conversation, Document, Labelled, Message, Preference
 from mlx_zh.corpus.quality import characters, loops, replies
 from mlx_zh.corpus.quality.personal import Masks
 from mlx_zh.corpus.row_messages import changed_message
@@ -107,7 +107,7 @@ def faults_of(item: Item, names: Collection[str] = RULES) -> tuple[dict[str, str
     """What these rules find in a row, by rule, and the row with its personal data masked, if that is looked for.
 
     Personal data is named by its kind, and what other rules quote has it masked. Of a pair, only the chosen answer is
-    a reply: the rejected one may be bad.
+    a reply: the rejected one may be bad, and so may one that is labelled bad.
     """
     masks = Masks()
     faults = _reply_faults(item, names)
@@ -144,9 +144,15 @@ def _reply_faults(item: Item, names: Collection[str]) -> dict[str, str]:
 
 
 def _turns(item: Item) -> tuple[Message, ...]:
-    """The turns of a row; the last one of a pair is its chosen answer, and earlier answers are not learned."""
+    """The turns of a row; the last one of a pair is its chosen answer, and earlier answers are not learned.
+
+    A labelled answer is learned if it is good.
+    """
     if isinstance(item, Document):
         return ()
+    if isinstance(item, Labelled):
+        before = (replace(message, trained=False) for message in item.messages[:-1])
+        return (*before, replace(item.messages[-1], trained=item.label))
     if isinstance(item, Conversation):
         return item.messages
     asked = (replace(message, trained=False) for message in item.prompt)
