@@ -190,9 +190,7 @@ def _text(row: Row) -> Iterator[Document]:
 
 # In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Parsed]] = {
-    "feedback": Format(
-        feedback.COLUMNS, feedback.is_feedback, feedback.conversations, settle=feedback.settled
-    ),
+    "feedback": Format(feedback.COLUMNS, feedback.is_feedback, feedback.conversations, settle=feedback.settled),
     "messages": Format(("messages", "system", "tools"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(
         ("conversations", "system", "kto_tag", "tools"), lambda row: "conversations" in row, _sharegpt

@@ -203,9 +203,7 @@ def parse_rows(
             yield place, invalid
 
 
-def _invalid_rows(
-    path: Path, report: LoadReport, errors: Sequence[str], count: int, on_invalid: str
-) -> DataError:
+def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], count: int, on_invalid: str) -> DataError:
     more = [f"… and {count - len(errors)} more"] if count > len(errors) else []
     remedy = "no row is left" if on_invalid == "skip" else "correct them, or drop them with data.on_invalid=skip"
     lines = "\n  ".join([*errors, *more])
