@@ -547,7 +547,8 @@ def test_settings(repl):
 
 
 def test_unknown_commands_and_paths_that_look_like_one(repl):
-    for other, meant in (("/retyr", "/retry"), ("/sys", "/system"), ("/max-token", "/max-tokens"), ("/clera", "/reset")):
+    near = {"/retyr": "/retry", "/sys": "/system", "/max-token": "/max-tokens", "/clera": "/reset"}
+    for other, meant in near.items():
         assert f"maybe {meant}?" in repl.say(other)
     assert "see /help" in repl.say("/xyzzy")
     assert repl.transcript.turns == []

@@ -188,6 +188,11 @@ class Chatbot:
         The chat's cache stays valid. `show` is called with 0 or 1 and each piece of that answer, and with "" before
         the first. Raises AdapterError if an adapter cannot be loaded.
         """
+        from mlx_zh.models.adapters.files import read_adapter
+
+        for folder in folders:
+            if folder is not None and folder != self.adapter:
+                read_adapter(folder)  # what is wrong with the second one is said before the first one answers
         seed = self._next_seed()
         first, second = (self._answer_with(folders[i], i, prompt, stop, show, seed) for i in (0, 1))
         return first, second

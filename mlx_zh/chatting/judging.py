@@ -20,6 +20,7 @@ from mlx_zh.errors import MlxZhError
 from mlx_zh.system.interrupts import stop_on_interrupt
 
 _TEMPERATURE = 0.7  # of a second answer where the first was greedy: the same question would get the same answer
+_TRIES, _WARMER, _HOTTEST = 3, 0.4, 10.0  # for another answer, each at a higher temperature
 _LATEST = 3  # judgements that /feedback shows
 _QUESTION = "1 · 2 · b 都好 both · n 都不好 neither · Enter 跳过 skip ❯"
 _CHOICES: dict[str, str | int] = {
@@ -64,20 +65,26 @@ class Judging:
     ) -> Given:
         """Answer again, and record which answer is better; returns the one that the chat goes on with.
 
-        `tokens` are those of the prompt. The second answer is drawn with another seed.
+        `tokens` are those of the prompt. The second answer is drawn with another seed, and at a higher temperature if
+        it comes out the same.
         """
         file = self._file()
         if temperature is None:
             temperature = self.bot.sampling.temperature or _TEMPERATURE
-        view = PairView(self.screen, ("1 这个回答 this answer", f"2 再答一次 again (temp {temperature:g})"))
-        other = self._second(tokens, temperature, view)
-        if other is None:
+        for _ in range(_TRIES):
+            view = PairView(self.screen, ("1 这个回答 this answer", f"2 再答一次 again (temp {temperature:g})"))
+            other = self._second(tokens, temperature, view)
+            if other is None:
+                return answer
+            if other.text.strip() != answer.text.strip():
+                break
+            view.discard()
+            temperature = min(temperature + _WARMER, _HOTTEST)
+        else:
+            self.screen.note(f"{_TRIES} 次都是同样的回答，没有记录 · the same answer each time, nothing recorded")
             return answer
         view.finish(answer.text, other.text)
         self.screen.note(describe(self.bot.session.statistics, "2", self.screen.width))
-        if other.text.strip() == answer.text.strip():
-            self.screen.note("两个回答相同，没有记录 · the same answer, nothing recorded; /better 1.2 varies more")
-            return answer
         choice = self._choice()
         if choice is None:
             self.screen.note("没有记录 · nothing recorded")
@@ -90,14 +97,16 @@ class Judging:
         """A second answer; None if there is none to judge."""
         pieces = []
         view.show(1, "")
-        with unechoed_keys(), stop_on_interrupt() as stopped:
-            sampling = replace(self.bot.sampling, temperature=temperature)
-            for piece in self.bot.stream(tokens, stopped, sampling):
-                pieces.append(piece)
-                view.show(1, piece)
+        sampling = replace(self.bot.sampling, temperature=temperature)
+        try:
+            with unechoed_keys(), stop_on_interrupt() as stopped:
+                for piece in self.bot.stream(tokens, stopped, sampling):
+                    pieces.append(piece)
+                    view.show(1, piece)
+        finally:
+            view.end()
         text = "".join(pieces)
         if self.bot.session.statistics.reason == "stopped" or not text.strip():
-            self.screen.line()
             self.screen.note("没有第二个回答，没有记录 · no second answer, nothing recorded")
             return None
         return Given(text, self.bot.origin)

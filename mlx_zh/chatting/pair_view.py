@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mlx_zh.chatting.terminal import Screen, rows_of, side_by_side, without_controls
+from mlx_zh.chatting.terminal import Screen, Wrapper, side_by_side, wrap
 
 NO_ANSWER = "（没有回答 · no answer）"
 
@@ -19,30 +19,36 @@ class PairView:
 
     screen: Screen
     headings: tuple[str, str]
-    _written: str = ""  # what stands on the screen, without colours
-    _begun: tuple[int, ...] = ()
+    _begun: dict[int, Wrapper] = field(default_factory=dict)  # by answer, in the order of writing
 
     def show(self, index: int, piece: str) -> None:
         """Write a piece of answer 0 or 1; "" begins it."""
         if not self.screen.live:
             return
         if index not in self._begun:
-            self._end_line()
-            self._begun += (index,)
-            self._written += self.headings[index] + "\n"
+            self.end()
+            self._begun[index] = Wrapper(self.screen.width)
             self.screen.heading(self.headings[index])
-        if piece:
-            self._written += without_controls(piece)
-            self.screen.write(piece)
+        self.screen.write(self._begun[index].feed(piece))
+
+    def end(self) -> None:
+        """End the last line."""
+        for wrapper in self._begun.values():
+            self.screen.write(wrapper.finish())
+
+    def discard(self) -> None:
+        """Take back what was shown, as far as it is still on the screen."""
+        self.end()
+        if self._rows() < self.screen.height:
+            self.screen.erase(self._rows())
 
     def finish(self, left: str, right: str) -> None:
         """Show both answers whole."""
         texts = [text.strip() or NO_ANSWER for text in (left, right)]
-        self._end_line()
+        self.end()
         rows = side_by_side(texts[0], texts[1], self.screen.width, self.headings)
-        taken = rows_of(self._written, self.screen.width)
-        if rows is not None and (not self.screen.live or max(taken, len(rows)) < self.screen.height):
-            self.screen.erase(taken)
+        if rows is not None and (not self.screen.live or max(self._rows(), len(rows)) < self.screen.height):
+            self.screen.erase(self._rows())
             for row in rows:
                 self.screen.line(row)
         elif not self.screen.live:
@@ -52,7 +58,7 @@ class PairView:
         elif 0 not in self._begun:
             self.screen.note(f"{self.headings[0]}：见上文 · see above")
 
-    def _end_line(self) -> None:
-        if self._written and not self._written.endswith("\n"):
-            self._written += "\n"
-            self.screen.line()
+    def _rows(self) -> int:
+        """The lines of the screen that are taken; each heading takes as many as it is wrapped into."""
+        headings = sum(len(wrap(self.headings[index], self.screen.width)) for index in self._begun)
+        return headings + sum(wrapper.rows for wrapper in self._begun.values())

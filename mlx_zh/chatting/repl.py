@@ -15,12 +15,14 @@ from mlx_zh.chatting.judging import Judging
 from mlx_zh.chatting.markdown_export import MARKDOWN, save_markdown
 from mlx_zh.chatting.pair_view import PairView
 from mlx_zh.chatting.statistics_line import describe
-from mlx_zh.chatting.terminal import Screen, text_width, unechoed_keys, wrap
+from mlx_zh.chatting.terminal import Screen, Wrapper, text_width, unechoed_keys, wrap
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system.crashes import record_crash
 from mlx_zh.system.interrupts import stop_on_interrupt
+
+_ENDLESS = 1 << 30  # columns of what is no terminal
 
 
 @dataclass
@@ -76,13 +78,15 @@ class Repl:
     def _answer(self) -> None:
         prompt = self._prompt()
         pieces = []
-        with unechoed_keys(), stop_on_interrupt() as stopped:
-            for piece in self.bot.stream(prompt, stopped):
-                pieces.append(piece)
-                self.screen.write(piece)
+        wrapper = Wrapper(self.screen.width if self.screen.live else _ENDLESS)
+        try:
+            with unechoed_keys(), stop_on_interrupt() as stopped:
+                for piece in self.bot.stream(prompt, stopped):
+                    pieces.append(piece)
+                    self.screen.write(wrapper.feed(piece))
+        finally:
+            self.screen.write(wrapper.finish())
         text = "".join(pieces)
-        if not text.endswith("\n") and text:
-            self.screen.line()
         if text.strip():
             self._answered(Given(text, self.bot.origin))
         else:
@@ -202,8 +206,12 @@ class Repl:
         headings = self._headings(folders)
         prompt = self._prompt()
         view = PairView(self.screen, headings)
-        with unechoed_keys(), stop_on_interrupt() as stopped:
-            answers = self.bot.compare(prompt, folders, stopped, view.show)
+        try:
+            with unechoed_keys(), stop_on_interrupt() as stopped:
+                answers = self.bot.compare(prompt, folders, stopped, view.show)
+        except BaseException:
+            view.end()
+            raise
         view.finish(answers[0].text, answers[1].text)
         for heading, answer in zip(headings, answers, strict=True):
             self.screen.note(describe(answer.statistics, heading.split()[1], self.screen.width))

@@ -111,20 +111,43 @@ def text_width(text: str) -> int:
     return max(0, wcswidth(without_controls(text)))
 
 
-def rows_of(text: str, width: int) -> int:
-    """The lines that a terminal of `width` columns needs for a text that ends with a line break."""
-    rows = 0
-    for line in without_controls(text).split("\n")[:-1]:
-        rows, used = rows + 1, 0
-        for grapheme in iter_graphemes(line):
-            columns = 8 - used % 8 if grapheme == "\t" else text_width(grapheme)
-            if grapheme == "\t":
-                used = min(used + columns, width)  # a tab never begins a new line
-            elif used + columns > width:
-                rows, used = rows + 1, columns
-            else:
-                used += columns
-    return rows
+class Wrapper:
+    """Breaks text into lines of `width` columns while it is written, as `wrap` does; a word waits for its end."""
+
+    def __init__(self, width: int) -> None:
+        self._width, self._used, self._held = width, 0, ""
+        self.rows = 0  # lines that are finished
+
+    def feed(self, text: str) -> str:
+        """What can be shown now."""
+        first, *others = without_controls(text).replace("\t", "    ").split("\n")
+        shown = self._line(first, ended=bool(others))
+        for number, line in enumerate(others, start=1):
+            shown += "\n"
+            self.rows, self._used = self.rows + 1, 0
+            shown += self._line(line, ended=number < len(others))
+        return shown
+
+    def finish(self) -> str:
+        """What is still held back, with a line break if the last line has none."""
+        shown = self._line("", ended=True)
+        return shown + self.feed("\n") if self._used else shown
+
+    def _line(self, text: str, *, ended: bool) -> str:
+        pieces = list(_pieces(self._held + text, self._width))
+        self._held = "" if ended or not pieces else pieces.pop()
+        return "".join(map(self._placed, pieces))
+
+    def _placed(self, piece: str) -> str:
+        columns = text_width(piece.rstrip())
+        broken = bool(self._used) and self._used + columns > self._width
+        if broken:
+            self.rows, self._used = self.rows + 1, 0
+            piece = piece.lstrip(" ")
+        if self._used + text_width(piece) > self._width:
+            piece = piece.rstrip()
+        self._used += text_width(piece)
+        return "\n" + piece if broken else piece
 
 
 def fit_width(text: str, width: int) -> str:
