@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--feedback",
         metavar="FILE",
-        help="what /good, /bad, /better and /edit write to (default: the run's feedback.jsonl)",
+        help="file of what /good, /bad, /better and /edit record (default: feedback.jsonl of the run)",
     )
     parser.add_argument(
         "--hub",

@@ -30,7 +30,7 @@ def read_prompt() -> str:
 def prompt_in(text: str) -> str:
     """The question of `--prompt`. Raises MlxZhError if it is empty."""
     if not text.strip():
-        raise MlxZhError("--prompt is empty: give it a question, or leave it out to chat")
+        raise MlxZhError("the question of `mlx-zh chat --prompt` is empty; leave the option out to chat")
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
 
 
