@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mlx_zh.corpus.columns import Guess, better_answers
 from mlx_zh.corpus.conversation import Conversation, Document
+from mlx_zh.corpus.feedback import tally
 from mlx_zh.corpus.sources import Item
 from mlx_zh.corpus.survey import Survey
 from mlx_zh.errors import DataError, MlxZhError
@@ -105,7 +106,7 @@ def _data(folder: Path, surveys: Sequence[Survey], choices: Choices) -> list[str
     lines = ["data:"]
     if choices.use != "dpo":
         entries = [(result, guess) for result in surveys if (guess := _for_sft(result)) is not None]
-        rows = sum(result.usable for result, _ in entries)
+        rows = sum(_rows_for_sft(result) for result, _ in entries)
         lines += ["  sft:", _line("    train:", say("init-recipe-rows", rows=rows))]
         lines += [line for result, guess in entries for line in _entry(folder, result, guess)]
     if choices.use != "sft":
@@ -129,6 +130,10 @@ def _data(folder: Path, surveys: Sequence[Survey], choices: Choices) -> list[str
 def _for_sft(result: Survey) -> Guess | None:
     """How SFT reads a file: of pairs, the better answers; None if it cannot."""
     return result.guess if result.guess.kind == "sft" else better_answers(result.guess, result.head.rows)
+
+
+def _rows_for_sft(result: Survey) -> int:
+    return tally(result.path).sft if result.guess.format == "feedback" else result.usable
 
 
 def _entry(folder: Path, result: Survey, guess: Guess) -> list[str]:
