@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from mlx_zh.chatting.chatbot import Chatbot
     from mlx_zh.chatting.terminal import Screen
     from mlx_zh.recipe import Recipe
+    from mlx_zh.stages.run_folder import RunFolder
 
-_EPILOG = "Piped input is one prompt: `echo 你好 | mlx-zh chat MODEL` prints the answer and nothing else."
+_EPILOG = (
+    "One answer: `mlx-zh chat MODEL --prompt 你好`, or piped: `echo 你好 | mlx-zh chat MODEL`. Standard output gets "
+    "the answer and nothing else; of a run, standard error says which of its models answers."
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -33,8 +37,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
     )
     parser.add_argument(
-        "--adapter", metavar="DIR|none", help="adapter (default: the recipe's DPO adapter, else SFT's)"
+        "--adapter", metavar="NAME", help="sft, dpo, a folder, or none (default: the run's DPO adapter, else SFT's)"
     )
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this one question, and exit")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
     parser.add_argument("--temp", type=_number(0, 10), default=0.7, help="temperature; 0 is greedy (default 0.7)")
     parser.add_argument(
@@ -42,7 +47,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-tokens", type=_count, default=1024, help="longest answer, in tokens (default 1024)")
     parser.add_argument("--max-context", type=_count, help="longest conversation, in tokens (default: the model's)")
-    parser.add_argument("--seed", type=int, help="seed that makes sampling reproducible")
+    parser.add_argument("--seed", type=_seed, help="seed that makes sampling reproducible")
+    parser.add_argument(
+        "--feedback",
+        metavar="FILE",
+        help="file of what /good, /bad, /better and /edit record (default: feedback.jsonl of the run)",
+    )
     parser.add_argument(
         "--hub",
         choices=("auto", "huggingface", "modelscope"),
@@ -57,57 +67,71 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Chat at a terminal, or answer piped input; returns the exit status. Raises MlxZhError."""
     arguments = parse(argv)
-    piped = not sys.stdin.isatty()
+    piped = arguments.prompt is None and not sys.stdin.isatty()
+    once = piped or arguments.prompt is not None
 
-    from mlx_zh.chatting.piped import answer_once, read_prompt
+    from mlx_zh.chatting.piped import answer_once, prompt_in, read_prompt
     from mlx_zh.chatting.terminal import LineEditor, Screen
     from mlx_zh.chatting.transcript import Transcript
 
-    text = read_prompt() if piped else ""
+    text = read_prompt() if piped else prompt_in(arguments.prompt) if once else ""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a terminal that cannot show 你 must not end the chat
-    screen = Screen.on(sys.stderr if piped else sys.stdout)
-    quiet = piped and not arguments.verbose
-    bot, system = _open(arguments, None if quiet else screen)
+    screen = Screen.on(sys.stderr if once else sys.stdout)
+    quiet = once and not arguments.verbose
+    recipe = _recipe(arguments.target, arguments.overrides)
+    run = _run(recipe)
+    bot = _open(arguments, recipe, run, screen, quiet)
+    system = recipe.system_message() if recipe else None
     transcript = Transcript(arguments.system if arguments.system is not None else system)
-    if piped:
+    if once:
         transcript.ask(text)
         return answer_once(bot, transcript, None if quiet else screen)
 
-    from mlx_zh.chatting.repl import COMMANDS, Repl
+    from mlx_zh.chatting.commands import COMMANDS
+    from mlx_zh.chatting.repl import Repl
     from mlx_zh.system import storage
 
+    feedback = Path(expanduser(arguments.feedback)) if arguments.feedback else run.feedback if run else None
     screen.note("/help 帮助 · Ctrl-C 中止回答 stops an answer · Ctrl-D 退出 leaves")
-    editor = LineEditor(storage.cache_folder() / "chat-history", sorted(COMMANDS))
-    Repl(bot, screen, editor.read, transcript).run()
+    editor = LineEditor(storage.cache_folder() / "chat-history", sorted(COMMANDS), list(bot.stages))
+    Repl(bot, screen, editor.read, transcript, editor.ask, feedback).run()
     return 0
 
 
-def _open(arguments: argparse.Namespace, screen: Screen | None) -> tuple[Chatbot, str | None]:
-    """Load the model with its adapter; returns it with the recipe's system prompt."""
+def _open(
+    arguments: argparse.Namespace, recipe: Recipe | None, run: RunFolder | None, screen: Screen, quiet: bool
+) -> Chatbot:
+    """Load the model with its adapter, and say which model answers."""
     from mlx_zh.system import blas
 
-    recipe = _recipe(arguments.target, arguments.overrides)
-    adapter = _adapter(arguments.adapter, recipe)
-    if screen:
+    if not quiet:
         screen.progress(f"loading {recipe.model.path if recipe else arguments.target} …")
     try:
         bot = _load(arguments, recipe)
-        bot.swap(adapter)
+        bot.stages = run.adapters() if run else {}
+        newest = run.newest_adapter() if run else None
+        bot.swap(bot.named(arguments.adapter) if arguments.adapter else newest)
     finally:
-        if screen:
+        if not quiet:
             screen.done()
-    if screen:
-        screen.note(f"model: {bot.loaded.source} · adapter: {adapter or 'none'} · context: {bot.context} tokens")
+    name = bot.name_of(bot.adapter)
+    place = f" ({bot.adapter})" if name in bot.stages else ""
+    if not quiet:
+        screen.note(f"model: {bot.loaded.source} · adapter: {name}{place} · context: {bot.context} tokens")
         if warning := blas.blas_warning():
             screen.note(warning)
-    return bot, recipe.system_message() if recipe else None
+    elif run:
+        screen.note(f"model: {bot.loaded.source} · adapter: {name}{place}")
+    if run and not bot.stages and not arguments.adapter:
+        screen.note(
+            f"还没有训练好的适配器，由基座模型回答 · {run.path} has no adapter yet, so the base model answers"
+        )
+    return bot
 
 
 def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
-    import mlx.core as mx
-
     from mlx_zh.chatting.chatbot import Chatbot, context_length
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.generate import Sampling
@@ -132,10 +156,9 @@ def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
         bar = console.DownloadBar()
         loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=bar, reading=console.say_reading)
         renderer = Renderer(loaded.tokenizer)
-    if arguments.seed is not None:
-        mx.random.seed(arguments.seed)
     context = context_length(loaded.config, arguments.max_context)
-    return Chatbot(loaded, renderer, context, Sampling(arguments.temp, arguments.top_p, arguments.max_tokens))
+    sampling = Sampling(arguments.temp, arguments.top_p, arguments.max_tokens)
+    return Chatbot(loaded, renderer, context, sampling, seed=arguments.seed)
 
 
 def _recipe(target: str, overrides: list[str]) -> Recipe | None:
@@ -150,15 +173,10 @@ def _recipe(target: str, overrides: list[str]) -> Recipe | None:
     return None
 
 
-def _adapter(chosen: str | None, recipe: Recipe | None) -> Path | None:
-    """The chosen adapter, else the recipe's newest: DPO's before SFT's."""
-    if chosen:
-        return None if chosen == "none" else Path(expanduser(chosen))
-    if recipe is None:
-        return None
+def _run(recipe: Recipe | None) -> RunFolder | None:
     from mlx_zh.stages.run_folder import RunFolder
 
-    return RunFolder.of(recipe).newest_adapter()
+    return RunFolder.of(recipe) if recipe else None
 
 
 def _number(low: float, high: float) -> Callable[[str], float]:
@@ -169,6 +187,12 @@ def _number(low: float, high: float) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
 
     return number
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

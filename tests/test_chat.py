@@ -547,8 +547,8 @@ def test_settings(repl):
 
 
 def test_unknown_commands_and_paths_that_look_like_one(repl):
-    assert "maybe /retry?" in repl.say("/retyr")
-    for other, meant in (("/quit", "/exit"), ("/clear", "/reset"), ("/sys", "/system"), ("/帮助", "/help")):
+    near = {"/retyr": "/retry", "/sys": "/system", "/max-token": "/max-tokens", "/clera": "/reset"}
+    for other, meant in near.items():
         assert f"maybe {meant}?" in repl.say(other)
     assert "see /help" in repl.say("/xyzzy")
     assert repl.transcript.turns == []
@@ -820,3 +820,93 @@ def test_a_recipe_brings_its_model_its_system_prompt_and_its_newest_adapter(
         return int(shown.split("prompt ")[1].split()[0])
 
     assert prompt_tokens(with_system) - prompt_tokens(ask("data.system=null")) == 22
+
+
+# Seeds, stages by name, and one question
+
+
+def test_the_seed_of_an_answer_draws_it_again(repl, bot):
+    bot.sampling = Sampling(1.0, 1.0, 12)
+    repl.say("/seed 7", "你好")
+    first = repl.transcript.turns[1].content
+    assert bot.origin.seed == 7
+    repl.say("/retry")
+    second, seed = repl.transcript.turns[1].content, bot.origin.seed
+    assert second != first and seed == 8  # another answer, or /retry would be of no use
+    repl.say("/seed 7", "/retry")
+    assert repl.transcript.turns[1].content == first
+    repl.say("/seed none", "/retry")
+    drawn, text = bot.origin.seed, repl.transcript.turns[1].content
+    assert "last answer: " + str(drawn) in repl.say("/seed")
+    repl.say(f"/seed {drawn}", "/retry")
+    assert repl.transcript.turns[1].content == text
+
+
+def test_any_two_stages_are_compared_by_name(repl, bot, loaded, adapter, tmp_path):
+    bot.stages = {"sft": adapter, "dpo": tmp_path / "dpo"}
+    spec, weights = read_adapter(adapter)
+    other = {name: -array if name.endswith("lora_b") else array for name, array in weights.items()}
+    save_adapter(bot.stages["dpo"], other, spec, {})
+    texts = {}
+    for name in ("none", "sft", "dpo"):
+        repl.say("/reset", f"/adapter {name}", "你好")
+        texts[name] = repl.transcript.turns[1].content
+    assert len(set(texts.values())) == 3
+
+    calls = []
+    real = bot.compare
+    bot.compare = lambda *arguments: calls.append(real(*arguments)) or calls[-1]
+    for asked, first, second in (
+        ("/compare", "none", "dpo"),
+        ("/compare sft", "sft", "dpo"),
+        ("/compare dpo", "none", "dpo"),
+        ("/compare base sft", "none", "sft"),
+        ("/compare dpo SFT", "dpo", "sft"),
+    ):
+        shown = repl.say(asked)
+        assert [answer.text for answer in calls[-1]] == [texts[first], texts[second]], asked
+        assert [answer.origin.adapter for answer in calls[-1]] == [first, second]
+        assert bot.adapter == bot.stages["dpo"] and f"{second}: 12 tokens" in shown
+    assert "both are dpo" in repl.say("/compare dpo dpo")
+    assert "at most, got 3" in repl.say("/compare a b c")
+    count = len(calls)
+    assert "is not an adapter folder" in repl.say("/compare base nowhere") and len(calls) == count
+    repl.say("/retry")
+    assert repl.transcript.turns[1].content == texts["dpo"]
+
+
+def test_the_fingerprint_is_that_of_model_and_adapter(repl, bot, adapter):
+    repl.say("你好")
+    base = bot.origin.fingerprint
+    repl.say(f"/adapter {adapter}", "/retry")
+    tuned = bot.origin.fingerprint
+    assert len(base) == 64 and base != tuned and bot.origin.adapter == str(adapter)
+    repl.say("/adapter none", "/retry")
+    assert bot.origin.fingerprint == base
+
+
+def test_one_question_as_an_option(folder, monkeypatch, capsys):
+    piped(monkeypatch, "not read")
+    assert chat.main([str(folder), "--prompt", " 你好 ", "--temp", "0", "--max-tokens", "12"]) == 0
+    by_option = capsys.readouterr()
+    piped(monkeypatch, "你好")
+    assert chat.main([str(folder), "--temp", "0", "--max-tokens", "12"]) == 0
+    assert by_option == capsys.readouterr() and by_option.err == ""
+    with pytest.raises(MlxZhError, match="the question of `mlx-zh chat --prompt` is empty"):
+        chat.main([str(folder), "--prompt", " "])
+
+
+def test_a_run_says_on_stderr_which_model_answers(folder, adapter, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(f"name: tiny\nruns: {tmp_path}\nmodel:\n  path: {folder}\n")
+
+    def ask(*options: str) -> str:
+        assert chat.main([str(recipe), "--prompt", "你好", "--max-tokens", "3", *options]) == 0
+        return capsys.readouterr().err
+
+    assert "adapter: none" in (shown := ask()) and "the base model answers" in shown
+    shutil.copytree(adapter, tmp_path / "tiny" / "sft" / "adapters")
+    assert "adapter: sft" in (shown := ask()) and "base model" not in shown
+    assert "adapter: none" in ask("--adapter", "none")
+    with pytest.raises(MlxZhError, match="there is no adapter of dpo here"):
+        ask("--adapter", "dpo")

@@ -1,4 +1,4 @@
-"""Piped input: all of it is one question, and standard output gets only the answer."""
+"""One question, piped or given as an option: standard output gets only the answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 
 from mlx_zh.chatting.chatbot import Chatbot
-from mlx_zh.chatting.repl import describe
+from mlx_zh.chatting.statistics_line import describe
 from mlx_zh.chatting.terminal import Screen, without_controls
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
@@ -25,6 +25,13 @@ def read_prompt() -> str:
     if not text.strip():
         raise MlxZhError("standard input is empty: pipe a question in, or run at a terminal to chat")
     return text.strip()
+
+
+def prompt_in(text: str) -> str:
+    """The question of `--prompt`. Raises MlxZhError if it is empty."""
+    if not text.strip():
+        raise MlxZhError("the question of `mlx-zh chat --prompt` is empty; leave the option out to chat")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
 
 
 def answer_once(bot: Chatbot, transcript: Transcript, screen: Screen | None) -> int:

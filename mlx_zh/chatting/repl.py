@@ -2,78 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import math
-import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlx_zh.chatting.chatbot import Answer, Chatbot
-from mlx_zh.chatting.terminal import Screen, side_by_side, text_width, unechoed_keys, wrap
+from mlx_zh.chatting import commands
+from mlx_zh.chatting.chatbot import Chatbot, expanded
+from mlx_zh.chatting.commands import COMMANDS, KEYS, command_in, nearest_command
+from mlx_zh.chatting.feedback import Given
+from mlx_zh.chatting.judging import Judging
+from mlx_zh.chatting.markdown_export import MARKDOWN, save_markdown
+from mlx_zh.chatting.pair_view import PairView
+from mlx_zh.chatting.statistics_line import describe
+from mlx_zh.chatting.terminal import Screen, Wrapper, text_width, unechoed_keys, wrap
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
 from mlx_zh.language.translation import in_readers_language
-from mlx_zh.models.generate import Statistics
 from mlx_zh.system.crashes import record_crash
 from mlx_zh.system.interrupts import stop_on_interrupt
 
-# Command -> usage, Chinese and English description, method of Repl.
-COMMANDS = {
-    "/help": ("/help", "显示帮助", "show this help", "help"),
-    "/system": ("/system [TEXT|none]", "查看或设置系统提示", "show or set the system prompt", "system"),
-    "/reset": ("/reset", "清空对话", "start over; the system prompt stays", "reset"),
-    "/retry": ("/retry", "重新回答上一个问题", "answer the last question again", "retry"),
-    "/undo": ("/undo", "撤回上一轮问答", "take back the last exchange", "undo"),
-    "/temp": ("/temp [NUMBER]", "温度，0 为不随机", "show or set temperature; 0 is greedy", "temp"),
-    "/think": ("/think [MODE]", "是否先思考再回答", "think first: on, off or auto", "think"),
-    "/save": ("/save FILE", "把对话存为 JSON", "save the conversation as JSON", "save"),
-    "/load": ("/load FILE", "载入存下的对话", "load a saved conversation", "load"),
-    "/adapter": ("/adapter [DIR|none]", "更换或卸下适配器", "show, change or remove the adapter", "adapter"),
-    "/compare": ("/compare", "微调前后并排回答", "base and tuned answers side by side", "compare"),
-    "/exit": ("/exit", "退出", "leave (or Ctrl-D)", "leave"),
-}
-KEYS = (
-    ("Enter", "发送", "send"),
-    ("Alt+Enter, \\ Enter", "换行", "new line"),
-    ('"""…"""', "多行文本，空行也可以", "a block of lines"),
-    ("Ctrl-C", "中止回答（不退出）", "stop the answer, not the program"),
-    ("↑ ↓, Ctrl-R", "历史记录，搜索", "history, search"),
-    ("Tab", "补全命令", "complete a command"),
-    ("Ctrl-X Ctrl-E", "用 $EDITOR 编辑", "edit in $EDITOR"),
-)
-# A Chinese input method writes ／ or 、 for the key of "/", and may write wide letters and a wide space after it.
-_COMMAND = re.compile(r"[/／、]([^\W\d]\w*)(?:\s+(.*))?", re.DOTALL)
-# What other chat programs call these commands, and Chinese names.
-_OTHER_NAMES = {
-    "/exit": ("/quit", "/q", "/bye", "/close", "/退出", "/再见"),
-    "/help": ("/h", "/commands", "/帮助"),
-    "/reset": ("/clear", "/new", "/清空", "/重置"),
-    "/retry": ("/regenerate", "/regen", "/again", "/重试"),
-    "/undo": ("/back", "/撤回", "/撤销"),
-    "/temp": ("/temperature", "/温度"),
-    "/think": ("/thinking", "/思考"),
-    "/save": ("/export", "/保存"),
-    "/load": ("/open", "/载入"),
-    "/adapter": ("/lora", "/适配器"),
-    "/compare": ("/diff", "/对比", "/比较"),
-    "/system": ("/prompt", "/系统"),
-}
-_MODES = {"on": "on", "off": "off", "auto": "auto", "开": "on", "关": "off", "自动": "auto"}
-_SYNONYMS = {other: name for name, others in _OTHER_NAMES.items() for other in others}
+_ENDLESS = 1 << 30  # columns of what is no terminal
 
 
 @dataclass
 class Repl:
-    """One chat."""
+    """One chat. `feedback` is the file that judgements are written to; None: the user chooses one first."""
 
     bot: Chatbot
     screen: Screen
     read: Callable[[], str]  # returns the next message; raises EOFError at the end
     transcript: Transcript = field(default_factory=Transcript)
+    ask: Callable[[str], str] | None = None  # returns the answer to a question; None: as a message is read
+    feedback: Path | None = None
     _running: bool = True
+    _given: dict[int, Given] = field(default_factory=dict)  # by turn: the model's answers of this chat
+    _judging: Judging = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._judging = Judging(self.bot, self.screen, self._question, self.feedback)
 
     def run(self) -> None:
         """Read and answer until /exit or Ctrl-D. An error that the user causes is shown, and the chat goes on."""
@@ -111,19 +78,25 @@ class Repl:
     def _answer(self) -> None:
         prompt = self._prompt()
         pieces = []
-        with unechoed_keys(), stop_on_interrupt() as stopped:
-            for piece in self.bot.stream(prompt, stopped):
-                pieces.append(piece)
-                self.screen.write(piece)
+        wrapper = Wrapper(self.screen.width if self.screen.live else _ENDLESS)
+        try:
+            with unechoed_keys(), stop_on_interrupt() as stopped:
+                for piece in self.bot.stream(prompt, stopped):
+                    pieces.append(piece)
+                    self.screen.write(wrapper.feed(piece))
+        finally:
+            self.screen.write(wrapper.finish())
         text = "".join(pieces)
-        if not text.endswith("\n") and text:
-            self.screen.line()
         if text.strip():
-            self.transcript.answer(text)
+            self._answered(Given(text, self.bot.origin))
         else:
             self.screen.note("（没有回答 · no answer; /retry asks again）")
-        self.screen.note(describe(self.bot.session.statistics))
+        self.screen.note(describe(self.bot.session.statistics, width=self.screen.width))
         self.screen.line()
+
+    def _answered(self, given: Given) -> None:
+        self.transcript.answer(given.text)
+        self._given[len(self.transcript.turns) - 1] = given
 
     def _prompt(self) -> list[int]:
         prompt, dropped = self.bot.fit(self.transcript)
@@ -176,17 +149,37 @@ class Repl:
 
     def _temp(self, text: str) -> None:
         if text:
-            self.bot.sampling = replace(self.bot.sampling, temperature=temperature(text))
+            self.bot.sampling = replace(self.bot.sampling, temperature=commands.temperature(text))
         self.screen.note(f"temperature: {self.bot.sampling.temperature:g}")
+
+    def _top_p(self, text: str) -> None:
+        if text:
+            self.bot.sampling = replace(self.bot.sampling, top_p=commands.top_p(text))
+        self.screen.note(f"top-p: {self.bot.sampling.top_p:g}")
+
+    def _max_tokens(self, text: str) -> None:
+        if text:
+            self.bot.sampling = replace(self.bot.sampling, max_tokens=commands.max_tokens(text))
+        self.screen.note(f"max tokens: {self.bot.sampling.max_tokens}")
+
+    def _seed(self, text: str) -> None:
+        if text:
+            self.bot.set_seed(commands.seed(text))
+        chosen = "random" if self.bot.seed is None else str(self.bot.seed)
+        last = "" if self.bot.origin is None else f" · 上一个回答 last answer: {self.bot.origin.seed}"
+        self.screen.note(f"seed: {chosen}{last}")
 
     def _think(self, text: str) -> None:
         if text:
-            self.bot.renderer = self.bot.renderer.with_thinking(thinking_mode(text))
+            self.bot.renderer = self.bot.renderer.with_thinking(commands.thinking_mode(text))
         self.screen.note(f"thinking: {self.bot.renderer.mode}")
 
     def _save(self, text: str) -> None:
         path = _path(text, "/save FILE")
-        count = self.transcript.save(path)
+        if path.suffix.lower() in MARKDOWN:
+            count = save_markdown(self.transcript, path, self.bot.loaded.source, self.bot.name_of(self.bot.adapter))
+        else:
+            count = self.transcript.save(path)
         self.screen.note(f"已保存 {count} 条消息 · saved to {path}")
         if self.transcript.pending:
             self.screen.note("最后一个问题还没有回答，没有保存 · the last question has no answer and was left out")
@@ -194,101 +187,109 @@ class Repl:
     def _load(self, text: str) -> None:
         path = _path(text, "/load FILE")
         self.transcript = Transcript.load(path)
+        self._given = {}
         waiting = "; the last question waits: /retry answers it" if self.transcript.pending else ""
         self.screen.note(f"已载入 {len(self.transcript.turns)} 条消息 · loaded {path}{waiting}")
 
     def _adapter(self, text: str) -> None:
         if text:
-            self.bot.swap(None if text.lower() == "none" else _path(text, "/adapter DIR"))
-        self.screen.note(f"adapter: {self.bot.adapter or 'none'}")
+            self.bot.swap(self.bot.named(text))
+        name = self.bot.name_of(self.bot.adapter)
+        others = [known for known in (*self.bot.stages, "none") if known != name]
+        self.screen.note(f"adapter: {name}" + ("" if text else f" (/adapter {' | '.join(others)} | DIR)"))
 
-    def _compare(self, _: str) -> None:
+    def _compare(self, text: str) -> None:
         if not self.transcript.turns:
             self.screen.error("nothing to compare: ask something first")
             return
+        folders = self._compared(text)
+        headings = self._headings(folders)
         prompt = self._prompt()
+        view = PairView(self.screen, headings)
         try:
             with unechoed_keys(), stop_on_interrupt() as stopped:
-                base, tuned = self.bot.compare(
-                    prompt, stopped, lambda name, done: self.screen.progress(f"{name}: {done} tokens …")
-                )
-        finally:
-            self.screen.done()
-        self._show(("微调前 base", base), (f"微调后 tuned ({(self.bot.adapter or Path()).name})", tuned))
+                answers = self.bot.compare(prompt, folders, stopped, view.show)
+        except BaseException:
+            view.end()
+            raise
+        view.finish(answers[0].text, answers[1].text)
+        for heading, answer in zip(headings, answers, strict=True):
+            self.screen.note(describe(answer.statistics, heading.split()[1], self.screen.width))
 
-    def _show(self, left: tuple[str, Answer], right: tuple[str, Answer]) -> None:
-        texts = [side[1].text.strip() or "（没有回答 · no answer）" for side in (left, right)]
-        rows = side_by_side(texts[0], texts[1], self.screen.width, (left[0], right[0]))
-        for row in rows or []:
-            self.screen.line(row)
-        for (heading, answer), text in zip((left, right), texts, strict=True):
-            if rows is None:
-                self.screen.heading(heading)
-                self.screen.line(text)
-            self.screen.note(describe(answer.statistics, heading.split()[1] if rows else ""))
+    def _compared(self, text: str) -> tuple[Path | None, Path | None]:
+        """The two adapters to compare: those named; with one name, that and the loaded one; else base and loaded."""
+        names = text.split()
+        if len(names) > 2:
+            raise MlxZhError(f"/compare takes two names at most, got {len(names)}: {text}")
+        if len(names) == 2:
+            first, second = (self.bot.named(name) for name in names)
+        else:
+            first, second = self.bot.named(names[0]) if names else None, self.bot.adapter
+            if first == second and first is not None:
+                first = None
+        if first == second:
+            known = ", ".join(["base", *self.bot.stages])
+            raise MlxZhError(
+                f"there is nothing to compare with: both are {self.bot.name_of(first)}; /compare A B takes two of "
+                f"{known}, or folders of adapters"
+            )
+        return first, second
+
+    def _headings(self, folders: tuple[Path | None, Path | None]) -> tuple[str, str]:
+        def heading(folder: Path | None) -> str:
+            if folder is None:
+                return "微调前 base"
+            name = self.bot.name_of(folder)
+            return f"微调后 {name if name in self.bot.stages else f'tuned ({folder.name})'}"
+
+        return heading(folders[0]), heading(folders[1])
+
+    def _good(self, _: str) -> None:
+        self._judging.good(self.transcript.question, self._last())
+
+    def _bad(self, _: str) -> None:
+        self._judging.bad(self.transcript.question, self._last())
+
+    def _better(self, text: str) -> None:
+        last = self._last()
+        warmth = commands.temperature(text) if text else None
+        chosen = self._judging.better(self.transcript.question, self._prompt(), last, warmth)
+        self._replace(chosen)
+
+    def _edit(self, _: str) -> None:
+        text = self._judging.edit(self.transcript.question, self._last())
+        if text is not None:
+            self._replace(Given(text))
+            self.screen.note("对话从改写后的回答继续 · the chat goes on with what you wrote")
+
+    def _feedback(self, text: str) -> None:
+        if text:
+            self._judging.choose_file(expanded(text))
+        self._judging.summary()
+
+    def _last(self) -> Given:
+        """The last answer. Raises MlxZhError if there is none."""
+        turns = self.transcript.turns
+        if not turns or self.transcript.pending:
+            raise MlxZhError("there is no answer to judge: ask something first")
+        given, text = self._given.get(len(turns) - 1), turns[-1].content
+        return given if given is not None and given.text == text else Given(text)
+
+    def _replace(self, given: Given) -> None:
+        self.transcript.retract_answer()
+        self._answered(given)
+
+    def _question(self, question: str) -> str:
+        if self.ask is not None:
+            return self.ask(question)
+        self.screen.note(question)
+        return self.read()
 
     def _leave(self, _: str) -> None:
         self._running = False
 
 
-def command_in(text: str) -> tuple[str, str] | None:
-    """The command in a message, as `/name`, and what follows it; None where the message is for the model."""
-    match = _COMMAND.fullmatch(text)
-    if match is None:
-        return None
-    name = "/" + unicodedata.normalize("NFKC", match[1]).lower()
-    if not name.isascii() and name not in _SYNONYMS:
-        return None
-    return name, (match[2] or "").strip()
-
-
-def nearest_command(name: str) -> str | None:
-    """The command that someone who typed `name` most likely means, or None."""
-    if name in _SYNONYMS:
-        return _SYNONYMS[name]
-    if completed := [command for command in COMMANDS if command.startswith(name)]:
-        return completed[0]
-    near = difflib.get_close_matches(name, [*COMMANDS, *_SYNONYMS], 1)
-    return _SYNONYMS.get(near[0], near[0]) if near else None
-
-
-def describe(statistics: Statistics, name: str = "") -> str:
-    """The line below an answer: tokens, speed, and how it ended."""
-    parts = [
-        f"{statistics.generated} tokens",
-        f"{statistics.tokens_per_second:.1f} tokens/s",
-        f"first after {statistics.seconds_to_first:.2f} s",
-        f"prompt {statistics.prompt_new} new + {statistics.prompt_cached} cached",
-    ]
-    if statistics.reason == "length":
-        parts.append("已达长度上限 cut off")
-    elif statistics.reason == "stopped":
-        parts.append("已中止 stopped")
-    return (f"{name}: " if name else "") + " · ".join(parts)
-
-
-def temperature(text: str) -> float:
-    """A temperature, 0 to 10, from text. Raises MlxZhError."""
-    with contextlib.suppress(ValueError):
-        value = float(text)
-        if 0 <= value <= 10:
-            return value
-    raise MlxZhError(f"the temperature must be a number from 0 (greedy) to 10, got {text!r}")
-
-
-def thinking_mode(text: str) -> str:
-    """A mode of thinking (on, off or auto) from text. Raises MlxZhError."""
-    mode = _MODES.get(unicodedata.normalize("NFKC", text).strip().lower())
-    if mode is None:
-        raise MlxZhError(f"thinking is on, off or auto, got {text!r}")
-    return mode
-
-
 def _path(text: str, usage: str) -> Path:
     if not text:
         raise MlxZhError(f"a path is missing: {usage}")
-    path = Path(text.strip("'\""))
-    try:
-        return path.expanduser()
-    except RuntimeError as problem:  # ~NAME of a user who does not exist
-        raise MlxZhError(f"{path}: there is no user of that name; write the folder out") from problem
+    return expanded(text)

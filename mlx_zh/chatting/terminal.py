@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from wcwidth import iter_graphemes, wcswidth
 
+from mlx_zh.errors import MlxZhError
 from mlx_zh.system import escaping
+from mlx_zh.system.interrupts import stop_on_interrupt
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -37,6 +42,7 @@ class Screen:
     colour: bool = False
     live: bool = False  # whether a line can be rewritten, as in a terminal
     fixed_width: int | None = None  # columns; None: those of the terminal
+    fixed_height: int | None = None  # lines, likewise
 
     @classmethod
     def on(cls, stream: TextIO) -> Screen:
@@ -48,6 +54,17 @@ class Screen:
     def width(self) -> int:
         """The width in columns."""
         return self.fixed_width or shutil.get_terminal_size().columns
+
+    @property
+    def height(self) -> int:
+        """The height in lines."""
+        return self.fixed_height or shutil.get_terminal_size().lines
+
+    def erase(self, rows: int) -> None:
+        """Take back the last `rows` lines of the terminal; the cursor is below them."""
+        if rows and self.live:
+            self.stream.write(f"\r\x1b[{rows}A\x1b[J")
+            self.stream.flush()
 
     def write(self, text: str) -> None:
         """Write text at once, without control characters."""
@@ -92,6 +109,45 @@ class Screen:
 def text_width(text: str) -> int:
     """The number of columns that `text` takes in a terminal; a Chinese character takes two."""
     return max(0, wcswidth(without_controls(text)))
+
+
+class Wrapper:
+    """Breaks text into lines of `width` columns while it is written, as `wrap` does; a word waits for its end."""
+
+    def __init__(self, width: int) -> None:
+        self._width, self._used, self._held = width, 0, ""
+        self.rows = 0  # lines that are finished
+
+    def feed(self, text: str) -> str:
+        """What can be shown now."""
+        first, *others = without_controls(text).replace("\t", "    ").split("\n")
+        shown = self._line(first, ended=bool(others))
+        for number, line in enumerate(others, start=1):
+            shown += "\n"
+            self.rows, self._used = self.rows + 1, 0
+            shown += self._line(line, ended=number < len(others))
+        return shown
+
+    def finish(self) -> str:
+        """What is still held back, with a line break if the last line has none."""
+        shown = self._line("", ended=True)
+        return shown + self.feed("\n") if self._used else shown
+
+    def _line(self, text: str, *, ended: bool) -> str:
+        pieces = list(_pieces(self._held + text, self._width))
+        self._held = "" if ended or not pieces else pieces.pop()
+        return "".join(map(self._placed, pieces))
+
+    def _placed(self, piece: str) -> str:
+        columns = text_width(piece.rstrip())
+        broken = bool(self._used) and self._used + columns > self._width
+        if broken:
+            self.rows, self._used = self.rows + 1, 0
+            piece = piece.lstrip(" ")
+        if self._used + text_width(piece) > self._width:
+            piece = piece.rstrip()
+        self._used += text_width(piece)
+        return "\n" + piece if broken else piece
 
 
 def fit_width(text: str, width: int) -> str:
@@ -158,12 +214,47 @@ def side_by_side(left: str, right: str, width: int, headings: tuple[str, str]) -
 class LineEditor:
     """Reads messages of one or more lines, and keeps their history in a file."""
 
-    def __init__(self, history_file: Path, commands: list[str]) -> None:
-        self._session = _prompt_session(history_file, commands)
+    def __init__(self, history_file: Path, commands: list[str], adapters: Sequence[str] = ()) -> None:
+        self._session = _prompt_session(history_file, commands, adapters)
 
     def read(self) -> str:
         """The next message. Raises KeyboardInterrupt on Ctrl-C, EOFError on Ctrl-D."""
         return plain(self._session.prompt())
+
+    def ask(self, question: str) -> str:
+        """The answer to a question, one line that is not kept. Raises KeyboardInterrupt, EOFError."""
+        from prompt_toolkit import PromptSession
+
+        return PromptSession[str](question + " ").prompt()
+
+
+_EDITORS = ("nano", "vim", "vi")  # where neither VISUAL nor EDITOR is set: the first that is installed
+
+
+def edit_text(text: str) -> str:
+    """The text as it is after the user edited it in VISUAL or EDITOR. Raises MlxZhError."""
+    chosen = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    installed = next((name for name in _EDITORS if shutil.which(name)), None)
+    try:
+        command = shlex.split(chosen or installed or "")
+    except ValueError as problem:
+        raise MlxZhError(f"EDITOR={chosen} is no command: {problem}") from problem
+    if not command:
+        raise MlxZhError("there is no editor: set EDITOR, for example to nano, and start the chat again")
+    with tempfile.TemporaryDirectory(prefix="mlx-zh-") as folder:  # only its owner can read it
+        file = Path(folder) / "answer.md"
+        file.write_text(text + "\n", encoding="utf-8", errors="replace")
+        try:
+            with stop_on_interrupt():
+                done = subprocess.run([*command, str(file)])
+            edited = file.read_text(encoding="utf-8-sig")
+        except OSError as problem:
+            raise MlxZhError(f"the editor {command[0]} did not run: {problem.strerror or problem}") from problem
+        except UnicodeDecodeError as problem:
+            raise MlxZhError("the editor did not save UTF-8 text, so nothing is changed") from problem
+    if done.returncode:
+        raise MlxZhError(f"the editor {command[0]} ended with status {done.returncode}, so nothing is changed")
+    return edited.removesuffix("\n")
 
 
 @contextmanager
@@ -199,12 +290,13 @@ def unfinished(text: str) -> bool:
     return in_block or text.endswith("\\")
 
 
-def _prompt_session(history_file: Path, commands: list[str]) -> PromptSession[str]:
+def _prompt_session(history_file: Path, commands: list[str], adapters: Sequence[str]) -> PromptSession[str]:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.formatted_text import FormattedText
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.styles import Style
+
+    from mlx_zh.chatting.completion import completer
 
     class LastingHistory(FileHistory):
         def store_string(self, string: str) -> None:
@@ -223,7 +315,7 @@ def _prompt_session(history_file: Path, commands: list[str]) -> PromptSession[st
         style=Style.from_dict({"prompt": "bold ansigreen", "continuation": "ansigray", "placeholder": "ansigray"}),
         multiline=True,
         key_bindings=_key_bindings(),
-        completer=WordCompleter(commands, sentence=True),
+        completer=completer(commands, adapters),
         complete_while_typing=False,
         enable_open_in_editor=True,
         history=history,

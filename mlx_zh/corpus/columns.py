@@ -99,6 +99,9 @@ def given_columns(columns: Mapping[str, str], rows: Sequence[Row]) -> Guess | No
 
 def better_answers(guess: Guess, rows: Sequence[Row]) -> Guess | None:
     """How the better answers of a file of pairs are read for SFT; None if most rows do not give a conversation."""
+    if guess.format == "feedback":
+        readable = any(_is_readable(FORMATS["sft"]["feedback"], row) for row in rows)
+        return Guess("sft", "feedback") if readable else None
     theirs = {name: guess.columns.get(name, name) for name in ("chosen", "prompt", "question", "instruction")}
     kept = {name: column for name, column in guess.columns.items() if name in ("input", "system", "history")}
     forms: dict[str, tuple[str, dict[str, str]]] = {

@@ -16,6 +16,7 @@
     glaive           system, chat = USER: … ASSISTANT: … FUNCTION RESPONSE: …
     moss             meta_instruction?, chat = {turn_1: {Human, MOSS}, …}
     text             text; also .txt and .md files, each of which is a document        raw text, no conversation
+    feedback         what was said of a model's answers in the chat (see `corpus.feedback`); good ones are learned
     mathglm          lines of text, expression=step=…=answer             only when named, never recognised
 
 A format is recognised by its columns; "?" marks an optional one. `columns` maps our column names to the file's.
@@ -28,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from mlx_zh.corpus import dialogues, function_calls
+from mlx_zh.corpus import dialogues, feedback, function_calls
 from mlx_zh.corpus.conversation import Conversation, Document, Message
 from mlx_zh.corpus.documents import documents_of
 from mlx_zh.corpus.key_names import number_of, says_no
@@ -189,6 +190,7 @@ def _text(row: Row) -> Iterator[Document]:
 
 # In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Parsed]] = {
+    "feedback": Format(feedback.COLUMNS, feedback.is_feedback, feedback.conversations, settle=feedback.settled),
     "messages": Format(("messages", "system", "tools"), lambda row: "messages" in row, _messages),
     "sharegpt": Format(
         ("conversations", "system", "kto_tag", "tools"), lambda row: "conversations" in row, _sharegpt

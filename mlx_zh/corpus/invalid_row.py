@@ -10,3 +10,7 @@ class InvalidRow(Exception):
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
+
+
+class LeftOut(InvalidRow):
+    """A row without a fault that gives nothing for what is read, such as a pair; it is counted and is no error."""

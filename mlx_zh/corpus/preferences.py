@@ -11,6 +11,7 @@
     prompt    prompt (text or messages), chosen, rejected, system?
     zh-en     question, and the same answer in two languages: answer_zh is chosen, answer_en rejected
     implicit  chosen, rejected: whole conversations that differ only in the last reply (TRL)
+    feedback  what was said of a model's answers in the chat (see `corpus.feedback`)
     hh        chosen, rejected: the same as one text each, \n\nHuman: …\n\nAssistant: …   (hh-rlhf)
 
 `chosen` and `rejected` are texts, messages, or whole conversations with the prompt in them.
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from mlx_zh.corpus import feedback
 from mlx_zh.corpus.conversation import Message, Preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_keys import check_row, check_text
@@ -264,6 +266,10 @@ def _hh(row: Row) -> Iterator[Pair]:
     yield _in_common(row, chosen, rejected)
 
 
+def _feedback(row: Row) -> Iterator[Pair]:
+    yield _check_pair(*feedback.pair_of(row))
+
+
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1
 
@@ -289,6 +295,7 @@ def _has(*names: str) -> Any:
 _BOTH = ("chosen", "rejected")
 # In the order of recognition: the first format that fits a row is used.
 FORMATS: dict[str, Format[Pair]] = {
+    "feedback": Format(feedback.COLUMNS, feedback.is_feedback, _feedback, settle=feedback.settled),
     "openai": Format(
         ("input", "preferred_output", "non_preferred_output", "tools"), _has("input", "preferred_output"), _openai
     ),

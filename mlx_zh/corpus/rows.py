@@ -15,6 +15,7 @@ from mlx_zh.corpus.conversation import Answer, Document, Message
 from mlx_zh.corpus.csv_rows import read_csv
 from mlx_zh.corpus.documents import TEXT_SUFFIXES, read_document
 from mlx_zh.corpus.excel_rows import EXCEL_SUFFIXES, is_workbook, read_excel
+from mlx_zh.corpus.invalid_row import LeftOut
 from mlx_zh.corpus.reader import InvalidRow, holds_json_rows, read_lines, read_rows
 from mlx_zh.corpus.row_keys import ANSWERS, LABELS, RowKeys, has_more_keys, row_keys, unused_columns, unused_keys
 from mlx_zh.corpus.row_messages import Row, kind_of, reasoning_of
@@ -96,6 +97,8 @@ class Format(Generic[Parsed]):
     parse: Callable[[Row], Iterable[Parsed]]  # the items of a row; raises InvalidRow
     lines: bool = False  # whether rows are lines of text, read as {"text": line}
     labelled: bool = False  # whether a label of false is read, and not a reason to leave the row out
+    # whether a row counts may depend on the others: the rows of a file with what each needs to know of them
+    settle: Callable[[Iterable[tuple[str, Any]]], Iterator[tuple[str, Any]]] | None = None
 
 
 def iter_rows(
@@ -126,20 +129,25 @@ def iter_rows(
         format, rows = _detect(path, rows, formats)
     report.format = format
     errors: list[str] = []
+    left_out = 0
     watched = _watched(rows, formats[format], report)
     for place, parsed in parse_rows(watched, formats[format], finish, columns=columns):
         report.rows += 1
         if isinstance(parsed, InvalidRow):
             report.drop(parsed.reason, place)
-            if len(errors) < _SHOWN:
+            left_out += isinstance(parsed, LeftOut)
+            if len(errors) < _SHOWN and not isinstance(parsed, LeftOut):
                 errors.append(f"{place}: {parsed}")
             continue
         report.kept += 1
         for item in parsed:
             yield place, item
-    invalid_rows = report.rows - report.kept
+    invalid_rows = report.rows - report.kept - left_out
     if invalid_rows and (on_invalid == "error" or not report.kept):
-        raise _invalid_rows(path, report, errors, on_invalid)
+        raise _invalid_rows(path, report, errors, invalid_rows, on_invalid)
+    if left_out and not report.kept:
+        counted = ", ".join(f"{reason} {count}" for reason, count in report.dropped.items())
+        raise DataError(f"{path}: none of its {report.rows} rows gives what is to be learned here ({counted})")
 
 
 def _watched(rows: Iterable[tuple[str, Any]], form: Format[Parsed], report: LoadReport) -> Iterator[tuple[str, Any]]:
@@ -185,7 +193,7 @@ def parse_rows(
 ) -> Iterator[tuple[str, list[Parsed] | InvalidRow]]:
     """The place and the items of each row, or why it cannot be used. `columns` are those that `open_rows` renamed."""
     keys = row_keys(form.columns, tuple(columns or ()), form.labelled)
-    for place, row in rows:
+    for place, row in rows if form.settle is None else form.settle(rows):
         try:
             row = _as_row(row, keys)
             items = list(form.parse(row))
@@ -196,8 +204,7 @@ def parse_rows(
             yield place, invalid
 
 
-def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], on_invalid: str) -> DataError:
-    count = report.rows - report.kept
+def _invalid_rows(path: Path, report: LoadReport, errors: Sequence[str], count: int, on_invalid: str) -> DataError:
     more = [f"… and {count - len(errors)} more"] if count > len(errors) else []
     remedy = "no row is left" if on_invalid == "skip" else "correct them, or drop them with data.on_invalid=skip"
     lines = "\n  ".join([*errors, *more])

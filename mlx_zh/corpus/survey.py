@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from mlx_zh.corpus.columns import FORMATS, Guess, columns_of, given_columns, guess_columns
 from mlx_zh.corpus.conversation import Conversation, Document, Labelled
 from mlx_zh.corpus.excel_rows import is_workbook, sheet_info
+from mlx_zh.corpus.invalid_row import LeftOut
 from mlx_zh.corpus.preferences import as_preference
 from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.row_messages import Row
@@ -106,7 +107,7 @@ def survey(path: Path, head: Head, guess: Guess) -> Survey:
         result.rows += 1
         if isinstance(parsed, InvalidRow):
             result.reasons[parsed.reason] += 1
-            if len(result.unusable) < _LISTED:
+            if len(result.unusable) < _LISTED and not isinstance(parsed, LeftOut):
                 result.unusable.append(Unusable(place, parsed.reason, str(parsed)))
             continue
         result.usable += 1

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mlx_zh.corpus.columns import Guess, better_answers
 from mlx_zh.corpus.conversation import Conversation, Document
+from mlx_zh.corpus.feedback import tally
 from mlx_zh.corpus.sources import Item
 from mlx_zh.corpus.survey import Survey
 from mlx_zh.errors import DataError, MlxZhError
@@ -106,7 +107,7 @@ def _data(folder: Path, surveys: Sequence[Survey], choices: Choices) -> list[str
     lines = ["data:"]
     if choices.use != "dpo":
         entries = [(result, guess) for result in surveys if (guess := _for_sft(result)) is not None]
-        rows = sum(result.usable for result, _ in entries)
+        rows = sum(_rows_for_sft(result) for result, _ in entries)
         lines += ["  sft:", _line("    train:", say("init-recipe-rows", rows=rows))]
         lines += [line for result, guess in entries for line in _entry(folder, result, guess)]
     if choices.use != "sft":
@@ -139,6 +140,10 @@ def _for_sft(result: Survey) -> Guess | None:
 def _is_kto(surveys: Sequence[Survey]) -> bool:
     """Whether a file has labelled answers. KTO learns from pairs too."""
     return any(result.guess.kind == "kto" for result in surveys)
+
+
+def _rows_for_sft(result: Survey) -> int:
+    return tally(result.path).sft if result.guess.format == "feedback" else result.usable
 
 
 def _entry(folder: Path, result: Survey, guess: Guess) -> list[str]:

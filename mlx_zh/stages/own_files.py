@@ -18,6 +18,7 @@ from mlx_zh.corpus.data_files import (
     other_files,
     patterns_of,
 )
+from mlx_zh.corpus.feedback import tally
 from mlx_zh.corpus.survey import Head, Survey, guess_of, read_head, survey
 from mlx_zh.corpus.tables import is_saved, saved_files
 from mlx_zh.errors import DataError, MlxZhError
@@ -194,6 +195,9 @@ def _lines_of(result: Survey) -> list[str]:
     if result.unusable:
         lines.append(say("init-unusable", count=result.rows - result.usable))
         lines += _unusable_lines(result)
+    if result.guess.format == "feedback":
+        held = tally(result.path)
+        lines.append(say("init-feedback", rows=held.rows, sft=held.sft, dpo=held.dpo, kto=held.kto))
     if result.repeated:
         lines.append(say("init-repeated", count=result.repeated))
     first = say("init-file", file=result.path, rows=result.rows, usable=result.usable)

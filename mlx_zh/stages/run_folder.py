@@ -75,6 +75,7 @@ class RunFolder:
         self.page = path / "report.html"
         self.text = path / "report.md"
         self.plots = path / "plots"
+        self.feedback = path / "feedback.jsonl"  # what its user said of its answers in the chat
 
     @staticmethod
     def of(recipe: Recipe) -> RunFolder:
@@ -99,10 +100,14 @@ class RunFolder:
         """The path of the histogram of a stage's example lengths (PNG)."""
         return self.prepared.with_name(f"{stage}-lengths.png")
 
+    def adapters(self) -> dict[str, Path]:
+        """The adapters that are here, by stage, in the order of a run."""
+        stages = {name: self.stage(name) for name in TUNED}
+        return {name: stage.adapter for name, stage in stages.items() if stage.has_adapter}
+
     def newest_adapter(self) -> Path | None:
         """DPO's adapter, else SFT's, else None."""
-        stages = (self.stage(name) for name in reversed(TUNED))
-        return next((stage.adapter for stage in stages if stage.has_adapter), None)
+        return next(reversed(self.adapters().values()), None)
 
     def fused_model(self) -> Path:
         """The folder of the fused model: of the last `fuse` if it wrote a model that loads, MLX's format first."""
