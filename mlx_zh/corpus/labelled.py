@@ -2,7 +2,8 @@
 
 A row in a format of conversations (`corpus.formats`) with a label, true or false, is one answer. The label stands in
 `label` (TRL, ms-swift) or `kto_tag` (LLaMA-Factory). A row in a format of preference pairs (`corpus.preferences`) is
-two answers: the chosen one is good and the rejected one bad. Formats are recognised by their columns.
+two answers: the chosen one is good and the rejected one bad. What was said of a model's answers in the chat
+(`corpus.feedback`) is one or two. Formats are recognised by their columns.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from mlx_zh.corpus import formats, preferences
+from mlx_zh.corpus import feedback, formats, preferences
 from mlx_zh.corpus.conversation import Answer, Labelled
 from mlx_zh.corpus.key_names import kind_of_name, number_of, says_no, says_yes
 from mlx_zh.corpus.reader import InvalidRow
@@ -118,11 +119,17 @@ def _joined(alone: Format[Any] | None, pairs: Format[preferences.Pair] | None) -
     return Format(tuple(dict.fromkeys((*columns, *labels))), fits, parse, labelled=True)
 
 
+def _feedback(row: Row) -> Iterator[Answer]:
+    return (Answer(messages, label) for messages, label in feedback.labelled(row))
+
+
 def _all_formats() -> Mapping[str, Format[Answer]]:
     alone = {name: form for name, form in formats.FORMATS.items() if name not in ("text", "mathglm")}
     alone["kto"] = formats.FORMATS["prompt-response"]
     names = dict.fromkeys((*alone, *preferences.FORMATS))
-    return {name: _joined(alone.get(name), preferences.FORMATS.get(name)) for name in names}
+    joined = {name: _joined(alone.get(name), preferences.FORMATS.get(name)) for name in names}
+    judged = Format(feedback.COLUMNS, feedback.is_feedback, _feedback, settle=feedback.settled)
+    return {**joined, "feedback": judged}
 
 
 FORMATS = _all_formats()

@@ -16,7 +16,8 @@ from mlx_zh.corpus.columns import better_answers, guess_columns
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.feedback import CHOICES, labelled, settled, tally
 from mlx_zh.corpus.formats import load_conversations
-from mlx_zh.corpus.invalid_row import InvalidRow, LeftOut
+from mlx_zh.corpus.invalid_row import InvalidRow
+from mlx_zh.corpus.labelled import load_labelled
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.survey import read_head, survey
 from mlx_zh.errors import DataError
@@ -53,11 +54,7 @@ def pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def labels(path: Path) -> list[tuple[str, bool]]:
-    given: list[tuple[str, bool]] = []
-    for _, one in settled((str(path), json.loads(line)) for line in path.read_text("utf-8").splitlines()):
-        with suppress(LeftOut):
-            given += [(messages[-1].content, good) for messages, good in labelled(one)]
-    return given
+    return [(answer.messages[-1].content, answer.label) for answer in load_labelled(path)[0]]
 
 
 EVERY = (
@@ -166,7 +163,7 @@ def test_a_last_line_that_a_killed_program_left_is_counted(write: Any) -> None:
 def test_a_row_that_is_wrong_is_an_error_like_any_other(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(row("good", "a", asked="x")) + "\n" + json.dumps(bad) + "\n")
-    for load in (load_conversations, load_preferences):
+    for load in (load_conversations, load_preferences, load_labelled):
         with pytest.raises(DataError, match=f"f.jsonl:2: .*{message}"):
             load(path)
     assert (tally(path).rows, tally(path).unusable) == (1, 1)
