@@ -1,8 +1,8 @@
 """Answers that a model gave to prompts: one line of JSON for each prompt, in any order.
 
-    {"kind": "samples", "version": 1, "id": "16 hex digits", "prompt": [{"role": …, "content": …}, …],
-     "reference": "the known answer" or null,
-     "answers": [{"text": …, "finish": "stop" | "length", "tokens": 12, "seed": 123}, …]}
+{"kind": "samples", "version": 1, "id": "16 hex digits", "prompt": [{"role": …, "content": …}, …],
+ "reference": "the known answer" or null,
+ "answers": [{"text": …, "finish": "stop" | "length", "tokens": 12, "seed": 123}, …]}
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Sampled:
         """The inverse of `as_dict`. Raises ValueError for values of another form."""
         if not isinstance(values, dict) or (values.get("kind"), values.get("version")) != (KIND, VERSION):
             raise ValueError("not a line of samples")
-        prompt, answers = values.get("prompt"), values.get("answers")
+        prompt: Any = values.get("prompt")
+        answers: Any = values.get("answers")
         whole = fits(prompt, list[dict[str, str]]) and prompt and all(m.keys() == {"role", "content"} for m in prompt)
         whole = whole and fits(answers, list[dict[str, Any]]) and fits(values.get("reference"), str | None)
         if not whole or not fits(values.get("id"), str) or not all(_is_answer(answer) for answer in answers):

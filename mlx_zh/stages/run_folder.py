@@ -105,6 +105,10 @@ class RunFolder:
         """The folder of a training stage."""
         return StageFolder(self.path / name)
 
+    def newest_stage(self) -> str | None:
+        """The stage whose adapter is there, DPO before SFT; None if no stage is finished."""
+        return next((name for name in reversed(TUNED) if self.stage(name).has_adapter), None)
+
     def samples_called(self, label: str) -> SamplesFolder:
         """The folder of the answers that were drawn under a label."""
         return SamplesFolder(self.sampled / label)
