@@ -7,7 +7,7 @@ such as `answer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mlx_zh.corpus.rows import Format, LoadReport, iter_rows
 from mlx_zh.corpus.sources import Item
 from mlx_zh.corpus.survey import guess_of, read_head
 from mlx_zh.corpus.text_files import inner_suffix
+from mlx_zh.corpus.tools import described_tools
 
 _ASKED = ("prompt", "instruction", "query", "question")  # columns with a question
 _REFERENCES = ("reference", "answer", "solution", "expect", "expected", "output", "response", "completion")
@@ -139,6 +140,12 @@ def _line(row: Row) -> Iterator[Prompt]:
     yield Prompt((Message("user", text_of(row, "text")),))
 
 
+def _with_tools(parse: Callable[[Row], Iterator[Prompt]], row: Row) -> Iterator[Prompt]:
+    tools = described_tools(row)
+    for prompt in parse(row):
+        yield replace(prompt, messages=(Message("tools", tools), *prompt.messages)) if tools else prompt
+
+
 def _has(name: str) -> Callable[[Row], bool]:
     return lambda row: name in row
 
@@ -157,7 +164,7 @@ def _formats() -> dict[str, Format[Prompt]]:
     asked = (*_ASKED, "input", "system", "history", *_REFERENCES)
     known["question"] = Format(asked, _is_question, _question)
     known["line"] = Format(("text",), lambda row: False, _line, lines=True)
-    return known
+    return {name: replace(form, parse=partial(_with_tools, form.parse), whole=True) for name, form in known.items()}
 
 
 FORMATS = _formats()

@@ -95,6 +95,7 @@ class Format(Generic[Parsed]):
     fits: Callable[[Row], bool]  # whether a row has this format
     parse: Callable[[Row], Iterable[Parsed]]  # the items of a row; raises InvalidRow
     lines: bool = False  # whether rows are lines of text, read as {"text": line}
+    whole: bool = False  # whether `parse` has read the tools and the reasoning that stand beside the texts
 
 
 def iter_rows(
@@ -188,7 +189,7 @@ def parse_rows(
         try:
             row = _as_row(row, keys)
             items = list(form.parse(row))
-            if not keys.watched.isdisjoint(row):
+            if not form.whole and not keys.watched.isdisjoint(row):
                 items = [_completed(item, row) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.errors import DataError
@@ -27,7 +27,7 @@ class SampledAnswer:
     """One answer. `finish`: the model ended it (stop), or it was cut off (length)."""
 
     text: str
-    finish: Literal["stop", "length"]
+    finish: str
     tokens: int  # of the answer, its end token included
     seed: int  # of its random numbers
 
