@@ -6,7 +6,7 @@ such as `answer`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,7 +140,7 @@ def _line(row: Row) -> Iterator[Prompt]:
     yield Prompt((Message("user", text_of(row, "text")),))
 
 
-def _with_tools(parse: Callable[[Row], Iterator[Prompt]], row: Row) -> Iterator[Prompt]:
+def _with_tools(parse: Callable[[Row], Iterable[Prompt]], row: Row) -> Iterator[Prompt]:
     tools = described_tools(row)
     for prompt in parse(row):
         yield replace(prompt, messages=(Message("tools", tools), *prompt.messages)) if tools else prompt

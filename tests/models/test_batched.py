@@ -1,4 +1,4 @@
-"""Several answers to many prompts, generated together: the same as one by one, and drawn from the exact distribution."""
+"""Several answers to many prompts together: the same as one by one, and drawn from the exact distribution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from mlx_zh.models.generate import Sampling
 
 GREEDY, WARM = Sampling(temperature=0.0), Sampling(temperature=1.2, top_p=0.9)
 Tokens = list[int]
-# Upper 1-in-100,000 points of chi-square by degrees of freedom (NIST's tables interpolated by Wilson and Hilferty).
 
 
 def chi_square_limit(freedom: int) -> float:
