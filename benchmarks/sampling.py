@@ -90,6 +90,7 @@ def main() -> None:
     for number in range(arguments.repeats):
         for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
             readings[name].append(measuring.read(lambda name=name: sides[name](None)))
+            print(f"round {number + 1}: {name} {expected / readings[name][-1].seconds:.1f} tokens/s", flush=True)
     figures = measuring.medians(readings, "mlx-zh")
     for name, side in figures.items():
         side["tokens_per_second"] = expected / side["seconds"]

@@ -41,7 +41,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--prompts",
         required=True,
         metavar="FILE|SET",
-        help="a file of prompts, or train, validation (of data.sft, else data.dpo), dpo.train, …, or evaluate",
+        help="a file of prompts, or a set of the recipe: train, validation or evaluate",
     )
     parser.add_argument(
         "--stage", choices=("base", "sft", "dpo"), help="the model that answers (default: dpo, else sft, else base)"

@@ -92,7 +92,7 @@ def _of_conversation(form: Format[formats.Parsed], row: Row) -> Iterator[Prompt]
         return
     for messages in parsed:
         if isinstance(messages, Document):
-            raise InvalidRow("no question", "the row is raw text, which asks nothing")
+            raise InvalidRow("wrong type", "the row is raw text, which asks nothing")
         yield Prompt(messages[:-1], messages[-1].content)
 
 
