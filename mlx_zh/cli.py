@@ -14,6 +14,7 @@ STAGES = {
     "prepare": "read, clean, mix and tokenize the data",
     "sft": "fine-tune the model on conversations",
     "dpo": "fine-tune the model on pairs of a better and a worse answer, or on good and bad ones (KTO)",
+    "sample": "draw several answers to each of many prompts, for preference data from the model itself",
     "eval": "test models on C-Eval, CMMLU or an exam of your own, and compare them",
     "fuse": "merge the adapter into the base, for mlx-lm, transformers, llama.cpp or PEFT",
     "chat": "chat with a model",

@@ -99,6 +99,7 @@ class Format(Generic[Parsed]):
     labelled: bool = False  # whether a label of false is read, and not a reason to leave the row out
     # whether a row counts may depend on the others: the rows of a file with what each needs to know of them
     settle: Callable[[Iterable[tuple[str, Any]]], Iterator[tuple[str, Any]]] | None = None
+    whole: bool = False  # whether `parse` has read the tools and the reasoning that stand beside the texts
 
 
 def iter_rows(
@@ -197,7 +198,7 @@ def parse_rows(
         try:
             row = _as_row(row, keys)
             items = list(form.parse(row))
-            if not keys.watched.isdisjoint(row):
+            if not form.whole and not keys.watched.isdisjoint(row):
                 items = [_completed(item, row) for item in items]
             yield place, items if finish is None else [finish(item) for item in items]
         except InvalidRow as invalid:

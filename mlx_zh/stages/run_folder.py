@@ -57,6 +57,15 @@ class StageFolder:
         return (self.adapter / CONFIG_FILE).exists()
 
 
+class SamplesFolder:
+    """`runs/NAME/samples/LABEL`: the paths of answers that `mlx-zh sample` drew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answers = path / "answers.jsonl"
+        self.about = path / "about.json"
+
+
 class RunFolder:
     """`runs/NAME`: the paths in it, its lock and its manifest."""
 
@@ -65,6 +74,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.manifest = path / "manifest.json"
         self.samples = path / "samples.json"
+        self.sampled = path / "samples"
         self.pipeline = path / "pipeline.json"
         self.budget = path / "budget.json"  # what a time budget decided
         self.prepared = path / "data" / "report.json"  # the report of the prepared data
@@ -95,6 +105,14 @@ class RunFolder:
     def stage(self, name: str) -> StageFolder:
         """The folder of a training stage."""
         return StageFolder(self.path / name)
+
+    def newest_stage(self) -> str | None:
+        """The stage whose adapter is there, DPO before SFT; None if no stage is finished."""
+        return next((name for name in reversed(TUNED) if self.stage(name).has_adapter), None)
+
+    def samples_called(self, label: str) -> SamplesFolder:
+        """The folder of the answers that were drawn under a label."""
+        return SamplesFolder(self.sampled / label)
 
     def histogram(self, stage: str) -> Path:
         """The path of the histogram of a stage's example lengths (PNG)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from wcwidth import wcwidth
@@ -52,6 +53,25 @@ def _hint(option: str) -> str | None:
         return "--fresh is an option of the commands that train: run, sft and dpo."
     meaning = other_name(option)
     return meaning and f"{option} is a setting, written as KEY=VALUE. {meaning}"
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A type of arguments: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
+
+    return parse
+
+
+def count(text: str) -> int:
+    """A type of arguments: a whole number of at least 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -201,12 +201,17 @@ class CountBar:
             dynamic_ncols=True,
             file=sys.stdout,
             mininterval=0.1 if sys.stdout.isatty() else 15,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
     def update(self, count: int) -> None:
         """Advance by `count` items."""
         self._bar.update(count)
+
+    def tell(self, text: str) -> None:
+        """Show a text after the speed, such as `310 tok/s`."""
+        self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         """End the bar's line."""

@@ -31,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # The commands that show a message with an option, by the message's beginning. One that is not here fails the test.
 SAID_BY = {
     "`mlx-zh STAGE --help`": ("sft", "dpo", "eval", "fuse", "report", "run", "chat", "plan", "prepare", "doctor"),
-    "--hosts {0}: there is": ("sft", "dpo", "eval"),
-    "--processes {0}: give": ("sft", "dpo", "eval"),
+    "--hosts {0}: there is": ("sft", "dpo", "eval", "sample"),
+    "--processes {0}: give": ("sft", "dpo", "eval", "sample"),
+    "--prompts {0}: there is no": ("sample",),
+    "{0} answers of {1} tokens, {2} tokens/s": ("sample",),
+    "{0} holds answers": ("sample",),
     "with --report: add": ("doctor",),
     "--run adds a run": ("doctor",),
     "--report {0}: the name": ("doctor",),
