@@ -64,6 +64,8 @@ class SamplesFolder:
         self.path = path
         self.answers = path / "answers.jsonl"
         self.about = path / "about.json"
+        self.chosen = path / "chosen.jsonl"  # which answers are better, prompt by prompt
+        self.choice = path / "choice.json"  # what `mlx-zh choose` counted
 
 
 class RunFolder:
