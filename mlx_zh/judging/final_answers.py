@@ -15,22 +15,24 @@ import yaml
 
 _LONGEST = 8_000  # characters; of a longer answer the end is read
 _MOST_DIGITS = 40  # of a number; a longer one is noise
+_STATEMENTS, _CLAUSE = 16, 300  # statements that are looked at, and characters behind each
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?"
 _UNITS = {"万亿": 10**12, "亿": 10**8, "万": 10**4}
 _FIGURES = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
 _PLACES = {"十": 10, "百": 100, "千": 1000}
-_HAN = r"[零〇一二两三四五六七八九十百千万亿]+(?:点[零〇一二三四五六七八九]+)?"
+_HAN = r"[零〇一二两三四五六七八九十百千万亿]{1,30}(?:点[零〇一二三四五六七八九]{1,20})?"
 # A minus sign; after a digit, a bracket or a letter it is a subtraction.
 _SIGN = r"(?:(?<![\d)%a-z])(?<![\d)%a-z]\ )-|负\s?)"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})?(?:"
     rf"(?P<mixed>\d+)(?:\s+|又)(?P<over>\d+)\s?/\s?(?P<under>\d+)"
     rf"|(?P<power>{_DIGITS})\s?×\s?10\s?\^\s?\{{?(?P<exponent>-?\d{{1,3}})\}}?"
+    rf"|(?P<base>{_DIGITS})\s?\^\s?\{{?(?P<times>-?\d{{1,3}})\}}?"
     rf"|(?P<above>\d+)\s?/\s?(?P<below>\d+)(?![\d.])"
     rf"|(?P<denominator>\d+|{_HAN})分之(?P<numerator>{_DIGITS}|{_HAN})"
     rf"|(?P<many>(?:{_DIGITS}\s?(?:万亿|亿|万)){{1,3}}(?:\d+)?)"
-    rf"|(?<![a-z\d.])(?P<plain>{_DIGITS}|(?<!\d)\.\d+)(?P<percent>\s?%)?"
+    rf"|(?<![a-z\d.^])(?P<plain>{_DIGITS}|(?<!\d)\.\d+)(?P<percent>\s?%)?"
     r")",
     re.IGNORECASE,
 )
@@ -78,8 +80,8 @@ def final_number(answer: str) -> Fraction | None:
     """The number that an answer states last, exactly; None where it states none."""
     text = _plain(answer)
     stated = [match.end() for entry in table().statements for match in _compiled(entry.pattern).finditer(text)]
-    for end in sorted(stated, reverse=True):
-        clause = re.split(r"[。;!?\n]|\.(?!\d)", text[end:].lstrip(), maxsplit=1)[0]
+    for end in sorted(stated, reverse=True)[:_STATEMENTS]:
+        clause = re.split(r"[。;!?\n]|\.(?!\d)", text[end : end + _CLAUSE].lstrip(), maxsplit=1)[0]
         if (number := _stated(clause)) is not None:
             return number
     whole = re.fullmatch(rf"\s*(?P<value>负?{_HAN}){_UNIT}", text, re.IGNORECASE)
@@ -110,18 +112,28 @@ def _other_primes(denominator: int) -> list[int]:
 
 
 def _nfkc(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
+    """The text in NFKC form, in which 1½ is not 11/2, 5² not 52, and ① no number."""
+    return unicodedata.normalize("NFKC", "".join(_KINDS.get(_kind(c), "") + c if ord(c) > 127 else c for c in text))
+
+
+_KINDS = {"<fraction>": " ", "<super>": "^"}
+
+
+def _kind(character: str) -> str:
+    return unicodedata.decomposition(character).partition(" ")[0]
 
 
 def _plain(answer: str) -> str:
     """The answer in NFKC form and without markup."""
     # NFKC would write one half as 1⁄2, with a sign of its own.
-    text = _nfkc(answer[-_LONGEST:]).replace("\u2044", "/").translate(_SIGNS)
+    text = _nfkc(_CIRCLED.sub(" ", answer[-_LONGEST:]))[-_LONGEST:].replace("\u2044", "/").translate(_SIGNS)
+    text = re.sub(r"([ \t]){2,}", r"\1", re.sub(r"\s*\n\s*", "\n", text))
     for entry in table().clean:
         text = _compiled(entry.pattern).sub(entry.replace, text)
     return text
 
 
+_CIRCLED = re.compile("[\u2460-\u2473\u2776-\u2793]")
 _SIGNS = str.maketrans({"−": "-", "–": "-", "﹣": "-", "負": "负", "點": "点", "萬": "万", "億": "亿", "兩": "两"})
 
 
@@ -166,6 +178,9 @@ def _number(match: re.Match[str]) -> Fraction | None:
         value = None if value is None else int(part["mixed"]) + value
     elif part["power"]:
         value = _decimal(part["power"]) * Fraction(10) ** int(part["exponent"])
+    elif part["base"]:
+        base, times = _decimal(part["base"]), int(part["times"])
+        value = base**times if abs(times) <= _MOST_DIGITS and (base or times > 0) else None
     elif part["above"]:
         value = _divided(int(part["above"]), int(part["below"]))
     elif part["denominator"]:

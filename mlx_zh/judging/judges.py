@@ -99,7 +99,7 @@ def compare(judge: Judge, prompt: Sequence[Message], reference: str | None, text
 def question(prompt: Sequence[Message], reference: str | None, first: str, second: str) -> list[dict[str, str]]:
     """What the judge is asked about two answers, as messages of an API."""
     table = _table()
-    words: Mapping[str, str] = table["zh" if _HAN.search(prompt[-1].content) else "en"]
+    words: Mapping[str, str] = table["zh" if _HAN.search(prompt[-1].content + first + second) else "en"]
     conversation = "\n\n".join(f"{message.role}: {message.content}" for message in prompt)
     # Of the texts, and the same for both orders. No text can hold a digest that is made of it.
     mark = value_digest([conversation, reference, *sorted((first, second))])[:12]
