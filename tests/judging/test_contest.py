@@ -52,9 +52,9 @@ def test_ties_alone_say_nothing():
     assert (contest.win_rate, contest.interval, contest.noise) == (None, (0, 1), True)
 
 
-# Wilson's interval of 6 of 6 begins at 6 / (6 + 1.96²) = 0.61, and of 5 of 6 at 0.44.
+# 1/2 is outside where |wins - losses| / sqrt(wins + losses) > 1.96: 6 of 6 give 2.4, 5 of 6 1.6, 60 of 100 2.0.
 @pytest.mark.parametrize(
-    ("won", "lost", "noise"), [(6, 0, False), (5, 1, True), (0, 6, False), (60, 40, True), (61, 39, False)]
+    ("won", "lost", "noise"), [(6, 0, False), (5, 1, True), (0, 6, False), (59, 41, True), (60, 40, False)]
 )
 def test_more_than_chance(won: int, lost: int, noise: bool):
     assert Contest(won, 3, lost).noise is noise
