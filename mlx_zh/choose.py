@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_zh.stages import command
-
-if TYPE_CHECKING:
-    from mlx_zh.judging.rules import Settings
+from mlx_zh.stages.judge_options import add_choosing, settings_of
 
 _PURPOSE = "Choose among the answers that `mlx-zh sample` drew, and write them as data for DPO, KTO or SFT."
 
@@ -37,40 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     choosing = Choosing.of(RunFolder.of(recipe), arguments.samples, recipe.words)
     with told_when_stopped(), locked(choosing.folder.path, "choose"):
         if arguments.by == "hand":
-            choosing.by_hand()
+            choosing.decided.by_hand()
         elif arguments.by == "rule":
-            choosing.by_rules(settings_of(arguments))
+            choosing.decided.by_rules(settings_of(arguments))
         else:
-            choosing.by_judge(judge_of(arguments, recipe), arguments.parallel, _path(arguments.votes))
+            choosing.decided.by_judge(judge_of(arguments, recipe), arguments.parallel, _path(arguments.votes))
         return choosing.finish(arguments.to, _path(arguments.out))
-
-
-def add_choosing(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say who chooses, and by which rules."""
-    parser.add_argument("--by", choices=("rule", "judge", "hand"), default="rule", help="who chooses (default rule)")
-    parser.add_argument("--shortest", metavar="N", type=int, default=1, help="characters that an answer needs")
-    parser.add_argument("--longest", metavar="N", type=int, help="characters that an answer may have")
-    parser.add_argument("--format", metavar="json|REGEX", help="the format that an answer must have")
-    parser.add_argument("--judge", metavar="MODEL", help="with --by judge: a local model, by path or name")
-    parser.add_argument(
-        "--judge-url",
-        metavar="URL",
-        help="with --by judge: an OpenAI-compatible address; its key is read from MLX_ZH_JUDGE_KEY",
-    )
-    parser.add_argument("--judge-model", metavar="NAME", help="the model at that address")
-    parser.add_argument(
-        "--judge-tokens", metavar="N", type=int, default=1024, help="longest reply of the judge, in tokens"
-    )
-    parser.add_argument(
-        "--parallel", metavar="N", type=int, default=4, help="questions to an address at the same time (default 4)"
-    )
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The settings of the rules on a command line. Raises RecipeError."""
-    from mlx_zh.judging.rules import Settings
-
-    return Settings(arguments.shortest, arguments.longest, arguments.format)
 
 
 def _path(text: str | None) -> Path | None:

@@ -119,9 +119,9 @@ def test_a_judge_s_verdicts_survive_its_failure(run):
     """Six prompts with two questions each. The judge fails at the sixth question: two prompts are decided."""
     folder = Choosing.of(run, "sft", "recipe.yaml")
     with pytest.raises(JudgeError):
-        folder.by_judge(Judge(fails_after=5), parallel=1)
+        folder.decided.by_judge(Judge(fails_after=5), parallel=1)
     again, judge = Choosing.of(run, "sft", "recipe.yaml"), Judge()
-    again.by_judge(judge, parallel=1)
+    again.decided.by_judge(judge, parallel=1)
     assert judge.asked == 12 - 2 * 2
     assert again.finish("pairs", None) == 0
     assert _choice(run)["rows"] == 6
@@ -135,7 +135,7 @@ def test_questions_at_the_same_time_give_the_same_verdicts(run):
     for parallel in (1, 4):
         run.samples_called("sft").chosen.unlink(missing_ok=True)
         choosing_now = Choosing.of(run, "sft", "recipe.yaml")
-        choosing_now.by_judge(Judge(), parallel)
+        choosing_now.decided.by_judge(Judge(), parallel)
         choosing_now.finish("pairs", None)
         contents.append((run.samples_called("sft").path / "pairs.jsonl").read_bytes())
     assert contents[0] == contents[1]
@@ -149,7 +149,7 @@ def test_a_refused_prompt_is_left_out_and_counted(run):
             return super().ask(messages)
 
     now = Choosing.of(run, "sft", "recipe.yaml")
-    now.by_judge(Refusing(), parallel=1)
+    now.decided.by_judge(Refusing(), parallel=1)
     assert now.finish("pairs", None) == 0
     assert (_choice(run)["rows"], _choice(run)["left_out"]) == (5, {"refused by the judge": 1})
 
@@ -158,7 +158,7 @@ def test_a_judge_who_refuses_everything_is_asked_three_times(run):
     judge = Judge(fails_after=0, error=RefusedByJudge)
     now = Choosing.of(run, "sft", "recipe.yaml")
     with pytest.raises(JudgeError, match="first 3 questions were refused"):
-        now.by_judge(judge, parallel=1)
+        now.decided.by_judge(judge, parallel=1)
 
 
 def test_the_judge_is_compared_with_votes_in_the_chat(run, tmp_path: Path, capsys):
@@ -170,7 +170,7 @@ def test_the_judge_is_compared_with_votes_in_the_chat(run, tmp_path: Path, capsy
     votes = tmp_path / "feedback.jsonl"
     votes.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows, rows[0]]) + '{"kind"')
     now = Choosing.of(run, "sft", "recipe.yaml")
-    now.by_judge(Judge(), 1, votes)
+    now.decided.by_judge(Judge(), 1, votes)
     now.finish("pairs", None)
     assert _choice(run)["agreement"] == {"votes": 3, "agreed": 2, "ties": 0}
     assert _choice(run)["prompts"] == 6  # the votes are no samples
@@ -196,25 +196,26 @@ def _shown_first(out: str) -> list[str]:
 def test_votes_by_hand_are_about_the_answer_that_was_shown(run, capsys):
     """The order is hidden: the person takes what stands first, each time."""
     now = Choosing.of(run, "sft", "recipe.yaml")
-    now.by_hand(Voter(Hand(*["1"] * 6)))
+    now.decided.by_hand(Voter(Hand(*["1"] * 6)))
     out = capsys.readouterr().out
     now.finish("pairs", None)
     rows = [json.loads(line) for line in (run.samples_called("sft").path / "pairs.jsonl").read_text().splitlines()]
     assert [row["chosen"]["content"].split(" ")[1] for row in rows] == _shown_first(out)
-    answers = {one.id: one.answers for one in now.samples}
+    answers = {one.id: one.answers for one in now.decided.samples}
     firsts = [
-        answers[one.id][0].text == f"等于 {said}" for one, said in zip(now.samples, _shown_first(out), strict=True)
+        answers[one.id][0].text == f"等于 {said}"
+        for one, said in zip(now.decided.samples, _shown_first(out), strict=True)
     ]
     assert set(firsts) == {True, False}  # neither answer always stands first
 
 
 def test_a_person_may_stop_and_go_on(run):
     now = Choosing.of(run, "sft", "recipe.yaml")
-    now.by_hand(Voter(Hand("什么", "１", "b", "都不好", "跳过", "q")))
-    assert [verdict.vote[2] for verdict in now.verdicts.values()][1:] == ["both", "neither", "skip"]
+    now.decided.by_hand(Voter(Hand("什么", "１", "b", "都不好", "跳过", "q")))
+    assert [verdict.vote[2] for verdict in now.decided.verdicts.values()][1:] == ["both", "neither", "skip"]
     again = Choosing.of(run, "sft", "recipe.yaml")
-    again.by_hand(Voter(Hand("2")))
-    assert len(again.verdicts) == 5
+    again.decided.by_hand(Voter(Hand("2")))
+    assert len(again.decided.verdicts) == 5
     again.finish("pairs", None)
     assert _choice(run)["undecided"] == 1
 

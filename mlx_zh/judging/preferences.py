@@ -29,7 +29,7 @@ class Chosen:
 
 
 def choose(samples: Iterable[Sampled], verdicts: Mapping[str, PromptVerdict], to: To) -> Chosen:
-    """The rows that verdicts give, in the order of the samples. Prompts without a verdict are not counted.
+    """The rows that verdicts give, in the order of the samples. Prompts that wait for a verdict are not counted.
 
     Of answers with the same score the first one stands for all: samples are exchangeable, so that this favours no
     length.
@@ -37,10 +37,11 @@ def choose(samples: Iterable[Sampled], verdicts: Mapping[str, PromptVerdict], to
     chosen = Chosen()
     for sampled in samples:
         verdict = verdicts.get(sampled.id)
-        if verdict is None:
+        reason = _nothing_to_choose(sampled) if verdict is None else left_out(sampled, verdict)
+        if verdict is None and reason is None:
             continue
-        if (reason := left_out(sampled, verdict)) is not None:
-            chosen.left_out[reason] += 1
+        if verdict is None or reason is not None:
+            chosen.left_out[str(reason)] += 1
             continue
         chosen.prompts += 1
         chosen.rows += _ROWS[to](sampled, verdict)
@@ -51,12 +52,10 @@ def left_out(sampled: Sampled, verdict: PromptVerdict) -> str | None:
     """Why a prompt gives no row; None if it gives one."""
     if verdict.refused:
         return REFUSED
-    if len(sampled.answers) < 2:
-        return ONE
+    if (reason := _nothing_to_choose(sampled)) is not None:
+        return reason
     if verdict.vote is not None and verdict.vote[2] == "skip":
         return SKIPPED
-    if len({answer.text.strip() for answer in sampled.answers}) < 2:
-        return SAME
     if verdict.by == "judge":
         near = max(verdict.scores) - min(verdict.scores) < NEAREST
         return NEAR if near else None
@@ -68,6 +67,13 @@ def left_out(sampled: Sampled, verdict: PromptVerdict) -> str | None:
         return ALL_BAD
     best, worst = _ends(verdict)
     return SAME if _text(sampled, best) == _text(sampled, worst) else None
+
+
+def _nothing_to_choose(sampled: Sampled) -> str | None:
+    """Why no verdict could give a row; None if one could."""
+    if len(sampled.answers) < 2:
+        return ONE
+    return SAME if len({answer.text.strip() for answer in sampled.answers}) < 2 else None
 
 
 def _ends(verdict: PromptVerdict) -> tuple[int, int]:

@@ -144,10 +144,11 @@ class VerdictFile:
                 verdicts[verdict.id] = verdict
         return verdicts
 
-    def append(self, verdict: PromptVerdict) -> None:
-        """Add a verdict, so that it survives a power cut. Raises StorageError."""
-        line = json.dumps(verdict.as_dict(), ensure_ascii=False)
-        append(self.path, f"\n{line}\n".encode(), flush=True)  # what a kill left may lack its newline
+    def append(self, *verdicts: PromptVerdict) -> None:
+        """Add verdicts, so that they survive a power cut. Raises StorageError."""
+        if verdicts:
+            lines = [json.dumps(verdict.as_dict(), ensure_ascii=False) + "\n" for verdict in verdicts]
+            append(self.path, ("\n" + "".join(lines)).encode(), flush=True)  # a killed one may lack its newline
 
 
 def _parsed(line: str) -> PromptVerdict | None:

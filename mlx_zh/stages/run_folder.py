@@ -67,6 +67,19 @@ class SamplesFolder:
         self.chosen = path / "chosen.jsonl"  # which answers are better, prompt by prompt
         self.choice = path / "choice.json"  # what `mlx-zh choose` counted
 
+    def data(self, kind: str) -> Path:
+        """The data file that was chosen: pairs, kto or best."""
+        return self.path / f"{kind}.jsonl"
+
+
+class ArenaFolder:
+    """`runs/NAME/arena/LABEL`: the verdicts on the answers of two stages, and who won."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.chosen = path / "chosen.jsonl"
+        self.result = path / "result.json"
+
 
 class RunFolder:
     """`runs/NAME`: the paths in it, its lock and its manifest."""
@@ -77,6 +90,8 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self.samples = path / "samples.json"
         self.sampled = path / "samples"
+        self.arena = path / "arena"
+        self.rounds = path / "rounds"
         self.pipeline = path / "pipeline.json"
         self.budget = path / "budget.json"  # what a time budget decided
         self.prepared = path / "data" / "report.json"  # the report of the prepared data
@@ -115,6 +130,10 @@ class RunFolder:
     def samples_called(self, label: str) -> SamplesFolder:
         """The folder of the answers that were drawn under a label."""
         return SamplesFolder(self.sampled / label)
+
+    def arena_of(self, label: str) -> ArenaFolder:
+        """The folder of a comparison of two stages."""
+        return ArenaFolder(self.arena / label)
 
     def histogram(self, stage: str) -> Path:
         """The path of the histogram of a stage's example lengths (PNG)."""
