@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mlx_zh.stages.judge_options import add_choosing, settings_of
 from mlx_zh.system.arguments import Parser
 
@@ -16,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("first", "second"):
         parser.add_argument(name, metavar="RUN", help="a recipe file, or the name or folder of a run")
     parser.add_argument(
-        "--prompts", metavar="FILE", required=True, help="the file of prompts, as `mlx-zh sample` reads"
+        "--prompts", metavar="FILE|SET", required=True, help="a file of prompts, or a set, as for `mlx-zh sample`"
     )
     parser.add_argument(
         "--stage", metavar="A[,B]", help="base, sft or dpo; two for two different ones (default: the newest of each)"
@@ -28,21 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     add_choosing(parser)
     arguments = parser.parse_intermixed_args(argv)
 
-    from mlx_zh.errors import DataError
     from mlx_zh.stages.contest import Arena
     from mlx_zh.stages.judge_models import judge_of
     from mlx_zh.stages.run_folder import told_when_stopped
     from mlx_zh.stages.side import Side
     from mlx_zh.system.locks import locked
 
-    prompts = Path(arguments.prompts).expanduser()
-    if not prompts.is_file():
-        raise DataError(f"{prompts}: no such file. --prompts names a file of prompts.")
     stages = [None, None] if arguments.stage is None else (arguments.stage.split(",") * 2)[:2]
     first, second = (
         Side.of(name, stage) for name, stage in zip((arguments.first, arguments.second), stages, strict=True)
     )
-    arena = Arena((first, second), prompts, ["--temp", "0", "--max-tokens", str(arguments.max_tokens)])
+    arena = Arena((first, second), arguments.prompts, ["--temp", "0", "--max-tokens", str(arguments.max_tokens)])
     judge = judge_of(arguments, first.recipe) if arguments.by == "judge" else None
     settings = settings_of(arguments)
     with told_when_stopped(), locked(arena.folder.path, "arena") as lock:

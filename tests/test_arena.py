@@ -112,7 +112,6 @@ def test_a_failed_answer_is_the_command_s_status(answers, run_stage):
     ("arguments", "part"),
     [
         (["one", "none", "--prompts", str(PROMPTS)], "no recipe at none"),
-        (["one", "two", "--prompts", "none.jsonl"], "none.jsonl: no such file"),
         (["one", "two", "--prompts", str(PROMPTS), "--stage", "fuse"], "there is no stage 'fuse'"),
         (["one", "bare", "--prompts", str(PROMPTS), "--stage", "dpo"], "holds no adapter yet"),
         (["one", "two", "--prompts", str(PROMPTS), "--by", "judge"], "--by judge needs a judge"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from mlx_zh.corpus.samples import Sampled
@@ -37,6 +38,13 @@ class Contest:
         skipped = [v.refused or (v.vote is not None and v.vote[2] == "skip") for v in decided]
         winners = [verdict.better(0, 1) for verdict, skip in zip(decided, skipped, strict=True) if not skip]
         return Contest(winners.count(1), winners.count(None), winners.count(0), sum(v.refused for v in decided))
+
+    @staticmethod
+    def by_scores(before: Mapping[str, PromptVerdict], after: Mapping[str, PromptVerdict]) -> Contest:
+        """The count over the prompts of both: each is won by the higher mean score of all its answers."""
+        means = [[fmean(v.scores) for v in (before[id], after[id])] for id in before.keys() & after.keys()]
+        won, lost = sum(one < other for one, other in means), sum(one > other for one, other in means)
+        return Contest(won, len(means) - won - lost, lost)
 
     @property
     def win_rate(self) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mlx_zh.corpus.samples import Sampled
@@ -25,7 +24,7 @@ class Arena:
     """Two sides and the prompts that both answer. What is decided is kept in the first side's run folder."""
 
     sides: tuple[Side, Side]
-    prompts: Path
+    prompts: str  # a file, or the name of a set of the recipes
     options: list[str]  # of `sample`
     decided: Verdicts = field(init=False)
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe
 
 
+MAX_TOKENS = 1024  # of a judge's reply, where nothing else is said
+
+
 class LocalJudge:
     """A model on this machine, which is loaded for the first question. It answers greedily."""
 
@@ -49,13 +52,21 @@ def judge_of(arguments: argparse.Namespace, recipe: Recipe) -> Judge:
     """The judge that a command line names. Raises RecipeError, JudgeError."""
     if arguments.judge and arguments.judge_url:
         raise RecipeError("--judge and --judge-url name two judges; give one of them.")
-    if arguments.judge_url:
-        if not arguments.judge_model:
-            raise RecipeError("--judge-url needs --judge-model too: the name of the model at that address.")
-        return ChatApi(arguments.judge_url, arguments.judge_model, arguments.judge_tokens)
-    if arguments.judge:
-        return LocalJudge(recipe, arguments.judge, arguments.judge_tokens)
-    raise RecipeError(
-        "--by judge needs a judge: --judge MODEL for one on this machine, or --judge-url URL --judge-model NAME for "
-        "one behind an OpenAI-compatible address."
-    )
+    if arguments.judge_url and not arguments.judge_model:
+        raise RecipeError("--judge-url needs --judge-model too: the name of the model at that address.")
+    if not arguments.judge and not arguments.judge_url:
+        raise RecipeError(
+            "--by judge needs a judge: --judge MODEL for one on this machine, or --judge-url URL --judge-model NAME "
+            "for one behind an OpenAI-compatible address."
+        )
+    address = (arguments.judge_url, arguments.judge_model) if arguments.judge_url else None
+    return judge_named(recipe, arguments.judge, address, arguments.judge_tokens)
+
+
+def judge_named(
+    recipe: Recipe, model: str | None, address: tuple[str, str] | None, max_tokens: int = MAX_TOKENS
+) -> Judge:
+    """The judge at an address (URL, name of the model), else a local model. Raises JudgeError."""
+    if address is not None:
+        return ChatApi(*address, max_tokens)
+    return LocalJudge(recipe, model or recipe.model.path, max_tokens)

@@ -91,7 +91,7 @@ class RunFolder:
         self.samples = path / "samples.json"
         self.sampled = path / "samples"
         self.arena = path / "arena"
-        self.rounds = path / "rounds"
+        self.rounds = path / "rounds"  # of each round a folder, which is that of a run
         self.pipeline = path / "pipeline.json"
         self.budget = path / "budget.json"  # what a time budget decided
         self.prepared = path / "data" / "report.json"  # the report of the prepared data
@@ -130,6 +130,10 @@ class RunFolder:
     def samples_called(self, label: str) -> SamplesFolder:
         """The folder of the answers that were drawn under a label."""
         return SamplesFolder(self.sampled / label)
+
+    def round(self, number: int) -> RoundFolder:
+        """The folder of a round, from 1 on."""
+        return RoundFolder(self.rounds / str(number))
 
     def arena_of(self, label: str) -> ArenaFolder:
         """The folder of a comparison of two stages."""
@@ -229,6 +233,19 @@ class RunFolder:
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             return None
         return decision
+
+
+class RoundFolder(RunFolder):
+    """`runs/NAME/rounds/NUMBER`: a run whose data are chosen among the answers of the model before it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.given = path / "round.yaml"  # its recipe, made from that of the run
+        self.chosen = path / "chosen.jsonl"
+        self.pairs = path / "pairs.jsonl"
+        self.check_prompts = path / "check-prompts.jsonl"  # those that no round learns from
+        self.check = path / "check.jsonl"  # verdicts on the answers to them
+        self.result = path / "round.json"
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from mlx_zh.corpus.samples import Sampled, read_samples
@@ -18,16 +20,16 @@ from mlx_zh.system.locks import Lock
 
 @dataclass(frozen=True)
 class Side:
-    """A stage (base, sft or dpo) of a run; `target` is the run on the command line."""
+    """A stage (base, sft or dpo) of a run; `words` are the run on the command line, and its overrides."""
 
-    target: str
+    words: tuple[str, ...]
     recipe: Recipe
     stage: str
 
     @staticmethod
-    def of(target: str, stage: str | None = None) -> Side:
+    def of(target: str, stage: str | None = None, overrides: Sequence[str] = ()) -> Side:
         """A stage of a run, or its newest one. Raises RecipeError, and AdapterError if it has no adapter."""
-        recipe = find_recipe(target)
+        recipe = find_recipe(target, overrides)
         run = RunFolder.of(recipe)
         if stage is None:
             stage = next((name for name in reversed(TUNED) if run.stage(name).has_adapter), "base")
@@ -37,7 +39,7 @@ class Side:
             raise AdapterError(
                 f"{run.stage(stage).adapter} holds no adapter yet; run `mlx-zh {stage} {target}` first."
             )
-        return Side(target, recipe, stage)
+        return Side((target, *overrides), recipe, stage)
 
     @property
     def run(self) -> RunFolder:
@@ -59,9 +61,9 @@ class Side:
         """A digest of its adapter; None for the base."""
         return None if self.adapter is None else adapter_digest(self.adapter)
 
-    def draw(self, prompts: Path, lock: Lock, *, count: int, label: str, options: list[str]) -> int:
+    def draw(self, prompts: str, lock: Lock, *, count: int, label: str, options: list[str]) -> int:
         """Let the stage answer the prompts of a file, `count` times each; returns the exit status of `sample`."""
-        words = [self.target, "--stage", self.stage, "--prompts", str(prompts), "--n", str(count), "--label", label]
+        words = [*self.words, "--stage", self.stage, "--prompts", prompts, "--n", str(count), "--label", label]
         return run_stage("sample", [*words, *options], lock)
 
     def drawn(self, label: str) -> list[Sampled]:
@@ -69,6 +71,7 @@ class Side:
         return read_samples(self.run.samples_called(label).answers)
 
 
-def label_of(purpose: str, stage: str, prompts: Path) -> str:
-    """A label for the answers of a stage to the prompts of a file; another content of the file has another label."""
-    return f"{purpose}-{stage}-{file_digest(prompts)[:8]}"
+def label_of(purpose: str, stage: str, prompts: str) -> str:
+    """A label for the answers of a stage to a set of prompts; another content of a file has another label."""
+    file = Path(expanduser(prompts))
+    return f"{purpose}-{stage}-{file_digest(file)[:8] if file.is_file() else prompts}"
