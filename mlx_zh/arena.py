@@ -29,14 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.stages.contest import Arena
     from mlx_zh.stages.judge_models import judge_of
     from mlx_zh.stages.run_folder import told_when_stopped
-    from mlx_zh.stages.side import Side
+    from mlx_zh.stages.side import Asked, Side
     from mlx_zh.system.locks import locked
 
     stages = [None, None] if arguments.stage is None else (arguments.stage.split(",") * 2)[:2]
     first, second = (
         Side.of(name, stage) for name, stage in zip((arguments.first, arguments.second), stages, strict=True)
     )
-    arena = Arena((first, second), arguments.prompts, ["--temp", "0", "--max-tokens", str(arguments.max_tokens)])
+    asked = Asked("arena", arguments.prompts, 1, ("--temperature", "0", "--max-tokens", str(arguments.max_tokens)))
+    arena = Arena((first, second), asked)
     judge = judge_of(arguments, first.recipe) if arguments.by == "judge" else None
     settings = settings_of(arguments)
     with told_when_stopped(), locked(arena.folder.path, "arena") as lock:

@@ -621,7 +621,7 @@ class Rounds(Section):
     count: Annotated[int, Field(ge=1, le=99)] = 1
     prompts: Located | None = None  # a file; by default the prompts of data.sft.train
     samples: Annotated[int, Field(ge=2, le=64)] = 4  # answers to each prompt
-    temp: Annotated[float, Field(gt=0, le=2)] = 1.0  # temperature of these answers
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0  # of these answers
     max_new_tokens: PositiveInt = 256
     by: Literal["rule", "judge"] = "rule"
     judge: Located | None = None  # a model on this machine

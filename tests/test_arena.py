@@ -31,7 +31,7 @@ class Answers:
     def __call__(self, stage: str, arguments: list[str], lock: Lock) -> int:
         assert stage == "sample"
         given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-        assert (given["--n"], given["--temp"], given["--prompts"]) == ("1", "0", str(PROMPTS))
+        assert (given["--n"], given["--temperature"], given["--prompts"]) == ("1", "0", str(PROMPTS))
         self.asked.append((arguments[0], given["--stage"]))
         if self.status:
             return self.status

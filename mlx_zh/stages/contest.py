@@ -13,7 +13,7 @@ from mlx_zh.judging.contest import Contest, matched
 from mlx_zh.judging.judges import Bias
 from mlx_zh.stages.answer_verdicts import Verdicts, bias_rows
 from mlx_zh.stages.run_folder import ArenaFolder
-from mlx_zh.stages.side import Side, label_of
+from mlx_zh.stages.side import Asked, Side
 from mlx_zh.system import console
 from mlx_zh.system.locks import Lock
 from mlx_zh.system.storage import write_json
@@ -24,8 +24,7 @@ class Arena:
     """Two sides and the prompts that both answer. What is decided is kept in the first side's run folder."""
 
     sides: tuple[Side, Side]
-    prompts: str  # a file, or the name of a set of the recipes
-    options: list[str]  # of `sample`
+    asked: Asked
     decided: Verdicts = field(init=False)
 
     @property
@@ -39,13 +38,12 @@ class Arena:
 
         Raises DataError where there are no prompts that both answered.
         """
-        labels = [label_of("arena", side.stage, self.prompts) for side in self.sides]
-        for side, label in zip(self.sides, labels, strict=True):
-            if status := side.draw(self.prompts, lock, count=1, label=label, options=self.options):
+        for side in self.sides:
+            if status := side.draw(self.asked, lock):
                 return status
-        pairs = matched(*(side.drawn(label) for side, label in zip(self.sides, labels, strict=True)))
+        pairs = matched(*(side.drawn(self.asked) for side in self.sides))
         if not pairs:
-            raise DataError(f"{self.prompts} has no prompt that both models answered.")
+            raise DataError(f"{self.asked.prompts} has no prompt that both models answered.")
         self.decided = Verdicts(self.folder.chosen, pairs)
         return 0
 

@@ -28,7 +28,7 @@ from mlx_zh.stages.command import find_recipe
 from mlx_zh.stages.contest import rate, right_answers
 from mlx_zh.stages.judge_models import judge_named
 from mlx_zh.stages.run_folder import RoundFolder, RunFolder
-from mlx_zh.stages.side import Side, label_of
+from mlx_zh.stages.side import Asked, Side
 from mlx_zh.system import console
 from mlx_zh.system.locks import Lock
 from mlx_zh.system.redaction import redacted
@@ -50,18 +50,13 @@ class Round:
     folder: RoundFolder
     options: Sequence[str] = ()  # of `dpo`
 
-    @property
-    def prompts(self) -> str:
-        """A file, or the name of a set of the recipe."""
-        return self.settings.prompts or PROMPTS
-
     def run(self, lock: Lock) -> int | dict[str, Any]:
         """Sample, choose, tune and compare; returns the record, or the exit status of a stage that failed."""
         self.folder.result.unlink(missing_ok=True)
-        label = label_of("rounds", self.before.stage, self.prompts)
-        if status := self._draw(self.before, self.prompts, label, lock):
+        asked = self._asked("rounds", self.settings.prompts or PROMPTS)
+        if status := self.before.draw(asked, lock):
             return status
-        samples = self.before.drawn(label)
+        samples = self.before.drawn(asked)
         kept_out = {sampled.id for sampled in samples if is_kept_out(sampled.id, self.settings.check)}
         chosen = self._choose([sampled for sampled in samples if sampled.id not in kept_out])
         record: dict[str, Any] = {"version": 1, "round": self.number, "prompts": len(samples), "check": len(kept_out)}
@@ -71,18 +66,17 @@ class Round:
         if status := self._tune(lock):
             return status
         after = Side.of(str(self.folder.path), "dpo")
-        asked = [sampled for sampled in samples if sampled.id in kept_out]
-        _write_prompts(self.folder.check_prompts, asked)
-        check_prompts = str(self.folder.check_prompts)
-        check_label = label_of("check", "dpo", check_prompts)
-        if status := self._draw(after, check_prompts, check_label, lock):
+        earlier = [sampled for sampled in samples if sampled.id in kept_out]
+        _write_prompts(self.folder.check_prompts, earlier)
+        check = self._asked("check", str(self.folder.check_prompts))
+        if status := after.draw(check, lock):
             return status
-        return record | self._compared(asked, after.drawn(check_label))
+        return record | self._compared(earlier, after.drawn(check))
 
-    def _draw(self, side: Side, prompts: str, label: str, lock: Lock) -> int:
+    def _asked(self, purpose: str, prompts: str) -> Asked:
         settings = self.settings
-        options = ["--temp", str(settings.temp), "--max-tokens", str(settings.max_new_tokens)]
-        return side.draw(prompts, lock, count=settings.samples, label=label, options=options)
+        options = ("--temperature", str(settings.temperature), "--max-tokens", str(settings.max_new_tokens))
+        return Asked(purpose, prompts, settings.samples, options)
 
     def _choose(self, samples: list[Sampled]) -> Chosen:
         """Choose pairs among the samples and write them."""

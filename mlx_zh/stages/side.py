@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os.path import expanduser
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from mlx_zh.recipe import Recipe
 from mlx_zh.stages.command import find_recipe
 from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import TUNED, RunFolder
-from mlx_zh.system.digests import file_digest
+from mlx_zh.system.digests import file_digest, value_digest
 from mlx_zh.system.locks import Lock
 
 
@@ -32,7 +32,7 @@ class Side:
         recipe = find_recipe(target, overrides)
         run = RunFolder.of(recipe)
         if stage is None:
-            stage = next((name for name in reversed(TUNED) if run.stage(name).has_adapter), "base")
+            stage = run.newest_stage() or "base"
         if stage not in ("base", *TUNED):
             raise RecipeError(f"there is no stage {stage!r}; choose from base, {', '.join(TUNED)}.")
         if stage in TUNED and not run.stage(stage).has_adapter:
@@ -61,17 +61,33 @@ class Side:
         """A digest of its adapter; None for the base."""
         return None if self.adapter is None else adapter_digest(self.adapter)
 
-    def draw(self, prompts: str, lock: Lock, *, count: int, label: str, options: list[str]) -> int:
-        """Let the stage answer the prompts of a file, `count` times each; returns the exit status of `sample`."""
-        words = [*self.words, "--stage", self.stage, "--prompts", prompts, "--n", str(count), "--label", label]
-        return run_stage("sample", [*words, *options], lock)
+    def draw(self, asked: Asked, lock: Lock) -> int:
+        """Let the stage answer prompts; what is there already is not drawn again. Returns the status of `sample`."""
+        words = [*self.words, "--stage", self.stage, "--prompts", asked.prompts, "--n", str(asked.count)]
+        return run_stage("sample", [*words, "--label", self._label(asked), *asked.options], lock)
 
-    def drawn(self, label: str) -> list[Sampled]:
-        """The answers that were drawn under a label. Raises DataError."""
-        return read_samples(self.run.samples_called(label).answers)
+    def drawn(self, asked: Asked) -> list[Sampled]:
+        """The answers that were drawn. Raises DataError."""
+        return read_samples(self.run.samples_called(self._label(asked)).answers)
+
+    def _label(self, asked: Asked) -> str:
+        """A name for the folder of the answers. Whatever may change an answer is in its digest."""
+        recipe = self.recipe
+        data = recipe.data.model_dump(mode="json")
+        files = [
+            asked.prompts,
+            *(source.path for source in recipe.data.sft.train + recipe.data.dpo.train if source.path),
+        ]
+        digests = [file_digest(file) for name in files if (file := Path(expanduser(name))).is_file()]
+        values = [recipe.model.model_dump(mode="json"), data, recipe.seed, self.digest, asdict(asked), digests]
+        return f"{asked.purpose}-{self.stage}-{value_digest(values)[:12]}"
 
 
-def label_of(purpose: str, stage: str, prompts: str) -> str:
-    """A label for the answers of a stage to a set of prompts; another content of a file has another label."""
-    file = Path(expanduser(prompts))
-    return f"{purpose}-{stage}-{file_digest(file)[:8] if file.is_file() else prompts}"
+@dataclass(frozen=True)
+class Asked:
+    """What a stage is asked: a file or a set of prompts, how many answers to each, and more options of `sample`."""
+
+    purpose: str  # for the folder's name
+    prompts: str
+    count: int
+    options: tuple[str, ...]
