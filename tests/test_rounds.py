@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.pipeline.steps import steps
 from mlx_zh.recipe import Recipe, load_recipe
+from mlx_zh.reporting.findings import Findings, gather
+from mlx_zh.reporting.markdown import markdown
+from mlx_zh.reporting.page import page
 from mlx_zh.stages import rounds, side
 from mlx_zh.stages.rounds import is_kept_out
 from mlx_zh.stages.run_folder import RunFolder
@@ -171,8 +175,6 @@ def test_without_pairs_nothing_is_tuned(model, run_stage, capsys):
 def test_stopped_anywhere_it_goes_on_to_the_same_end(model, run_stage, stage):
     run_stage(rounds.main, "recipe.yaml")
     expected = [_record(number) for number in (1, 2, 3)]
-    import shutil
-
     shutil.rmtree("runs/tiny/rounds")
     model.stop_at = stage
     assert run_stage(rounds.main, "recipe.yaml") == 130
@@ -223,3 +225,37 @@ def test_the_step_stands_between_dpo_and_the_report(model):
     assert names == ["prepare", "sft", "rounds", "report"]
     step = steps(recipe, RunFolder.of(recipe))[2]
     assert (step.stage, step.after) == ("stages.rounds", ("sft",)) and str(PROMPTS) in step.files
+
+
+def _gathered() -> Findings:
+    return gather(RunFolder(Path("runs/tiny")), "", name="tiny", bootstrap=200, seed=0)
+
+
+def test_the_report_shows_each_round(model, run_stage):
+    run_stage(rounds.main, "recipe.yaml")
+    text = markdown(_gathered(), "now", [])
+    table = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |", "| 3 |"))]
+    (count, total), (after, _) = _record(1)["right"]
+    assert (
+        f"{count}/{total} = {count / total:.1%}" in table[0] and f"{after}/{total} = {after / total:.1%}" in table[0]
+    )
+    assert "The rounds end after round 3" in table[2] and len(table) == 3
+    assert "多轮自我改进" in page(_gathered(), "now")
+
+
+@pytest.mark.parametrize("key", ["right", "interval", "win_rate", "ends", "round"])
+@pytest.mark.parametrize("value", [None, "<b>", [[1]], [["a", "b"], [3, 2]], -1, {"a": 1}])
+def test_a_strange_record_of_a_round_does_not_break_the_report(model, run_stage, key, value):
+    write_recipe(count=1)
+    run_stage(rounds.main, "recipe.yaml")
+    record = {**_record(1), key: value}
+    Path("runs/tiny/rounds/1/round.json").write_text(json.dumps(record))
+    assert "<b>" not in markdown(_gathered(), "now", [])
+    assert page(_gathered(), "now")
+
+
+def test_a_damaged_record_is_an_alarm(model, run_stage):
+    run_stage(rounds.main, "recipe.yaml")
+    Path("runs/tiny/rounds/2/round.json").write_text("{")
+    assert [alarm.where.en for alarm in _gathered().alarms if "round" in alarm.where.en] == ["rounds/2/round.json"]
+    assert len(_gathered().rounds) == 2
