@@ -64,6 +64,15 @@ class StageFiles(Protocol):
     adapter: Path
 
 
+class RoundFiles(Protocol):
+    """The paths in a round's folder that the pipeline needs."""
+
+    result: Path
+
+    def stage(self, name: str) -> StageFiles:
+        """The folder of a training stage."""
+
+
 class RunFiles(Protocol):
     """The paths in a run folder that the pipeline needs."""
 
@@ -73,7 +82,6 @@ class RunFiles(Protocol):
     prepared: Path
     exams: Path
     fused: Path
-    rounds: Path
     page: Path
     text: Path
     plots: Path
@@ -83,6 +91,9 @@ class RunFiles(Protocol):
 
     def stage(self, name: str) -> StageFiles:
         """The folder of a training stage."""
+
+    def round(self, number: int | str) -> RoundFiles:
+        """The folder of a round."""
 
     def pattern(self, path: Path, *more: str) -> str:
         """A path inside the folder, as a pattern relative to it."""
@@ -171,6 +182,7 @@ def _rounds(recipe: Recipe, run: RunFiles, before: set[str], registry: Registry)
     asked = recipe.data.sft.train or recipe.data.dpo.train
     data = _Data.of(() if recipe.rounds.prompts else asked, registry)
     prompts = (recipe.rounds.prompts,) if recipe.rounds.prompts else ()
+    any_round = run.round("*")
     return Step(
         "rounds",
         "stages.rounds",
@@ -179,7 +191,7 @@ def _rounds(recipe: Recipe, run: RunFiles, before: set[str], registry: Registry)
         files=(recipe.model.path, *prompts, *data.files),
         entries=data.entries,
         after=() if tuned is None else (tuned,),
-        outputs=(run.pattern(run.rounds, "*", "round.json"), run.pattern(run.rounds, "*", "dpo", "adapters", "*")),
+        outputs=(run.pattern(any_round.result), run.pattern(any_round.stage("dpo").adapter, "*")),
     )
 
 

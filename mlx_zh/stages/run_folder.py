@@ -131,8 +131,8 @@ class RunFolder:
         """The folder of the answers that were drawn under a label."""
         return SamplesFolder(self.sampled / label)
 
-    def round(self, number: int) -> RoundFolder:
-        """The folder of a round, from 1 on."""
+    def round(self, number: int | str) -> RoundFolder:
+        """The folder of a round, from 1 on; "*" in patterns for any."""
         return RoundFolder(self.rounds / str(number))
 
     def arena_of(self, label: str) -> ArenaFolder:
