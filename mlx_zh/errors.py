@@ -75,6 +75,14 @@ class StorageError(MlxZhError):
     """A full disk, or a file or folder that cannot be read or written."""
 
 
+class JudgeError(MlxZhError):
+    """A model that was to judge answers and cannot be asked, or that gives no answer."""
+
+
+class RefusedByJudge(JudgeError):
+    """A question that a judge refuses; it may answer others."""
+
+
 class DistributedError(MlxZhError):
     """Ranks that cannot connect or do not agree, or a rank that is gone."""
 

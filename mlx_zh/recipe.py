@@ -603,6 +603,42 @@ def _length_of_time(value: Any) -> Any:
     return None if seconds is None else time_text(seconds)
 
 
+def _as_rounds(value: Any) -> Any:
+    """A number alone is how many rounds; none are the same as leaving the section out."""
+    if isinstance(value, bool):
+        return value
+    return None if value == 0 else {"count": value} if isinstance(value, int) else value
+
+
+class Rounds(Section):
+    """Rounds after training: answers of the model itself, pairs chosen among them, and DPO on those pairs.
+
+    A round starts from the weights of the one before, which are its reference too. `check` is the share of the
+    prompts that no round learns from: on them a round is compared with the one before, and the rounds end where it is
+    not better by more than chance.
+    """
+
+    count: Annotated[int, Field(ge=1, le=99)] = 1
+    prompts: Located | None = None  # a file; by default the prompts of data.sft.train
+    samples: Annotated[int, Field(ge=2, le=64)] = 4  # answers to each prompt
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0  # of these answers
+    max_new_tokens: PositiveInt = 256
+    by: Literal["rule", "judge"] = "rule"
+    judge: Located | None = None  # a model on this machine
+    judge_url: LaterText = None  # an OpenAI-compatible address; its key is in MLX_ZH_JUDGE_KEY
+    judge_model: LaterText = None
+    check: Annotated[float, Field(gt=0, le=0.9)] = 0.2
+
+    @model_validator(mode="after")
+    def _has_a_judge(self) -> Rounds:
+        named = (self.judge is not None) + (self.judge_url is not None and self.judge_model is not None)
+        if self.by == "judge" and named != 1:
+            raise ValueError("with by: judge, either a judge, or both a judge_url and a judge_model")
+        if self.by == "rule" and (self.judge or self.judge_url or self.judge_model):
+            raise ValueError("by: judge, because the section names a judge")
+        return self
+
+
 class Recipe(Section):
     """The recipe of a whole run."""
 
@@ -617,6 +653,9 @@ class Recipe(Section):
     distributed: Distributed = Distributed()
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
+    rounds: Annotated[Rounds | None, BeforeValidator(_as_rounds), Field(exclude_if=lambda value: value is None)] = (
+        None
+    )
     export: Export = Export()
     track: tuple[Literal["tensorboard", "swanlab", "wandb"], ...] = ()
     resume: Literal["auto", "never"] = "auto"  # never: training starts anew each time, as with --fresh

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TypedDict
 
 import numpy as np
@@ -122,6 +124,17 @@ def _interval_and_p(drawn: npt.NDArray[np.float64]) -> tuple[Interval, float]:
     interval = (float(ordered[tail - 1]), float(ordered[samples - tail])) if tail else (-1.0, 1.0)
     fewer = min(int((ordered <= 0).sum()), int((ordered >= 0).sum()))
     return interval, min(1.0, 2 * (fewer + 1) / (samples + 1))
+
+
+def wilson(successes: float, trials: int) -> Interval:
+    """The Wilson score interval of a rate, 95 % (Wilson 1927, J. Am. Stat. Assoc. 22(158)); (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    rate, weight = successes / trials, z * z / trials
+    centre = (rate + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / trials + weight / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def calibration_error(confidence: npt.NDArray[np.float64], correct: Booleans, bins: int = 10) -> float:

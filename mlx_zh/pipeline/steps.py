@@ -13,7 +13,7 @@ from mlx_zh.corpus.registry import Registry, load_registry
 from mlx_zh.exams.catalog import NAMES as EXAMS
 from mlx_zh.recipe import DataSet, Recipe, Source
 
-NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "fuse", "report")
+NAMES = ("prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "rounds", "fuse", "report")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ class StageFiles(Protocol):
     adapter: Path
 
 
+class RoundFiles(Protocol):
+    """The paths in a round's folder that the pipeline needs."""
+
+    result: Path
+
+    def stage(self, name: str) -> StageFiles:
+        """The folder of a training stage."""
+
+
 class RunFiles(Protocol):
     """The paths in a run folder that the pipeline needs."""
 
@@ -82,6 +91,9 @@ class RunFiles(Protocol):
 
     def stage(self, name: str) -> StageFiles:
         """The folder of a training stage."""
+
+    def round(self, number: int | str) -> RoundFiles:
+        """The folder of a round."""
 
     def pattern(self, path: Path, *more: str) -> str:
         """A path inside the folder, as a pattern relative to it."""
@@ -163,6 +175,26 @@ def _eval(model: str, recipe: Recipe, run: RunFiles, before: set[str]) -> Step |
     )
 
 
+def _rounds(recipe: Recipe, run: RunFiles, before: set[str], registry: Registry) -> Step | None:
+    if recipe.rounds is None:
+        return None
+    tuned = next((stage for stage in ("dpo", "sft") if stage in before), None)
+    asked = recipe.data.sft.train or recipe.data.dpo.train
+    data = _Data.of(() if recipe.rounds.prompts else asked, registry)
+    prompts = (recipe.rounds.prompts,) if recipe.rounds.prompts else ()
+    any_round = run.round("*")
+    return Step(
+        "rounds",
+        "stages.rounds",
+        keys=("model", "lora", "data", "seed", "dpo", "rounds"),
+        without=("data.dpo", "dpo.max_skipped_steps"),
+        files=(recipe.model.path, *prompts, *data.files),
+        entries=data.entries,
+        after=() if tuned is None else (tuned,),
+        outputs=(run.pattern(any_round.result), run.pattern(any_round.stage("dpo").adapter, "*")),
+    )
+
+
 def _fuse(recipe: Recipe, run: RunFiles, before: set[str], registry: Registry) -> Step | None:
     tuned = next((stage for stage in ("dpo", "sft") if stage in before), None)
     if "export" not in recipe.model_fields_set or tuned is None:
@@ -196,6 +228,7 @@ _MAKERS: dict[str, Callable[[Recipe, RunFiles, set[str], Registry], Step | None]
     "eval-sft": lambda recipe, run, before, _: _eval("sft", recipe, run, before),
     "dpo": lambda recipe, run, before, registry: _train("dpo", "sft", recipe, run, before, registry),
     "eval-dpo": lambda recipe, run, before, _: _eval("dpo", recipe, run, before),
+    "rounds": _rounds,
     "fuse": _fuse,
     "report": _report,
 }

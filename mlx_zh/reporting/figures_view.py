@@ -1,11 +1,12 @@
-"""The export and the machine as tables of text."""
+"""The export, the rounds and the machine as tables of text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mlx_zh.reporting.findings import Findings, is_finite, mapped
+from mlx_zh.exams.statistics import wilson
+from mlx_zh.reporting.findings import Findings, is_finite, listed, mapped
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import duration, energy
 
@@ -14,7 +15,7 @@ _SHOWN = 400  # characters of one value
 
 @dataclass(frozen=True, slots=True)
 class Exports:
-    """A table of the exported formats: its column heads, its rows, and what the columns mean."""
+    """A table of exported formats, or of rounds: its column heads, its rows, and what the columns mean."""
 
     columns: list[Text]
     rows: list[list[str]]
@@ -86,6 +87,52 @@ def exports(findings: Findings) -> Exports | None:
             ]
         )
     return Exports(columns, rows, say("export_note", perplexity=tuned or "–"))
+
+
+def rounds(findings: Findings) -> Exports | None:
+    """A row for each round that was compared; None without rounds."""
+    if not findings.rounds:
+        return None
+    codes = (
+        "round",
+        "pairs",
+        "prompts_better",
+        "prompts_worse",
+        "win_rate",
+        "right_before",
+        "right_after",
+        "rounds_end",
+    )
+    rows = []
+    for record in findings.rounds:
+        right = [listed(counts) for counts in listed(record.get("right"))]
+        rates = [_rate(*counts) if len(counts) == 2 else "–" for counts in right] or ["–", "–"]
+        interval = [_number(end, ".0%") for end in listed(record.get("interval"))]
+        rate = _number(record.get("win_rate"), ".0%")
+        ends = record.get("ends")
+        rows.append(
+            [
+                _shown(record.get("round")),
+                _shown(record.get("pairs")),
+                _shown(record.get("won")),
+                _shown(record.get("lost")),
+                f"{rate} [{', '.join(interval)}]" if rate else "–",
+                *rates[:2],
+                say(f"rounds-end-{ends}", round=record.get("round")).both() if ends in _ROUND_ENDS else "–",
+            ]
+        )
+    return Exports([say(code) for code in codes], rows, say("rounds_note"))
+
+
+_ROUND_ENDS = ("noise", "worse", "no-pairs")
+
+
+def _rate(count: object, total: object) -> str:
+    """A share with its 95 % interval; a dash where there is none."""
+    if not (is_finite(count) and is_finite(total) and 0 <= count <= total and total):
+        return "–"
+    low, high = wilson(count, int(total))
+    return f"{count:g}/{total:g} = {count / total:.1%} [{low:.0%}, {high:.0%}]"
 
 
 def _number(value: object, form: str) -> str:

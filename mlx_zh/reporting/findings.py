@@ -89,6 +89,7 @@ class Findings:
     answers: dict[str, list[str]] = field(default_factory=dict)  # stage -> an answer to each prompt
     data: Mapping[str, object] = field(default_factory=dict)  # stage -> report of its data
     export: Mapping[str, object] = field(default_factory=dict)  # format -> what is known of it
+    rounds: list[Mapping[str, object]] = field(default_factory=list)  # round.json of each round, in order
     times: list[StageTime] = field(default_factory=list)
     alarms: list[Alarm] = field(default_factory=list)
 
@@ -112,6 +113,12 @@ class StageFiles(Protocol):
     warnings: Path
 
 
+class RoundFiles(Protocol):
+    """What a report reads of a round."""
+
+    result: Path
+
+
 class RunFiles(Protocol):
     """What a report reads of a run folder."""
 
@@ -122,6 +129,10 @@ class RunFiles(Protocol):
     prepared: Path
     exams: Path
     fused_summary: Path
+    rounds: Path
+
+    def round(self, number: int) -> RoundFiles:
+        """The folder of a round."""
 
     def stage(self, name: str) -> StageFiles:
         """The folder of a training stage."""
@@ -147,6 +158,9 @@ def gather(
     findings.manifest = hide_all(reading.mapping(run.manifest))
     findings.data = hide_all(reading.mapping(run.prepared))
     findings.export = hide_all(reading.mapping(run.fused_summary))
+    numbered = sorted(int(path.name) for path in run.rounds.glob("*") if path.name.isdecimal())
+    records = (hide_all(reading.mapping(run.round(number).result)) for number in numbered)
+    findings.rounds = [record for record in records if record]
     samples = reading.mapping(run.samples)
     findings.prompts = [hide(str(prompt)) for prompt in listed(samples.get("prompts"))]
     expected = listed(samples.get("expected"))[: len(findings.prompts)]

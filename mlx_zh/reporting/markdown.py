@@ -8,7 +8,7 @@ from urllib.parse import quote
 from mlx_zh.reporting import data_view, words
 from mlx_zh.reporting.exam_results import Cell, ExamResult
 from mlx_zh.reporting.exam_view import columns, head_line, interval, percent
-from mlx_zh.reporting.figures_view import exports, flat
+from mlx_zh.reporting.figures_view import exports, flat, rounds
 from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import named, say
 from mlx_zh.system.escaping import markdown as safe
@@ -22,6 +22,9 @@ def markdown(findings: Findings, created: str, plots: Sequence[str]) -> str:
     parts += _summary(findings)
     parts += _benchmarks(findings, plots)
     parts += _training(findings, plots)
+    if compared := rounds(findings):
+        heads = [name.both() for name in compared.columns]
+        parts += [f"## {say('rounds').both()}", compared.note.both(), _table(heads, compared.rows)]
     parts += _answers(findings)
     parts += _data(findings)
     if exported := exports(findings):

@@ -70,6 +70,8 @@ def _sections(findings: Findings) -> Iterator[Section]:
         charts = [svg.curves(chart) for chart in training_charts(training)]
         content = _render("training", facts=words.training_facts(training), charts=charts)
         yield Section(stage, say(f"training_{stage}"), content)
+    if compared := figures_view.rounds(findings):
+        yield Section("rounds", say("rounds"), _render("export", exported=compared))
     if findings.answers:
         shown = {"prompts": findings.prompts, "answers": findings.answers, "is_right": findings.is_right}
         content = _render("answers", **shown, mark=words.mark)

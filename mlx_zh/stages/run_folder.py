@@ -64,6 +64,21 @@ class SamplesFolder:
         self.path = path
         self.answers = path / "answers.jsonl"
         self.about = path / "about.json"
+        self.chosen = path / "chosen.jsonl"  # which answers are better, prompt by prompt
+        self.choice = path / "choice.json"  # what `mlx-zh choose` counted
+
+    def data(self, kind: str) -> Path:
+        """The data file that was chosen: pairs, kto or best."""
+        return self.path / f"{kind}.jsonl"
+
+
+class ArenaFolder:
+    """`runs/NAME/arena/LABEL`: the verdicts on the answers of two stages, and who won."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.chosen = path / "chosen.jsonl"
+        self.result = path / "result.json"
 
 
 class RunFolder:
@@ -75,6 +90,8 @@ class RunFolder:
         self.manifest = path / "manifest.json"
         self.samples = path / "samples.json"
         self.sampled = path / "samples"
+        self.arena = path / "arena"
+        self.rounds = path / "rounds"  # of each round a folder, which is that of a run
         self.pipeline = path / "pipeline.json"
         self.budget = path / "budget.json"  # what a time budget decided
         self.prepared = path / "data" / "report.json"  # the report of the prepared data
@@ -113,6 +130,14 @@ class RunFolder:
     def samples_called(self, label: str) -> SamplesFolder:
         """The folder of the answers that were drawn under a label."""
         return SamplesFolder(self.sampled / label)
+
+    def round(self, number: int | str) -> RoundFolder:
+        """The folder of a round, from 1 on; "*" in patterns for any."""
+        return RoundFolder(self.rounds / str(number))
+
+    def arena_of(self, label: str) -> ArenaFolder:
+        """The folder of a comparison of two stages."""
+        return ArenaFolder(self.arena / label)
 
     def histogram(self, stage: str) -> Path:
         """The path of the histogram of a stage's example lengths (PNG)."""
@@ -208,6 +233,19 @@ class RunFolder:
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             return None
         return decision
+
+
+class RoundFolder(RunFolder):
+    """`runs/NAME/rounds/NUMBER`: a run whose data are chosen among the answers of the model before it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.given = path / "round.yaml"  # its recipe, made from that of the run
+        self.chosen = path / "chosen.jsonl"
+        self.pairs = path / "pairs.jsonl"
+        self.check_prompts = path / "check-prompts.jsonl"  # those that no round learns from
+        self.check = path / "check.jsonl"  # verdicts on the answers to them
+        self.result = path / "round.json"
 
 
 @contextmanager

@@ -7,11 +7,11 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Whether a value fits a plain type, a union, list, tuple or dict of such, a TypedDict or a dataclass.
+    """Whether a value fits a plain type, a Literal, union, list, tuple or dict of such, a TypedDict or a dataclass.
 
     A whole number is a float too, and true is no number. A TypedDict may have more keys than are stated; a dataclass
     may not, because it is made with all keys.
@@ -23,6 +23,8 @@ def fits(value: Any, form: Any) -> bool:
         return value is None
     if form in (int, float):
         return isinstance(value, (int, float) if form is float else int) and not isinstance(value, bool)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin in (dict, Mapping):

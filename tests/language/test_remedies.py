@@ -30,6 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The commands that show a message with an option, by the message's beginning. One that is not here fails the test.
 SAID_BY = {
+    "with --by judge:": ("choose", "arena"),
+    "--format {0}: {1}. Give json": ("choose", "arena"),
+    "--by hand asks": ("choose", "arena"),
+    "--by judge needs": ("choose", "arena"),
+    "--judge and --judge-url": ("choose", "arena"),
+    "--judge-url needs": ("choose", "arena"),
+    "No prompt has a known solution": ("choose", "arena"),
     "`mlx-zh STAGE --help`": ("sft", "dpo", "eval", "fuse", "report", "run", "chat", "plan", "prepare", "doctor"),
     "--hosts {0}: there is": ("sft", "dpo", "eval", "sample"),
     "--processes {0}: give": ("sft", "dpo", "eval", "sample"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import pytest
 from hypothesis import given
@@ -38,6 +38,10 @@ class Pair(TypedDict):
         (True, float, False),
         (True, bool, True),
         (None, int | None, True),
+        ("a", Literal["a", 1], True),
+        (1, Literal["a", 1], True),
+        (True, Literal["a", 1], False),
+        ("b", Literal["a", 1], False),
         ("字", int | None, False),
         ([1, 2.5], list[float], True),
         ([1, "2"], list[float], False),
