@@ -310,7 +310,7 @@ class Fuser:
         recovered = None
         if self.export.recover:
             layout, recovered = self.recovered
-            detail += ", recovered"
+            detail = f"{detail}, recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
         return Result(detail, number, survivals, folder, recovered=recovered)
 
@@ -332,7 +332,7 @@ class Fuser:
         if outcome.rounded:
             values = {"rounded": outcome.rounded, "kept": outcome.kept, "error": outcome.error}
             warnings += (Notice("gguf-scales-rounded", **values),)
-        detail = kind.upper() + (", recovered" if recovered else "")
+        detail = f"{kind.upper()}, recovered" if recovered else kind.upper()
         return Result(detail, number, outcome.survivals, path, warnings, path.name, recovered)
 
     def _final_plan(self) -> GGUFPlan:
