@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.language.notice import Notice
-from mlx_zh.language.translation import in_readers_language
+from mlx_zh.language.reader import reader_language
+from mlx_zh.language.translation import as_sentence, in_readers_language
 from mlx_zh.stages import command
 from mlx_zh.system.arguments import Parser
 
@@ -187,7 +188,7 @@ def _conclude(fuser: Fuser, written: list[Written]) -> None:
         if w.assessment.unmeasured:
             console.warn(Notice("fused-not-compared", format=w.kind, reason=w.assessment.unmeasured))
         for warning in w.assessment.warnings:
-            console.warn(f"{w.kind}, {w.result.detail}: {in_readers_language(warning)}.{_remedy(fuser, w)}")
+            console.warn(_with_remedies(warning, fuser, w))
 
 
 def _say_llama_cpp(written: Written) -> None:
@@ -209,15 +210,27 @@ def _say_llama_cpp(written: Written) -> None:
         )
 
 
-def _remedy(fuser: Fuser, written: Written) -> str:
+def _with_remedies(warning: Notice, fuser: Fuser, written: Written) -> str:
+    """A warning of a format with what to do about it, in the reader's language."""
+    detail = in_readers_language(written.result.detail)
+    sentences = [as_sentence(warning), *map(in_readers_language, _remedies(fuser, written))]
+    if reader_language() == "zh":
+        return f"{written.kind}，{detail}：{''.join(sentences)}"
+    return f"{written.kind}, {detail}: {' '.join(sentences)}"
+
+
+def _remedies(fuser: Fuser, written: Written) -> list[str]:
     if written.kind == "gguf" and (written.result.bits or 16) < 8 and not written.result.recovered:
-        return " In 4 bits, export.gguf_type=q4_1 with export.recover=true keeps the tuning; q8_0 does too."
+        return ["In 4 bits, export.gguf_type=q4_1 with export.recover=true keeps the tuning; q8_0 does too."]
     if written.kind != "mlx" or written.result.bits is None or written.result.bits >= 16:
-        return ""
+        return []
     bits = next(b for b in (6, 8, 16) if b > (written.result.bits or 0))
-    original = "" if fuser.fusion.original else ", or merge into the full-precision original with --from MODEL"
-    recover = "" if fuser.export.recover else " With export.recover=true, few bits keep the tuning."
-    return f" Write it with export.bits={bits}{original}; base and adapter used side by side lose nothing.{recover}"
+    remedies = [f"Write it with export.bits={bits}; base and adapter used side by side lose nothing."]
+    if not fuser.fusion.original:
+        remedies.append("Or merge into the full-precision original with --from MODEL.")
+    if not fuser.export.recover:
+        remedies.append("With export.recover=true, few bits keep the tuning.")
+    return remedies
 
 
 if __name__ == "__main__":

@@ -149,7 +149,8 @@ def test_a_four_bit_base_is_warned_of_raised_or_merged_into_its_original(project
     assert lost["bits"] == 4 and lost["left"]["kept_mean"] < 0.9 and len(lost["warnings"]) == 1
     assert "warning: mlx, 4-bit: " in result.out
     assert list(map(notice_of, lost["warning_codes"])) == lost["warnings"] and lost["unmeasured_code"] is None
-    assert "Write it with export.bits=6, or merge into the full-precision original with --from MODEL" in result.out
+    assert "Write it with export.bits=6; base and adapter used side by side lose nothing. " in result.out
+    assert "Or merge into the full-precision original with --from MODEL. With export.recover=true" in result.out
 
     result = ran(run(*recipe))
     raised = summary()["mlx"]
@@ -160,6 +161,23 @@ def test_a_four_bit_base_is_warned_of_raised_or_merged_into_its_original(project
     original = summary()["mlx"]
     assert original["bits"] == 4 and original["left"]["kept_mean"] == pytest.approx(1, abs=0.1)
     assert "full precision" in (FUSED / "mlx" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_warning_and_its_table_are_chinese_throughout(project, run, model_folder, monkeypatch):
+    """Names of formats, keys, options and files are the only Latin words."""
+    monkeypatch.setenv("MLX_ZH_LANG", "zh")
+    recipe = (f"model.path={model_folder(quantized=4)}", "export.bits=4", "--no-measure")
+    small = Path("small")
+    spec, weights = read_adapter(Path("runs/tiny/sft/adapters"))
+    save_adapter(small, {k: a * 0.3 if k.endswith("lora_b") else a for k, a in weights.items()}, spec, {})
+    lines = ran(run(*recipe, "--adapter", small)).out.splitlines()
+    (head,) = [line for line in lines if "top-1" in line]
+    assert head.split() == ["格式", "GB", "KL", "top-1", "困惑度", "保留的改动", "文件夹"]
+    assert any(line.split()[:3] == ["mlx", "4", "位"] for line in lines)
+    (warning,) = [line for line in lines if line.startswith("警告：mlx")]
+    assert warning.startswith("警告：mlx，4 位：适配器的改动在其中只保留了")
+    assert warning.endswith("加上 export.recover=true，少量位数也能保住微调效果。")
+    assert "。请改用 export.bits=6 写出；" in warning and "。也可以用 --from MODEL 合并进全精度的原模型。" in warning
 
 
 def test_a_model_quantized_on_load_is_merged_into_what_lies_on_disk(project, run):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,14 @@ def test_without_the_programs_the_steps_are_given(run, home, monkeypatch):
     assert result.status == 0 and "Ollama is not installed here" in result.out
     assert "\n  cd runs/tiny/fused/gguf && ollama create tiny -f Modelfile\n  ollama run tiny" in result.out
     result = run("--to", "lmstudio")
-    assert result.status == 0 and "\n  mkdir -p ~/.lmstudio/models/mlx-zh\n  cp -R runs/tiny/fused/" in result.out
-    assert " ~/.lmstudio/models/mlx-zh/tiny" in result.out
+    assert result.status == 0
+    shown = result.out.partition("then run:\n")[2].splitlines()[:2]
+    kind = Path(shown[1].split()[2]).parts[-1]
+    for _ in range(2):  # also where an earlier copy lies
+        subprocess.run(["sh", "-ec", "\n".join(shown)], check=True, env={**os.environ, "HOME": str(home)})
+    placed = home / ".lmstudio/models/mlx-zh/tiny"
+    written = Path("runs/tiny/fused") / kind
+    assert sorted(path.name for path in placed.iterdir()) == sorted(path.name for path in written.iterdir())
 
 
 @pytest.mark.parametrize(("system", "kind"), [("Darwin", "mlx"), ("Linux", "gguf")])

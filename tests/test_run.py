@@ -153,6 +153,7 @@ def test_a_run_does_everything_in_order_and_a_second_one_nothing(stages, capsys)
         ("evaluate.prompts=[{prompt: 你好, expect: 好}]", ["sft", "dpo", "report"]),
         ("data.variables.name=小明", ["prepare", "sft", "dpo", "fuse", "report"]),  # no exam and no base names it
         ("export.bits=8", ["fuse", "report"]),
+        ("export.recover=true", ["fuse", "report"]),
         ("data.dpo.train=[{path: dpo.jsonl, max_samples: 1}]", ["prepare", "dpo", "report"]),
         ("seed=1", ["prepare", "eval-base", "sft", "eval-sft", "dpo", "eval-dpo", "report"]),
     ],
@@ -245,6 +246,24 @@ def test_a_result_that_is_gone_or_was_changed_is_made_again(stages):
     assert go() == 0 and stages.taken() == ["report"]
     Path("runs/r/pipeline.json").write_text("{")
     assert go() == 0 and stages.taken() == ALL
+
+
+def test_figures_added_to_a_fused_model_do_not_write_it_again(stages):
+    """`eval --stage fused` adds to its card and summary; a recovery that was stopped leaves blocks beside it."""
+    fused = Path("runs/r/fused")
+    (fused / "mlx").mkdir(parents=True)
+    (fused / "mlx/README.md").write_text("card")
+    (fused / "summary.json").write_text("{}")
+    go()
+    stages.taken()
+    (fused / "mlx/README.md").write_text("card, with exams")
+    (fused / ".recover").mkdir()
+    (fused / ".recover/block-000.safetensors").write_text("0")
+    assert go() == 0 and not stages.taken()
+    (fused / "summary.json").write_text('{"mlx": {"exams": {}}}')
+    assert go() == 0 and stages.taken() == ["report"]
+    (fused / "mlx/model.safetensors").write_text("another")
+    assert go() == 0 and stages.taken() == ["fuse", "report"]
 
 
 def test_steps_that_the_recipe_does_not_ask_for_are_left_out(stages):

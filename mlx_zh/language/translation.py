@@ -31,6 +31,12 @@ def in_readers_language(text: str, language: Language | None = None) -> str:
     return text if language == "en" else _chinese(text, _DEEPEST)
 
 
+def as_sentence(text: str, language: Language | None = None) -> str:
+    """A sentence that has no full stop yet, with one, in the reader's language."""
+    language = language or reader_language()
+    return in_readers_language(text, language) + ("。" if language == "zh" else ".")
+
+
 def label(text: str, language: Language | None = None) -> str:
     """A cell of a table in the reader's language.
 

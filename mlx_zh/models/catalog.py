@@ -60,6 +60,7 @@ class KnownModel(Section):
     built_in: bool = False
     huggingface: HubCopy | None = None
     modelscope: HubCopy | None = None
+    original: Annotated[str, AfterValidator(_hub_id)] | None = None  # of a built-in model: what it is a copy of
     licence: str = "not stated"
     accept: str | None = None  # the address of a licence whose conditions bind whoever uses the model
     size_gb: PositiveFloat | None = None

@@ -96,6 +96,14 @@ def hub_ids(name: str) -> dict[str, str] | None:
     return entry.ids if entry is not None else None
 
 
+def hub_name(name: str) -> str:
+    """The id on a hub of a known model, or of the model that it is a copy of; any other name as it is."""
+    entry = catalog.known_model(name)
+    if entry is None:
+        return name
+    return next(iter(entry.ids.values()), entry.original or name)
+
+
 def _inside(path: Path) -> Path:
     """The only .gguf file of a folder without config.json, else the folder itself."""
     if (path / "config.json").exists():

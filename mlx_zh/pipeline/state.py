@@ -101,13 +101,13 @@ class State:
     def _digests(self, patterns: Sequence[str]) -> dict[str, str]:
         """The digest of every file in the run folder that matches a pattern, by path relative to the folder.
 
-        Files whose names begin with a dot are left out.
+        Files whose names begin with a dot, and those in such folders, are left out.
         """
         folder = self.run.path
         paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-        return {
-            path.relative_to(folder).as_posix(): self._digest(path) for path in sorted(paths) if path.name[0] != "."
-        }
+        names = {path.relative_to(folder): path for path in sorted(paths)}
+        shown = {name: path for name, path in names.items() if not any(part[0] == "." for part in name.parts)}
+        return {name.as_posix(): self._digest(path) for name, path in shown.items()}
 
     def _digest(self, path: Path) -> str:
         """A digest of a file's whole content, or of all files in a folder."""
@@ -147,7 +147,8 @@ class State:
         if not record.outputs:
             return "it wrote no files"
         now = self.outputs(step)
-        changed = [path for path in record.outputs if now.get(path) != record.outputs[path]]
+        own = [path for path in record.outputs if Path(path).name not in step.amended]
+        changed = [path for path in own if now.get(path) != record.outputs[path]]
         return f"{_listed(changed)} {'was' if len(changed) == 1 else 'were'} changed or removed" if changed else None
 
 

@@ -36,6 +36,7 @@ class Step:
     after: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    amended: tuple[str, ...] = ()  # names of outputs to which others may add without the step being out of date
     asks: tuple[str, ...] = ()  # keys that change only the sample answers, not what is learned
     prepared: str | None = None  # the stage (sft or dpo) whose prepared data it reads
     trains: bool = False  # it writes checkpoints, can resume, and has the option --fresh
@@ -82,6 +83,7 @@ class RunFiles(Protocol):
     prepared: Path
     exams: Path
     fused: Path
+    fused_summary: Path
     page: Path
     text: Path
     plots: Path
@@ -209,12 +211,13 @@ def _fuse(recipe: Recipe, run: RunFiles, before: set[str], registry: Registry) -
         entries=data.entries,
         after=(tuned,),
         outputs=(run.pattern(run.fused, "**", "*"),),
+        amended=(run.fused_summary.name, "README.md"),  # by eval of the fused model, and by the user
     )
 
 
 def _report(recipe: Recipe, run: RunFiles, before: set[str], _: Registry) -> Step:
     any_stage = run.stage("*")
-    files = (any_stage.metrics, any_stage.summary, any_stage.warnings, run.prepared)
+    files = (any_stage.metrics, any_stage.summary, any_stage.warnings, run.prepared, run.fused_summary)
     reads = ("*.json", *map(run.pattern, files), run.pattern(run.exams, "*.json*"))
     sections = tuple(type(recipe).model_fields)
     outputs = (run.pattern(run.text), run.pattern(run.page), run.pattern(run.plots, "*.png"))

@@ -14,11 +14,12 @@ from mlx_zh.exams.protocols import protocols
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.budget import Costs, ExamCost, Training
 from mlx_zh.planning.data_sizes import DataSize, data_size, selected
+from mlx_zh.planning.exports import export_bytes, rounding_seconds
 from mlx_zh.planning.flops import training_flops
 from mlx_zh.planning.memory import trained_values, weight_bytes
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.shapes import ModelShape, Target
-from mlx_zh.recipe import ADAPTER_FORMATS, Recipe, Sources
+from mlx_zh.recipe import Recipe, Sources
 from mlx_zh.system.links import is_readable
 from mlx_zh.system.storage import visible
 
@@ -180,8 +181,9 @@ def _fixed(
     for number, name in enumerate(sizes):
         fixed[name] = load + answers * (2 if number == 0 else 1)  # the base answers too, before the first stage
     if sizes and "export" in recipe.model_fields_set:
-        written = weights * len(set(recipe.export.formats) - set(ADAPTER_FORMATS))
-        fixed["fuse"] = 2 * load + 3 * written / _DISK  # merged, written, read again for the comparison
+        written = export_bytes(recipe.export, machine.model, machine.target)
+        # merged, written, read again for the comparison
+        fixed["fuse"] = 2 * load + 3 * written / _DISK + rounding_seconds(recipe.export, machine.pace)
     return fixed | {"report": _REPORT}
 
 

@@ -30,7 +30,7 @@ from mlx_zh.models.export.merge import Fusion, open_adapter, summarize
 from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
 from mlx_zh.models.export.source import open_source
 from mlx_zh.models.identity import is_foreign
-from mlx_zh.models.load import hub_ids, load_config, resolve_model
+from mlx_zh.models.load import hub_name, load_config, resolve_model
 from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
 from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.few_bits import mixed_layout, recovered_layout, recovery_fits
@@ -174,7 +174,7 @@ class Fuser:
     @property
     def _about(self) -> About:
         """What a GGUF file says about the model."""
-        name = next(iter((hub_ids(self.fusion.base.name) or {}).values()), self.fusion.base.name)
+        name = hub_name(self.fusion.base.name)
         owner, _, base = name.rpartition("/")
         on_hub = bool(owner) and not Path(expanduser(self.fusion.base.name)).exists()
         return About(
@@ -310,7 +310,7 @@ class Fuser:
         recovered = None
         if self.export.recover:
             layout, recovered = self.recovered
-            detail += ", recovered"
+            detail = f"{detail}, recovered"
         survivals = write_folder(folder, layout, max_bytes=self._max_bytes, kind="mlx", step=step)
         return Result(detail, number, survivals, folder, recovered=recovered)
 
@@ -332,7 +332,7 @@ class Fuser:
         if outcome.rounded:
             values = {"rounded": outcome.rounded, "kept": outcome.kept, "error": outcome.error}
             warnings += (Notice("gguf-scales-rounded", **values),)
-        detail = kind.upper() + (", recovered" if recovered else "")
+        detail = f"{kind.upper()}, recovered" if recovered else kind.upper()
         return Result(detail, number, outcome.survivals, path, warnings, path.name, recovered)
 
     def _final_plan(self) -> GGUFPlan:
@@ -382,7 +382,7 @@ class Fuser:
         adapter, base = self.fusion.adapter, self.fusion.source
         tied = "lm_head.weight" not in base.outline.shapes
         peft.write_peft(
-            folder, adapter.spec, adapter.weights, base=base.name, matrices=base.outline.matrices, tied=tied
+            folder, adapter.spec, adapter.weights, base=hub_name(base.name), matrices=base.outline.matrices, tied=tied
         )
         write_tokenizer(folder, self.fusion.base)
         step()

@@ -10,7 +10,7 @@ from mlx_zh.exams.current import is_current
 from mlx_zh.models.export import card
 from mlx_zh.models.export.licences import Licence
 from mlx_zh.models.export.merge import Fusion
-from mlx_zh.models.load import hub_ids
+from mlx_zh.models.load import hub_name
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
@@ -23,7 +23,7 @@ def run_facts(recipe: Recipe, fusion: Fusion, title: str, licence: Licence, miss
     stages = _stages(run, fusion)
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}[spec.kind]
     rank = "" if spec.kind == "full" else f" of rank {spec.rank}"
-    name = next(iter((hub_ids(base.name) or {}).values()), base.name)  # a short name's id on a hub
+    name = hub_name(base.name)
     on_hub = not Path(expanduser(base.name)).exists() and "/" in name
     settings = [("lora.type", spec.kind), ("lora.rank", str(spec.rank)), ("scale", f"{spec.scale:g}")]
     settings += [(f"{s}.learning_rate", f"{getattr(recipe, s).learning_rate:g}") for s in stages]

@@ -13,8 +13,8 @@ from mlx_zh.exams import archives
 from mlx_zh.exams.catalog import NAMES, benchmark
 from mlx_zh.models import catalog, wheel
 from mlx_zh.models.load import BUILT_IN, hub_ids
-from mlx_zh.planning.memory import trained_values, weight_bytes
-from mlx_zh.planning.shapes import Packing, Target
+from mlx_zh.planning.exports import export_bytes
+from mlx_zh.planning.memory import trained_values
 from mlx_zh.recipe import DataSet, Model, Recipe, Source
 from mlx_zh.stages import memory_check
 from mlx_zh.system import hub
@@ -114,10 +114,9 @@ def exam_downloads(recipe: Recipe, stages: tuple[str, ...]) -> list[Download]:
 def disk_bytes(recipe: Recipe, config: Config) -> float:
     """Bytes in the run folder: checkpoints with the optimizer's state, and the fused model. Raises ModelError."""
     step = memory_check.training_step(recipe, "sft", config, memory_check.mac(16 * 2**30))
-    model = weight_bytes(step.model, step.target) if "export" in recipe.model_fields_set else 0.0
-    full = weight_bytes(step.model, Target(2, None, True)) if "hf" in recipe.export.formats else 0.0
-    gguf = weight_bytes(step.model, Target(2, Packing(8, 32), True)) if "gguf" in recipe.export.formats else 0.0
+    exported = "export" in recipe.model_fields_set
+    fused = export_bytes(recipe.export, step.model, step.target) if exported else 0.0
     adapter = 4 * trained_values(step.model, step.trained)
     stages = bool(recipe.data.sft.train) + bool(recipe.data.dpo.train) or 1
     checkpoints = stages * adapter * (3 * (recipe.checkpoint.keep + 1) + 2)
-    return model + full + gguf + checkpoints + 1e9  # 1 GB for data, evaluations and logs
+    return fused + checkpoints + 1e9  # 1 GB for data, evaluations and logs

@@ -17,6 +17,7 @@ from mlx_zh.exams.protocols import protocols
 from mlx_zh.language.notice import Notice
 from mlx_zh.planning.chips import Chip, predicted_pace
 from mlx_zh.planning.data_sizes import data_size
+from mlx_zh.planning.exports import recovery_bytes, rounding_seconds
 from mlx_zh.planning.memory import FLOAT, saved_values, trained_values
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.workload import SCORED, exam_size, stages_of
@@ -164,6 +165,20 @@ def show_exams(recipe: Recipe, models: Sequence[str], step: Step, speed: Speed) 
     return total
 
 
+def show_rounding(recipe: Recipe, step: Step, speed: Speed | None) -> float:
+    """Print what a recovery or mixed bits need when the model is fused; returns the seconds, 0 without a speed."""
+    export = recipe.export
+    if "export" not in recipe.model_fields_set or not (export.recover or export.bits == "mixed"):
+        return 0.0
+    needed = {"memory": recovery_bytes(step.model) / 1e9}
+    if speed is None:
+        console.say(Notice("outlook-rounding-memory", **needed))
+        return 0.0
+    seconds = rounding_seconds(export, pace_of(recipe, step, speed))
+    console.say(Notice("outlook-rounding", **needed, time=console.duration(seconds)))
+    return seconds
+
+
 def _writes(recipe: Recipe) -> bool:
     return protocols()[recipe.evaluate.protocol].reply == "free"
 
@@ -264,6 +279,7 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
             seconds += show_time(recipe, name, step, speed) if stages else 0.0
     if speed is not None:
         seconds += show_exams(recipe, ("base", *stages), step, speed)
+    seconds += show_rounding(recipe, step, speed)
     if memory is None and (remark := half_precision.advice(recipe, config)):
         console.say(remark)
     show_needs(recipe, config)

@@ -108,8 +108,8 @@ class Place:
     def _copy(self, folder: Path, kind: str) -> None:
         target = self.target
         if target is None:
-            models = f"~/.lmstudio/models/{PUBLISHER}"
-            words = f"mkdir -p {models}\n  cp -R {shlex.quote(str(folder))} {models}/{shlex.quote(self.title)}"
+            place = f"~/.lmstudio/models/{PUBLISHER}/{shlex.quote(self.title)}"
+            words = f"mkdir -p {place}\n  cp -R {shlex.quote(f'{folder}/.')} {place}/"
             console.say(
                 "LM Studio is not installed here, so nothing was placed. Install it from lmstudio.ai, start it once, "
                 f"then run:\n  {words}"

@@ -49,7 +49,7 @@ SAID_BY = {
     "do not train models of": ("doctor",),
     "training here takes unfused": ("doctor",),
     "evaluate.benchmarks names no exam": ("eval",),
-    ", or merge into the full": ("fuse",),
+    "Or merge into the full": ("fuse",),
     "--from {0}: {1} of that": ("run",),
     "a recipe is needed, or --list": ("prepare",),
     "\nNothing to do: {0} is up": ("run",),

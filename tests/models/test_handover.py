@@ -22,6 +22,7 @@ from mlx_zh.errors import UploadError
 from mlx_zh.models.export import card, licences, ollama, upload
 from mlx_zh.models.export.fidelity import Distance, Fidelity
 from mlx_zh.models.export.merge import SurvivalSummary
+from mlx_zh.models.load import hub_name
 from mlx_zh.system.escaping import one_line
 
 LLAMA = (
@@ -187,6 +188,29 @@ def test_a_card(source):
         ("gguf", "In this folder:\n\n```bash\nllama-cli -m x.gguf "),
     ):
         assert command in card.model_card(story, card.FormatFacts(kind, "", "x.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("base", "hub_id", "named", "loaded"),
+    [
+        ("org/base", "org/base", "", "org/base"),
+        ("my-model", None, "`BASE` stands for `my-model`: its path, or its name on a hub.", "BASE"),
+        ("m.gguf", None, "`BASE` stands for the model of which `m.gguf` is a GGUF copy: its path", "BASE"),
+    ],
+)
+def test_a_card_of_an_adapter_names_a_base_that_its_reader_loads(base, hub_id, named, loaded):
+    story = card.RunFacts("t", base, hub_id, None, licences.Licence("mit", "MIT"), "LoRA", [], [])
+    chat = card.model_card(story, card.FormatFacts("mlx-adapter", "adapter"))
+    assert f"mlx_lm.chat --model {loaded} --adapter-path .\n" in chat and named in chat
+    assert chat.index("This is an adapter: it needs the base model.") < chat.index("In this folder; elsewhere")
+    merged = card.model_card(story, card.FormatFacts("peft", "adapter"))
+    assert f'from_pretrained("{loaded}", dtype="auto")' in merged and named in merged
+
+
+def test_the_built_in_model_is_named_by_what_it_is_a_copy_of():
+    """Its short name is known to no other program."""
+    assert hub_name("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert hub_name("some/model") == "some/model"
 
 
 class FakeApi:

@@ -42,13 +42,11 @@ _USE = {
         'model = PeftModel.from_pretrained(base, ".")\n```'
     ),
     "gguf-lora": (
-        "This is an adapter: it needs a GGUF file of the base model (any quantization).\n\n"
         "```bash\nllama-cli -m BASE.gguf --lora {file}\n```\n\n"
-        "Ollama: name the base in the first line of `Modelfile`, then `ollama create {name} -f Modelfile`. Only some "
-        "versions of Ollama take adapters."
+        "Ollama: name the base in the `FROM` line of `Modelfile`, then `ollama create {name} -f Modelfile`. Only "
+        "some versions of Ollama take adapters."
     ),
     "mlx-adapter": (
-        "This is an adapter: it needs the base model.\n\n"
         "```bash\npip install mlx-lm\nmlx_lm.chat --model {base} --adapter-path .\n"
         "mlx_lm.server --model {base} --adapter-path .\n```"
     ),
@@ -144,15 +142,30 @@ def _metadata(run: RunFacts, exported: FormatFacts) -> str:
 
 
 def _use(run: RunFacts, exported: FormatFacts) -> str:
-    file, name, base = quote(one_line(exported.file)), quote(ollama_name(run.title)), one_line(run.base)
-    shown = quote(base) if exported.kind == "mlx-adapter" else dumps(base, ensure_ascii=False)
+    file, name, base = quote(one_line(exported.file)), quote(ollama_name(run.title)), run.base_hub_id or "BASE"
+    shown = quote(one_line(base)) if exported.kind == "mlx-adapter" else dumps(one_line(base), ensure_ascii=False)
     text = _USE[exported.kind].format(file=file, name=name, base=shown)
     on_hub = (
         ""
         if exported.kind in ("gguf", "gguf-lora")
         else "; elsewhere, write its path or its name on a hub in place of the dot"
     )
-    return f"In this folder{on_hub}:\n\n{text}"
+    return f"{_needed(run, exported)}In this folder{on_hub}:\n\n{text}"
+
+
+def _needed(run: RunFacts, exported: FormatFacts) -> str:
+    """What an adapter needs beside it, as a paragraph; "" for a whole model."""
+    if exported.kind == "gguf-lora":
+        return "This is an adapter: it needs a GGUF file of the base model (any quantization).\n\n"
+    if exported.kind not in ("peft", "mlx-adapter"):
+        return ""
+    text = "This is an adapter: it needs the base model."
+    if run.base_hub_id is None:
+        base = markdown_code(run.base)
+        gguf = run.base.lower().endswith(".gguf")
+        stands = f"the model of which {base} is a GGUF copy" if gguf else base
+        text += f" `BASE` stands for {stands}: its path, or its name on a hub."
+    return f"{text}\n\n"
 
 
 def _data_line(name: str, digest: str) -> str:
