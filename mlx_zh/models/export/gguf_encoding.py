@@ -1,7 +1,4 @@
-"""Tensors in the types of GGUF: MLX's own codes where they fit a block, else rounded.
-
-Q8_0 and Q5_1 are rounded here, the other types by the gguf package.
-"""
+"""Tensors in the types of GGUF: MLX's own codes where they fit a block, else what the gguf package rounds them to."""
 
 from __future__ import annotations
 
@@ -64,8 +61,6 @@ def encode(value: mx.array, kind: str, name: str) -> Encoded:
         written = (codes.astype(mx.float32) * scales.astype(mx.float32)).reshape(value.shape)
         blocks = mx.concatenate([scales.view(mx.uint8), codes.view(mx.uint8)], axis=1)
         return Encoded(blocks.reshape(value.shape[0], -1), written)
-    if kind == "Q5_1":
-        return _q5_1(value)
     return _by_package(value, kind)
 
 
@@ -76,39 +71,6 @@ def _by_package(value: mx.array, kind: str) -> Encoded:
     with np.errstate(all="ignore"):  # a block of zeros divides by zero, and the package replaces the result
         data = gguf.quants.quantize(np.array(value), number)
     return Encoded(mx.array(data), mx.array(gguf.quants.dequantize(data, number)))
-
-
-def _q5_1(value: mx.array) -> Encoded:
-    """The nearest codes with 30 or with 31 steps from a block's minimum to its maximum, whichever is closer.
-
-    With 31 steps alone, weights that lie on a grid of 15 steps (those of a 4-bit base) would all be moved away from
-    the middle. Every second one of 30 steps is a step of 15.
-    """
-    blocks = value.reshape(-1, GROUP_SIZE)
-    least = blocks.min(axis=1, keepdims=True)
-    low, span = least.astype(mx.float16), blocks.max(axis=1, keepdims=True) - least
-    best: list[mx.array] = []
-    for steps in (30, 31):
-        scale = (span / steps).astype(mx.float16)
-        wide = scale.astype(mx.float32)
-        codes = mx.clip(mx.round((blocks - low) / mx.where(wide == 0, 1, wide)), 0, 31)
-        written = codes * wide + low
-        error = mx.square(written - blocks).sum(axis=1, keepdims=True)
-        now = [codes.astype(mx.uint8), scale, written, error]
-        best = now if not best else [mx.where(error < best[-1], new, old) for new, old in zip(now, best, strict=True)]
-    codes, scale, written, _ = best
-    fields = [scale.view(mx.uint8), low.view(mx.uint8), *_code_bytes(codes, 5)]
-    return Encoded(mx.concatenate(fields, axis=1).reshape(value.shape[0], -1), written.reshape(value.shape))
-
-
-def _code_bytes(codes: mx.array, bits: int) -> list[mx.array]:
-    """The bytes of codes (..., 32) in a Q4_1 or Q5_1 block: of 5 bits the fifth ones first, then pairs of four."""
-    low = codes & 15
-    pairs = low[..., :16] | (low[..., 16:] << 4)
-    if bits == 4:
-        return [pairs]
-    fifth = (codes >> 4).reshape(*codes.shape[:-1], -1, 8) << mx.arange(8, dtype=mx.uint8)
-    return [fifth.sum(axis=-1).astype(mx.uint8), pairs]
 
 
 def keep_codes(parts: list[mx.array], form: Form, name: str) -> Encoded:
@@ -133,7 +95,11 @@ def keep_codes(parts: list[mx.array], form: Form, name: str) -> Encoded:
     codes = mx.dequantize(packed, ones, zeros, **form).astype(mx.uint8).reshape(value.shape[0], -1, GROUP_SIZE)
     repeats = form["group_size"] // GROUP_SIZE  # a larger group is several blocks with the same scale and minimum
     fields = [mx.repeat(half, repeats, axis=1)[..., None].view(mx.uint8) for half in halves]
-    fields += _code_bytes(codes, form["bits"])
+    if form["bits"] == 5:
+        bits = (codes >> 4).reshape(*codes.shape[:-1], -1, 8) << mx.arange(8, dtype=mx.uint8)
+        fields.append(bits.sum(axis=-1).astype(mx.uint8))
+    low = codes & 15
+    fields.append(low[..., :16] | (low[..., 16:] << 4))
     return Encoded(mx.concatenate(fields, axis=-1).flatten(1), value, rounded, error)
 
 
