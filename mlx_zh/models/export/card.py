@@ -142,7 +142,8 @@ def _metadata(run: RunFacts, exported: FormatFacts) -> str:
 
 
 def _use(run: RunFacts, exported: FormatFacts) -> str:
-    file, name, base = quote(one_line(exported.file)), quote(ollama_name(run.title)), run.base_hub_id or "BASE"
+    file, name = quote(one_line(exported.file)), quote(ollama_name(run.title))
+    base = "BASE" if run.base_hub_id is None else run.base_hub_id
     shown = quote(one_line(base)) if exported.kind == "mlx-adapter" else dumps(one_line(base), ensure_ascii=False)
     text = _USE[exported.kind].format(file=file, name=name, base=shown)
     on_hub = (
