@@ -203,8 +203,9 @@ def test_a_config_is_enough_for_the_disk(tmp_path: Path) -> None:
     }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     recipe = load_recipe(ROOT / "recipes/llama31-8b-zh-16gb.yaml", [f"model.path={tmp_path / 'model'}"])
-    # Twice 4.5 GB; for SFT and DPO 0.17 GB of adapter, thrice in each of 3 checkpoints and twice more; 1 GB beside.
-    assert re.search(r"takes up to 13\.7 GB", checkup.disk(recipe).text)
+    # 4.5 GB, and 8.5 GB if the export ends with 8 bits; for SFT and DPO 0.17 GB of adapter, thrice in each of 3
+    # checkpoints and twice more; 1 GB beside.
+    assert re.search(r"takes up to 17\.7 GB", checkup.disk(recipe).text)
 
 
 # M1

@@ -202,7 +202,7 @@ def test_piped_chat_is_one_paragraph(project: Project, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好".encode())))
     result = project.run(chat.main)
     assert result.status == 2 and "Traceback" not in result.err
-    assert result.err.startswith("error: 回答中断：连续占用 GPU 的时间超过了 macOS 的限制。")
+    assert "\nerror: 回答中断：连续占用 GPU 的时间超过了 macOS 的限制。" in result.err
     assert "The answer was cut off: it kept the GPU busy for longer than macOS allows." in result.err
 
 

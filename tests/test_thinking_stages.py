@@ -14,7 +14,8 @@ from project import Project
 from tolerances import LOSS
 
 from mlx_zh import chat, doctor, prepare
-from mlx_zh.chatting.repl import Repl, thinking_mode
+from mlx_zh.chatting.commands import thinking_mode
+from mlx_zh.chatting.repl import Repl
 from mlx_zh.core.logprobs import batch_logprobs
 from mlx_zh.core.losses import sft_loss
 from mlx_zh.core.packing import pack_conversations
@@ -197,5 +198,5 @@ def test_think_switches_the_prompt(byte_tokenizer: Any) -> None:
 
 def test_the_chat_of_a_recipe_has_its_mode(thinking: Project) -> None:
     recipe = load_recipe("recipe.yaml", ["model.thinking=off"])
-    bot, _ = chat._open(chat.parse(["recipe.yaml", "model.thinking=off"]), None)
+    bot = chat._load(chat.parse(["recipe.yaml", "model.thinking=off"]), recipe)
     assert bot.renderer.mode == "off" == renderer_of(recipe, bot.loaded.tokenizer).mode

@@ -114,7 +114,7 @@ def test_the_commands_take_a_run(project: Project, monkeypatch: pytest.MonkeyPat
     assert "runs/tiny/report.html" in shown and "runs/tiny/sft is finished" in shown
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("你好".encode()), isatty=lambda: False))
     assert chat.main(["tiny", "--max-tokens", "2", "--verbose"]) == 0
-    assert "adapter: runs/tiny/sft/adapters" in project.capsys.readouterr().err
+    assert "adapter: sft (runs/tiny/sft/adapters)" in project.capsys.readouterr().err
     assert json.loads(Path("runs/tiny/manifest.json").read_text())["data"].keys() == {
         "train.jsonl",
         "validation.jsonl",
