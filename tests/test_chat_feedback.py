@@ -308,7 +308,7 @@ def test_markdown_is_written_for_md_files(chat: Any, tmp_path: Path, monkeypatch
     chat.say(f"/save {file}")
     assert "## 用户\n\n你好" in file.read_text("utf-8")
     (tmp_path / "notes.md").write_text("mine")
-    assert "not a saved chat" in chat.say(f"/save {tmp_path / 'notes.md'}")
+    assert "不是保存的对话" in chat.say(f"/save {tmp_path / 'notes.md'}")
     assert (tmp_path / "notes.md").read_text() == "mine"
 
 
@@ -459,3 +459,10 @@ def test_adapters_have_the_names_of_stages(tmp_path: Path) -> None:
     assert bot.name_of(tmp_path / "sft") == "sft" and bot.name_of(None) == "none"
     with pytest.raises(AdapterError, match="no adapter of dpo here; /adapter takes sft, none or a folder"):
         bot.named("dpo")
+
+
+def test_errors_of_the_chat_are_in_the_readers_language(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_ZH_LANG", "zh")
+    shown = chat.say("/good", "/retry", "/temp 20", "/save")
+    assert all(text in shown for text in ("没有可以重答的问题", "温度必须是 0", "缺少路径：/save FILE")), shown
+    assert "there is no answer" not in shown

@@ -16,6 +16,7 @@ from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.corpus.samples import Sampled, SampledAnswer, prompt_id
 from mlx_zh.errors import JudgeError, RefusedByJudge
+from mlx_zh.language.translation import label
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.choosing import Choosing
 from mlx_zh.stages.hand_votes import Voter, shown_pair
@@ -253,3 +254,9 @@ def test_a_local_judge_reads_the_question_and_answers(project, capsys):
     result = project.run(choose.main, *options)
     assert result.status == 1 and "answers nearly equal" in result.out
     assert json.loads(folder.choice.read_text())["bias"]["unread"] == 2
+
+
+@pytest.mark.parametrize("name", ["prompts", "used", "skipped", "ties", "not decided yet", "all answers bad"])
+def test_counts_are_labelled_in_chinese(name: str) -> None:
+    shown = label(name, "zh")
+    assert shown != name and not any(letter.isascii() for letter in shown)

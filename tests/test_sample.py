@@ -199,7 +199,7 @@ def test_sets_of_the_recipe(drawn: Sample, project: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--prompts", "nowhere.jsonl"), "there is no such file, and the sets of a recipe are train"),
+        (("--prompts", "nowhere.jsonl"), "there is no such file of prompts, and the sets of a recipe are train"),
         (("--prompts", "dpo.train"), "data.dpo.train of the recipe names no data"),
         (("--prompts", "empty.jsonl"), "holds no rows"),
         (("--stage", "dpo"), "holds no adapter"),

@@ -18,7 +18,6 @@ from mlx_zh.chatting.statistics_line import describe
 from mlx_zh.chatting.terminal import Screen, Wrapper, text_width, unechoed_keys, wrap
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.errors import MlxZhError
-from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system.crashes import record_crash
 from mlx_zh.system.interrupts import stop_on_interrupt
 
@@ -58,7 +57,7 @@ class Repl:
             except (SystemExit, BrokenPipeError):
                 raise
             except BaseException as problem:  # the chat goes on; libraries in Rust raise what is no Exception
-                self.screen.error(in_readers_language(record_crash(problem)))
+                self.screen.error(record_crash(problem))
 
     def handle(self, text: str) -> None:
         """Run a command, or ask the model. Raises MlxZhError."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 from wcwidth import iter_graphemes, wcswidth
 
 from mlx_zh.errors import MlxZhError
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.system import escaping
 from mlx_zh.system.interrupts import stop_on_interrupt
 
@@ -80,8 +81,8 @@ class Screen:
         self._styled("2", text)
 
     def error(self, text: str) -> None:
-        """Write a red line."""
-        self._styled("31", text)
+        """Write a red line, in the reader's language."""
+        self._styled("31", in_readers_language(text))
 
     def heading(self, text: str) -> None:
         """Write a bold line."""

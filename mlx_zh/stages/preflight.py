@@ -24,6 +24,7 @@ from mlx_zh.recipe import Model, Recipe, Source
 from mlx_zh.stages import memory_check, needs
 from mlx_zh.stages.data import registry_of, require_fitting_keys, require_kind, resolve_source
 from mlx_zh.stages.first_adapter import choose_start
+from mlx_zh.stages.prompt_sets import SETS, prompt_set
 from mlx_zh.stages.rendering import thinking_problem
 from mlx_zh.stages.run_folder import TUNED
 from mlx_zh.system import console, hub, hub_choice, storage
@@ -58,6 +59,7 @@ def problems(recipe: Recipe, stages: Sequence[str]) -> list[Problem]:
     if "eval" in stages:
         found += _exams(recipe)
     found += starts(recipe, stages)
+    found += _rounds(recipe)
     config, model_problems = _model(recipe.model)
     model_problems += scorers(recipe, stages)
     found += model_problems
@@ -152,6 +154,17 @@ def _exams(recipe: Recipe) -> Iterator[Problem]:
                 open_exam(name, folders={}, hub="auto", split=settings.split, shots=0, limit=1)
             except MlxZhError as error:
                 yield _of(error)
+
+
+def _rounds(recipe: Recipe) -> Iterator[Problem]:
+    """A file of prompts that the rounds, the last step of a run, could not read."""
+    name = recipe.rounds.prompts if recipe.rounds is not None else None
+    if not name or name in SETS:
+        return  # a set is of data that is checked by itself, and may not be here yet
+    try:
+        prompt_set(recipe, name, limit=1)
+    except MlxZhError as error:
+        yield _of(error)
 
 
 def starts(recipe: Recipe, stages: Sequence[str] = TUNED) -> Iterator[Problem]:

@@ -62,7 +62,7 @@ def _prompts(recipe: Recipe, name: str, report: LoadReport) -> Iterator[Prompt]:
     elif name in SETS:
         yield from _of_data(recipe, name, report)
     else:
-        raise DataError(f"--prompts {name}: there is no such file, and the sets of a recipe are {', '.join(SETS)}.")
+        raise DataError(f"{name}: there is no such file of prompts, and the sets of a recipe are {', '.join(SETS)}.")
 
 
 def _of_data(recipe: Recipe, name: str, report: LoadReport) -> Iterator[Prompt]:

@@ -158,3 +158,15 @@ def test_the_model_that_scores_rows_is_checked_before_they_are_read(
     assert names.count("qwen3-0.6b") == 1
     assert "qwen3-0.6b" not in [item.name for item in needs.downloads_of(scored_by("qwen3-0.6b"), {}, ("eval",))]
     assert [item.name for item in needs.downloads_of(scored_by("qwen3-8b"), {}, ("sft",))].count("qwen3-8b") == 1
+
+
+def test_the_prompts_of_rounds_are_read_before_the_run(recipe: Any, tmp_path: Path) -> None:
+    def wrong(name: str) -> list[str]:
+        settings = ("data.sft.train=[good.jsonl]", "rounds.count=2", f"rounds.prompts={name}")
+        return [text for text in errors(recipe(*settings), "sft") if name in text]
+
+    assert len(wrong("no-file.jsonl")) == 1 and "no such file of prompts" in wrong("no-file.jsonl")[0]
+    (tmp_path / "empty.txt").write_text("\n")
+    assert len(wrong("empty.txt")) == 1
+    (tmp_path / "asked.txt").write_text("1 + 1 = ?\n")
+    assert wrong("asked.txt") == [] and wrong("train") == []
