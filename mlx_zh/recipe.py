@@ -633,9 +633,9 @@ class Rounds(Section):
     def _has_a_judge(self) -> Rounds:
         named = (self.judge is not None) + (self.judge_url is not None and self.judge_model is not None)
         if self.by == "judge" and named != 1:
-            raise ValueError("with by: judge, either a judge, or both a judge_url and a judge_model")
+            raise ValueError("a section with judge, or with both judge_url and judge_model, because by is judge")
         if self.by == "rule" and (self.judge or self.judge_url or self.judge_model):
-            raise ValueError("by: judge, because the section names a judge")
+            raise ValueError("a section with by: judge, because it names a judge")
         return self
 
 

@@ -263,6 +263,14 @@ def test_a_config_is_enough(config_only: Path, run_stage: Any, capsys: pytest.Ca
     assert "memory." in shown and "change no result" in shown
 
 
+def test_the_time_says_that_rounds_are_not_in_it(config_only: Path, run_stage: Any, capsys: Any) -> None:
+    recipe, model = ROOT / "recipes" / "llama31-8b-zh-16gb.yaml", f"model.path={config_only}"
+    assert run_stage(plan.main, recipe, model, "--memory=16GB", "rounds.count=2") == 0
+    assert "The rounds come on top" in capsys.readouterr().out
+    assert run_stage(plan.main, recipe, model, "--memory=16GB") == 0
+    assert "The rounds come on top" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size", ["much", "0GB", "-3", "16MB"])
 def test_what_is_no_size(size: str, run_stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_stage(plan.main, "recipe.yaml", f"--memory={size}") == 2

@@ -290,4 +290,6 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
     elif seconds:
         show_total(seconds)
         console.say("Expect it within a third: other programs, heat and the lengths of your examples all count.")
+    if recipe.rounds is not None:
+        console.say(Notice("outlook-without-rounds"))
     return fits
