@@ -178,9 +178,9 @@ def source_lines(report: CorpusReport, unit: str) -> list[str]:
     lines = []
     for source in report["sources"]:
         train, held_out = source["train"], source["validation"]
-        notes = [f"{count} {in_readers_language(reason)}" for reason, count in source["dropped"].items()]
+        notes = [in_readers_language(f"{held_out} of them for validation")] if train and held_out else []
+        notes += [f"{count} {in_readers_language(reason)}" for reason, count in source["dropped"].items()]
         notes += [f"{source['cut_short']} {in_readers_language('cut short')}"] if source["cut_short"] else []
-        notes += [in_readers_language(f"{held_out} of them for validation")] if train and held_out else []
         lines.append(f"{source['name']}: {train + held_out} {unit}" + (f" ({', '.join(notes)})" if notes else ""))
     return lines
 
