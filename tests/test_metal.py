@@ -18,7 +18,7 @@ from project import Project, Result, message
 from watchman import Watchman, simulated_metal
 
 from mlx_zh import chat, dpo, eval, fuse, plan
-from mlx_zh.core.losses import LOSSES
+from mlx_zh.core.losses import LOSSES, UNPAIRED
 from mlx_zh.planning import speed
 from mlx_zh.stages import device_check
 from mlx_zh.system import device
@@ -113,6 +113,15 @@ def test_every_preference_loss(on_metal: Project, metal: Watchman, loss: str) ->
     assert metal.fewest_queries() == {"bool": 1, "causal": 9}
 
 
+@pytest.mark.parametrize("loss", UNPAIRED)
+@pytest.mark.parametrize(
+    "settings", [[], ["memory.checkpoint_layers=true", "lora.dropout=0.1", "dpo.sft_weight=0.5"]]
+)
+def test_every_loss_of_single_answers(on_metal: Project, metal: Watchman, loss: str, settings: list[str]) -> None:
+    well(on_metal.run(dpo.main, "dpo.start=base", "memory.micro_tokens=60", f"dpo.loss={loss}", *settings))
+    assert metal.of("attention", gradient=True) and metal.of("attention", gradient=False)
+
+
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
@@ -159,7 +168,7 @@ def test_fuse_and_chat(on_metal: Project, metal: Watchman, monkeypatch: pytest.M
     assert metal.of("attention")  # the fused model is compared with the one that was trained
     metal.calls.clear()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好".encode())))
-    result = on_metal.run(chat.main, "--max-tokens", "3")
+    result = on_metal.run(chat.main, "--max-tokens", "3", "--seed", "3")  # of some seeds, white space
     assert result.status == 0 and result.out.strip() and len(result.err.splitlines()) == 1  # which model answers
     assert metal.fewest_queries(gradient=False)["none"] == 1  # token by token
 
