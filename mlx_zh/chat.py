@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.system.arguments import Parser
+from mlx_zh.system.arguments import Parser, number
 
 if TYPE_CHECKING:
     from mlx_zh.chatting.chatbot import Chatbot
@@ -41,9 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="answer this one question, and exit")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the recipe's)")
-    parser.add_argument("--temp", type=_number(0, 10), default=0.7, help="temperature; 0 is greedy (default 0.7)")
+    parser.add_argument("--temp", type=number(0, 10), default=0.7, help="temperature; 0 is greedy (default 0.7)")
     parser.add_argument(
-        "--top-p", type=_number(0.01, 1), default=0.95, help="nucleus sampling; 1 turns it off (default 0.95)"
+        "--top-p", type=number(0.01, 1), default=0.95, help="nucleus sampling; 1 turns it off (default 0.95)"
     )
     parser.add_argument("--max-tokens", type=_count, default=1024, help="longest answer, in tokens (default 1024)")
     parser.add_argument("--max-context", type=_count, help="longest conversation, in tokens (default: the model's)")
@@ -177,16 +175,6 @@ def _run(recipe: Recipe | None) -> RunFolder | None:
     from mlx_zh.stages.run_folder import RunFolder
 
     return RunFolder.of(recipe) if recipe else None
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= float(text) <= high:
-                return float(text)
-        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
-
-    return number
 
 
 def _seed(text: str) -> int:
