@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_zh.stages.judge_options import add_choosing, settings_of
+from mlx_zh.stages.judge_options import parsed_choosing, settings_of
 from mlx_zh.system.arguments import Parser
 
 _EPILOG = "Two stages of one run: `mlx-zh arena RUN RUN --stage sft,dpo --prompts FILE`."
@@ -23,8 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         "--max-tokens", metavar="N", type=int, default=512, help="longest answer, in tokens (default 512)"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add_choosing(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parsed_choosing(parser, argv)
+    if arguments.stage is not None and arguments.stage.count(",") > 1:
+        parser.error(f"--stage takes one stage or two, got {arguments.stage!r}")
 
     from mlx_zh.stages.contest import Arena
     from mlx_zh.stages.judge_models import judge_of

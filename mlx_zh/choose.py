@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_zh.stages import command
-from mlx_zh.stages.judge_options import add_choosing, settings_of
+from mlx_zh.stages.judge_options import parsed_choosing, settings_of
 
 _PURPOSE = "Choose among the answers that `mlx-zh sample` drew, and write them as data for DPO, KTO or SFT."
 
@@ -19,8 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--votes", metavar="FILE", help="feedback of the chat (JSON lines): the judge is compared with these votes"
     )
-    add_choosing(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parsed_choosing(parser, argv)
     recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0

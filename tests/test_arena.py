@@ -94,6 +94,12 @@ def test_two_stages_of_a_run(answers, run_stage, capsys):
     assert "within noise" in capsys.readouterr().out
 
 
+def test_three_stages_are_refused(answers, capsys):
+    with pytest.raises(SystemExit):
+        arena.main(["one", "one", "--stage", "base,sft,dpo", "--prompts", str(PROMPTS)])
+    assert "--stage takes one stage or two" in capsys.readouterr().err
+
+
 def test_one_stage_is_that_of_both(answers, run_stage):
     answers.wrong = {"one base": 0, "two base": 0}
     assert run_stage(arena.main, "one", "two", "--stage", "base", "--prompts", PROMPTS) == 0

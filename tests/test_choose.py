@@ -85,6 +85,20 @@ def test_no_pair_is_no_file(run, run_stage, capsys):
     assert not (run.samples_called("sft").path / "pairs.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--longest", "5", "--by", "judge", "--judge", "m"], "--longest is for --by rule"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "--judge-url is for --by judge"),
+        (["--votes", "feedback.jsonl", "--by", "hand"], "--votes is for --by judge"),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(run, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        choose.main(["recipe.yaml", *arguments])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_samples_that_are_not_there_are_named(run, told):
     said = told(lambda: choose.main(["recipe.yaml", "--samples", "dpo"]))
     assert "The samples of this run are: sft." in said

@@ -9,7 +9,25 @@ if TYPE_CHECKING:
     from mlx_zh.judging.rules import Settings
 
 
-def add_choosing(parser: argparse.ArgumentParser) -> None:
+# Which of the ways to choose reads an option; the others would leave it unread.
+_READ_BY = {
+    **dict.fromkeys(("shortest", "longest", "format"), "rule"),
+    **dict.fromkeys(("judge", "judge_url", "judge_model", "judge_tokens", "parallel", "votes"), "judge"),
+}
+
+
+def parsed_choosing(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line of `parser` with the options that say who chooses. Exits if one of them would not be read."""
+    _add_choosing(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    for name, way in _READ_BY.items():
+        if arguments.by != way and getattr(arguments, name, None) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            parser.error(f"{option} is for --by {way}")
+    return arguments
+
+
+def _add_choosing(parser: argparse.ArgumentParser) -> None:
     """Add the options that say who chooses, and by which rules."""
     parser.add_argument("--by", choices=("rule", "judge", "hand"), default="rule", help="who chooses (default rule)")
     parser.add_argument("--shortest", metavar="N", type=int, default=1, help="characters that an answer needs")

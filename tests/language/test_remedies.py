@@ -70,6 +70,8 @@ SAID_BY = {
     "{0} has no adapter, and the": ("fuse",),
     "--fresh is an option of": ("sft", "dpo", "run"),
     "The GGUF file gets 4 bits": ("fuse",),
+    "{option} is for --by": ("choose", "arena"),
+    "--stage takes one stage": ("arena",),
     "{place} exceeded 65,504": ("sft", "dpo", "run"),
     "GUESSED: check the samples": ("init",),
     "--columns {given}": ("init",),
