@@ -148,7 +148,8 @@ def settled(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         replaced = [key for key in of_row if last[key] != number]
         if number == len(kept) - 1 and isinstance(row, InvalidRow) and row.reason == "broken JSON":
             row = LeftOut("half-written last line", str(row))
-        yield place, {**row, _REPLACED: replaced} if replaced else row
+        own = isinstance(row, dict) and _REPLACED in row  # a column of the file with this name, which says nothing
+        yield place, {**row, _REPLACED: replaced} if replaced or own else row
 
 
 def _keys(row: Any) -> list[str]:

@@ -106,6 +106,12 @@ def test_what_was_said_last_of_an_answer_counts(write: Any) -> None:
     assert learned(path) == ["b", "b"]
 
 
+@pytest.mark.parametrize("value", [None, 1, "x", ["x"], {"a": 1}])
+def test_a_column_with_the_name_of_the_inner_one_says_nothing(write: Any, value: Any) -> None:
+    path = write(row("good", "北京", replaced=value), row(0, "北京。", "南京", replaced=value))
+    assert learned(path) == ["北京", "北京。"] and pairs(path) == [("北京。", "南京")]
+
+
 def test_a_vote_on_one_of_two_answers_leaves_the_pair(write: Any) -> None:
     """The better of two answers may be bad all the same: then it is not learned by itself."""
     path = write(row(0, "a", "b"), row("bad", "a"))
