@@ -14,7 +14,7 @@ from mlx_zh.models.identity import is_foreign
 from mlx_zh.recipe import ADAPTER_FORMATS
 from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import TUNED, RunFolder
-from mlx_zh.system import blas, console, device
+from mlx_zh.system import blas, console, cpu_threads, device
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -115,6 +115,7 @@ def _open(recipe: Recipe) -> LoadedModel:
     device.limit_cache()
     if warning := blas.blas_warning():
         console.warn(warning)
+    cpu_threads.settle()
     source = recipe.model
     loaded = load_model(
         source.path,
