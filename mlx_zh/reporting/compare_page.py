@@ -27,7 +27,7 @@ def compare_page(comparison: Comparison, created: str) -> str:
         headlines=[comparison.headlines(number) for number in range(len(comparison.runs))],
         fair=fair,
         sentence=sentence,
-        alarms=comparison.alarms,
+        alarms=[],  # each run has its own, below
         sections=list(_sections(comparison)),
     )
 
@@ -40,7 +40,7 @@ def _sections(comparison: Comparison) -> Iterator[Section]:
     yield Section("recipe", say("compare-recipe"), content)
     shown = {"runs": runs, "exams": comparison.exams, "model_name": model_name, "correction": correction}
     content = render("compare_exams", **shown, interval_and_p=interval_and_p, won_and_lost=won_and_lost)
-    yield Section("benchmarks", say("benchmarks"), content)
+    yield Section("exams", say("compare-exams"), content)
     if own := own_changes(runs):
         yield Section("own", say("compare-own"), render("compare_own", runs=runs, rows=own))
     for stage in compared_curves(runs):
@@ -51,5 +51,7 @@ def _sections(comparison: Comparison) -> Iterator[Section]:
     yield Section("figures", say("compare-figures"), content)
     if answers := compared_answers(runs, comparison.stage):
         yield Section("answers", say("answers"), render("compare_answers", answers=answers, mark=mark))
+    if alarms := comparison.alarms:
+        yield Section("warnings", say("compare-warnings"), render("compare_warnings", alarms=alarms))
     content = render("compare_details", runs=runs, checks=comparison.checks)
     yield Section("details", say("compare-details"), content)

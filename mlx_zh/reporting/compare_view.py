@@ -9,8 +9,8 @@ from functools import cached_property
 from mlx_zh.reporting.compared_exams import Against, ComparedExam, compared_exams
 from mlx_zh.reporting.comparison import ComparedRun, Difference, recipe_differences
 from mlx_zh.reporting.fairness import Check, checks, verdict
-from mlx_zh.reporting.findings import Alarm, is_finite
-from mlx_zh.reporting.messages import Text, joined, named, say
+from mlx_zh.reporting.findings import Alarm
+from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import Tile, points, tiles
 
 MOST = 6  # runs, as many as there are colours
@@ -80,15 +80,17 @@ def _after(labels: str, where: Text) -> Text:
 
 
 def exam_tile(exam: ComparedExam, number: int) -> Tile | None:
-    """A run's average in an exam, and its change against the first run."""
+    """A run's average in an exam; of which model it is, and its change against the first run."""
     row = exam.rows[0] if exam.rows else None
     cell = row.cells[number] if row else None
     if row is None or cell is None:
         return None
     test = row.tests[number]
-    remark = Text.same("")
+    model = named(exam.stages[number] or "base")
+    remark = model
     if test:
-        remark = say("change_remark", points=points(test.compared.difference), verdict=say(test.verdict))
+        change = points(test.compared.difference)
+        remark = say("compare-staged", stage=model, points=change, verdict=say(test.verdict))
     return Tile(Text.same(exam.title), f"{100 * cell.macro:.2f}", remark)
 
 
@@ -111,7 +113,9 @@ def won_and_lost(test: Against) -> Text:
 def correction(exam: ComparedExam) -> Text | None:
     """How p was corrected; None where there was one comparison at most."""
     first, rest = (sum(test is not None for row in rows for test in row.tests) for rows in (exam.rows[:1], exam.rows[1:]))
-    return say("compare-holm-note", count=first, rest=rest) if first + rest > 1 else None
+    if rest:
+        return say("compare-holm-note", count=first, rest=rest)
+    return say("compare-holm-first", count=first) if first > 1 else None
 
 
 def exam_lines(comparison: Comparison) -> list[Text]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from mlx_zh.reporting.charts import Curves, Points, Series, smooth
 from mlx_zh.reporting.comparison import ComparedRun
@@ -138,7 +137,9 @@ def _titled(stage: str, name: Text) -> Text:
 
 def _axis(charts: dict[str, list[Curves]], runs: Sequence[ComparedRun], trainings: Sequence[TrainingResult]) -> str:
     """Steps where they hold about equally many tokens; else tokens, if the runs have the same base and so tokenizer."""
-    sizes = [median(values) for t in trainings if (values := [value for _, value in t.points("scored_tokens")])]
+    tokens = [[value for _, value in training.points("scored_tokens")] for training in trainings]
+    common = min(map(len, tokens))  # steps that all of them have taken
+    sums = [sum(values[:common]) for values in tokens]
+    alike = min(sums) <= 0 or max(sums) / min(sums) < _UNLIKE
     same_base = len({run.model.get("fingerprint") for run in runs}) == 1
-    alike = not sizes or min(sizes) <= 0 or max(sizes) / min(sizes) < _UNLIKE
     return "scored_tokens" if "scored_tokens" in charts and same_base and not alike else "step"
