@@ -8,19 +8,23 @@ from os.path import expanduser, isdir, isfile
 from pathlib import Path
 
 from mlx_zh.errors import DataError, MlxZhError
+from mlx_zh.language.catalogue import Language
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.recipe import Evaluate, Recipe, load_recipe
 from mlx_zh.reporting.compare_view import MOST, Comparison
 from mlx_zh.reporting.comparison import ComparedRun
-from mlx_zh.reporting.findings import Alarm, Findings, gather
+from mlx_zh.reporting.findings import Alarm, gather
 from mlx_zh.reporting.messages import Text, say
 from mlx_zh.stages.budgeting import decided
 from mlx_zh.stages.command import find_recipe, run_of
 from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
+from mlx_zh.stages.run_list import RunList, key_of
 from mlx_zh.system.redaction import hide, hide_all, redacted
 
 _DEFAULT = Evaluate()
 _NAME = 60  # characters of the runs' names in that of the page; a Chinese one has three bytes, and 255 are allowed
+_LANGUAGES: tuple[Language, Language] = ("zh", "en")  # in the order of a `Text`
 _BEGINS = b'<!doctype html>\n<html lang="zh-Hans" data-zh="'  # of a page that this program wrote
 
 
@@ -158,11 +162,19 @@ def _compared(chosen: Chosen, read: tuple[Recipe | None, str], label: str) -> Co
         why = Text.same(hide(reason)) if reason else say("compare-no-recipe")
         findings.alarms.insert(0, Alarm(say("recipe"), say("compare-recipe-unreadable", reason=why)))
     values = {} if recipe is None else hide_all(redacted(recipe.model_dump(mode="json", by_alias=True)))
-    return ComparedRun(label, findings, run.exams, values, _state(run, findings), _adapters(run))
+    return ComparedRun(label, findings, run.exams, values, _state(run), _adapters(run))
 
 
-def _state(run: RunFolder, findings: Findings) -> Text:
-    return say("compare-state-done")
+def _state(run: RunFolder) -> Text:
+    """How far the run got, as the list of runs has it."""
+    info = RunList([run.path]).one(key_of(run.path))
+    state, why = ("waiting", None) if info is None else (info.state, info.why)
+    if why is None and state == "failed":
+        state = "stopped"
+    if why is None:
+        return say(f"compare-state-{state}")
+    reason = Text(*(hide(in_readers_language(why, language)) for language in _LANGUAGES))
+    return say(f"compare-state-{'failed' if state == 'failed' else 'stopped-why'}", why=reason)
 
 
 def _adapters(run: RunFolder) -> dict[str, int]:
