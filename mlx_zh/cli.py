@@ -23,11 +23,8 @@ STAGES = {
     "plan": "estimate the memory and time of a run before it starts",
     "doctor": "check this machine and say what is missing; its output belongs in a bug report",
     "report": "write the report of a run: a web page, a text and plots",
-<<<<<<< HEAD
     "compare": "compare runs: what differs, curves, exams and answers on one page",
-=======
     "studio": "watch, compare, start and try runs on a page in the browser",
->>>>>>> 937d8d04e84e9af9b643c168b331420c51b059e5
 }
 
 _MORE = "`mlx-zh STAGE --help` shows a stage's options. Each stage also runs as `python -m mlx_zh.STAGE`."

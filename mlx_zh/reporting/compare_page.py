@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mlx_zh.reporting import svg
 from mlx_zh.reporting.compare_view import Comparison, correction, interval_and_p, won_and_lost
-from mlx_zh.reporting.compared_curves import compared_curves
+from mlx_zh.reporting.compared_curves import axis_name, compared_curves
 from mlx_zh.reporting.compared_exams import model_name, own_changes
 from mlx_zh.reporting.compared_figures import compared_answers, compared_figures
 from mlx_zh.reporting.messages import named, say
@@ -45,7 +45,7 @@ def _sections(comparison: Comparison) -> Iterator[Section]:
         yield Section("own", say("compare-own"), render("compare_own", runs=runs, rows=own))
     for stage in compared_curves(runs):
         charts = {axis: [svg.curves(chart) for chart in drawn] for axis, drawn in stage.charts.items()}
-        content = render("compare_curves", stage=stage.stage, chosen=stage.axis, charts=charts)
+        content = render("compare_curves", stage=stage.stage, chosen=stage.axis, charts=charts, axis_name=axis_name)
         yield Section(f"curves-{stage.stage}", say("compare-curves", stage=named(stage.stage)), content)
     content = render("compare_figures", runs=runs, groups=compared_figures(runs))
     yield Section("figures", say("compare-figures"), content)

@@ -18,9 +18,10 @@ MOST = 6  # runs, as many as there are colours
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs and everything that is derived from them. `stage` is the model that was asked for, None: the newest.
+    """Several runs and everything that is derived from them.
 
-    `bootstrap` samples and `seed` give the intervals and p of the exams.
+    `bootstrap` samples and `seed` give the intervals and p of the exams. `stage` is the model to compare, None for
+    the newest of each run.
     """
 
     runs: Sequence[ComparedRun]
@@ -112,7 +113,9 @@ def won_and_lost(test: Against) -> Text:
 
 def correction(exam: ComparedExam) -> Text | None:
     """How p was corrected; None where there was one comparison at most."""
-    first, rest = (sum(test is not None for row in rows for test in row.tests) for rows in (exam.rows[:1], exam.rows[1:]))
+    first, rest = (
+        sum(test is not None for row in rows for test in row.tests) for rows in (exam.rows[:1], exam.rows[1:])
+    )
     if rest:
         return say("compare-holm-note", count=first, rest=rest)
     return say("compare-holm-first", count=first) if first > 1 else None
@@ -132,5 +135,5 @@ def exam_lines(comparison: Comparison) -> list[Text]:
                 code = "same" if test.verdict == "noise" else test.verdict
                 lines.append(say(f"compare-line-{code}", **values, **figures))
             elif at in exam.untested:
-                lines.append(say("compare-line-untested", **values, reason=exam.untested[at]))
+                lines.append(say("compare-untested", **values, reason=exam.untested[at]))
     return lines

@@ -63,6 +63,11 @@ def compared_curves(runs: Sequence[ComparedRun]) -> list[StageCurves]:
     return stages
 
 
+def axis_name(axis: str) -> Text:
+    """What an axis is called where one is chosen."""
+    return say(f"compare-axis-{axis}")
+
+
 _Map = Callable[[float], float]  # from a step to its place on the axis
 
 
@@ -136,7 +141,7 @@ def _titled(stage: str, name: Text) -> Text:
 
 
 def _axis(charts: dict[str, list[Curves]], runs: Sequence[ComparedRun], trainings: Sequence[TrainingResult]) -> str:
-    """Steps where they hold about equally many tokens; else tokens, if the runs have the same base and so tokenizer."""
+    """Steps where they hold about equally many tokens; else tokens, if the runs have the same tokenizer."""
     tokens = [[value for _, value in training.points("scored_tokens")] for training in trainings]
     common = min(map(len, tokens))  # steps that all of them have taken
     sums = [sum(values[:common]) for values in tokens]

@@ -97,13 +97,12 @@ class _Entrant:
 
 
 class _Exam:
-    def __init__(
-        self, runs: Sequence[ComparedRun], key: str, bootstrap: int, seed: int, stage: str | None
-    ) -> None:
+    def __init__(self, runs: Sequence[ComparedRun], key: str, bootstrap: int, seed: int, stage: str | None) -> None:
         self._entrants = [_entrant(run, key, stage) for run in runs]
         self._bootstrap, self._seed = bootstrap, seed
         shown = [(at, entrant) for at, entrant in enumerate(self._entrants) if entrant]
-        self._first, self._reference = shown[0] if shown else (0, None)
+        self._first = shown[0][0] if shown else 0
+        self._reference = shown[0][1] if shown else None
         self._key, self._any = key, next(exam for run in runs for exam in run.findings.exams if exam.key == key)
 
     def result(self) -> ComparedExam:
@@ -195,9 +194,11 @@ def _unlike(first: _Entrant, other: _Entrant) -> Text | None:
     return None
 
 
-def _corrected(compared: Mapping[tuple[str, int], Comparison], names: Sequence[str]) -> dict[tuple[str, int], Against]:
+def _corrected(
+    compared: Mapping[tuple[str, int], Comparison], names: Sequence[str]
+) -> dict[tuple[str, int], Against]:
     """The tests by row and run, corrected in two families: the first row (the average), and all rows below it."""
-    tests = {}
+    tests: dict[tuple[str, int], Against] = {}
     for rows in (names[:1], names[1:]):
         family = [place for place in compared if place[0] in rows]
         adjusted = holm([compared[place].p for place in family])

@@ -70,7 +70,7 @@ def _right(run: ComparedRun) -> Text | None:
 def _training(runs: Sequence[ComparedRun], stage: str) -> list[FigureRow]:
     trainings = [run.findings.training.get(stage) for run in runs]
     facts = [dict(training_facts(training)) if training else {} for training in trainings]
-    lowest = [training and _lowest(training) for training in trainings]
+    lowest = [_lowest(training) if training else None for training in trainings]
     rows = []
     for name in dict.fromkeys(name for known in facts for name in known):
         rows += _row(name, [known.get(name) for known in facts])
@@ -121,9 +121,9 @@ def _exports(runs: Sequence[ComparedRun]) -> list[FigureRow]:
 
 def size(byte_count: float) -> Text:
     """Bytes as text, the same in both languages: 950 kB, 12.4 MB, 4.52 GB."""
-    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if byte_count >= pair[0] or pair[0] == 1e3)
-    digits = 2 if unit == 1e9 else 1 if unit == 1e6 else 0
-    return Text.same(f"{byte_count / unit:.{digits}f} {name}")
+    if byte_count >= 1e9:
+        return Text.same(f"{byte_count / 1e9:.2f} GB")
+    return Text.same(f"{byte_count / 1e6:.1f} MB" if byte_count >= 1e6 else f"{byte_count / 1e3:.0f} kB")
 
 
 @dataclass(frozen=True, slots=True)

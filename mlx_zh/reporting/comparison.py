@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_zh.reporting.findings import STAGES, Findings, mapped
+from mlx_zh.reporting.findings import Findings, mapped
 from mlx_zh.reporting.messages import Text
 
 _SHOWN = 300  # characters of one value
+_NEWEST = ("dpo", "sft", "fused", "base")
 _OF_THE_RUN = ("name", "runs")  # keys of a recipe that say where its results go
 
 
@@ -31,9 +32,7 @@ class ComparedRun:
 
     def newest(self, stages: Sequence[str]) -> str | None:
         """The newest tuned model among `stages`, else the fused one or the base; None without any."""
-        order = [stage for stage in STAGES if stage in stages and stage != "fused"]
-        tuned = [stage for stage in order if stage != "base"]
-        return (tuned or [stage for stage in stages if stage == "fused"] or order or [None])[-1]
+        return next((stage for stage in _NEWEST if stage in stages), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,7 @@ _ABSENT = object()
 def flattened_recipe(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted keys with their values; the entries of a list of sections are numbered from 1."""
     for key, value in values.items():
-        sections = isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value)
-        if sections:
+        if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
             value = {str(number): entry for number, entry in enumerate(value, start=1)}
         if isinstance(value, Mapping) and value:
             yield from flattened_recipe(value, f"{prefix}{key}.")

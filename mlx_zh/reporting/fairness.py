@@ -43,8 +43,15 @@ class Check:
 
     @property
     def status(self) -> str:
-        """same, differs or unknown: the end of the code of its wording."""
+        """same, differs or unknown: the name of its style."""
         return _status(self.same)
+
+    @property
+    def said(self) -> Text:
+        """The status in words, with a mark."""
+        mark = {"same": "✓", "differs": "≠", "unknown": "?"}[self.status]
+        text = say(f"compare-status-{self.status}")
+        return Text(f"{mark} {text.zh}", f"{mark} {text.en}")
 
 
 def _status(same: bool | None) -> str:
@@ -96,8 +103,8 @@ def _equal(values: Sequence[object]) -> bool | None:
 
 
 def _check(code: str, what: Text, same: bool | None, values: list[str], *, decisive: bool = True) -> Check:
-    """A check whose meanings are the wordings `compare-CODE-same`, `-differs` and `-unknown`."""
-    return Check(what, same, say(f"compare-{code}-{_status(same)}"), values, decisive)
+    """A check whose meanings are the wordings `compare-check-CODE-same`, `-differs` and `-unknown`."""
+    return Check(what, same, say(f"compare-check-{code}-{_status(same)}"), values, decisive)
 
 
 def _base_of(run: ComparedRun) -> tuple[str, str] | None:
@@ -136,7 +143,7 @@ def _files(run: ComparedRun, stage: str, side: str) -> tuple[tuple[object, objec
 
 
 def _data_settings(run: ComparedRun, stage: str) -> tuple[tuple[str, str], ...] | None:
-    """The settings that shape a validation set of its own files; None where the set is a part of the training data."""
+    """The settings that shape a validation set of its own files; None where the set is part of the training data."""
     data = mapped(run.recipe.get("data"))
     if not data or data.get("validation_fraction"):
         return None
@@ -223,7 +230,11 @@ def _prompts(runs: Sequence[ComparedRun]) -> list[Check]:
         return []
     values = [f"{len(run.findings.prompts):,}" if run.findings.prompts else "–" for run in runs]
     settings: list[object] = [
-        (tuple(run.findings.prompts), shown(_at(run, "data", "system")), shown(_at(run, "evaluate", "max_new_tokens")))
+        (
+            tuple(run.findings.prompts),
+            shown(_at(run, "data", "system")),
+            shown(_at(run, "evaluate", "max_new_tokens")),
+        )
         for run in asked
     ]
     return [_check("prompts", say("compare-prompts"), _equal(settings), values, decisive=False)]

@@ -49,7 +49,13 @@ def _differences(comparison: Comparison, language: Language) -> str:
     rows = [[difference.key, *(_cut(value, _VALUE) for value in difference.values)] for difference in shown]
     more = len(comparison.differences) - len(shown)
     rest = [f"  {_in(say('compare-more-keys', count=more), language)}"] if more else []
-    return "\n".join([f"  {_in(say('compare-recipe'), language)}", _table([["", *(run.label for run in comparison.runs)], *rows]), *rest])
+    return "\n".join(
+        [
+            f"  {_in(say('compare-recipe'), language)}",
+            _table([["", *(run.label for run in comparison.runs)], *rows]),
+            *rest,
+        ]
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

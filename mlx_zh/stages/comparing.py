@@ -113,9 +113,9 @@ def _is_page(path: Path) -> bool:
 
 
 def compared(chosen: Sequence[Chosen], stage: str | None = None) -> Comparison:
-    """Everything about the runs that a comparison shows; `stage` is the model to compare, None for the newest of each.
+    """Everything that a comparison shows of the runs; `stage` is the model to compare, None for the newest of each.
 
-    Raises MlxZhError for a file that must not be left out silently and cannot be read.
+    Raises MlxZhError for an adapter that cannot be read.
     """
     recipes = [_recipe(each) for each in chosen]
     names = _labels([each.run for each in chosen])
@@ -168,13 +168,12 @@ def _compared(chosen: Chosen, read: tuple[Recipe | None, str], label: str) -> Co
 def _state(run: RunFolder) -> Text:
     """How far the run got, as the list of runs has it."""
     info = RunList([run.path]).one(key_of(run.path))
-    state, why = ("waiting", None) if info is None else (info.state, info.why)
-    if why is None and state == "failed":
-        state = "stopped"
-    if why is None:
-        return say(f"compare-state-{state}")
-    reason = Text(*(hide(in_readers_language(why, language)) for language in _LANGUAGES))
-    return say(f"compare-state-{'failed' if state == 'failed' else 'stopped-why'}", why=reason)
+    if info is None:
+        return say("compare-state-waiting")
+    if info.why is None:
+        return say(f"compare-state-{'stopped' if info.state == 'failed' else info.state}")
+    why = Text(*(hide(in_readers_language(info.why, language)) for language in _LANGUAGES))
+    return say("compare-ended-failed" if info.state == "failed" else "compare-ended-stopped", why=why)
 
 
 def _adapters(run: RunFolder) -> dict[str, int]:
