@@ -41,14 +41,17 @@ def chosen_runs(targets: Sequence[str], overrides: Sequence[str] = ()) -> list[C
 
     Raises RecipeError, and DataError if one has not been run or is named twice.
     """
-    chosen: list[Chosen] = []
-    for target in targets:
-        found = _chosen(target, overrides)
-        if any(found.run.path.resolve() == other.run.path.resolve() for other in chosen):
-            raise DataError(f"{target} is the same run as one before it; name runs that differ.")
-        chosen.append(found)
+    return checked([_chosen(target, overrides) for target in targets])
+
+
+def checked(chosen: list[Chosen]) -> list[Chosen]:
+    """The runs as they are. Raises DataError if one is there twice, or for too few or too many."""
     if not 2 <= len(chosen) <= MOST:
         raise DataError(f"a comparison is of 2 to {MOST} runs, got {len(chosen)}.")
+    places = [each.run.path.resolve() for each in chosen]
+    for at, place in enumerate(places):
+        if place in places[:at]:
+            raise DataError(f"{chosen[at].run.path} is there twice; choose runs that differ.")
     return chosen
 
 
