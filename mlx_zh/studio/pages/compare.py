@@ -70,8 +70,8 @@ def _choose(studio: Studio, infos: Sequence[RunInfo], keys: Sequence[str], stage
     with ui.element("div").classes("z-card z-row"):
         runs = ui.select(labels, multiple=True, value=[key for key in keys if key in labels])
         runs.props["label"] = studio.say("Runs, two to six; the others are compared with the first")
-        runs.props(f"use-chips outlined dense max-values={MOST}").classes("z-grow")
-        model = ui.select(stages, value=stage or "").props("outlined dense").classes("z-model")
+        runs.props(f"use-chips outlined dense max-values={MOST}").classes("z-compare-runs")
+        model = ui.select(stages, value=stage or "").props("outlined dense").classes("z-compare-model")
         model.props["label"] = studio.say("Model in exams and answers")
 
         def show() -> None:
@@ -260,8 +260,8 @@ class _Page:
                     lines = {self._in(s.name): [(x, scale * y) for x, y in s.points] for s in curves.series}
                     dots = [self._in(series.name) for series in curves.series if series.kind == "marks"]
                     with ui.element("div").classes("z-card"):
-                        along = self._in(curves.along or say("step"))
-                        made = widgets.chart(self._in(curves.title), lines, x=along, dots=dots)
+                        ui.label(self._in(curves.title)).classes("z-compare-exam")
+                        made = widgets.chart("", lines, x=self._in(curves.along or say("step")), dots=dots)
                     for drawn, series in zip(made.options["series"], curves.series, strict=True):
                         drawn["itemStyle"]["color"] = widgets.COLOURS[series.color]
                     made.update()
@@ -269,7 +269,7 @@ class _Page:
         if len(stage.charts) > 1:
             names = {axis: self._in(axis_name(axis)) for axis in stage.charts}
             toggle = ui.toggle(names, value=stage.axis, on_change=lambda event: show(event.value))
-            toggle.props("dense no-caps unelevated").classes("z-compare-axis")
+            toggle.props("no-caps unelevated padding='3px 12px'").classes("z-compare-axis")
             toggle.move(target_index=1)
         if stage.axis == "scored_tokens":
             ui.label(self._in(say("compare-tokens-note"))).classes("z-note")
