@@ -20,6 +20,7 @@ from mlx_zh.stages.command import find_recipe, run_of
 from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.stages.run_list import RunList, key_of
+from mlx_zh.system.escaping import one_line
 from mlx_zh.system.redaction import hide, hide_all, redacted
 
 _DEFAULT = Evaluate()
@@ -100,7 +101,7 @@ def page_path(chosen: Sequence[Chosen], out: str | None) -> Path:
 
 def page_name(chosen: Sequence[Chosen]) -> str:
     """`compare-RUN-RUN.html`; of long names the first, cut, and how many more."""
-    names = [hide(each.run.path.resolve().name) for each in chosen]
+    names = [one_line(hide(each.run.path.resolve().name)) for each in chosen]
     joined = "-".join(names)
     if len(joined) > _NAME:
         joined = f"{names[0][:_NAME]}-and-{len(names) - 1}"
@@ -146,7 +147,7 @@ def _labels(runs: Sequence[RunFolder]) -> list[str]:
     """The name of each run; its folder where two have the same name."""
     names = [run.path.resolve().name for run in runs]
     shown = [str(run.path) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
-    return [hide(name) for name in shown]
+    return [one_line(hide(name)) for name in shown]
 
 
 def _compared(chosen: Chosen, read: tuple[Recipe | None, str], label: str) -> ComparedRun:
