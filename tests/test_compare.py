@@ -1,4 +1,4 @@
-"""`mlx-zh compare`: figures worked out by hand, honest answers for every state of a run, nothing hostile or secret."""
+"""`mlx-zh compare`: figures worked out by hand, honest answers for every state of a run, and nothing hostile."""
 
 from __future__ import annotations
 
