@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_zh.reporting.compared_exams import ComparedExam
+from mlx_zh.reporting.compared_exams import ComparedExam, model_name
 from mlx_zh.reporting.comparison import ComparedRun, flattened_recipe, shown
 from mlx_zh.reporting.findings import is_finite, listed, mapped
 from mlx_zh.reporting.messages import Text, joined, named, say
@@ -215,7 +215,8 @@ def _exam(runs: Sequence[ComparedRun], exam: ComparedExam) -> Check:
     if reasons:
         return Check(what, False, joined(list(reasons)), values)
     if len({exam.stages[at] for at in taken}) > 1:
-        return Check(what, False, say("compare-exam-stages"), values)
+        models = joined([model_name(runs[at], exam.stages[at]) for at in taken])
+        return Check(what, False, say("compare-exam-stages", models=models), values)
     return Check(what, True, say("compare-exam-same"), values)
 
 

@@ -21,8 +21,10 @@ _INDENT = 2
 def summary(comparison: Comparison, language: Language) -> list[str]:
     """Blocks of lines: the verdict, the main figures, what the recipes set differently, and the exams."""
     _, sentence = comparison.verdict
+    unlike = [check for check in comparison.checks if check.decisive and check.same is not True]
+    reasons = [_in(say("compare-reason", what=check.what, meaning=check.meaning), language) for check in unlike]
     blocks = [
-        console.paragraph(_in(sentence, language)),
+        "\n".join(map(console.paragraph, [_in(sentence, language), *reasons])),
         _table(_figures(comparison, language)),
         _differences(comparison, language),
         "\n".join(console.paragraph(_in(line, language)) for line in exam_lines(comparison)),
