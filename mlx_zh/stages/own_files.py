@@ -173,7 +173,7 @@ def quoted(text: str) -> str:
 def tell(data: OwnData) -> None:
     """Print what was found in each file."""
     for result in data.surveys:
-        for line in _lines_of(result):
+        for line in lines_of(result):
             console.say(line)
     for name, reason in data.passed_over[:_NAMED]:
         console.say(say("init-passed-over", name=name, reason=reason))
@@ -181,7 +181,8 @@ def tell(data: OwnData) -> None:
         console.say(f"… {len(data.passed_over) - _NAMED}")
 
 
-def _lines_of(result: Survey) -> list[str]:
+def lines_of(result: Survey) -> list[str]:
+    """What was found in a file, in the reader's language; the first line names it."""
     lines = []
     if result.head.titles:
         lines.append(say("init-titles", titles=" / ".join(map(visible, result.head.titles))))

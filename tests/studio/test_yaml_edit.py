@@ -51,7 +51,7 @@ export:
         ("sft.epochs", 3, "  epochs: 3"),
         ("data.deduplicate.near", 0.9, "  deduplicate: {near: 0.9}"),
         ("data.deduplicate.exact", False, "  deduplicate: {near: null, exact: false}"),
-        ("evaluate.prompts", ["好"], "  prompts: [好]                 # asked before and after"),
+        ("evaluate.prompts", ["好"], "  prompts: [好]                  # asked before and after"),
         ("model.quantize.bits", 4, "    bits: 4"),
         ("budget", "1h", "budget: 1h"),
     ],
