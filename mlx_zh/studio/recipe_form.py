@@ -1,4 +1,4 @@
-"""The fields of a form for recipes, made from the recipe's own types: kind, choices, limits and default of each key."""
+"""The fields of a form for recipes, made from the recipe's own types: kind, choices, limits, default of each key."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
-
-import yaml
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.catalogue import Language, read
@@ -49,8 +47,12 @@ class Field:
     @property
     def limits(self) -> str:
         """The range of a number, as `0 < x ≤ 1`; "" without limits."""
-        low = f"{self.least:g} ≤ " if self.least is not None else f"{self.above:g} < " if self.above is not None else ""
-        high = f" ≤ {self.most:g}" if self.most is not None else f" < {self.below:g}" if self.below is not None else ""
+        low = (
+            f"{self.least:g} ≤ " if self.least is not None else f"{self.above:g} < " if self.above is not None else ""
+        )
+        high = (
+            f" ≤ {self.most:g}" if self.most is not None else f" < {self.below:g}" if self.below is not None else ""
+        )
         return f"{low}x{high}" if low or high else ""
 
     def about(self, language: Language) -> str:
@@ -81,7 +83,7 @@ class Field:
 
 @cache
 def fields() -> Mapping[str, Field]:
-    """Every key of the recipe that holds a value, in the order of the recipe. Entries of lists are part of a value."""
+    """Every key of the recipe that holds a value, in its order. Entries of lists are part of a value."""
     schema = Recipe.model_json_schema(by_alias=True)
     return {field.key: field for field in _fields(schema, schema, "")}
 
@@ -144,12 +146,3 @@ def _kind(key: str, ways: list[Mapping[str, Any]]) -> tuple[tuple[Any, ...], Kin
             return (), "long"
         return (), _KINDS.get(str(way.get("type")), "long")
     return (), "long"
-
-
-def is_yaml(text: str) -> bool:
-    """Whether a text can be read as a value of YAML."""
-    try:
-        parse_value(text, "value")
-    except (RecipeError, yaml.YAMLError):
-        return False
-    return True

@@ -126,6 +126,8 @@ def _nested(key: Sequence[str], value: Any) -> Any:
 
 def _replaced(text: str, name: Any, node: Any, value: Any) -> str:
     """The text with another value of the key `name`."""
+    if (longer := _appended(text, node, value)) is not None:
+        return longer
     begin = text.index(":", name.end_mark.index) + 1
     end = max(_end(text, node), begin)
     comment = _first_comment(text, begin, end)
@@ -142,6 +144,19 @@ def _replaced(text: str, name: Any, node: Any, value: Any) -> str:
     else:
         written = comment + "\n" + _block(value, indent + _STEP).removesuffix("\n")
     return text[:begin] + written + text[end:]
+
+
+def _appended(text: str, node: Any, value: Any) -> str | None:
+    """The text with more items at the end of a list of lines; None where the change is another one."""
+    if not isinstance(node, yaml.SequenceNode) or node.flow_style or not isinstance(value, list):
+        return None
+    indented = " " * node.start_mark.column  # the first line is read as the others are
+    old = compose(indented + text[node.start_mark.index : _end(text, node)])[1]
+    if len(value) <= len(old) or not _same(value[: len(old)], old):
+        return None
+    place = text.find("\n", _end(text, node))
+    head, tail = (text, "") if place < 0 else (text[: place + 1], text[place + 1 :])
+    return _ended(head) + _block(value[len(old) :], node.start_mark.column) + tail
 
 
 def _first_comment(text: str, begin: int, end: int) -> str:

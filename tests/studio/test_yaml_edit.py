@@ -52,6 +52,7 @@ export:
         ("data.deduplicate.near", 0.9, "  deduplicate: {near: 0.9}"),
         ("data.deduplicate.exact", False, "  deduplicate: {near: null, exact: false}"),
         ("evaluate.prompts", ["好"], "  prompts: [好]                  # asked before and after"),
+        ("evaluate.prompts", ["你好？", "a: b", "c"], "    - c"),
         ("model.quantize.bits", 4, "    bits: 4"),
         ("budget", "1h", "budget: 1h"),
     ],
