@@ -56,7 +56,7 @@ async def store(project: Path, name: str, chunks: AsyncIterator[bytes], size: in
     folder = project / _FOLDER
     with storage_errors(folder):
         folder.mkdir(exist_ok=True)
-        if not is_readable(project, folder):
+        if not folder.resolve().is_relative_to(project.resolve()):
             raise StudioError(f"{folder} is a link to another place. Files are stored in the project only.")
         part = folder / f".upload-{secrets.token_hex(8)}"
         digest, written = sha256(), 0
