@@ -70,13 +70,15 @@ class DataStep:
                         ui.label(text).classes("z-learned" if learned else "z-unlearned")
 
     def _draw_upload(self) -> None:
-        say = self._studio.say
+        studio = self._studio
         upload = ui.upload(
             multiple=True, auto_upload=True, max_file_size=LARGEST, on_upload=self._store, on_rejected=self._refuse
         )
         upload.classes("z-upload").props(f'accept="{",".join(SUFFIXES)}" flat')
-        title = escape(say("Drop a spreadsheet or a data file here, or click to choose one"))
-        kinds = escape(say("Excel, CSV, JSON, JSONL, Parquet, text; up to {size:g} GB", size=round(LARGEST / 1e9, 1)))
+        title = escape(studio.say("Drop a spreadsheet or a data file here, or click to choose one"))
+        kinds = escape(
+            studio.say("Excel, CSV, JSON, JSONL, Parquet, text; up to {size:g} GB", size=round(LARGEST / 1e9, 1))
+        )
         # The wordings are this program's own, and escaped; no text of a file comes here.
         upload.add_slot(
             "header",
@@ -86,12 +88,14 @@ class DataStep:
         )
 
     def _draw_choices(self) -> None:
-        say = self._studio.say
+        studio = self._studio
         here = data_files(self._draft.project)
         if here:
-            self._here = ui.select(here, label=say("Or a file of this folder"), on_change=self._choose_file)
+            self._here = ui.select(here, label=studio.say("Or a file of this folder"), on_change=self._choose_file)
             self._here.props("dense outlined options-dense")
-        self._sets = ui.select({}, label=say("Or public data sets"), multiple=True, on_change=self._choose_sets)
+        self._sets = ui.select(
+            {}, label=studio.say("Or public data sets"), multiple=True, on_change=self._choose_sets
+        )
         self._sets.props("dense outlined options-dense use-chips")
 
     def _described(self, entry: Mapping[str, Any]) -> str:
@@ -108,9 +112,11 @@ class DataStep:
 
     def _refuse(self) -> None:
         kinds = ", ".join(SUFFIXES)
-        say = self._studio.say
+        studio = self._studio
         self._say_error(
-            say("This file was not taken: it is too large, or no data file. These can be used: {kinds}.", kinds=kinds)
+            studio.say(
+                "This file was not taken: it is too large, or no data file. These can be used: {kinds}.", kinds=kinds
+            )
         )
 
     def _say_error(self, error: MlxZhError | str) -> None:
@@ -136,7 +142,7 @@ class DataStep:
             await self._changed()
 
     def _draw_file(self, number: int, report: Mapping[str, Any]) -> None:
-        say = self._studio.say
+        studio = self._studio
         asks = bool(report["error"] and len(report["columns"]) > 1)
         with ui.element("div").classes("z-file" + (" z-file-bad" if report["error"] and not asks else "")):
             with ui.element("div").classes("z-row"):
@@ -145,9 +151,9 @@ class DataStep:
                 if not report["error"]:
                     ui.label(self._counted(report)).classes("z-note")
                 remove = ui.button(icon="close", on_click=lambda: self._remove(number))
-                remove.props("flat dense round size=sm color=grey").props["aria-label"] = say("Remove")
+                remove.props("flat dense round size=sm color=grey").props["aria-label"] = studio.say("Remove")
             if asks:
-                ui.label(say("Which column is the question, and which the answer?")).classes("z-too-large")
+                ui.label(studio.say("Which column is the question, and which the answer?")).classes("z-too-large")
             elif report["error"]:
                 ui.label(report["error"]).classes("z-text")
             self._draw_columns(number, report, asks)

@@ -69,81 +69,81 @@ class VerdictView:
 
     def show_memory(self, memory: Mapping[str, Any]) -> None:
         """Show whether each stage fits."""
-        say = self._studio.say
+        studio = self._studio
         self._memory.clear()
         with self._memory:
             if not memory["stages"]:
-                ui.label(say("The memory is known once the model is on this machine.")).classes("z-note")
+                ui.label(studio.say("The memory is known once the model is on this machine.")).classes("z-note")
             for verdict in memory["stages"]:
                 self._draw_stage(verdict, memory)
             self._draw_downloads(memory)
 
     def _draw_stage(self, verdict: Mapping[str, Any], memory: Mapping[str, Any]) -> None:
-        say = self._studio.say
+        studio = self._studio
         peak, budget = verdict["peak"] / 1e9, memory["budget"] / 1e9
         with ui.element("div"):
             with ui.element("div").classes("z-row"):
-                ui.label(say("Memory, {stage}", stage=verdict["stage"].upper())).classes("z-note z-grow")
-                name = say("fits") if verdict["fits"] else say("does not fit")
+                ui.label(studio.say("Memory, {stage}", stage=verdict["stage"].upper())).classes("z-note z-grow")
+                name = studio.say("fits") if verdict["fits"] else studio.say("does not fit")
                 ui.label(name).classes("z-fits" if verdict["fits"] else "z-too-large")
             with ui.element("div").classes("z-bar" if verdict["fits"] else "z-bar z-bar-over"):
                 ui.element("div").style(f"width: {min(100 * peak / max(budget, 1e-9), 100):.0f}%")
-            ui.label(say("{peak:.1f} GB of {budget:.1f} GB", peak=peak, budget=budget)).classes("z-note")
+            ui.label(studio.say("{peak:.1f} GB of {budget:.1f} GB", peak=peak, budget=budget)).classes("z-note")
         if not verdict["fits"]:
             if verdict["fitting"]:
-                ui.button(say("Use settings that fit"), on_click=lambda: self._use(verdict["fitting"])).props(
+                ui.button(studio.say("Use settings that fit"), on_click=lambda: self._use(verdict["fitting"])).props(
                     "outline dense no-caps"
                 )
-                ui.label(say("They need more time; the result stays the same.")).classes("z-note")
+                ui.label(studio.say("They need more time; the result stays the same.")).classes("z-note")
             else:
-                ui.label(say("No setting makes it fit. Choose a smaller model.")).classes("z-note")
+                ui.label(studio.say("No setting makes it fit. Choose a smaller model.")).classes("z-note")
 
     def _draw_downloads(self, memory: Mapping[str, Any]) -> None:
-        say = self._studio.say
+        studio = self._studio
         for item in memory["downloads"]:
             size = f" · {item['gigabytes']:.2g} GB" if item["gigabytes"] else ""
-            ui.label(say("Download: {name}", name=item["name"]) + size).classes("z-note")
+            ui.label(studio.say("Download: {name}", name=item["name"]) + size).classes("z-note")
         if memory["disk"]:
-            ui.label(say("Disk space: {size:.1f} GB", size=memory["disk"] / 1e9)).classes("z-note")
+            ui.label(studio.say("Disk space: {size:.1f} GB", size=memory["disk"] / 1e9)).classes("z-note")
 
     def show_time(self, time: Mapping[str, Any] | None, *, busy: bool) -> None:
         """Show how the time is spent."""
-        say = self._studio.say
+        studio = self._studio
         self._spinner.set_visibility(False)
         self._time.clear()
         with self._time:
             if time is None:
                 text = (
-                    say("The time is not measured while another run is at work.")
+                    studio.say("The time is not measured while another run is at work.")
                     if busy
-                    else say("The time is known once the model is on this machine.")
+                    else studio.say("The time is known once the model is on this machine.")
                 )
                 ui.label(text).classes("z-note")
                 return
             with ui.element("div").classes("z-row"):
-                ui.label(say("Time")).classes("z-note z-grow")
-                ui.label(say("about {time}", time=duration(self._studio, time["total"]))).classes("z-total")
+                ui.label(studio.say("Time")).classes("z-note z-grow")
+                ui.label(studio.say("about {time}", time=duration(self._studio, time["total"]))).classes("z-total")
             with ui.element("div").classes("z-times"):
                 for step, seconds in time["seconds"].items():
                     ui.label(self._content(step, time)).classes("z-note")
                     ui.label(duration(self._studio, seconds))
             how = (
-                say("From this chip's published figures. The run measures before it decides.")
+                studio.say("From this chip's published figures. The run measures before it decides.")
                 if time["how"] == "predicted"
-                else say("Measured on this machine. Expect it within a third.")
+                else studio.say("Measured on this machine. Expect it within a third.")
             )
             ui.label(how).classes("z-note")
 
     def _content(self, step: str, time: Mapping[str, Any]) -> str:
-        say = self._studio.say
-        title = say(_STEPS[step]) if step in _STEPS else label(step, self._studio.language)
+        studio = self._studio
+        title = studio.say(_STEPS[step]) if step in _STEPS else label(step, self._studio.language)
         if step not in time["full_steps"]:
             return title
         full = time["full_steps"][step]
         steps = min(time["steps"].get(step, full), full)
         if steps < full:
-            return say("{title}: {steps:,} of {full:,} steps", title=title, steps=steps, full=full)
-        return say("{title}: all {full:,} steps", title=title, full=full)
+            return studio.say("{title}: {steps:,} of {full:,} steps", title=title, steps=steps, full=full)
+        return studio.say("{title}: all {full:,} steps", title=title, full=full)
 
 
 def duration(studio: Studio, seconds: float) -> str:

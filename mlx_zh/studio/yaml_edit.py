@@ -193,7 +193,7 @@ def _removed(text: str, key: list[str]) -> str:
         pairs.pop()  # the section's only key: the section goes
     parent, name, below = pairs[-1]
     if parent.flow_style:
-        raise ValueError("a key between braces")
+        raise ValueError("between braces")
     begin = text.rfind("\n", 0, name.start_mark.index) + 1
     end = text.find("\n", max(_end(text, below), name.end_mark.index))
     return text[:begin] + ("" if end < 0 else text[end + 1 :])

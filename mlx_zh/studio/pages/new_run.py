@@ -69,15 +69,15 @@ class NewRun:
 
     def draw(self) -> None:
         """Draw the page without what takes time."""
-        say = self._studio.say
-        widgets.heading(say("New run"), say("Data, a base model, a time: the rest has good defaults."))
+        studio = self._studio
+        widgets.heading(studio.say("New run"), studio.say("Data, a base model, a time: the rest has good defaults."))
         with ui.element("div").classes("z-new"):
             with ui.element("div").classes("z-new-steps"):
-                with self._step(1, say("Your data")):
+                with self._step(1, studio.say("Your data")):
                     self._data = DataStep(self._studio, self._draft, self._data_changed)
-                with self._step(2, say("Base model")):
+                with self._step(2, studio.say("Base model")):
                     self._draw_model()
-                with self._step(3, say("Goal and time")):
+                with self._step(3, studio.say("Goal and time")):
                     self._draw_goal()
             with ui.element("div").classes("z-new-side"):
                 self._draw_side()
@@ -90,10 +90,10 @@ class NewRun:
         return step
 
     def _draw_model(self) -> None:
-        say = self._studio.say
+        studio = self._studio
         self._model = ui.select(
             {},
-            label=say("A name from the list, an id on a hub, or a folder"),
+            label=studio.say("A name from the list, an id on a hub, or a folder"),
             with_input=True,
             on_change=self._choose_model,
         )
@@ -102,42 +102,46 @@ class NewRun:
         self._model_note = ui.label("").classes("z-note")
 
     def _draw_goal(self) -> None:
-        say = self._studio.say
-        self._use = ui.radio({"sft": say(_USES["sft"])}, value="sft", on_change=self._choose_use).props("dense")
+        studio = self._studio
+        self._use = ui.radio({"sft": studio.say(_USES["sft"])}, value="sft", on_change=self._choose_use).props(
+            "dense"
+        )
         self._pairs_note = ui.label(
-            say("With a column of worse answers, DPO can follow: the model then learns which of two is better.")
+            studio.say(
+                "With a column of worse answers, DPO can follow: the model then learns which of two is better."
+            )
         ).classes("z-note")
         with ui.element("div"):
             with ui.element("div").classes("z-row"):
-                ui.label(say("At most")).classes("z-note")
+                ui.label(studio.say("At most")).classes("z-note")
                 self._budget_text = ui.label("").classes("z-total")
             self._budget = ui.slider(min=0, max=len(BUDGETS) - 1, value=nearest_budget(self._draft.budget))
-            self._budget.props["aria-label"] = say("Time for the whole run")
+            self._budget.props["aria-label"] = studio.say("Time for the whole run")
             self._budget.on_value_change(self._choose_budget)
-        self._name = ui.input(say("Name of the run"), value=self._draft.name, on_change=self._choose_name)
+        self._name = ui.input(studio.say("Name of the run"), value=self._draft.name, on_change=self._choose_name)
         self._name.props("dense outlined debounce=400 maxlength=80").style("max-width: 340px")
         self._name_note = ui.label("").classes("z-note")
 
     def _draw_side(self) -> None:
-        say = self._studio.say
+        studio = self._studio
         self._verdict = VerdictView(self._studio, self._use_memory)
-        self._start = ui.button(say("Start"), icon="play_arrow", on_click=self._begin).classes("z-start")
+        self._start = ui.button(studio.say("Start"), icon="play_arrow", on_click=self._begin).classes("z-start")
         self._start.props("unelevated no-caps")
         self._start.disable()
-        self._start_note = ui.label(say("Add data first.")).classes("z-note")
+        self._start_note = ui.label(studio.say("Add data first.")).classes("z-note")
         self._problems = ui.element("div").classes("z-step")
 
     def _draw_recipe(self) -> None:
-        say = self._studio.say
+        studio = self._studio
         dark = ASKING.get().cookies.get(THEME_COOKIE) == "dark"
         with (
             ui.element("section").classes("z-card"),
-            ui.expansion(say("Advanced: every setting, and the recipe as YAML")),
+            ui.expansion(studio.say("Advanced: every setting, and the recipe as YAML")),
         ):
             self._recipe_place = ui.element("div")
             known = recipes(self._draft.project)
             if known:
-                chosen = ui.select(known, label=say("Open a recipe of this folder"), on_change=self._open)
+                chosen = ui.select(known, label=studio.say("Open a recipe of this folder"), on_change=self._open)
                 chosen.props("dense outlined options-dense").style("max-width: 340px")
             with ui.element("div").classes("z-recipe"):
                 with ui.element("div"):
@@ -181,10 +185,10 @@ class NewRun:
         self._model_note.text = f"{model['suits']} · {model['licence']}" if model else ""
 
     def _described(self, model: Mapping[str, Any]) -> str:
-        say = self._studio.say
+        studio = self._studio
         parts = [model["name"], f"{model['size_gb']:g} GB" if model["size_gb"] else ""]
-        parts.append(say("on this machine") if model["here"] else "")
-        parts.append(say("suggested for this machine") if model["suggested"] else "")
+        parts.append(studio.say("on this machine") if model["here"] else "")
+        parts.append(studio.say("suggested for this machine") if model["suggested"] else "")
         return " · ".join(part for part in parts if part)
 
     async def _data_changed(self) -> None:
@@ -240,27 +244,27 @@ class NewRun:
         await self._predict(learns)
 
     def _to_do(self, findings: Sequence[Finding], learns: bool) -> str:
-        say = self._studio.say
+        studio = self._studio
         if findings:
             first = findings[0]
             text = self._studio.error(first.text)
-            return say("Line {line}: {text}", line=first.line, text=text) if 0 < first.line < 10**6 else text
+            return studio.say("Line {line}: {text}", line=first.line, text=text) if 0 < first.line < 10**6 else text
         if not learns:
-            return say("Add data first.")
-        return say("The recipe is written to {file}.", file=self._draft.file)
+            return studio.say("Add data first.")
+        return studio.say("The recipe is written to {file}.", file=self._draft.file)
 
     def _show_choices(self) -> None:
-        draft, say = self._draft, self._studio.say
+        draft, studio = self._draft, self._studio
         self._filling = True
         uses = [use for use in _USES if use in self._uses or use == draft.use]
-        self._use.set_options({use: say(_USES[use]) for use in uses}, value=draft.use)
+        self._use.set_options({use: studio.say(_USES[use]) for use in uses}, value=draft.use)
         self._pairs_note.set_visibility("sft-dpo" not in uses and "dpo" not in uses)
         self._budget.set_value(nearest_budget(draft.budget))
         self._budget_text.text = self._time(draft.budget)
         self._name.set_value(draft.name)
         self._filling = False
         self._name_note.text = (
-            say("There is a run or a recipe of this name already.") if draft.text and draft.taken() else ""
+            studio.say("There is a run or a recipe of this name already.") if draft.text and draft.taken() else ""
         )
         if draft.model and draft.model != self._model.value:
             self._offer_models()
@@ -390,23 +394,23 @@ class NewRun:
 
     def _ask_about_name(self) -> None:
         """Another name, or the run that is there: nothing is overwritten."""
-        say, draft = self._studio.say, self._draft
+        studio, draft = self._studio, self._draft
         other = draft.unused_name()
         folder = draft.run().path
         with ui.dialog() as dialog, ui.element("div").classes("z-card z-step"):
-            ui.label(say("There is a run or a recipe called {name} already.", name=draft.name)).classes(
+            ui.label(studio.say("There is a run or a recipe called {name} already.", name=draft.name)).classes(
                 "z-step-title"
             )
-            ui.label(say("Nothing of it is changed. What do you want?")).classes("z-note")
+            ui.label(studio.say("Nothing of it is changed. What do you want?")).classes("z-note")
             rename = ui.button(
-                say("Start this one as {name}", name=other), on_click=lambda: self._rename(dialog, other)
+                studio.say("Start this one as {name}", name=other), on_click=lambda: self._rename(dialog, other)
             )
             rename.props("unelevated no-caps")
             if folder.is_dir():
-                show = ui.button(say("Show that run"))
+                show = ui.button(studio.say("Show that run"))
                 show.props("flat no-caps")
                 show.on_click(lambda: ui.navigate.to(address("/run", run=key_of(folder))))
-            ui.button(say("Cancel"), on_click=dialog.close).props("flat no-caps color=grey")
+            ui.button(studio.say("Cancel"), on_click=dialog.close).props("flat no-caps color=grey")
         dialog.open()
 
     async def _rename(self, dialog: ui.dialog, name: str) -> None:
