@@ -79,6 +79,9 @@ SAID_BY = {
     "GUESSED: check the samples": ("init",),
     "--columns {given}": ("init",),
     "{recipe} exists already": ("init",),
+    "{0}: the page is a web page": ("compare",),
+    "{0} is a folder; give --out": ("compare",),
+    "{0} exists and was not written": ("compare",),
     "--use {use} needs rows": ("init",),
     "--use sft needs rows": ("init",),
 }
