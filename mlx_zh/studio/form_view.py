@@ -112,7 +112,7 @@ class FieldView:
         field = self.field
         parts = [field.about(studio.language)]
         if field.limits and field.kind in ("number", "whole"):
-            parts.append(studio.say("Range: {limits}.", limits=field.limits.replace("x", "…")))
+            parts.append(studio.say("Range: {limits}.", limits=field.limits))
         if field.kind != "switch" and field.default not in (None, [], {}, ""):
             parts.append(studio.say("Default: {value}.", value=_short(field.shown(field.default))))
         return " ".join(parts) if studio.language == "en" else "".join(parts)
