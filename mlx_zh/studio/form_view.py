@@ -174,16 +174,23 @@ class YamlView:
 
     def __init__(self, studio: Studio, draft: Draft, changed: Callable[[], Awaitable[None]], dark: bool) -> None:
         self._studio, self._draft, self._changed = studio, draft, changed
+        self._dark = dark
+        self._editor: ui.codemirror | None = None
         with ui.element("div").classes("z-yaml-side"):
-            with ui.element("div").classes("z-yaml"):
+            self._place = ui.element("div").classes("z-yaml")
+            self._findings = ui.element("div")
+
+    def open(self) -> None:
+        """Make the editor once it can be seen: one that is made hidden measures its lines wrongly."""
+        if self._editor is None:
+            with self._place:
                 self._editor = ui.codemirror(
-                    draft.text,
+                    self._draft.text,
                     language="YAML",
-                    theme="vscodeDark" if dark else "vscodeLight",
+                    theme="vscodeDark" if self._dark else "vscodeLight",
                     indent="  ",
                     on_change=self._change,
                 )
-            self._findings = ui.element("div")
 
     async def _change(self, event: Any) -> None:
         if event.value != self._draft.text:
@@ -192,7 +199,7 @@ class YamlView:
 
     def show(self, findings: Sequence[Finding]) -> None:
         """Show the draft's text, and what is wrong in which line."""
-        if self._editor.value != self._draft.text:
+        if self._editor is not None and self._editor.value != self._draft.text:
             self._editor.set_value(self._draft.text)
         self._findings.clear()
         with self._findings:

@@ -96,7 +96,7 @@ def test_from_a_spreadsheet_to_a_run_that_is_stopped_and_resumed(
     ]
     run = kefu
     until(lambda: len(steps_of(run)) >= 3)
-    page.locator(".z-chart canvas").first.wait_for()  # the curve on the page Run
+    page.locator(".z-chart canvas").first.wait_for(timeout=100_000)  # the curve on the page Run
     page.get_by_role("button", name="停止").click()
     resume = page.get_by_role("button", name="继续")
     resume.wait_for(timeout=100_000)

@@ -138,9 +138,8 @@ class NewRun:
         dark = ASKING.get().cookies.get(THEME_COOKIE) == "dark"
         with (
             ui.element("section").classes("z-card"),
-            ui.expansion(studio.say("Advanced: every setting, and the recipe as YAML")),
+            ui.expansion(studio.say("Advanced: every setting, and the recipe as YAML")) as fold,
         ):
-            self._recipe_place = ui.element("div")
             known = recipes(self._draft.project)
             if known:
                 chosen = ui.select(known, label=studio.say("Open a recipe of this folder"), on_change=self._open)
@@ -151,6 +150,7 @@ class NewRun:
                     self._form.draw_first()
                     self._form.draw_rest()
                 self._yaml = YamlView(self._studio, self._draft, self._text_changed, dark)
+            fold.on_value_change(self._yaml.open)
 
     # ---- filling
 
@@ -336,7 +336,14 @@ class NewRun:
             return
         self._draft.budget = budget
         self._budget_text.text = self._time(budget)
-        await self._set("budget", budget)
+        if budget is not None:
+            await self._set("budget", budget)
+            return
+        self._draft.unset("budget")
+        if self._draft.rewritten:
+            await self._text_changed()
+        else:
+            await self._redraft()
 
     async def _choose_name(self, event: Any) -> None:
         name = str(event.value or "").strip()
