@@ -126,12 +126,12 @@ class FieldView:
             options = {value: "—" if value is None else str(value) for value in field.choices}
             several = field.kind == "choices"
             made = ui.select(options, multiple=several, on_change=self._change, value=[] if several else None)
-            return made.props(f"dense outlined options-dense {label}").style("min-width: 170px; max-width: 100%")
+            return made.props(f"dense outlined options-dense {label}").style("min-width: 136px; max-width: 100%")
         if field.kind == "long":
             area = ui.textarea(on_change=self._change)
             return area.props(f"dense outlined autogrow debounce=600 {label}").style("width: 100%")
         line = ui.input(on_change=self._change)
-        return line.props(f"dense outlined debounce=600 {label}").style("width: 170px")
+        return line.props(f"dense outlined debounce=600 {label}").style("width: 136px")
 
     async def _change(self, event: Any) -> None:
         if not self._filling:

@@ -120,6 +120,7 @@ class NewRun:
             self._budget = ui.slider(min=0, max=len(BUDGETS) - 1, value=nearest_budget(self._draft.budget))
             self._budget.props["aria-label"] = studio.say("Time for the whole run")
             self._budget.on_value_change(self._choose_budget)
+        self._budget_text.text = self._time(self._draft.budget)
         self._name = ui.input(studio.say("Name of the run"), value=self._draft.name, on_change=self._choose_name)
         self._name.props("dense outlined debounce=400 maxlength=80").style("max-width: 340px")
         self._name_note = ui.label("").classes("z-note")
@@ -143,14 +144,14 @@ class NewRun:
             known = recipes(self._draft.project)
             if known:
                 chosen = ui.select(known, label=studio.say("Open a recipe of this folder"), on_change=self._open)
-                chosen.props("dense outlined options-dense").style("max-width: 340px")
+                chosen.props("dense outlined options-dense").style("width: 340px; max-width: 100%")
             with ui.element("div").classes("z-recipe"):
                 with ui.element("div"):
                     self._form = FormView(self._studio, self._draft, self._text_changed)
                     self._form.draw_first()
                     self._form.draw_rest()
                 self._yaml = YamlView(self._studio, self._draft, self._text_changed, dark)
-            fold.on_value_change(self._yaml.open)
+            fold.on("after-show", self._yaml.open)
 
     # ---- filling
 
