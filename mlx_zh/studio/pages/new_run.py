@@ -39,7 +39,9 @@ async def new_run_page(studio: Studio) -> None:
     """Draw the page."""
     style = files(mlx_zh.studio).joinpath("new_run.css").read_text(encoding="utf-8")
     ui.add_head_html(f"<style>{style}</style>")  # `ui.add_css` needs an inline script
-    page = NewRun(studio, studio.folders[0])
+    folders = {str(number): folder for number, folder in enumerate(studio.folders)}
+    chosen = studio.query.get("folder", "0")
+    page = NewRun(studio, folders.get(chosen, studio.folders[0]))
     page.draw()
     ui.timer(0, page.fill, once=True)
 
@@ -76,6 +78,7 @@ class NewRun:
         """Draw the page without what takes time."""
         studio = self._studio
         widgets.heading(studio.say("New run"), studio.say("Data, a base model, a time: the rest has good defaults."))
+        self._draw_folders()
         with ui.element("div").classes("z-new"):
             with ui.element("div").classes("z-new-steps"):
                 with self._step(1, studio.say("Your data")):
@@ -87,6 +90,17 @@ class NewRun:
             with ui.element("div").classes("z-new-side"):
                 self._draw_side()
         self._draw_recipe()
+
+    def _draw_folders(self) -> None:
+        """A choice of the project, where the studio was started for several."""
+        folders = self._studio.folders
+        if len(folders) > 1:
+            options = {str(number): str(folder) for number, folder in enumerate(folders)}
+            made = ui.select(
+                options, label=self._studio.say("Project"), value=str(folders.index(self._draft.project))
+            )
+            made.props("dense outlined options-dense").style("width: 500px; max-width: 100%")
+            made.on_value_change(lambda event: ui.navigate.to(address("/new", folder=event.value)))
 
     def _step(self, number: int, title: str) -> ui.element:
         with ui.element("section").classes("z-card z-step") as step, ui.element("div").classes("z-step-title"):
