@@ -28,6 +28,16 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+# The choices by the key of the recipe that holds them.
+_CHOICES = {
+    "name": "name",
+    "model.path": "model",
+    "budget": "budget",
+    "data.sft.train": "use",
+    "data.dpo.train": "use",
+}
+
+
 def nearest_budget(budget: str | None) -> int:
     """The slider's position for a time."""
     seconds = None if budget is None else seconds_of(budget)
@@ -113,7 +123,8 @@ class Draft:
                 "the YAML cannot be read. Correct it first; its first error is shown beside it."
             ) from None
         self.own[key] = value
-        self._follow()
+        if key in _CHOICES:
+            self._follow(_CHOICES[key])
 
     def unset(self, key: str) -> None:
         """Remove a key from the text, so that its default counts."""
@@ -140,21 +151,27 @@ class Draft:
         if text == self.text:
             return
         self.text, self.rewritten = text, True
-        self._follow()
+        for choice in _CHOICES.values():
+            self._follow(choice)
 
-    def _follow(self) -> None:
-        """Take name, model, budget and use from the text."""
-        name, model, budget = self.value("name"), self.value("model.path"), self.value("budget")
-        if isinstance(name, str) and _NAME.fullmatch(name):
-            self.named = self.named or name != self.name
-            self.name = name
-        if isinstance(model, str) and model:
-            self.model = model
-        seconds = seconds_of(budget) if isinstance(budget, str) else None
-        self.budget = None if seconds is None else time_text(seconds)
-        sft, dpo = bool(self.value("data.sft.train")), bool(self.value("data.dpo.train"))
-        if sft or dpo:
-            self.use = "sft-dpo" if sft and dpo else "dpo" if dpo else "sft"
+    def _follow(self, choice: str) -> None:
+        """Take a choice from the text: only the one that changed, because the text may wait for the others."""
+        if choice == "name":
+            name = self.value("name")
+            if isinstance(name, str) and _NAME.fullmatch(name):
+                self.named = self.named or name != self.name
+                self.name = name
+        elif choice == "model":
+            model = self.value("model.path")
+            self.model = model if isinstance(model, str) and model else self.model
+        elif choice == "budget":
+            budget = self.value("budget")
+            seconds = seconds_of(budget) if isinstance(budget, str) else None
+            self.budget = None if seconds is None else time_text(seconds)
+        else:
+            sft, dpo = bool(self.value("data.sft.train")), bool(self.value("data.dpo.train"))
+            if sft or dpo:
+                self.use = "sft-dpo" if sft and dpo else "dpo" if dpo else "sft"
 
     def taken(self) -> bool:
         """Whether a run or another recipe of this name is here already."""

@@ -112,7 +112,7 @@ class FieldView:
         field = self.field
         parts = [field.about(studio.language)]
         if field.limits and field.kind in ("number", "whole"):
-            parts.append(studio.say("Range: {limits}.", limits=field.limits.replace("x", "…")))
+            parts.append(studio.say("Range: {limits}.", limits=field.limits))
         if field.kind != "switch" and field.default not in (None, [], {}, ""):
             parts.append(studio.say("Default: {value}.", value=_short(field.shown(field.default))))
         return " ".join(parts) if studio.language == "en" else "".join(parts)
@@ -126,12 +126,12 @@ class FieldView:
             options = {value: "—" if value is None else str(value) for value in field.choices}
             several = field.kind == "choices"
             made = ui.select(options, multiple=several, on_change=self._change, value=[] if several else None)
-            return made.props(f"dense outlined options-dense {label}").style("min-width: 170px; max-width: 100%")
+            return made.props(f"dense outlined options-dense {label}").style("min-width: 136px; max-width: 100%")
         if field.kind == "long":
             area = ui.textarea(on_change=self._change)
             return area.props(f"dense outlined autogrow debounce=600 {label}").style("width: 100%")
         line = ui.input(on_change=self._change)
-        return line.props(f"dense outlined debounce=600 {label}").style("width: 170px")
+        return line.props(f"dense outlined debounce=600 {label}").style("width: 136px")
 
     async def _change(self, event: Any) -> None:
         if not self._filling:
@@ -174,16 +174,23 @@ class YamlView:
 
     def __init__(self, studio: Studio, draft: Draft, changed: Callable[[], Awaitable[None]], dark: bool) -> None:
         self._studio, self._draft, self._changed = studio, draft, changed
+        self._dark = dark
+        self._editor: ui.codemirror | None = None
         with ui.element("div").classes("z-yaml-side"):
-            with ui.element("div").classes("z-yaml"):
+            self._place = ui.element("div").classes("z-yaml")
+            self._findings = ui.element("div")
+
+    def open(self) -> None:
+        """Make the editor once it can be seen: one that is made hidden measures its lines wrongly."""
+        if self._editor is None:
+            with self._place:
                 self._editor = ui.codemirror(
-                    draft.text,
+                    self._draft.text,
                     language="YAML",
-                    theme="vscodeDark" if dark else "vscodeLight",
+                    theme="vscodeDark" if self._dark else "vscodeLight",
                     indent="  ",
                     on_change=self._change,
                 )
-            self._findings = ui.element("div")
 
     async def _change(self, event: Any) -> None:
         if event.value != self._draft.text:
@@ -192,7 +199,7 @@ class YamlView:
 
     def show(self, findings: Sequence[Finding]) -> None:
         """Show the draft's text, and what is wrong in which line."""
-        if self._editor.value != self._draft.text:
+        if self._editor is not None and self._editor.value != self._draft.text:
             self._editor.set_value(self._draft.text)
         self._findings.clear()
         with self._findings:

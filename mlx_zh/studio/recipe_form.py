@@ -46,14 +46,9 @@ class Field:
 
     @property
     def limits(self) -> str:
-        """The range of a number, as `0 < x ≤ 1`; "" without limits."""
-        low = (
-            f"{self.least:g} ≤ " if self.least is not None else f"{self.above:g} < " if self.above is not None else ""
-        )
-        high = (
-            f" ≤ {self.most:g}" if self.most is not None else f" < {self.below:g}" if self.below is not None else ""
-        )
-        return f"{low}x{high}" if low or high else ""
+        """The range of a number, as `> 0, ≤ 1`; "" without limits."""
+        signs = {"≥": self.least, ">": self.above, "≤": self.most, "<": self.below}
+        return ", ".join(f"{sign} {limit:,.15g}" for sign, limit in signs.items() if limit is not None)
 
     def about(self, language: Language) -> str:
         """What the key does, in a sentence or two."""

@@ -30,6 +30,7 @@ class Worker:
         self._one_by_one = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._idle: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     async def ask(self, what: str, language: Language, **values: Any) -> Any:
         """The answer to a request. Raises StudioError with the message of an error, in the language."""
@@ -55,10 +56,18 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
+        process, self._process = self._process, None
+        if process is not None:
             with suppress(ProcessLookupError):
-                self._process.kill()
-            self._process = None
+                process.kill()
+            with suppress(RuntimeError):  # no loop runs any more
+                self._ending = asyncio.get_running_loop().create_task(_ended(process))
+
+    async def ended(self) -> None:
+        """End the process, and wait until it has ended."""
+        self.close()
+        if self._ending is not None:
+            await self._ending
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
@@ -73,6 +82,12 @@ class Worker:
                 limit=_LONGEST,
             )
         return self._process
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+    await process.wait()
 
 
 async def _asked(process: asyncio.subprocess.Process, what: str, language: Language, values: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _USES = {
     "sft-dpo": worded("Learn the answers, then which of two is better (SFT + DPO)"),
     "dpo": worded("Learn which of two answers is better (DPO)"),
 }
+_OTHER = "…"  # the list's entry for a model that is not in it
 _workers: WeakKeyDictionary[Projects, dict[Path, tuple[Worker, Worker]]] = WeakKeyDictionary()
 
 
@@ -38,7 +39,9 @@ async def new_run_page(studio: Studio) -> None:
     """Draw the page."""
     style = files(mlx_zh.studio).joinpath("new_run.css").read_text(encoding="utf-8")
     ui.add_head_html(f"<style>{style}</style>")  # `ui.add_css` needs an inline script
-    page = NewRun(studio, studio.folders[0])
+    folders = {str(number): folder for number, folder in enumerate(studio.folders)}
+    chosen = studio.query.get("folder", "0")
+    page = NewRun(studio, folders.get(chosen, studio.folders[0]))
     page.draw()
     ui.timer(0, page.fill, once=True)
 
@@ -60,9 +63,13 @@ class NewRun:
         self._studio = studio
         self._draft = Draft(project)
         self._worker, self._timing = _workers_for(studio.projects, project)
-        self._looking, self._drafting, self._forecast = Latest(0.05), Latest(0.05), Latest()
+        self._looking, self._drafting = Latest(0.05), Latest(0.05)
+        self._fitting, self._forecast = Latest(), Latest()  # of the memory, and of the time
         self._uses: Sequence[str] = ("sft",)
+        self._unused: Sequence[str] = ()  # files of which nothing can be used
         self._filling = False
+        self._models: dict[str, Mapping[str, Any]] = {}
+        self._offered = ""  # the model that the page shows
         self._client = context.client
 
     # ---- drawing
@@ -71,6 +78,7 @@ class NewRun:
         """Draw the page without what takes time."""
         studio = self._studio
         widgets.heading(studio.say("New run"), studio.say("Data, a base model, a time: the rest has good defaults."))
+        self._draw_folders()
         with ui.element("div").classes("z-new"):
             with ui.element("div").classes("z-new-steps"):
                 with self._step(1, studio.say("Your data")):
@@ -83,6 +91,17 @@ class NewRun:
                 self._draw_side()
         self._draw_recipe()
 
+    def _draw_folders(self) -> None:
+        """A choice of the project, where the studio was started for several."""
+        folders = self._studio.folders
+        if len(folders) > 1:
+            options = {str(number): str(folder) for number, folder in enumerate(folders)}
+            made = ui.select(
+                options, label=self._studio.say("Project"), value=str(folders.index(self._draft.project))
+            )
+            made.props("dense outlined options-dense").style("width: 500px; max-width: 100%")
+            made.on_value_change(lambda event: ui.navigate.to(address("/new", folder=event.value)))
+
     def _step(self, number: int, title: str) -> ui.element:
         with ui.element("section").classes("z-card z-step") as step, ui.element("div").classes("z-step-title"):
             ui.label(str(number)).classes("z-step-number")
@@ -91,14 +110,11 @@ class NewRun:
 
     def _draw_model(self) -> None:
         studio = self._studio
-        self._model = ui.select(
-            {},
-            label=studio.say("A name from the list, an id on a hub, or a folder"),
-            with_input=True,
-            on_change=self._choose_model,
-        )
-        self._model.props("dense outlined options-dense new-value-mode=add-unique input-debounce=0")
-        self._model.on("new-value", self._type_model, js_handler="(value) => emit(value)")
+        self._model = ui.select({}, label=studio.say("Model"), on_change=self._choose_model)
+        self._model.props("dense outlined options-dense")
+        self._other = ui.input(studio.say("An id on a hub, a folder, or a .gguf file"), on_change=self._choose_model)
+        self._other.props("dense outlined debounce=600")
+        self._other.set_visibility(False)
         self._model_note = ui.label("").classes("z-note")
 
     def _draw_goal(self) -> None:
@@ -118,6 +134,7 @@ class NewRun:
             self._budget = ui.slider(min=0, max=len(BUDGETS) - 1, value=nearest_budget(self._draft.budget))
             self._budget.props["aria-label"] = studio.say("Time for the whole run")
             self._budget.on_value_change(self._choose_budget)
+        self._budget_text.text = self._time(self._draft.budget)
         self._name = ui.input(studio.say("Name of the run"), value=self._draft.name, on_change=self._choose_name)
         self._name.props("dense outlined debounce=400 maxlength=80").style("max-width: 340px")
         self._name_note = ui.label("").classes("z-note")
@@ -136,19 +153,19 @@ class NewRun:
         dark = ASKING.get().cookies.get(THEME_COOKIE) == "dark"
         with (
             ui.element("section").classes("z-card"),
-            ui.expansion(studio.say("Advanced: every setting, and the recipe as YAML")),
+            ui.expansion(studio.say("Advanced: every setting, and the recipe as YAML")) as fold,
         ):
-            self._recipe_place = ui.element("div")
             known = recipes(self._draft.project)
             if known:
                 chosen = ui.select(known, label=studio.say("Open a recipe of this folder"), on_change=self._open)
-                chosen.props("dense outlined options-dense").style("max-width: 340px")
+                chosen.props("dense outlined options-dense").style("width: 340px; max-width: 100%")
             with ui.element("div").classes("z-recipe"):
                 with ui.element("div"):
                     self._form = FormView(self._studio, self._draft, self._text_changed)
                     self._form.draw_first()
                     self._form.draw_rest()
                 self._yaml = YamlView(self._studio, self._draft, self._text_changed, dark)
+            fold.on("after-show", self._yaml.open)
 
     # ---- filling
 
@@ -161,7 +178,7 @@ class NewRun:
             with self._problems:
                 widgets.error_card(self._studio, error)
             return
-        self._models = {each["name"]: each for each in models}
+        self._models.update((each["name"], each) for each in models)
         if not self._draft.model:
             here = [each for each in models if each["here"] and each["suggested"]]
             self._draft.model = (here or [each for each in models if each["suggested"]] or models)[0]["name"]
@@ -176,12 +193,17 @@ class NewRun:
         return [{key: value for key, value in file.items() if key != "wish"} for file in self._draft.files]
 
     def _offer_models(self) -> None:
+        studio, draft = self._studio, self._draft
         names = {name: self._described(model) for name, model in self._models.items()}
-        names.setdefault(self._draft.model, self._draft.model)
+        names[_OTHER] = studio.say("Another model …")
+        model = self._models.get(draft.model)
+        self._offered = draft.model
         self._filling = True
-        self._model.set_options(names, value=self._draft.model)
+        self._model.set_options(names, value=draft.model if model else _OTHER)
+        self._other.set_visibility(model is None)
+        if model is None and draft.model != _OTHER:
+            self._other.set_value(draft.model)
         self._filling = False
-        model = self._models.get(self._draft.model)
         self._model_note.text = f"{model['suits']} · {model['licence']}" if model else ""
 
     def _described(self, model: Mapping[str, Any]) -> str:
@@ -208,6 +230,7 @@ class NewRun:
             self._draft.name = report["name"]
             if self._draft.run().path.exists() or self._draft.path.exists():
                 self._draft.name = self._draft.unused_name()
+        self._unused = [Path(each["path"]).name for each in report["files"] if each["error"]]
         self._data.show(report["files"])
         await self._redraft()
         try:
@@ -251,7 +274,10 @@ class NewRun:
             return studio.say("Line {line}: {text}", line=first.line, text=text) if 0 < first.line < 10**6 else text
         if not learns:
             return studio.say("Add data first.")
-        return studio.say("The recipe is written to {file}.", file=self._draft.file)
+        written = studio.say("The recipe is written to {file}.", file=self._draft.file)
+        if not self._unused:
+            return written
+        return studio.say("Not used: {files}.", files=", ".join(self._unused)) + " " + written
 
     def _show_choices(self) -> None:
         draft, studio = self._draft, self._studio
@@ -266,7 +292,7 @@ class NewRun:
         self._name_note.text = (
             studio.say("There is a run or a recipe of this name already.") if draft.text and draft.taken() else ""
         )
-        if draft.model and draft.model != self._model.value:
+        if draft.model != self._offered:  # the text names another one; one that is being typed is not touched
             self._offer_models()
 
     def _time(self, budget: str | None) -> str:
@@ -277,8 +303,8 @@ class NewRun:
         text, file = self._draft.text, self._draft.file
         self._verdict.wait()
         try:
-            memory = await self._forecast.of(lambda: self._ask("memory", text=text, file=file))
-            if memory is None:
+            memory = await self._fitting.of(lambda: self._ask("memory", text=text, file=file))
+            if memory is None or text != self._draft.text:
                 return
             self._verdict.show_memory(memory)
             hopeless = any(not each["fits"] and not each["fitting"] for each in memory["stages"])
@@ -300,20 +326,17 @@ class NewRun:
     # ---- choices
 
     async def _choose_model(self, event: Any) -> None:
-        if self._filling or not event.value or event.value == self._draft.model:
+        name = str(event.value or "").strip()
+        if self._filling or not name or name == self._draft.model:
             return
-        self._draft.model = str(event.value).strip()
+        if name == _OTHER:
+            self._other.set_visibility(True)
+            return
+        self._draft.model = name
         self._offer_models()
-        if self._draft.rewritten:
-            await self._set("model.path", self._draft.model)
-        else:
-            self._draft.own.pop("model.path", None)
+        await self._set("model.path", name)
+        if not self._draft.rewritten:  # other values depend on the model, such as the learning rate
             await self._data_changed()
-
-    async def _type_model(self, event: Any) -> None:
-        text = str(event.args if isinstance(event.args, str) else (event.args or [""])[0]).strip()
-        if text:
-            self._model.set_options({**dict(self._model.options), text: text}, value=text)
 
     async def _choose_use(self, event: Any) -> None:
         if not self._filling and event.value and event.value != self._draft.use:
@@ -328,7 +351,14 @@ class NewRun:
             return
         self._draft.budget = budget
         self._budget_text.text = self._time(budget)
-        await self._set("budget", budget)
+        if budget is not None:
+            await self._set("budget", budget)
+            return
+        self._draft.unset("budget")
+        if self._draft.rewritten:
+            await self._text_changed()
+        else:
+            await self._redraft()
 
     async def _choose_name(self, event: Any) -> None:
         name = str(event.value or "").strip()
