@@ -130,33 +130,19 @@ def _open(
 
 
 def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
-    from mlx_zh.chatting.chatbot import Chatbot, context_length
-    from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.generate import Sampling
-    from mlx_zh.models.load import load_model
-    from mlx_zh.stages.rendering import renderer_of
+    from mlx_zh.stages.talking import open_chatbot
     from mlx_zh.system import console
 
-    if recipe:
-        source = recipe.model
-        loaded = load_model(
-            source.path,
-            hub=arguments.hub or source.hub,
-            revision=source.revision,
-            dtype=source.dtype,
-            quantize=(source.quantize.bits, source.quantize.group_size) if source.quantize else None,
-            progress=console.DownloadBar(),
-            reading=console.say_reading,
-        )
-        renderer = renderer_of(recipe, loaded.tokenizer)
-        renderer.check_template()
-    else:
-        bar = console.DownloadBar()
-        loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=bar, reading=console.say_reading)
-        renderer = Renderer(loaded.tokenizer)
-    context = context_length(loaded.config, arguments.max_context)
-    sampling = Sampling(arguments.temp, arguments.top_p, arguments.max_tokens)
-    return Chatbot(loaded, renderer, context, sampling, seed=arguments.seed)
+    return open_chatbot(
+        recipe or arguments.target,
+        hub=arguments.hub,
+        max_context=arguments.max_context,
+        sampling=Sampling(arguments.temp, arguments.top_p, arguments.max_tokens),
+        seed=arguments.seed,
+        progress=console.DownloadBar(),
+        reading=console.say_reading,
+    )
 
 
 def _recipe(target: str, overrides: list[str]) -> Recipe | None:

@@ -77,6 +77,7 @@ class ArenaFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.answers = path / "answers.jsonl"  # of the blind arena, whose answers are drawn as one asks
         self.chosen = path / "chosen.jsonl"
         self.result = path / "result.json"
 
