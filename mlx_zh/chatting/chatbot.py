@@ -158,7 +158,8 @@ class Chatbot:
         if len(self._sessions) > _KEPT_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         self._change(folder)
-        self.session = self._sessions.pop(self._adapter_digest, None) or self._new_session()
+        kept = self._sessions.get(self._adapter_digest)
+        self.session = self._new_session() if kept is None else kept
 
     def _change(self, folder: Path | None) -> None:
         previous = self.adapter

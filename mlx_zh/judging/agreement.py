@@ -64,7 +64,7 @@ def votes_of(path: Path) -> list[tuple[Sampled, int]]:
         lines = list(text_lines(path.read_text(encoding="utf-8", errors="replace")))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    votes = {}
+    votes: dict[str, tuple[Sampled, int]] = {}
     for line in lines:
         try:
             row = parse_json(line)

@@ -78,7 +78,7 @@ def _context(config: Config) -> int:
 
 
 def _still_taken(folder: Path, machine: Machine) -> float:
-    """Bytes that a run at work may take beyond what its processes have now: its measured or planned peak less that."""
+    """Bytes that a run at work may take beyond what its processes have: its measured or planned peak less that."""
     process = holder(folder / LOCK)
     if process is None:
         return 0.0

@@ -86,7 +86,7 @@ class Talk:
     def prepared(self, asked: Asked) -> Ready:
         """Switch to the adapter, and render the prompt. Raises MlxZhError: nothing has been answered then."""
         side = Side.of(asked.run, asked.stage)
-        if _base_of(side.recipe) != _base_of(self.recipe):
+        if base_of(side.recipe) != base_of(self.recipe):
             raise AdapterError(
                 f"{asked.run} was trained over {side.recipe.model.path}, and the model in memory is "
                 f"{self.recipe.model.path}. Talk with it on its own page."
@@ -129,7 +129,7 @@ class Ready:
         return self.bot.stream(self.prompt, stop)
 
 
-def _base_of(recipe: Recipe) -> tuple[object, ...]:
+def base_of(recipe: Recipe) -> tuple[object, ...]:
     """What decides which weights the base model has."""
     model = recipe.model
     return model.path, model.hub, model.revision, model.dtype, model.quantization

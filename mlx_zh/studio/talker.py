@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_zh.errors import StudioError
-from mlx_zh.system.json_text import parse_json
 from mlx_zh.studio.talk_process import IDLE
+from mlx_zh.system.json_text import parse_json
 
 LONGEST = 200_000  # characters of a conversation that may be sent; no model here reads more
 _LINE = 1 << 26  # bytes of a message
@@ -37,7 +37,7 @@ class Settings:
 
     temperature: float = 0.7
     top_p: float = 0.95
-    max_tokens: int = 1024
+    max_tokens: int = 512
     seed: int | None = None
     thinking: str = ""  # on, off, auto, or what the recipe says
     system: str | None = None
@@ -92,7 +92,7 @@ class Room:
 
 @dataclass
 class Talker:
-    """The process of one base model. `folder` is where the run was started: paths in its recipe are relative to it."""
+    """The process of one base model. `folder` is where the run was started; paths in its recipe start there."""
 
     run: Path
     folder: Path
