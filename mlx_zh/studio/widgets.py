@@ -71,7 +71,7 @@ def table(
     made = ui.table(
         columns=[dict(each) for each in columns], rows=[dict(row) for row in rows], row_key=row_key, **options
     )
-    return made.classes("z-table").props("flat dense wrap-cells=false")
+    return made.classes("z-table").props("flat dense")
 
 
 def chart(
@@ -87,36 +87,47 @@ def chart(
 
     Later data: `draw(the_chart, curves)`.
     """
-    made = ui.echart(
-        {
-            "title": {"text": title, "left": 0, "textStyle": {"fontSize": 13, "fontWeight": 600, "color": _GREY}},
-            "grid": {"left": 52, "right": 14, "top": 34, "bottom": 30},
-            "animation": False,
-            "tooltip": {
-                "trigger": "axis",
-                "confine": True,
-                "backgroundColor": "rgba(28,30,34,.94)",
-                "borderWidth": 0,
-                "textStyle": {"color": "#fff", "fontSize": 12},
-            },
-            "legend": {
-                "right": 0,
-                "top": 0,
-                "type": "scroll",
-                "width": "60%",
-                "textStyle": {"color": _GREY},
-                "itemHeight": 8,
-                "itemWidth": 14,
-                "show": len(curves) > 1,
-            },
-            "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", **_axis()},
-            "yAxis": {"type": "value", "scale": True, **_axis()},
-            "dataZoom": [{"type": "inside", "filterMode": "none"}] if zoom else [],
-            "series": [_series(name, index, faint, dots) for index, name in enumerate(curves)],
-        }
-    ).classes("z-chart")
+    with ui.element("div").classes("z-card"):
+        ui.label(title).classes("z-section-title")
+        made = ui.echart(_options(curves, x, faint, dots, zoom)).classes("z-chart")
     draw(made, curves)
     return made
+
+
+def remove_chart(made: ui.echart) -> None:
+    """Remove a chart that `chart` made, with its frame."""
+    frame = made.parent_slot
+    assert frame is not None
+    frame.parent.delete()
+
+
+def _options(
+    curves: Mapping[str, Sequence[Point]], x: str, faint: Sequence[str], dots: Sequence[str], zoom: bool
+) -> dict[str, Any]:
+    return {
+        "grid": {"left": 52, "right": 14, "top": 30, "bottom": 30},
+        "animation": False,
+        "tooltip": {
+            "trigger": "axis",
+            "confine": True,
+            "backgroundColor": "rgba(28,30,34,.94)",
+            "borderWidth": 0,
+            "textStyle": {"color": "#fff", "fontSize": 12},
+        },
+        "legend": {
+            "left": 0,
+            "top": 0,
+            "type": "scroll",
+            "textStyle": {"color": _GREY},
+            "itemHeight": 8,
+            "itemWidth": 14,
+            "show": len(curves) > 1,
+        },
+        "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", **_axis()},
+        "yAxis": {"type": "value", "scale": True, **_axis()},
+        "dataZoom": [{"type": "inside", "filterMode": "none"}] if zoom else [],
+        "series": [_series(name, index, faint, dots) for index, name in enumerate(curves)],
+    }
 
 
 def draw(made: ui.echart, curves: Mapping[str, Sequence[Point]]) -> None:
