@@ -192,6 +192,13 @@ def comparable(columns: Sequence[Column]) -> bool:
     return same_prompt and len({answer.text.strip() for answer in answers}) > 1
 
 
+def diverged(columns: Sequence[Column]) -> bool:
+    """Whether complete answers cannot be compared because they answer different conversations."""
+    answers = [column.last for column in columns]
+    prompts = [answer.prompt for answer in answers if answer is not None and answer.complete]
+    return len(prompts) == len(columns) > 1 and any(prompt != prompts[0] for prompt in prompts)
+
+
 def split_reasoning(text: str, thinks: bool) -> tuple[str, str, bool]:
     """Reasoning, answer, and whether the reasoning has not ended; `thinks`: the prompt ends inside of a thought."""
     start = text.lstrip()

@@ -29,22 +29,22 @@ class BlindView:
 
     def draw(self, chooser: Any) -> None:
         """Draw the chooser, the tally, and the field for a question."""
-        say, choices = self._studio.say, self._talk.choices
+        studio, choices = self._studio, self._talk.choices
         if len(choices) < 2:
-            ui.label(say("The arena needs two models, and this run has no tuned model yet.")).classes("z-note")
+            ui.label(studio.say("The arena needs two models, and this run has no tuned model yet.")).classes("z-note")
             return
         names = {id: choice.label for id, choice in choices.items()}
         own = [id for id, choice in choices.items() if choice.run == self._talk.info.path]
         self._ids = [own[0], own[-1] if len(own) > 1 else next(id for id in names if id != own[0])]
         with chooser:
             for number in (0, 1):
-                label = say("First model") if number == 0 else say("Second model")
+                label = studio.say("First model") if number == 0 else studio.say("Second model")
                 pick = ui.select(names, value=self._ids[number], label=label)
                 pick.props("outlined dense options-dense").classes("z-talk-side")
                 pick.on_value_change(partial(self._choose, number))
-        ui.label(say("Which answer stands at A is random for each prompt. The names appear after the vote.")).classes(
-            "z-note"
-        )
+        ui.label(
+            studio.say("Which answer stands at A is random for each prompt. The names appear after the vote.")
+        ).classes("z-note")
         self._tally = ui.element("div").classes("z-card z-tally").props('role="status"')
         self._place = ui.element("div").classes("z-rounds")
         examples = [sample.prompt for sample in self._talk.recipe.sample_prompts()][:8]
@@ -103,23 +103,23 @@ class BlindView:
         icon_button("content_copy", self._studio.say("Copy"), copy)
 
     def _draw_vote(self) -> None:
-        say, arena = self._studio.say, self._arena
+        studio, arena = self._studio, self._arena
         self._vote.clear()
         answers = [card.answer for card in self._cards]
         with self._vote:
             if arena.voted is not None:
-                undo = ui.button(say("Take back"), icon="undo", on_click=self._undo)
+                undo = ui.button(studio.say("Take back"), icon="undo", on_click=self._undo)
                 undo.props("flat no-caps dense size=sm color=grey")
             elif not all(answer.complete for answer in answers):
-                ui.label(say("Both answers must be complete for a vote. Ask again.")).classes("z-note")
+                ui.label(studio.say("Both answers must be complete for a vote. Ask again.")).classes("z-note")
             elif answers[0].text.strip() == answers[1].text.strip():
-                ui.label(say("Both answers are the same, so there is nothing to choose.")).classes("z-note")
+                ui.label(studio.say("Both answers are the same, so there is nothing to choose.")).classes("z-note")
             else:
                 choices: tuple[tuple[str, Choice], ...] = (
-                    (say("A is better"), "A"),
-                    (say("B is better"), "B"),
-                    (say("Both good"), "both"),
-                    (say("Neither good"), "neither"),
+                    (studio.say("A is better"), "A"),
+                    (studio.say("B is better"), "B"),
+                    (studio.say("Both good"), "both"),
+                    (studio.say("Neither good"), "neither"),
                 )
                 for text, choice in choices:
                     button = ui.button(text, on_click=partial(self._choose_answer, choice))
@@ -147,13 +147,13 @@ class BlindView:
                 self._draw_tally(contest)
 
     def _draw_tally(self, contest: Contest) -> None:
-        say = self._studio.say
+        studio = self._studio
         first, second = (column.label for column in self._arena.columns)
         if contest.win_rate is None and not contest.tied:
-            ui.label(say("No votes yet. Ask something, and choose the better answer.")).classes("z-note")
+            ui.label(studio.say("No votes yet. Ask something, and choose the better answer.")).classes("z-note")
             return
         with ui.element("div").classes("z-figures"):
-            for name, count in ((first, contest.lost), (second, contest.won), (say("Ties"), contest.tied)):
+            for name, count in ((first, contest.lost), (second, contest.won), (studio.say("Ties"), contest.tied)):
                 with ui.element("div"):
                     ui.label(name).classes("z-figure-name")
                     ui.label(str(count)).classes("z-figure")
@@ -161,13 +161,13 @@ class BlindView:
             return
         low, high = contest.interval
         figures = {"rate": f"{contest.win_rate:.0%}", "low": f"{low:.0%}", "high": f"{high:.0%}"}
-        rate = say(
+        rate = studio.say(
             "{name} wins {rate} of the votes that were no tie, 95 % interval {low} to {high}.", name=second, **figures
         )
         winner = second if contest.won > contest.lost else first
         verdict = (
-            say("That is within noise: either may be the better one.")
+            studio.say("That is within noise: either may be the better one.")
             if contest.noise
-            else say("{name} is better, by more than chance.", name=winner)
+            else studio.say("{name} is better, by more than chance.", name=winner)
         )
         ui.label(f"{rate} {verdict}").classes("z-note")

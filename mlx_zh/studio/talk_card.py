@@ -67,10 +67,12 @@ class AnswerCard:
     def draw(self) -> None:
         """Draw it as it is now."""
         self._drawn = time.monotonic()
-        answer, say = self.answer, self._studio.say
+        answer, studio = self.answer, self._studio
         thought, text, thinking = answer.parts
         self._thought.set_visibility(bool(thought) or thinking)
-        self._thought.set_text(say("Reasoning …") if thinking and answer.state == "writing" else say("Reasoning"))
+        self._thought.set_text(
+            studio.say("Reasoning …") if thinking and answer.state == "writing" else studio.say("Reasoning")
+        )
         self._thought_text.set_text(thought)
         self._text.set_content(safe_html(text) if text.strip() else "")
         self._error.set_text(answer.error)
@@ -87,32 +89,32 @@ class AnswerCard:
                 self.actions()
 
     def _said(self) -> str:
-        answer, say = self.answer, self._studio.say
+        answer, studio = self.answer, self._studio
         if answer.state == "waiting":
-            return say("waiting …")
+            return studio.say("waiting …")
         if answer.state == "writing":
-            return "" if answer.text else say("reading …")
+            return "" if answer.text else studio.say("reading …")
         if answer.said == "edited":
-            return say("edited by you")
+            return studio.say("edited by you")
         if answer.state == "done" and not answer.text.strip():
-            return say("no answer")
+            return studio.say("no answer")
         if answer.state == "stopped" and not answer.statistics:
-            return say("stopped")
+            return studio.say("stopped")
         return ""
 
     def _costs(self) -> str:
-        values, say = self.answer.statistics, self._studio.say
+        values, studio = self.answer.statistics, self._studio
         seed = self.answer.origin.seed if self.answer.origin else None
         parts = [
-            say("{count} tokens", count=values["generated"]),
-            say("{speed} tokens/s", speed=f"{values['tokens_per_second']:.1f}"),
+            studio.say("{count} tokens", count=values["generated"]),
+            studio.say("{speed} tokens/s", speed=f"{values['tokens_per_second']:.1f}"),
         ]
         if seed is not None:
-            parts.append(say("seed {seed}", seed=seed))
+            parts.append(studio.say("seed {seed}", seed=seed))
         if values["reason"] in _ENDS:
-            parts.append(say(_ENDS[values["reason"]]))
+            parts.append(studio.say(_ENDS[values["reason"]]))
         if self.answer.dropped:
-            parts.append(say("the oldest {count} rounds left the context", count=self.answer.dropped))
+            parts.append(studio.say("the oldest {count} rounds left the context", count=self.answer.dropped))
         return " · ".join(parts)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nicegui import run, ui
 
 from mlx_zh.errors import MlxZhError
-from mlx_zh.studio.conversation import Answer, Column, Judge, comparable
+from mlx_zh.studio.conversation import Answer, Column, Judge, comparable, diverged
 from mlx_zh.studio.talk_card import AnswerCard, bring_into_view, icon_button
 from mlx_zh.studio.talk_settings import SettingsView
 from mlx_zh.studio.talk_status import StatusView
@@ -47,20 +47,24 @@ class RoundsView:
 
     def draw(self, chooser: Any, line: Any) -> None:
         """Draw the chooser, the place of the conversation, and the field for a question."""
-        say, choices = self._studio.say, self._talk.choices
+        studio, choices = self._studio, self._talk.choices
         own = [id for id, choice in choices.items() if choice.run == self._talk.info.path]
         names = {id: choice.label for id, choice in choices.items()}
         with chooser:
             pick = ui.select(
-                names, value=own, multiple=True, label=say("Who answers"), on_change=lambda e: self._choose(e.value)
+                names,
+                value=own,
+                multiple=True,
+                label=studio.say("Who answers"),
+                on_change=lambda e: self._choose(e.value),
             )
             pick.props(f"use-chips outlined dense options-dense max-values={self._most}").classes("z-talk-columns")
         with line:
-            new = ui.button(say("New conversation"), icon="restart_alt", on_click=self._clear)
+            new = ui.button(studio.say("New conversation"), icon="restart_alt", on_click=self._clear)
             new.props("flat no-caps dense size=sm color=grey")
         self._choose(own)
         if own == [f"{self._talk.info.key}-base"]:
-            ui.label(say("This run has no tuned model yet, so only its base answers.")).classes("z-note")
+            ui.label(studio.say("This run has no tuned model yet, so only its base answers.")).classes("z-note")
         self._place = ui.element("div").classes("z-rounds")
         examples = [sample.prompt for sample in self._talk.recipe.sample_prompts()][:8]
         self._composer = self._composer_of(self._talk, self._ask, examples)
@@ -125,20 +129,22 @@ class RoundsView:
         ui.notify(self._studio.say("Copied"), timeout=1200)
 
     def _actions(self, one: Round, column: Column, card: AnswerCard) -> None:
-        say, answer = self._studio.say, card.answer
+        studio, answer = self._studio, card.answer
         self._copy_button(card)
         if answer.complete and answer.said != "edited":
             judgements: tuple[tuple[Literal["good", "bad"], str, str], ...] = (
-                ("good", "thumb_up", say("Good")),
-                ("bad", "thumb_down", say("Bad")),
+                ("good", "thumb_up", studio.say("Good")),
+                ("bad", "thumb_down", studio.say("Bad")),
             )
             for said, icon, name in judgements:
                 pressed = answer.said == said
                 icon_button(icon, name, partial(self._say, card, said), on=pressed)
-            icon_button("edit", say("Edit: what it should have been"), lambda: self._edit(one, column, card))
+            icon_button("edit", studio.say("Edit: what it should have been"), lambda: self._edit(one, column, card))
         if len(one.columns) > 1 and answer.text.strip() and not column.transcript.pending:
-            icon_button("call_split", say("Go on from this answer in all columns"), lambda: self._go_on(one, column))
-        icon_button("refresh", say("Ask all again"), lambda: self._again(one))
+            icon_button(
+                "call_split", studio.say("Go on from this answer in all columns"), lambda: self._go_on(one, column)
+            )
+        icon_button("refresh", studio.say("Ask all again"), lambda: self._again(one))
 
     async def _say(self, card: AnswerCard, said: Literal["good", "bad"]) -> None:
         await self._write(self._judge.say, card.answer, said)
@@ -149,15 +155,15 @@ class RoundsView:
         await run.io_bound(work, *arguments)
 
     def _edit(self, one: Round, column: Column, card: AnswerCard) -> None:
-        say = self._studio.say
+        studio = self._studio
         with ui.dialog() as dialog, ui.element("div").classes("z-card z-edit"):
-            ui.label(say("What the answer should have been")).classes("z-section-title")
-            ui.label(say("It is recorded as the better answer, and this conversation goes on from it.")).classes(
-                "z-note"
-            )
+            ui.label(studio.say("What the answer should have been")).classes("z-section-title")
+            ui.label(
+                studio.say("It is recorded as the better answer, and this conversation goes on from it.")
+            ).classes("z-note")
             text = ui.textarea(value=card.answer.text).props("outlined autogrow autofocus").classes("z-edit-text")
             with ui.element("div").classes("z-row z-end"):
-                ui.button(say("Cancel"), on_click=dialog.close).props("flat no-caps color=grey")
+                ui.button(studio.say("Cancel"), on_click=dialog.close).props("flat no-caps color=grey")
 
                 async def save() -> None:
                     try:
@@ -169,7 +175,7 @@ class RoundsView:
                     card.draw()
                     self._draw_vote(one)
 
-                ui.button(say("Record"), on_click=save).props("unelevated no-caps")
+                ui.button(studio.say("Record"), on_click=save).props("unelevated no-caps")
         dialog.open()
 
     def _go_on(self, one: Round, column: Column) -> None:
@@ -190,20 +196,26 @@ class RoundsView:
     def _draw_vote(self, one: Round) -> None:
         """The buttons to say which answer is better; after that, what was said, and the way back."""
         one.vote.clear()
-        say = self._studio.say
+        studio = self._studio
         with one.vote:
             if one.best is not None:
                 ui.label(self._recorded(one)).classes("z-note")
-                undo = ui.button(say("Take back"), icon="undo", on_click=lambda: self._take_back(one))
+                undo = ui.button(studio.say("Take back"), icon="undo", on_click=lambda: self._take_back(one))
                 undo.props("flat no-caps dense size=sm color=grey")
             elif comparable(one.columns) and not any(card.answer.said == "edited" for card in one.cards):
-                ui.label(say("Which is better?")).classes("z-note")
+                ui.label(studio.say("Which is better?")).classes("z-note")
                 for index, column in enumerate(one.columns):
                     self._vote_button(one, column.label, index)
-                both = say("Both good") if len(one.columns) == 2 else say("All good")
-                neither = say("Neither good") if len(one.columns) == 2 else say("None good")
+                both = studio.say("Both good") if len(one.columns) == 2 else studio.say("All good")
+                neither = studio.say("Neither good") if len(one.columns) == 2 else studio.say("None good")
                 self._vote_button(one, both, "both")
                 self._vote_button(one, neither, "neither")
+            elif diverged(one.columns):
+                text = studio.say(
+                    "The conversations differ by now. To compare again, go on from one answer in all columns, or begin "
+                    "a new conversation."
+                )
+                ui.label(text).classes("z-note")
 
     def _vote_button(self, one: Round, text: str, best: Best) -> None:
         async def vote() -> None:
@@ -220,10 +232,10 @@ class RoundsView:
             self._draw_vote(one)
 
     def _recorded(self, one: Round) -> str:
-        say = self._studio.say
+        studio = self._studio
         if isinstance(one.best, int):
-            return say("Recorded: {name} is better", name=one.columns[one.best].label)
-        return say("Recorded: all good") if one.best == "both" else say("Recorded: none good")
+            return studio.say("Recorded: {name} is better", name=one.columns[one.best].label)
+        return studio.say("Recorded: all good") if one.best == "both" else studio.say("Recorded: none good")
 
 
 def _show(one: Round, number: int) -> None:

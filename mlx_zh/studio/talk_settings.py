@@ -19,24 +19,28 @@ class SettingsView:
 
     def __init__(self, studio: Studio, recipe: Recipe, talker: Talker) -> None:
         self._talker = talker
-        say = studio.say
-        with ui.expansion(say("Settings")).props("dense dense-toggle").classes("z-talk-settings"):
-            self._system = ui.textarea(say("System prompt"), value=recipe.system_message() or "")
+        with ui.expansion(studio.say("Settings")).props("dense dense-toggle").classes("z-talk-settings"):
+            self._system = ui.textarea(studio.say("System prompt"), value=recipe.system_message() or "")
             self._system.props(f"outlined dense autogrow rows=1 maxlength={_LONGEST_SYSTEM}")
             with ui.element("div").classes("z-talk-numbers"):
-                self._temperature = _number(say("Temperature"), _DEFAULT.temperature, 0, 10, 0.1)
-                self._top_p = _number(say("Top-p"), _DEFAULT.top_p, 0.01, 1, 0.05)
-                self._tokens = _number(say("Longest answer, tokens"), _DEFAULT.max_tokens, 1, 32768, 64)
-                self._seed = _number(say("Seed"), None, 0, 2**31 - 1, 1)
-                self._seed.props["placeholder"] = say("random")
-                modes = {"": say("as in the recipe"), "auto": say("automatic"), "on": say("on"), "off": say("off")}
-                self._thinking = ui.select(modes, value="", label=say("Thinking")).props(
+                self._temperature = _number(studio.say("Temperature"), _DEFAULT.temperature, 0, 10, 0.1)
+                self._top_p = _number(studio.say("Top-p"), _DEFAULT.top_p, 0.01, 1, 0.05)
+                self._tokens = _number(studio.say("Longest answer, tokens"), _DEFAULT.max_tokens, 1, 32768, 64)
+                self._seed = _number(studio.say("Seed"), None, 0, 2**31 - 1, 1)
+                self._seed.props["placeholder"] = studio.say("random")
+                modes = {
+                    "": studio.say("as in the recipe"),
+                    "auto": studio.say("automatic"),
+                    "on": studio.say("on"),
+                    "off": studio.say("off"),
+                }
+                self._thinking = ui.select(modes, value="", label=studio.say("Thinking")).props(
                     "outlined dense options-dense"
                 )
             ui.label(
-                say("Temperature 0 always takes the most likely token. All columns draw with the same seed.")
+                studio.say("Temperature 0 always takes the most likely token. All columns draw with the same seed.")
             ).classes("z-note")
-            self._no_switch = ui.label(say("This model has no switch for thinking.")).classes("z-note")
+            self._no_switch = ui.label(studio.say("This model has no switch for thinking.")).classes("z-note")
             self._no_switch.set_visibility(False)
         ui.timer(2.0, self._show_switch)
 

@@ -45,7 +45,7 @@ class StatusView:
 
     def _follow(self) -> None:
         """Show the talker's state where it changed."""
-        talker, say = self._talk.talker, self._studio.say
+        talker, studio = self._talk.talker, self._studio
         state = (talker.state, str(talker.progress), tuple(self._talk.at_work), self._agreed)
         if state == self._shown or (talker.state == "off" and self._shown is None):
             return
@@ -57,7 +57,7 @@ class StatusView:
             if talker.state == "checked" and not self.may_ask:
                 self._offer(need, free)
             elif talker.state == "checked":
-                text = say(
+                text = studio.say(
                     "Takes about {need} GB of {free} GB free; loaded with the first question.", **_gb(need, free)
                 )
                 ui.label(text).classes("z-note")
@@ -65,22 +65,22 @@ class StatusView:
                 ui.label(_progress(self._studio, talker.progress)).classes("z-note")
             elif talker.state == "ready":
                 about = talker.about
-                text = say("{model} is loaded · {context} tokens of context", **_about(about))
+                text = studio.say("{model} is loaded · {context} tokens of context", **_about(about))
                 ui.label(text).classes("z-note")
             elif talker.state == "off":
-                ui.label(say("The model is not loaded; the next question loads it.")).classes("z-note")
+                ui.label(studio.say("The model is not loaded; the next question loads it.")).classes("z-note")
 
     def _offer(self, need: float, free: float) -> None:
-        say = self._studio.say
+        studio = self._studio
         names = ", ".join(self._talk.names_at_work)
-        text = say(
+        text = studio.say(
             "A training run is at work: {names}. Talking takes about {need} GB beside it, and {free} GB are free. "
             "Both become slower.",
             names=names,
             **_gb(need, free),
         )
         with widgets.note_card(text):
-            ui.button(say("Talk all the same"), on_click=self._agree).props("outline no-caps dense").classes(
+            ui.button(studio.say("Talk all the same"), on_click=self._agree).props("outline no-caps dense").classes(
                 "q-mt-sm"
             )
 

@@ -22,6 +22,7 @@ def make_run(model: Path, project: Path, name: str = "tiny", **more: Any) -> Pat
         "evaluate:\n  prompts:\n  - 你好\n  - prompt: 再见\n    expect: 再\n",
         encoding="utf-8",
     )
+    (run / "manifest.json").write_text("{}")  # by which a folder is known as a run
     for number, stage in enumerate(("sft", "dpo")):
         loaded = load_model(str(model)).model
         spec = AdapterSpec(kind="lora", num_layers=2, rank=4, scale=20.0)

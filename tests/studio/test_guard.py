@@ -182,7 +182,9 @@ def test_every_answer_has_the_headers() -> None:
     assert headers["cross-origin-resource-policy"] == "same-origin"
     assert not {"access-control-allow-origin", "server"} & headers.keys()
     policy = dict(part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";"))
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert (
+        policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    )
     assert "'unsafe-inline'" not in policy["script-src"] and "http" not in policy["script-src"]
 
 

@@ -34,8 +34,7 @@ _MOST_COLUMNS = 4
 Shown = Callable[[int], None]
 
 # A Chinese input method takes Enter to finish a word; only an Enter of its own sends.
-_ENTER = """(event) => {
-    if (event.shiftKey || event.isComposing || event.keyCode === 229) return;
+_ENTER = """(event) => { if (event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     emit(event.target.value);
 }"""
