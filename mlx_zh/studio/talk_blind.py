@@ -123,7 +123,7 @@ class BlindView:
                 )
                 for text, choice in choices:
                     button = ui.button(text, on_click=partial(self._choose_answer, choice))
-                    button.props("outline no-caps dense size=sm").classes("z-vote-button")
+                    button.props("outline no-caps dense").classes("z-vote-button")
 
     async def _choose_answer(self, choice: Choice) -> None:
         await run.io_bound(self._arena.vote, choice)

@@ -157,6 +157,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not get between the messages
     run, idle, *at_work = sys.argv[1:]
     Process(run, at_work, output, float(idle)).serve()
+    os._exit(0)  # a thread still reads standard input, over which Python would stumble at its own end
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ class RoundsView:
             one.best = best
             self._draw_vote(one)
 
-        ui.button(text, on_click=vote).props("outline no-caps dense size=sm").classes("z-vote-button")
+        ui.button(text, on_click=vote).props("outline no-caps dense").classes("z-vote-button")
 
     async def _take_back(self, one: Round) -> None:
         if one.best is not None:

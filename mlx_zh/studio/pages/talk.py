@@ -142,7 +142,7 @@ async def talk_page(studio: Studio) -> None:
             label=studio.say("Run"),
             on_change=lambda event: ui.navigate.to(_address(event.value, blind)),
         ).props("outlined dense options-dense").classes("z-talk-run")
-        chooser = ui.element("div").classes("z-row z-grow")
+        chooser = ui.element("div").classes("z-row z-talk-chooser")
         modes = {False: studio.say("Side by side"), True: studio.say("Blind arena")}
         ui.toggle(modes, value=blind, on_change=lambda event: ui.navigate.to(_address(info.key, event.value))).props(
             "dense no-caps unelevated padding='4px 14px'"
