@@ -189,7 +189,7 @@ class _Reading:
         if ended.get("how") == "failed":
             return "failed", why
         if ended.get("how") == "stopped":
-            return "stopped", why
+            return "stopped", None
         if _stamp(run.path / LOCK) is not None:
             return "stopped", KILLED
         if self._records:

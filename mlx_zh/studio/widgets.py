@@ -105,7 +105,7 @@ def _options(
     curves: Mapping[str, Sequence[Point]], x: str, faint: Sequence[str], dots: Sequence[str], zoom: bool
 ) -> dict[str, Any]:
     return {
-        "grid": {"left": 52, "right": 14, "top": 30, "bottom": 30},
+        "grid": {"left": 4, "right": 52, "top": 30, "bottom": 4, "containLabel": True},
         "animation": False,
         "tooltip": {
             "trigger": "axis",
@@ -123,10 +123,10 @@ def _options(
             "itemWidth": 14,
             "show": len(curves) > 1,
         },
-        "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", **_axis()},
+        "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", "minInterval": 1, **_axis()},
         "yAxis": {"type": "value", "scale": True, **_axis()},
         "dataZoom": [{"type": "inside", "filterMode": "none"}] if zoom else [],
-        "series": [_series(name, index, faint, dots) for index, name in enumerate(curves)],
+        "series": _all_series(list(curves), faint, dots),
     }
 
 
@@ -134,8 +134,17 @@ def draw(made: ui.echart, curves: Mapping[str, Sequence[Point]]) -> None:
     """Put new data into a chart that `chart` made, by the names of its curves."""
     for series in made.options["series"]:
         points = thinned(curves.get(series["name"], ()))
-        series["data"] = [[x, y] for x, y in points]
+        series["data"] = [[x, float(f"{y:.6g}")] for x, y in points]
     made.update()
+
+
+def _all_series(names: Sequence[str], faint: Sequence[str], dots: Sequence[str]) -> list[dict[str, Any]]:
+    """A pale curve has the colour of the one after it, of which it shows the details."""
+    series, index = [], 0
+    for name in names:
+        series.append(_series(name, index, faint, dots))
+        index += name not in faint
+    return series
 
 
 def _series(name: str, index: int, faint: Sequence[str], dots: Sequence[str]) -> dict[str, Any]:
@@ -155,15 +164,10 @@ def _series(name: str, index: int, faint: Sequence[str], dots: Sequence[str]) ->
 def _axis() -> dict[str, Any]:
     return {
         "nameLocation": "end",
-        "nameTextStyle": {
-            "color": _GREY,
-            "fontSize": 11,
-            "align": "right",
-            "verticalAlign": "top",
-            "padding": [8, 0],
-        },
+        "nameTextStyle": {"color": _GREY, "fontSize": 11},
+        "nameGap": 16,
         "axisLabel": {"color": _GREY, "fontSize": 11, "hideOverlap": True},
-        "axisLine": {"lineStyle": {"color": "rgba(128,128,128,.4)"}},
+        "axisLine": {"onZero": False, "lineStyle": {"color": "rgba(128,128,128,.4)"}},
         "splitLine": {"lineStyle": {"color": "rgba(128,128,128,.15)"}},
     }
 

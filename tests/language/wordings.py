@@ -121,7 +121,8 @@ def _calls_of_pages(tree: ast.Module) -> Iterator[ast.Call]:
         function = node.func
         name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
         owner = getattr(function, "value", None)
-        if name in PAGE_CALLS or (name == "say" and getattr(owner, "id", getattr(owner, "attr", "")) in _STUDIOS):
+        own = isinstance(function, ast.Name) or getattr(owner, "id", getattr(owner, "attr", "")) in _STUDIOS
+        if name in PAGE_CALLS or (name == "say" and own):
             yield node
 
 

@@ -15,7 +15,7 @@ from mlx_zh.studio import widgets
 from mlx_zh.studio.curves import Point, smoothed
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.live_metrics import LiveMetrics, age, end_of
-from mlx_zh.studio.pages.runs import STATES, gain_text, hours_text
+from mlx_zh.studio.pages.runs import STATES, gain_text, hours_text, short
 from mlx_zh.studio.processes import end_of_log
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.run_controls import RunControls
@@ -74,17 +74,17 @@ class _Live:
             self._controls = RunControls(studio, info)
         self._trouble = ui.element("div")
         self._figures = ui.element("div").classes("z-card z-figures")
+        self._draw_links()
         self._stages = ui.element("div")
         self._curves = ui.element("div").classes("z-grid")
         self._warnings = ui.element("div").classes("z-section")
         self._log = ui.element("div").classes("z-section")
-        self._draw_links()
         self._draw_figures()
         widgets.while_visible(_SECONDS, self._refresh)
 
     def _about(self) -> str:
         separator = "、" if self._studio.language == "zh" else ", "
-        return " · ".join(part for part in (self._info.model, separator.join(self._info.data)) if part)
+        return " · ".join(part for part in (self._info.model, separator.join(map(short, self._info.data))) if part)
 
     def _draw_links(self) -> None:
         """Where to go on from here."""
@@ -96,8 +96,10 @@ class _Live:
             ui.link(say("Compare"), address("/compare", runs=key)).classes("z-link")
 
     async def _refresh(self) -> None:
-        self._info = await run.io_bound(self._studio.run, self._info.key)
-        info = self._info
+        info = await run.io_bound(self._studio.run, self._info.key)
+        if info is None:  # the studio is closing
+            return
+        self._info = info
         if self._stage not in info.stages or (info.state == "running" and len(info.stages) > self._seen_stages):
             self._choose(info.stages[-1] if info.stages else "")
         if self._metrics is not None and await run.io_bound(self._metrics.read):
@@ -206,23 +208,26 @@ class _Live:
                 if metric.startswith("eval_"):
                     dots.append(name)
                 continue
+            if (smooth_points := smoothed(points)) == points:
+                data[name] = points
+                continue
             raw = say("{name}, each step", name=name)
             data[raw] = points
-            data[say("{name}, smoothed", name=name)] = smoothed(points)
+            data[say("{name}, smoothed", name=name)] = smooth_points
             faint.append(raw)
         return data, faint, dots
 
     async def _draw_texts(self) -> None:
         """Warnings, and the end of the log."""
         say = self._studio.say
-        warnings = await run.io_bound(_warnings, self._info, self._studio)
+        warnings = await run.io_bound(_warnings, self._info, self._studio) or []
         if warnings != self._warned:
             self._warned = warnings
             self._warnings.clear()
             with self._warnings, widgets.section(say("Warnings")):
                 for text in warnings:
                     widgets.note_card(text)
-        log = await run.io_bound(end_of_log, self._info.folder)
+        log = await run.io_bound(end_of_log, self._info.folder) or ""
         log = "\n".join(log.splitlines()[-_LOG_LINES:]).strip("\n")
         if log == self._logged:
             return

@@ -50,6 +50,8 @@ class _Runs:
 
     async def _refresh(self) -> None:
         runs = await run.io_bound(self._studio.runs)
+        if runs is None:  # the studio is closing
+            return
         rows = [_row(self._studio, info) for info in runs]
         if self._table is not None:
             if rows != self._table.rows:
@@ -143,7 +145,9 @@ def _column(name: str, label: str, align: str = "left") -> dict[str, Any]:
 
 def _row(studio: Studio, info: RunInfo) -> dict[str, Any]:
     """A row of the table: each figure as a number to sort by, and as text."""
-    changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.changed)) if info.changed else ""
+    moment = time.localtime(info.changed)
+    changed = time.strftime("%m-%d %H:%M" if moment[0] == time.localtime()[0] else "%Y-%m-%d", moment)
+    separator = "、" if studio.language == "zh" else ", "
     texts = {
         "hours": hours_text(info.hours),
         "best_loss": "—" if info.best_loss is None else f"{info.best_loss:.3f}",
@@ -159,7 +163,7 @@ def _row(studio: Studio, info: RunInfo) -> dict[str, Any]:
         "state_text": studio.say(STATES[info.state]),
         "why": studio.error(info.why) if info.why else "",
         "model": info.model or "—",
-        "data": "、".join(info.data) if studio.language == "zh" else ", ".join(info.data),
+        "data": separator.join(map(short, info.data)),
         "hours": info.hours,
         "best_loss": info.best_loss,
         "exam_gain": info.exam_gain,
@@ -167,6 +171,11 @@ def _row(studio: Studio, info: RunInfo) -> dict[str, Any]:
         "facts": " · ".join([info.model or "—", *facts, changed]),
         **{f"{name}_text": text for name, text in texts.items()},
     }
+
+
+def short(name: str) -> str:
+    """A data set's name, or the name of its file without the folders."""
+    return name.rstrip("/").rpartition("/")[2] or name
 
 
 def hours_text(hours: float | None) -> str:
