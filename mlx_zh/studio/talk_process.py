@@ -1,7 +1,7 @@
 """The process that holds a run's model for the studio: `python -m mlx_zh.studio.talk_process RUN …`.
 
-One JSON object a line. Standard input brings {"do": "load"}, {"do": "answer", "id": …, and the fields of
-`stages.talking.Asked`} and {"do": "stop", "id": …}. Standard output gives:
+One JSON object a line. Standard input brings {"do": "load", "at_work": …}, {"do": "answer", "id": …, and the fields
+of `stages.talking.Asked`} and {"do": "stop", "id": …}. Standard output gives:
 
     {"is": "room", "need": …, "free": …, "promised": …}       bytes, before anything is loaded
     {"is": "progress", "name": …, "here": …, "total": …}      of a download
@@ -51,8 +51,11 @@ class Process:
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self._check()
-            if self._asked.get(timeout=self.idle)["do"] != "load":
+            message = self._asked.get(timeout=self.idle)
+            if message["do"] != "load":
                 return
+            self.at_work = message["at_work"]
+            self._check()  # again: something may have taken the memory meanwhile
             talk = self._load()
         except queue.Empty:
             return

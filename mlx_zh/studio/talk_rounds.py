@@ -212,8 +212,8 @@ class RoundsView:
                 self._vote_button(one, neither, "neither")
             elif diverged(one.columns):
                 text = studio.say(
-                    "The conversations differ by now. To compare again, go on from one answer in all columns, or begin "
-                    "a new conversation."
+                    "The conversations differ by now. To compare again, go on from one answer in all columns, or "
+                    "begin a new conversation."
                 )
                 ui.label(text).classes("z-note")
 

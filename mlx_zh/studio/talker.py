@@ -133,7 +133,7 @@ class Talker:
         await self.check(at_work)
         if self.state == "checked":
             self.state = "loading"
-            await self._send({"do": "load"})
+            await self._send({"do": "load", "at_work": [str(folder) for folder in at_work]})
         while self.state == "loading":
             await self._change()
         if self.state != "ready":
@@ -214,7 +214,8 @@ class Talker:
     def _heard(self, message: dict[str, Any]) -> None:
         kind, id = message["is"], message.get("id")
         if kind == "room":
-            self.room, self.state = Room(message["need"], message["free"], message["promised"]), "checked"
+            self.room = Room(message["need"], message["free"], message["promised"])
+            self.state = "checked" if self.state == "checking" else self.state
         elif kind == "ready":
             self.about, self.state = message, "ready"
         elif kind == "progress":

@@ -1,4 +1,4 @@
-"""What a reader of the Talk page says of answers: in the run's file of feedback, as `prepare` reads it; and the arena."""
+"""What a reader of the Talk page says of answers, in the file of feedback as `prepare` reads it; and the arena."""
 
 from __future__ import annotations
 
