@@ -25,7 +25,8 @@ from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import is_readable
 
 _SECONDS = 1.0  # between looks at the run folder
-_POINTS_A_SECOND = 500  # of a curve: one with 5,000 points is drawn anew every 10 seconds
+_PAUSE = 2.0  # seconds between two drawings of a short curve
+_POINTS_A_SECOND = 500  # by which that grows: a curve with 4,000 points is drawn anew every 10 seconds
 _SLOWEST = 15.0
 _LOG_LINES = 40
 _MOST_WARNINGS = 100  # that are shown
@@ -173,7 +174,7 @@ class _Live:
         metrics = self._metrics
         if metrics is None or not self._charts_stale:
             return
-        pause = min(len(metrics.points.get("loss", ())) / _POINTS_A_SECOND, _SLOWEST)
+        pause = min(_PAUSE + len(metrics.points.get("loss", ())) / _POINTS_A_SECOND, _SLOWEST)
         if self._info.state == "running" and time.monotonic() < self._charts_drawn + pause:
             return
         self._charts_drawn, self._charts_stale = time.monotonic(), False
