@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The commands that show a message with an option, by the message's beginning. One that is not here fails the test.
 SAID_BY = {
+    "no port from {0} to {1} is free": ("studio",),
+    "port {0} cannot be used": ("studio",),
     "with --by judge:": ("choose", "arena"),
     "--format {0}: {1}. Give json": ("choose", "arena"),
     "--by hand asks": ("choose", "arena"),
