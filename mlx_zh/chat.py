@@ -103,20 +103,20 @@ def _open(
 ) -> Chatbot:
     """Load the model with its adapter, and say which model answers."""
     from mlx_zh.models.generate import Sampling
-    from mlx_zh.stages.chatbots import open_chatbot
-    from mlx_zh.system import blas
+    from mlx_zh.stages.talking import open_chatbot
+    from mlx_zh.system import blas, console
 
-    sampling = Sampling(arguments.temp, arguments.top_p, arguments.max_tokens)
     if not quiet:
         screen.progress(f"loading {recipe.model.path if recipe else arguments.target} …")
     try:
         bot = open_chatbot(
-            arguments.target,
-            recipe,
-            sampling,
+            recipe or arguments.target,
             hub=arguments.hub,
             max_context=arguments.max_context,
+            sampling=Sampling(arguments.temp, arguments.top_p, arguments.max_tokens),
             seed=arguments.seed,
+            progress=console.DownloadBar(),
+            reading=console.say_reading,
         )
         bot.stages = run.adapters() if run else {}
         newest = run.newest_adapter() if run else None

@@ -87,10 +87,10 @@ def _port(text: str) -> int:
 def _open(arguments: argparse.Namespace, recipe: Recipe | None) -> RunningServer:
     """The server, which listens, with its model loaded."""
     from mlx_zh.models.generate import Sampling
-    from mlx_zh.stages.chatbots import open_chatbot
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.run_models import RunModels, fused_recipe
     from mlx_zh.stages.serving import Address, RunningServer, served
+    from mlx_zh.stages.talking import open_chatbot
     from mlx_zh.system import console, device
 
     if recipe is None and arguments.stage is not None:
@@ -104,7 +104,14 @@ def _open(arguments: argparse.Namespace, recipe: Recipe | None) -> RunningServer
         chosen = arguments.stage or run.newest_stage() or "base"
         base = fused_recipe(recipe) if chosen == "fused" else recipe
     console.say(f"Loading {base.model.path if base else arguments.target} …")
-    bot = open_chatbot(arguments.target, base, sampling, hub=arguments.hub, max_context=arguments.max_context)
+    bot = open_chatbot(
+        base or arguments.target,
+        hub=arguments.hub,
+        max_context=arguments.max_context,
+        sampling=sampling,
+        progress=console.DownloadBar(),
+        reading=console.say_reading,
+    )
     if run is not None and chosen != "fused":
         bot.stages = run.adapters()
     name = recipe.name if recipe else os.path.basename(os.path.normpath(arguments.target))

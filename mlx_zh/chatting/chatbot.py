@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _STAGES = ("sft", "dpo", "kto")  # names of stages that may have an adapter
+_KEPT_SESSIONS = 4  # caches of other adapters that `turn_to` keeps
 _NO_ADAPTER = ("base", "none", "无", "基座")
 
 
@@ -73,6 +74,7 @@ class Chatbot:
     _drawn: int = 0  # answers since the seed was set
     _replaced: dict[str, Any] = field(default_factory=dict)  # the base's weights under a fully tuned model
     _adapter_digest: str = ""
+    _sessions: dict[str, GenerationSession] = field(default_factory=dict)  # by digest of the adapter, see `turn_to`
 
     def __post_init__(self) -> None:
         self.session = self._new_session()
@@ -143,6 +145,21 @@ class Chatbot:
         """
         self.session.reset()  # its keys and values come from the old weights
         self._change(folder)
+
+    def turn_to(self, folder: Path | None) -> None:
+        """As `swap`, but each adapter keeps its cache, so that several conversations go on in turn.
+
+        An adapter that was trained again meanwhile is loaded again. Raises AdapterError as `swap` does.
+        """
+        digest = _digest_of(folder) if folder else ""
+        if folder == self.adapter and digest == self._adapter_digest:
+            return
+        self._sessions[self._adapter_digest] = self.session
+        if len(self._sessions) > _KEPT_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+        self._change(folder)
+        kept = self._sessions.get(self._adapter_digest)
+        self.session = self._new_session() if kept is None else kept
 
     def _change(self, folder: Path | None) -> None:
         previous = self.adapter

@@ -60,6 +60,11 @@ def edited(file: Path, prompt: Sequence[Message], answer: Given, text: str) -> N
     _record(file, prompt, [answer], "edited", edited=text)
 
 
+def withdrawn(file: Path, prompt: Sequence[Message], answers: Sequence[Given]) -> None:
+    """Take back what was said of an answer, or of two that were compared."""
+    _record(file, prompt, answers, feedback.WITHDRAWN)
+
+
 def _record(file: Path, prompt: Sequence[Message], answers: Sequence[Given], choice: str | int, **more: str) -> None:
     origin = answers[-1].origin
     row: dict[str, Any] = {

@@ -38,6 +38,7 @@ _NAMES: dict[str | int, str] = {
     "both": "都好 both",
     "neither": "都不好 neither",
     "edited": "改写 edited",
+    "withdrawn": "撤回 withdrawn",
 }
 
 

@@ -35,7 +35,8 @@ COLUMNS = (
     *("model", "adapter", "fingerprint", "sampling", "time"),
 )
 _OF_ONE, _OF_TWO = ("good", "bad", "edited"), (0, 1, "both", "neither")
-CHOICES: tuple[str | int, ...] = (*_OF_ONE, *_OF_TWO)
+WITHDRAWN = "withdrawn"  # takes back what was said of one answer or two
+CHOICES: tuple[str | int, ...] = (*_OF_ONE, *_OF_TWO, WITHDRAWN)
 _REPLACED = "replaced"  # column of the keys of what a later row says anew
 _HEAD = 100  # rows among which a file's first one is looked for
 
@@ -62,6 +63,9 @@ def judgement_of(row: Row) -> Judgement:
     if type(choice) not in (str, int) or choice not in CHOICES:  # true and 1.0 are equal to 1
         listed = ", ".join(json.dumps(known) for known in CHOICES)
         raise InvalidRow("wrong type", f"'choice' must be one of {listed}; got {choice!r}")
+    if choice == WITHDRAWN:
+        _answers(row, 1 if isinstance(row.get("answers"), list) and len(row["answers"]) == 1 else 2)
+        return Judgement(prompt, (), None)
     answers = _answers(row, 1 if choice in _OF_ONE else 2)
     if choice == "edited":
         edited = _text(row.get("edited"), "'edited'")
@@ -104,7 +108,7 @@ def conversations(row: Row) -> Iterator[tuple[Message, ...]]:
     votes = _current_votes(judged, replaced)
     good = [answer for answer, is_good in votes if is_good]
     if not good:
-        raise _again() if not votes else LeftOut("answer not to imitate", "the answer was called bad")
+        raise _again(row) if not votes else LeftOut("answer not to imitate", "the answer was called bad")
     for answer in good:
         yield check_turns([*judged.prompt, Message("assistant", answer)], last="assistant")
 
@@ -112,12 +116,14 @@ def conversations(row: Row) -> Iterator[tuple[Message, ...]]:
 def pair_of(row: Row) -> tuple[tuple[Message, ...], Message, Message]:
     """The prompt, the better answer and the other one. Raises InvalidRow, and LeftOut if the row compares none."""
     judged = judgement_of(row)
+    if row.get("choice") == WITHDRAWN:
+        raise _again(row)
     if judged.pair is None:
         one = len(judged.votes) == 1
         reason = "one answer, no pair" if one else "no answer better than the other"
         raise LeftOut(reason, "the row does not say that one answer is better than another")
     if _pair_key(judged) in row.get(_REPLACED, ()):
-        raise _again()
+        raise _again(row)
     better, other = judged.pair
     return judged.prompt, Message("assistant", better), Message("assistant", other)
 
@@ -127,12 +133,14 @@ def labelled(row: Row) -> Iterator[tuple[tuple[Message, ...], bool]]:
     judged = judgement_of(row)
     votes = _current_votes(judged, row.get(_REPLACED, ()))
     if not votes:
-        raise _again()
+        raise _again(row)
     for answer, is_good in votes:
         yield check_turns([*judged.prompt, Message("assistant", answer)], last="assistant"), is_good
 
 
-def _again() -> LeftOut:
+def _again(row: Row) -> LeftOut:
+    if row.get("choice") == WITHDRAWN:
+        return LeftOut("taken back", "the row takes back what an earlier row says")
     return LeftOut("judged again later", "a later row judges the same answers to the same prompt")
 
 
@@ -160,6 +168,9 @@ def _keys(row: Any) -> list[str]:
         judged = None
     if judged is None:
         return []
+    if row["choice"] == WITHDRAWN:
+        both = [_key(judged, sorted(row["answers"]))] if len(row["answers"]) == 2 else []
+        return [*(_vote_key(judged, answer) for answer in row["answers"]), *both]
     votes = [_vote_key(judged, answer) for answer, _ in judged.votes]
     return votes if judged.pair is None else [*votes, _pair_key(judged)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.feedback import WITHDRAWN
 from mlx_zh.corpus.samples import Sampled, SampledAnswer, prompt_id
 from mlx_zh.errors import DataError
 from mlx_zh.exams.statistics import Interval, wilson
@@ -63,22 +64,28 @@ def votes_of(path: Path) -> list[tuple[Sampled, int]]:
         lines = list(text_lines(path.read_text(encoding="utf-8", errors="replace")))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    votes = {}
+    votes: dict[str, tuple[Sampled, int]] = {}
     for line in lines:
         try:
             row = parse_json(line)
         except ValueError:
             continue
-        if not isinstance(row, dict) or row.get("kind") != "feedback" or type(row.get("choice")) is not int:
+        if not isinstance(row, dict) or row.get("kind") != "feedback":
+            continue
+        choice = row.get("choice")
+        if type(choice) is not int and choice != WITHDRAWN:
             continue
         prompt, answers = row.get("prompt", []), row.get("answers", [])
         if not fits(prompt, list[dict[str, str]]) or not fits(answers, list[str]) or len(answers) != 2 or not prompt:
             continue
-        if row["choice"] not in (0, 1) or not all({"role", "content"} <= turn.keys() for turn in prompt):
+        if choice not in (0, 1, WITHDRAWN) or not all({"role", "content"} <= turn.keys() for turn in prompt):
             continue
         messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
         # Unlike a sample's id, because the same prompt may stand there with several pairs of answers.
         id = value_digest([prompt_id(messages), *sorted(answers)])[:16]
+        if choice == WITHDRAWN:
+            votes.pop(id, None)
+            continue
         said = tuple(SampledAnswer(text, "stop", 0, 0) for text in answers)
-        votes[id] = (Sampled(id, messages, None, said), row["choice"])
+        votes[id] = (Sampled(id, messages, None, said), choice)
     return list(votes.values())

@@ -78,6 +78,7 @@ class ArenaFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.answers = path / "answers.jsonl"  # of the blind arena, whose answers are drawn as one asks
         self.chosen = path / "chosen.jsonl"
         self.result = path / "result.json"
 
@@ -204,7 +205,11 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            self.note_end(command, "stopped" if isinstance(error, STOPS) else "failed", str(error) if isinstance(error, MlxZhError) else first_line(error))
+            self.note_end(
+                command,
+                "stopped" if isinstance(error, STOPS) else "failed",
+                str(error) if isinstance(error, MlxZhError) else first_line(error),
+            )
             raise
 
     def note_end(self, command: str, how: Literal["stopped", "failed"], why: str) -> None:

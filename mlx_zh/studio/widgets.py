@@ -8,7 +8,7 @@ from typing import Any
 from nicegui import background_tasks, context, ui
 
 from mlx_zh.errors import MlxZhError
-from mlx_zh.studio.curves import Point, thinned
+from mlx_zh.studio.curves import MOST_POINTS, Point, thinned
 from mlx_zh.studio.projects import Studio
 
 COLOURS = ("#2f6fde", "#d97706", "#0f9d75", "#b5478f", "#64748b", "#c2410c", "#5b5bd6", "#8a8d1b")
@@ -82,6 +82,7 @@ def chart(
     faint: Sequence[str] = (),
     dots: Sequence[str] = (),
     zoom: bool = True,
+    most: int = MOST_POINTS,
 ) -> ui.echart:
     """A line chart of curves by name, thinned to what can be seen. `faint` ones are drawn pale, `dots` have marks.
 
@@ -90,7 +91,7 @@ def chart(
     with ui.element("div").classes("z-card"):
         ui.label(title).classes("z-section-title")
         made = ui.echart(_options(curves, x, faint, dots, zoom)).classes("z-chart")
-    draw(made, curves)
+    draw(made, curves, most)
     return made
 
 
@@ -130,10 +131,10 @@ def _options(
     }
 
 
-def draw(made: ui.echart, curves: Mapping[str, Sequence[Point]]) -> None:
+def draw(made: ui.echart, curves: Mapping[str, Sequence[Point]], most: int = MOST_POINTS) -> None:
     """Put new data into a chart that `chart` made, by the names of its curves."""
     for series in made.options["series"]:
-        points = thinned(curves.get(series["name"], ()))
+        points = thinned(curves.get(series["name"], ()), most)
         series["data"] = [[x, float(f"{y:.6g}")] for x, y in points]
     made.update()
 

@@ -94,6 +94,18 @@ def test_it_is_an_error_if_nothing_is_left(write: Any) -> None:
         load_preferences(path)
 
 
+def test_what_was_taken_back_is_learned_by_no_kind_of_training(write: Any) -> None:
+    said = (row("good", "上海"), row("good", "北京"), row(0, "a", "b"), row("both", "c", "d"))
+    path = write(*said, row("withdrawn", "上海"), row("withdrawn", "b", "a"))
+    assert learned(path) == ["北京", "c", "d"]
+    assert labels(path) == [("北京", True), ("c", True), ("d", True)]
+    with pytest.raises(DataError, match="taken back"):
+        pairs(path)
+    assert learned(write(*said, row("withdrawn", "上海"), row("good", "上海"))) == ["北京", "a", "c", "d", "上海"]
+    held = tally(write(*said, row("withdrawn", "上海")), 1)
+    assert (held.rows, held.sft, held.latest) == (5, 4, [row("withdrawn", "上海")])
+
+
 def test_what_was_said_last_of_an_answer_counts(write: Any) -> None:
     path = write(row("good", "上海"), row(0, "a", "b"), row("bad", "上海"), row(1, "a", "b"))
     assert learned(path) == ["b"]

@@ -33,6 +33,8 @@ SAID_BY = {
     "--stage is for a run or a recipe": ("serve",),
     "pages of {0} may not ask this server": ("serve",),
     "the server cannot listen at": ("serve",),
+    "no port from {0} to {1} is free": ("studio",),
+    "port {0} cannot be used": ("studio",),
     "with --by judge:": ("choose", "arena"),
     "--format {0}: {1}. Give json": ("choose", "arena"),
     "--by hand asks": ("choose", "arena"),

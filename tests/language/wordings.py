@@ -61,6 +61,7 @@ NAMES = (
     "# Decided",
     "(?i:",
     "() => ",
+    "(event) => ",
     "Caused GPU",
     "Config name is missing",
     "Hello ",

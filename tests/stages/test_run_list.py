@@ -38,7 +38,9 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         text = "model: {path: qwen3-0.6b}\ndata: {sft: {train: [{path: rows.jsonl}, {name: zhihu}]}}\n"
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         if metrics:
-            write(folder / "sft" / "metrics.jsonl", {"step": 0, "eval_loss": 2.5}, STEP, {"step": 7, "eval_loss": 1.25})
+            write(
+                folder / "sft" / "metrics.jsonl", {"step": 0, "eval_loss": 2.5}, STEP, {"step": 7, "eval_loss": 1.25}
+            )
         return folder
 
     return run

@@ -12,7 +12,7 @@ from mlx_zh.language.notice import Notice, notices_of
 from mlx_zh.stages.run_folder import TUNED
 from mlx_zh.stages.run_list import RunInfo
 from mlx_zh.studio import widgets
-from mlx_zh.studio.curves import Point, smoothed
+from mlx_zh.studio.curves import MOST_POINTS, Point, smoothed
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.live_metrics import LiveMetrics, age, end_of
 from mlx_zh.studio.pages.runs import STATES, gain_text, hours_text, short
@@ -25,8 +25,10 @@ from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.links import is_readable
 
 _SECONDS = 1.0  # between looks at the run folder
-_POINTS_A_SECOND = 500  # of a curve: one with 5,000 points is drawn anew every 10 seconds
+_PAUSE = 2.0  # seconds between two drawings of a short curve
+_POINTS_A_SECOND = 200  # by which that grows: a curve with 1,600 points is drawn anew every 10 seconds
 _SLOWEST = 15.0
+_LIVE_POINTS = 500
 _LOG_LINES = 40
 _MOST_WARNINGS = 100  # that are shown
 
@@ -173,7 +175,7 @@ class _Live:
         metrics = self._metrics
         if metrics is None or not self._charts_stale:
             return
-        pause = min(len(metrics.points.get("loss", ())) / _POINTS_A_SECOND, _SLOWEST)
+        pause = min(_PAUSE + len(metrics.points.get("loss", ())) / _POINTS_A_SECOND, _SLOWEST)
         if self._info.state == "running" and time.monotonic() < self._charts_drawn + pause:
             return
         self._charts_drawn, self._charts_stale = time.monotonic(), False
@@ -183,13 +185,19 @@ class _Live:
                 continue
             made = self._charts.get(title)
             if made is not None and [each["name"] for each in made.options["series"]] == list(data):
-                widgets.draw(made, data)
+                widgets.draw(made, data, self._points())
                 continue
             if made is not None:
                 widgets.remove_chart(made)
             with self._curves:
                 name = self._studio.say(title)
-                self._charts[title] = widgets.chart(name, data, x=self._studio.say("step"), faint=faint, dots=dots)
+                self._charts[title] = widgets.chart(
+                    name, data, x=self._studio.say("step"), faint=faint, dots=dots, most=self._points()
+                )
+
+    def _points(self) -> int:
+        """How many points of a curve are drawn: fewer while they change, because NiceGUI copies each of them."""
+        return _LIVE_POINTS if self._info.state == "running" else MOST_POINTS
 
     def _chart_data(
         self, metrics: LiveMetrics, curves: _Curves
