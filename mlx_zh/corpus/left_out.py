@@ -111,7 +111,10 @@ def _said(item: Item) -> list[Said]:
     said = [(m.role, "\n".join(text for text in m.texts if text)) for m in turns]
     if isinstance(item, Preference):
         answers = ((item.chosen, item.chosen_calls), (item.rejected, item.rejected_calls))
-        said += [(role, "\n".join(filter(None, texts))) for role, texts in zip(("chosen", "rejected"), answers, strict=True)]
+        said += [
+            (role, "\n".join(filter(None, texts)))
+            for role, texts in zip(("chosen", "rejected"), answers, strict=True)
+        ]
     return _cut(said)
 
 

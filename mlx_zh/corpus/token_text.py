@@ -133,7 +133,9 @@ class Finder:
         if (step := self._steps.get((token, k))) is None:
             word = self._words[token] if token < len(self._words) else b""
             rest = self._sought[k:]
-            step = len(self._sought) if word.startswith(rest) else k + len(word) if rest.startswith(word) and word else 0
+            step = (
+                len(self._sought) if word.startswith(rest) else k + len(word) if rest.startswith(word) and word else 0
+            )
             self._steps[token, k] = step
         return step
 

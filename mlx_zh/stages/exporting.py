@@ -136,7 +136,9 @@ def _deltas(exams: Mapping[str, Any]) -> list[ExamDelta]:
         difference, won, lost = (_number(values.get(key)) for key in ("difference", "won", "lost"))
         if None not in (difference, low, high, won, lost):
             against = str(values.get("against") or "")
-            deltas.append(ExamDelta(exam, against, difference or 0, low or 0, high or 0, int(won or 0), int(lost or 0)))
+            deltas.append(
+                ExamDelta(exam, against, difference or 0, low or 0, high or 0, int(won or 0), int(lost or 0))
+            )
     return deltas
 
 

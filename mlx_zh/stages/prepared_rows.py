@@ -155,7 +155,9 @@ class Search:
             try:
                 self._next_batch()
             except _DAMAGED as error:
-                raise DataError("the prepared data cannot be read. The next `mlx-zh prepare` makes it again.") from error
+                raise DataError(
+                    "the prepared data cannot be read. The next `mlx-zh prepare` makes it again."
+                ) from error
             if time.monotonic() >= stop:
                 return
 
