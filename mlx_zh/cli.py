@@ -23,6 +23,7 @@ STAGES = {
     "plan": "estimate the memory and time of a run before it starts",
     "doctor": "check this machine and say what is missing; its output belongs in a bug report",
     "report": "write the report of a run: a web page, a text and plots",
+    "studio": "watch, compare, start and try runs on a page in the browser",
 }
 
 _MORE = "`mlx-zh STAGE --help` shows a stage's options. Each stage also runs as `python -m mlx_zh.STAGE`."

@@ -90,3 +90,7 @@ class DistributedError(MlxZhError):
 def first_line(error: BaseException) -> str:
     """The first line of a library error's message, or the name of its class when the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class StudioError(MlxZhError):
+    """A studio that cannot start, or a page of it that cannot be shown."""

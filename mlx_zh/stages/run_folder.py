@@ -103,6 +103,10 @@ class RunFolder:
         self.text = path / "report.md"
         self.plots = path / "plots"
         self.feedback = path / "feedback.jsonl"  # what its user said of its answers in the chat
+        self.ended = path / "ended.json"  # how and why the last command here ended, unless it ended well
+        self.log = path / "run.log"  # the output of a run that the studio started
+        self.start = path / ".start"  # held by such a run as long as it lives; its command
+        self.stop = path / ".stop"  # which process was asked to stop
 
     @staticmethod
     def of(recipe: Recipe) -> RunFolder:
