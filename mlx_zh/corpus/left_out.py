@@ -110,11 +110,7 @@ def _said(item: Item) -> list[Said]:
     turns = item.prompt if isinstance(item, Preference) else item.messages
     said = [(m.role, "\n".join(text for text in m.texts if text)) for m in turns]
     if isinstance(item, Preference):
-        answers = ((item.chosen, item.chosen_calls), (item.rejected, item.rejected_calls))
-        said += [
-            (role, "\n".join(filter(None, texts)))
-            for role, texts in zip(("chosen", "rejected"), answers, strict=True)
-        ]
+        said += [("chosen", item.chosen + item.chosen_calls), ("rejected", item.rejected + item.rejected_calls)]
     return _cut(said)
 
 

@@ -74,8 +74,8 @@ class TokenText:
 class Finder:
     """Finds a text of B bytes among tokens, without making text of them.
 
-    An occurrence begins in a token that holds all of it, or whose end is the first k bytes of it; then each next token
-    goes on from byte k. For each k the tokens that do are known, so most tokens are passed with one look at a table.
+    An occurrence begins in a token that holds all of it, or whose end is the first k bytes of it; then each next
+    token goes on from byte k. The tokens in which one can begin are known, so most are passed with one look at a table.
     """
 
     def __init__(self, words: Sequence[bytes], sought: bytes) -> None:
@@ -133,9 +133,9 @@ class Finder:
         if (step := self._steps.get((token, k))) is None:
             word = self._words[token] if token < len(self._words) else b""
             rest = self._sought[k:]
-            step = (
-                len(self._sought) if word.startswith(rest) else k + len(word) if rest.startswith(word) and word else 0
-            )
+            step = k + len(word) if word and rest.startswith(word) else 0
+            if word.startswith(rest):
+                step = len(self._sought)
             self._steps[token, k] = step
         return step
 

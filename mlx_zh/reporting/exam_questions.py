@@ -83,7 +83,10 @@ class Wanted:
 
 
 def read_questions(folder: Path, exam: str, stages: Sequence[str]) -> AskedExam:
-    """The questions of `exam` in `folder` (`runs/NAME/eval`) with the answers of `stages`; damaged lines are counted."""
+    """The questions of `exam` in `folder` (`runs/NAME/eval`) with the answers of `stages`.
+
+    Damaged lines are counted.
+    """
     truths: dict[Key, str | None] = {}
     answers: dict[Key, dict[str, Given]] = {}
     unreadable: dict[str, int] = {}

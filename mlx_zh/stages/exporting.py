@@ -134,11 +134,10 @@ def _deltas(exams: Mapping[str, Any]) -> list[ExamDelta]:
         ends = values.get("interval")
         low, high = (_number(end) for end in ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
         difference, won, lost = (_number(values.get(key)) for key in ("difference", "won", "lost"))
-        if None not in (difference, low, high, won, lost):
-            against = str(values.get("against") or "")
-            deltas.append(
-                ExamDelta(exam, against, difference or 0, low or 0, high or 0, int(won or 0), int(lost or 0))
-            )
+        if low is None or high is None or difference is None or won is None or lost is None:
+            continue  # changed by hand
+        against = str(values.get("against") or "")
+        deltas.append(ExamDelta(exam, against, difference, low, high, int(won), int(lost)))
     return deltas
 
 

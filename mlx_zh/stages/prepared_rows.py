@@ -36,6 +36,7 @@ from mlx_zh.system.storage import cache_folder
 ORDERS = ("as trained", "longest", "shortest")
 ONLY = ("all", "cut short", "good", "bad")
 _KEY = re.compile(r"[0-9a-f]{32}")
+_UNREADABLE = "the prepared data cannot be read. The next `mlx-zh prepare` makes it again."
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 Indices = npt.NDArray[np.int64]
@@ -109,7 +110,7 @@ class PreparedData:
         try:
             parts, label, cut = _parts(rows, number)
         except _DAMAGED as error:
-            raise DataError(f"{self._corpus.folder}: this row cannot be read; run `mlx-zh prepare` again.") from error
+            raise DataError(_UNREADABLE) from error
         source = int(rows.sources[number])
         name = self.sources[source] if 0 <= source < len(self.sources) else "?"
         return Row(number, name, int(rows.lengths[number]), int(rows.scored[number]), cut, label, parts)
@@ -155,9 +156,7 @@ class Search:
             try:
                 self._next_batch()
             except _DAMAGED as error:
-                raise DataError(
-                    "the prepared data cannot be read. The next `mlx-zh prepare` makes it again."
-                ) from error
+                raise DataError(_UNREADABLE) from error
             if time.monotonic() >= stop:
                 return
 
@@ -229,7 +228,7 @@ def reports(run: RunFolder) -> dict[str, Mapping[str, Any]]:
 def open_prepared(run: RunFolder, stage: str, recipe: Recipe | None, project: Path) -> PreparedData:
     """The prepared data of a stage; `project` is where the recipe's relative paths begin. Raises DataError.
 
-    The folder is named by the key in the run's report, and not by the path there: a run folder may come from anywhere.
+    The folder is named by the key in the run's report, not by the path there: a run folder may come from anywhere.
     """
     key = reports(run).get(stage, {}).get("key")
     if not isinstance(key, str) or _KEY.fullmatch(key) is None:
@@ -237,8 +236,8 @@ def open_prepared(run: RunFolder, stage: str, recipe: Recipe | None, project: Pa
     folder = cache_folder() / "corpus" / key
     if not folder.is_dir():
         raise DataError(
-            f"the prepared data of {stage} is no longer in {folder.parent}: it was removed, or the run is from another "
-            "machine. The next `mlx-zh prepare` makes it again."
+            f"the prepared data of {stage} is not in {folder.parent} any more: it was removed, or the run is from "
+            "another machine. The next `mlx-zh prepare` makes it again."
         )
     try:
         manifest = load_json(folder / "manifest.json")
