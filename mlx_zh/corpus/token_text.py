@@ -43,6 +43,7 @@ class TokenText:
         for token, number in vocabulary.items():
             words[number] = added[number].encode() if number in added else bytes_of(token)
         self._words = words
+        self.added = frozenset(added)  # the ids of the tokens that structure a chat, and of others that were added
 
     def bytes_of(self, tokens: npt.NDArray[np.int32]) -> bytes:
         """The bytes of tokens (T,); nothing for one that the tokenizer does not have."""

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from mlx_zh.system.storage import cache_folder
 
 ORDERS = ("as trained", "longest", "shortest")
 ONLY = ("all", "cut short", "good", "bad")
+_BEFORE, _BEHIND = 70, 150  # tokens of a preview
 _KEY = re.compile(r"[0-9a-f]{32}")
 _UNREADABLE = "the prepared data cannot be read. The next `mlx-zh prepare` makes it again."
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
@@ -144,8 +144,7 @@ class Search:
         self.total, self.looked_at = len(rows), 0
         self.done = not self._finders
 
-    @property
-    def hits(self) -> Indices:
+    def get_hits(self) -> Indices:
         """The numbers of the rows that hold all words, in the order of the view."""
         return self._numbers[self._held[self._at]]
 
@@ -205,13 +204,21 @@ def pieces(data: PreparedData, part: Part, first: int, count: int) -> list[Piece
     return list(data.text.pieces(part.tokens[window], part.learned[window]))
 
 
-def segments(data: PreparedData, part: Part, characters: int) -> list[tuple[str, bool]]:
-    """The beginning of a part as runs of text that are learned, or not."""
+def preview(data: PreparedData, part: Part) -> list[tuple[str, bool]]:
+    """The end of what comes before the first learned token, and the beginning of what is learned, as runs of text.
+
+    Without the tokens that structure a chat, so that two lines show what is asked and answered.
+    """
     if data.text is None:
         return []
-    window = slice(0, characters)  # a token has a character or more; those with less only make it shorter
-    runs: list[tuple[str, bool]] = []
-    for piece in islice(data.text.pieces(part.tokens[window], part.learned[window]), characters):
+    learned = np.flatnonzero(part.learned)
+    first = int(learned[0]) if len(learned) else len(part.tokens)
+    start = max(0, first - _BEFORE) if len(learned) else 0
+    window = slice(start, (first if len(learned) else start) + _BEHIND)
+    tokens, mask = part.tokens[window], part.learned[window]
+    plain = ~np.isin(tokens, list(data.text.added))
+    runs: list[tuple[str, bool]] = [("… ", False)] if start else []
+    for piece in data.text.pieces(tokens[plain], mask[plain]):
         if runs and runs[-1][1] == piece.learned:
             runs[-1] = runs[-1][0] + piece.text, piece.learned
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mlx_zh.errors import MlxZhError
 from mlx_zh.recipe import Recipe
@@ -16,6 +16,7 @@ from mlx_zh.studio import widgets
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.texts import worded
+from mlx_zh.studio.threads import in_thread
 
 STAGE_NAMES = {"base": worded("base"), "sft": "SFT", "dpo": "DPO", "fused": worded("fused")}
 
@@ -25,7 +26,7 @@ async def chosen_run(studio: Studio, path: str, title: str, has: Callable[[RunIn
 
     `path` is the page's. Raises StudioError for a run that is not here.
     """
-    runs = await run.io_bound(studio.runs)
+    runs = await in_thread(studio.runs)
     asked = studio.query.get("run")
     info = studio.run(asked) if asked else next((one for one in runs if has(one)), runs[0] if runs else None)
     with ui.element("div").classes("z-heading z-between"):
@@ -54,7 +55,7 @@ def _go(path: str, event: object) -> None:
 
 
 def project_of(studio: Studio, info: RunInfo) -> Path:
-    """The folder in which the run was started, where its relative paths begin, as far as the studio may look there."""
+    """Where the run was started and its relative paths begin, as far as the studio may look there."""
     above = info.path.parent.parent if info.path.parent.name == "runs" else info.path.parent
     return above if studio.is_inside(above) else info.path
 

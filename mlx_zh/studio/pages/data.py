@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from nicegui import run, ui
 
 from mlx_zh.corpus.left_out import LeftOutRow
@@ -27,8 +28,8 @@ from mlx_zh.stages.prepared_rows import (
     View,
     open_prepared,
     pieces,
+    preview,
     reports,
-    segments,
 )
 from mlx_zh.stages.run_list import RunInfo
 from mlx_zh.stages.showing import visible
@@ -38,10 +39,10 @@ from mlx_zh.studio.paging import page_numbers
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.run_choice import chosen_run, named_from, project_of, recipe_of, stage_name
 from mlx_zh.studio.texts import worded
+from mlx_zh.studio.threads import in_thread
 from mlx_zh.system.redaction import hide, hide_all
 
 _PAGE = 20  # rows drawn at once
-_PREVIEW = 220  # tokens of a row in the list
 _TOKENS = 400  # tokens of a part that are drawn at once
 _LEFT_OUT = 6  # rows that were left out, drawn at once
 _SPLITS = {"train": worded("Training"), "validation": worded("Validation")}
@@ -97,9 +98,9 @@ def _draw_empty(studio: Studio, info: RunInfo) -> None:
         widgets.note_card(
             studio.say("The report of the prepared data is damaged; the next `mlx-zh prepare` writes it.")
         )
-    hint = "Data is prepared when a run begins, or with this command:"
+    hint = worded("Data is prepared when a run begins, or with this command:")
     if info.state == "running":
-        hint = "The run has just begun. Its data appears here as soon as it is prepared. The command alone:"
+        hint = worded("The run has just begun. Its data appears here as soon as it is prepared. The command alone:")
     target = named_from(project_of(studio, info), info.path)
     widgets.empty(studio.say("This run has no prepared data yet"), studio.say(hint), f"mlx-zh prepare {target}")
 
@@ -118,7 +119,7 @@ def _draw_stage(studio: Studio, info: RunInfo, stage: str, report: Mapping[str, 
 
     async def fill() -> None:
         try:
-            data = await run.io_bound(_open, studio, info, stage)
+            data = await in_thread(_open, studio, info, stage)
         except MlxZhError as error:
             place.clear()
             with place:
@@ -202,7 +203,7 @@ class _Rows:
         self._studio, self._data = studio, data
         sizes = data.sizes()
         self._view = View(split=next(iter(sizes), "train"))
-        self._numbers: Sequence[int] = []
+        self._numbers = np.empty(0, dtype=np.int64)
         self._words, self._page = "", 1
         self._search: Search | None = None
 
@@ -261,10 +262,11 @@ class _Rows:
         self._page = 1
         if not self._words:
             self._search = None
-            self._numbers = await run.io_bound(self._data.numbers, self._view)
+            self._numbers = await in_thread(self._data.numbers, self._view)
             self._draw_page()
             return
-        search = self._search = await run.io_bound(Search, self._data, self._view, self._words)
+        search = await in_thread(Search, self._data, self._view, self._words)
+        self._search = search
         while search is self._search and not self._list.is_deleted:
             try:
                 await run.io_bound(search.step)
@@ -275,7 +277,7 @@ class _Rows:
                 return
             if search is not self._search:  # another search was begun meanwhile
                 return
-            self._numbers = await run.io_bound(lambda: search.hits)
+            self._numbers = await in_thread(search.get_hits)
             self._draw_page()
             if search.done:
                 return
@@ -318,7 +320,7 @@ class _Rows:
                 for place, part in enumerate(row.parts[:3]):
                     if len(row.parts) > 1:
                         ui.label(("\n" if place else "") + say(_ROLES[part.role]) + " ").classes("z-run z-role")
-                    _draw_runs(_preview(self._data, part))
+                    _draw_runs(preview(self._data, part))
             facts = say("{tokens} tokens, {learned} learned", tokens=f"{row.tokens:,}", learned=f"{row.learned:,}")
             ui.label(facts + (" · " + say("Cut short") if row.cut_short else "")).classes("z-note")
 
@@ -342,16 +344,6 @@ class _Rows:
                 _Tokens(self._studio, self._data, part).draw()
         dialog.on("hide", dialog.delete)
         dialog.open()
-
-
-def _preview(data: PreparedData, part: Part) -> list[tuple[str, bool]]:
-    """The beginning of a part; of one whose answer comes late, the end of the question and the answer's beginning."""
-    learned = part.learned.nonzero()[0]
-    first = int(learned[0]) if len(learned) else 0
-    start = max(0, first - _PREVIEW // 2) if first > _PREVIEW else 0
-    cut = Part(part.role, part.tokens[start : start + _PREVIEW], part.learned[start : start + _PREVIEW])
-    runs = segments(data, cut, _PREVIEW)
-    return [("… ", False), *runs] if start else runs
 
 
 def _draw_runs(runs: Sequence[tuple[str, bool]]) -> None:
@@ -403,7 +395,7 @@ class _LeftOut:
             return
         with widgets.section(say("Left out")):
             if self._rows is None:
-                text = "The texts of these rows were not kept, because an earlier version prepared this data."
+                text = worded("The texts of these rows were not kept, because an earlier version prepared this data.")
                 ui.label(say(text)).classes("z-note")
             reasons = {row["reason"]: None for row in self._rows or ()}
             names = {reason: self._label(reason) for reason in [*reasons, *(self._counts.keys() - reasons.keys())]}
@@ -421,7 +413,7 @@ class _LeftOut:
         self._place.clear()
         with self._place:
             if not rows:
-                text = "These rows resemble no other row; their places are in the report of `mlx-zh prepare`."
+                text = worded("These rows resemble no other row; their places are in the report of `mlx-zh prepare`.")
                 ui.label(self._studio.say(text)).classes("z-note")
                 return
             if len(rows) < self._counts[reason]:
@@ -448,12 +440,12 @@ class _LeftOut:
                     ui.label(f"{head}: {hide(place)}").classes("z-note")
                     for turn in said:
                         role = say(_ROLES[turn["role"]]) if turn["role"] in _ROLES else turn["role"]
-                        ui.label(role).classes("z-role")
                         with ui.element("div").classes("z-text"):
+                            ui.label(role + (" " if len(role) == 1 else "\n")).classes("z-run z-role")
                             for text, same in marked(turn["text"], other):
                                 is_marked = same if is_exam else not same
                                 style = "z-run z-marked" if is_marked else "z-run"
                                 ui.label(visible(hide(text))).classes(style)
             if row["overlap"] is not None:
                 text = say("{share} of the question's letter groups are in the row.", share=f"{row['overlap']:.0%}")
-                ui.label(text).classes("z-note")
+                ui.label(text).classes("z-note z-across")

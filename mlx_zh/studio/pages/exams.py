@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 
 from mlx_zh.errors import MlxZhError
 from mlx_zh.exams.catalog import Entry
@@ -38,6 +38,7 @@ from mlx_zh.studio.paging import page_numbers
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.run_choice import chosen_run, project_of, recipe_of, stage_name
 from mlx_zh.studio.texts import worded
+from mlx_zh.studio.threads import in_thread
 
 _PAGE = 20  # questions drawn at once
 _KINDS = {
@@ -83,7 +84,7 @@ async def exams_page(studio: Studio) -> None:
         ui.label(studio.say("Reading the answers …")).classes("z-note")
 
     async def fill() -> None:
-        results = await run.io_bound(_read_results, info)
+        results = await in_thread(_read_results, info)
         place.clear()
         with place:
             _draw(studio, info, results)
@@ -161,7 +162,7 @@ def _draw_exam(studio: Studio, info: RunInfo, exam: ExamResult) -> None:
         for wire in wires:
             widgets.note_card(f"{stage_name(studio, stage)}: {studio.error(wire)}")
     for _, stage in (*exam.unlike, *exam.rescored):
-        text = "{stage} was asked in another way than the first model, so the two are not compared."
+        text = worded("{stage} was asked in another way than the first model, so the two are not compared.")
         widgets.note_card(studio.say(text, stage=stage_name(studio, stage)))
     if exam.rows:
         _draw_table(studio, exam)
@@ -174,8 +175,8 @@ def _draw_exam(studio: Studio, info: RunInfo, exam: ExamResult) -> None:
 
 
 _LEGEND = worded(
-    "Macro average over subjects in percent, with its 95 % bootstrap interval. A difference is within noise where its "
-    "interval contains 0."
+    "Macro average over subjects in percent, with its 95 % bootstrap interval. A difference is within noise where "
+    "its interval contains 0."
 )
 
 
@@ -227,16 +228,16 @@ class _Questions:
         ui.timer(0, self._fill, once=True)
 
     async def _fill(self) -> None:
-        self._data = await run.io_bound(_read_asked, self._studio, self._info, self._exam)
+        self._data = await in_thread(_read_asked, self._studio, self._info, self._exam)
         data = self._data
         if self._place.is_deleted:
             return
         with self._place:
             self._place.default_slot.children[-1].delete()
             for stage, lines in data.asked.unreadable.items():
-                text = "The answers of {stage} cannot be read."
+                text = worded("The answers of {stage} cannot be read.")
                 if lines > 0:
-                    text = "{count} answers of {stage} are damaged and left out."
+                    text = worded("{count} answers of {stage} are damaged and left out.")
                 name = stage_name(self._studio, stage)
                 widgets.note_card(self._studio.say(text, stage=name, count=f"{lines:,}"))
             if not data.asked.questions:
@@ -297,7 +298,7 @@ class _Questions:
 
     async def _select(self) -> None:
         assert self._data is not None
-        self._chosen = await run.io_bound(select, self._data.asked, self._wanted, self._data.texts)
+        self._chosen = await in_thread(select, self._data.asked, self._wanted, self._data.texts)
         self._page = 1
         self._draw_page()
 
