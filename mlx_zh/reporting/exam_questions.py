@@ -13,7 +13,7 @@ from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
 
 UNSURE = 0.1  # a lead of the chosen letter below this is no clear choice
-KINDS = ("all", "won", "lost", "unsure", "wrong in all")
+KINDS = ("all", "won", "lost", "unsure", "wrong")
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged line raises
 
 Key = tuple[str, str]  # a subject's key and the question's id
@@ -144,7 +144,7 @@ def _is_of_kind(question: AskedQuestion, wanted: Wanted) -> bool:
         return before is True and after is False
     if wanted.kind == "unsure":
         return _lead(question, wanted.after) < UNSURE
-    if wanted.kind == "wrong in all":
+    if wanted.kind == "wrong":
         return bool(question.given) and all(question.is_right(stage) is False for stage in question.given)
     return True
 

@@ -204,7 +204,11 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            self.note_end(command, "stopped" if isinstance(error, STOPS) else "failed", str(error) if isinstance(error, MlxZhError) else first_line(error))
+            self.note_end(
+                command,
+                "stopped" if isinstance(error, STOPS) else "failed",
+                str(error) if isinstance(error, MlxZhError) else first_line(error),
+            )
             raise
 
     def note_end(self, command: str, how: Literal["stopped", "failed"], why: str) -> None:

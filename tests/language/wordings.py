@@ -119,11 +119,13 @@ def _calls_of_pages(tree: ast.Module) -> Iterator[ast.Call]:
             continue
         function = node.func
         name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-        owner = getattr(getattr(function, "value", None), "id", "")
-        if name in PAGE_CALLS or (name == "say" and owner == "studio"):
+        owner = getattr(function, "value", None)
+        own = isinstance(function, ast.Name) or getattr(owner, "id", getattr(owner, "attr", "")) in _STUDIOS
+        if name in PAGE_CALLS or (name == "say" and own):
             yield node
 
 
+_STUDIOS = ("studio", "_studio")
 PAGE_CALLS = ("worded", "said", "props", "classes", "run_javascript")
 
 _NAMED = re.compile(r"\{[a-z_]+(?:![rs])?\}")  # as str.format takes them

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ def _draw_lengths(studio: Studio, lengths: Histogram) -> None:
         "grid": {"left": 52, "right": 14, "top": 34, "bottom": 26},
         "animation": False,
         "tooltip": {"trigger": "axis", "confine": True},
-        "xAxis": {"type": "category", "data": [f"{a}–{b}" for a, b in zip(edges, edges[1:], strict=False)]},
+        "xAxis": {"type": "category", "data": [f"{a}–{b}" for a, b in pairwise(edges)]},
         "yAxis": {"type": "value", "splitNumber": 3, "splitLine": {"lineStyle": {"color": "rgba(128,128,128,.15)"}}},
         "series": [{"type": "bar", "data": list(lengths.counts), "itemStyle": {"color": widgets.COLOURS[0]}}],
     }

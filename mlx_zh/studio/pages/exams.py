@@ -46,7 +46,7 @@ _KINDS = {
     "won": worded("Won"),
     "lost": worded("Lost"),
     "unsure": worded("Unsure"),
-    "wrong in all": worded("Wrong in all"),
+    "wrong": worded("Wrong in all"),
 }
 
 
@@ -145,9 +145,7 @@ def _draw(studio: Studio, info: RunInfo, results: _Results) -> None:
 
 
 def _draw_empty(studio: Studio, info: RunInfo) -> None:
-    hint = (
-        "An exam asks the model the same questions before and after training. Add one to the recipe or the command:"
-    )
+    hint = worded("An exam asks the same questions before and after training. Add one to the recipe, or run:")
     with widgets.empty(
         studio.say("This run has no exam results yet"),
         studio.say(hint),
