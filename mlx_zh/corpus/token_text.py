@@ -76,7 +76,7 @@ class Finder:
     """Finds a text of B bytes among tokens, without making text of them.
 
     An occurrence begins in a token that holds all of it, or whose end is the first k bytes of it; then each next
-    token goes on from byte k. The tokens in which one can begin are known, so most are passed with one look at a table.
+    token goes on from byte k. The tokens in which one can begin are known: most are passed with one look at a table.
     """
 
     def __init__(self, words: Sequence[bytes], sought: bytes) -> None:

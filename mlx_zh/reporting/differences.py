@@ -12,7 +12,8 @@ def marked(text: str, other: str) -> list[tuple[str, bool]]:
     runs: list[tuple[str, bool]] = []
     at = 0
     for block in SequenceMatcher(None, text, other, autojunk=False).get_matching_blocks():
-        if block.size < _SHORTEST and block.a < len(text):
+        inside = block.a > 0 and block.a + block.size < len(text)
+        if inside and block.size < _SHORTEST:
             continue
         if block.a > at:
             runs.append((text[at : block.a], False))

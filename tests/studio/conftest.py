@@ -140,3 +140,16 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     (folder / "runs").mkdir(parents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tea(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Path:
+    """A project with a run that has everything, see `prepared_project`; its cache is beside it, in `cache`."""
+    from prepared_project import prepared_project
+
+    folder: Path = tmp_path_factory.mktemp("tea")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ZH_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        prepared_project(folder, model_folder())
+    return folder
