@@ -53,6 +53,7 @@ class RunList:
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = [folder.resolve() for folder in folders]
         self._known: dict[Path, tuple[object, RunInfo]] = {}
+        self._keys: dict[str, Path] = {}
         self._free: dict[Path, object] = {}  # lock files that nobody holds, as they were when that was found out
         self.outside: list[Path] = []  # run folders that a link names and that are elsewhere: they are left out
 
@@ -63,7 +64,10 @@ class RunList:
 
     def one(self, key: str) -> RunInfo | None:
         """The run with a key, as it is now; None if there is none."""
-        path = next((path for path in self._paths() if key_of(path) == key), None)
+        path = self._keys.get(key)
+        if path is None or path.resolve() != path or not _is_run(path):
+            self._paths()
+            path = self._keys.get(key)
         return None if path is None else self._info(path)
 
     def _paths(self) -> list[Path]:
@@ -79,6 +83,7 @@ class RunList:
                     paths[real] = None
                 else:
                     self.outside.append(path)
+        self._keys = {key_of(path): path for path in paths}
         return list(paths)
 
     def _info(self, path: Path) -> RunInfo:
@@ -103,8 +108,8 @@ class RunList:
 
 
 def key_of(path: Path) -> str:
-    """The key of a run folder, 16 hex digits."""
-    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    """The key of a run folder, whose links are resolved: 16 hex digits."""
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
 
 
 def _children(folder: Path) -> list[Path]:
@@ -184,7 +189,7 @@ class _Reading:
         if ended.get("how") == "failed":
             return "failed", why
         if ended.get("how") == "stopped":
-            return "stopped", why
+            return "stopped", None
         if _stamp(run.path / LOCK) is not None:
             return "stopped", KILLED
         if self._records:

@@ -30,11 +30,16 @@ def _height(point: Point) -> float:
     return point[1]
 
 
-def smoothed(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
-    """An exponential moving average whose start is corrected for its few points, as Adam's is.
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """An exponential moving average over about a twentieth of the points, and at most over 50.
 
-    Adam: https://arxiv.org/abs/1412.6980, section 3.
+    Its start is corrected for its few points, as Adam's is (https://arxiv.org/abs/1412.6980, section 3). Of fewer
+    than 40 points nothing is left out: the result is the points themselves.
     """
+    span = min(len(points) // 20, 50)
+    if span < 2:
+        return list(points)
+    weight = 1 - 1 / span
     average, share, result = 0.0, 1.0, []
     for x, y in points:
         average = weight * average + (1 - weight) * y

@@ -1,8 +1,8 @@
 """Runs as processes of their own: start, look for, stop and resume them. A run outlives the page and the studio.
 
-A run is the ordinary command, `python -m mlx_zh.run RECIPE`, in a session of its own. It inherits a locked file of the
-run folder, `.start`, and so holds that lock as long as it lives, even if this process is killed. Who holds a lock is
-read from the system (`system.holders`), never from a process id alone: ids are used again.
+A run is the ordinary command, `python -m mlx_zh.run RECIPE`, in a session of its own. It inherits a locked file of
+the run folder, `.start`, and so holds that lock as long as it lives, even if this process is killed. Who holds a lock
+is read from the system (`system.holders`), never from a process id alone: ids are used again.
 """
 
 from __future__ import annotations
@@ -125,11 +125,8 @@ def resume_command(run: RunFolder, project: Path) -> Command | None:
 
     A run of the studio recorded it. One from a terminal is resumed by its folder, which holds its recipe.
     """
-    about = read_object(run.start) or {}
-    words, folder = about.get("command"), about.get("folder")
-    if isinstance(words, list) and isinstance(folder, str) and all(isinstance(word, str) for word in words):
-        if len(words) > 2 and words[:2] == ["-m", "mlx_zh.run"] and Path(folder).absolute() == project.absolute():
-            return Command(tuple(words), project)
+    if (recorded := _recorded(run, project)) is not None:
+        return recorded
     if not run.recipe.is_file():
         return None
     try:
@@ -137,6 +134,18 @@ def resume_command(run: RunFolder, project: Path) -> Command | None:
     except ValueError:
         return None
     return Command(("-m", f"mlx_zh.{_stage_of(run)}", place), project)
+
+
+def _recorded(run: RunFolder, project: Path) -> Command | None:
+    """The command that the studio recorded. A run folder may come from elsewhere, so only one that it could give."""
+    about = read_object(run.start) or {}
+    words, folder = about.get("command"), about.get("folder")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or folder != str(project):
+        return None
+    if len(words) < 3 or words[:2] != ["-m", "mlx_zh.run"] or any(word.startswith("-") for word in words[2:]):
+        return None
+    inside = (project / words[2]).resolve().is_relative_to(project.resolve())
+    return Command(tuple(words), project) if inside else None
 
 
 def end_of_log(run: RunFolder, size: int = 20_000) -> str:

@@ -31,6 +31,10 @@ class Projects:
         """The runs, the newest first. Reads only what changed; takes a while for many runs, see `run.io_bound`."""
         return self._runs.read()
 
+    def outside(self) -> list[Path]:
+        """Links to run folders outside the folders, which are left out."""
+        return self._runs.outside
+
     def run(self, key: str) -> RunInfo:
         """The run with a key, as it is now. Raises StudioError if there is none."""
         info = self._runs.one(key)

@@ -42,7 +42,7 @@ _IMMUTABLE = "/_nicegui/"  # NiceGUI's own scripts, whose addresses hold their v
 _POLICY = (
     "default-src 'none'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' {sockets}; media-src 'none'; "
-    "object-src 'none'; frame-src 'none'; worker-src 'self' blob:; manifest-src 'none'; base-uri 'none'; "
+    "object-src 'none'; frame-src 'none'; worker-src 'none'; manifest-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
 

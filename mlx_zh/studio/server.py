@@ -38,8 +38,13 @@ def serve(folders: Sequence[Path], *, port: int | None, browser: bool, language:
     import uvicorn
 
     address = f"http://{_HOST}:{port}/?token={guard.token}"
-    options: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
-    config = uvicorn.Config(guard, ws="wsproto", proxy_headers=False, timeout_graceful_shutdown=2, **options)
+    options: dict[str, Any] = {
+        "log_config": None,
+        "log_level": "critical",
+        "access_log": False,
+        "server_header": False,
+    }
+    config = uvicorn.Config(guard, ws="wsproto", proxy_headers=False, timeout_graceful_shutdown=1, **options)
     server = uvicorn.Server(config)
     # Not through the console, which hides tokens: this one must be shown, and is worth nothing after the end.
     print(in_readers_language(f"The studio is at {address}"), flush=True)

@@ -71,7 +71,7 @@ def table(
     made = ui.table(
         columns=[dict(each) for each in columns], rows=[dict(row) for row in rows], row_key=row_key, **options
     )
-    return made.classes("z-table").props("flat dense wrap-cells=false")
+    return made.classes("z-table").props("flat dense")
 
 
 def chart(
@@ -87,44 +87,64 @@ def chart(
 
     Later data: `draw(the_chart, curves)`.
     """
-    made = ui.echart(
-        {
-            "title": {"text": title, "left": 0, "textStyle": {"fontSize": 13, "fontWeight": 600, "color": _GREY}},
-            "grid": {"left": 52, "right": 14, "top": 34, "bottom": 30},
-            "animation": False,
-            "tooltip": {
-                "trigger": "axis",
-                "confine": True,
-                "backgroundColor": "rgba(28,30,34,.94)",
-                "borderWidth": 0,
-                "textStyle": {"color": "#fff", "fontSize": 12},
-            },
-            "legend": {
-                "right": 0,
-                "top": 0,
-                "type": "scroll",
-                "width": "60%",
-                "textStyle": {"color": _GREY},
-                "itemHeight": 8,
-                "itemWidth": 14,
-                "show": len(curves) > 1,
-            },
-            "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", **_axis()},
-            "yAxis": {"type": "value", "scale": True, **_axis()},
-            "dataZoom": [{"type": "inside", "filterMode": "none"}] if zoom else [],
-            "series": [_series(name, index, faint, dots) for index, name in enumerate(curves)],
-        }
-    ).classes("z-chart")
+    with ui.element("div").classes("z-card"):
+        ui.label(title).classes("z-section-title")
+        made = ui.echart(_options(curves, x, faint, dots, zoom)).classes("z-chart")
     draw(made, curves)
     return made
+
+
+def remove_chart(made: ui.echart) -> None:
+    """Remove a chart that `chart` made, with its frame."""
+    frame = made.parent_slot
+    assert frame is not None
+    frame.parent.delete()
+
+
+def _options(
+    curves: Mapping[str, Sequence[Point]], x: str, faint: Sequence[str], dots: Sequence[str], zoom: bool
+) -> dict[str, Any]:
+    return {
+        "grid": {"left": 4, "right": 52, "top": 30, "bottom": 4, "containLabel": True},
+        "animation": False,
+        "tooltip": {
+            "trigger": "axis",
+            "confine": True,
+            "backgroundColor": "rgba(28,30,34,.94)",
+            "borderWidth": 0,
+            "textStyle": {"color": "#fff", "fontSize": 12},
+        },
+        "legend": {
+            "left": 0,
+            "top": 0,
+            "type": "scroll",
+            "textStyle": {"color": _GREY},
+            "itemHeight": 8,
+            "itemWidth": 14,
+            "show": len(curves) > 1,
+        },
+        "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", "minInterval": 1, **_axis()},
+        "yAxis": {"type": "value", "scale": True, **_axis()},
+        "dataZoom": [{"type": "inside", "filterMode": "none"}] if zoom else [],
+        "series": _all_series(list(curves), faint, dots),
+    }
 
 
 def draw(made: ui.echart, curves: Mapping[str, Sequence[Point]]) -> None:
     """Put new data into a chart that `chart` made, by the names of its curves."""
     for series in made.options["series"]:
         points = thinned(curves.get(series["name"], ()))
-        series["data"] = [[x, y] for x, y in points]
+        series["data"] = [[x, float(f"{y:.6g}")] for x, y in points]
     made.update()
+
+
+def _all_series(names: Sequence[str], faint: Sequence[str], dots: Sequence[str]) -> list[dict[str, Any]]:
+    """A pale curve has the colour of the one after it, of which it shows the details."""
+    series, index = [], 0
+    for name in names:
+        series.append(_series(name, index, faint, dots))
+        index += name not in faint
+    return series
 
 
 def _series(name: str, index: int, faint: Sequence[str], dots: Sequence[str]) -> dict[str, Any]:
@@ -144,15 +164,10 @@ def _series(name: str, index: int, faint: Sequence[str], dots: Sequence[str]) ->
 def _axis() -> dict[str, Any]:
     return {
         "nameLocation": "end",
-        "nameTextStyle": {
-            "color": _GREY,
-            "fontSize": 11,
-            "align": "right",
-            "verticalAlign": "top",
-            "padding": [8, 0],
-        },
+        "nameTextStyle": {"color": _GREY, "fontSize": 11},
+        "nameGap": 16,
         "axisLabel": {"color": _GREY, "fontSize": 11, "hideOverlap": True},
-        "axisLine": {"lineStyle": {"color": "rgba(128,128,128,.4)"}},
+        "axisLine": {"onZero": False, "lineStyle": {"color": "rgba(128,128,128,.4)"}},
         "splitLine": {"lineStyle": {"color": "rgba(128,128,128,.15)"}},
     }
 

@@ -23,8 +23,8 @@ _GONE = (psutil.Error, OSError, ValueError)
 def holder(path: Path, *, left_behind: bool = True) -> psutil.Process | None:
     """The process that holds the lock file at `path`; None if it is free, or its holder belongs to another user.
 
-    The process that the file names is looked at first. With `left_behind`, if it has ended, a child that inherited the
-    lock from it is looked for.
+    The process that the file names is looked at first. With `left_behind`, if it has ended, a child that inherited
+    the lock from it is looked for.
     """
     try:
         about = path.stat()

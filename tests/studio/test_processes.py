@@ -20,8 +20,8 @@ from mlx_zh.studio import processes
 from mlx_zh.studio.processes import Command
 from mlx_zh.system.locks import NAME as LOCK
 
-# A stand-in for `mlx-zh run`: it holds the run folder's lock, counts the signals that ask it to stop, and ends a while
-# after the first one, as a training step does.
+# A stand-in for `mlx-zh run`: it holds the run folder's lock, counts the signals that ask it to stop, and ends a
+# while after the first one, as a training step does.
 RUN = """
 import signal, sys, time
 from pathlib import Path
@@ -190,9 +190,10 @@ def test_the_command_that_resumes(tmp_path: Path) -> None:
     words = ["-m", "mlx_zh.run", "one.yaml", "seed=1"]
     run.start.write_text(json.dumps({"process": 1, "command": words, "folder": str(tmp_path)}))
     assert processes.resume_command(run, tmp_path) == Command(tuple(words), tmp_path)
-    # A file in a run folder may come from elsewhere: no other program and no other folder.
-    run.start.write_text(json.dumps({"process": 1, "command": ["-c", "evil", "x"], "folder": str(tmp_path)}))
-    assert processes.resume_command(run, tmp_path) == Command(("-m", "mlx_zh.run", "runs/one"), tmp_path)
+    # A run folder may come from elsewhere: no other program, no other folder, no recipe outside.
+    for words in (["-c", "evil", "x"], ["-m", "mlx_zh.run", "../x.yaml"], ["-m", "mlx_zh.run", "x.yaml", "--force"]):
+        run.start.write_text(json.dumps({"process": 1, "command": words, "folder": str(tmp_path)}))
+        assert processes.resume_command(run, tmp_path) == Command(("-m", "mlx_zh.run", "runs/one"), tmp_path)
     assert processes.resume_command(run, tmp_path / "elsewhere") is None
 
 
