@@ -320,7 +320,7 @@ class _Rows:
             with ui.element("div").classes("z-clamp"):
                 for place, part in enumerate(row.parts[:3]):
                     if len(row.parts) > 1:
-                        ui.label(("\n" if place else "") + say(_ROLES[part.role]) + " ").classes("z-run z-role")
+                        ui.label(("\n" if place else "") + say(_ROLES[part.role]) + " ").classes("z-span z-role")
                     _draw_runs(preview(self._data, part))
             facts = say("{tokens} tokens, {learned} learned", tokens=f"{row.tokens:,}", learned=f"{row.learned:,}")
             ui.label(facts + (" · " + say("Cut short") if row.cut_short else "")).classes("z-note")
@@ -339,8 +339,8 @@ class _Rows:
                 facts += " · " + say("Good" if row.label else "Bad")
             ui.label(facts).classes("z-note")
             with ui.element("div").classes("z-row"):
-                ui.label(say("learned")).classes("z-run z-learned")
-                ui.label(say("read only, without loss")).classes("z-run")
+                ui.label(say("learned")).classes("z-span z-learned")
+                ui.label(say("read only, without loss")).classes("z-span")
             for part in row.parts:
                 _Tokens(self._studio, self._data, part).draw()
         dialog.on("hide", dialog.delete)
@@ -349,7 +349,7 @@ class _Rows:
 
 def _draw_runs(runs: Sequence[tuple[str, bool]]) -> None:
     for text, learned in runs:
-        ui.label(visible(hide(text))).classes("z-run" + (" z-learned" if learned else ""))
+        ui.label(visible(hide(text))).classes("z-span" + (" z-learned" if learned else ""))
 
 
 class _Tokens:
@@ -371,7 +371,7 @@ class _Tokens:
         with self._place:
             if self._data.text is None:
                 ids = self._part.tokens[self._drawn : self._drawn + _TOKENS].tolist()
-                ui.label(" ".join(map(str, ids)) + " ").classes("z-run")
+                ui.label(" ".join(map(str, ids)) + " ").classes("z-span")
             for piece in pieces(self._data, self._part, self._drawn, _TOKENS):
                 token = ui.label(visible(piece.text)).classes("z-token" + (" z-learned" if piece.learned else ""))
                 token.props["title"] = " ".join(map(str, piece.ids))
@@ -442,10 +442,10 @@ class _LeftOut:
                     for turn in said:
                         role = say(_ROLES[turn["role"]]) if turn["role"] in _ROLES else turn["role"]
                         with ui.element("div").classes("z-text"):
-                            ui.label(role + (" " if len(role) == 1 else "\n")).classes("z-run z-role")
+                            ui.label(role + (" " if len(role) == 1 else "\n")).classes("z-span z-role")
                             for text, same in marked(turn["text"], other):
                                 is_marked = same if is_exam else not same
-                                style = "z-run z-marked" if is_marked else "z-run"
+                                style = "z-span z-marked" if is_marked else "z-span"
                                 ui.label(visible(hide(text))).classes(style)
             if row["overlap"] is not None:
                 text = say("{share} of the question's letter groups are in the row.", share=f"{row['overlap']:.0%}")

@@ -314,7 +314,7 @@ class _Questions:
             span = {"first": f"{first + 1:,}", "last": f"{first + len(shown):,}", "count": f"{len(self._chosen):,}"}
             note = say("{first} to {last} of {count} questions", **span)
             if not data.asked.are_probabilities:
-                note += say(" · shares of the four options' likelihoods, not probabilities")
+                note += " · " + say("shares of the four options' likelihoods, not probabilities")
             ui.label(note).classes("z-note")
             with ui.element("div").classes("z-grid z-questions"):
                 for number in shown:
