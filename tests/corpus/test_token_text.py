@@ -58,6 +58,13 @@ def test_the_finder_finds_what_python_finds(rows: list[list[int]], sought: str):
     assert held.tolist() == [sought.encode() in text for text in texts]
 
 
+def test_no_occurrence_goes_from_one_row_into_the_next():
+    values = np.array([WORDS.index(b"a"), WORDS.index(b"b")], dtype=np.int32)
+    finder = Finder(WORDS, b"ab")
+    assert finder.rows(values, np.array([0, 1, 2], dtype=np.int32)).tolist() == [False, False]
+    assert finder.rows(values, np.array([0, 2, 2], dtype=np.int32)).tolist() == [True, False]
+
+
 def test_a_text_is_found_in_small_and_capital_letters(tokenizer_of: Any):
     backend = tokenizer_of("llama3").backend_tokenizer
     rows = [backend.encode(text, add_special_tokens=False).ids for text in ("Hello WORLD", "say hell", "世界")]
