@@ -28,8 +28,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from mlx_zh import errors
-from mlx_zh.corpus import choosing, statistics
-from mlx_zh.corpus.contamination import ExamIndex, read_questions
+from mlx_zh.corpus import choosing, left_out, statistics
+from mlx_zh.corpus.contamination import ExamIndex, Question, read_questions
 from mlx_zh.corpus.exam_table import exam_files
 from mlx_zh.corpus.examples import (
     OPENED,
@@ -281,9 +281,10 @@ def _build(
     try:
         with storage_errors(work):
             make_folder(work)
-        exam_places, exam_report = _index_exams(settings.exams, work)
-        scans = _scan_all(sources, settings, bool(exam_places), work, event)
-        choice = choosing.choose(sources, scans, settings.choice, exam_places)
+        questions, exam_report = _index_exams(settings.exams, work)
+        scans = _scan_all(sources, settings, bool(questions), work, event)
+        choice = choosing.choose(sources, scans, settings.choice, [question.place for question in questions])
+        write_exact_json(work / left_out.FILE, {"rows": left_out.record(choice, sources, scans, questions)})
         rows = choice.rendered() if settings.select is None else choice.candidates()
         choice.tried = len(rows)
         if len(rows) > _MANY and (vocabulary := get_vocabulary()) is not None:
@@ -312,15 +313,15 @@ def _build(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _index_exams(exams: Exams, work: Path) -> tuple[list[str], ExamCheck]:
-    """Write the index of all questions; returns the place of each question and their part of the report."""
+def _index_exams(exams: Exams, work: Path) -> tuple[list[Question], ExamCheck]:
+    """Write the index of all questions; returns the questions and their part of the report."""
     questions = [q for name, folder in exams.folders.items() for q in read_questions(Path(folder), name)]
     report: ExamCheck = {"exams": list(exams.folders), "missing": exams.missing, "questions": len(questions)}
     if questions:
         index = ExamIndex.build(questions, ngram=exams.ngram, overlap=exams.overlap)
         index.save(work / "exams.npz")
         report["checked"] = index.checked
-    return [question.place for question in questions], report
+    return questions, report
 
 
 def _scan_all(
@@ -428,7 +429,8 @@ def _finish(
         for path, name in zip(paths, names, strict=True):
             path.rename(work / name)
             path.with_suffix(".json").unlink()
-        digests = digests_of(work, [*names, *(f"{split}.npy" for split in splits)])
+        (work.parent / left_out.FILE).replace(work / left_out.FILE)
+        digests = digests_of(work, [*names, *(f"{split}.npy" for split in splits), left_out.FILE])
     _write_datasets_files(work, folder.name, kind, names)
     manifest = {"files": names, "digests": digests, "made_of": values, "report": report}
     manifest = parse_json(json.dumps(manifest | {"content": content_digest(opened)}))  # as it will be read

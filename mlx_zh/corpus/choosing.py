@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mlx_zh.corpus import mixing
 from mlx_zh.corpus.duplicates import find_exact, find_near
 from mlx_zh.corpus.scan import Scan
-from mlx_zh.corpus.sources import DataSource
+from mlx_zh.corpus.sources import DataSource, Item
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate"
@@ -24,6 +24,15 @@ NOT_SELECTED = "not selected"
 
 Indices = npt.NDArray[np.int64]
 _LISTED = 3  # duplicates listed for each source and reason
+_RECORDED = 40  # rows of each source and reason that are recorded with what they resemble
+
+
+class LeftOut(NamedTuple):
+    """A row that was left out for what it resembles."""
+
+    reason: str
+    row: int  # its number through all sources
+    like: int  # the number of the row that was kept; of an exam question its index
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Choice:
     dropped: list[Counter[str]]  # for each source: reason -> rows
     examples: list[dict[str, list[str]]] = field(default_factory=list)  # for each source: reason -> "A repeats B"
     exam_rows: list[ExamRow] = field(default_factory=list)  # the rows dropped for an exam question
+    left_out: list[LeftOut] = field(default_factory=list)  # the first rows of each source and reason
     picked: dict[int, Indices] = field(
         default_factory=dict
     )  # the training rows of each source, before they are mixed
@@ -99,12 +109,20 @@ def choose(
 def _record_exam_rows(
     choice: Choice, scans: Sequence[Scan], exam: npt.NDArray[np.int32], exam_places: Sequence[str]
 ) -> None:
+    opened: tuple[int, int] | None = None
+    items: list[Item] = []
     for row in np.flatnonzero(exam >= 0).tolist():
         source = int(np.searchsorted(choice.starts, row, side="right")) - 1
         scan, number = scans[source], row - int(choice.starts[source])
+        part = int(scan.parts_of(number))
+        if opened != (source, part):
+            opened, items = (source, part), scan.items(part)
+        place = items[number - int(scan.parts[part])].source
         choice.dropped[source][EXAM] += 1
+        if choice.dropped[source][EXAM] <= _RECORDED:
+            choice.left_out.append(LeftOut(EXAM, row, int(exam[row])))
         question, share = exam_places[int(exam[row])], round(float(scan.overlap[number]), 3)
-        choice.exam_rows.append({"row": _place(scan, number), "question": question, "overlap": share})
+        choice.exam_rows.append({"row": place, "question": question, "overlap": share})
 
 
 def _without_repeats(
@@ -150,6 +168,8 @@ def _record_repeats(
         leak = sources[of].validation and not sources[source].validation
         recorded = IN_VALIDATION if leak else reason
         choice.dropped[source][recorded] += 1
+        if choice.dropped[source][recorded] <= _RECORDED:
+            choice.left_out.append(LeftOut(recorded, row, first))
         listed = choice.examples[source].setdefault(recorded, [])
         if len(listed) < _LISTED:
             here = _place(scans[source], row - int(choice.starts[source]))

@@ -13,7 +13,7 @@ A share of a few n-grams is one common sentence. So a row whose overlap is large
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Question:
     stem: bool = False  # whether the first of the texts is the stem without options
     options: tuple[str, ...] = ()
     answer: int | None = None  # which of the options is right; None where it is not known
+    asked: str = field(default="", compare=False)  # the stem as it is written
 
 
 def read_questions(folder: Path, exam: str) -> list[Question]:
@@ -77,11 +78,11 @@ def _question(fields: Mapping[str, str], place: str) -> Question:
     letter = fields.get("answer", "").strip().upper()
     answer = _LETTERS.index(letter) if letter and letter in _LETTERS else None
     if size >= _LONG:
-        return Question(place, (stem,), True, options, answer)
+        return Question(place, (stem,), True, options, answer, stem)
     marked = [f"{letter} {option}" for letter, option in zip(_LETTERS, options, strict=True)]
     alone = (stem,) if size >= _ALONE else ()
     texts = (*alone, " ".join([stem, *options]), " ".join([stem, *marked]))
-    return Question(place, texts, bool(alone), options, answer)
+    return Question(place, texts, bool(alone), options, answer, stem)
 
 
 @dataclass(frozen=True)

@@ -118,15 +118,18 @@ def positions_of(rows: npt.NDArray[np.int64], rendered: npt.NDArray[np.int64]) -
 class Examples(Sequence[Example], Generic[Example]):
     """The examples of a split, in the order in which they were mixed. `rows` (N,): the row of each in the files."""
 
+    texts = 1  # of the columns, how many hold tokens; they come first
+
     def __init__(self, shards: Shards, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> None:
-        self._rows = rows
+        self.rows = rows
+        self._starts = shards.starts
         self._file = np.searchsorted(shards.starts, rows, side="right").astype(np.int32) - 1
         self._index = (rows - shards.starts[self._file]).astype(np.int32)
         self._columns = [shards.lists(name) for name in columns]
         self.sources = shards.numbers("source")[rows]  # (N,) index of the source of each example
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -156,6 +159,12 @@ class Examples(Sequence[Example], Generic[Example]):
                 digest.update(values.astype("<i4", copy=False).tobytes())
         return digest.hexdigest()
 
+    def batches(self) -> Iterator[tuple[int, list[tuple[Ints, Ints]]]]:
+        """For each record batch, also with rows of other splits: the number of its first row, and for each column of
+        tokens all values and where each row begins (R + 1,)."""
+        for number, first in enumerate(self._starts[:-1].tolist()):
+            yield first, [(column.values[number], column.offsets[number]) for column in self._columns[: self.texts]]
+
     def _digested(self, index: int) -> list[Ints]:
         """The lists of an example that its digest is over."""
         return self._lists(index)
@@ -172,7 +181,7 @@ class Conversations(Examples[Rendered]):
         self.lengths: Ints = self._columns[0].lengths()[rows]  # (N,) tokens
         self.scored: Ints = shards.numbers("scored")[rows]  # (N,) tokens whose loss is scored
         self.replies: Ints = self.scored  # (N,) tokens that are learned
-        self._truncated = shards.numbers("truncated")[rows]
+        self.truncated: Ints = shards.numbers("truncated")[rows]  # (N,) 1: turns were cut from its end
 
     def example(self, index: int) -> Rendered:
         """The conversation number `index`."""
@@ -181,7 +190,7 @@ class Conversations(Examples[Rendered]):
         for start, end in spans.reshape(-1, 2):
             trained[start:end] = True
         return Rendered(
-            tokens, trained, bool(self._truncated[index]), segments.reshape(-1, 2) if len(segments) else None
+            tokens, trained, bool(self.truncated[index]), segments.reshape(-1, 2) if len(segments) else None
         )
 
     def _digested(self, index: int) -> list[Ints]:
@@ -192,6 +201,8 @@ class Conversations(Examples[Rendered]):
 
 class Pairs(Examples[RenderedPair]):
     """Rendered preference pairs."""
+
+    texts = 3
 
     def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
         super().__init__(shards, rows, ("prompt", "chosen", "rejected"))
@@ -207,6 +218,8 @@ class Pairs(Examples[RenderedPair]):
 
 class Answers(Examples[RenderedAnswer]):
     """Rendered labelled answers."""
+
+    texts = 2
 
     def __init__(self, shards: Shards, rows: npt.NDArray[np.int64]) -> None:
         super().__init__(shards, rows, ("prompt", "response"))

@@ -11,6 +11,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def vocabulary_of(tokenizer_json: str) -> Vocabulary | None:
     words: dict[str, int] = {token: index for token, index in model["vocab"].items() if token not in added}
     if sorted(words.values()) != list(range(len(words))) or not _all_merges(words, model["merges"]):
         return None
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     try:
         ranks = {bytes(byte_of[character] for character in token): index for token, index in words.items()}
     except KeyError:
@@ -109,7 +110,8 @@ def _all_merges(words: dict[str, int], merges: Sequence[Any]) -> bool:
     return splits == len(set(pairs)) == len(pairs)
 
 
-def _byte_of_character() -> dict[str, int]:
+@cache
+def byte_of_character() -> dict[str, int]:
     """GPT-2 writes each byte as a printable character; this is the byte of each such character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

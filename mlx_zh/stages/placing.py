@@ -72,6 +72,14 @@ class Place:
                 "or add --replace to put it in the other one's place."
             )
 
+    def steps(self, folder: Path) -> list[str]:
+        """The commands that place the export in `folder`, and start it where a command does."""
+        if self.program == "ollama":
+            create = f"cd {shlex.quote(str(folder))} && ollama create {self.name} -f Modelfile"
+            return [create, f"ollama run {self.name}"]
+        place = f"~/.lmstudio/models/{PUBLISHER}/{shlex.quote(self.title)}"
+        return [f"mkdir -p {place}", f"cp -R {shlex.quote(f'{folder}/.')} {place}/"]
+
     def put(self, fused: Path, formats: tuple[str, ...]) -> None:
         """Place the export in `fused`/FORMAT, and say how to use it. Raises PlacingError or StorageError."""
         kind = next(kind for kind in self.readable if kind in formats)
@@ -82,7 +90,7 @@ class Place:
             self._copy(folder, kind)
 
     def _create(self, folder: Path) -> None:
-        words = f"cd {shlex.quote(str(folder))} && ollama create {self.name} -f Modelfile"
+        words, _ = self.steps(folder)
         if not self.installed:
             console.say(
                 "Ollama is not installed here, so nothing was placed. Install it from ollama.com, start it, then "
@@ -108,8 +116,7 @@ class Place:
     def _copy(self, folder: Path, kind: str) -> None:
         target = self.target
         if target is None:
-            place = f"~/.lmstudio/models/{PUBLISHER}/{shlex.quote(self.title)}"
-            words = f"mkdir -p {place}\n  cp -R {shlex.quote(f'{folder}/.')} {place}/"
+            words = "\n  ".join(self.steps(folder))
             console.say(
                 "LM Studio is not installed here, so nothing was placed. Install it from lmstudio.ai, start it once, "
                 f"then run:\n  {words}"

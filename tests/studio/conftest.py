@@ -78,3 +78,20 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     (folder / "runs").mkdir(parents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tea(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Path:
+    """A project with a run that has everything, see `prepared_project`; its cache is beside it, in `cache`."""
+    from prepared_project import prepared_project
+
+    from mlx_zh.stages import tokenizer_cache
+
+    folder: Path = tmp_path_factory.mktemp("tea")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_ZH_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        # In this process, which has Transformers in memory already.
+        patch.setattr(tokenizer_cache, "_in_a_process", lambda *words: tokenizer_cache.main(list(words)))
+        prepared_project(folder, model_folder())
+    return folder

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from mlx_zh.models.export.gguf_vocabulary import adds_bos
 from mlx_zh.system.escaping import one_line
 
 _SYSTEM, _USER, _ANSWER = "\ue000S\ue000", "\ue000U\ue000", "\ue000A\ue000"
@@ -85,6 +84,8 @@ def find_turns(tokenizer: Any, date_string: str) -> Turns | None:
     Only prompts are compared, since Ollama writes nothing else: an answer is always followed by a question. What
     a template changes within an answer, such as the thoughts in it, is not seen.
     """
+
+    from mlx_zh.models.export.gguf_vocabulary import adds_bos  # imports MLX, which a name does not need
 
     def render(*messages: tuple[str, str], reply: bool = True) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
