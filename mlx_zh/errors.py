@@ -75,6 +75,10 @@ class StorageError(MlxZhError):
     """A full disk, or a file or folder that cannot be read or written."""
 
 
+class ServerError(MlxZhError):
+    """A server that cannot listen, or a request that it cannot answer."""
+
+
 class JudgeError(MlxZhError):
     """A model that was to judge answers and cannot be asked, or that gives no answer."""
 
