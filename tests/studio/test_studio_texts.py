@@ -18,13 +18,20 @@ PACKAGE = Path(mlx_zh.studio.__file__).parent
 def texts() -> Iterator[tuple[str, str]]:
     """Each text that a page says or marks to be said, with its place."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and node.args and _says(node.func):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        codes = any(
+            isinstance(node, ast.ImportFrom) and "say" in {a.name for a in node.names} for node in ast.walk(tree)
+        )
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args and _says(node.func, codes):
                 for text in _choices(node.args[0]):
                     yield text, f"{path.relative_to(PACKAGE)}:{node.lineno}"
 
 
-def _says(function: ast.expr) -> bool:
+def _says(function: ast.expr, codes: bool) -> bool:
+    """Whether a call says a text. Where `say` was imported, `codes`, a bare one takes a code of the catalogue."""
+    if codes and isinstance(function, ast.Name) and function.id == "say":
+        return False
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
     of_console = getattr(getattr(function, "value", None), "id", "") == "console"
     return name in ("say", "said", "worded") and not of_console
