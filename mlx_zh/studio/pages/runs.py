@@ -23,6 +23,7 @@ STATES: Mapping[str, str] = {
 }
 _NUMBERS = {"hours": worded("Hours"), "best_loss": worded("Best loss"), "exam_gain": worded("Exam gain")}
 _SECONDS = 3.0  # between looks at the folders
+_REST = 50  # times as long as the last look took is the pause at least: a training run needs the processor
 
 
 def runs_page(studio: Studio) -> None:
@@ -45,14 +46,19 @@ class _Runs:
         self._place = ui.element("div")
         self._table: ui.table | None = None
         self._drawn = False
+        self._next_look = 0.0  # by the monotonic clock
         self._show_choice()
         widgets.while_visible(_SECONDS, self._refresh)
 
     async def _refresh(self) -> None:
+        started = time.monotonic()
+        if started < self._next_look:
+            return
         runs = await run.io_bound(self._studio.runs)
         if runs is None:  # the studio is closing
             return
         rows = [_row(self._studio, info) for info in runs]
+        self._next_look = time.monotonic() + _REST * (time.monotonic() - started)
         if self._table is not None:
             if rows != self._table.rows:
                 self._table.rows = rows
