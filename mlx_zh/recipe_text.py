@@ -170,6 +170,11 @@ def parse(path: Path, form: str = "a recipe is a mapping of sections (name, mode
         raise RecipeError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
+    return parse_text(path, text, form)
+
+
+def parse_text(path: Path, text: str, form: str) -> Document:
+    """Like `parse`, of a text that was read from `path`. Raises RecipeError."""
     try:
         node, value = load(text, _Loader)
     except _YAML_ERRORS as error:
