@@ -68,7 +68,8 @@ def convert_model(draft: Draft, name: str, bits: int | None, *, whole: bool, pro
         bits = bits or 4
     short = short_name(plain) if local is None else None
     if short is not None and not whole and bits in (None, 4):
-        note = say("import-model-short" if bits == 4 else "import-model-proposed", original=plain)
+        own = bits is None and short == plain  # already a copy for MLX
+        note = "" if own else say("import-model-short" if bits == 4 else "import-model-proposed", original=plain)
         draft.put("model.path", short, name, note=note)
         return
     draft.put("model.path", plain if local is None else model, name)

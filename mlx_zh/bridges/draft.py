@@ -163,11 +163,17 @@ class Draft:
 
     # What becomes of it -------------------------------------------------------------------------------------
 
-    def put(self, ours: str, value: Any, *theirs: str, note: str = "", level: Level = "mapped") -> None:
-        """Set a key of the recipe that comes from these settings; a row and a comment tell it."""
+    def put(
+        self, ours: str, value: Any, *theirs: str, note: str = "", level: Level = "mapped", words: str | None = None
+    ) -> None:
+        """Set a key of the recipe that comes from these settings; a row and a comment tell it.
+
+        `words` are told in place of the settings' own names and values.
+        """
         self._used.update(theirs)
         self.values[ours] = value
-        words = ", ".join(self.said(name) for name in theirs if self.given(name) or name in self.defaults)
+        if words is None:
+            words = ", ".join(self.said(name) for name in theirs if self.given(name) or name in self.defaults)
         self.comments[ours] = say("import-joint").join(filter(None, (words, note)))
         self.rows.append(Row(words, f"{ours}: {shown(value)}", note, level))
 
@@ -247,6 +253,8 @@ def _same(value: Any, fine: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value for the table, on one line and not long."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

@@ -76,16 +76,19 @@ def _adapter(draft: Draft, tuning: str, stage: str, name: str) -> None:
     if rank < 1 or numbers["scale"] <= 0:
         draft.refuse(say("import-no-scale", rank=rank, scale=f"{numbers['scale']:g}"))
         return
-    scale = numbers["scale"]
-    draft.put("lora.rank", rank, "lora_parameters")
-    draft.put("lora.alpha", plain(scale * rank), "lora_parameters", note=say("import-scale", scale=f"{scale:g}"))
-    if stage == "sft" or not numbers["dropout"]:
-        draft.put("lora.dropout", numbers["dropout"], "lora_parameters")
+    scale, dropout = numbers["scale"], numbers["dropout"]
+    name = "lora_parameters"
+    draft.put("lora.rank", rank, name, words=f"{name}.rank: {rank}")
+    note = say("import-scale", scale=f"{scale:g}")
+    draft.put("lora.alpha", plain(scale * rank), name, note=note, words=f"{name}.scale: {scale:g}")
+    words = f"{name}.dropout: {dropout:g}"
+    if stage == "sft" or not dropout:
+        draft.put("lora.dropout", dropout, name, words=words)
     else:
-        draft.put("lora.dropout", 0.0, "lora_parameters", note=say("import-dropout-dpo"), level="differs")
+        draft.put("lora.dropout", 0.0, name, note=say("import-dropout-dpo"), level="differs", words=words)
     keys = part.get("keys")
     targets = [str(key) for key in keys] if isinstance(keys, list) else []
-    put_targets(draft, "lora_parameters", targets)
+    put_targets(draft, name, targets, words=f"{name}.keys: {shown(targets)}" if targets else "")
 
 
 def _number(draft: Draft, name: str, value: Any) -> float:
@@ -243,9 +246,11 @@ def _schedule(draft: Draft, stage: str, name: str, arguments: list[float], sched
     ours, theirs = _FUNCTIONS[name]
     warmup = int(_number(draft, "lr_schedule.warmup", schedule.get("warmup") or 0))
     peak, rises = arguments[0], warmup + 1 if warmup else 0
-    draft.put(f"{stage}.learning_rate", peak, "lr_schedule", note=say("import-peak"))
-    draft.put(f"{stage}.lr_scheduler", ours, "lr_schedule")
-    draft.put(f"{stage}.warmup_steps", rises, "lr_schedule", note=say("import-warmup-mlx") if warmup else "")
+    said = f"lr_schedule.arguments: {shown(schedule.get('arguments'))}"
+    draft.put(f"{stage}.learning_rate", peak, "lr_schedule", note=say("import-peak"), words=said)
+    draft.put(f"{stage}.lr_scheduler", ours, "lr_schedule", words=f"lr_schedule.name: {name}")
+    note = say("import-warmup-mlx") if warmup else ""
+    draft.put(f"{stage}.warmup_steps", rises, "lr_schedule", note=note, words=f"lr_schedule.warmup: {warmup}")
     total = draft.values.get(f"{stage}.max_steps")
     if total is None or total > _LONGEST:
         draft.remark(say("import-schedule", theirs=name, ours=ours))

@@ -76,7 +76,7 @@ def _value(indent: int, name: str, value: Any, comment: str) -> list[str]:
 
 def _line(text: str, comment: str) -> list[str]:
     comment = _clean(comment)
-    if not comment:
+    if comment in ("", text.strip()):
         return [text]
     if len(text) < _COMMENT and len(comment) <= _WIDTH:
         return [f"{text:<{_COMMENT}}# {comment}"]

@@ -271,7 +271,7 @@ def _preferences(draft: Draft, trainer: str) -> None:
     draft.put("dpo.beta", draft.number("beta", 0) or 0.1, "beta")
     for name, ours, losses in _FURTHER:
         value = draft.number(name, 0)
-        if value is not None and loss in losses and (draft.given(name) or name in draft.defaults):
+        if value is not None and loss in losses and (draft.given(name) or name not in draft.defaults):
             draft.put(f"dpo.{ours}", value, name)
         elif draft.given(name) and value:
             draft.note(name, say("import-ftx-unused", loss=loss))
