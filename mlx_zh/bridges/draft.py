@@ -209,21 +209,26 @@ class Draft:
         self._used.update(names)
 
     def finish(self, stage: str) -> None:
-        """Deal with all settings that no code has asked for, by the table of other names."""
+        """Deal with all settings that no code has told of, by the table of other names."""
+        told = {part.split(":")[0] for row in self.rows for part in row.theirs.split(", ")}
         for name, value in self.settings.values.items():
-            if name in self._used:
+            if name in told or (name in self._used and name not in other_names()) or value is None:
                 continue
             entry = other_names().get(name)
+            known = entry is not None and (not entry.key or name in self._used)
             if is_off(value) or (entry is not None and _is_fine(value, entry)):
                 self.note(name, say("import-off"))
-            elif entry is None or (entry.key and entry.effect == "none"):
+            elif entry is None or not known:
                 self.note(name, say("import-unknown", program=TITLES[self.settings.program]), "differs")
             else:
-                note = (entry.zh if reader_language() == "zh" else entry.note).format(stage=stage)
-                if entry.effect == "refused":
-                    self.refuse(say("import-refused", key=self.said(name), reason=note))
-                else:
-                    self.note(name, note, "differs" if entry.effect == "differs" else "none")
+                self._by_table(name, entry, stage)
+
+    def _by_table(self, name: str, entry: OtherName, stage: str) -> None:
+        told = entry.told(stage)[reader_language() == "zh"] if entry.key else entry.plain(stage)[reader_language() == "zh"]
+        if entry.effect == "refused":
+            self.refuse(say("import-refused", key=self.said(name), reason=told))
+        else:
+            self.note(name, told, "differs" if entry.effect == "differs" else "none")
 
 
 _MOST = 2**53

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_zh.bridges import base_models
 from mlx_zh.bridges.adapters import put_targets
 from mlx_zh.bridges.datasets import Entry, existing, llama_factory_sources
-from mlx_zh.bridges.draft import Draft, shown
+from mlx_zh.bridges.draft import Draft, is_off, shown
 from mlx_zh.bridges.training_arguments import convert_training, plain
 from mlx_zh.language.reader import say
 
@@ -51,7 +51,8 @@ def _trains(draft: Draft) -> bool:
     if draft.given("export_dir"):
         draft.refuse(say("import-is-export"))
         return False
-    prediction = draft.switch("do_predict") or draft.given("infer_backend") or draft.given("eval_dataset")
+    predicts = not is_off(draft.settings.values.get("do_predict"))
+    prediction = predicts or draft.given("infer_backend") or draft.given("eval_dataset")
     if not draft.switch("do_train") and prediction and not draft.given("dataset"):
         draft.refuse(say("import-is-inference"))
         return False

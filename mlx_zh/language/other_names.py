@@ -19,9 +19,13 @@ class OtherName(NamedTuple):
     effect: Effect
     fine: tuple[Any, ...]  # values that are the same as turned off
 
+    def plain(self, stage: str) -> tuple[str, str]:
+        """The note in English and in Chinese; `stage` (sft or dpo) is named where both have the key."""
+        return self.note.format(stage=stage), self.zh.format(stage=stage)
+
     def told(self, stage: str) -> tuple[str, str]:
-        """The sentences about it in English and in Chinese; `stage` (sft or dpo) is named where both have the key."""
-        key, note, zh = (text.format(stage=stage) for text in (self.key, self.note, self.zh))
+        """The sentences that an error says about it, in English and in Chinese."""
+        key, (note, zh) = self.key.format(stage=stage), self.plain(stage)
         first = (f"Here it is {key}.", f"这里叫 {key}。") if key else ("It is not needed here.", "这里不需要它。")
         if not key and self.effect != "none":
             return note, zh
