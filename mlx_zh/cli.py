@@ -57,5 +57,4 @@ def _stage(argv: list[str] | None) -> int:
         )
     if stage not in STAGES:
         raise RecipeError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}.")
-    module = "import_" if stage == "import" else stage  # `import` is a word of the language
-    return importlib.import_module(f"mlx_zh.{module}").main(rest) or 0
+    return importlib.import_module(f"mlx_zh.{stage}").main(rest) or 0

@@ -224,7 +224,11 @@ class Draft:
                 self._by_table(name, entry, stage)
 
     def _by_table(self, name: str, entry: OtherName, stage: str) -> None:
-        told = entry.told(stage)[reader_language() == "zh"] if entry.key else entry.plain(stage)[reader_language() == "zh"]
+        told = (
+            entry.told(stage)[reader_language() == "zh"]
+            if entry.key
+            else entry.plain(stage)[reader_language() == "zh"]
+        )
         if entry.effect == "refused":
             self.refuse(say("import-refused", key=self.said(name), reason=told))
         else:

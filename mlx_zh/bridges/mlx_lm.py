@@ -17,6 +17,7 @@ from mlx_zh.bridges.datasets import Entry, existing, source_of
 from mlx_zh.bridges.draft import Draft, shown
 from mlx_zh.bridges.training_arguments import plain, seed, trackers
 from mlx_zh.language.reader import say
+from mlx_zh.models.catalog import HUB_ID
 from mlx_zh.training.schedule import learning_rate
 
 _TUNING = {"lora": "lora", "dora": "dora", "full": "full"}
@@ -53,7 +54,9 @@ def convert(draft: Draft, model: str | None) -> str:
         draft.refuse(say("import-sft-loss", loss=shown(draft.raw("sft_loss_type"))))
     if draft.switch("qat_enable"):
         draft.note("qat_enable", say("import-qat"), "differs")
-    draft.use("adapter_path", "config", *[f"qat_{n}" for n in ("bits", "group_size", "mode", "start_step", "interval")])
+    draft.use(
+        "adapter_path", "config", *[f"qat_{n}" for n in ("bits", "group_size", "mode", "start_step", "interval")]
+    )
     return stage
 
 
@@ -120,7 +123,12 @@ def _data(draft: Draft, stage: str) -> None:
 
 
 def _columns(draft: Draft, part: dict[str, Any] | None = None) -> dict[str, str]:
-    names = {"prompt_feature": "prompt", "completion_feature": "response", "chat_feature": "messages", "text_feature": "text"}
+    names = {
+        "prompt_feature": "prompt",
+        "completion_feature": "response",
+        "chat_feature": "messages",
+        "text_feature": "text",
+    }
     values = part if part is not None else {name: draft.raw(name) for name in names}
     named = {ours: values[name] for name, ours in names.items() if isinstance(values.get(name), str)}
     if "text" in named and len(named) > 1:
@@ -134,7 +142,7 @@ def _folder(draft: Draft, stage: str) -> None:
     columns = _columns(draft)
     reading: Entry = {"columns": columns} if columns else {}
     train = existing(draft, f"{name}/train.jsonl")
-    local = train or existing(draft, name) or not base_models.HUB_ID.fullmatch(name) or name.startswith((".", "/"))
+    local = train or existing(draft, name) or not HUB_ID.fullmatch(name) or name.startswith((".", "/"))
     if not local:
         source = source_of(draft, name, stage, columns=columns)
         draft.put(f"data.{stage}.train", [source], "data")

@@ -113,7 +113,7 @@ def defaults_of(settings: Settings) -> dict[str, Any]:
 
 
 def name_of(path: Path) -> str:
-    """The name of the run and of the recipe: that of the file, with -mlx, in the letters that a folder's name may have."""
+    """The name of the run and of its recipe: that of the file with -mlx, in letters that a folder may have."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:_LONGEST_NAME]
     return stem if stem.endswith("-mlx") else f"{stem or 'imported'}-mlx"
 

@@ -21,23 +21,60 @@ _SIGNS: Sequence[tuple[Program, frozenset[str]]] = (
     (
         "llama-factory",
         frozenset(
-            "finetuning_type cutoff_len stage dataset_dir lora_target pref_beta pref_loss quantization_bit "
-            "lora_rank preprocessing_num_workers template".split()
+            [
+                "finetuning_type",
+                "cutoff_len",
+                "stage",
+                "dataset_dir",
+                "lora_target",
+                "pref_beta",
+                "pref_loss",
+                "quantization_bit",
+                "lora_rank",
+                "preprocessing_num_workers",
+                "template",
+            ]
         ),
     ),
-    ("mlx-lm-lora", frozenset("train_mode train_type dpo_cpo_loss_type load_in_4bits reference_model_path".split())),
+    (
+        "mlx-lm-lora",
+        frozenset(["train_mode", "train_type", "dpo_cpo_loss_type", "load_in_4bits", "reference_model_path"]),
+    ),
     (
         "mlx-lm",
         frozenset(
-            "iters lora_parameters fine_tune_type grad_checkpoint mask_prompt num_layers lora_layers adapter_path "
-            "steps_per_eval val_batches hf_dataset lr_schedule grad_accumulation_steps".split()
+            [
+                "iters",
+                "lora_parameters",
+                "fine_tune_type",
+                "grad_checkpoint",
+                "mask_prompt",
+                "num_layers",
+                "lora_layers",
+                "adapter_path",
+                "steps_per_eval",
+                "val_batches",
+                "hf_dataset",
+                "lr_schedule",
+                "grad_accumulation_steps",
+            ]
         ),
     ),
     (
         "trl",
         frozenset(
-            "use_peft lora_r dataset_name datasets dataset_train_split lora_target_modules assistant_only_loss "
-            "completion_only_loss loss_type attn_implementation".split()
+            [
+                "use_peft",
+                "lora_r",
+                "dataset_name",
+                "datasets",
+                "dataset_train_split",
+                "lora_target_modules",
+                "assistant_only_loss",
+                "completion_only_loss",
+                "loss_type",
+                "attn_implementation",
+            ]
         ),
     ),
 )
@@ -48,7 +85,20 @@ _OTHERS = (
     ({"kt_config"}, "import-is-accelerate"),
 )
 _TRAINERS = ("sft", "dpo", "kto")
-_REFUSED_TRAINERS = ("grpo", "rloo", "reward", "ppo", "online_dpo", "cpo", "orpo", "gkd", "prm", "nash_md", "xpo", "bco")
+_REFUSED_TRAINERS = (
+    "grpo",
+    "rloo",
+    "reward",
+    "ppo",
+    "online_dpo",
+    "cpo",
+    "orpo",
+    "gkd",
+    "prm",
+    "nash_md",
+    "xpo",
+    "bco",
+)
 _SCRIPT_KEYS = re.compile(r"--(?:stage|finetuning_type|model_name_or_path|per_device_train_batch_size|iters|train)\b")
 
 

@@ -1,7 +1,7 @@
 """Python scripts in Unsloth's way: the keywords of the calls that set up a training. Nothing is run or imported.
 
-Only literals are read: numbers, texts, lists, negative numbers, names that are assigned a literal once, and arithmetic
-of whole numbers. Whatever a script computes otherwise is told as unread.
+Only literals are read: numbers, texts, lists, mappings, names that are assigned one literal, and products of whole
+numbers. Whatever a script computes otherwise is told as unread.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Script:
 
 
 def read_script(text: str) -> Script:
-    """The calls of a script or of a notebook's code. Raises SyntaxError, with its line, for a text that is no Python."""
+    """The calls of a script or of a notebook's code. Raises SyntaxError with the line."""
     lines = [_plain(line) for line in text.split("\n")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,14 +109,16 @@ def _take(node: ast.Call, names: dict[str, Any], script: Script) -> None:
     if kind == "data":
         values.setdefault("sets", []).append(_data(node, names))
         return
-    first = {"from_pretrained": "model_name", "get_chat_template": None}.get(called, None)
+    first = {"from_pretrained": "model_name", "get_chat_template": None}.get(called)
     if first and node.args and (value := _literal(node.args[0], names)) is not _UNKNOWN:
         values[first] = value
     for keyword in node.keywords:
         _keyword(keyword, called, names, values, script)
 
 
-def _keyword(keyword: ast.keyword, called: str, names: dict[str, Any], values: dict[str, Any], script: Script) -> None:
+def _keyword(
+    keyword: ast.keyword, called: str, names: dict[str, Any], values: dict[str, Any], script: Script
+) -> None:
     if keyword.arg is None:
         value = _literal(keyword.value, names)
         if isinstance(value, dict):

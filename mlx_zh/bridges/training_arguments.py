@@ -1,13 +1,13 @@
 """What LLaMA-Factory, TRL and Unsloth share: the settings of transformers' Trainer.
 
 A step there takes per_device_train_batch_size × gradient_accumulation_steps × devices rows, the last step of an epoch
-the rows that remain. Steps: ceil(epochs × ceil(rows / rows of a step)), or max_steps. Warm-up: warmup_steps, which may
-be a share below 1, else ceil(warmup_ratio × steps).
+the rows that remain. Steps: ceil(epochs × ceil(rows / rows of a step)), or max_steps. Warm-up: warmup_steps, or
+where that is below 1, this share of the steps; else ceil(warmup_ratio × steps).
 """
 
 from __future__ import annotations
 
-from mlx_zh.bridges.draft import Draft
+from mlx_zh.bridges.draft import Draft, Level
 from mlx_zh.language.reader import say
 
 # Their schedules -> ours; those that ours only resembles, with the reason's code.
@@ -29,14 +29,21 @@ _RESEMBLED = {
 # Names of AdamW in other kernels or with rounded moments.
 _ADAMW = {
     *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw"),
-    *("adamw_apex_fused", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit", "adamw_bnb_8bit"),
+    *(
+        "adamw_apex_fused",
+        "adamw_anyprecision",
+        "adamw_torch_4bit",
+        "adamw_torch_8bit",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+    ),
     *("paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit"),
 }
 TRACKERS = ("tensorboard", "swanlab", "wandb")
 
 
 def convert_training(draft: Draft, stage: str) -> None:
-    """Batch, steps, schedule, optimizer, validation, checkpoints and trackers, into the section `stage` (sft or dpo)."""
+    """Batch, steps, schedule, optimizer, validation, checkpoints and trackers, for a stage (sft or dpo)."""
     batch_size(draft, stage)
     _length_of_run(draft, stage)
     _rates(draft, stage)
@@ -91,7 +98,7 @@ def _schedule(draft: Draft, stage: str) -> None:
         near = theirs == "polynomial" and further.get("power", 1) == 1 and further.get("lr_end", 1e-7) <= 1e-7
         same = single or near
         note = "" if same else say("import-schedule", theirs=theirs, ours=_RESEMBLED[theirs])
-        level = "mapped" if same else "differs"
+        level: Level = "mapped" if same else "differs"
         draft.put(f"{stage}.lr_scheduler", _RESEMBLED[theirs], "lr_scheduler_type", note=note, level=level)
     else:
         known = ", ".join((*_SCHEDULES, *_RESEMBLED))

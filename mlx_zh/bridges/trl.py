@@ -25,7 +25,15 @@ _LOSSES = {
 } | {"aot_pair": "aot"}
 _UNPAIRED = {"kto": "kto", "apo_zero_unpaired": "apo_zero_unpaired"}
 _KTO = ("desirable_weight", "undesirable_weight")
-_DPO = ("beta", "loss_weights", "f_divergence_type", "rpo_alpha", "ld_alpha", "precompute_ref_log_probs", "label_smoothing")
+_DPO = (
+    "beta",
+    "loss_weights",
+    "f_divergence_type",
+    "rpo_alpha",
+    "ld_alpha",
+    "precompute_ref_log_probs",
+    "label_smoothing",
+)
 
 
 def trainer_of(draft: Draft) -> str:
@@ -339,7 +347,9 @@ def _rest(draft: Draft, unsloth: bool) -> None:
     name = "use_gradient_checkpointing" if unsloth else "gradient_checkpointing"
     if str(draft.raw(name)).lower() in ("true", "unsloth"):
         draft.put("memory.checkpoint_layers", True, name, note=say("import-checkpoint"))
-    draft.use("gradient_checkpointing", "use_gradient_checkpointing", "output_dir", "run_name", "trainer", "random_state")
+    draft.use(
+        "gradient_checkpointing", "use_gradient_checkpointing", "output_dir", "run_name", "trainer", "random_state"
+    )
     for precision in ("bf16", "fp16", "dtype", "torch_dtype", "model_dtype"):
         if draft.given(precision):
             draft.note(precision, say("import-precision"))

@@ -1,8 +1,8 @@
 """The catalogue of texts for people: every code once, worded in English and in Chinese.
 
 The YAML files of this folder hold it: `warnings.yaml` has the warnings, `report.yaml` the texts of the report,
-`init.yaml` what `mlx-zh init` says, `import.yaml` what `mlx-zh import` says, and `chat.yaml` what a saved chat says. A
-wording is a format string with named fields, for example `{count} of {questions} prompts`. Both languages have the
+`init.yaml` what `mlx-zh init` says, `import.yaml` what `mlx-zh import` says, and `chat.yaml` what a saved chat says.
+A wording is a format string with named fields, for example `{count} of {questions} prompts`. Both languages have the
 same fields.
 """
 

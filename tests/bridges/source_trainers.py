@@ -19,12 +19,14 @@ def trainer_steps(
 ) -> int:
     if max_steps > 0:
         return max_steps
-    batches = -(-(-(-rows // per_device)) // devices)
+    batches = math.ceil(math.ceil(rows / per_device) / devices)
     updates = batches // accumulation + (batches % accumulation > 0)
     return math.ceil(epochs * max(updates, 1))
 
 
-def trainer_rates(steps: int, peak: float, kind: str, warmup_ratio: float = 0.0, warmup_steps: int = 0) -> list[float]:
+def trainer_rates(
+    steps: int, peak: float, kind: str, warmup_ratio: float = 0.0, warmup_steps: int = 0
+) -> list[float]:
     warmup = warmup_steps if warmup_steps > 0 else math.ceil(steps * warmup_ratio)
 
     def factor(step: int) -> float:

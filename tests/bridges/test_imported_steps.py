@@ -5,6 +5,7 @@ A warm-up is one step ahead of transformers' on purpose: there the first step ha
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import yaml
 from source_trainers import mlx_rates, trainer_rates, trainer_steps
 
-from mlx_zh import import_, sft
+from mlx_zh import sft
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.training.order import Order
 from mlx_zh.training.schedule import learning_rate
+
+imports = importlib.import_module("mlx_zh.import").main  # the name is a word of the language
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def imported(name: str, text: str, *options: str) -> Recipe:
     Path(name).write_text(text, encoding="utf-8")
-    assert import_.main([name, "--out", "out.yaml", *options]) == 0
+    assert imports([name, "--out", "out.yaml", *options]) == 0
     return load_recipe("out.yaml")
 
 
@@ -115,7 +118,7 @@ SCHEDULE = {"name": "cosine_decay", "warmup": 10, "warmup_init": 1e-6, "argument
 
 
 def test_mlx_lm(folder: Path) -> None:
-    """300 iterations, 3 of which make a step of 6 rows: 100 steps. From the end of the warm-up, MLX's own schedule."""
+    """300 iterations, 3 of which make a step of 6 rows: 100 steps. After the warm-up, MLX's own schedule."""
     values = {
         "model": "mlx-community/Qwen3-0.6B-4bit",
         "train": True,
@@ -173,7 +176,7 @@ def test_a_run_takes_these_steps(project: Any) -> None:
     values |= {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "learning_rate": 1e-2, "warmup_ratio": 0.3}
     Path("lf.yaml").write_text(yaml.safe_dump(values))
     Path("recipe.yaml").unlink()
-    assert import_.main(["lf.yaml", "--out", "recipe.yaml", "--name", "tiny"]) == 0
+    assert imports(["lf.yaml", "--out", "recipe.yaml", "--name", "tiny"]) == 0
     assert project.run(sft.main).status == 0
     lines = [json.loads(line) for line in Path("runs/tiny/sft/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "learning_rate" in line]

@@ -1,4 +1,4 @@
-"""A recipe from another program's project: `python -m mlx_zh.import_ FILE…`."""
+"""A recipe from another program's project: `python -m mlx_zh.import FILE…`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "files",
         nargs="+",
         metavar="FILE",
-        help="its YAML, JSON, shell script, Python script or notebook; beside it a dataset_info.json, if it lies apart",
+        help="its YAML, JSON, shell script, Python script or notebook, and its dataset_info.json if that lies apart",
     )
     options.add_argument("--from", dest="program", choices=_PROGRAMS, help="the program, if the file does not tell")
     options.add_argument(
@@ -70,7 +70,9 @@ def _show(imported: Imported) -> None:
 
     console.say(say("import-heading", program=TITLES[imported.program], recipe=imported.target))
     mapped = [(row.theirs, row.ours, row.note) for row in effects(imported.rows, "mapped") if row.ours]
-    lines = [line for theirs, ours, note in mapped for line in ((theirs, ours), *([("", f"  {note}")] if note else []))]
+    lines = [
+        line for theirs, ours, note in mapped for line in ((theirs, ours), *([("", f"  {note}")] if note else []))
+    ]
     console.say()
     console.say(console.table([(say("import-theirs"), say("import-ours")), *lines]))
     without = effects(imported.rows, "none")
