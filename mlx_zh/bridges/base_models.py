@@ -13,7 +13,7 @@ import yaml
 from mlx_zh.bridges.draft import Draft
 from mlx_zh.core.families import FAMILIES
 from mlx_zh.language.reader import say
-from mlx_zh.models.catalog import HUB_ID, known_model
+from mlx_zh.models.catalog import HUB_ID, catalog
 from mlx_zh.system.json_text import parse_json
 
 _REPEATS = ("-unsloth-bnb-4bit", "-bnb-4bit")  # the original in bitsandbytes' form
@@ -68,7 +68,7 @@ def convert_model(draft: Draft, name: str, bits: int | None, *, whole: bool, pro
         bits = bits or 4
     short = short_name(plain) if local is None else None
     if short is not None and not whole and bits in (None, 4):
-        own = bits is None and short == plain  # already a copy for MLX
+        own = bits is None and _stored_in_bits(plain, local=False)  # already a copy for MLX
         note = "" if own else say("import-model-short" if bits == 4 else "import-model-proposed", original=plain)
         draft.put("model.path", short, name, note=note)
         return
@@ -150,8 +150,9 @@ def _is_gguf(name: str) -> bool:
 
 def short_name(model: str) -> str | None:
     """The short name of a model with this id; None if there is none."""
-    if known_model(model) is not None:
-        return model
+    for name, entry in catalog().items():
+        if model == name or model in entry.ids.values():
+            return name
     owner, slash, last = model.lower().rpartition("/")
     if slash and owner not in tables()["owners"]:
         return None
