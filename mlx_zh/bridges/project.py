@@ -15,6 +15,7 @@ import yaml
 
 from mlx_zh.bridges import llama_factory, mlx_lm, recipe_file, trl
 from mlx_zh.bridges.draft import TITLES, Draft, Program, Row, Settings
+from mlx_zh.bridges.joining import joined
 from mlx_zh.bridges.reading import read_project
 from mlx_zh.corpus.llama_factory import NAME
 from mlx_zh.errors import RecipeError
@@ -54,24 +55,29 @@ class Wishes:
 
 
 def import_project(paths: Sequence[Path], wishes: Wishes) -> Imported:
-    """The recipe for the project in these files: one with settings, and tables of data sets.
+    """The recipe for the project in these files: one with settings, or one of SFT and one of preferences after it.
+
+    Tables of data sets may be given too.
 
     Raises RecipeError with every reason why there is none.
     """
     tables = [path for path in paths if path.name == NAME]
     projects = [path for path in paths if path.name != NAME]
-    if len(projects) != 1:
+    if len(projects) not in (1, 2):
         raise RecipeError(say("import-one-project", count=len(projects), table=NAME))
-    settings = read_project(projects[0], wishes.program)
-    settings.tables = tables
-    settings.devices = wishes.devices or settings.devices
     name = wishes.name or name_of(wishes.out or projects[0])
     target = wishes.out or projects[0].parent / f"{name}.yaml"
     if target.exists() or target.is_symlink():
         raise RecipeError(say("import-exists", file=target))
-    draft = converted(settings, target.parent, wishes.model)
+    drafts = []
+    for project in projects:
+        settings = read_project(project, wishes.program)
+        settings.tables = tables
+        settings.devices = wishes.devices or settings.devices
+        drafts.append(converted(settings, target.parent, wishes.model))
+    draft = drafts[0] if len(drafts) == 1 else joined(drafts)
     text = recipe_file.recipe_text(draft, name, target)
-    return Imported(settings.program, target, text, draft.rows, _checked(draft, text, target))
+    return Imported(draft.settings.program, target, text, draft.rows, _checked(draft, text, target))
 
 
 def converted(settings: Settings, folder: Path, model: str | None = None) -> Draft:

@@ -237,3 +237,26 @@ def test_imported_pairs_and_labels_are_read(project: Any) -> None:
         result = project.run(prepare.main)
         assert result.status == 0, result.err
         assert "6" in result.out
+
+
+def pair(sft: dict[str, Any], dpo: dict[str, Any]) -> Imported:
+    Path("sft.yaml").write_text(yaml.safe_dump({**LEAST, "output_dir": "saves/sft", **sft}))
+    Path("dpo.yaml").write_text(yaml.safe_dump({**LEAST, "stage": "dpo", "dataset": "pairs", **dpo}))
+    return import_project([Path("dpo.yaml"), Path("sft.yaml")], Wishes())
+
+
+def test_sft_and_preferences_become_one_recipe() -> None:
+    """After SFT's adapter the reference is the model alone there; after a merged model it is what was merged."""
+    further = pair({"learning_rate": 2e-4}, {"adapter_name_or_path": "saves/sft/", "learning_rate": 1e-6}).recipe
+    assert (further.start("dpo"), further.dpo.reference) == ("sft", "base")
+    assert (further.sft.learning_rate, further.dpo.learning_rate) == (2e-4, 1e-6)
+    merged = pair({}, {"model_name_or_path": "saves/merged"}).recipe
+    assert (merged.start("dpo"), merged.dpo.reference) == ("sft", "start")
+    assert merged.model.path == "qwen3-1.7b"
+    apart = pair({}, {}).recipe
+    assert apart.start("dpo") == "base"
+    different = pair({"lora_rank": 4}, {"lora_rank": 32, "adapter_name_or_path": "saves/sft"})
+    assert different.recipe.lora.rank == 4
+    assert any("lora.rank" in row.note and "32" in row.note for row in different.rows)
+    with pytest.raises(RecipeError, match="one is of SFT"):
+        pair({}, {"stage": "sft", "dataset": "a"})
