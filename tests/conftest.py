@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +43,19 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_zh.system import accelerator
 
     monkeypatch.setattr(accelerator, "PAUSE", 0.0)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium, see `chromium.Browser`. Skips where there is none."""
+    from chromium import Browser
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    started = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -125,7 +125,7 @@ def _values(path: Path, text: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise RecipeError(say("import-no-json", file=path, reason=str(error).splitlines()[0])) from None
     else:
-        value = parse_text(path, text, "the settings of a training are a mapping of names and values").value
+        value = parse_text(text, path, "the settings of a training are a mapping of names and values").value
     if not isinstance(value, dict):
         raise RecipeError(say("import-no-settings", file=path))
     return value

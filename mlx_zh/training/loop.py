@@ -21,6 +21,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
+from mlx_zh.system import cpu_threads
 from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, pause, settle
 from mlx_zh.system.device import Fault
 from mlx_zh.training import checkpoints
@@ -152,6 +153,7 @@ class Loop:
         set_weights(self.model, self.weights)
         self.optimizer.load(checkpoint.optimizer)
         self.progress = Progress(**checkpoint.state["progress"])
+        cpu_threads.use(self.progress.threads)
         self.log.cut(self.progress.metrics_size)
 
     def align(self) -> None:
@@ -361,6 +363,7 @@ class Loop:
 
     def _save(self) -> Saved:
         self.progress.metrics_size = self.log.size()
+        self.progress.threads = cpu_threads.current()
         state: checkpoints.CheckpointState = {
             "step": self.progress.step,
             "key": self.key,
