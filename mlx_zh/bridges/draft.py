@@ -174,7 +174,7 @@ class Draft:
         self.values[ours] = value
         if words is None:
             words = ", ".join(self.said(name) for name in theirs if self.given(name) or name in self.defaults)
-        self.comments[ours] = say("import-joint").join(filter(None, (words, note)))
+        self.comments[ours] = say("import-joint", first=words, second=note) if words and note else words or note
         self.rows.append(Row(words, f"{ours}: {shown(value)}", note, level))
 
     def batch(self, ours: str, value: int, theirs: Sequence[str], note: str) -> None:

@@ -200,7 +200,7 @@ def _share(draft: Draft, text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1e9:
-        draft.refuse(say("import-wants-number", key="interleave_probs", value=shown(text), least=0))
+        draft.refuse(say("import-wants-number", key="interleave_probs", value=shown(text)))
         return 1.0
     return share
 

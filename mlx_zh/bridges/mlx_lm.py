@@ -160,7 +160,7 @@ def _hub_sets(draft: Draft, stage: str, sets: list[Any]) -> None:
     train, validation = [], []
     for part in sets:
         if not isinstance(part, dict) or not isinstance(part.get("path") or part.get("name"), str):
-            draft.refuse(say("import-wants-section", key="hf_dataset", value=shown(part), least=0))
+            draft.refuse(say("import-wants-section", key="hf_dataset", value=shown(part)))
             continue
         name = str(part.get("path") or part.get("name"))
         further = part.get("config") if isinstance(part.get("config"), dict) else {}

@@ -20,6 +20,7 @@ from mlx_zh.bridges.reading import read_project
 from mlx_zh.corpus.llama_factory import NAME
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.reader import say
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.recipe import Recipe, load_recipe
 
 _CONVERTERS = {
@@ -132,8 +133,16 @@ def _checked(draft: Draft, text: str, target: Path) -> Recipe:
         try:
             return load_recipe(file, beside=target.parent)
         except RecipeError as error:
-            reasons = str(error).replace(f"{file}:", say("import-line")).splitlines()
+            reasons = [_problem(line.removeprefix(f"{file}:")) for line in str(error).splitlines()]
             raise RecipeError(refusal(draft.settings.path, reasons)) from None
+
+
+def _problem(text: str) -> str:
+    """A problem of the recipe, `12: lora.rank must be …`, in the reader's language."""
+    line, _, problem = text.partition(": ")
+    if not line.isdecimal():
+        return in_readers_language(text)
+    return say("import-line", line=line, problem=in_readers_language(problem))
 
 
 def titles() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_zh.bridges import base_models
 from mlx_zh.bridges.adapters import put_targets
 from mlx_zh.bridges.datasets import Entry, source_of
-from mlx_zh.bridges.draft import TITLES, Draft, shown
+from mlx_zh.bridges.draft import Draft, shown
 from mlx_zh.bridges.training_arguments import convert_training, plain
 from mlx_zh.language.reader import say
 
@@ -175,7 +175,7 @@ def _data(draft: Draft, stage: str) -> None:
 
 def _mixed(draft: Draft, stage: str, part: Any) -> list[Entry]:
     if not isinstance(part, Mapping) or not isinstance(part.get("path"), str):
-        draft.refuse(say("import-wants-section", key="datasets", value=shown(part), least=0))
+        draft.refuse(say("import-wants-section", key="datasets", value=shown(part)))
         return []
     if part.get("fraction") is not None:
         draft.remark(say("import-fraction", name=shown(part["path"])))
@@ -338,7 +338,7 @@ def _weight(draft: Draft, text: str) -> float:
     except ValueError:
         weight = -1.0
     if not 0 <= weight < 1e9:
-        draft.refuse(say("import-wants-number", key="loss_weights", value=shown(text), least=0))
+        draft.refuse(say("import-wants-number", key="loss_weights", value=shown(text)))
         return 1.0
     return weight
 
@@ -357,4 +357,4 @@ def _rest(draft: Draft, unsloth: bool) -> None:
         draft.note("resume_from_checkpoint", say("import-resume"))
     draft.use("plain_arguments", "peft_config", "model_init_kwargs")
     if unsloth and "template" in draft.settings.calls:
-        draft.remark(say("import-template-call", program=TITLES["unsloth"]))
+        draft.remark(say("import-template-call"))
