@@ -10,6 +10,7 @@ from mlx_zh.system.entry import entry
 
 STAGES = {
     "init": "write a recipe for your own data: a spreadsheet, or a data file of any usual kind",
+    "import": "write a recipe from a project of LLaMA-Factory, mlx-lm, TRL or Unsloth",
     "run": "run all steps of a recipe; steps that are up to date are not repeated",
     "prepare": "read, clean, mix and tokenize the data",
     "sft": "fine-tune the model on conversations",

@@ -7,8 +7,6 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +14,7 @@ import pydantic
 import yaml
 
 from mlx_zh.errors import RecipeError, first_line
+from mlx_zh.language.other_names import other_names
 
 Key = tuple[str | int, ...]
 
@@ -337,18 +336,8 @@ def other_name(name: str, stage: str = "sft") -> str | None:
 
     `stage` is the section (sft or dpo) to name for a setting that both have.
     """
-    entry = _other_names().get(name.lstrip("-").replace("-", "_").lower())
-    if entry is None:
-        return None
-    key, note = entry.get("key", "").format(stage=stage), entry.get("note", "").format(stage=stage)
-    return " ".join(filter(None, [f"Here it is {key}." if key else "It is not needed here.", note]))
-
-
-@cache
-def _other_names() -> dict[str, dict[str, str]]:
-    text = files("mlx_zh.language").joinpath("other_names.yaml").read_text(encoding="utf-8")
-    entries: dict[str, dict[str, str]] = yaml.safe_load(text)
-    return entries
+    entry = other_names().get(name.lstrip("-").replace("-", "_").lower())
+    return None if entry is None else entry.told(stage)[0]
 
 
 def _unknown(key: Key, schema: type[pydantic.BaseModel], depth: int) -> str:

@@ -313,7 +313,8 @@ def test_every_name_of_another_program_leads_to_a_key_that_exists_and_is_none_it
     table = yaml.safe_load((ROOT / "mlx_zh" / "language" / "other_names.yaml").read_text())
     for name, entry in table.items():
         assert name not in names, name
-        assert entry.keys() <= {"key", "note"} and entry, name
+        assert entry.keys() <= {"key", "note", "zh", "import", "fine"} and entry, name
+        assert ("note" in entry) == ("zh" in entry) and ("key" in entry or "note" in entry), name
         for stage in ("sft", "dpo"):
             assert "key" not in entry or entry["key"].format(stage=stage) in keys, name
             meaning = other_name(f"--{name.replace('_', '-')}", stage)

@@ -99,20 +99,27 @@ def _entry(folder: Path, name: str, keys: Mapping[str, Any]) -> Entry:
         return Entry(name, path, reason=f"there is no file {path}")
     if path.is_relative_to(folder) and (target := target_outside(folder, path)) is not None:
         return Entry(name, path, reason=f"{path} is a link out of the folder, to {target}")
+    guess = guess_of(keys)
+    if isinstance(guess, str):
+        return Entry(name, path, reason=guess)
+    count = keys.get("num_samples")
+    most = count if isinstance(count, int) and count > 0 else None
+    return Entry(name, path, guess, max_samples=most)
+
+
+def guess_of(keys: Mapping[str, Any]) -> Guess | str:
+    """How the rows of an entry are read, wherever they are; the reason why they cannot be read."""
     texts = _texts(keys.get("columns")), _texts(keys.get("tags"))
     if texts[0] is None or texts[1] is None:
-        return Entry(name, path, reason="columns and tags must be mappings of text")
+        return "columns and tags must be mappings of text"
     form = _Form(texts[0], texts[1])
     unknown = [key for key in _UNKNOWN if key in form.columns]
     if unknown:
-        return Entry(name, path, reason=f"columns.{unknown[0]} is not supported")
-    sharegpt = keys.get("formatting", "alpaca") == "sharegpt"
-    reason = _tag_problem(form.tags) if sharegpt else ""
-    if reason:
-        return Entry(name, path, reason=reason)
-    count = keys.get("num_samples")
-    most = count if isinstance(count, int) and count > 0 else None
-    return Entry(name, path, _guess(form.columns, sharegpt, keys.get("ranking") is True), max_samples=most)
+        return f"columns.{unknown[0]} is not supported"
+    sharegpt = keys.get("formatting", "alpaca") in ("sharegpt", "openai")
+    return (_tag_problem(form.tags) if sharegpt else "") or _guess(
+        form.columns, sharegpt, keys.get("ranking") is True
+    )
 
 
 def _texts(value: Any) -> dict[str, str] | None:

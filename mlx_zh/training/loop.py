@@ -28,8 +28,9 @@ from mlx_zh.training import checkpoints
 from mlx_zh.training.checkpoints import Progress
 from mlx_zh.training.metrics import MetricsLine, MetricsLog, Skipped
 from mlx_zh.training.objective import Objective, Row, can_shorten, limit_rows, shorten
-from mlx_zh.training.optimizer import Arrays, GroupedAdamW, learning_rate
+from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.order import Order
+from mlx_zh.training.schedule import learning_rate
 from mlx_zh.training.step import StepResult, evaluate, set_weights, train_step
 
 

@@ -1,8 +1,7 @@
-"""AdamW over named arrays, the global norm of gradients, and learning-rate schedules."""
+"""AdamW over named arrays, and the global norm of gradients."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
@@ -148,19 +147,3 @@ def _update_part(
 def global_norm(gradients: Arrays) -> mx.array:
     """The Euclidean norm of all gradients together, float32."""
     return mx.sqrt(mx.stack([total(mx.square(g.astype(mx.float32))) for g in gradients.values()]).sum())
-
-
-def learning_rate(step: int, total: int, *, peak: float, kind: str, warmup: int) -> float:
-    """The learning rate of step `step` (from 0) of `total`.
-
-    Over the `warmup` steps the rate rises linearly to `peak`; no step has rate 0. After that, `cosine` and `linear`
-    fall towards 0 over the remaining steps, like the schedules of the same names in Transformers.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if kind == "constant":
-        return peak
-    progress = (step - warmup) / max(total - warmup, 1)
-    if kind == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (1 - progress)

@@ -86,6 +86,15 @@ SAID_BY = {
     "{0} exists and was not written": ("compare",),
     "--use {use} needs rows": ("init",),
     "--use sft needs rows": ("init",),
+    "{file}: no command in this script": ("import",),
+    "{file}: its settings ({keys})": ("import",),
+    "{file} exists already and is never": ("import",),
+    "{key} is missing: name the base": ("import",),
+    "{model} is a model of the family": ("import",),
+    "{model} ({family}) reads images": ("import",),
+    "{model}: weights in this rounded": ("import",),
+    "by --model": ("import",),
+    "It was made for several cards": ("import",),
 }
 ELSEWHERE = {"--token", "--install"}  # options of other programs
 

@@ -16,7 +16,7 @@ from tolerances import LOSS
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, Saved, Stepped
-from mlx_zh.training.optimizer import learning_rate
+from mlx_zh.training.schedule import learning_rate
 from mlx_zh.training.step import set_weights
 
 

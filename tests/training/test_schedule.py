@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_zh.training.optimizer import learning_rate
+from mlx_zh.training.schedule import learning_rate
 
 
 def rates(total: int, **settings: Any) -> list[float]:

@@ -1,0 +1,1 @@
+"""From other programs' projects: their settings as a recipe."""
