@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
     },
     "mimo": {},
-    "glm4": {"head_dim": 16, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "glm4": {"tie_word_embeddings": False, "head_dim": 16, "attention_bias": True, "partial_rotary_factor": 0.5},
     "hunyuan_v1_dense": {"head_dim": 32, "attention_bias": True},
     "phi3": {"partial_rotary_factor": 0.75},
     "gemma3_text": {

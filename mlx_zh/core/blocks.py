@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_zh.core import expert_loads
 from mlx_zh.core.block_forms import LLAMA, BlockForm
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.system import device
@@ -81,8 +82,9 @@ def block_output(
     x = _normed(layer, form.before_attention, hidden)
     x = attention_output(layer.self_attn, x, batch, past, cache, form=form)
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
-    x = layer.mlp(_normed(layer, form.before_mlp, hidden))
-    return _added(hidden, _normed(layer, form.after_mlp, x), form)
+    x = _normed(layer, form.before_mlp, hidden)
+    expert_loads.record(layer.mlp, x)
+    return _added(hidden, _normed(layer, form.after_mlp, layer.mlp(x)), form)
 
 
 def _normed(layer: Any, norm: str | None, x: mx.array) -> mx.array:

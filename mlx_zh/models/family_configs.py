@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from mlx_zh.core.families import Config, family_of
@@ -83,6 +84,21 @@ def _check_windows(config: Config, where: str) -> None:
 
 
 _SLIDING = "sliding_attention"
+
+_EXPERTS = re.compile(r"(.+)\.mlp\.switch_mlp\.(\w+)")  # mlx-lm's: all experts in one
+_EXPERT = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(\w+)")  # the hubs': one by one
+
+
+def expert_names(module: str, count: int) -> list[str]:
+    """The hubs' names of the `count` experts of one of mlx-lm's modules; of any other module only its own."""
+    match = _EXPERTS.fullmatch(module)
+    return [f"{match[1]}.mlp.experts.{number}.{match[2]}" for number in range(count)] if match else [module]
+
+
+def of_expert(module: str) -> tuple[str, int] | None:
+    """mlx-lm's module and the number of the expert that one of the hubs' modules is; None for any other module."""
+    match = _EXPERT.fullmatch(module)
+    return (f"{match[1]}.mlp.switch_mlp.{match[3]}", int(match[2])) if match else None
 
 
 def _window_pattern(config: Config, kinds: list[str], where: str) -> None:
