@@ -260,7 +260,7 @@ def test_gguf_is_refused_by_name(name: str) -> None:
 
 
 def test_hf_needs_names_that_are_known() -> None:
-    with pytest.raises(ModelError, match="hf cannot be written for models of type 'olmo2'"):
+    with pytest.raises(ModelError, match="models of type 'olmo2' cannot be exported as hf"):
         check_writable({"model_type": "olmo2"}, Export(formats=("hf",)))
     for name in NEW:
         check_writable({"model_type": name}, Export(formats=("hf",)))

@@ -20,7 +20,7 @@ def check_writable(config: Config, export: Export) -> None:
         )
     if "hf" in export.formats and family not in FAMILIES:
         raise ModelError(
-            f"export.formats: hf cannot be written for models of type {family!r}, because it is not known here which "
+            f"models of type {family!r} cannot be exported as hf, because it is not known here which "
             "names transformers gives their tensors. Export `mlx`, or `peft`, whose adapter can be merged there."
         )
     if (export.recover or export.bits == "mixed") and not _has_plain_blocks(config):
