@@ -1,7 +1,7 @@
-"""The table of docs/models.md: what the packed tree computes for each family, against mlx-lm's own forward and gradient.
+"""The table of docs/models.md: what is computed for each family, against mlx-lm's own forward and gradient.
 
-    python benchmarks/families.py            # tiny random models of every family
-    python benchmarks/families.py MODEL…     # models on this disk or on a hub
+python benchmarks/families.py            # tiny random models of every family
+python benchmarks/families.py MODEL…     # models on this disk or on a hub
 """
 
 from __future__ import annotations
