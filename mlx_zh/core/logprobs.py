@@ -1,8 +1,7 @@
-"""The packed forward pass and the fused log-probs of a Llama-shaped mlx-lm model.
+"""The packed forward pass and the fused log-probs of an mlx-lm model.
 
-`hidden_states` runs the model over a packed row. Linear layers, norms and MLPs run once over all T tokens; attention
-runs segment by segment, so no (T, T) mask is needed. `token_logprobs` projects only the scored positions on the
-vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
+`hidden_states` runs the model's blocks (`core.blocks`) over a packed row. `token_logprobs` projects only the scored
+positions on the vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
 """
 
 from __future__ import annotations
@@ -10,33 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.block_forms import ModelForm, form_of
+from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.core.trained_tables import TRAINED_TABLES
-from mlx_zh.errors import ModelError
 from mlx_zh.system import device
-
-SUPPORTED = tuple(FAMILIES)
-
-
-class TokenNoise(Protocol):
-    """The random noise of a training step. It depends only on the token, so packing cannot change it."""
-
-    def embeddings(self, hidden: mx.array) -> mx.array:
-        """The embeddings `hidden` (T, D) with noise added."""
-
-    def layer(self) -> Any:
-        """A context manager inside which the layers of one block draw their dropout."""
-
-
-KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +52,7 @@ def hidden_states(
     prefix: Prefix | None = None,
     grad: bool = True,
 ) -> mx.array:
-    """Last hidden states (T, D) of a packed row, after the final norm.
+    """Last hidden states (T, D) of a packed row, after the final norm, from which the head makes the logits.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
     backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
@@ -82,7 +66,9 @@ def hidden_states(
             if last is not None:
                 mx.eval(last)
         last = hidden
-    return decoder(model).norm(last)
+    last = decoder(model).norm(last)
+    factor = form_of(model).logits
+    return last if factor == 1 else last * factor
 
 
 def residual_stream(
@@ -94,17 +80,22 @@ def residual_stream(
     prefix: Prefix | None = None,
 ) -> Iterator[mx.array]:
     """The embedded tokens (T, D), and then the output (T, D) of each block; for the options see `hidden_states`."""
-    inner = decoder(model)
-    hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
-    if noise is not None:
-        hidden = noise.embeddings(hidden)
+    inner, form = decoder(model), form_of(model)
+    hidden = _embedded(inner, form, batch, noise)
     yield hidden
-    flows = _has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
+    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
-        saves = flows or _has_arrays(layer.trainable_parameters())
-        hidden = _run_block(layer, hidden, batch, checkpoint and saves, noise, past)
+        saves = flows or has_arrays(layer.trainable_parameters())
+        hidden = run_block(layer, hidden, batch, checkpoint and saves, noise, past, form.blocks[index])
         yield hidden
+
+
+def _embedded(inner: Any, form: ModelForm, batch: PackedBatch, noise: TokenNoise | None) -> mx.array:
+    hidden: mx.array = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
+    if noise is not None:
+        hidden = noise.embeddings(hidden)
+    return hidden if form.embedding == 1 else hidden * form.embedding
 
 
 def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | None = None) -> Prefix:
@@ -116,117 +107,17 @@ def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | No
         row = RowBuilder()
         row.add(tokens[start : start + chunk])
         batch = row.build(0)
-        inner = decoder(model)
-        hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
+        inner, form = decoder(model), form_of(model)
+        hidden = _embedded(inner, form, batch, None)
         cache: list[KeysValues] = []
         for index, layer in enumerate(inner.layers):
-            hidden = _block(layer, hidden, batch, None if prefix is None else prefix.layers[index], cache)
+            past = None if prefix is None else prefix.layers[index]
+            hidden = block_output(layer, hidden, batch, past, cache, form=form.blocks[index])
         prefix = Prefix(len(batch.tokens) + (0 if prefix is None else prefix.length), tuple(cache))
         mx.eval(prefix.layers)  # only one chunk's activations are in memory
     if prefix is None:
         raise ValueError("a prefix needs at least one token")
     return prefix
-
-
-def _run_block(
-    layer: nn.Module,
-    hidden: mx.array,
-    batch: PackedBatch,
-    checkpoint: bool,
-    noise: TokenNoise | None,
-    past: KeysValues | None,
-) -> mx.array:
-    def block(hidden: mx.array) -> mx.array:
-        if noise is None:
-            return _block(layer, hidden, batch, past)
-        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
-            return _block(layer, hidden, batch, past)
-
-    if not checkpoint:
-        return block(hidden)
-    trained = layer.trainable_parameters()
-
-    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
-        layer.update(parameters)
-        return block(hidden)
-
-    return mx.checkpoint(block_of)(trained, hidden)
-
-
-def _has_arrays(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return any(_has_arrays(v) for v in tree.values())
-    if isinstance(tree, list):
-        return any(_has_arrays(v) for v in tree)
-    return True
-
-
-def _block(
-    layer: Any,
-    hidden: mx.array,
-    batch: PackedBatch,
-    past: KeysValues | None = None,
-    cache: list[KeysValues] | None = None,
-) -> mx.array:
-    hidden = hidden + attention_output(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def attention_output(
-    attention: Any,
-    x: mx.array,
-    batch: PackedBatch,
-    past: KeysValues | None = None,
-    cache: list[KeysValues] | None = None,
-) -> mx.array:
-    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
-
-    The keys and values that the last segment sees are appended to `cache`.
-    """
-    shift = 0 if past is None else past[0].shape[2]
-    positions = batch.positions + shift if shift else batch.positions
-
-    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
-        """One array (1, H, n, d) for each segment of n tokens."""
-        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
-        if norm is not None and norm in attention:
-            split = attention[norm](split)
-        if rotate:  # each token has its own position, so each is passed as a batch of its own
-            split = attention.rope(split, offset=positions)
-        split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
-        # Split, not sliced: the gradient of every slice would be an array of the whole row.
-        return list(mx.split(split, batch.starts[1:], axis=2))
-
-    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm", rotate=True)
-    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm", rotate=True)
-    values = heads(attention.v_proj(x), attention.n_kv_heads, None, rotate=False)
-
-    prefix = [] if past is None else [past]
-    masked = device.max_masked_queries()
-    outputs = []
-    for index, segment in enumerate(batch.segments):
-        visible = prefix + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
-        key, value = (_joined(list(column)) for column in zip(*visible, strict=True))
-        mask = _mask(len(segment), key.shape[2], array=len(segment) <= masked)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(queries[index], key, value, scale=attention.scale, mask=mask)
-        )
-        if cache is not None and index == len(batch.segments) - 1:
-            cache.append((key, value))
-    return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
-
-
-def _mask(queries: int, keys: int, *, array: bool) -> mx.array | str | None:
-    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query."""
-    if array:
-        last = mx.arange(keys - queries, keys)  # the key at each query's own position
-        return mx.arange(keys) <= last[:, None]  # (n, K)
-    return "causal" if queries > 1 else None  # MLX aligns "causal" to the last key
-
-
-def _joined(parts: list[mx.array]) -> mx.array:
-    """Concatenate arrays (1, H, *, d) along the tokens."""
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -251,14 +142,14 @@ def token_logprobs(
     """
     if targets.size == 0:  # no scored tokens: MLX cannot reduce an empty array
         return mx.zeros(0)
-    rows = chunk or chunk_rows(_vocabulary(head))
+    rows = chunk or chunk_rows(vocabulary_of(head))
     if isinstance(head, TRAINED_TABLES):
         return _table_logprobs(hidden, head.weight, targets, rows)
-    if _has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
+    if has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
         hidden = mx.stop_gradient(hidden)  # of one chunk too: no gradient flows through several
-        return _one_by_one(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
+        return _one_by_one(lambda h, t: (_logprobs(project(head, h), t),), hidden, targets, rows)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, ...]:
@@ -276,13 +167,15 @@ def token_logprobs(
 _PLAIN_HEADS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 
 
-def _vocabulary(head: Any) -> int:
-    while "weight" not in head:  # adapters wrap the layer
+def vocabulary_of(head: Any) -> int:
+    """The rows of an output head, which adapters may wrap."""
+    while "weight" not in head:
         head = head["linear"] if "linear" in head else head["embedding"]
     return int(head["weight"].shape[0])
 
 
-def _project(head: Any, hidden: mx.array) -> mx.array:
+def project(head: Any, hidden: mx.array) -> mx.array:
+    """Logits (C, V) float32 of hidden states (C, D)."""
     as_linear: Callable[[mx.array], mx.array] = getattr(head, "as_linear", head)
     return as_linear(hidden).astype(mx.float32)  # (C, D) -> (C, V); log-sum-exp needs float32
 
@@ -309,7 +202,7 @@ def _logprobs(logits: mx.array, targets: mx.array) -> mx.array:
 
 def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Log-probs (C,), and their gradient with respect to `hidden`: (onehot - softmax) @ W, (C, D)."""
-    logits = _project(head, hidden)  # (C, D) -> (C, V)
+    logits = project(head, hidden)  # (C, D) -> (C, V)
     column = targets[:, None]
     if hidden.dtype == mx.float32:
         values, divisor, normalizer = exponentials(logits)  # softmax = values / divisor
@@ -406,7 +299,7 @@ def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows
     def compute(hidden: mx.array, targets: mx.array) -> tuple[mx.array]:
         def recomputed(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
             head.update(parameters)
-            return _logprobs(_project(head, hidden), targets)
+            return _logprobs(project(head, hidden), targets)
 
         return (mx.checkpoint(recomputed)(parameters, hidden),)
 
@@ -469,60 +362,6 @@ def sequence_logprobs(model: nn.Module, batch: PackedBatch, *, chunk: int | None
     """Summed log-probs (num_sequences,) float32 of each sequence's scored tokens. Forward only."""
     logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
     return sum_by_owner(logprobs, batch.owner, batch.num_sequences)
-
-
-def check_supported(model: nn.Module, config: Config) -> None:
-    """Compare the packed forward pass with the model's own on a short text.
-
-    `config` is the model's `config.json`. Raises ModelError when the blocks are not Llama-shaped, when the logits
-    differ, and when the model's own logits contain NaN or infinity.
-    """
-    family = config.get("model_type", "?")
-    if _rope_kind(config) == "dynamic":
-        raise ModelError(
-            "rope_scaling 'dynamic' in config.json cannot be trained here: it turns every token by an angle that "
-            "depends on the length of the whole text. Up to max_position_embeddings "
-            f"({config.get('max_position_embeddings', '?')} tokens) it changes nothing: train a copy of the model "
-            "without rope_scaling in its config.json."
-        )
-    refusal = (
-        f"models of type {family!r} cannot be trained here: their blocks are not Llama-shaped. "
-        f"These work: {', '.join(SUPPORTED)}."
-    )
-    inner = getattr(model, "model", None)
-    if inner is None or any(name not in inner for name in ("embed_tokens", "layers", "norm")):
-        raise ModelError(refusal)
-    if any(getattr(layer, "use_sliding", False) for layer in inner.layers):
-        raise ModelError(f"{refusal[:-1]}, but not with sliding-window attention, which this one uses.")
-    vocabulary = _vocabulary(output_head(model))
-    tokens = [(7 * i + 3) % vocabulary for i in range(12)]
-    row = RowBuilder()
-    branch = row.add(tokens[5:], parent=row.add(tokens[:5]))
-    row.score(branch, [True] * 7, owner=0)
-    try:
-        packed = _project(output_head(model), hidden_states(model, row.build(1)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(refusal) from error
-    own = model(mx.array([tokens]))[0].astype(mx.float32)  # (12, V)
-    if not mx.isfinite(own).all():
-        raise ModelError(
-            "the model's logits contain NaN or infinity before any training: its weights are damaged "
-            "(download them again), or too large for float16 (set model.dtype: bfloat16)."
-        )
-    # Centred logits are compared, not probabilities: with a large vocabulary every probability is small.
-    difference = float(mx.linalg.norm(_centred(packed) - _centred(own)) / mx.linalg.norm(_centred(own)))
-    if not difference < (1e-3 if computes_in_float32(model) else 0.1):
-        raise ModelError(f"{refusal} (The packed logits differ from its own by {difference:.2g} of their norm.)")
-
-
-def _rope_kind(config: Config) -> object:
-    """The kind of RoPE scaling that `config.json` names."""
-    scaling = config.get("rope_scaling")
-    return scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
-
-
-def _centred(logits: mx.array) -> mx.array:
-    return logits - logits.mean(axis=-1, keepdims=True)
 
 
 def computes_in_float32(model: nn.Module) -> bool:

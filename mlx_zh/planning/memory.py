@@ -141,7 +141,7 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
         outer = model.outer_values if trained.num_layers >= model.layers else 0
         return trained.num_layers * model.block_values + outer
     sizes = [model.matrix(name) for name in adapted_matrices(trained)]
-    values = sum(trained.rank * (inputs + outputs) for inputs, outputs in sizes)
+    values = sum(trained.rank * model.sides(name) for name in adapted_matrices(trained))
     values += sum(outputs for _, outputs in sizes) if trained.kind == "dora" else 0
     return trained.num_layers * values + saved_values(model, trained)
 
@@ -157,6 +157,7 @@ def _saved(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) ->
         frozenset({"down_proj"}): inner,
     }
     values = 2.0 * hidden  # inputs of both norms
+    values += model.routed_values
     values += 4 * inner  # gate and up, and sigmoid and SiLU, which MLX computes early
     if trained.kind == "full":
         values += 2 * hidden  # normalized values, for the gradient of the norms' weights

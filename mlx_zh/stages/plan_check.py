@@ -13,7 +13,7 @@ from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import Estimate, step_memory
 from mlx_zh.planning.search import Step
-from mlx_zh.planning.shapes import LINEAR, Row, row_of
+from mlx_zh.planning.shapes import Row, planned_targets, row_of
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.system import device
@@ -29,8 +29,7 @@ def deviation(
     """A warning if the peak of a step of these `rows`, `measured` in bytes, is far from the plan's; else None."""
     machine = memory_check.this_machine()
     step = memory_check.training_step(recipe, stage, config, machine)
-    if trained.targets is not None:
-        trained = replace(trained, targets=tuple(name for name in trained.targets if name in LINEAR))
+    trained = replace(trained, targets=planned_targets(step.model, trained.targets))
     settings = recipe.memory
     shapes = [row_of(row.batch) for row in rows]
     estimates = [step_memory(step.model, trained, step.target, row, settings, rows=len(rows)) for row in shapes]

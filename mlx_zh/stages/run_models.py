@@ -96,20 +96,22 @@ def fused_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def open_model(recipe: Recipe, world: World = ALONE) -> LoadedModel:
+def open_model(recipe: Recipe, world: World = ALONE, *, trains: bool = False) -> LoadedModel:
     """Load the recipe's base model, and check that this program's forward pass gives the same as the model's own.
+
+    If the model is to be trained (`trains`), its gradient is compared too.
 
     With several ranks and `distributed.shares: measured`, also measure each rank's speed. Raises ModelError,
     DownloadError; with several ranks, as `World.each`.
     """
-    loaded = world.each(lambda: _open(recipe))
+    loaded = world.each(lambda: _open(recipe, trains))
     if world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":
         _measure(loaded, recipe.memory.micro_tokens, world)
     return loaded
 
 
-def _open(recipe: Recipe) -> LoadedModel:
-    from mlx_zh.core.logprobs import check_supported
+def _open(recipe: Recipe, trains: bool) -> LoadedModel:
+    from mlx_zh.core.proof import check_supported
     from mlx_zh.models.load import load_model
 
     device.limit_cache()
@@ -126,7 +128,7 @@ def _open(recipe: Recipe) -> LoadedModel:
         progress=console.DownloadBar(),
         reading=console.say_reading,
     )
-    check_supported(loaded.model, loaded.config)
+    check_supported(loaded.model, loaded.config, gradient=trains)
     return loaded
 
 

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core import expert_loads
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import DeviceError, PlanError
 from mlx_zh.language.notice import Notice
@@ -240,6 +241,7 @@ class Loop:
             "scored_tokens": result.scored_tokens,
             "tokens": result.tokens,
             **self.objective.metrics(result.sums),
+            **expert_loads.figures(result.sums, result.tokens),
             "tokens_per_second": round(result.tokens / (now - start), 1),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             "elapsed_seconds": round(progress.elapsed_seconds, 2),

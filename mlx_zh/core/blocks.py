@@ -1,0 +1,236 @@
+"""One block of an mlx-lm model over a packed row, from its description (`core.block_forms`).
+
+Linear layers, norms and MLPs run once over all T tokens; attention runs segment by segment, so no (T, T) mask is
+needed. In a layer with a window, the segment is cut into pieces, so that no mask is larger than two pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_zh.core import expert_loads
+from mlx_zh.core.block_forms import LLAMA, BlockForm
+from mlx_zh.core.packing import PackedBatch
+from mlx_zh.system import device
+
+
+class TokenNoise(Protocol):
+    """The random noise of a training step. It depends only on the token, so packing cannot change it."""
+
+    def embeddings(self, hidden: mx.array) -> mx.array:
+        """The embeddings `hidden` (T, D) with noise added."""
+
+    def layer(self) -> Any:
+        """A context manager inside which the layers of one block draw their dropout."""
+
+
+KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
+
+
+def run_block(
+    layer: nn.Module,
+    hidden: mx.array,
+    batch: PackedBatch,
+    checkpoint: bool,
+    noise: TokenNoise | None,
+    past: KeysValues | None,
+    form: BlockForm,
+) -> mx.array:
+    """The block's output (T, D); with `checkpoint`, its activations are computed again in the backward pass."""
+
+    def block(hidden: mx.array) -> mx.array:
+        if noise is None:
+            return block_output(layer, hidden, batch, past, form=form)
+        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
+            return block_output(layer, hidden, batch, past, form=form)
+
+    if not checkpoint:
+        return block(hidden)
+    trained = layer.trainable_parameters()
+
+    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
+        layer.update(parameters)
+        return block(hidden)
+
+    return mx.checkpoint(block_of)(trained, hidden)
+
+
+def has_arrays(tree: Any) -> bool:
+    """Whether a tree of parameters has any array in it."""
+    if isinstance(tree, dict):
+        return any(has_arrays(v) for v in tree.values())
+    if isinstance(tree, list):
+        return any(has_arrays(v) for v in tree)
+    return True
+
+
+def block_output(
+    layer: Any,
+    hidden: mx.array,
+    batch: PackedBatch,
+    past: KeysValues | None = None,
+    cache: list[KeysValues] | None = None,
+    *,
+    form: BlockForm = LLAMA,
+) -> mx.array:
+    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention."""
+    x = _normed(layer, form.before_attention, hidden)
+    x = attention_output(layer.self_attn, x, batch, past, cache, form=form)
+    hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
+    x = _normed(layer, form.before_mlp, hidden)
+    expert_loads.record(layer.mlp, x)
+    return _added(hidden, _normed(layer, form.after_mlp, layer.mlp(x)), form)
+
+
+def _normed(layer: Any, norm: str | None, x: mx.array) -> mx.array:
+    return x if norm is None else layer[norm](x)
+
+
+def _added(hidden: mx.array, change: mx.array, form: BlockForm) -> mx.array:
+    """The residual sum."""
+    if form.residual != 1.0:
+        change = change * form.residual
+    if not form.clips or hidden.dtype != mx.float16:
+        return hidden + change
+    most = float(np.finfo(np.float16).max)
+    return mx.clip(hidden.astype(mx.float32) + change.astype(mx.float32), -most, most).astype(mx.float16)
+
+
+def attention_output(
+    attention: Any,
+    x: mx.array,
+    batch: PackedBatch,
+    past: KeysValues | None = None,
+    cache: list[KeysValues] | None = None,
+    *,
+    form: BlockForm = LLAMA,
+) -> mx.array:
+    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
+
+    The keys and values that the last segment sees are appended to `cache`.
+    """
+    queries, keys, values = _segments_of(attention, x, batch, form, 0 if past is None else past[0].shape[2])
+    prefix = [] if past is None else [past]
+    outputs: list[mx.array] = []
+    for index in range(len(batch.segments)):
+        before = prefix + [(keys[i], values[i]) for i in batch.ancestors(index)]
+        own = keys[index], values[index]
+        outputs += _attended(queries[index], before, own, attention.scale, form.window)
+        if cache is not None and index == len(batch.segments) - 1:
+            cache.append(_columns([*before, own]))
+    return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
+
+
+def _segments_of(
+    attention: Any, x: mx.array, batch: PackedBatch, form: BlockForm, shift: int
+) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+    """Rotated queries and keys, and values: one array (1, H, n, d) for each segment of n tokens.
+
+    The positions begin at `shift`.
+    """
+    positions = batch.positions + shift if shift else batch.positions
+
+    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
+        if norm is not None and form.whole_norms:
+            projected, norm = attention[norm](projected), None
+        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
+        if norm is not None and not form.rotated_first:
+            split = attention[norm](split)
+        if rotate:  # each token has its own position, so each is passed as a batch of its own
+            split = attention.rope(split, offset=positions)
+        if norm is not None and form.rotated_first:
+            split = attention[norm](split)
+        split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
+        # Split, not sliced: the gradient of every slice would be an array of the whole row.
+        return list(mx.split(split, batch.starts[1:], axis=2))
+
+    queries, keys, values = _projections(attention, x, form)
+    of_queries, of_keys = form.norms or (None, None)
+    return (
+        heads(queries, attention.n_heads, of_queries, rotate=True),
+        heads(keys, attention.n_kv_heads, of_keys, rotate=True),
+        heads(values, attention.n_kv_heads, None, rotate=False),
+    )
+
+
+def _projections(attention: Any, x: mx.array, form: BlockForm) -> tuple[mx.array, ...]:
+    """Queries, keys and values, (T, H * d) each."""
+    if not form.fused:
+        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    product = attention.qkv_proj(x)
+    size = product.shape[-1] // (attention.n_heads + 2 * attention.n_kv_heads)
+    end = attention.n_heads * size
+    parts: Any = mx.split(product, [end, end + attention.n_kv_heads * size], axis=-1)
+    return tuple(parts)
+
+
+def _attended(
+    queries: mx.array, before: list[KeysValues], own: KeysValues, scale: float, window: int | None
+) -> Iterator[mx.array]:
+    """Attention (1, H, n, d) of a segment to what comes `before` it and to its `own` keys, in pieces of it.
+
+    With a `window`, a piece sees its own keys and those of the piece before it; a piece is at least as long as the
+    window.
+    """
+    if window is None:
+        yield _attention(queries, _columns([*before, own]), scale, None)
+        return
+    tail = _last(before, window - 1)
+    size = max(window, _LEAST_PIECE)
+    cuts = list(range(size, queries.shape[2], size))
+    pieces = zip(*(mx.split(array, cuts, axis=2) if cuts else [array] for array in (queries, *own)), strict=True)
+    for piece, key, value in pieces:
+        yield _attention(piece, _columns([*tail, (key, value)]), scale, window)
+        tail = [(key, value)]
+
+
+_LEAST_PIECE = 256  # queries; shorter pieces than these would only make more kernels
+
+
+def _last(parts: list[KeysValues], count: int) -> list[KeysValues]:
+    """The last `count` keys and values of `parts`, which follow each other."""
+    kept: list[KeysValues] = []
+    for key, value in reversed(parts):
+        if count <= 0:
+            break
+        surplus = key.shape[2] - count
+        if surplus > 0:
+            key, value = (mx.split(array, [surplus], axis=2)[1] for array in (key, value))
+        kept.insert(0, (key, value))
+        count -= key.shape[2]
+    return kept
+
+
+def _attention(queries: mx.array, seen: KeysValues, scale: float, window: int | None) -> mx.array:
+    count, total = queries.shape[2], seen[0].shape[2]
+    window = None if window is None or total <= window else window
+    mask = _mask(count, total, array=count <= device.max_masked_queries(), window=window)
+    return mx.fast.scaled_dot_product_attention(queries, *seen, scale=scale, mask=mask)
+
+
+def _mask(queries: int, keys: int, *, array: bool, window: int | None = None) -> mx.array | str | None:
+    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query.
+
+    With a `window`, each query sees the last so many of them, its own included.
+    """
+    if array or window is not None:
+        last = mx.arange(keys - queries, keys)[:, None]  # the key at each query's own position
+        seen = mx.arange(keys) <= last  # (n, K)
+        return seen if window is None else seen & (mx.arange(keys) > last - window)
+    return "causal" if queries > 1 else None  # MLX aligns "causal" to the last key
+
+
+def _columns(parts: list[KeysValues]) -> KeysValues:
+    """Keys and values that follow each other, in one array each."""
+    key, value = (_joined(list(column)) for column in zip(*parts, strict=True))
+    return key, value
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    """Concatenate arrays (1, H, *, d) along the tokens."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
