@@ -1,8 +1,7 @@
 """The packed forward pass and the fused log-probs of a Llama-shaped mlx-lm model.
 
-`hidden_states` runs the model over a packed row. Linear layers, norms and MLPs run once over all T tokens; attention
-runs segment by segment, so no (T, T) mask is needed. `token_logprobs` projects only the scored positions on the
-vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
+`hidden_states` runs the model's blocks (`core.blocks`) over a packed row. `token_logprobs` projects only the scored
+positions on the vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
@@ -24,19 +24,6 @@ from mlx_zh.errors import ModelError
 from mlx_zh.system import device
 
 SUPPORTED = tuple(FAMILIES)
-
-
-class TokenNoise(Protocol):
-    """The random noise of a training step. It depends only on the token, so packing cannot change it."""
-
-    def embeddings(self, hidden: mx.array) -> mx.array:
-        """The embeddings `hidden` (T, D) with noise added."""
-
-    def layer(self) -> Any:
-        """A context manager inside which the layers of one block draw their dropout."""
-
-
-KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +86,11 @@ def residual_stream(
     if noise is not None:
         hidden = noise.embeddings(hidden)
     yield hidden
-    flows = _has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
+    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
-        saves = flows or _has_arrays(layer.trainable_parameters())
-        hidden = _run_block(layer, hidden, batch, checkpoint and saves, noise, past)
+        saves = flows or has_arrays(layer.trainable_parameters())
+        hidden = run_block(layer, hidden, batch, checkpoint and saves, noise, past)
         yield hidden
 
 
@@ -120,113 +107,12 @@ def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | No
         hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
         cache: list[KeysValues] = []
         for index, layer in enumerate(inner.layers):
-            hidden = _block(layer, hidden, batch, None if prefix is None else prefix.layers[index], cache)
+            hidden = block_output(layer, hidden, batch, None if prefix is None else prefix.layers[index], cache)
         prefix = Prefix(len(batch.tokens) + (0 if prefix is None else prefix.length), tuple(cache))
         mx.eval(prefix.layers)  # only one chunk's activations are in memory
     if prefix is None:
         raise ValueError("a prefix needs at least one token")
     return prefix
-
-
-def _run_block(
-    layer: nn.Module,
-    hidden: mx.array,
-    batch: PackedBatch,
-    checkpoint: bool,
-    noise: TokenNoise | None,
-    past: KeysValues | None,
-) -> mx.array:
-    def block(hidden: mx.array) -> mx.array:
-        if noise is None:
-            return _block(layer, hidden, batch, past)
-        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
-            return _block(layer, hidden, batch, past)
-
-    if not checkpoint:
-        return block(hidden)
-    trained = layer.trainable_parameters()
-
-    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
-        layer.update(parameters)
-        return block(hidden)
-
-    return mx.checkpoint(block_of)(trained, hidden)
-
-
-def _has_arrays(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return any(_has_arrays(v) for v in tree.values())
-    if isinstance(tree, list):
-        return any(_has_arrays(v) for v in tree)
-    return True
-
-
-def _block(
-    layer: Any,
-    hidden: mx.array,
-    batch: PackedBatch,
-    past: KeysValues | None = None,
-    cache: list[KeysValues] | None = None,
-) -> mx.array:
-    hidden = hidden + attention_output(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def attention_output(
-    attention: Any,
-    x: mx.array,
-    batch: PackedBatch,
-    past: KeysValues | None = None,
-    cache: list[KeysValues] | None = None,
-) -> mx.array:
-    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
-
-    The keys and values that the last segment sees are appended to `cache`.
-    """
-    shift = 0 if past is None else past[0].shape[2]
-    positions = batch.positions + shift if shift else batch.positions
-
-    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
-        """One array (1, H, n, d) for each segment of n tokens."""
-        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
-        if norm is not None and norm in attention:
-            split = attention[norm](split)
-        if rotate:  # each token has its own position, so each is passed as a batch of its own
-            split = attention.rope(split, offset=positions)
-        split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
-        # Split, not sliced: the gradient of every slice would be an array of the whole row.
-        return list(mx.split(split, batch.starts[1:], axis=2))
-
-    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm", rotate=True)
-    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm", rotate=True)
-    values = heads(attention.v_proj(x), attention.n_kv_heads, None, rotate=False)
-
-    prefix = [] if past is None else [past]
-    masked = device.max_masked_queries()
-    outputs = []
-    for index, segment in enumerate(batch.segments):
-        visible = prefix + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
-        key, value = (_joined(list(column)) for column in zip(*visible, strict=True))
-        mask = _mask(len(segment), key.shape[2], array=len(segment) <= masked)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(queries[index], key, value, scale=attention.scale, mask=mask)
-        )
-        if cache is not None and index == len(batch.segments) - 1:
-            cache.append((key, value))
-    return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
-
-
-def _mask(queries: int, keys: int, *, array: bool) -> mx.array | str | None:
-    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query."""
-    if array:
-        last = mx.arange(keys - queries, keys)  # the key at each query's own position
-        return mx.arange(keys) <= last[:, None]  # (n, K)
-    return "causal" if queries > 1 else None  # MLX aligns "causal" to the last key
-
-
-def _joined(parts: list[mx.array]) -> mx.array:
-    """Concatenate arrays (1, H, *, d) along the tokens."""
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -254,7 +140,7 @@ def token_logprobs(
     rows = chunk or chunk_rows(_vocabulary(head))
     if isinstance(head, TRAINED_TABLES):
         return _table_logprobs(hidden, head.weight, targets, rows)
-    if _has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
+    if has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
         hidden = mx.stop_gradient(hidden)  # of one chunk too: no gradient flows through several

@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zh.core.logprobs import attention_output, decoder
+from mlx_zh.core.blocks import attention_output
+from mlx_zh.core.logprobs import decoder
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.build import lazy_model
 from mlx_zh.models.export.folder_files import Layout
