@@ -6,12 +6,15 @@ needed.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zh.core.feed_forward import feed_forward, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
+from mlx_zh.core.recompute import Level, again
 from mlx_zh.system import device
 
 
@@ -32,27 +35,19 @@ def run_block(
     layer: nn.Module,
     hidden: mx.array,
     batch: PackedBatch,
-    checkpoint: bool,
+    level: Level,
     noise: TokenNoise | None,
     past: KeysValues | None,
 ) -> mx.array:
-    """The block's output (T, D); with `checkpoint`, its activations are computed again in the backward pass."""
+    """The block's output (T, D). `level` says what it computes again in the backward pass, see `core.recompute`."""
 
     def block(hidden: mx.array) -> mx.array:
-        if noise is None:
-            return block_output(layer, hidden, batch, past)
-        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
-            return block_output(layer, hidden, batch, past)
+        with nullcontext() if noise is None else noise.layer():
+            return block_output(layer, hidden, batch, past, pieces=level.pieces)
 
-    if not checkpoint:
+    if not level.whole:
         return block(hidden)
-    trained = layer.trainable_parameters()
-
-    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
-        layer.update(parameters)
-        return block(hidden)
-
-    return mx.checkpoint(block_of)(trained, hidden)
+    return again((layer,), lambda hidden: (block(hidden),), hidden)[0]
 
 
 def has_arrays(tree: Any) -> bool:
@@ -70,8 +65,16 @@ def block_output(
     batch: PackedBatch,
     past: KeysValues | None = None,
     cache: list[KeysValues] | None = None,
+    *,
+    pieces: bool = False,
 ) -> mx.array:
-    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention."""
+    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention.
+
+    With `pieces`, what is cheap to make is made again in the backward pass.
+    """
+    if pieces:
+        hidden = hidden + attention_output(layer.self_attn, hidden, batch, past, cache, norm=layer.input_layernorm)
+        return hidden + feed_forward(layer.mlp, layer.post_attention_layernorm, hidden)
     hidden = hidden + attention_output(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
@@ -82,17 +85,21 @@ def attention_output(
     batch: PackedBatch,
     past: KeysValues | None = None,
     cache: list[KeysValues] | None = None,
+    *,
+    norm: nn.Module | None = None,
 ) -> mx.array:
     """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
 
-    The keys and values that the last segment sees are appended to `cache`.
+    The keys and values that the last segment sees are appended to `cache`. With `norm`, the row is still to be
+    normalized by it, and what is cheap to make is made again in the backward pass.
     """
+    query, key, value = projected((attention.q_proj, attention.k_proj, attention.v_proj), norm, x)
     shift = 0 if past is None else past[0].shape[2]
     positions = batch.positions + shift if shift else batch.positions
 
-    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
+    def heads(values: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
         """One array (1, H, n, d) for each segment of n tokens."""
-        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
+        split = values.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
         if norm is not None and norm in attention:
             split = attention[norm](split)
         if rotate:  # each token has its own position, so each is passed as a batch of its own
@@ -101,9 +108,9 @@ def attention_output(
         # Split, not sliced: the gradient of every slice would be an array of the whole row.
         return list(mx.split(split, batch.starts[1:], axis=2))
 
-    queries = heads(attention.q_proj(x), attention.n_heads, "q_norm", rotate=True)
-    keys = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm", rotate=True)
-    values = heads(attention.v_proj(x), attention.n_kv_heads, None, rotate=False)
+    queries = heads(query, attention.n_heads, "q_norm", rotate=True)
+    keys = heads(key, attention.n_kv_heads, "k_norm", rotate=True)
+    values = heads(value, attention.n_kv_heads, None, rotate=False)
 
     prefix = [] if past is None else [past]
     masked = device.max_masked_queries()
@@ -117,7 +124,19 @@ def attention_output(
         )
         if cache is not None and index == len(batch.segments) - 1:
             cache.append((key, value))
-    return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
+    return _together(attention.o_proj, outputs, pieces=norm is not None)
+
+
+def _together(o_proj: Any, outputs: list[mx.array], *, pieces: bool) -> mx.array:
+    """`o_proj` of the segments' attention (1, H, n, d), (T, D)."""
+
+    def rows(*outputs: mx.array) -> mx.array:
+        return _joined(list(outputs))[0].swapaxes(0, 1).flatten(1)  # (1, H, T, d) -> (T, H * d)
+
+    if not pieces:
+        result: mx.array = o_proj(rows(*outputs))
+        return result
+    return scaled(o_proj, again((o_proj,), lambda *parts: (product(o_proj, rows(*parts)),), *outputs)[0])
 
 
 def _mask(queries: int, keys: int, *, array: bool) -> mx.array | str | None:

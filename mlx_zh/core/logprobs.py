@@ -18,6 +18,7 @@ import numpy as np
 from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
+from mlx_zh.core.recompute import Level, Levels, levels
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.core.trained_tables import TRAINED_TABLES
 from mlx_zh.errors import ModelError
@@ -50,7 +51,7 @@ def hidden_states(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
     grad: bool = True,
@@ -58,12 +59,12 @@ def hidden_states(
     """Last hidden states (T, D) of a packed row, after the final norm.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
-    backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
+    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
     prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
     next but one are allocated.
     """
     last = None
-    for hidden in residual_stream(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix):
+    for hidden in residual_stream(model, batch, checkpoint=checkpoint if grad else Levels(), noise=noise, prefix=prefix):
         if not grad:
             mx.async_eval(hidden)
             if last is not None:
@@ -76,7 +77,7 @@ def residual_stream(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[mx.array]:
@@ -86,11 +87,13 @@ def residual_stream(
     if noise is not None:
         hidden = noise.embeddings(hidden)
     yield hidden
-    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
+    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # whether the gradient goes through the block
+    again, number = levels(checkpoint), 0
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
-        saves = flows or has_arrays(layer.trainable_parameters())
-        hidden = run_block(layer, hidden, batch, checkpoint and saves, noise, past)
+        flows = flows or has_arrays(layer.trainable_parameters())
+        hidden = run_block(layer, hidden, batch, again.of(number) if flows else Level(), noise, past)
+        number += flows
         yield hidden
 
 
@@ -332,7 +335,7 @@ def batch_logprobs(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     chunk: int | None = None,
     grad: bool = True,
     noise: TokenNoise | None = None,
