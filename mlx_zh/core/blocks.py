@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_zh.core.feed_forward import feed_forward, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
-from mlx_zh.core.recompute import Level, again
+from mlx_zh.core.recompute import again
 from mlx_zh.system import device
 
 
@@ -35,7 +35,7 @@ def run_block(
     layer: nn.Module,
     hidden: mx.array,
     batch: PackedBatch,
-    level: Level,
+    level: int,
     noise: TokenNoise | None,
     past: KeysValues | None,
 ) -> mx.array:
@@ -43,9 +43,9 @@ def run_block(
 
     def block(hidden: mx.array) -> mx.array:
         with nullcontext() if noise is None else noise.layer():
-            return block_output(layer, hidden, batch, past, pieces=level.pieces)
+            return block_output(layer, hidden, batch, past, pieces=level > 0)
 
-    if not level.whole:
+    if level < 2:
         return block(hidden)
     return again((layer,), lambda hidden: (block(hidden),), hidden)[0]
 

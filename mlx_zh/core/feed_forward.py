@@ -25,7 +25,8 @@ def feed_forward(mlp: Any, norm: nn.Module, hidden: mx.array) -> mx.array:
     whatever the MLP keeps.
     """
     if not is_swiglu(mlp):
-        return mlp(norm(hidden))  # type: ignore[no-any-return]
+        other: mx.array = mlp(norm(hidden))
+        return other
 
     gate, up = projected((mlp.gate_proj, mlp.up_proj), norm, hidden)
     (out,) = again((mlp.down_proj,), lambda gate, up: (product(mlp.down_proj, swiglu(gate, up)),), gate, up)
@@ -59,31 +60,48 @@ def scaled(layer: Any, out: mx.array) -> mx.array:
     return result
 
 
-@mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """SiLU(gate) * up: (T, F), (T, F) -> (T, F). Its gradient keeps no array but these two."""
-    result: mx.array = forward_swiglu(gate, up)
-    return result
+    """SiLU(gate) * up: (T, F), (T, F) -> (T, F). The sigmoid is computed once for it and for its gradient."""
+    outputs: Any = _swiglu(gate, up)
+    return outputs[0]
 
 
-@swiglu.vjp
-def _swiglu_vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
-    compute = _compiled_gradients if device.compiles() else _gradients
-    gradients: tuple[mx.array, mx.array] = compute(*primals, cotangent)
+@mx.custom_function
+def _swiglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    return _compiled_values(gate, up) if device.compiles() else _values(gate, up)
+
+
+@_swiglu.vjp
+def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    compute: Any = _compiled_gradients if device.compiles() else _gradients
+    gradients: tuple[mx.array, mx.array] = compute(*primals, outputs[1], cotangents[0])
     return gradients
 
 
-def _gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
-    """The gradients of SwiGLU with respect to gate and up, computed in float32."""
-    kind = gate.dtype
-    gate, up, cotangent = (values.astype(mx.float32) for values in (gate, up, cotangent))
+def _values(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    """SwiGLU with the roundings of the model's own, and the sigmoid of gate."""
     sigmoid = mx.sigmoid(gate)
-    silu = gate * sigmoid
-    of_gate = cotangent * up * (sigmoid + silu * (1 - sigmoid))
-    return of_gate.astype(kind), (cotangent * silu).astype(kind)
+    return gate * sigmoid * up, sigmoid
 
 
-_compiled_gradients = mx.compile(_gradients, shapeless=True)
+def _gradients(gate: mx.array, up: mx.array, sigmoid: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
+    """The gradients of SwiGLU with respect to gate and up, in the order of MLX's own, so that no bit differs."""
+    of_silu = cotangent * up
+    of_gate = of_silu * sigmoid + of_silu * gate * (sigmoid * (1 - sigmoid))
+    return of_gate, cotangent * (gate * sigmoid)
+
+
+def _gradients_in_float32(
+    gate: mx.array, up: mx.array, sigmoid: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array]:
+    kind = gate.dtype
+    gate, up, sigmoid, cotangent = (array.astype(mx.float32) for array in (gate, up, sigmoid, cotangent))
+    of_gate, of_up = _gradients(gate, up, sigmoid, cotangent)
+    return of_gate.astype(kind), of_up.astype(kind)
+
+
+_compiled_values = mx.compile(_values, shapeless=True)
+_compiled_gradients = mx.compile(_gradients_in_float32, shapeless=True)
 
 _KNOWN: dict[tuple[Any, ...], bool] = {}  # kinds of MLP -> whether they are SwiGLU
 

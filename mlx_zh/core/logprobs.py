@@ -18,7 +18,7 @@ import numpy as np
 from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
-from mlx_zh.core.recompute import Level, Levels, levels
+from mlx_zh.core.recompute import Levels, levels
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.core.trained_tables import TRAINED_TABLES
 from mlx_zh.errors import ModelError
@@ -92,7 +92,7 @@ def residual_stream(
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
         flows = flows or has_arrays(layer.trainable_parameters())
-        hidden = run_block(layer, hidden, batch, again.of(number) if flows else Level(), noise, past)
+        hidden = run_block(layer, hidden, batch, again.of(number) if flows else 0, noise, past)
         number += flows
         yield hidden
 

@@ -2,7 +2,7 @@
 
 A ladder of three levels. At level 0 a block keeps all that its gradient needs. At level 1 it makes cheap parts again:
 normalized inputs, LoRA's low-rank values, dropout masks, SiLU and the product of an MLP. At level 2 it keeps its input
-alone and is computed again as a whole. The numbers are the same at every level.
+alone and is computed again as a whole, at level 1. The numbers are the same at every level.
 """
 
 from __future__ import annotations
@@ -23,28 +23,19 @@ ALL = 2**31  # more blocks than any model has
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """What one block computes again: its cheap `pieces`, and the `whole` of it."""
-
-    pieces: bool = False
-    whole: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Levels:
     """How many blocks are at which level, counted from the lowest block that a gradient goes through.
 
-    The lowest come first because the backward pass reaches them last, when what the others kept has been freed.
-    The `blocks` lowest are computed again whole (level 2). The `pieces` lowest make cheap parts again (level 1), those
-    at level 2 while they are computed again.
+    The `blocks` lowest are at level 2, and those above them are at level 1 up to number `pieces`. The lowest come
+    first because the backward pass reaches them last, when what the others kept has been freed.
     """
 
     pieces: int = 0
     blocks: int = 0
 
-    def of(self, index: int) -> Level:
+    def of(self, index: int) -> int:
         """The level of block number `index`."""
-        return Level(pieces=index < self.pieces, whole=index < self.blocks)
+        return 2 if index < self.blocks else 1 if index < self.pieces else 0
 
 
 def levels(checkpoint: bool | Levels) -> Levels:
