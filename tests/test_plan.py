@@ -333,7 +333,7 @@ def test_a_short_name_is_planned_without_a_network(
     assert pytest.approx(9.3, abs=0.1) == 2 * (52 * 5 * 79 + 1346 * 81) * 36 * 1e-6
     assert "downloads: about 5.1 GB: qwen3-8b (4.6 GB), belle-1m (0.46 GB), C-Eval (0.002 GB)" in shown
     assert "the whole run: about 35 min 48 s" in shown and "budget" not in shown
-    assert run_stage(plan.main, recipe, "sft.epochs=100") in (0, 1)
+    assert run_stage(plan.main, recipe, never, "sft.epochs=100") in (0, 1)
     assert (
         "That is 30 hours, more than a day. For a night, add budget=8h, or write `budget: 8h`"
         in capsys.readouterr().out

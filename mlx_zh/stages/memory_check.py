@@ -15,8 +15,9 @@ from mlx_zh.core.recompute import Levels
 from mlx_zh.errors import ModelError, PlanError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.ladder import asked_for
 from mlx_zh.planning.largest_row import Examples, uniform_examples
-from mlx_zh.planning.memory import Estimate
+from mlx_zh.planning.memory import Estimate, backward_blocks
 from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import LINEAR, Packing, Row, Target, model_shape, row_of
 from mlx_zh.recipe import Memory, Recipe
@@ -59,6 +60,13 @@ def mac(memory: float) -> Machine:
         False,
         device.attention_tile("metal"),
     )
+
+
+def within_limit(machine: Machine, settings: Memory) -> Machine:
+    """The machine with no more memory than `memory.limit` gives a run."""
+    if settings.limit_bytes is None or settings.limit_bytes >= machine.budget:
+        return machine
+    return replace(machine, budget=float(settings.limit_bytes), name=Notice("memory-limit-asked"))
 
 
 def training_step(
@@ -104,9 +112,15 @@ def memory_limit(settings: Memory, machine: Machine) -> float:
 
 def levels_by_row(
     recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float
-) -> Callable[[PackedBatch], Levels]:
-    """What each row of `stage` computes again, so that it stays within `limit` bytes. The same row, the same levels."""
+) -> Levels | Callable[[PackedBatch], Levels]:
+    """What each row of `stage` computes again, so that it stays within `limit` bytes. The same row, the same levels.
+
+    Where the recipe says how much is computed again, it is the same for all rows.
+    """
     step = actual_step(recipe, stage, config, trained, limit)
+    asked = asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))
+    if asked is not None:
+        return asked
 
     @cache
     def levels(row: Row) -> Levels:
@@ -177,7 +191,7 @@ def require(
         examples = Examples(recipe.kind(stage), np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
     if not len(examples.tokens):
         return
-    machine = this_machine()
+    machine = within_limit(this_machine(), recipe.memory)
     step, settings = training_step(recipe, stage, config, machine, examples), recipe.memory
     estimate = step.memory(settings)
     if estimate.peak <= machine.budget:

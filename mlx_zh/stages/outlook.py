@@ -275,6 +275,7 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
     if memory is None and chip is not None:
         memory = _roomy_enough(recipe, config, chip) * 2.0**30
     machine = memory_check.this_machine() if memory is None else memory_check.mac(memory)
+    machine = memory_check.within_limit(machine, recipe.memory)
     stages = stages_of(recipe)
     fits, seconds, speed = True, 0.0, None
     for name in stages or ("sft",):
