@@ -99,7 +99,11 @@ def speed(steps: int) -> dict[str, float]:
     objective.settings = auto
     again = [auto.levels(row.batch).blocks for row in objective.rows(np.arange(objective.size), 0)]
     figures = medians | {f"{name} peak": peak / 1e9 for name, peak in peaks.items()}
-    return figures | {"limit": limit / 1e9, "layers again": float(np.mean(again)), "ratio": medians["all"] / medians["auto"]}
+    return figures | {
+        "limit": limit / 1e9,
+        "layers again": float(np.mean(again)),
+        "ratio": medians["all"] / medians["auto"],
+    }
 
 
 def longest_row(shape: ModelShape, trained: AdapterSpec, levels: Levels, memory: float) -> int:
@@ -120,12 +124,22 @@ def main() -> int:
     rows = [longest_row(shape, trained, levels, 11.5e9) for levels in (Levels(), Levels(ALL))]
     figures = speed(arguments.steps) | {"kept": kept[1] / kept[0], "longest": rows[1] / rows[0]}
     print("Llama-3.1-8B in 4 bits, fused attention: bytes that a token and layer keeps, by level:")
-    print("  " + ", ".join(f"{number}: {size:,.0f}" for number, size in enumerate(kept)) + f"; {figures['kept']:.2f} x")
-    print(f"  longest row in 11.5 GB without recomputation: {rows[0]} -> {rows[1]} tokens, {figures['longest']:.2f} x")
-    print(f"SFT step on the CPU within {figures['limit']:.2f} GB, {arguments.steps} steps, medians of processor time:")
+    print(
+        "  " + ", ".join(f"{number}: {size:,.0f}" for number, size in enumerate(kept)) + f"; {figures['kept']:.2f} x"
+    )
+    print(
+        f"  longest row in 11.5 GB without recomputation: {rows[0]} -> {rows[1]} tokens, {figures['longest']:.2f} x"
+    )
+    print(
+        f"SFT step on the CPU within {figures['limit']:.2f} GB, {arguments.steps} steps, medians of processor time:"
+    )
     for name in ("all", "auto", "none"):
-        print(f"  {name + ' layers again' if name != 'auto' else name:18}{figures[name]:8.2f} s{figures[name + ' peak']:8.2f} GB")
-    print(f"  auto computes {figures['layers again']:.1f} of 6 layers again in the mean: {figures['ratio']:.2f} x as fast")
+        print(
+            f"  {name + ' layers again' if name != 'auto' else name:18}{figures[name]:8.2f} s{figures[name + ' peak']:8.2f} GB"
+        )
+    print(
+        f"  auto computes {figures['layers again']:.1f} of 6 layers again in the mean: {figures['ratio']:.2f} x as fast"
+    )
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

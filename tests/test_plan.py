@@ -19,7 +19,14 @@ from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.largest_row import Examples, uniform_examples
-from mlx_zh.planning.memory import attention_workspace, head_bytes, kept_bytes, step_memory, trained_values, weight_bytes
+from mlx_zh.planning.memory import (
+    attention_workspace,
+    head_bytes,
+    kept_bytes,
+    step_memory,
+    trained_values,
+    weight_bytes,
+)
 from mlx_zh.planning.search import Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import (
     LINEAR,

@@ -59,12 +59,14 @@ def hidden_states(
     """Last hidden states (T, D) of a packed row, after the final norm.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
-    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
-    prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
+    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
+    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
     next but one are allocated.
     """
     last = None
-    for hidden in residual_stream(model, batch, checkpoint=checkpoint if grad else Levels(), noise=noise, prefix=prefix):
+    for hidden in residual_stream(
+        model, batch, checkpoint=checkpoint if grad else Levels(), noise=noise, prefix=prefix
+    ):
         if not grad:
             mx.async_eval(hidden)
             if last is not None:

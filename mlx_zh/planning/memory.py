@@ -250,6 +250,10 @@ class _Blocks:
         return sorted({top, *(number - 1 for number in below if 0 < number <= top)}, reverse=True)
 
 
+_BEGINNING = "backward pass, at its beginning"
+_LOWER = "backward pass, where it comes to layers that are computed again"
+
+
 def _backward(blocks: _Blocks, gradients: float) -> list[tuple[str, dict[str, float]]]:
     """Parts of some moments of the backward pass: at its beginning, at each lower level's highest block, at its end.
 
@@ -262,8 +266,8 @@ def _backward(blocks: _Blocks, gradients: float) -> list[tuple[str, dict[str, fl
     moments = []
     for index in blocks.highest:
         done = min(blocks.count - index, trained.num_layers)
-        where = "at its beginning" if index == blocks.count - 1 else "where more is computed again"
-        moments.append((f"backward pass, {where}", blocks.worked_on(index) | {"gradients": done * each + head}))
+        where = _BEGINNING if index == blocks.count - 1 else _LOWER
+        moments.append((where, blocks.worked_on(index) | {"gradients": done * each + head}))
     moments.append(("backward pass, at its end", blocks.worked_on(0) | {"gradients": gradients}))
     return moments
 

@@ -115,7 +115,9 @@ def cheapest(step: Step, settings: Memory, budget: float) -> Candidate | None:
         for tokens in micro
         for rows in chunks
     ]
-    timed = sorted(((relative_time(step, candidate), candidate) for candidate in candidates), key=lambda pair: pair[0])
+    timed = sorted(
+        ((relative_time(step, candidate), candidate) for candidate in candidates), key=lambda pair: pair[0]
+    )
     best: Candidate | None = None
     for time, candidate in timed:
         estimate = step.memory(candidate)

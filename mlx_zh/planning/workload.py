@@ -43,7 +43,8 @@ _OWN_QUESTION = 80.0  # tokens, in an exam of the user's own
 class Machine:
     """What the run is planned for: its model, what is trained, how the model is held, and its pace.
 
-    `again` is the share of the blocks' forward passes that the backward pass repeats. `density` is how many tokens the tokenizer makes of a text where Llama 3.1's makes one.
+    `again` is the share of the blocks' forward passes that the backward pass repeats. `density` is how many tokens
+    the tokenizer makes of a text where Llama 3.1's makes one.
     """
 
     model: ModelShape

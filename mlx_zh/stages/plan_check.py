@@ -23,7 +23,13 @@ _SMALL = 1e8  # bytes; a smaller deviation is not, as it decides nothing
 
 
 def deviation(
-    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float, rows: Sequence[TrainingRow], measured: float
+    recipe: Recipe,
+    stage: str,
+    config: Config,
+    trained: AdapterSpec,
+    limit: float,
+    rows: Sequence[TrainingRow],
+    measured: float,
 ) -> Notice | None:
     """A warning if the peak of a step of these `rows`, `measured` in bytes, is far from the plan's; else None."""
     step = memory_check.actual_step(recipe, stage, config, trained, limit)
@@ -46,9 +52,7 @@ def deviation(
     )
 
 
-def _report(
-    recipe: Recipe, stage: str, step: Step, row: Row, rows: int, planned: Estimate
-) -> str:
+def _report(recipe: Recipe, stage: str, step: Step, row: Row, rows: int, planned: Estimate) -> str:
     """Everything that the plan depends on, on one line, without names of files."""
     model, target, trained, memory = step.model, step.target, step.trained, recipe.memory
     packing = f"{target.packing.bits}-bit/{target.packing.group}" if target.packing else "unquantized"

@@ -258,7 +258,9 @@ class Loop:
             self.skipped.write()
         yield Stepped(figures, result, tuple(int(e) for e in examples))
 
-    def _take_step(self, examples: npt.NDArray[np.int64], rate: float) -> Generator[Event, None, tuple[StepResult, list[Row]]]:
+    def _take_step(
+        self, examples: npt.NDArray[np.int64], rate: float
+    ) -> Generator[Event, None, tuple[StepResult, list[Row]]]:
         """Take a step over `examples`; returns its numbers and rows. If the accelerator gives it up, take it again, perhaps in shorter rows."""
         repeats = 0
         while True:

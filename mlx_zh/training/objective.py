@@ -24,7 +24,8 @@ Sums = dict[str, mx.array]
 class Settings:
     """How rows are computed. `micro_tokens`, `checkpoint` and `logit_rows` do not change the result.
 
-    `checkpoint` says which blocks are computed again: all or none, `Levels`, or the levels of each row. `micro_tokens` is the largest number of tokens in a row, `logit_rows` that of rows in a chunk of logits. `seed` is
+    `checkpoint` says which blocks are computed again: all or none, `Levels`, or the levels of each row.
+    `micro_tokens` is the largest number of tokens in a row, `logit_rows` that of rows in a chunk of logits. `seed` is
     for dropout and NEFTune.
     """
 

@@ -95,7 +95,9 @@ def test_the_gradient_is_that_of_the_models_own_modules(tiny_model: Make, kind: 
 
 def test_the_branches_of_a_pair(tiny_model: Make) -> None:
     model = adapted(tiny_model("llama"), "lora")
-    batch = pack_pairs([(list(range(1, 9)), list(range(20, 26)), [30, 31]), (list(range(40, 43)), [50], [60, 61, 62])])
+    batch = pack_pairs(
+        [(list(range(1, 9)), list(range(20, 26)), [30, 31]), (list(range(40, 43)), [50], [60, 61, 62])]
+    )
 
     def found(levels: Levels) -> Any:
         return gradients(model, lambda: batch_logprobs(model, batch, checkpoint=levels).sum())
