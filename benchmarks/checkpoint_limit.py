@@ -2,10 +2,10 @@
 
     python benchmarks/checkpoint_limit.py [--steps 8] [--json FILE]
 
-The model is small and random, its rows are those of the 16 GB recipe: up to 1,024 tokens, of examples of 165 tokens in
-the mean and 1,024 at most. The limit is the share of the longest row's memory that a 16 GB Mac has of Llama-3.1-8B's,
-so that keeping everything does not fit. The settings take turns, step by step, and the medians of their processor time
-are compared. Prints also what a token and layer keeps, and the longest row that fits without computing any again.
+The model is small and random, its rows are those of the 16 GB recipe: up to 1,024 tokens, of examples of 165 tokens
+in the mean and 1,024 at most. The limit is the share of the longest row's memory that a 16 GB Mac has of
+Llama-3.1-8B's, so that keeping everything does not fit. The settings take turns, step by step, and the medians of
+their processor time are compared. Prints also what a token and layer keeps, and the longest row that fits without computing any again.
 """
 
 from __future__ import annotations
@@ -134,12 +134,9 @@ def main() -> int:
         f"SFT step on the CPU within {figures['limit']:.2f} GB, {arguments.steps} steps, medians of processor time:"
     )
     for name in ("all", "auto", "none"):
-        print(
-            f"  {name + ' layers again' if name != 'auto' else name:18}{figures[name]:8.2f} s{figures[name + ' peak']:8.2f} GB"
-        )
-    print(
-        f"  auto computes {figures['layers again']:.1f} of 6 layers again in the mean: {figures['ratio']:.2f} x as fast"
-    )
+        words = name if name == "auto" else f"{name} layers again"
+        print(f"  {words:18}{figures[name]:8.2f} s{figures[f'{name} peak']:8.2f} GB")
+    print(f"  auto computes {figures['layers again']:.1f} of 6 layers again: {figures['ratio']:.2f} x as fast")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

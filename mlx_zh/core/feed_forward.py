@@ -106,7 +106,7 @@ _KNOWN: dict[tuple[Any, ...], bool] = {}  # kinds of MLP -> whether they are Swi
 
 
 def is_swiglu(mlp: Any) -> bool:
-    """Whether an MLP is down_proj(SiLU(gate_proj(x)) * up_proj(x)), which is tried on numbers in place of its layers."""
+    """Whether an MLP is down_proj(SiLU(gate_proj(x)) * up_proj(x)): tried on numbers in place of layers."""
     if any(not isinstance(getattr(mlp, name, None), nn.Module) for name in _PARTS):
         return False
     others = [(name, value) for name, value in mlp.items() if name not in _PARTS]

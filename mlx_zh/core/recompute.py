@@ -1,8 +1,8 @@
 """What a block computes again in the backward pass, so that the forward pass need not keep it.
 
 A ladder of three levels. At level 0 a block keeps all that its gradient needs. At level 1 it makes cheap parts again:
-normalized inputs, LoRA's low-rank values, dropout masks, SiLU and the product of an MLP. At level 2 it keeps its input
-alone and is computed again as a whole, at level 1. The numbers are the same at every level.
+normalized inputs, LoRA's low-rank values, dropout masks, SiLU and the product of an MLP. At level 2 it keeps its
+input alone and is computed again as a whole, at level 1. The numbers are the same at every level.
 """
 
 from __future__ import annotations

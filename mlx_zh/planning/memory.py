@@ -61,7 +61,7 @@ def step_memory(
     logit_rows: int | None = None,
     rows: int = 2,
 ) -> Estimate:
-    """The peak memory of a training step of `rows` rows, of which `row` is the largest; its blocks are at `levels`."""
+    """The peak memory of a step of `rows` rows, of which `row` is the largest, with its blocks at `levels`."""
     values = trained_values(model, trained)
     gradients = values * FLOAT
     always = dict(

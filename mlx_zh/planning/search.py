@@ -69,7 +69,7 @@ class Step:
         return levels_of(self.model, self.trained, self.target, row, settings, self.limit)
 
     def again(self, settings: Memory, tokens: float | None = None) -> Again:
-        """What rows compute again, if examples have `tokens` tokens; by default, the median of the step's examples."""
+        """What rows compute again, if examples have `tokens` tokens; by default, the median of the examples."""
         blocks = backward_blocks(self.model, self.trained)
         typical = self.levels(self.examples.typical_row(settings.micro_tokens, tokens), settings)
         largest = self.levels(self.examples.largest_row(settings.micro_tokens)[0], settings)

@@ -261,7 +261,10 @@ class Loop:
     def _take_step(
         self, examples: npt.NDArray[np.int64], rate: float
     ) -> Generator[Event, None, tuple[StepResult, list[Row]]]:
-        """Take a step over `examples`; returns its numbers and rows. If the accelerator gives it up, take it again, perhaps in shorter rows."""
+        """Take a step over `examples`; returns its numbers and rows.
+
+        If the accelerator gives it up, take it again, perhaps in shorter rows.
+        """
         repeats = 0
         while True:
             rows = self.objective.rows(examples, self.progress.step)

@@ -137,7 +137,7 @@ def test_a_limit_that_cannot_be_kept_is_refused(project: Project) -> None:
 def test_a_run_that_goes_on_keeps_the_limit_that_was_decided(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine with other memory, and to the same bits. A limit that the recipe names anew is another decision."""
+    """On a machine with other memory, to the same bits. A limit that the recipe names anew is another decision."""
     from mlx_zh.training import checkpoints
 
     def machine(budget: float) -> None:

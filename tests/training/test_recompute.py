@@ -234,7 +234,7 @@ def test_the_mlps_of_the_supported_families_are_swiglu(tiny_model: Make, family:
 
 
 def test_a_block_keeps_less_at_each_level(tiny_model: Make) -> None:
-    """Peaks of models with more and with fewer blocks: what a token and block keeps on the CPU, LoRA on all layers."""
+    """Peaks of models with more and with fewer blocks: what a token and block keeps on the CPU, with LoRA."""
     row = pack_conversations([(list(range(1, 65)), [True] * 64)] * 4)
 
     def peak(layers: int, levels: Levels) -> int:
