@@ -5,7 +5,8 @@
 The model is small and random, its rows are those of the 16 GB recipe: up to 1,024 tokens, of examples of 165 tokens
 in the mean and 1,024 at most. The limit is the share of the longest row's memory that a 16 GB Mac has of
 Llama-3.1-8B's, so that keeping everything does not fit. The settings take turns, step by step, and the medians of
-their processor time are compared. Prints also what a token and layer keeps, and the longest row that fits without computing any again.
+their processor time are compared. Prints also what a token and layer keeps, and the longest row that fits without
+computing any again.
 """
 
 from __future__ import annotations

@@ -496,7 +496,7 @@ def test_the_table_of_macs(run_stage: Any, capsys: pytest.CaptureFixture[str]) -
     assert run_stage(plan.main, "--table", *recipes) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
-    assert by_name["`llama31-8b-zh-evening`"][:2] == ["9.1 GB", "16 GB"]
-    assert by_name["`llama31-8b-zh-64gb`"][:2] == ["33.2 GB", "48 GB"]
+    assert by_name["`llama31-8b-zh-evening`"][:2] == ["7.2 GB", "16 GB"]
+    assert by_name["`llama31-8b-zh-64gb`"][:2] == ["19.3 GB", "32 GB"]
     assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M4"][1] == "— |"  # at most 32 GB
     assert by_name["M4 Max"][1] == "6 days |"

@@ -60,8 +60,8 @@ def hidden_states(
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
     backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
-    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
-    next but one are allocated.
+    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
+    freed before those of the next but one are allocated.
     """
     last = None
     for hidden in residual_stream(
