@@ -8,7 +8,6 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh.errors import RecipeError
 from mlx_zh.system.arguments import Parser, number
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     from mlx_zh.chatting.piped import answer_once, prompt_in, read_prompt
     from mlx_zh.chatting.terminal import LineEditor, Screen
     from mlx_zh.chatting.transcript import Transcript
+    from mlx_zh.stages.command import recipe_or_model
 
     text = read_prompt() if piped else prompt_in(arguments.prompt) if once else ""
     for stream in (sys.stdout, sys.stderr):
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             reconfigure(errors="replace")  # a terminal that cannot show 你 must not end the chat
     screen = Screen.on(sys.stderr if once else sys.stdout)
     quiet = once and not arguments.verbose
-    recipe = _recipe(arguments.target, arguments.overrides)
+    recipe = recipe_or_model(arguments.target, arguments.overrides)
     run = _run(recipe)
     bot = _open(arguments, recipe, run, screen, quiet)
     system = recipe.system_message() if recipe else None
@@ -102,12 +102,22 @@ def _open(
     arguments: argparse.Namespace, recipe: Recipe | None, run: RunFolder | None, screen: Screen, quiet: bool
 ) -> Chatbot:
     """Load the model with its adapter, and say which model answers."""
+    from mlx_zh.models.generate import Sampling
+    from mlx_zh.stages.chatbots import open_chatbot
     from mlx_zh.system import blas
 
+    sampling = Sampling(arguments.temp, arguments.top_p, arguments.max_tokens)
     if not quiet:
         screen.progress(f"loading {recipe.model.path if recipe else arguments.target} …")
     try:
-        bot = _load(arguments, recipe)
+        bot = open_chatbot(
+            arguments.target,
+            recipe,
+            sampling,
+            hub=arguments.hub,
+            max_context=arguments.max_context,
+            seed=arguments.seed,
+        )
         bot.stages = run.adapters() if run else {}
         newest = run.newest_adapter() if run else None
         bot.swap(bot.named(arguments.adapter) if arguments.adapter else newest)
@@ -127,48 +137,6 @@ def _open(
             f"还没有训练好的适配器，由基座模型回答 · {run.path} has no adapter yet, so the base model answers"
         )
     return bot
-
-
-def _load(arguments: argparse.Namespace, recipe: Recipe | None) -> Chatbot:
-    from mlx_zh.chatting.chatbot import Chatbot, context_length
-    from mlx_zh.corpus.render import Renderer
-    from mlx_zh.models.generate import Sampling
-    from mlx_zh.models.load import load_model
-    from mlx_zh.stages.rendering import renderer_of
-    from mlx_zh.system import console
-
-    if recipe:
-        source = recipe.model
-        loaded = load_model(
-            source.path,
-            hub=arguments.hub or source.hub,
-            revision=source.revision,
-            dtype=source.dtype,
-            quantize=(source.quantize.bits, source.quantize.group_size) if source.quantize else None,
-            progress=console.DownloadBar(),
-            reading=console.say_reading,
-        )
-        renderer = renderer_of(recipe, loaded.tokenizer)
-        renderer.check_template()
-    else:
-        bar = console.DownloadBar()
-        loaded = load_model(arguments.target, hub=arguments.hub or "auto", progress=bar, reading=console.say_reading)
-        renderer = Renderer(loaded.tokenizer)
-    context = context_length(loaded.config, arguments.max_context)
-    sampling = Sampling(arguments.temp, arguments.top_p, arguments.max_tokens)
-    return Chatbot(loaded, renderer, context, sampling, seed=arguments.seed)
-
-
-def _recipe(target: str, overrides: list[str]) -> Recipe | None:
-    from mlx_zh.stages.command import find_recipe, run_of
-
-    if target.endswith((".yaml", ".yml")) or run_of(target, overrides):
-        return find_recipe(target, overrides)
-    if overrides:
-        raise RecipeError(
-            f"{overrides[0]} sets a key of a recipe, but {target} is a model; give a recipe (.yaml) instead"
-        )
-    return None
 
 
 def _run(recipe: Recipe | None) -> RunFolder | None:

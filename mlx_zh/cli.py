@@ -18,11 +18,14 @@ STAGES = {
     "eval": "test models on C-Eval, CMMLU or an exam of your own, and compare them",
     "fuse": "merge the adapter into the base, for mlx-lm, transformers, llama.cpp or PEFT",
     "chat": "chat with a model",
+    "serve": "serve the models of a run at an OpenAI-compatible address, for other programs on this machine",
     "choose": "choose among sampled answers by rule, judge or hand, and write data",
     "arena": "compare two models on the same prompts, by rule, judge or hand",
     "plan": "estimate the memory and time of a run before it starts",
     "doctor": "check this machine and say what is missing; its output belongs in a bug report",
     "report": "write the report of a run: a web page, a text and plots",
+    "compare": "compare runs: what differs, curves, exams and answers on one page",
+    "studio": "watch, compare, start and try runs on a page in the browser",
 }
 
 _MORE = "`mlx-zh STAGE --help` shows a stage's options. Each stage also runs as `python -m mlx_zh.STAGE`."

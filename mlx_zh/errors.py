@@ -75,6 +75,10 @@ class StorageError(MlxZhError):
     """A full disk, or a file or folder that cannot be read or written."""
 
 
+class ServerError(MlxZhError):
+    """A server that cannot listen, or a request that it cannot answer."""
+
+
 class JudgeError(MlxZhError):
     """A model that was to judge answers and cannot be asked, or that gives no answer."""
 
@@ -90,3 +94,7 @@ class DistributedError(MlxZhError):
 def first_line(error: BaseException) -> str:
     """The first line of a library error's message, or the name of its class when the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class StudioError(MlxZhError):
+    """A studio that cannot start, or a page of it that cannot be shown."""

@@ -85,6 +85,11 @@ def is_utf8(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def compose(text: str) -> tuple[Any, Any]:
+    """The node and the value of a YAML document, read as a recipe is. Raises YAMLError as `load` does."""
+    return load(text, _Loader)
+
+
 def dump(value: Any) -> str:
     """Plain values as YAML. `parse` reads the same values from it."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -168,7 +173,10 @@ class Document:
         return 0, str(self.path)
 
 
-def parse(path: Path, form: str = "a recipe is a mapping of sections (name, model, data, ...)") -> Document:
+_FORM = "a recipe is a mapping of sections (name, model, data, ...)"
+
+
+def parse(path: Path, form: str = _FORM) -> Document:
     """Read a YAML mapping from `path`; `form` says in errors what the file must be.
 
     Raises RecipeError when the file cannot be read or is not a YAML mapping.
@@ -181,8 +189,13 @@ def parse(path: Path, form: str = "a recipe is a mapping of sections (name, mode
         raise RecipeError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
+    return parse_text(text, path, form)
+
+
+def parse_text(text: str, path: Path, form: str = _FORM) -> Document:
+    """As `parse`, for a text that stands at `path` or will. Raises RecipeError if it is not a YAML mapping."""
     try:
-        node, value = load(text, _Loader)
+        node, value = compose(text)
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -255,6 +268,15 @@ def explain(
     Of more than 100 problems, the first are told and the others counted: each looks for similar keys.
     In a file that maps names to sections, `depth` is 1 and `schema` that of a section.
     """
+    wrong, more = wrong_keys(error, document, schema, depth=depth)
+    problems = [(line, f"{document.where(key)[1]}: {sentence}") for key, line, sentence in wrong]
+    return problems + ([(sys.maxsize, f"… and {more} more problems.")] if more else [])
+
+
+def wrong_keys(
+    error: pydantic.ValidationError, document: Document, schema: type[pydantic.BaseModel], *, depth: int = 0
+) -> tuple[list[tuple[Key, int, str]], int]:
+    """Each key with a problem, its line and a sentence, and how many more there are. See `explain`."""
     by_key: dict[Key, list[Any]] = {}
     for problem in error.errors():
         if problem["type"] != "invalid_key":  # `parse` has reported it
@@ -263,12 +285,8 @@ def explain(
     # more, so problems with keys above it are left out.
     parents = {key[:size] for key in by_key for size in range(len(key))}
     placed = sorted((*document.where(key), number, key) for number, key in enumerate(by_key) if key not in parents)
-    problems = [
-        (line, f"{where}: {_sentence(by_key[key], key, schema, depth)}") for line, where, _, key in placed[:_TOLD]
-    ]
-    if len(placed) > _TOLD:
-        problems.append((sys.maxsize, f"… and {len(placed) - _TOLD} more problems."))
-    return problems
+    wrong = [(key, line, _sentence(by_key[key], key, schema, depth)) for line, _, _, key in placed[:_TOLD]]
+    return wrong, max(len(placed) - _TOLD, 0)
 
 
 def _written_key(location: tuple[str | int, ...], value: Any) -> Key:

@@ -97,6 +97,8 @@ def _run(
             recipe = budgeting.decided(recipe)
         state = State.of(run, console.say_reading)
         status = Pipeline(recipe, arguments, steps, state, lock, console.say, options).run(forced)
+        if status not in (0, 130) and not run.ended.exists():
+            run.note_end("run", "failed", f"a step ended with status {status}, and could not say why.")
     if status == 0:
         console.say(f"\n{_times(state, steps)}")
     elif status == 2:  # the stage has said what is wrong

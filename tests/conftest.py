@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +43,19 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_zh.system import accelerator
 
     monkeypatch.setattr(accelerator, "PAUSE", 0.0)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium, see `chromium.Browser`. Skips where there is none."""
+    from chromium import Browser
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    started = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -125,8 +139,8 @@ def tiny_model() -> Callable[..., Any]:
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
+    from families import FAMILIES, own_class
     from mlx.utils import tree_flatten
-    from mlx_lm.utils import _get_classes
 
     def make(
         family: str = "llama",
@@ -155,13 +169,14 @@ def tiny_model() -> Callable[..., Any]:
             "tie_word_embeddings": tied,
             "head_dim": 32 if family == "qwen3" else 16,  # heads need not add up to hidden_size
         }
-        model_class, args_class = _get_classes(config | changes)
-        model = model_class(args_class.from_dict(config | changes))
+        if family not in ("llama", "mistral", "qwen2", "qwen3"):
+            config |= FAMILIES.get(family, {})
+        model = own_class(config | changes)
         rng = np.random.default_rng(seed)
         weights = []
         for name, array in tree_flatten(model.parameters()):
             values = rng.normal(size=array.shape)
-            values = 1 + 0.2 * values if "norm" in name else values * (1.5 / np.sqrt(64) if array.ndim == 2 else 0.2)
+            values = 1 + 0.2 * values if "norm" in name else values * (1.5 / np.sqrt(64) if array.ndim > 1 else 0.2)
             weights.append((name, mx.array(values.astype(np.float32)).astype(getattr(mx, dtype))))
         model.load_weights(weights)
         if quantized is not None:
@@ -208,6 +223,7 @@ def model_folder(
     def write(family: str = "llama", **changes: Any) -> Path:
         model = tiny_model(family, **changes)
         config = {name: value for name, value in dataclasses.asdict(model.args).items() if value is not None}
+        config["tie_word_embeddings"] = "lm_head" not in model
         if changes.get("quantized"):
             config["quantization"] = {"group_size": 32, "bits": changes["quantized"]}
         folder = tmp_path_factory.mktemp("models") / family

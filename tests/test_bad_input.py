@@ -93,9 +93,9 @@ def test_truncated_weights(refused, copy, part):
 
 def test_an_unsupported_architecture(refused, copy):
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "gpt9"}))
     error = refused("model.path=model")
-    assert "model_type 'gpt2' is not supported. Supported are llama, mistral, qwen2, qwen3" in error
+    assert "model_type 'gpt9' is not supported. Supported are llama, mistral, qwen2, qwen3" in error
 
 
 def test_a_tokenizer_of_another_model(refused, copy, model_folder):

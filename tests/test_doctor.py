@@ -94,7 +94,7 @@ def test_a_full_disk_fails(
 def test_more_threads_than_idle_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkup, "blas_warning", lambda: None)
     monkeypatch.setattr(device, "is_cpu", lambda: True)
-    monkeypatch.setattr(checkup, "free_cores", lambda: 8)
+    monkeypatch.setattr(checkup.cpu_threads, "usable_cores", lambda: 8)
     monkeypatch.setattr("os.getloadavg", lambda: (5.2, 5.0, 5.0))
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "8")
     assert checkup.blas().level == "warn"

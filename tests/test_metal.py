@@ -18,6 +18,7 @@ from project import Project, Result, message
 from watchman import Watchman, simulated_metal
 
 from mlx_zh import chat, dpo, eval, fuse, plan
+from mlx_zh.core import proof
 from mlx_zh.core.losses import LOSSES, UNPAIRED
 from mlx_zh.planning import speed
 from mlx_zh.stages import device_check
@@ -51,8 +52,12 @@ def write_exam(folder: Path) -> None:
 
 
 @pytest.fixture
-def on_metal(project: Project, model_folder: Any, metal: Watchman) -> Project:
-    """A model whose heads have Metal's kernels, and pairs with branches of 1 to 9 tokens, one pair a length."""
+def on_metal(project: Project, model_folder: Any, metal: Watchman, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A model whose heads have Metal's kernels, and pairs with branches of 1 to 9 tokens, one pair a length.
+
+    The comparison on loading is left out: it would be among the recorded calls. It has a test of its own.
+    """
+    monkeypatch.setattr(proof, "differences", lambda *_, **__: (0.0, 0.0))
     project.recipe["model"]["path"] = str(model_folder(head_dim=64))
     write_pairs("pairs.jsonl", [(LETTERS[:n], LETTERS[:n][::-1].upper()) for n in range(1, 9)] + [("a", "ab")])
     write_pairs("pairs-validation.jsonl", [("ab", "no"), ("c", "nono")])

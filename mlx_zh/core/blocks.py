@@ -1,18 +1,22 @@
-"""One block of a Llama-shaped mlx-lm model over a packed row.
+"""One block of an mlx-lm model over a packed row, from its description (`core.block_forms`).
 
 Linear layers, norms and MLPs run once over all T tokens; attention runs segment by segment, so no (T, T) mask is
-needed.
+needed. In a layer with a window, the segment is cut into pieces, so that no mask is larger than two pieces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlx_zh.core.feed_forward import feed_forward, product, projected, scaled
+from mlx_zh.core import expert_loads
+from mlx_zh.core.block_forms import LLAMA, BlockForm
+from mlx_zh.core.feed_forward import feed_forward, is_swiglu, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.recompute import again
 from mlx_zh.system import device
@@ -38,12 +42,13 @@ def run_block(
     level: int,
     noise: TokenNoise | None,
     past: KeysValues | None,
+    form: BlockForm,
 ) -> mx.array:
     """The block's output (T, D). `level` says what it computes again in the backward pass, see `core.recompute`."""
 
     def block(hidden: mx.array) -> mx.array:
         with nullcontext() if noise is None else noise.layer():
-            return block_output(layer, hidden, batch, past, pieces=level > 0)
+            return block_output(layer, hidden, batch, past, form=form, pieces=level > 0)
 
     if level < 2:
         return block(hidden)
@@ -66,17 +71,37 @@ def block_output(
     past: KeysValues | None = None,
     cache: list[KeysValues] | None = None,
     *,
+    form: BlockForm = LLAMA,
     pieces: bool = False,
 ) -> mx.array:
     """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention.
 
     With `pieces`, what is cheap to make is made again in the backward pass.
     """
-    if pieces:
-        hidden = hidden + attention_output(layer.self_attn, hidden, batch, past, cache, norm=layer.input_layernorm)
-        return hidden + feed_forward(layer.mlp, layer.post_attention_layernorm, hidden)
-    hidden = hidden + attention_output(layer.self_attn, layer.input_layernorm(hidden), batch, past, cache)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    norm = None if form.before_attention is None else layer[form.before_attention]
+    x = attention_output(layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces)
+    hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
+    if pieces and is_swiglu(layer.mlp):
+        x = feed_forward(layer.mlp, None if form.before_mlp is None else layer[form.before_mlp], hidden)
+    else:
+        x = _normed(layer, form.before_mlp, hidden)
+        expert_loads.record(layer.mlp, x)
+        x = layer.mlp(x)
+    return _added(hidden, _normed(layer, form.after_mlp, x), form)
+
+
+def _normed(layer: Any, norm: str | None, x: mx.array) -> mx.array:
+    return x if norm is None else layer[norm](x)
+
+
+def _added(hidden: mx.array, change: mx.array, form: BlockForm) -> mx.array:
+    """The residual sum."""
+    if form.residual != 1.0:
+        change = change * form.residual
+    if not form.clips or hidden.dtype != mx.float16:
+        return hidden + change
+    most = float(np.finfo(np.float16).max)
+    return mx.clip(hidden.astype(mx.float32) + change.astype(mx.float32), -most, most).astype(mx.float16)
 
 
 def attention_output(
@@ -86,45 +111,27 @@ def attention_output(
     past: KeysValues | None = None,
     cache: list[KeysValues] | None = None,
     *,
+    form: BlockForm = LLAMA,
     norm: nn.Module | None = None,
+    pieces: bool = False,
 ) -> mx.array:
-    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
+    """The attention layer's output (T, D) for the row `x` (T, D), normalized by `norm`; its roots continue `past`.
 
-    The keys and values that the last segment sees are appended to `cache`. With `norm`, the row is still to be
-    normalized by it, and what is cheap to make is made again in the backward pass.
+    The keys and values that the last segment sees are appended to `cache`. For `pieces` see `block_output`.
     """
-    query, key, value = projected((attention.q_proj, attention.k_proj, attention.v_proj), norm, x)
+    layers = [attention[name] for name in (["qkv_proj"] if form.fused else ["q_proj", "k_proj", "v_proj"])]
+    products = projected(layers, norm, x, pieces=pieces)
     shift = 0 if past is None else past[0].shape[2]
-    positions = batch.positions + shift if shift else batch.positions
-
-    def heads(values: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
-        """One array (1, H, n, d) for each segment of n tokens."""
-        split = values.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
-        if norm is not None and norm in attention:
-            split = attention[norm](split)
-        if rotate:  # each token has its own position, so each is passed as a batch of its own
-            split = attention.rope(split, offset=positions)
-        split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
-        # Split, not sliced: the gradient of every slice would be an array of the whole row.
-        return list(mx.split(split, batch.starts[1:], axis=2))
-
-    queries = heads(query, attention.n_heads, "q_norm", rotate=True)
-    keys = heads(key, attention.n_kv_heads, "k_norm", rotate=True)
-    values = heads(value, attention.n_kv_heads, None, rotate=False)
-
+    queries, keys, values = _segments_of(attention, products, batch, form, shift)
     prefix = [] if past is None else [past]
-    masked = device.max_masked_queries()
-    outputs = []
-    for index, segment in enumerate(batch.segments):
-        visible = prefix + [(keys[i], values[i]) for i in (*batch.ancestors(index), index)]
-        key, value = (_joined(list(column)) for column in zip(*visible, strict=True))
-        mask = _mask(len(segment), key.shape[2], array=len(segment) <= masked)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(queries[index], key, value, scale=attention.scale, mask=mask)
-        )
+    outputs: list[mx.array] = []
+    for index in range(len(batch.segments)):
+        before = prefix + [(keys[i], values[i]) for i in batch.ancestors(index)]
+        own = keys[index], values[index]
+        outputs += _attended(queries[index], before, own, attention.scale, form.window)
         if cache is not None and index == len(batch.segments) - 1:
-            cache.append((key, value))
-    return _together(attention.o_proj, outputs, pieces=norm is not None)
+            cache.append(_columns([*before, own]))
+    return _together(attention.o_proj, outputs, pieces=pieces)
 
 
 def _together(o_proj: Any, outputs: list[mx.array], *, pieces: bool) -> mx.array:
@@ -139,12 +146,109 @@ def _together(o_proj: Any, outputs: list[mx.array], *, pieces: bool) -> mx.array
     return scaled(o_proj, again((o_proj,), lambda *parts: (product(o_proj, rows(*parts)),), *outputs)[0])
 
 
-def _mask(queries: int, keys: int, *, array: bool) -> mx.array | str | None:
-    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query."""
-    if array:
-        last = mx.arange(keys - queries, keys)  # the key at each query's own position
-        return mx.arange(keys) <= last[:, None]  # (n, K)
+def _segments_of(
+    attention: Any, products: tuple[mx.array, ...], batch: PackedBatch, form: BlockForm, shift: int
+) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+    """Rotated queries and keys, and values: one array (1, H, n, d) for each segment of n tokens.
+
+    `products` are those of the projections of the row. The positions begin at `shift`.
+    """
+    positions = batch.positions + shift if shift else batch.positions
+
+    def heads(values: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
+        if norm is not None and form.whole_norms:
+            values, norm = attention[norm](values), None
+        split = values.reshape(values.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
+        if norm is not None and not form.rotated_first:
+            split = attention[norm](split)
+        if rotate:  # each token has its own position, so each is passed as a batch of its own
+            split = attention.rope(split, offset=positions)
+        if norm is not None and form.rotated_first:
+            split = attention[norm](split)
+        split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
+        # Split, not sliced: the gradient of every slice would be an array of the whole row.
+        return list(mx.split(split, batch.starts[1:], axis=2))
+
+    queries, keys, values = _projections(attention, products)
+    of_queries, of_keys = form.norms or (None, None)
+    return (
+        heads(queries, attention.n_heads, of_queries, rotate=True),
+        heads(keys, attention.n_kv_heads, of_keys, rotate=True),
+        heads(values, attention.n_kv_heads, None, rotate=False),
+    )
+
+
+def _projections(attention: Any, products: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    """Queries, keys and values, (T, H * d) each."""
+    if len(products) == 3:
+        return products
+    (product,) = products
+    size = product.shape[-1] // (attention.n_heads + 2 * attention.n_kv_heads)
+    end = attention.n_heads * size
+    parts: Any = mx.split(product, [end, end + attention.n_kv_heads * size], axis=-1)
+    return tuple(parts)
+
+
+def _attended(
+    queries: mx.array, before: list[KeysValues], own: KeysValues, scale: float, window: int | None
+) -> Iterator[mx.array]:
+    """Attention (1, H, n, d) of a segment to what comes `before` it and to its `own` keys, in pieces of it.
+
+    With a `window`, a piece sees its own keys and those of the piece before it; a piece is at least as long as the
+    window.
+    """
+    if window is None:
+        yield _attention(queries, _columns([*before, own]), scale, None)
+        return
+    tail = _last(before, window - 1)
+    size = max(window, _LEAST_PIECE)
+    cuts = list(range(size, queries.shape[2], size))
+    pieces = zip(*(mx.split(array, cuts, axis=2) if cuts else [array] for array in (queries, *own)), strict=True)
+    for piece, key, value in pieces:
+        yield _attention(piece, _columns([*tail, (key, value)]), scale, window)
+        tail = [(key, value)]
+
+
+_LEAST_PIECE = 256  # queries; shorter pieces than these would only make more kernels
+
+
+def _last(parts: list[KeysValues], count: int) -> list[KeysValues]:
+    """The last `count` keys and values of `parts`, which follow each other."""
+    kept: list[KeysValues] = []
+    for key, value in reversed(parts):
+        if count <= 0:
+            break
+        surplus = key.shape[2] - count
+        if surplus > 0:
+            key, value = (mx.split(array, [surplus], axis=2)[1] for array in (key, value))
+        kept.insert(0, (key, value))
+        count -= key.shape[2]
+    return kept
+
+
+def _attention(queries: mx.array, seen: KeysValues, scale: float, window: int | None) -> mx.array:
+    count, total = queries.shape[2], seen[0].shape[2]
+    window = None if window is None or total <= window else window
+    mask = _mask(count, total, array=count <= device.max_masked_queries(), window=window)
+    return mx.fast.scaled_dot_product_attention(queries, *seen, scale=scale, mask=mask)
+
+
+def _mask(queries: int, keys: int, *, array: bool, window: int | None = None) -> mx.array | str | None:
+    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query.
+
+    With a `window`, each query sees the last so many of them, its own included.
+    """
+    if array or window is not None:
+        last = mx.arange(keys - queries, keys)[:, None]  # the key at each query's own position
+        seen = mx.arange(keys) <= last  # (n, K)
+        return seen if window is None else seen & (mx.arange(keys) > last - window)
     return "causal" if queries > 1 else None  # MLX aligns "causal" to the last key
+
+
+def _columns(parts: list[KeysValues]) -> KeysValues:
+    """Keys and values that follow each other, in one array each."""
+    key, value = (_joined(list(column)) for column in zip(*parts, strict=True))
+    return key, value
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

@@ -16,32 +16,31 @@ from mlx_zh.system import device
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-def feed_forward(mlp: Any, norm: nn.Module, hidden: mx.array) -> mx.array:
-    """`mlp(norm(hidden))`, (T, D). Of a SwiGLU, only `hidden`, gate and up are kept for the backward pass.
+def feed_forward(mlp: Any, norm: nn.Module | None, hidden: mx.array) -> mx.array:
+    """`mlp(norm(hidden))` of a SwiGLU, (T, D). Only `hidden`, gate and up are kept for the backward pass.
 
     The normalized input, LoRA's low-rank values, SiLU and its product with up are made again there. The products with
-    the weights are not, as no gradient needs them. Of any other MLP the normalized input alone is made again, with
-    whatever the MLP keeps.
+    the weights are not, as no gradient needs them.
     """
-    if not is_swiglu(mlp):
-        other: mx.array = mlp(norm(hidden))
-        return other
-
-    gate, up = projected((mlp.gate_proj, mlp.up_proj), norm, hidden)
+    gate, up = projected((mlp.gate_proj, mlp.up_proj), norm, hidden, pieces=True)
     (out,) = again((mlp.down_proj,), lambda gate, up: (product(mlp.down_proj, swiglu(gate, up)),), gate, up)
     return scaled(mlp.down_proj, out)
 
 
-def projected(layers: Sequence[Any], norm: nn.Module | None, x: mx.array) -> tuple[mx.array, ...]:
-    """What each of `layers` computes of `x` (T, D). With `norm`, of the normalized `x`, which is made again."""
-    if norm is None:
-        return tuple(layer(x) for layer in layers)
+def projected(layers: Sequence[Any], norm: nn.Module | None, x: mx.array, *, pieces: bool) -> tuple[mx.array, ...]:
+    """What each of `layers` computes of `x` (T, D), normalized by `norm`. With `pieces`, `x` alone is kept."""
+
+    def normed(x: mx.array) -> mx.array:
+        return x if norm is None else norm(x)
 
     def products(x: mx.array) -> tuple[mx.array, ...]:
-        x = norm(x)
+        x = normed(x)
         return tuple(product(layer, x) for layer in layers)
 
-    outputs = again((norm, *layers), products, x)
+    if not pieces:
+        x = normed(x)
+        return tuple(layer(x) for layer in layers)
+    outputs = again([*([] if norm is None else [norm]), *layers], products, x)
     return tuple(scaled(layer, out) for layer, out in zip(layers, outputs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The packed forward pass and the fused log-probs of a Llama-shaped mlx-lm model.
+"""The packed forward pass and the fused log-probs of an mlx-lm model.
 
 `hidden_states` runs the model's blocks (`core.blocks`) over a packed row. `token_logprobs` projects only the scored
 positions on the vocabulary, chunk by chunk, and keeps no logits of an earlier chunk.
@@ -15,16 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_zh.core.block_forms import ModelForm, form_of
 from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
-from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.core.recompute import Levels, levels
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.core.trained_tables import TRAINED_TABLES
-from mlx_zh.errors import ModelError
 from mlx_zh.system import device
-
-SUPPORTED = tuple(FAMILIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +53,24 @@ def hidden_states(
     prefix: Prefix | None = None,
     grad: bool = True,
 ) -> mx.array:
-    """Last hidden states (T, D) of a packed row, after the final norm.
+    """Last hidden states (T, D) of a packed row, after the final norm, from which the head makes the logits.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
-    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
-    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
-    freed before those of the next but one are allocated.
+    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
+    prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
+    next but one are allocated.
     """
     last = None
-    for hidden in residual_stream(
-        model, batch, checkpoint=checkpoint if grad else Levels(), noise=noise, prefix=prefix
-    ):
+    levels_of_row = checkpoint if grad else Levels()
+    for hidden in residual_stream(model, batch, checkpoint=levels_of_row, noise=noise, prefix=prefix):
         if not grad:
             mx.async_eval(hidden)
             if last is not None:
                 mx.eval(last)
         last = hidden
-    return decoder(model).norm(last)
+    last = decoder(model).norm(last)
+    factor = form_of(model).logits
+    return last if factor == 1 else last * factor
 
 
 def residual_stream(
@@ -84,19 +82,25 @@ def residual_stream(
     prefix: Prefix | None = None,
 ) -> Iterator[mx.array]:
     """The embedded tokens (T, D), and then the output (T, D) of each block; for the options see `hidden_states`."""
-    inner = decoder(model)
-    hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
-    if noise is not None:
-        hidden = noise.embeddings(hidden)
+    inner, form = decoder(model), form_of(model)
+    hidden = _embedded(inner, form, batch, noise)
     yield hidden
     flows = has_arrays(inner.embed_tokens.trainable_parameters())  # whether the gradient goes through the block
     again, number = levels(checkpoint), 0
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
         flows = flows or has_arrays(layer.trainable_parameters())
-        hidden = run_block(layer, hidden, batch, again.of(number) if flows else 0, noise, past)
+        level = again.of(number) if flows else 0
+        hidden = run_block(layer, hidden, batch, level, noise, past, form.blocks[index])
         number += flows
         yield hidden
+
+
+def _embedded(inner: Any, form: ModelForm, batch: PackedBatch, noise: TokenNoise | None) -> mx.array:
+    hidden: mx.array = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
+    if noise is not None:
+        hidden = noise.embeddings(hidden)
+    return hidden if form.embedding == 1 else hidden * form.embedding
 
 
 def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | None = None) -> Prefix:
@@ -108,11 +112,12 @@ def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | No
         row = RowBuilder()
         row.add(tokens[start : start + chunk])
         batch = row.build(0)
-        inner = decoder(model)
-        hidden = inner.embed_tokens(batch.tokens)  # (T,) -> (T, D)
+        inner, form = decoder(model), form_of(model)
+        hidden = _embedded(inner, form, batch, None)
         cache: list[KeysValues] = []
         for index, layer in enumerate(inner.layers):
-            hidden = block_output(layer, hidden, batch, None if prefix is None else prefix.layers[index], cache)
+            past = None if prefix is None else prefix.layers[index]
+            hidden = block_output(layer, hidden, batch, past, cache, form=form.blocks[index])
         prefix = Prefix(len(batch.tokens) + (0 if prefix is None else prefix.length), tuple(cache))
         mx.eval(prefix.layers)  # only one chunk's activations are in memory
     if prefix is None:
@@ -142,14 +147,14 @@ def token_logprobs(
     """
     if targets.size == 0:  # no scored tokens: MLX cannot reduce an empty array
         return mx.zeros(0)
-    rows = chunk or chunk_rows(_vocabulary(head))
+    rows = chunk or chunk_rows(vocabulary_of(head))
     if isinstance(head, TRAINED_TABLES):
         return _table_logprobs(hidden, head.weight, targets, rows)
     if has_arrays(head.trainable_parameters()) or not isinstance(head, _PLAIN_HEADS):
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
         hidden = mx.stop_gradient(hidden)  # of one chunk too: no gradient flows through several
-        return _one_by_one(lambda h, t: (_logprobs(_project(head, h), t),), hidden, targets, rows)[0]
+        return _one_by_one(lambda h, t: (_logprobs(project(head, h), t),), hidden, targets, rows)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, ...]:
@@ -167,13 +172,15 @@ def token_logprobs(
 _PLAIN_HEADS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 
 
-def _vocabulary(head: Any) -> int:
-    while "weight" not in head:  # adapters wrap the layer
+def vocabulary_of(head: Any) -> int:
+    """The rows of an output head, which adapters may wrap."""
+    while "weight" not in head:
         head = head["linear"] if "linear" in head else head["embedding"]
     return int(head["weight"].shape[0])
 
 
-def _project(head: Any, hidden: mx.array) -> mx.array:
+def project(head: Any, hidden: mx.array) -> mx.array:
+    """Logits (C, V) float32 of hidden states (C, D)."""
     as_linear: Callable[[mx.array], mx.array] = getattr(head, "as_linear", head)
     return as_linear(hidden).astype(mx.float32)  # (C, D) -> (C, V); log-sum-exp needs float32
 
@@ -200,7 +207,7 @@ def _logprobs(logits: mx.array, targets: mx.array) -> mx.array:
 
 def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Log-probs (C,), and their gradient with respect to `hidden`: (onehot - softmax) @ W, (C, D)."""
-    logits = _project(head, hidden)  # (C, D) -> (C, V)
+    logits = project(head, hidden)  # (C, D) -> (C, V)
     column = targets[:, None]
     if hidden.dtype == mx.float32:
         values, divisor, normalizer = exponentials(logits)  # softmax = values / divisor
@@ -297,7 +304,7 @@ def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows
     def compute(hidden: mx.array, targets: mx.array) -> tuple[mx.array]:
         def recomputed(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
             head.update(parameters)
-            return _logprobs(_project(head, hidden), targets)
+            return _logprobs(project(head, hidden), targets)
 
         return (mx.checkpoint(recomputed)(parameters, hidden),)
 
@@ -360,60 +367,6 @@ def sequence_logprobs(model: nn.Module, batch: PackedBatch, *, chunk: int | None
     """Summed log-probs (num_sequences,) float32 of each sequence's scored tokens. Forward only."""
     logprobs = batch_logprobs(model, batch, chunk=chunk, grad=False)
     return sum_by_owner(logprobs, batch.owner, batch.num_sequences)
-
-
-def check_supported(model: nn.Module, config: Config) -> None:
-    """Compare the packed forward pass with the model's own on a short text.
-
-    `config` is the model's `config.json`. Raises ModelError when the blocks are not Llama-shaped, when the logits
-    differ, and when the model's own logits contain NaN or infinity.
-    """
-    family = config.get("model_type", "?")
-    if _rope_kind(config) == "dynamic":
-        raise ModelError(
-            "rope_scaling 'dynamic' in config.json cannot be trained here: it turns every token by an angle that "
-            "depends on the length of the whole text. Up to max_position_embeddings "
-            f"({config.get('max_position_embeddings', '?')} tokens) it changes nothing: train a copy of the model "
-            "without rope_scaling in its config.json."
-        )
-    refusal = (
-        f"models of type {family!r} cannot be trained here: their blocks are not Llama-shaped. "
-        f"These work: {', '.join(SUPPORTED)}."
-    )
-    inner = getattr(model, "model", None)
-    if inner is None or any(name not in inner for name in ("embed_tokens", "layers", "norm")):
-        raise ModelError(refusal)
-    if any(getattr(layer, "use_sliding", False) for layer in inner.layers):
-        raise ModelError(f"{refusal[:-1]}, but not with sliding-window attention, which this one uses.")
-    vocabulary = _vocabulary(output_head(model))
-    tokens = [(7 * i + 3) % vocabulary for i in range(12)]
-    row = RowBuilder()
-    branch = row.add(tokens[5:], parent=row.add(tokens[:5]))
-    row.score(branch, [True] * 7, owner=0)
-    try:
-        packed = _project(output_head(model), hidden_states(model, row.build(1)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(refusal) from error
-    own = model(mx.array([tokens]))[0].astype(mx.float32)  # (12, V)
-    if not mx.isfinite(own).all():
-        raise ModelError(
-            "the model's logits contain NaN or infinity before any training: its weights are damaged "
-            "(download them again), or too large for float16 (set model.dtype: bfloat16)."
-        )
-    # Centred logits are compared, not probabilities: with a large vocabulary every probability is small.
-    difference = float(mx.linalg.norm(_centred(packed) - _centred(own)) / mx.linalg.norm(_centred(own)))
-    if not difference < (1e-3 if computes_in_float32(model) else 0.1):
-        raise ModelError(f"{refusal} (The packed logits differ from its own by {difference:.2g} of their norm.)")
-
-
-def _rope_kind(config: Config) -> object:
-    """The kind of RoPE scaling that `config.json` names."""
-    scaling = config.get("rope_scaling")
-    return scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
-
-
-def _centred(logits: mx.array) -> mx.array:
-    return logits - logits.mean(axis=-1, keepdims=True)
 
 
 def computes_in_float32(model: nn.Module) -> bool:

@@ -153,3 +153,13 @@ def letter_confidence(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float
     """The chosen letter's probability among the four, (N,), from log-probs (N, 4)."""
     shifted = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
     return np.asarray(1 / shifted.sum(axis=1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p of several tests, adjusted so that one false alarm among all is at most as likely as in one test (Holm 1979,
+    Scand. J. Stat. 6(2)): the k-th smallest of n is multiplied by n - k + 1, and none is below a smaller one."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = highest
+    return adjusted

@@ -1,8 +1,9 @@
 """The catalogue of texts for people: every code once, worded in English and in Chinese.
 
 The YAML files of this folder hold it: `warnings.yaml` has the warnings, `report.yaml` the texts of the report,
-`init.yaml` what `mlx-zh init` says, and `chat.yaml` what a saved chat says. A wording is a format string with named
-fields, for example `{count} of {questions} prompts`. Both languages have the same fields.
+`compare.yaml` those of comparisons, `init.yaml` what `mlx-zh init` says, and `chat.yaml` what a saved chat says. A
+wording is a format string with named fields, for example `{count} of {questions} prompts`. Both languages have the
+same fields.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 Language = Literal["en", "zh"]
 
-FILES = ("warnings", "report", "init", "chat")
+FILES = ("warnings", "report", "compare", "init", "chat")
 SEPARATORS: dict[Language, str] = {"en": ", ", "zh": "、"}  # between the parts of a list
 
 

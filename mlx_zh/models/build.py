@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.errors import ModelError
+from mlx_zh.models.family_configs import language_tensors
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -23,7 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _BYTE_SCALED = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 Weights = dict[str, "mx.array"]
-_TENSORS_OF_A_LAYER = 9  # seven matrices and two norms, in all families; some have more
+_TENSORS_OF_A_LAYER = 6  # four matrices and two norms, where projections are fused; others have more
 
 
 def build_model(
@@ -48,6 +49,7 @@ def build_model(
 
     _resolve_config(config, weights, source)
     model = lazy_model(config, weights, source)
+    _under_own_names(model, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -105,6 +107,7 @@ def outline(config: Config, weights: Weights, source: str, *, quantize: tuple[in
 
     _resolve_config(config, weights, source)
     model = lazy_model(config, weights, source)
+    _under_own_names(model, weights, source)
     modules = dict(model.named_modules())
     if quantize is not None:
         _quantize(weights, modules, quantize, source)
@@ -123,6 +126,7 @@ def _resolve_config(config: Config, weights: Weights, source: str) -> None:
 
     Raises ModelError if the model is quantized in a format that cannot be read.
     """
+    language_tensors(weights)
     tied = config.get("tie_word_embeddings")
     if tied is None:
         tied = config["tie_word_embeddings"] = "lm_head.weight" not in weights
@@ -147,14 +151,58 @@ def lazy_model(config: Config, weights: Weights, source: str) -> Any:
             f"{source}: its config.json says {layers:,} layers, but there are only {len(weights)} tensors. Download "
             "the model again."
         )
-    module = importlib.import_module(f"mlx_lm.models.{FAMILIES[config['model_type']].mlx_lm}")
+    family = family_of(config)
+    if family is None:
+        raise ModelError(_unknown(config, source))
     try:
-        return module.Model(module.ModelArgs.from_dict(config))
+        module = importlib.import_module(f"mlx_lm.models.{family.mlx_lm}")
+        model = module.Model(module.ModelArgs.from_dict(config))
+        if config.get("tie_word_embeddings") and getattr(model, "tie_word_embeddings", None) is False:
+            model.tie_word_embeddings = True  # Gemma 3's class has a head until it has seen the tensors
+            model.pop("lm_head")
+        return model
+    except SystemExit as error:  # OLMo's module ends the program where a package of its own is missing
+        raise ModelError(_unknown(config, source)) from error
     except Exception as error:  # mlx-lm does not check its arguments: TypeError, KeyError, ZeroDivisionError, ...
+        if family.architecture is None:
+            raise ModelError(f"{_unknown(config, source)} ({error})") from error
         raise ModelError(
             f"{source}: no {config['model_type']} model can be made from its config.json: {error}. Download the "
             "model again, or compare the file with the original."
         ) from error
+
+
+def _unknown(config: Config, source: str) -> str:
+    return (
+        f"{source}: no model of model_type {str(config.get('model_type'))[:40]!r} can be made from its config.json. "
+        f"These are known to work: {', '.join(FAMILIES)}."
+    )
+
+
+def _under_own_names(model: Any, weights: Weights, source: str) -> None:
+    """Rename tensors as the model's own class of mlx-lm does, where some are not named as it has them.
+
+    Experts, which a hub has one by one, become one tensor. Raises ModelError.
+    """
+    from mlx.utils import tree_flatten
+
+    expected = dict(tree_flatten(model.parameters()))
+    stems = {name.rpartition(".")[0] for name in expected}
+    if not hasattr(model, "sanitize") or all(name.rpartition(".")[0] in stems for name in weights):
+        return
+    try:
+        renamed = model.sanitize(dict(weights))
+    except Exception as error:  # a missing tensor is a KeyError, one of another shape a ValueError
+        raise ModelError(
+            f"The tensors of {source} do not fit its config: {str(error)[:200]} is missing or of the wrong shape. "
+            "Download the model again; if it is complete, its model_type in config.json is wrong."
+        ) from error
+    weights.clear()
+    weights.update(renamed)
+
+
+_ROUTER = ".mlp.gate"  # of a layer with experts; mlx-lm keeps it in 8 bits
+_ROUTER_FORM = (64, 8)  # group size and bits
 
 
 def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int, int], source: str) -> None:
@@ -177,7 +225,10 @@ def _quantize(weights: Weights, modules: Mapping[str, Any], quantize: tuple[int,
         array = weights.get(f"{path}.weight")
         if array is None or not hasattr(module, "to_quantized") or array.shape[-1] % group_size:
             continue
-        packed, scales, biases = mx.quantize(array, group_size=group_size, bits=bits)
+        if path.endswith(_ROUTER) and array.shape[-1] % _ROUTER_FORM[0] == 0:
+            packed, scales, biases = mx.quantize(array, *_ROUTER_FORM)
+        else:
+            packed, scales, biases = mx.quantize(array, group_size=group_size, bits=bits)
         weights |= {f"{path}.weight": packed, f"{path}.scales": scales, f"{path}.biases": biases}
         quantized += 1
     if not quantized:

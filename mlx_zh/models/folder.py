@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.errors import ModelError, first_line
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
+from mlx_zh.models.family_configs import completed
 from mlx_zh.system.json_text import load_json, parse_json
 from mlx_zh.system.links import check_folder
 from mlx_zh.system.storage import visible
@@ -44,19 +45,11 @@ def folder_config(path: Path) -> Config:
             f"*.safetensors files{_adapter_hint(path)}."
         )
     config = read_json(path / "config.json")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    config = completed(config, str(path / "config.json"))
+    if family_of(config) is None:
         raise ModelError(
-            f"{path / 'config.json'}: model_type {kind!r} is not supported. Supported are {', '.join(FAMILIES)}: "
-            "this program computes attention itself and needs a model of Llama's architecture."
-        )
-    _flatten_rope(config)
-    listed = config.get("layer_types") or []
-    kinds = {str(kind) for kind in listed if kind != "full_attention"} if isinstance(listed, list) else {str(listed)}
-    if kinds or config.get("use_sliding_window"):
-        raise ModelError(
-            f"{path / 'config.json'}: layers with {', '.join(sorted(kinds)) or 'sliding_attention'} are not "
-            "supported; every layer must attend to the whole text. Choose another model."
+            f"{path / 'config.json'}: model_type {config.get('model_type')!r} is not supported. Supported are "
+            f"{', '.join(FAMILIES)}; other models that mlx-lm has are tried when they are loaded."
         )
     generation = path / "generation_config.json"
     if generation.is_file():
@@ -92,18 +85,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: a JSON object is needed, got a {type(content).__name__}. Download it again.")
     return content
-
-
-def _flatten_rope(config: Config) -> None:
-    """Copy rope_theta out of rope_parameters, where transformers 5 puts it; mlx-lm's Llama would use 10000."""
-    nested = config.get("rope_parameters")
-    if not isinstance(nested, dict):
-        return
-    if "rope_theta" in nested:
-        config.setdefault("rope_theta", nested["rope_theta"])
-    kind = nested.get("rope_type") or nested.get("type") or "default"
-    if kind != "default" and not config.get("rope_scaling"):
-        config["rope_scaling"] = {key: value for key, value in nested.items() if key != "rope_theta"}
 
 
 def _adapter_hint(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, describe_packing
 from mlx_zh.models.gguf import GGUFFile, read_tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 # GGUF's architectures, each also the model_type that it is read as. Mistral is stored as llama in GGUF.
-ARCHITECTURES = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+ARCHITECTURES = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values() if family.gguf))
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -278,13 +278,19 @@ def gguf_name(name: str) -> str:
 _PARTS = {mlx_part: gguf_part for gguf_part, mlx_part in _LAYER.items()}
 
 
+def gguf_architecture(config: Config) -> str | None:
+    """The name of a model's architecture in GGUF; None if GGUF files of it are neither read nor written here."""
+    family = family_of(config)
+    return None if family is None else family.gguf
+
+
 def permute(name: str, array: mx.array, config: Config) -> mx.array:
     """The tensor `name` with rows in llama.cpp's order; only q and k of Llama and Mistral change.
 
     llama.cpp rotates neighbouring dimensions of a head, Hugging Face its first half with its second.
     """
     part = name.rsplit(".", 2)[-2]
-    if part not in _HEADS or FAMILIES[config["model_type"]].gguf != "llama":
+    if part not in _HEADS or gguf_architecture(config) != "llama":
         return array
     halves = array.reshape(config[_HEADS[part]], 2, -1, *array.shape[1:])  # (heads, 2, head_dim / 2, ...)
     return halves.swapaxes(1, 2).reshape(array.shape)

@@ -83,7 +83,7 @@ def predicted_pace(
     weights = weight_bytes(model, target)
     return Pace(
         training=flops / (peak * _TRAINING[chip.generation]),
-        forward=2 * model.layers * model.block_values / (peak * _FORWARD[chip.generation]),
+        forward=2 * model.layers * model.active_values / (peak * _FORWARD[chip.generation]),
         update=trained_values(model, trained) * 4 * 8 / (0.7 * chip.bandwidth * 1e9),  # 8 passes over float32 arrays
         generation=weights / (_GENERATION * chip.bandwidth * 1e9),
     )

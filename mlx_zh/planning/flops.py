@@ -15,7 +15,7 @@ def training_flops(model: ModelShape, trained: AdapterSpec, *, scored: float, ag
     weight takes 2 N more, which only trained values need. Blocks below the lowest trained one have no backward pass.
     Attention itself is left out: at lengths of some hundred tokens it is a few percent.
     """
-    block = 2.0 * model.block_values
+    block = 2.0 * model.active_values
     values = trained_values(model, trained) - saved_values(model, trained)
     forward = model.layers * block
     backward = backward_blocks(model, trained) * block

@@ -148,9 +148,12 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
         outer = model.outer_values if trained.num_layers >= model.layers else 0
         return trained.num_layers * model.block_values + outer
     sizes = [model.matrix(name) for name in adapted_matrices(trained)]
-    values = sum(trained.rank * (inputs + outputs) for inputs, outputs in sizes)
+    values = sum(trained.rank * model.sides(name) for name in adapted_matrices(trained))
     values += sum(outputs for _, outputs in sizes) if trained.kind == "dora" else 0
     return trained.num_layers * values + saved_values(model, trained)
+
+
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
 def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
@@ -166,15 +169,19 @@ def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row
         frozenset({"down_proj"}): inner,
     }
     values = 2.0 * hidden  # inputs of both norms
+    values += model.routed_values
     values += 2 * inner  # gate and up
     if model.qk_norm:
         values += queries + keys
     masks = 0.0
-    if level == 0:
+    whole_mlp = level == 0 or not model.swiglu  # any other MLP is left as it is
+    if whole_mlp:
         values += 2 * inner  # sigmoid and SiLU, which MLX computes early
     if level == 0 and trained.kind == "full":
         values += 2 * hidden  # normalized values, for the gradient of the norms' weights
-    for names, width in inputs.items() if level == 0 else ():
+    for names, width in inputs.items():
+        if not (whole_mlp if names & _MLP else level == 0):
+            continue
         if layers := names & adapted:
             copies = len(layers) if trained.dropout > 0 else 1  # with dropout, each layer has its own input
             values += copies * width

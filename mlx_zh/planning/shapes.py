@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.adapters.spec import AdapterSpec
 
@@ -23,7 +23,11 @@ LINEAR = {
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a Llama-shaped model. `queries` and `keys` are numbers of heads times the head size."""
+    """The sizes of a decoder. `queries` and `keys` are numbers of heads times the head size.
+
+    `intermediate` is the width that a token sees. With experts, each of the `experts` has `expert_width` of it, and
+    a token sees some of them; layers whose MLP is not split are counted as if it were.
+    """
 
     hidden: int
     layers: int
@@ -35,22 +39,57 @@ class ModelShape:
     tied: bool
     qk_norm: bool = False
     attention_bias: bool = False
+    norms: int = 2
+    experts: int = 0
+    silu: bool = True  # the activation of the MLP
+    expert_width: int = 0
 
     def width(self, name: str) -> int:
         """The width called `name`: `hidden`, `queries`, `keys` or `intermediate`."""
         return int(getattr(self, name))
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """Input and output widths of the linear layer `name` of a block."""
+        """Input and output widths of the linear layer `name` of a block; of all its experts side by side."""
         inputs, outputs = LINEAR[name]
-        return self.width(inputs), self.width(outputs)
+        return self._whole(inputs), self._whole(outputs)
+
+    def _whole(self, name: str) -> int:
+        return self.experts * self.expert_width if self.experts and name == "intermediate" else self.width(name)
+
+    def sides(self, name: str) -> int:
+        """Input and output width of the linear layer `name` together, of all its experts: LoRA's values a rank."""
+        inputs, outputs = LINEAR[name]
+        if self.experts and "intermediate" in (inputs, outputs):
+            return self.experts * (self.hidden + self.expert_width)
+        return self.width(inputs) + self.width(outputs)
+
+    @property
+    def active_values(self) -> int:
+        """Parameters of one block that a token meets: without experts, all."""
+        idle = self.experts * self.expert_width - self.intermediate if self.experts else 0
+        return self.block_values - 3 * self.hidden * idle
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the MLP is one SwiGLU, of which `core.feed_forward` keeps less."""
+        return self.silu and not self.experts
+
+    @property
+    def routed_values(self) -> int:
+        """Values a token that the choice of experts saves for the backward pass beside theirs: each one's output."""
+        return self.hidden * (self.intermediate // self.expert_width) if self.experts else 0
 
     @property
     def block_values(self) -> int:
         """Parameters of one block: matrices, norms and biases."""
         matrices = sum(inputs * outputs for inputs, outputs in map(self.matrix, LINEAR))
-        norms = 2 * self.hidden + (2 * self.queries // self.heads if self.qk_norm else 0)
-        return matrices + norms + (self.queries + 2 * self.keys if self.attention_bias else 0)
+        norms = self.norms * self.hidden + (2 * self.queries // self.heads if self.qk_norm else 0)
+        return (
+            matrices
+            + norms
+            + self.experts * self.hidden
+            + (self.queries + 2 * self.keys if self.attention_bias else 0)
+        )
 
     @property
     def outer_values(self) -> int:
@@ -58,24 +97,35 @@ class ModelShape:
         return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
 
+_BIASES = ("attention_bias", "qkv_bias", "use_bias")  # keys of config.json for biases of queries, keys and values
+
+
 def model_shape(config: Config) -> ModelShape:
     """The shape of the model with this `config.json`. A damaged one raises a built-in exception."""
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     size = int(config.get("head_dim") or hidden // heads)
-    family = FAMILIES.get(str(config.get("model_type")), FAMILIES["llama"])
+    family = family_of(config) or FAMILIES["llama"]
     tied = config.get("tie_word_embeddings")
+    experts, expert_width = int(config.get("num_experts") or 0), int(config.get("moe_intermediate_size") or 0)
+    used = int(config.get("num_experts_per_tok") or 0)
+    if not (experts and expert_width and used):
+        experts = expert_width = 0
     return ModelShape(
         hidden=hidden,
         layers=int(config["num_hidden_layers"]),
-        intermediate=int(config["intermediate_size"]),
+        intermediate=used * expert_width if experts else int(config["intermediate_size"]),
         heads=heads,
         queries=heads * size,
         keys=int(config.get("num_key_value_heads") or heads) * size,
         vocabulary=int(config["vocab_size"]),
         tied=bool(tied) if tied is not None else False,
         qk_norm=family.query_key_norms,
-        attention_bias=family.attention_bias or bool(config.get("attention_bias")),
+        attention_bias=family.attention_bias or any(config.get(key) for key in _BIASES),
+        norms=family.norms,
+        experts=experts,
+        silu=str(config.get("hidden_activation") or config.get("hidden_act") or "silu") in ("silu", "swish"),
+        expert_width=expert_width,
     )
 
 
@@ -103,6 +153,20 @@ class Target:
     packing: Packing | None
     fused_attention: bool
     attention_tile: int = 0
+
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def planned_targets(model: ModelShape, targets: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names in `LINEAR` of the linear layers that `lora.targets` names (None: all); None for all of them.
+
+    A fused projection counts as its parts. All layers of a block with experts are those of its attention.
+    """
+    if targets is None:
+        return tuple(name for name in LINEAR if name[0] in "qkvo") if model.experts else None
+    named = [part for name in targets for part in _FUSED.get(name, (name,))]
+    return tuple(name for name in LINEAR if name in named)
 
 
 def adapted_matrices(trained: AdapterSpec) -> frozenset[str]:

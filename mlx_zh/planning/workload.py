@@ -117,7 +117,7 @@ def _flops(recipe: Recipe, machine: Machine, stage: str) -> float:
 
 
 def _block_values(model: ModelShape) -> int:
-    return model.layers * model.block_values
+    return model.layers * model.active_values
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves over optimizer steps."""
+    """Curves over optimizer steps, or over what else `along` names."""
 
     key: str  # of the PNG file's name
     title: Text
     axis: Text  # name of the vertical axis
     series: list[Series]
     percent: bool = False  # whether fractions are shown as percentages
+    along: Text | None = None  # name of the horizontal axis; None for steps
+    whole: bool = True  # whether the horizontal axis counts something
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,12 @@ def gather(
 
     Figures of models that are not `current` are left out; the second result is the exam and stage of each.
     """
-    exams: dict[str, dict[str, _Report]] = {}
+    exams: dict[str, dict[str, Report]] = {}
     outdated: list[tuple[str, str]] = []
     for stage in stages:
         for path in sorted(folder.glob(f"{stage}-*.json")):
             key = path.stem.removeprefix(f"{stage}-")
-            if path.stem.endswith("-submission") or (report := _read_report(path, key)) is None:
+            if path.stem.endswith("-submission") or (report := read_report(path, key)) is None:
                 continue
             if is_current(report.about, current.get(stage, {})):
                 exams.setdefault(key, {})[stage] = report
@@ -108,7 +108,7 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Report:
+class Report:
     """The part of a result file (`exams.figures.ExamReport`) that the report uses, checked."""
 
     title: str
@@ -123,7 +123,7 @@ class _Report:
     numbers: object  # equal where the same version of log-probs decided
 
 
-def _read_report(path: Path, key: str) -> _Report | None:
+def read_report(path: Path, key: str) -> Report | None:
     """The result file of the exam `key`; None where it is damaged. Files of older versions have fewer keys."""
     try:
         report = load_json(path)
@@ -132,14 +132,14 @@ def _read_report(path: Path, key: str) -> _Report | None:
         return None
 
 
-def _checked(report: Any, key: str) -> _Report:
+def _checked(report: Any, key: str) -> Report:
     """Raises one of `_DAMAGED` where a value is missing or has another type."""
     about = report.get("about", {})
     protocol = about.get("protocol", {})
     chance = [float(end) for end in report.get("chance") or ()]
     if chance and not 0 <= chance[0] <= chance[1] <= 1:
         raise ValueError("accuracies are shares of 1")
-    return _Report(
+    return Report(
         title=str(report.get("benchmark", key)),
         split=str(report.get("split", "")),
         protocol=f"{protocol.get('name', '?')} v{protocol.get('version', '?')}",
@@ -167,7 +167,7 @@ def _tripwires(report: Any) -> list[str]:
 
 
 class _Exam:
-    def __init__(self, folder: Path, key: str, reports: Mapping[str, _Report], bootstrap: int, seed: int) -> None:
+    def __init__(self, folder: Path, key: str, reports: Mapping[str, Report], bootstrap: int, seed: int) -> None:
         self._folder, self._key, self._reports = folder, key, reports
         self._bootstrap, self._seed = bootstrap, seed
 
@@ -196,7 +196,7 @@ class _Exam:
         )
 
     def _rows(self, compared: tuple[str, str] | None) -> list[ExamRow]:
-        answers = [_answers(self._folder / f"{stage}-{self._key}.jsonl") for stage in compared or ()]
+        answers = [read_answers(self._folder / f"{stage}-{self._key}.jsonl") for stage in compared or ()]
         rows: dict[str, ExamRow] = {}
         for stage, report in self._reports.items():
             for row in report.rows:
@@ -215,17 +215,25 @@ class _Exam:
         return replace(row, change=change)
 
     def _paired(self, subjects: tuple[str, ...], before: Answers, after: Answers) -> Change | None:
-        """The change question by question; None where answers are missing, or are not to the same questions."""
-        if not subjects or any(s not in before or before[s].keys() != after.get(s, {}).keys() for s in subjects):
+        compared = paired(subjects, before, after, self._bootstrap, self._seed)
+        if compared is None:
             return None
-        first, second = (
-            {s: np.array([side[s][question] for question in before[s]]) for s in subjects} for side in (before, after)
-        )
-        comparison = statistics.compare(first, second, self._bootstrap, self._seed)
-        return Change(comparison.difference, *comparison.interval, comparison.noise, True, comparison.p)
+        return Change(compared.difference, *compared.interval, compared.noise, True, compared.p)
 
 
-def _answers(path: Path) -> Answers:
+def paired(
+    subjects: Sequence[str], before: Answers, after: Answers, bootstrap: int, seed: int
+) -> statistics.Comparison | None:
+    """The change question by question; None where answers are missing, or are not to the same questions."""
+    if not subjects or any(s not in before or before[s].keys() != after.get(s, {}).keys() for s in subjects):
+        return None
+    first, second = (
+        {s: np.array([side[s][question] for question in before[s]]) for s in subjects} for side in (before, after)
+    )
+    return statistics.compare(first, second, bootstrap, seed)
+
+
+def read_answers(path: Path) -> Answers:
     """Whether each question was answered right, from STAGE-EXAM.jsonl; empty where it is missing or damaged."""
     answers: Answers = {}
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from mlx_zh.reporting.compared_exams import ComparedExam
 from mlx_zh.reporting.exam_results import Change, ExamResult
 from mlx_zh.reporting.messages import Text, named, say
 from mlx_zh.reporting.words import points
 
 
-def head_line(exam: ExamResult) -> Text:
+def head_line(exam: ExamResult | ComparedExam) -> Text:
     """What was asked and under which protocol."""
     return say("exam_head", split=exam.split, questions=f"{exam.questions:,}", protocol=exam.protocol)
 

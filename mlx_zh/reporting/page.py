@@ -31,6 +31,20 @@ class Section:
 
 def page(findings: Findings, created: str) -> str:
     """The whole page as HTML; `created` is its date."""
+    return document(
+        "page",
+        title=say("page_title", name=findings.name),
+        name=findings.name,
+        model=mapped(findings.manifest.get("model")).get("source"),
+        created=created,
+        tiles=words.tiles(findings),
+        alarms=findings.alarms,
+        sections=list(_sections(findings)),
+    )
+
+
+def document(template: str, **values: Any) -> str:
+    """A whole page: `page.html`, or a template that extends it, with its values."""
     style, script = (
         files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
     )
@@ -39,19 +53,7 @@ def page(findings: Findings, created: str) -> str:
         f"default-src 'none'; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; base-uri 'none'; "
         "form-action 'none'"
     )
-    html = _render(
-        "page",
-        title=say("page_title", name=findings.name),
-        policy=policy,
-        style=Markup(style),
-        script=Markup(script),
-        name=findings.name,
-        model=mapped(findings.manifest.get("model")).get("source"),
-        created=created,
-        tiles=words.tiles(findings),
-        alarms=findings.alarms,
-        sections=list(_sections(findings)),
-    )
+    html = render(template, policy=policy, style=Markup(style), script=Markup(script), **values)
     return without_controls(html)  # HTML allows no control characters
 
 
@@ -65,16 +67,16 @@ def _sections(findings: Findings) -> Iterator[Section]:
     """The sections for which the run folder holds something."""
     if findings.exams:
         charts = [svg.dots(chart) for chart in exam_charts(findings)]
-        yield Section("benchmarks", say("benchmarks"), _render("benchmarks", exams=findings.exams, charts=charts))
+        yield Section("benchmarks", say("benchmarks"), render("benchmarks", exams=findings.exams, charts=charts))
     for stage, training in findings.training.items():
         charts = [svg.curves(chart) for chart in training_charts(training)]
-        content = _render("training", facts=words.training_facts(training), charts=charts)
+        content = render("training", facts=words.training_facts(training), charts=charts)
         yield Section(stage, say(f"training_{stage}"), content)
     if compared := figures_view.rounds(findings):
-        yield Section("rounds", say("rounds"), _render("export", exported=compared))
+        yield Section("rounds", say("rounds"), render("export", exported=compared))
     if findings.answers:
         shown = {"prompts": findings.prompts, "answers": findings.answers, "is_right": findings.is_right}
-        content = _render("answers", **shown, mark=words.mark)
+        content = render("answers", **shown, mark=words.mark)
         yield Section("answers", say("answers"), content)
     stages, digests = data_view.stages(findings), data_view.digests(findings)
     if stages or digests:
@@ -82,16 +84,17 @@ def _sections(findings: Findings) -> Iterator[Section]:
         charts += [svg.bars(scores) for stage in stages for scores in stage.scores]
         columns = data_view.source_columns()
         heads = {"source_columns": columns, "selected_columns": data_view.selected_columns()}
-        content = _render("data", stages=stages, charts=charts, digests=digests, **heads)
+        content = render("data", stages=stages, charts=charts, digests=digests, **heads)
         yield Section("data", say("data"), content)
     if exported := figures_view.exports(findings):
-        yield Section("export", say("export"), _render("export", exported=exported))
+        yield Section("export", say("export"), render("export", exported=exported))
     facts, times = figures_view.machine(findings), figures_view.times(findings)
     if facts or times or findings.recipe:
-        yield Section("run", say("run"), _render("run", facts=facts, times=times, recipe=findings.recipe))
+        yield Section("run", say("run"), render("run", facts=facts, times=times, recipe=findings.recipe))
 
 
-def _render(template: str, **values: Any) -> Markup:
+def render(template: str, **values: Any) -> Markup:
+    """A template with its values, each of them escaped."""
     return Markup(_environment().get_template(f"{template}.html").render(values))
 
 

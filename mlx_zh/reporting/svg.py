@@ -49,14 +49,14 @@ def curves(chart: Curves) -> Drawing:
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     frame = _Frame(min(xs), max(xs), *_padded(min(ys), max(ys)))
-    parts = _grid(frame)
+    parts = _grid(frame, whole=chart.whole)
     if frame.low < 0 < frame.high:
         parts.append(_line("zero", LEFT, frame.y(0), WIDTH - RIGHT, frame.y(0)))
-    parts += _axis_names(chart.axis)
+    parts += _axis_names(chart.axis, chart.along or say("step"))
     legend = []
     for series, points in drawn:
         parts += _curve(frame, series.kind, series.color, points)
-        steps, values = (" ".join(f"{x:g}" for x, _ in points), " ".join(f"{y:.5g}" for _, y in points))
+        steps, values = (" ".join(f"{x:.9g}" for x, _ in points), " ".join(f"{y:.5g}" for _, y in points))
         legend.append(Key(series.name, series.kind, series.color, steps, values))
     parts.append(_line("cursor", 0, TOP, 0, HEIGHT - BOTTOM))
     return Drawing("curves", chart.title, HEIGHT, Markup().join(parts), legend)
@@ -148,22 +148,24 @@ def _percent_range(spans: Sequence[Span], band: tuple[float, float] | None) -> t
     return max(0.0, 100 * low - 2), min(100.0, 100 * high + 2)
 
 
-def _grid(frame: _Frame) -> list[Markup]:
+def _grid(frame: _Frame, *, whole: bool) -> list[Markup]:
     parts = []
     marks = ticks(frame.low, frame.high, 5)
     for mark in marks:
         y = frame.y(mark)
         parts.append(_line("grid", LEFT, y, WIDTH - RIGHT, y))
         parts.append(_text("end", _at(LEFT - 7, y + 4), label(mark, marks)))
-    for mark in ticks(frame.first, frame.last, 6, whole=True):
-        parts.append(_text("middle", _at(frame.x(mark), HEIGHT - BOTTOM + 17), f"{mark:,.0f}"))
+    marks = ticks(frame.first, frame.last, 6, whole=whole)
+    for mark in marks:
+        text = f"{mark:,.0f}" if whole else label(mark, marks)
+        parts.append(_text("middle", _at(frame.x(mark), HEIGHT - BOTTOM + 17), text))
     return [*parts, _line("axis", LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM)]
 
 
-def _axis_names(axis: Text) -> list[Markup]:
+def _axis_names(axis: Text, along: Text) -> list[Markup]:
     upwards = Markup('transform="translate(11 {:g}) rotate(-90)"').format((HEIGHT - BOTTOM + TOP) / 2)
-    along = _at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5)
-    return _both_texts("middle name", upwards, axis) + _both_texts("middle name", along, say("step"))
+    below = _at((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5)
+    return _both_texts("middle name", upwards, axis) + _both_texts("middle name", below, along)
 
 
 def _curve(frame: _Frame, kind: str, color: int, points: Points) -> list[Markup]:

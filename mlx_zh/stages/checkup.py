@@ -24,7 +24,7 @@ from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, memory_check
 from mlx_zh.stages.rendering import thinking_problem, thinking_text
-from mlx_zh.system import device, downloads, hub_choice, storage
+from mlx_zh.system import cpu_threads, device, downloads, hub_choice, storage
 from mlx_zh.system import hub as hubs
 from mlx_zh.system.blas import blas_warning
 from mlx_zh.system.downloads import host
@@ -103,7 +103,9 @@ def processor() -> Check:
     """The chip and its cores."""
     info = mx.device_info()
     name = str(info.get("device_name") or platform.processor() or "unknown")
-    return Check("ok", "chip", f"{name} ({info.get('architecture', platform.machine())}), {free_cores()} cores")
+    return Check(
+        "ok", "chip", f"{name} ({info.get('architecture', platform.machine())}), {cpu_threads.usable_cores()} cores"
+    )
 
 
 def precision(recipe: Recipe | None) -> Iterator[Check]:
@@ -116,11 +118,6 @@ def precision(recipe: Recipe | None) -> Iterator[Check]:
             config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
     if remark := half_precision.advice(recipe, config):
         yield Check("ok", "precision", "bfloat16 works, but slowly", remark)
-
-
-def free_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> Check:
@@ -156,12 +153,14 @@ def blas() -> Check:
         return Check("warn", "BLAS", warning)
     if not device.is_cpu():
         return Check("ok", "BLAS", "not used: matrix products run on the accelerator")
-    cores = free_cores()
-    setting = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    threads = int(setting) if setting.isdigit() and int(setting) else cores
+    cores = cpu_threads.usable_cores()
     idle = max(cores - round(os.getloadavg()[0]), 1)
-    text = f"OpenBLAS, {threads} threads; {idle} of {cores} cores are idle"
-    if threads > idle:
+    setting = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    if not (setting.isdigit() and int(setting)):
+        threads = cpu_threads.settle()
+        return Check("ok", "BLAS", f"OpenBLAS, {threads} threads, the fastest number now; {cores} cores")
+    text = f"OpenBLAS, {setting} threads; {idle} of {cores} cores are idle"
+    if int(setting) > idle:
         remedy = f"export OPENBLAS_NUM_THREADS={idle}: more threads than idle cores slow each other down"
         return Check("warn", "BLAS", text, remedy)
     return Check("ok", "BLAS", text)

@@ -70,6 +70,20 @@ def find_recipe(target: str, overrides: Sequence[str] = ()) -> Recipe:
     return _find_recipe(target, overrides).called(shlex.join([target, *overrides]))
 
 
+def recipe_or_model(target: str, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe of a file or of an earlier run; None if `target` is neither, so it names a model.
+
+    Raises RecipeError, also for overrides beside a model.
+    """
+    if target.endswith((".yaml", ".yml")) or run_of(target, overrides):
+        return find_recipe(target, overrides)
+    if overrides:
+        raise RecipeError(
+            f"{overrides[0]} sets a key of a recipe, but {target} is a model; give a recipe (.yaml) instead"
+        )
+    return None
+
+
 def _find_recipe(target: str, overrides: Sequence[str]) -> Recipe:
     run = run_of(target, overrides)
     if run is None:

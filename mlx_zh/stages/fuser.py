@@ -29,6 +29,8 @@ from mlx_zh.models.export.llama_types import LLAMA_TYPES
 from mlx_zh.models.export.merge import Fusion, open_adapter, summarize
 from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
 from mlx_zh.models.export.source import open_source
+from mlx_zh.models.export.writable import check_writable
+from mlx_zh.models.family_configs import expert_names
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_name, load_config, resolve_model
 from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
@@ -163,7 +165,7 @@ class Fuser:
     @cached_property
     def hf_layout(self) -> Layout:
         """The layout of `hf`."""
-        return full_layout(self.fusion, mx.bfloat16)
+        return replace(full_layout(self.fusion, mx.bfloat16), apart=True)
 
     @cached_property
     def gguf_plan(self) -> GGUFPlan:
@@ -218,6 +220,7 @@ class Fuser:
                 "export.recover is for a model that is quantized, and export.bits is 16: with 16 bits nothing is "
                 "lost. Leave one of them out, or write export.bits=4."
             )
+        check_writable(self.fusion.source.config, self.export)
         if "gguf-lora" in self.export.formats:
             check_for_gguf(self.fusion.adapter)
         if "mlx-adapter" in self.export.formats:
@@ -381,9 +384,9 @@ class Fuser:
     def _write_peft(self, folder: Path, step: Callable[[], None]) -> Result:
         adapter, base = self.fusion.adapter, self.fusion.source
         tied = "lm_head.weight" not in base.outline.shapes
-        peft.write_peft(
-            folder, adapter.spec, adapter.weights, base=hub_name(base.name), matrices=base.outline.matrices, tied=tied
-        )
+        counts = {path: base.outline.shapes[f"{path}.weight"][0] for path in base.outline.matrices}
+        matrices = [name for path, count in counts.items() for name in expert_names(path, count)]
+        peft.write_peft(folder, adapter.spec, adapter.weights, base=hub_name(base.name), matrices=matrices, tied=tied)
         write_tokenizer(folder, self.fusion.base)
         step()
         return Result("adapter", None, [], None)

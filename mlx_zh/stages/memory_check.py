@@ -19,7 +19,7 @@ from mlx_zh.planning.ladder import asked_for
 from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate, backward_blocks
 from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
-from mlx_zh.planning.shapes import LINEAR, Packing, Row, Target, model_shape, row_of
+from mlx_zh.planning.shapes import LINEAR, Packing, Row, Target, model_shape, planned_targets, row_of
 from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
@@ -83,14 +83,15 @@ def training_step(
             f"the config of {recipe.model.path} lacks a usable {error}. Download the model again."
         ) from error
     lora = recipe.lora
-    if lora.type != "full" and lora.targets != "all" and not set(lora.targets) & set(LINEAR):
+    targets = planned_targets(model, None if lora.targets == "all" else lora.targets)
+    if lora.type != "full" and targets == ():
         raise RecipeError(f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(LINEAR)}")
     trained = AdapterSpec(
         kind=lora.type,
         num_layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),
         rank=lora.rank,
         dropout=lora.dropout if stage == "sft" else 0.0,
-        targets=None if lora.targets == "all" else tuple(name for name in lora.targets if name in LINEAR),
+        targets=targets,
         saved=lora.modules_to_save,
     )
     if examples is None:
@@ -132,8 +133,7 @@ def levels_by_row(
 def actual_step(recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float) -> Step:
     """A step of a run that goes on here: with what it really trains, and the limit that was decided for it."""
     step = training_step(recipe, stage, config, this_machine())
-    if trained.targets is not None:
-        trained = replace(trained, targets=tuple(name for name in trained.targets if name in LINEAR))
+    trained = replace(trained, targets=planned_targets(step.model, trained.targets))
     return replace(step, trained=trained, limit=limit)
 
 

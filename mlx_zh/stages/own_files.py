@@ -173,7 +173,7 @@ def quoted(text: str) -> str:
 def tell(data: OwnData) -> None:
     """Print what was found in each file."""
     for result in data.surveys:
-        for line in _lines_of(result):
+        for line in lines_of(result):
             console.say(line)
     for name, reason in data.passed_over[:_NAMED]:
         console.say(say("init-passed-over", name=name, reason=reason))
@@ -181,13 +181,30 @@ def tell(data: OwnData) -> None:
         console.say(f"… {len(data.passed_over) - _NAMED}")
 
 
-def _lines_of(result: Survey) -> list[str]:
+def lines_of(result: Survey) -> list[str]:
+    """What was found in a file, in the reader's language; the first line names it."""
+    lines = _lines_above(result)
+    lines.append(say("init-columns", columns=_mapping(result.guess, result.head), basis=_basis(result)))
+    first = say("init-file", file=result.path, rows=result.rows, usable=result.usable)
+    return [first, *[f"  {line}" for line in lines + _lines_below(result)]]
+
+
+def remarks_on(result: Survey) -> list[str]:
+    """What is worth knowing about a file beside its columns, in the reader's language."""
+    return _lines_above(result) + _lines_below(result)
+
+
+def _lines_above(result: Survey) -> list[str]:
     lines = []
     if result.head.titles:
         lines.append(say("init-titles", titles=" / ".join(map(visible, result.head.titles))))
     if result.head.sheet is not None:
         lines.append(say("init-sheet", sheet=visible(result.head.sheet)))
-    lines.append(say("init-columns", columns=_mapping(result.guess, result.head), basis=_basis(result)))
+    return lines
+
+
+def _lines_below(result: Survey) -> list[str]:
+    lines = []
     if result.head.without_names():
         lines.append(say("init-no-header"))
     if result.cut:
@@ -200,8 +217,7 @@ def _lines_of(result: Survey) -> list[str]:
         lines.append(say("init-feedback", rows=held.rows, sft=held.sft, dpo=held.dpo, kto=held.kto))
     if result.repeated:
         lines.append(say("init-repeated", count=result.repeated))
-    first = say("init-file", file=result.path, rows=result.rows, usable=result.usable)
-    return [first, *[f"  {line}" for line in lines]]
+    return lines
 
 
 def _mapping(guess: Guess, head: Head) -> str:

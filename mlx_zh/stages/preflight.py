@@ -19,6 +19,7 @@ from mlx_zh.exams.catalog import NAMES
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.models import catalog
+from mlx_zh.models.export.writable import check_writable
 from mlx_zh.models.load import find_config, resolve_model
 from mlx_zh.recipe import Model, Recipe, Source
 from mlx_zh.stages import memory_check, needs
@@ -70,6 +71,7 @@ def problems(recipe: Recipe, stages: Sequence[str]) -> list[Problem]:
     found += unreachable
     found += _disk(recipe, downloads, config)
     if config is not None:
+        found += _exports(recipe, config)
         found += _memory(recipe, config, stages)
     return sorted(found, key=lambda problem: not problem.is_error)
 
@@ -251,6 +253,14 @@ def _free(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _exports(recipe: Recipe, config: Config) -> Iterator[Problem]:
+    """A format that cannot be written for this family: it is the run's last step."""
+    try:
+        check_writable(config, recipe.export)
+    except MlxZhError as error:
+        yield _of(error)
 
 
 def _memory(recipe: Recipe, config: Config, stages: Sequence[str]) -> Iterator[Problem]:

@@ -11,15 +11,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlx_zh.errors import RecipeError
+from mlx_zh.errors import MlxZhError, RecipeError, StorageError, first_line
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import CONFIG_FILE
 from mlx_zh.system import console, device
 from mlx_zh.system.interrupts import STOPS
 from mlx_zh.system.json_text import read_object
-from mlx_zh.system.locks import Lock, locked
+from mlx_zh.system.locks import NAME as LOCK
+from mlx_zh.system.locks import Lock, in_pipeline, locked
 from mlx_zh.system.redaction import redact, redacted
 from mlx_zh.system.storage import cache_folder, sweep, write_json, write_text
 
@@ -103,6 +104,10 @@ class RunFolder:
         self.text = path / "report.md"
         self.plots = path / "plots"
         self.feedback = path / "feedback.jsonl"  # what its user said of its answers in the chat
+        self.ended = path / "ended.json"  # how and why the last command here ended, unless it ended well
+        self.log = path / "run.log"  # the output of a run that the studio started
+        self.start = path / ".start"  # held by such a run as long as it lives; its command
+        self.stop = path / ".stop"  # which process was asked to stop
 
     @staticmethod
     def of(recipe: Recipe) -> RunFolder:
@@ -176,7 +181,13 @@ class RunFolder:
 
         Raises StorageError if another command holds the lock.
         """
-        with told_when_stopped(), locked(self.path, command) as lock, device.awake(), console.hold_warnings():
+        with (
+            told_when_stopped(),
+            locked(self.path, command) as lock,
+            self._end_recorded(command),
+            device.awake(),
+            console.hold_warnings(),
+        ):
             if lock.left_by:
                 console.say(f"The last run here did not end by itself ({lock.left_by}); going on from what it saved.")
             if not lock.works:
@@ -184,6 +195,28 @@ class RunFolder:
             for folder in (self.path, *self.path.glob("**/"), cache_folder(), *cache_folder().glob("*/")):
                 sweep(folder)
             yield lock
+
+    @contextmanager
+    def _end_recorded(self, command: str) -> Iterator[None]:
+        """Note in `ended.json` how and why the work inside this context ended, unless it ends by itself."""
+        if not in_pipeline():
+            self.ended.unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            self.note_end(
+                command,
+                "stopped" if isinstance(error, STOPS) else "failed",
+                str(error) if isinstance(error, MlxZhError) else first_line(error),
+            )
+            raise
+
+    def note_end(self, command: str, how: Literal["stopped", "failed"], why: str) -> None:
+        """Write `ended.json`: how the work of a command ended, and why. A folder that holds nothing stays so."""
+        with suppress(StorageError, OSError):
+            if not any(path.name != LOCK for path in self.path.iterdir()):
+                return
+            write_json(self.ended, {"command": command, "how": how, "why": why, "time": time.time()})
 
     @contextmanager
     def all_at_work(self, command: str, world: World) -> Iterator[None]:

@@ -14,7 +14,7 @@ from mlx_zh.models.identity import is_foreign
 from mlx_zh.recipe import ADAPTER_FORMATS
 from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import TUNED, RunFolder
-from mlx_zh.system import blas, console, device
+from mlx_zh.system import blas, console, cpu_threads, device
 
 if TYPE_CHECKING:
     from mlx_zh.models.load import LoadedModel
@@ -62,7 +62,7 @@ class RunModels:
         """Load the model called `name`. The model returned by an earlier call is changed or freed."""
         if self._loaded is None or "fused" in (name, self._state):
             self._loaded = None  # free this model before the next one is loaded
-            self._loaded = open_model(self._recipe if name != "fused" else self._of_fused(), self._world)
+            self._loaded = open_model(self._recipe if name != "fused" else fused_recipe(self._recipe), self._world)
             self._state = "fused" if name == "fused" else "base"
         if name == self._state:
             return self._loaded
@@ -87,30 +87,37 @@ class RunModels:
             return None
         return adapter_digest(self._run.stage(name).adapter)
 
-    def _of_fused(self) -> Recipe:
-        model = self._recipe.model.model_copy(update={"path": str(self._run.fused_model()), "quantize": None})
-        return self._recipe.model_copy(update={"model": model})
+
+def fused_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the fused model of its run as base."""
+    folder = RunFolder.of(recipe).fused_model()
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"path": str(folder), "quantize": None})}
+    )
 
 
-def open_model(recipe: Recipe, world: World = ALONE) -> LoadedModel:
+def open_model(recipe: Recipe, world: World = ALONE, *, trains: bool = False) -> LoadedModel:
     """Load the recipe's base model, and check that this program's forward pass gives the same as the model's own.
+
+    If the model is to be trained (`trains`), its gradient is compared too.
 
     With several ranks and `distributed.shares: measured`, also measure each rank's speed. Raises ModelError,
     DownloadError; with several ranks, as `World.each`.
     """
-    loaded = world.each(lambda: _open(recipe))
+    loaded = world.each(lambda: _open(recipe, trains))
     if world.size > 1 and world.broadcast_result(lambda: recipe.distributed.shares) == "measured":
         _measure(loaded, recipe.memory.micro_tokens, world)
     return loaded
 
 
-def _open(recipe: Recipe) -> LoadedModel:
-    from mlx_zh.core.logprobs import check_supported
+def _open(recipe: Recipe, trains: bool) -> LoadedModel:
+    from mlx_zh.core.proof import check_supported
     from mlx_zh.models.load import load_model
 
     device.limit_cache()
     if warning := blas.blas_warning():
         console.warn(warning)
+    cpu_threads.settle()
     source = recipe.model
     loaded = load_model(
         source.path,
@@ -121,7 +128,7 @@ def _open(recipe: Recipe) -> LoadedModel:
         progress=console.DownloadBar(),
         reading=console.say_reading,
     )
-    check_supported(loaded.model, loaded.config)
+    check_supported(loaded.model, loaded.config, gradient=trains)
     return loaded
 
 

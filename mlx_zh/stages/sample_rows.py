@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, zip_longest
+from typing import NamedTuple
 
 from mlx_zh.corpus.conversation import Conversation, Labelled
 from mlx_zh.corpus.render import Renderer
@@ -19,19 +20,35 @@ _SHOWN = 3
 _LONGEST = 1500  # characters of a row that are shown
 
 
-def show(surveys: Sequence[Survey], model: str) -> None:
-    """Print three rows: through the template of `model` if it is on this disk, else with the names of the roles."""
+class Sample(NamedTuple):
+    """A row as the model will see it. `label` says of a labelled answer whether it is a good one, else ""."""
+
+    place: str
+    segments: list[Segment]
+    label: str
+
+
+def samples_of(surveys: Sequence[Survey], model: str) -> list[Sample]:
+    """Three rows: through the template of `model` if it is on this disk, else with the names of the roles."""
     columns = zip_longest(*(result.samples for result in surveys))
-    samples = [item for item in chain.from_iterable(columns) if item is not None][:_SHOWN]
+    items = [item for item in chain.from_iterable(columns) if item is not None][:_SHOWN]
     renderer = _renderer(model)
     paths = [(str(result.path), result.path.name) for result in surveys]
-    for number, item in enumerate(samples, start=1):
+    samples = []
+    for item in items:
         place = next((item.source.replace(path, name, 1) for path, name in paths if item.source.startswith(path)), "")
+        label = say("init-label-good" if item.label else "init-label-bad") if isinstance(item, Labelled) else ""
+        samples.append(Sample(place, _cut(_segments(item, renderer)), label))
+    return samples
+
+
+def show(surveys: Sequence[Survey], model: str) -> None:
+    """Print three rows, see `samples_of`."""
+    for number, sample in enumerate(samples_of(surveys, model), start=1):
         code = "init-sample-colour" if in_colour() else "init-sample-marked"
         console.say()
-        console.say(say(code, number=number, place=place))
-        label = say("init-label-good" if item.label else "init-label-bad") if isinstance(item, Labelled) else ""
-        console.say(painted(_cut(_segments(item, renderer))) + (f"\n{label}" if label else ""))
+        console.say(say(code, number=number, place=sample.place))
+        console.say(painted(sample.segments) + (f"\n{sample.label}" if sample.label else ""))
 
 
 def _renderer(model: str) -> Renderer | None:

@@ -92,7 +92,7 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     stage = method.stage
     start = method.start(recipe, world)
     world.each(lambda: memory_check.require(recipe, stage, force=force, fresh=fresh))
-    loaded = open_model(recipe, world)
+    loaded = open_model(recipe, world, trains=True)
     renderer = renderer_of(recipe, loaded.tokenizer)
     corpus = world.each(lambda: prepare_stage(recipe, stage, renderer))
     session = world.each(lambda: _session(recipe, method, start, loaded, renderer, corpus, world))

@@ -33,6 +33,11 @@ def preload_blas() -> Path | None:
     return _BLAS
 
 
+def library() -> Path | None:
+    """The BLAS that `preload_blas` loaded."""
+    return _BLAS
+
+
 def blas_warning() -> Notice | None:
     """A warning with the remedy if MLX computes with its slow BLAS, else None."""
     if sys.platform != "linux" or _BLAS is not None:

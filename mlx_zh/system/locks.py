@@ -19,7 +19,7 @@ from mlx_zh.errors import StorageError
 from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.storage import storage_errors, working_in
 
-_NAME = ".lock"
+NAME = ".lock"
 _INHERITED = (
     "MLX_ZH_LOCK"  # environment variable: the file descriptor of the lock that a stage shares with its pipeline
 )
@@ -52,7 +52,7 @@ def locked(folder: Path, work: str) -> Iterator[Lock]:
 
     Raises StorageError if another process holds the lock. Writes below the folder fail once it was moved or removed.
     """
-    path = folder / _NAME
+    path = folder / NAME
     if (shared := _shared(path)) is not None:
         with working_in(folder):
             yield Lock(shared)

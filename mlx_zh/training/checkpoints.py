@@ -71,6 +71,7 @@ class Progress:
     evaluated_at: int = -1
     metrics_size: int = 0
     row_limits: dict[str, int] = field(default_factory=dict)
+    threads: int = 0  # of matrix products on the CPU, see `system.cpu_threads`; a resumed run rounds as before
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:

@@ -15,12 +15,14 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core import expert_loads
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import DeviceError, PlanError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.recipe import Checkpoint as CheckpointSection
 from mlx_zh.recipe import Training
+from mlx_zh.system import cpu_threads
 from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, pause, settle
 from mlx_zh.system.device import Fault
 from mlx_zh.training import checkpoints
@@ -151,6 +153,7 @@ class Loop:
         set_weights(self.model, self.weights)
         self.optimizer.load(checkpoint.optimizer)
         self.progress = Progress(**checkpoint.state["progress"])
+        cpu_threads.use(self.progress.threads)
         self.log.cut(self.progress.metrics_size)
 
     def align(self) -> None:
@@ -238,6 +241,7 @@ class Loop:
             "scored_tokens": result.scored_tokens,
             "tokens": result.tokens,
             **self.objective.metrics(result.sums),
+            **expert_loads.figures(result.sums, result.tokens),
             "tokens_per_second": round(result.tokens / (now - start), 1),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             "elapsed_seconds": round(progress.elapsed_seconds, 2),
@@ -368,6 +372,7 @@ class Loop:
 
     def _save(self) -> Saved:
         self.progress.metrics_size = self.log.size()
+        self.progress.threads = cpu_threads.current()
         state: checkpoints.CheckpointState = {
             "step": self.progress.step,
             "key": self.key,

@@ -46,6 +46,9 @@ MetricsLine = TypedDict(
         "kl": float,  # the KL term, which is 0 or more
         "count/chosen": int,
         "count/rejected": int,
+        # A step of a model with experts: means over its layers
+        "experts/busiest": float,  # the busiest expert's tokens as a multiple of the mean; 1 is even
+        "experts/idle": float,  # share of the experts that got no token of a row
         # A step that was skipped
         "skipped_examples": list[int],  # numbered from 0 in the prepared training data
         # A step of more than one rank

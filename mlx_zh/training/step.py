@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_zh.core import expert_loads
 from mlx_zh.core.logprobs import decoder
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.system.accelerator import accelerator_errors, repeated
@@ -68,7 +69,9 @@ def loss_and_gradients(
 
     def share(weights: Arrays, row: Row) -> tuple[mx.array, Sums]:
         set_weights(model, weights)
-        loss, sums = objective.share(model, row)
+        with expert_loads.recording() as loads:
+            loss, sums = objective.share(model, row)
+        sums = sums | expert_loads.sums(loads, row.batch.tokens.size)
         return (loss if scale == 1 else loss * scale), sums
 
     value_and_grad: Any = mx.value_and_grad(share)
@@ -85,7 +88,7 @@ def loss_and_gradients(
         mx.eval(total)
     set_weights(model, weights)  # until here the model holds the traced arrays
     if total is None:  # this rank has no rows: there are fewer examples than ranks
-        zeros = {name: mx.array(0.0) for name in objective.sums}
+        zeros = {name: mx.array(0.0) for name in objective.sums} | expert_loads.no_sums(model)
         total = mx.array(0.0), zeros, {name: mx.zeros_like(array) for name, array in weights.items()}
     return total
 

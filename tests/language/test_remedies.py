@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The commands that show a message with an option, by the message's beginning. One that is not here fails the test.
 SAID_BY = {
+    "--stage is for a run or a recipe": ("serve",),
+    "pages of {0} may not ask this server": ("serve",),
+    "the server cannot listen at": ("serve",),
     "with --by judge:": ("choose", "arena"),
     "--format {0}: {1}. Give json": ("choose", "arena"),
     "--by hand asks": ("choose", "arena"),
@@ -76,6 +79,9 @@ SAID_BY = {
     "GUESSED: check the samples": ("init",),
     "--columns {given}": ("init",),
     "{recipe} exists already": ("init",),
+    "{0}: the page is a web page": ("compare",),
+    "{0} is a folder; give --out": ("compare",),
+    "{0} exists and was not written": ("compare",),
     "--use {use} needs rows": ("init",),
     "--use sft needs rows": ("init",),
 }

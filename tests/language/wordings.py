@@ -34,6 +34,8 @@ def sentences() -> dict[str, str]:
 
 def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
     seen = set(map(id, _docstrings(tree)))
+    for call in _calls_of_pages(tree):
+        seen |= {id(inner) for inner in ast.walk(call.args[0])}
     for node in ast.walk(tree):  # an outer expression comes before its parts
         if id(node) in seen:
             continue
@@ -54,10 +56,11 @@ def is_sentence(text: str) -> bool:
 
 _WORD = re.compile(r"[(“\"']*[A-Za-z][a-z’']+[.,;:!?)”\"'`]*")
 
-# Parts of other programs' messages, sample text, a licence's own words, and a sentence beside its Chinese.
+# Parts of scripts, other programs' messages, sample text, a licence's own words, and a sentence beside its Chinese.
 NAMES = (
     "# Decided",
     "(?i:",
+    "() => ",
     "Caused GPU",
     "Config name is missing",
     "Hello ",
@@ -67,6 +70,7 @@ NAMES = (
     "[METAL]",
     "[malloc]",
     "[metal::malloc]",
+    "default-src ",
     "failed: out of memory",
     "回答中断",
     "请问怎样",
@@ -107,6 +111,22 @@ def _numbered(parts: list[str | None]) -> str:
         f"{{{next(fields)}}}" if piece is None else piece.replace("{", "{{").replace("}", "}}") for piece in pieces
     )
 
+
+def _calls_of_pages(tree: ast.Module) -> Iterator[ast.Call]:
+    """Calls that word a text of the studio's pages, which `studio.yaml` has, and those that give code to a page."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        function = node.func
+        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        owner = getattr(function, "value", None)
+        own = isinstance(function, ast.Name) or getattr(owner, "id", getattr(owner, "attr", "")) in _STUDIOS
+        if name in PAGE_CALLS or (name == "say" and own):
+            yield node
+
+
+_STUDIOS = ("studio", "_studio")
+PAGE_CALLS = ("worded", "said", "props", "classes", "run_javascript")
 
 _NAMED = re.compile(r"\{[a-z_]+(?:![rs])?\}")  # as str.format takes them
 

@@ -267,8 +267,8 @@ def test_foreign_quantization(folder: Path, method: str) -> None:
 
 
 def test_sliding_attention(folder: Path) -> None:
-    edit(folder / "config.json", layer_types=["full_attention", "sliding_attention"])
-    refused(folder, "sliding_attention")
+    edit(folder / "config.json", layer_types=["full_attention", "linear_attention"])
+    refused(folder, "linear_attention")
 
 
 def test_no_weights(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from families import FAMILIES, own_class
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 16, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -46,6 +47,8 @@ def tiny_config(kind: str = "llama", tied: bool = True, **changes: Any) -> dict[
     }
     if kind == "qwen3":
         config["head_dim"] = 2 * HEAD_DIM  # heads need not add up to hidden_size
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        config |= FAMILIES.get(kind, {}) | {"num_hidden_layers": 3}
     return config | changes
 
 
@@ -53,10 +56,8 @@ def tiny_model(config: dict[str, Any], seed: int = 0) -> Any:
     """mlx-lm's own model with every parameter random: norms and biases too, or an error in them would not show."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.utils import _get_classes
 
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
+    model = own_class(config)
     rng = np.random.default_rng(seed)
     weights = []
     for name, array in tree_flatten(model.parameters()):

@@ -12,8 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner import dora, lora
 
+from mlx_zh.core.expert_loads import has_experts
 from mlx_zh.core.trained_tables import TRAINED_TABLES, TrainedEmbedding, TrainedHead
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.adapters.spec import SAVED, AdapterSpec
@@ -101,9 +103,32 @@ def _low_rank(layer: Any, x: mx.array) -> mx.array:
     return low @ layer.lora_b.astype(x.dtype)
 
 
+class LoRAExperts(lora.LoRASwitchLinear):
+    """mlx-lm's LoRA layer over one matrix of each expert: A is (E, r, in), B is (E, out, r). It has no dropout."""
+
+    def __init__(self, linear: Any, spec: AdapterSpec, seed: int, name: str) -> None:
+        nn.Module.__init__(self)
+        count, outputs, inputs = linear.num_experts, linear.output_dims, linear.input_dims
+        bound = 1 / math.sqrt(inputs)
+        key = mx.random.key((seed << 32) ^ zlib.crc32(name.encode()))
+        self.scale, self.num_experts = spec.scale, count
+        self.lora_a = mx.random.uniform(-bound, bound, (count, spec.rank, inputs), key=key)
+        self.lora_b = mx.zeros((count, outputs, spec.rank))
+        self.linear = linear
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        low = x
+        for matrix in (self.lora_a, self.lora_b):
+            matrix = matrix.astype(x.dtype).swapaxes(-1, -2)
+            low = mx.gather_mm(low, matrix, rhs_indices=indices, sorted_indices=sorted_indices)
+        return self.linear(x, indices, sorted_indices=sorted_indices) + self.scale * low
+
+
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
-_LINEAR = (nn.Linear, nn.QuantizedLinear)
-_ADAPTED = (lora.LoRALinear, dora.DoRALinear)  # mlx-lm's classes, and ours, which derive from them
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+_LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
+# mlx-lm's classes, and ours, which derive from them
+_ADAPTED = (lora.LoRALinear, dora.DoRALinear, lora.LoRASwitchLinear)
 
 
 def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
@@ -127,17 +152,27 @@ def add_adapter(model: nn.Module, spec: AdapterSpec, *, seed: int) -> None:
 
 
 def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    """The names of the linear layers that `spec` adapts; none with kind "full". AdapterError if it does not fit."""
+    """The names of the linear layers that `spec` adapts; none with kind "full".
+
+    A router is never among them, and experts only if `spec` names their matrices. Raises AdapterError if `spec` does
+    not fit the model.
+    """
     if spec.kind == "full":
-        if any(isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding) for m in model.modules()):
+        quantized = nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear
+        if any(isinstance(m, quantized) for m in model.modules()):
             raise AdapterError(
                 "full fine-tuning needs a model that is not quantized: use lora.type: lora, or a bf16 model."
             )
         return []
     saved_modules(model, spec.saved)
     first = max(len(model.layers) - spec.num_layers, 0)
-    linear = [name for name in linear_layers(model) if block_of(name) >= first]
-    if spec.targets is not None:
+    modules = linear_layers(model)
+    experts = {name for name, module in modules.items() if isinstance(module, EXPERTS)}
+    routers = {f"{name.rpartition('.switch_mlp.')[0]}.gate" for name in experts}
+    linear = [name for name in modules if block_of(name) >= first and name not in routers]
+    if spec.targets is None:
+        linear = [name for name in linear if name not in experts]
+    else:
         names = {_last(n) for n in linear}
         if missing := sorted(set(spec.targets) - names):
             raise AdapterError(
@@ -145,7 +180,18 @@ def adapted_layers(model: nn.Module, spec: AdapterSpec) -> list[str]:
                 f"choose from {', '.join(sorted(names))}, or write `all`."
             )
         linear = [n for n in linear if _last(n) in spec.targets]
+        _check_experts(spec, [name for name in linear if name in experts])
     return linear
+
+
+def _check_experts(spec: AdapterSpec, experts: Sequence[str]) -> None:
+    """Raise AdapterError if the adapter's layers over these experts would need what there is not."""
+    needs = "lora.type: dora" if spec.kind == "dora" else "lora.dropout" if spec.dropout > 0 else None
+    if experts and needs is not None:
+        raise AdapterError(
+            f"{needs} cannot be used for the experts of this model ({_last(experts[0])} and others in lora.targets). "
+            "Use lora.type: lora without dropout, or leave them out of lora.targets."
+        )
 
 
 def saved_modules(model: nn.Module, saved: Sequence[str]) -> tuple[str, ...]:
@@ -188,12 +234,15 @@ def _unfreeze_blocks(model: nn.Module, first: int) -> None:
         model.unfreeze()
     for layer in model.layers[first:]:
         layer.unfreeze()
+        if has_experts(layer.mlp):
+            layer.mlp.gate.freeze()  # the router: a change of it would move tokens to experts that never saw them
 
 
 def new_layers(model: nn.Module, names: Sequence[str], spec: AdapterSpec, seed: int) -> dict[str, Any]:
     """New adapter layers over the named linear layers of a model, by name; the model is not changed."""
     linear = linear_layers(model)
-    return {name: LAYERS[spec.kind](linear[name], spec, seed, name) for name in names}
+    layers = {name: LoRAExperts if isinstance(linear[name], EXPERTS) else LAYERS[spec.kind] for name in names}
+    return {name: layer(linear[name], spec, seed, name) for name, layer in layers.items()}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:

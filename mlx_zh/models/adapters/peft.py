@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_zh.errors import AdapterError, ModelError
 from mlx_zh.models.adapters.patterns import read_patterns
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, SAVED, AdapterSpec, saved_of
+from mlx_zh.models.family_configs import expert_names, of_expert
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import write_arrays, write_json
@@ -59,12 +60,18 @@ def write_peft(
         tables[SAVED["lm_head"]] = tables[SAVED["embed_tokens"]]
     arrays = {f"{_PREFIX}{name}": mx.contiguous(array.astype(mx.float32)) for name, array in tables.items()}
     weights = {name: array for name, array in weights.items() if name not in tables}
+    paths: set[str] = set()
     for name, array in weights.items():
         path, _, leaf = name.rpartition(".")
         array = array.astype(mx.float32)
-        arrays[f"{_PREFIX}{path}.{_LEAVES[leaf]}"] = mx.contiguous(array if leaf == "m" else array.T)
+        if array.ndim == 3:  # experts; A and B are as PEFT has them
+            parts = dict(zip(expert_names(path, array.shape[0]), array, strict=True))
+        else:
+            parts = {path: array if leaf == "m" else array.T}
+        paths |= parts.keys()
+        arrays |= {f"{_PREFIX}{part}.{_LEAVES[leaf]}": mx.contiguous(value) for part, value in parts.items()}
     write_arrays(folder / PEFT_FILE, arrays, {"format": "pt"})
-    config = _config(spec, {n.rpartition(".")[0] for n in weights}, base, matrices)
+    config = _config(spec, paths, base, matrices)
     write_json(folder / CONFIG_FILE, config | {"modules_to_save": list(saved_of(tables)) or None})
 
 
@@ -149,8 +156,29 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         if "m" in parts:
             weights[f"{path}.m"] = parts["m"].astype(mx.float32).reshape(-1)
     kind = "dora" if config.get("use_dora") else "lora"
+    weights = _experts_together(weights, folder)
     weights |= {name: array.astype(mx.float32) for name, array in tables.items()}
     return AdapterSpec(kind, 10**6, largest_rank, scale, dropout, saved=saved_of(weights)), weights
+
+
+def _experts_together(weights: dict[str, mx.array], folder: Path) -> dict[str, mx.array]:
+    """The arrays with those of all experts of a layer in one, as mlx-lm has them; AdapterError if one lacks."""
+    together: dict[str, mx.array] = {}
+    experts: dict[str, dict[int, mx.array]] = {}
+    for name, array in weights.items():
+        path, _, leaf = name.rpartition(".")
+        if (found := of_expert(path)) is None:
+            together[name] = array
+        else:
+            experts.setdefault(f"{found[0]}.{leaf}", {})[found[1]] = array.T
+    for name, arrays in experts.items():
+        if sorted(arrays) != list(range(len(arrays))) or len({array.shape for array in arrays.values()}) > 1:
+            raise AdapterError(
+                f"{folder}: {name.rpartition('.')[0]} has an adapter for some of its experts only, which cannot be "
+                "read. Merge it with PEFT (merge_and_unload) and take the merged model."
+            )
+        together[name] = mx.stack([arrays[number] for number in range(len(arrays))])
+    return together
 
 
 # Initialisations that leave the base model's weights as they are. EVA and MiCA choose A or B from the data or the

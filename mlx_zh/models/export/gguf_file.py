@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.families import FAMILIES, Config
+from mlx_zh.core.families import Config
 from mlx_zh.errors import ModelError
 from mlx_zh.models.build import Form, Weights
 from mlx_zh.models.export.folder_files import Layout, full_layout, packed_layout, unpack
@@ -23,7 +23,7 @@ from mlx_zh.models.export.gguf_encoding import Encoded, encode, keep_codes, same
 from mlx_zh.models.export.gguf_vocabulary import tokenizer_metadata
 from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
 from mlx_zh.models.gguf_blocks import GROUP_SIZE
-from mlx_zh.models.gguf_model import ROPE_FACTORS, gguf_name, llama3_divisors, permute
+from mlx_zh.models.gguf_model import ROPE_FACTORS, gguf_architecture, gguf_name, llama3_divisors, permute
 from mlx_zh.system.storage import storage_errors
 
 # The types that are written here, with the numbers of llama.cpp's llama_ftype.
@@ -112,7 +112,7 @@ def plan_gguf(
     Raises ModelError if llama.cpp could not run the model or would split text differently.
     """
     config = fusion.source.config
-    architecture = FAMILIES[config["model_type"]].gguf
+    architecture = gguf_architecture(config) or ""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or hidden // heads
     metadata: dict[str, Any] = {

@@ -13,11 +13,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.families import FAMILIES
 from mlx_zh.core.sums import norm
 from mlx_zh.errors import AdapterError
 from mlx_zh.models.export.merge import Adapter, Fusion, Survival, survival
-from mlx_zh.models.gguf_model import gguf_name, permute
+from mlx_zh.models.gguf_model import gguf_architecture, gguf_name, permute
 from mlx_zh.system.storage import storage_errors
 
 _FILE_TYPE_F16 = 1  # llama.cpp's llama_ftype MOSTLY_F16
@@ -55,7 +54,7 @@ def write_gguf_lora(
 
     adapter, config = fusion.adapter, fusion.source.config
     check_for_gguf(adapter)
-    writer = gguf.GGUFWriter(None, FAMILIES[config["model_type"]].gguf)
+    writer = gguf.GGUFWriter(None, gguf_architecture(config) or "")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_string("general.name", title)

@@ -38,11 +38,13 @@ class Adapter:
         return self.spec.kind == "full" or name in SAVED.values()
 
     def merged(self, name: str, weight: mx.array) -> mx.array:
-        """The weight (out, in), float32, with the adapter merged into it; lazy."""
+        """The weight (out, in), or (E, out, in) of experts, float32, with the adapter merged into it; lazy."""
         if name in self.weights:
             return self.weights[name].astype(mx.float32)
         path = name.removesuffix(".weight")
         a, b = (self.weights[f"{path}.{leaf}"].astype(mx.float32) for leaf in ("lora_a", "lora_b"))
+        if weight.ndim == 3:  # experts
+            return weight + (self.spec.scale * b) @ a  # (E, out, r) @ (E, r, in) -> (E, out, in)
         adapted = weight + (self.spec.scale * b.T) @ a.T  # (out, r) @ (r, in) -> (out, in)
         if self.spec.kind == "dora":
             magnitude = self.weights[f"{path}.m"].astype(mx.float32)
@@ -68,8 +70,12 @@ def open_adapter(folder: Path, source: Source) -> Adapter:
             wrong.append(f"{path} (no such linear layer)")
             continue
         else:
-            rows, columns = shapes[name]
-            expected = {f"{path}.lora_a": (columns, spec.rank), f"{path}.lora_b": (spec.rank, rows)}
+            *experts, rows, columns = shapes[name]
+            if experts:
+                parts = {"lora_a": (*experts, spec.rank, columns), "lora_b": (*experts, rows, spec.rank)}
+                expected = {f"{path}.{leaf}": shape for leaf, shape in parts.items()}
+            else:
+                expected = {f"{path}.lora_a": (columns, spec.rank), f"{path}.lora_b": (spec.rank, rows)}
             if spec.kind == "dora":
                 expected[f"{path}.m"] = (rows,)
         for part, shape in expected.items():

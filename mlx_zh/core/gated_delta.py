@@ -1,0 +1,195 @@
+"""The gated delta rule over a packed tree of segments: the recurrent layers of Qwen3.5 and Qwen3-Next.
+
+A head keeps a matrix S, and each token changes it:
+
+    S_t = g_t S_(t-1) + u_t k_t^T      with  u_t = beta_t (v_t - g_t S_(t-1) k_t)
+    y_t = S_t q_t
+
+Read token by token, a row of T tokens is T small products in sequence, and a gradient keeps T matrices. So tokens are
+taken in chunks. Let G_i be the product of the gates from the start of the chunk to token i, S the matrix before the
+chunk, and k_i.k_j a product of keys. Then the u of a chunk solve a triangular system:
+
+    u_i + beta_i sum_(j<i) (G_i/G_j) (k_i.k_j) u_j = beta_i (v_i - G_i S k_i)
+
+Its inverse depends on the chunk alone, so it is computed for all chunks at once. What is left in sequence is one step
+a chunk. A segment begins with the matrix at the end of its parent; segments whose parents are done go on together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_zh.core.packing import Segment
+
+CHUNK = 64  # tokens
+
+
+def gated_delta(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    log_gates: mx.array,
+    betas: mx.array,
+    segments: Sequence[Segment],
+    *,
+    before: mx.array | None = None,
+    chunk: int = CHUNK,
+) -> tuple[mx.array, list[mx.array]]:
+    """The outputs (T, V, d) float32 of a row, and the matrix (V, d, c) at the end of each segment.
+
+    `queries` and `keys` are (T, K, c), `values` (T, V, d), `log_gates` and `betas` (T, V), with V heads of values and
+    K of keys, each for V/K of them. Roots begin with the matrices `before` (V, d, c), or with zeros.
+    """
+    pieces = _pieces(segments, chunk)
+    k, q = (_chunked(x, pieces, chunk) for x in (keys, queries))  # (N, K, C, c)
+    v, beta, log_gate = (_chunked(x, pieces, chunk) for x in (values, betas[..., None], log_gates[..., None]))
+    repeats = values.shape[1] // keys.shape[1]
+
+    total = mx.cumsum(log_gate[..., 0], axis=-1)  # (N, V, C): log G
+    causal = mx.tril(mx.ones((chunk, chunk), dtype=mx.bool_))
+    decay = mx.exp(mx.where(causal, total[..., :, None] - total[..., None, :], -mx.inf))  # (N, V, C, C): G_i/G_j
+    products = mx.repeat(k @ k.swapaxes(-1, -2), repeats, axis=1)  # (N, V, C, C)
+    inverse = unit_triangular_inverse(mx.tril(beta * decay * products, -1))
+    scores = mx.repeat(q @ k.swapaxes(-1, -2), repeats, axis=1) * decay  # (N, V, C, C)
+
+    k, q = mx.repeat(k, repeats, axis=1), mx.repeat(q, repeats, axis=1)  # (N, V, C, c)
+    gate = mx.exp(total)[..., None]
+    own = inverse @ (beta * v)  # (N, V, C, d): u without what came before
+    seen = inverse @ (beta * gate * k)  # (N, V, C, c): what u loses to S
+    read = gate * q  # (N, V, C, c)
+    kept = mx.exp(total[..., -1:] - total)[..., None] * k  # (N, V, C, c): k_j G_C/G_j
+    faded = gate[..., -1:, :]  # (N, V, 1, 1): G_C
+
+    outputs, ends = _waves(pieces, (own, seen, read, kept, faded, scores), before)
+    return _joined(outputs, pieces), ends
+
+
+class _Piece:
+    """A chunk of a segment: row positions `start` to `stop`, and where its matrix comes from."""
+
+    def __init__(self, start: int, stop: int, previous: int | None) -> None:
+        self.start, self.stop = start, stop
+        self.previous = previous  # index of the chunk before it; None for the first one of a root
+        self.is_last = False  # of its segment
+
+
+def _pieces(segments: Sequence[Segment], chunk: int) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    last: list[int] = []  # index of each segment's last chunk
+    for segment in segments:
+        previous = None if segment.parent is None else last[segment.parent]
+        for start in range(segment.start, segment.stop, chunk):
+            pieces.append(_Piece(start, min(start + chunk, segment.stop), previous))
+            previous = len(pieces) - 1
+        pieces[-1].is_last = True
+        last.append(len(pieces) - 1)
+    return pieces
+
+
+def _chunked(values: mx.array, pieces: Sequence[_Piece], chunk: int) -> mx.array:
+    """Cut (T, H, x) into chunks (N, H, C, x), float32. A chunk is filled up with zeros, which change no matrix."""
+    parts: Any = mx.split(values.astype(mx.float32), [piece.start for piece in pieces[1:]], axis=0)
+    return mx.stack([mx.pad(part, [(0, chunk - len(part)), (0, 0), (0, 0)]) for part in parts]).swapaxes(1, 2)
+
+
+def _joined(outputs: Sequence[mx.array], pieces: Sequence[_Piece]) -> mx.array:
+    """The rows (T, V, d) of chunks (V, C, d)."""
+    return mx.concatenate(
+        [y[:, : piece.stop - piece.start].swapaxes(0, 1) for y, piece in zip(outputs, pieces, strict=True)]
+    )
+
+
+def _waves(
+    pieces: Sequence[_Piece], parts: tuple[mx.array, ...], before: mx.array | None
+) -> tuple[list[mx.array], list[mx.array]]:
+    """The outputs (V, C, d) of each chunk, and the matrix (V, d, c) at the end of each segment."""
+    heads, _, value_size = parts[0].shape[1:]
+    first = mx.zeros((heads, value_size, parts[1].shape[-1])) if before is None else before
+    depth: list[int] = []
+    for piece in pieces:
+        depth.append(0 if piece.previous is None else depth[piece.previous] + 1)
+    waves = [[i for i, level in enumerate(depth) if level == wave] for wave in range(max(depth) + 1)]
+    order = mx.array([i for wave in waves for i in wave])
+    in_waves = [
+        mx.split(part[order], [sum(map(len, waves[:n])) for n in range(1, len(waves))], axis=0) for part in parts
+    ]
+    outputs: dict[int, mx.array] = {}
+    states: dict[int | None, mx.array] = {None: first.astype(mx.float32)}
+    for n, wave in enumerate(waves):
+        own, seen, read, kept, faded, scores = (part[n] for part in in_waves)
+        state = mx.stack([states[pieces[i].previous] for i in wave])  # (n, V, d, c)
+        turned = state.swapaxes(-1, -2)  # (n, V, c, d)
+        u = own - seen @ turned  # (n, V, C, d)
+        y = read @ turned + scores @ u
+        state = faded * state + u.swapaxes(-1, -2) @ kept
+        for i, one, after in zip(wave, mx.split(y, len(wave)), mx.split(state, len(wave)), strict=True):
+            outputs[i], states[i] = one[0], after[0]
+    ends = [states[i] for i, piece in enumerate(pieces) if piece.is_last]
+    return [outputs[i] for i in range(len(pieces))], ends
+
+
+def unit_triangular_inverse(lower: mx.array) -> mx.array:
+    """The inverse of I + `lower` (…, C, C), whose entries on and above the diagonal are zero; C is a power of two.
+
+    Blocks are inverted in pairs, from single numbers up, which is substitution and as stable: no power of `lower` is
+    formed, whose entries can grow beyond float32.
+    """
+
+    @mx.custom_function
+    def inverse(lower: mx.array) -> mx.array:
+        return _inverse(lower)
+
+    @inverse.vjp
+    def vjp(lower: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        turned = output.swapaxes(-1, -2)
+        return mx.tril(-(turned @ cotangent @ turned), -1)
+
+    result: Any = inverse(lower)
+    return result
+
+
+def _inverse(lower: mx.array) -> mx.array:
+    *batch, size, _ = lower.shape
+    result = mx.broadcast_to(mx.eye(size), lower.shape)
+    width = 1
+    while width < size:
+        # The diagonal blocks of twice this width: [[A, 0], [B, D]] has the inverse [[A', 0], [-D' B A', D']].
+        pairs = size // (2 * width)
+
+        def blocks(x: mx.array, row: int, column: int, width: int = width, pairs: int = pairs) -> mx.array:
+            """The blocks (…, pairs, width, width) at this place of each pair."""
+            cut = x.reshape(*batch, pairs, 2, width, pairs, 2, width)[..., row, :, :, column, :]
+            return mx.diagonal(cut, axis1=-4, axis2=-2).moveaxis(-1, -3)
+
+        first, second = blocks(result, 0, 0), blocks(result, 1, 1)
+        corner = -(second @ blocks(lower, 1, 0) @ first)
+        top = mx.concatenate([first, mx.zeros_like(first)], axis=-1)
+        pair = mx.concatenate([top, mx.concatenate([corner, second], axis=-1)], axis=-2)  # (…, pairs, 2w, 2w)
+        width *= 2
+        placed = pair[..., :, :, None, :] * mx.eye(pairs)[:, None, :, None]  # (…, pairs, 2w, pairs, 2w)
+        result = placed.reshape(*batch, size, size)
+    return result
+
+
+def convolved(
+    inputs: mx.array, weight: mx.array, segments: Sequence[Segment], tail: mx.array | None = None
+) -> mx.array:
+    """The causal convolution (T, E) of each channel of `inputs` (T, E) with `weight` (E, W, 1), along each path.
+
+    A segment sees the last W - 1 inputs of its ancestors; a root those of `tail` (W - 1, E), or zeros.
+    """
+    size, width = inputs.shape[1], weight.shape[1]
+    parts = mx.split(inputs, [segment.start for segment in segments[1:]], axis=0)
+    start = mx.zeros((width - 1, size), dtype=inputs.dtype) if tail is None else tail
+    extended: list[mx.array] = []
+    for segment, part in zip(segments, parts, strict=True):
+        head = start if segment.parent is None else extended[segment.parent][-(width - 1) :]
+        extended.append(mx.concatenate([head, part]))
+    row = mx.concatenate(extended)  # each segment after the W - 1 inputs before it
+    outputs = mx.conv1d(row[None], weight, groups=size)[0]  # (T + n (W - 1) - (W - 1), E)
+    bounds = [length for segment in segments for length in (len(segment), width - 1)]
+    cuts = [sum(bounds[: i + 1]) for i in range(len(bounds) - 2)]
+    return mx.concatenate(list(mx.split(outputs, cuts, axis=0))[::2]) if cuts else outputs

@@ -1,0 +1,117 @@
+"""A family's config.json in the form that its module of mlx-lm reads, and its tensors under mlx-lm's names."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from mlx_zh.core.families import Config, family_of
+from mlx_zh.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# What Gemma 3's text_config leaves out where it has these values (transformers' Gemma3TextConfig).
+_GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+_TEXT_PREFIXES = ("language_model.", "model.language_model.")  # before the names of a language part's tensors
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def completed(config: Config, where: str) -> Config:
+    """The config for mlx-lm: of a model with images its language part, and RoPE and windows under mlx-lm's keys.
+
+    Raises ModelError, naming `where`, if some layers have a window and mlx-lm would let them see the whole text.
+    """
+    config = _language_part(config)
+    _flatten_rope(config)
+    _check_windows(config, where)
+    return config
+
+
+def _language_part(config: Config) -> Config:
+    text = config.get("text_config")
+    if config.get("model_type") != "gemma3" or not isinstance(text, dict):
+        return config
+    outer = {name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in config}
+    packed = {name: config[name] for name in ("quantization", "quantization_config") if name in config}
+    return _GEMMA3 | outer | text | packed | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
+def language_tensors(weights: dict[str, mx.array]) -> None:
+    """Of a model with images, keep the language part's tensors, under the names of a model without images."""
+    if not any(name.startswith(_TEXT_PREFIXES) for name in weights):
+        return
+    for name in list(weights):
+        array = weights.pop(name)
+        if name.startswith(_OTHER_PARTS):
+            continue
+        if name.startswith("model.language_model."):
+            name = "model." + name.removeprefix("model.language_model.")
+        weights[name.removeprefix("language_model.")] = array
+
+
+def _flatten_rope(config: Config) -> None:
+    """Copy RoPE's numbers out of rope_parameters, where transformers 5 puts them; mlx-lm would use its defaults."""
+    nested = config.get("rope_parameters")
+    if not isinstance(nested, dict):
+        return
+    local = nested.get("sliding_attention")
+    if isinstance(local, dict) and isinstance(nested.get("full_attention"), dict):
+        config.setdefault("rope_local_base_freq", local.get("rope_theta", 10000.0))
+        nested = nested["full_attention"]
+    if "rope_theta" in nested:
+        config.setdefault("rope_theta", nested["rope_theta"])
+    if "partial_rotary_factor" in nested:
+        config.setdefault("partial_rotary_factor", nested["partial_rotary_factor"])
+    kind = nested.get("rope_type") or nested.get("type") or "default"
+    if kind != "default" and not config.get("rope_scaling"):
+        config["rope_scaling"] = {key: value for key, value in nested.items() if key != "rope_theta"}
+
+
+def _check_windows(config: Config, where: str) -> None:
+    listed: Any = config.get("layer_types") or []
+    kinds = [str(kind) for kind in listed] if isinstance(listed, list) else [str(listed)]
+    family = family_of(config)
+    heeded = family is not None and family.windows
+    unknown = sorted({kind for kind in kinds if kind != "full_attention" and not (heeded and kind == _SLIDING)})
+    if unknown or (config.get("use_sliding_window") and not heeded):
+        raise ModelError(
+            f"{where}: layers with {', '.join(unknown) or _SLIDING} are not supported for model_type "
+            f"{config.get('model_type')!r}, because mlx-lm would let them see the whole text. Choose another model."
+        )
+    if config.get("model_type") == "gemma3_text":
+        _window_pattern(config, kinds, where)
+
+
+_SLIDING = "sliding_attention"
+
+_EXPERTS = re.compile(r"(.+)\.mlp\.switch_mlp\.(\w+)")  # mlx-lm's: all experts in one
+_EXPERT = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(\w+)")  # the hubs': one by one
+
+
+def expert_names(module: str, count: int) -> list[str]:
+    """The hubs' names of the `count` experts of one of mlx-lm's modules; of any other module only its own."""
+    match = _EXPERTS.fullmatch(module)
+    return [f"{match[1]}.mlp.experts.{number}.{match[2]}" for number in range(count)] if match else [module]
+
+
+def of_expert(module: str) -> tuple[str, int] | None:
+    """mlx-lm's module and the number of the expert that one of the hubs' modules is; None for any other module."""
+    match = _EXPERT.fullmatch(module)
+    return (f"{match[1]}.mlp.switch_mlp.{match[3]}", int(match[2])) if match else None
+
+
+def _window_pattern(config: Config, kinds: list[str], where: str) -> None:
+    """Set mlx-lm's `sliding_window_pattern`: every so many layers, one sees the whole text. Raises ModelError."""
+    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    if kinds and "full_attention" in kinds:
+        pattern = kinds.index("full_attention") + 1
+    if not isinstance(pattern, int) or pattern < 1:
+        raise ModelError(f"{where}: sliding_window_pattern must be a whole number, got {str(pattern)[:40]!r}.")
+    expected = ["full_attention" if (i + 1) % pattern == 0 else _SLIDING for i in range(len(kinds))]
+    if kinds != expected:
+        raise ModelError(
+            f"{where}: its layer_types do not repeat, and mlx-lm has them only with one full_attention in every "
+            f"{pattern} layers. Choose another model."
+        )
+    config["sliding_window_pattern"] = pattern

@@ -1,0 +1,1 @@
+"""The studio's pages, each with a builder; `frame.PAGES` names them."""

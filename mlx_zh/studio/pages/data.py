@@ -1,0 +1,11 @@
+"""The page Data."""
+
+from __future__ import annotations
+
+from mlx_zh.studio import widgets
+from mlx_zh.studio.projects import Studio
+
+
+def data_page(studio: Studio) -> None:
+    """Draw the page."""
+    widgets.heading(studio.say("Data"))

@@ -1,0 +1,11 @@
+"""The page Exams."""
+
+from __future__ import annotations
+
+from mlx_zh.studio import widgets
+from mlx_zh.studio.projects import Studio
+
+
+def exams_page(studio: Studio) -> None:
+    """Draw the page."""
+    widgets.heading(studio.say("Exams"))

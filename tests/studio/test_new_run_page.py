@@ -1,0 +1,112 @@
+"""From a dropped spreadsheet to a started run, in a real Chromium; stop and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_zh.stages.run_folder import RunFolder
+from mlx_zh.studio import processes
+
+pytest.importorskip("nicegui")
+
+
+def until(happens: Callable[[], object], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def steps_of(run: RunFolder) -> list[int]:
+    """The optimizer steps in the metrics, in the order in which they were written."""
+    if not run.stage("sft").metrics.exists():
+        return []
+    lines = [json.loads(line) for line in run.stage("sft").metrics.read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def kefu(project: Path) -> Iterator[RunFolder]:
+    """The folder of the run, which is ended with the test."""
+    run = RunFolder(project / "runs" / "kefu")
+    yield run
+    while (left := processes.running(run)) is not None:
+        os.kill(left.process, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def spreadsheet(tmp_path: Path) -> Path:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.append(["问题", "答案"])
+    for number in range(60):
+        sheet.append([f"第{number}个问题？<script>alert({number})</script>", f"第{number}个回答。"])
+    sheet.append(["没有答案", ""])
+    path = tmp_path / "很长的中文文件名：客服问答（2024年第三季度，整理版）.xlsx"
+    book.save(path)
+    return path
+
+
+def test_from_a_spreadsheet_to_a_run_that_is_stopped_and_resumed(
+    studio_at: Any,
+    browser_page: Any,
+    project: Path,
+    spreadsheet: Path,
+    model_folder: Callable[..., Path],
+    kefu: RunFolder,
+) -> None:
+    page = browser_page(studio_at(project), "/new", language="zh")
+    page.wait_for_selector(".z-drop")
+    page.set_input_files("input[type=file]", spreadsheet)
+    page.get_by_text("61 行中有 60 行可用").wait_for()
+    sample = page.locator(".z-sample").first
+    assert "<script>alert(" in sample.inner_text()  # as text
+    assert sample.locator(".z-learned").inner_text().startswith("第")
+    page.get_by_label("模型", exact=True).click()
+    page.get_by_role("option", name="其他模型").click()
+    page.get_by_label("Hub 上的 ID、文件夹或 .gguf 文件").fill(str(model_folder()))
+    name = page.get_by_label("训练的名称")
+    name.fill("kefu")
+    page.get_by_text("配方会写入 kefu.yaml").wait_for()
+    page.get_by_text("够用", exact=True).wait_for(timeout=100_000)
+    page.locator(".q-slider__track-container").press("PageUp")  # no limit: then nothing is measured first
+    page.get_by_text("不限", exact=True).wait_for()
+    page.get_by_text("高级：全部设置与 YAML 配方").click()
+    epochs = page.get_by_label("sft.epochs")
+    epochs.fill("400")
+    page.locator(".cm-line", has_text="epochs: 400").wait_for()  # the YAML follows the form
+    page.get_by_role("button", name="开始训练").click()
+    page.wait_for_url("**/run?run=*", timeout=100_000)
+
+    recipe = (project / "kefu.yaml").read_text(encoding="utf-8")
+    assert "epochs: 400" in recipe and str(model_folder()) in recipe
+    assert [path.name for path in (project / "data").iterdir()] == [
+        "很长的中文文件名-客服问答（2024年第三季度-整理版）.xlsx"
+    ]
+    run = kefu
+    until(lambda: len(steps_of(run)) >= 3)
+    page.locator(".z-chart canvas").first.wait_for(timeout=100_000)  # the curve on the page Run
+    page.get_by_role("button", name="停止").click()
+    resume = page.get_by_role("button", name="继续")
+    resume.wait_for(timeout=100_000)
+    before = steps_of(run)
+    assert before == list(range(1, len(before) + 1)) and not run.stage("sft").is_finished
+
+    resume.click()
+    until(lambda: len(steps_of(run)) > len(before) + 1)
+    page.get_by_role("button", name="停止").click()
+    resume.wait_for(timeout=100_000)
+    after = steps_of(run)
+    assert after == list(range(1, len(after) + 1))  # no step was lost, and none taken twice
+    assert run.log.read_text(encoding="utf-8").count("$ mlx-zh run kefu.yaml") == 2

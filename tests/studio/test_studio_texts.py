@@ -1,0 +1,63 @@
+"""Every text of the studio's pages has a Chinese wording with the same fields, and no wording is left over."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+
+import pytest
+
+import mlx_zh.studio
+from mlx_zh.studio.texts import chinese, said
+
+PACKAGE = Path(mlx_zh.studio.__file__).parent
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Each text that a page says or marks to be said, with its place."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args and _says(node.func):
+                for text in _choices(node.args[0]):
+                    yield text, f"{path.relative_to(PACKAGE)}:{node.lineno}"
+
+
+def _says(function: ast.expr) -> bool:
+    name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+    of_console = getattr(getattr(function, "value", None), "id", "") == "console"
+    return name in ("say", "said", "worded") and not of_console
+
+
+def _choices(argument: ast.expr) -> Iterator[str]:
+    """The texts that an argument may be: itself, or the two of `a if … else b`."""
+    if isinstance(argument, ast.IfExp):
+        yield from _choices(argument.body)
+        yield from _choices(argument.orelse)
+    elif isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+        yield argument.value
+    assert not isinstance(argument, ast.JoinedStr), f"line {argument.lineno}: fields are named, not filled in"
+
+
+def test_every_text_of_a_page_has_a_chinese_wording() -> None:
+    missing = {text: place for text, place in texts() if text not in chinese()}
+    assert not missing, "add these to language/studio.yaml"
+
+
+def test_no_wording_is_left_over() -> None:
+    said_somewhere = {text for text, _ in texts()}
+    assert not [text for text in chinese() if text not in said_somewhere]
+
+
+@pytest.mark.parametrize(("english", "wording"), chinese().items())
+def test_both_languages_have_the_same_fields(english: str, wording: str) -> None:
+    fields = [{name for _, name, _, _ in Formatter().parse(text) if name} for text in (english, wording)]
+    assert fields[0] == fields[1]
+    assert wording == wording.strip() and wording
+
+
+def test_a_text_is_said_in_the_language_of_the_page() -> None:
+    assert said("Compare {count}", "en", count=3) == "Compare 3"
+    assert said("Compare {count}", "zh", count=3) == "对比 3 个"
+    assert said("a text without a wording", "zh") == "a text without a wording"
