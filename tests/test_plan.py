@@ -498,5 +498,5 @@ def test_the_table_of_macs(run_stage: Any, capsys: pytest.CaptureFixture[str]) -
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
     assert by_name["`llama31-8b-zh-evening`"][:2] == ["7.2 GB", "16 GB"]
     assert by_name["`llama31-8b-zh-64gb`"][:2] == ["19.3 GB", "32 GB"]
-    assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M4"][1] == "— |"  # at most 32 GB
+    assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M2"][1] == "— |"  # at most 24 GB
     assert by_name["M4 Max"][1] == "6 days |"

@@ -56,9 +56,9 @@ def hidden_states(
     """Last hidden states (T, D) of a packed row, after the final norm, from which the head makes the logits.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
-    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
-    prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
-    next but one are allocated.
+    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
+    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
+    freed before those of the next but one are allocated.
     """
     last = None
     levels_of_row = checkpoint if grad else Levels()
