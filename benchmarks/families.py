@@ -1,4 +1,4 @@
-"""The table of docs/models.md: what the packed tree computes for each family, against mlx-lm's own forward and gradient.
+"""The table of docs/models.md: what is computed for each family, against mlx-lm's own forward and gradient.
 
 python benchmarks/families.py            # tiny random models of every family
 python benchmarks/families.py MODEL…     # models on this disk or on a hub
