@@ -7,6 +7,7 @@ needed. In a layer with a window, the segment is cut into pieces, so that no mas
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -15,7 +16,9 @@ import numpy as np
 
 from mlx_zh.core import expert_loads
 from mlx_zh.core.block_forms import LLAMA, BlockForm
+from mlx_zh.core.feed_forward import feed_forward, is_swiglu, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
+from mlx_zh.core.recompute import again
 from mlx_zh.system import device
 
 
@@ -36,28 +39,20 @@ def run_block(
     layer: nn.Module,
     hidden: mx.array,
     batch: PackedBatch,
-    checkpoint: bool,
+    level: int,
     noise: TokenNoise | None,
     past: KeysValues | None,
     form: BlockForm,
 ) -> mx.array:
-    """The block's output (T, D); with `checkpoint`, its activations are computed again in the backward pass."""
+    """The block's output (T, D). `level` says what it computes again in the backward pass, see `core.recompute`."""
 
     def block(hidden: mx.array) -> mx.array:
-        if noise is None:
-            return block_output(layer, hidden, batch, past, form=form)
-        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
-            return block_output(layer, hidden, batch, past, form=form)
+        with nullcontext() if noise is None else noise.layer():
+            return block_output(layer, hidden, batch, past, form=form, pieces=level > 0)
 
-    if not checkpoint:
+    if level < 2:
         return block(hidden)
-    trained = layer.trainable_parameters()
-
-    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
-        layer.update(parameters)
-        return block(hidden)
-
-    return mx.checkpoint(block_of)(trained, hidden)
+    return again((layer,), lambda hidden: (block(hidden),), hidden)[0]
 
 
 def has_arrays(tree: Any) -> bool:
@@ -77,14 +72,22 @@ def block_output(
     cache: list[KeysValues] | None = None,
     *,
     form: BlockForm = LLAMA,
+    pieces: bool = False,
 ) -> mx.array:
-    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention."""
-    x = _normed(layer, form.before_attention, hidden)
-    x = attention_output(layer.self_attn, x, batch, past, cache, form=form)
+    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention.
+
+    With `pieces`, what is cheap to make is made again in the backward pass.
+    """
+    norm = None if form.before_attention is None else layer[form.before_attention]
+    x = attention_output(layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces)
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
-    x = _normed(layer, form.before_mlp, hidden)
-    expert_loads.record(layer.mlp, x)
-    return _added(hidden, _normed(layer, form.after_mlp, layer.mlp(x)), form)
+    if pieces and is_swiglu(layer.mlp):
+        x = feed_forward(layer.mlp, None if form.before_mlp is None else layer[form.before_mlp], hidden)
+    else:
+        x = _normed(layer, form.before_mlp, hidden)
+        expert_loads.record(layer.mlp, x)
+        x = layer.mlp(x)
+    return _added(hidden, _normed(layer, form.after_mlp, x), form)
 
 
 def _normed(layer: Any, norm: str | None, x: mx.array) -> mx.array:
@@ -109,12 +112,17 @@ def attention_output(
     cache: list[KeysValues] | None = None,
     *,
     form: BlockForm = LLAMA,
+    norm: nn.Module | None = None,
+    pieces: bool = False,
 ) -> mx.array:
-    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
+    """The attention layer's output (T, D) for the row `x` (T, D), normalized by `norm`; its roots continue `past`.
 
-    The keys and values that the last segment sees are appended to `cache`.
+    The keys and values that the last segment sees are appended to `cache`. For `pieces` see `block_output`.
     """
-    queries, keys, values = _segments_of(attention, x, batch, form, 0 if past is None else past[0].shape[2])
+    layers = [attention[name] for name in (["qkv_proj"] if form.fused else ["q_proj", "k_proj", "v_proj"])]
+    products = projected(layers, norm, x, pieces=pieces)
+    shift = 0 if past is None else past[0].shape[2]
+    queries, keys, values = _segments_of(attention, products, batch, form, shift)
     prefix = [] if past is None else [past]
     outputs: list[mx.array] = []
     for index in range(len(batch.segments)):
@@ -123,22 +131,34 @@ def attention_output(
         outputs += _attended(queries[index], before, own, attention.scale, form.window)
         if cache is not None and index == len(batch.segments) - 1:
             cache.append(_columns([*before, own]))
-    return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
+    return _together(attention.o_proj, outputs, pieces=pieces)
+
+
+def _together(o_proj: Any, outputs: list[mx.array], *, pieces: bool) -> mx.array:
+    """`o_proj` of the segments' attention (1, H, n, d), (T, D)."""
+
+    def rows(*outputs: mx.array) -> mx.array:
+        return _joined(list(outputs))[0].swapaxes(0, 1).flatten(1)  # (1, H, T, d) -> (T, H * d)
+
+    if not pieces:
+        result: mx.array = o_proj(rows(*outputs))
+        return result
+    return scaled(o_proj, again((o_proj,), lambda *parts: (product(o_proj, rows(*parts)),), *outputs)[0])
 
 
 def _segments_of(
-    attention: Any, x: mx.array, batch: PackedBatch, form: BlockForm, shift: int
+    attention: Any, products: tuple[mx.array, ...], batch: PackedBatch, form: BlockForm, shift: int
 ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
     """Rotated queries and keys, and values: one array (1, H, n, d) for each segment of n tokens.
 
-    The positions begin at `shift`.
+    `products` are those of the projections of the row. The positions begin at `shift`.
     """
     positions = batch.positions + shift if shift else batch.positions
 
-    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
+    def heads(values: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
         if norm is not None and form.whole_norms:
-            projected, norm = attention[norm](projected), None
-        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
+            values, norm = attention[norm](values), None
+        split = values.reshape(values.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
         if norm is not None and not form.rotated_first:
             split = attention[norm](split)
         if rotate:  # each token has its own position, so each is passed as a batch of its own
@@ -149,7 +169,7 @@ def _segments_of(
         # Split, not sliced: the gradient of every slice would be an array of the whole row.
         return list(mx.split(split, batch.starts[1:], axis=2))
 
-    queries, keys, values = _projections(attention, x, form)
+    queries, keys, values = _projections(attention, products)
     of_queries, of_keys = form.norms or (None, None)
     return (
         heads(queries, attention.n_heads, of_queries, rotate=True),
@@ -158,11 +178,11 @@ def _segments_of(
     )
 
 
-def _projections(attention: Any, x: mx.array, form: BlockForm) -> tuple[mx.array, ...]:
+def _projections(attention: Any, products: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
     """Queries, keys and values, (T, H * d) each."""
-    if not form.fused:
-        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-    product = attention.qkv_proj(x)
+    if len(products) == 3:
+        return products
+    (product,) = products
     size = product.shape[-1] // (attention.n_heads + 2 * attention.n_kv_heads)
     end = attention.n_heads * size
     parts: Any = mx.split(product, [end, end + attention.n_kv_heads * size], axis=-1)

@@ -18,6 +18,7 @@ import numpy as np
 from mlx_zh.core.block_forms import ModelForm, form_of
 from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
+from mlx_zh.core.recompute import Levels, levels
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.core.trained_tables import TRAINED_TABLES
 from mlx_zh.system import device
@@ -47,7 +48,7 @@ def hidden_states(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
     grad: bool = True,
@@ -55,12 +56,13 @@ def hidden_states(
     """Last hidden states (T, D) of a packed row, after the final norm, from which the head makes the logits.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
-    backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
-    prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
-    next but one are allocated.
+    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
+    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
+    freed before those of the next but one are allocated.
     """
     last = None
-    for hidden in residual_stream(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix):
+    levels_of_row = checkpoint if grad else Levels()
+    for hidden in residual_stream(model, batch, checkpoint=levels_of_row, noise=noise, prefix=prefix):
         if not grad:
             mx.async_eval(hidden)
             if last is not None:
@@ -75,7 +77,7 @@ def residual_stream(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[mx.array]:
@@ -83,11 +85,14 @@ def residual_stream(
     inner, form = decoder(model), form_of(model)
     hidden = _embedded(inner, form, batch, noise)
     yield hidden
-    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
+    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # whether the gradient goes through the block
+    again, number = levels(checkpoint), 0
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
-        saves = flows or has_arrays(layer.trainable_parameters())
-        hidden = run_block(layer, hidden, batch, checkpoint and saves, noise, past, form.blocks[index])
+        flows = flows or has_arrays(layer.trainable_parameters())
+        level = again.of(number) if flows else 0
+        hidden = run_block(layer, hidden, batch, level, noise, past, form.blocks[index])
+        number += flows
         yield hidden
 
 
@@ -339,7 +344,7 @@ def batch_logprobs(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     chunk: int | None = None,
     grad: bool = True,
     noise: TokenNoise | None = None,

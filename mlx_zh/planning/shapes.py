@@ -41,6 +41,7 @@ class ModelShape:
     attention_bias: bool = False
     norms: int = 2
     experts: int = 0
+    silu: bool = True  # the activation of the MLP
     expert_width: int = 0
 
     def width(self, name: str) -> int:
@@ -67,6 +68,11 @@ class ModelShape:
         """Parameters of one block that a token meets: without experts, all."""
         idle = self.experts * self.expert_width - self.intermediate if self.experts else 0
         return self.block_values - 3 * self.hidden * idle
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the MLP is one SwiGLU, of which `core.feed_forward` keeps less."""
+        return self.silu and not self.experts
 
     @property
     def routed_values(self) -> int:
@@ -118,6 +124,7 @@ def model_shape(config: Config) -> ModelShape:
         attention_bias=family.attention_bias or any(config.get(key) for key in _BIASES),
         norms=family.norms,
         experts=experts,
+        silu=str(config.get("hidden_activation") or config.get("hidden_act") or "silu") in ("silu", "swish"),
         expert_width=expert_width,
     )
 
