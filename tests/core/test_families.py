@@ -13,7 +13,7 @@ from oracles import distance, following_logprobs, gradients, random_tokens
 from tolerances import GRADIENT, HIDDEN
 
 from mlx_zh.core import block_forms, blocks
-from mlx_zh.core.block_forms import BlockForm, form_of
+from mlx_zh.core.block_forms import form_of
 from mlx_zh.core.logprobs import batch_logprobs, hidden_states, output_head, prefill, project
 from mlx_zh.core.packing import PackedBatch, RowBuilder
 from mlx_zh.core.proof import SUPPORTED, check_supported, differences
@@ -167,8 +167,8 @@ def test_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     own = blocks._projections
 
-    def stopped(attention: Any, x: mx.array, form: BlockForm) -> Any:
-        queries, keys, values = own(attention, x, form)
+    def stopped(attention: Any, products: tuple[mx.array, ...]) -> Any:
+        queries, keys, values = own(attention, products)
         return queries, keys, mx.stop_gradient(values)
 
     monkeypatch.setattr(blocks, "_projections", stopped)
