@@ -22,7 +22,7 @@ class Family:
     query_key_norms: bool = False  # queries and keys are normalized
     windows: bool = False  # mlx-lm heeds `layer_types` or what stands for it: some layers have a window
     norms: int = 2  # of a block
-    swiglu: bool = True  # the MLP has gate_proj, up_proj and SiLU, so training keeps less of it (`core.feed_forward`)
+    swiglu: bool = True  # the MLP is gate_proj, up_proj and down_proj with SiLU
 
 
 # By `model_type` of config.json.
