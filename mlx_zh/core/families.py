@@ -22,6 +22,7 @@ class Family:
     query_key_norms: bool = False  # queries and keys are normalized
     windows: bool = False  # mlx-lm heeds `layer_types` or what stands for it: some layers have a window
     norms: int = 2  # of a block
+    swiglu: bool = True  # the MLP is gate_proj, up_proj and down_proj with SiLU
 
 
 # By `model_type` of config.json.
@@ -37,10 +38,12 @@ FAMILIES = {
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", windows=True),
     "granite": Family("granite", "GraniteForCausalLM"),
     "mimo": Family("mimo", "MiMoForCausalLM", attention_bias=True),
-    "glm4": Family("glm4", "Glm4ForCausalLM", norms=4),
+    "glm4": Family("glm4", "Glm4ForCausalLM", norms=4, swiglu=False),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM"),
-    "phi3": Family("phi3", "Phi3ForCausalLM"),
-    "gemma3_text": Family("gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4),
+    "phi3": Family("phi3", "Phi3ForCausalLM", swiglu=False),
+    "gemma3_text": Family(
+        "gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4, swiglu=False
+    ),
 }
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
 _NO_MODELS = ("base", "cache", "pipeline", "activations", "switch_layers", "rope_utils", "bitlinear_layers")

@@ -41,7 +41,7 @@ class ModelShape:
     attention_bias: bool = False
     norms: int = 2
     experts: int = 0
-    silu: bool = True  # the activation of the MLP
+    silu: bool = True  # the MLP is of gate, up and down with SiLU
     expert_width: int = 0
 
     def width(self, name: str) -> int:
@@ -124,7 +124,8 @@ def model_shape(config: Config) -> ModelShape:
         attention_bias=family.attention_bias or any(config.get(key) for key in _BIASES),
         norms=family.norms,
         experts=experts,
-        silu=str(config.get("hidden_activation") or config.get("hidden_act") or "silu") in ("silu", "swish"),
+        silu=family.swiglu
+        and str(config.get("hidden_activation") or config.get("hidden_act") or "silu") in ("silu", "swish"),
         expert_width=expert_width,
     )
 

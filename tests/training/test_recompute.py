@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from families import FAMILIES, family_config, family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectives import conversations, sft
@@ -23,6 +24,7 @@ from mlx_zh.core.packing import pack_conversations, pack_pairs
 from mlx_zh.core.recompute import ALL, Levels, again
 from mlx_zh.models.adapters.layers import add_adapter, dropout_keys, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.shapes import model_shape
 from mlx_zh.training.step import loss_and_gradients, set_weights
 
 pytestmark = pytest.mark.numeric
@@ -260,3 +262,30 @@ def test_a_block_keeps_less_at_each_level(tiny_model: Make) -> None:
     kept = [peak(12, levels) - peak(6, levels) for levels in (Levels(), Levels(ALL), Levels(ALL, ALL))]
     assert kept[1] < 0.75 * kept[0]
     assert kept[2] < 0.25 * kept[0]
+
+
+# Families
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_no_level_changes_the_result_of_a_family(name: str) -> None:
+    """Norms before and after, fused projections, experts, biases, windows. The planner knows which MLPs keep less."""
+    model = family_model(name)
+    experts = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if name == "qwen3_moe" else None
+    add_adapter(model, AdapterSpec("lora", 3, rank=4, targets=experts), seed=1)
+    weights = trainable(model)
+    set_weights(model, {n: w + 0.1 * mx.random.normal(w.shape, key=mx.random.key(1)) for n, w in weights.items()})
+    shape = model_shape(family_config(name))
+    assert shape.swiglu == all(is_swiglu(layer.mlp) for layer in model.layers)
+    examples = conversations([30, 14, 5])
+
+    def step(levels: Levels) -> tuple[float, dict[str, mx.array]]:
+        objective = sft(examples, micro_tokens=10_000, checkpoint=levels)
+        loss, _, found = loss_and_gradients(model, objective, objective.rows(np.arange(3), 0), trainable(model))
+        return float(loss), found
+
+    loss, expected = step(Levels())
+    for levels in (Levels(ALL), Levels(2, 1), Levels(ALL, ALL)):
+        other, found = step(levels)
+        assert other == loss
+        assert distance(found, expected) < 4 * GRADIENT, levels
