@@ -22,9 +22,12 @@ from mlx_zh.core.feed_forward import feed_forward, is_swiglu, swiglu
 from mlx_zh.core.logprobs import batch_logprobs
 from mlx_zh.core.packing import pack_conversations, pack_pairs
 from mlx_zh.core.recompute import ALL, Levels, again
+from mlx_zh.corpus.render import Rendered
 from mlx_zh.models.adapters.layers import add_adapter, dropout_keys, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.shapes import model_shape
+from mlx_zh.training.objective import Settings
+from mlx_zh.training.sft_objective import SftObjective
 from mlx_zh.training.step import loss_and_gradients, set_weights
 
 pytestmark = pytest.mark.numeric
@@ -289,3 +292,28 @@ def test_no_level_changes_the_result_of_a_family(name: str) -> None:
         other, found = step(levels)
         assert other == loss
         assert distance(found, expected) < 4 * GRADIENT, levels
+
+
+def test_chunks_of_a_head_do_not_keep_what_is_computed_again(tiny_model: Callable[..., Any]) -> None:
+    """Computing a chunk of logits under a gradient would keep every array that leads to it."""
+    model = tiny_model(layers=8, vocabulary=4000)
+    add_adapter(model, AdapterSpec("lora", num_layers=8, rank=4), seed=0)
+    weights = trainable(model)
+    rng = np.random.default_rng(0)
+    examples = [Rendered(rng.integers(0, 4000, 400).astype(np.int32), np.arange(400) >= 200, False) for _ in range(2)]
+
+    def peak(checkpoint: bool, logit_rows: int) -> int:
+        settings = Settings(seed=0, micro_tokens=2048, checkpoint=checkpoint, logit_rows=logit_rows)
+        objective = SftObjective(examples, settings)
+        rows = objective.rows(np.arange(2), 0)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(loss_and_gradients(model, objective, rows, weights))
+        return mx.get_peak_memory() - before
+
+    peak(True, 16)  # arrays that are made once
+    whole, again = peak(False, 16), peak(True, 16)
+    assert whole <= 1.05 * peak(False, 400)  # in one chunk, without the logits of several
+    assert again <= 1.05 * peak(True, 400)
+    assert again < 0.5 * whole
