@@ -123,11 +123,8 @@ def attention_output(
     products = projected(layers, norm, x, pieces=pieces)
     shift = 0 if past is None else past[0].shape[2]
     queries, keys, values = _segments_of(attention, products, batch, form, shift)
-    if past is not None and cache is None and form.window is None and device.joins_questions() and batch.is_flat:
-        outputs = _attended_together(queries, past, list(zip(keys, values, strict=True)), attention.scale)
-        return _together(attention.o_proj, outputs, pieces=pieces)
     prefix = [] if past is None else [past]
-    outputs = []
+    outputs: list[mx.array] = []
     for index in range(len(batch.segments)):
         before = prefix + [(keys[i], values[i]) for i in batch.ancestors(index)]
         own = keys[index], values[index]
@@ -211,37 +208,6 @@ def _attended(
         yield _attention(piece, _columns([*tail, (key, value)]), scale, window)
         tail = [(key, value)]
 
-
-def _attended_together(
-    queries: list[mx.array], past: KeysValues, own: list[KeysValues], scale: float
-) -> list[mx.array]:
-    """Attention (1, H, n, d) of each root to `past` and to its `own` keys; roots of similar lengths in one call.
-
-    A root is filled up with zeros to the length of the longest. No token sees what comes after it, so these change
-    nothing.
-    """
-    order = sorted(range(len(queries)), key=lambda i: queries[i].shape[2])
-    outputs: dict[int, mx.array] = {}
-    while order:
-        shortest = queries[order[0]].shape[2]
-        group = [i for i in order if queries[i].shape[2] <= shortest * _ALIKE + 8]
-        order = order[len(group) :]
-        longest = queries[group[-1]].shape[2]
-
-        def filled(arrays: list[mx.array], longest: int = longest) -> mx.array:
-            return mx.concatenate([mx.pad(a, [(0, 0), (0, 0), (0, longest - a.shape[2]), (0, 0)]) for a in arrays])
-
-        before = [mx.broadcast_to(part, (len(group), *part.shape[1:])) for part in past]
-        keys, values = (
-            mx.concatenate([part, filled([own[i][n] for i in group])], axis=2) for n, part in enumerate(before)
-        )
-        result = _attention(filled([queries[i] for i in group]), (keys, values), scale, None)
-        for row, i in enumerate(group):
-            outputs[i] = result[row : row + 1, :, : queries[i].shape[2]]
-    return [outputs[i] for i in range(len(queries))]
-
-
-_ALIKE = 1.25  # lengths that differ less are filled up
 
 _LEAST_PIECE = 256  # queries; shorter pieces than these would only make more kernels
 

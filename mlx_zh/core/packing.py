@@ -62,11 +62,6 @@ class PackedBatch:
         ids = [np.arange(s.position, s.position + len(s), dtype=np.int32) for s in self.segments]
         return _joined(ids)
 
-    @property
-    def is_flat(self) -> bool:
-        """Whether every segment is a root."""
-        return all(segment.parent is None for segment in self.segments)
-
     def ancestors(self, index: int) -> tuple[int, ...]:
         """Indices of the segments that segment `index` continues, from the root down."""
         ancestors: list[int] = []

@@ -13,7 +13,6 @@ import pytest
 from oracles import log_softmax
 from tolerances import HIDDEN, LOGPROBS, ONE_LOGPROB
 
-from mlx_zh.core import blocks
 from mlx_zh.core.logprobs import hidden_states, prefill
 from mlx_zh.core.packing import RowBuilder
 from mlx_zh.exams.exam import load_exam
@@ -22,7 +21,6 @@ from mlx_zh.exams.protocols import protocols
 from mlx_zh.exams.scorer import common_prefix, letter_logprobs
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.system import device
 
 LETTERS = ((17,), (23,), (29,), (31,))
 LONG = ((17,), (23, 5, 5), (23, 5, 9), (31, 2))  # as some tokenizers write " A"
@@ -56,29 +54,13 @@ def alone(model: Any, prompt: Prompt) -> list[float]:
     return scores
 
 
-@pytest.fixture(params=[False, True], ids=["apart", "together"])
-def joins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Questions over one prefix one at a time, as on a CPU, and together, as on a GPU: how many were together."""
-    together: list[int] = []
-    own = blocks._attended_together
-
-    def counted(queries: Any, *more: Any) -> Any:
-        together.append(len(queries))
-        return own(queries, *more)
-
-    monkeypatch.setattr(blocks, "_attended_together", counted)
-    monkeypatch.setattr(device, "joins_questions", lambda: request.param)
-    return together
-
-
 @pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str, joins: list[int]):
+def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str):
     model = tiny_model(family)
-    asked = prompts([9, 1, 14, 5, 30, 31], shared=40)
+    asked = prompts([9, 1, 14, 5, 30], shared=40)
     expected = np.array([alone(model, prompt) for prompt in asked])
     found = letter_logprobs(model, asked, micro_tokens=64)
-    assert not joins or max(joins) > 1
     np.testing.assert_allclose(found, expected, rtol=LOGPROBS, atol=ONE_LOGPROB)
     assert (found.argmax(1) == expected.argmax(1)).all()
 
@@ -86,9 +68,7 @@ def test_as_one_question_at_a_time(tiny_model: Callable[..., Any], family: str, 
 @pytest.mark.numeric
 @pytest.mark.parametrize("micro_tokens", [1, 7, 33, 4096])
 @pytest.mark.parametrize("letters", [LETTERS, LONG, OPTIONS])
-def test_memory_settings_change_nothing(
-    tiny_model: Callable[..., Any], micro_tokens: int, letters: Any, joins: list[int]
-):
+def test_memory_settings_change_nothing(tiny_model: Callable[..., Any], micro_tokens: int, letters: Any):
     # Prefixes and single questions longer than micro_tokens are computed in pieces.
     model = tiny_model()
     asked = prompts([9, 21, 3, 8], shared=25, letters=letters, truncated=(1, 3))
