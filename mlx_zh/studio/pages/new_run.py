@@ -373,6 +373,8 @@ class NewRun:
             return
         self._draft.named = True
         await self._set("name", name)
+        if not self._draft.rewritten and self._draft.name == name:  # comments of the recipe name it too
+            await self._redraft()
 
     async def _use_memory(self, settings: Mapping[str, Any]) -> None:
         """Take memory settings that fit."""
