@@ -141,3 +141,32 @@ def test_an_empty_project_leads_to_a_new_run(studio_at: Any, browser_page: Any, 
     (project / "my recipe.yaml").write_text("name: tea\nmodel: {path: smollm2-135m-instruct}\n", encoding="utf-8")
     page = browser_page(studio, "/", width=390, language="zh")
     page.wait_for_selector("text=mlx-zh run 'my recipe.yaml'")
+
+
+def test_the_same_file_can_be_dropped_again_and_a_failed_upload_is_told(
+    studio_at: Any, browser_page: Any, project: Path, tmp_path: Path
+) -> None:
+    page = browser_page(studio_at(project), "/new", language="zh")
+    page.wait_for_selector(".z-drop")
+    file = tmp_path / "qa.csv"
+    file.write_text("问题,答案\n你好,您好！\n再见,慢走。\n", encoding="utf-8")
+    for _ in range(2):
+        page.set_input_files("input[type=file]", file)
+        page.wait_for_selector(".z-file >> text=qa.csv")
+        page.get_by_label("移除").click()
+        page.wait_for_selector(".z-file", state="detached")
+    assert page.locator(".z-error").count() == 0
+    page.evaluate(  # a connection that breaks off, of which the console says nothing
+        "() => { const send = XMLHttpRequest.prototype.send; window.mend = () => XMLHttpRequest.prototype.send = send;"
+        "XMLHttpRequest.prototype.send = function () {"
+        "Object.defineProperty(this, 'readyState', { value: 4 }); setTimeout(this.onreadystatechange, 50); }; }"
+    )
+    page.set_input_files("input[type=file]", file)
+    page.wait_for_selector(".z-error >> text=文件没有传过来")
+    page.evaluate("() => window.mend()")
+    page.set_input_files("input[type=file]", file)
+    page.wait_for_selector(".z-file >> text=qa.csv")
+    page.wait_for_selector(".z-error", state="detached")
+    page.set_input_files("input[type=file]", {"name": "a.exe", "mimeType": "", "buffer": b"MZ"})
+    page.wait_for_selector(".z-error >> text=不是数据文件")
+    assert [path.name for path in (project / "data").iterdir()] == ["qa.csv"]
