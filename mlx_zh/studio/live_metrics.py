@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from mlx_zh.stages.run_folder import StageFolder
-from mlx_zh.studio.curves import Point
+from mlx_zh.studio.curves import Point, thinned
 from mlx_zh.system.json_text import parse_json, read_object
 from mlx_zh.system.links import is_readable
 
+_BLOCK = 1 << 24  # bytes that are read in one look, some 60,000 steps
+_MOST = 50_000  # points of a curve that stay when it is thinned
 _MARK = 64  # bytes before the place reached, by which a file that was cut and grew again is recognised
 _LONGEST = 10 * 365 * 86400.0  # seconds of training that are taken seriously
 _RECENT = 50  # steps over which the speed is measured
 
 
 class LiveMetrics:
-    """The curves of one stage. `read` adds what is new; it may be called in any thread, one at a time."""
+    """The curves of one stage. `read` adds what is new; it may be called in any thread, one at a time.
+
+    A curve of more than a hundred thousand points is thinned, so that no file fills the memory.
+    """
 
     def __init__(self, folder: StageFolder) -> None:
         self.folder = folder
@@ -30,7 +35,7 @@ class LiveMetrics:
         self._mark = b""
 
     def read(self) -> bool:
-        """Read the lines that were added; whether anything changed.
+        """Read the lines that were added, a block of them at most; whether anything changed.
 
         A run that resumes cuts its file to what it saved; then everything is read anew. A line that is not whole yet
         is left for the next look, and a damaged one is passed over.
@@ -42,10 +47,15 @@ class LiveMetrics:
             if file.read(len(self._mark)) != self._mark:
                 self.points, self.last, self._offset, self._mark = defaultdict(list), {}, 0, b""
                 file.seek(0)
-            whole = file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
+            block = file.read(_BLOCK)
+        whole = block[: block.rfind(b"\n") + 1]
+        if not whole and len(block) == _BLOCK:  # no step's line is that long
+            whole = block
         for line in whole.splitlines():
             self._take(line)
+        for points in self.points.values():
+            if len(points) > 2 * _MOST:
+                points[:] = thinned(points, _MOST)
         self._offset += len(whole)
         self._mark = (self._mark + whole)[-_MARK:]
         return bool(whole)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -167,6 +169,17 @@ def test_what_is_too_large_or_no_data_is_refused_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(StudioError, match="GB"):
         asyncio.run(store(tmp_path, "a.csv", chunks(b"x"), LARGEST + 1))
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_what_a_killed_studio_left_of_an_upload_is_removed_and_one_at_work_is_not(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, age in ((".upload-old", 7200), (".upload-new", 60), ("upload.csv", 7200)):
+        (data / name).write_bytes(b"half")
+        written = time.time() - age
+        os.utime(data / name, (written, written))
+    stored(tmp_path, "a.csv")
+    assert sorted(path.name for path in data.iterdir()) == [".upload-new", "a.csv", "upload.csv"]
 
 
 @given(st.text(max_size=300), st.sampled_from(SUFFIXES))

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_zh.stages.run_folder import StageFolder
+from mlx_zh.studio import live_metrics
 from mlx_zh.studio.curves import smoothed, thinned
 from mlx_zh.studio.live_metrics import LiveMetrics, end_of
 
@@ -137,3 +138,21 @@ def test_any_line_and_any_settings_are_read(stage: StageFolder, lines: list[Any]
     assert all(isinstance(value, int | float) and math.isfinite(value) for value in metrics.last.values())
     left = metrics.seconds_left()
     assert left is None or 0 <= left < 1e9
+
+
+def test_a_large_file_is_read_in_blocks_and_its_curves_are_thinned(
+    stage: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_metrics, "_BLOCK", 1000)
+    monkeypatch.setattr(live_metrics, "_MOST", 50)
+    text = "".join(line(step, loss=99.0 if step == 170 else 1.0) for step in range(1, 301))
+    stage.metrics.write_text(text + "x" * 2500 + "\n" + line(301), encoding="utf-8")
+    metrics, looks = LiveMetrics(stage), 0
+    while metrics.read():
+        looks += 1
+    assert looks == pytest.approx(len(text) / 1000 + 3, abs=len(text) / 10_000 + 2)
+    assert metrics.last["step"] == 301
+    losses = metrics.points["loss"]
+    assert len(losses) <= 100 and losses[-1] == (301, 1.0) and losses[0] == (1, 1.0)
+    assert (170, 99.0) in losses
+    assert [step for step, _ in losses] == sorted({step for step, _ in losses})
