@@ -151,9 +151,7 @@ def _unreadable(path: Path, process: int | None, error: OSError) -> RunInfo:
     unknown: dict[str, Any] = dict.fromkeys(("model", "step", "hours", "best_loss", "exam", "exam_gain"))
     about = _stamp(path)
     changed = about[2] / 1e9 if isinstance(about, tuple) else 0.0
-    return RunInfo(
-        key_of(path), path, path.name, state, why, process, data=(), stages=(), changed=changed, **unknown
-    )
+    return RunInfo(key_of(path), path, path.name, state, why, process, data=(), stages=(), changed=changed, **unknown)
 
 
 def _stamp(path: Path) -> object:

@@ -128,8 +128,8 @@ class DataStep:
     def _failed(self) -> None:
         self._say_error(
             self._studio.say(
-                "The file did not arrive. Drop it again; if it fails again, see whether the studio still runs and the "
-                "disk has space."
+                "The file did not arrive. Drop it again; if it fails again, see whether the studio still runs and "
+                "the disk has space."
             )
         )
 

@@ -112,9 +112,7 @@ def test_from_a_spreadsheet_to_a_run_that_is_stopped_and_resumed(
     assert run.log.read_text(encoding="utf-8").count("$ mlx-zh run kefu.yaml") == 2
 
 
-def test_a_name_that_is_refused_stays_and_the_page_says_why(
-    studio_at: Any, browser_page: Any, project: Path
-) -> None:
+def test_a_name_that_is_refused_stays_and_the_page_says_why(studio_at: Any, browser_page: Any, project: Path) -> None:
     page = browser_page(studio_at(project), "/new", width=390, language="zh")
     name = page.get_by_label("训练的名称")
     page.wait_for_selector("text=qwen3")  # the models are listed, and the first draft is made
@@ -157,7 +155,8 @@ def test_the_same_file_can_be_dropped_again_and_a_failed_upload_is_told(
         page.wait_for_selector(".z-file", state="detached")
     assert page.locator(".z-error").count() == 0
     page.evaluate(  # a connection that breaks off, of which the console says nothing
-        "() => { const send = XMLHttpRequest.prototype.send; window.mend = () => XMLHttpRequest.prototype.send = send;"
+        "() => { const send = XMLHttpRequest.prototype.send;"
+        "window.mend = () => XMLHttpRequest.prototype.send = send;"
         "XMLHttpRequest.prototype.send = function () {"
         "Object.defineProperty(this, 'readyState', { value: 4 }); setTimeout(this.onreadystatechange, 50); }; }"
     )

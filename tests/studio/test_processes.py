@@ -206,9 +206,7 @@ def test_the_log_shows_the_last_state_of_a_bar(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["start", "stop", "log"])
-def test_a_link_out_of_the_run_folder_is_neither_written_nor_shown(
-    run: RunFolder, tmp_path: Path, name: str
-) -> None:
+def test_a_link_out_of_the_run_folder_is_neither_written_nor_shown(run: RunFolder, tmp_path: Path, name: str) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_text("precious", encoding="utf-8")
     run.path.mkdir(parents=True)

@@ -242,9 +242,7 @@ def test_two_studios_run_side_by_side_each_with_its_own_token(
     assert second.process.wait(10) == 0
 
 
-def test_a_run_removed_while_its_page_is_open_is_told_once(
-    studio_at: Any, browser_page: Any, project: Path
-) -> None:
+def test_a_run_removed_while_its_page_is_open_is_told_once(studio_at: Any, browser_page: Any, project: Path) -> None:
     folder = project / "runs" / "gone"
     folder.mkdir()
     (folder / "pipeline.json").write_text('{"stages": {}}', encoding="utf-8")
