@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -299,6 +298,7 @@ class _Reading:
             return b""
 
 
+_HUGE = 1e15  # what no step, time or gain of a run reaches
 _TAIL = 8192  # bytes that hold the last step's line
 _LARGEST = 2**18  # bytes of a recipe that are read
 _EVAL_LOSS = re.compile(rb'"eval_loss": (-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*[,}]')
@@ -314,6 +314,6 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    """A finite number; None for anything else."""
+    """A number that can be computed with; None for anything else, such as NaN."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
+    return float(value) if is_number and abs(value) < _HUGE else None  # type: ignore[arg-type]

@@ -231,7 +231,9 @@ class RoundsView:
                 ui.label(text).classes("z-note")
 
     def _vote_button(self, one: Round, text: str, best: Best) -> None:
-        ui.button(text, on_click=lambda: self._say_better(one, best)).props("outline no-caps dense").classes("z-vote-button")
+        ui.button(text, on_click=lambda: self._say_better(one, best)).props("outline no-caps dense").classes(
+            "z-vote-button"
+        )
 
     async def _take_back(self, one: Round) -> None:
         async with self._one_by_one:

@@ -198,7 +198,12 @@ def test_a_command_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path
     assert not os.path.lexists(run.path)
 
 
-ANY_NUMBER = st.integers(-3, 10**320) | st.floats() | st.sampled_from([True, None, "1", "<b>", [], {}])
+ANY_NUMBER = (
+    st.integers(-3, 10**320)
+    | st.floats()
+    | st.floats(1e300, 1e308)
+    | st.sampled_from([True, None, "1", "<b>", [], {}])
+)
 ANY_VALUE = st.recursive(
     ANY_NUMBER | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
@@ -219,7 +224,10 @@ def test_no_run_folder_hides_the_others(tmp_path: Path, number: Any, value: Any,
     write(bad.ended, {"how": value, "why": value})
     write(bad.recipe, {"model": {"path": value}, "data": {"sft": {"train": [{"path": value}, value]}}})
     write(bad.exams / "sft-ceval.json", {"benchmark": value, "against": {"base": {"difference": number}}})
-    assert set(states(tmp_path)) == {"good", "bad"}
+    listed = {info.name: info for info in RunList([tmp_path]).read()}
+    assert set(listed) == {"good", "bad"}
+    hours, gain = listed["bad"].hours, listed["bad"].exam_gain
+    assert all(each is None or abs(each) < 1e16 for each in (hours, gain))
 
 
 def test_a_link_in_a_circle_does_not_hide_the_runs(tmp_path: Path, make: Callable[..., Path]) -> None:
