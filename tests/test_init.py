@@ -353,7 +353,13 @@ def test_lengths_of_time(text: str, budget: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("客服 qa.v2.xlsx", "qa.v2"), ("my data.csv", "my-data"), ("客服.xlsx", "my-model"), ("-x-.csv", "x")],
+    [
+        ("客服 qa.v2.xlsx", "qa.v2"),
+        ("my data.csv", "my-data"),
+        ("客服.xlsx", "my-model"),
+        ("-x-.csv", "x"),
+        ("qa_题库 - 第2版 (1).xlsx", "qa-2-1"),
+    ],
 )
 def test_the_name_comes_from_the_file(file: str, name: str) -> None:
     Path(file).touch()

@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fabricated
 import pytest
@@ -16,13 +17,14 @@ import yaml
 from mlx_zh import report
 from mlx_zh.errors import DataError
 from mlx_zh.exams import figures as exam_report
-from mlx_zh.reporting import plots, svg
+from mlx_zh.reporting import data_view, plots, svg
 from mlx_zh.reporting.charts import Dots, Span, smooth
 from mlx_zh.reporting.findings import Findings, gather
 from mlx_zh.reporting.markdown import markdown
 from mlx_zh.reporting.messages import Text
 from mlx_zh.reporting.page import page
 from mlx_zh.reporting.svg import label, ticks
+from mlx_zh.reporting.words import duration
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import redaction
 from mlx_zh.system.storage import write_json
@@ -423,3 +425,26 @@ def test_nothing_to_report_is_an_error(tmp_path, monkeypatch):
     Path("recipe.yaml").write_text(yaml.safe_dump(fabricated.RECIPE))
     with pytest.raises(DataError, match="nothing has been run yet"):
         report.main(["recipe.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("edges", "counts", "drawn"),
+    [
+        ([0, 1.5, 3], [4, 5], True),
+        ([0, "<b>", 3], [4, 5], False),
+        ([0, 1, float("nan")], [4, 5], False),
+        ([0, 1, 3], [None, 5], False),
+        ([0, 1, 3], [0, 0], False),
+        ([0, 1], [4, 5], False),
+        ({}, [4, 5], False),
+    ],
+)
+def test_a_histogram_is_made_of_numbers_alone(edges: Any, counts: Any, drawn: bool) -> None:
+    report = {"train": {"histogram": {"edges": edges, "counts": counts}}}
+    assert (data_view._lengths(Text.same("a"), report) is not None) == drawn
+    selection = {"histograms": [{"score": "ifd", "edges": edges, "kept": counts}]}
+    assert bool(data_view._scores(Text.same("a"), selection)) == drawn
+
+
+def test_a_time_that_is_no_time_is_a_dash() -> None:
+    assert [duration(each) for each in (8.2, 725.0, float("inf"))] == ["8.2 s", "12 min 05 s", "–"]

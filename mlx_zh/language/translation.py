@@ -15,9 +15,9 @@ from importlib.resources import files
 from string import Formatter
 from typing import NamedTuple
 
+from mlx_zh.language import other_names, system_errors
 from mlx_zh.language.catalogue import Language, catalogue
 from mlx_zh.language.notice import Notice
-from mlx_zh.language.other_names import in_both_languages
 from mlx_zh.language.reader import reader_language
 
 _DEEPEST = 6  # sentences within sentences, such as the reason within an error
@@ -133,7 +133,7 @@ def _table() -> Mapping[str, Sequence[_Sentence]]:
     for english, chinese in [*wordings().items(), *_of_notices()]:
         texts = literals(english)
         table[texts[0][:_HEAD] if len(texts[0]) >= _HEAD else ""].append(_Sentence(texts, chinese))
-    for english, chinese in in_both_languages():
+    for english, chinese in [*other_names.in_both_languages(), *system_errors.in_both_languages()]:
         table[english[:_HEAD]].append(_Sentence((english,), chinese.replace("{", "{{").replace("}", "}}")))
     for sentences in table.values():
         sentences.sort(key=lambda sentence: -sentence.size)

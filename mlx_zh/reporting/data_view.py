@@ -88,18 +88,23 @@ def _scores(title: Text, selection: Mapping[str, object]) -> list[Histogram]:
     for scores in map(mapped, listed(selection.get("histograms"))):
         edges, name = scores.get("edges"), str(scores.get("score"))
         for key in ("candidates", "kept"):
-            counts = scores.get(key)
-            if isinstance(edges, list) and isinstance(counts, list) and any(counts) and len(edges) == len(counts) + 1:
-                charts.append(Histogram(say(f"scores_{key}", name=title, score=name), edges, counts))
+            chart = _histogram(say(f"scores_{key}", name=title, score=name), edges, scores.get(key))
+            charts += [] if chart is None else [chart]
     return charts
 
 
 def _lengths(title: Text, report: Mapping[str, object]) -> Histogram | None:
     histogram = mapped(mapped(report.get("train")).get("histogram"))
-    edges, counts = histogram.get("edges"), histogram.get("counts")
-    if isinstance(edges, list) and isinstance(counts, list) and any(counts) and len(edges) == len(counts) + 1:
-        return Histogram(say("lengths_chart", name=title), edges, counts)
-    return None
+    return _histogram(say("lengths_chart", name=title), histogram.get("edges"), histogram.get("counts"))
+
+
+def _histogram(title: Text, edges: object, counts: object) -> Histogram | None:
+    """The histogram; None where it is empty, or a report holds something else than numbers."""
+    if not (isinstance(edges, list) and isinstance(counts, list) and len(edges) == len(counts) + 1):
+        return None
+    if not all(map(is_finite, [*edges, *counts])) or not any(counts):
+        return None
+    return Histogram(title, edges, counts)
 
 
 def _source_rows(report: Mapping[str, object]) -> list[tuple[Text, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mlx_zh.reporting.exam_results import Change
@@ -118,6 +119,8 @@ def training_facts(training: TrainingResult) -> list[tuple[Text, Text]]:
 
 def duration(seconds: float) -> str:
     """Seconds as text, the same in both languages: 8.2 s, 75 s, 12 min 05 s, 1 h 30 min."""
+    if not math.isfinite(seconds):
+        return "–"
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -84,7 +84,7 @@ def ask_use() -> Use:
 def default_name(path: Path) -> str:
     """A name from that of a file; one without letters and digits, or with a secret, gives my-model."""
     stem = plain(path.absolute().stem if path.is_file() else path.absolute().name)
-    letters = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-")
+    letters = re.sub(r"[._-]*[^A-Za-z0-9._-][^A-Za-z0-9]*", "-", stem).strip("._-")
     return letters if _NAME.fullmatch(letters) and redact(letters) == letters else "my-model"
 
 

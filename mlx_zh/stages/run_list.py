@@ -92,7 +92,11 @@ class RunList:
         signature = (process, [_stamp(file) for file in _files(run)])
         known = self._known.get(path)
         if known is None or known[0] != signature:
-            known = self._known[path] = (signature, _Reading(run, process).info())
+            try:
+                info = _Reading(run, process).info()
+            except OSError as error:  # a run of another user, or on a disk that fails; the others are shown
+                info = _unreadable(path, process, error)
+            known = self._known[path] = (signature, info)
         return known[1]
 
     def _process(self, run: RunFolder) -> int | None:
@@ -115,9 +119,16 @@ def key_of(path: Path) -> str:
 def _children(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.name[:1] != "." and entry.is_dir())
+            return sorted(Path(entry.path) for entry in entries if entry.name[:1] != "." and _is_folder(entry))
     except OSError:
         return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle, or into a folder of another user
+        return False
 
 
 def _is_run(path: Path) -> bool:
@@ -130,6 +141,16 @@ def _files(run: RunFolder) -> list[Path]:
     stages = [run.stage(name) for name in TUNED]
     own = [run.pipeline, run.manifest, run.recipe, run.ended, run.exams, run.path / LOCK]
     return own + [file for stage in stages for file in (stage.metrics, stage.summary, stage.adapter)]
+
+
+def _unreadable(path: Path, process: int | None, error: OSError) -> RunInfo:
+    """What a list shows of a run whose files cannot be read."""
+    state: RunState = "failed" if process is None else "running"
+    why = f"files of this run cannot be read: {error.strerror}. Check who may read {error.filename}."
+    unknown: dict[str, Any] = dict.fromkeys(("model", "step", "hours", "best_loss", "exam", "exam_gain"))
+    about = _stamp(path)
+    changed = about[2] / 1e9 if isinstance(about, tuple) else 0.0
+    return RunInfo(key_of(path), path, path.name, state, why, process, data=(), stages=(), changed=changed, **unknown)
 
 
 def _stamp(path: Path) -> object:
@@ -226,7 +247,7 @@ class _Reading:
 
     def _best_loss(self) -> float | None:
         for stage in reversed(self._begun):
-            losses = [float(match) for match in _EVAL_LOSS.findall(self._bytes(self._run.stage(stage).metrics))]
+            losses = list(map(float, _EVAL_LOSS.findall(self._bytes(self._run.stage(stage).metrics))))
             if losses:
                 return min(losses)
         return None
@@ -277,9 +298,10 @@ class _Reading:
             return b""
 
 
+_HUGE = 1e15  # what no step, time or gain of a run reaches
 _TAIL = 8192  # bytes that hold the last step's line
 _LARGEST = 2**18  # bytes of a recipe that are read
-_EVAL_LOSS = re.compile(rb'"eval_loss": (-?\d[\d.eE+-]*)')
+_EVAL_LOSS = re.compile(rb'"eval_loss": (-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*[,}]')
 
 
 def _exam_order(path: Path) -> tuple[int, str]:
@@ -292,4 +314,6 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number that can be computed with; None for anything else, such as NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < _HUGE else None  # type: ignore[arg-type]

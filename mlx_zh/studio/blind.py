@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mlx_zh.chatting import feedback
 from mlx_zh.corpus.samples import Sampled, SampledAnswer, prompt_id
-from mlx_zh.errors import StudioError
+from mlx_zh.errors import StorageError, StudioError
 from mlx_zh.judging.contest import Contest
 from mlx_zh.judging.verdicts import VerdictFile, by_hand
 from mlx_zh.stages.run_folder import ArenaFolder, RunFolder
@@ -23,6 +23,7 @@ from mlx_zh.studio.conversation import Answer, Column
 from mlx_zh.system.digests import value_digest
 from mlx_zh.system.escaping import text_lines
 from mlx_zh.system.json_text import parse_json
+from mlx_zh.system.links import check_file
 from mlx_zh.system.record_lines import append_record
 
 Choice = Literal["A", "B", "both", "neither"]
@@ -68,6 +69,7 @@ class BlindArena:
         if self.voted is not None:
             raise StudioError("the vote on these answers is recorded already. Take it back to vote again.")
         first, second = self._answers()
+        self._check_files()
         chosen: int | str = choice
         if choice in ("A", "B"):
             chosen = int((choice == "B") != self.swapped)
@@ -83,6 +85,7 @@ class BlindArena:
         if self._record is None:
             raise StudioError("there is no vote to take back.")
         first, second = self._answers()
+        self._check_files()
         VerdictFile(self.folder.chosen).append(by_hand(self._record, (0, 1, "skip")))
         feedback.withdrawn(self.run.feedback, first.prompt, [first.given, second.given])
         self.voted, self._record = None, None
@@ -94,6 +97,11 @@ class BlindArena:
         latest = now if now and None not in now else lines[-1][1] if lines else []
         samples = list({one.id: one for one, models in lines if models == latest}.values())
         return Contest.of(samples, VerdictFile(self.folder.chosen).read("hand", "", samples))
+
+    def _check_files(self) -> None:
+        """Raise StorageError where a link would lead a vote out of the run folder."""
+        for path in (self.folder.answers, self.folder.chosen, self.run.feedback):
+            check_file(self.run.path, path, StorageError)
 
     def _answers(self) -> tuple[Answer, Answer]:
         first, second = (column.last for column in self.columns)

@@ -12,9 +12,10 @@ from mlx_zh.chatting.feedback import Given, Origin
 from mlx_zh.chatting.transcript import Transcript
 from mlx_zh.corpus.conversation import Message
 from mlx_zh.corpus.thinking import CLOSE, OPEN
-from mlx_zh.errors import StudioError
+from mlx_zh.errors import StorageError, StudioError
 from mlx_zh.models.generate import Sampling
 from mlx_zh.studio.talker import Question, Settings, whole
+from mlx_zh.system.links import check_file
 
 State = Literal["waiting", "writing", "done", "stopped", "failed"]
 Said = Literal["good", "bad", "edited"]
@@ -126,14 +127,20 @@ class Judge:
 
     file: Path
 
+    @property
+    def target(self) -> Path:
+        """The file, to write to. Raises StorageError if it is a link out of the run folder."""
+        check_file(self.file.parent, self.file, StorageError)
+        return self.file
+
     def say(self, answer: Answer, said: Literal["good", "bad"]) -> None:
         """An answer is good, or bad; said twice, it is taken back."""
         _require(answer)
         if answer.said == said:
-            feedback.withdrawn(self.file, answer.prompt, [answer.given])
+            feedback.withdrawn(self.target, answer.prompt, [answer.given])
             answer.said = None
             return
-        (feedback.good if said == "good" else feedback.bad)(self.file, answer.prompt, answer.given)
+        (feedback.good if said == "good" else feedback.bad)(self.target, answer.prompt, answer.given)
         answer.said = said
 
     def edit(self, column: Column, text: str) -> None:
@@ -142,7 +149,7 @@ class Judge:
         _require(answer)
         if text.strip() == answer.text.strip() or not text.strip():
             raise StudioError("nothing was changed, so there is nothing to record.")
-        feedback.edited(self.file, answer.prompt, answer.given, text)
+        feedback.edited(self.target, answer.prompt, answer.given, text)
         column.transcript.retract_answer()
         column.transcript.answer(text)
         answer.before, answer.text, answer.origin, answer.said = answer.text, text, None, "edited"
@@ -157,29 +164,29 @@ class Judge:
         if isinstance(best, int):
             others = [a for a in answers if a.text.strip() != answers[best].text.strip()]
             for other in others:
-                feedback.compared(self.file, prompt, (other.given, answers[best].given), 1)
+                feedback.compared(self.target, prompt, (other.given, answers[best].given), 1)
             return len(others)
         say = feedback.good if best == "both" else feedback.bad
         unique = {answer.text.strip(): answer for answer in answers}
         if len(answers) == 2:
-            feedback.compared(self.file, prompt, (answers[0].given, answers[1].given), best)
+            feedback.compared(self.target, prompt, (answers[0].given, answers[1].given), best)
             return 1
         for answer in unique.values():
-            say(self.file, prompt, answer.given)
+            say(self.target, prompt, answer.given)
         return len(unique)
 
     def take_back(self, columns: Sequence[Column], best: int | Literal["both", "neither"]) -> None:
         """Take the last comparison back."""
         answers = _compared(columns)
         if len(answers) == 2:
-            feedback.withdrawn(self.file, answers[0].prompt, [answer.given for answer in answers])
+            feedback.withdrawn(self.target, answers[0].prompt, [answer.given for answer in answers])
         elif isinstance(best, int):
             for other in answers:
                 if other.text.strip() != answers[best].text.strip():
-                    feedback.withdrawn(self.file, other.prompt, [other.given, answers[best].given])
+                    feedback.withdrawn(self.target, other.prompt, [other.given, answers[best].given])
         else:
             for answer in {answer.text.strip(): answer for answer in answers}.values():
-                feedback.withdrawn(self.file, answer.prompt, [answer.given])
+                feedback.withdrawn(self.target, answer.prompt, [answer.given])
 
 
 def comparable(columns: Sequence[Column]) -> bool:

@@ -16,6 +16,9 @@ from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.texts import worded
 from mlx_zh.studio.uploads import LARGEST, SUFFIXES, data_files, store
 
+# Sends for each file that is refused in the browser by which check: accept, max-file-size, duplicate.
+_REASONS = "(files) => emit(files.map((each) => each.failedPropValidation))"
+
 # What a column can be, in the order of the form.
 _ROLES = {
     "prompt": worded("Question"),
@@ -71,9 +74,10 @@ class DataStep:
 
     def _draw_upload(self) -> None:
         studio = self._studio
-        upload = ui.upload(
-            multiple=True, auto_upload=True, max_file_size=LARGEST, on_upload=self._store, on_rejected=self._refuse
-        )
+        upload = ui.upload(multiple=True, auto_upload=True, max_file_size=LARGEST, on_upload=self._store)
+        upload.on("rejected", self._refuse, js_handler=_REASONS)
+        upload.on("failed", self._failed, args=[])
+        upload.on("finish", upload.reset, args=[])  # else the same file is refused when it is dropped again
         upload.classes("z-upload").props(f'accept="{",".join(SUFFIXES)}" flat')
         title = escape(studio.say("Drop a spreadsheet or a data file here, or click to choose one"))
         kinds = escape(
@@ -110,12 +114,22 @@ class DataStep:
             return
         await self._add(str(path))
 
-    def _refuse(self) -> None:
+    def _refuse(self, event: events.GenericEventArguments) -> None:
+        if set(event.args) == {"duplicate"}:  # it is on its way already
+            return
         kinds = ", ".join(SUFFIXES)
         studio = self._studio
         self._say_error(
             studio.say(
                 "This file was not taken: it is too large, or no data file. These can be used: {kinds}.", kinds=kinds
+            )
+        )
+
+    def _failed(self) -> None:
+        self._say_error(
+            self._studio.say(
+                "The file did not arrive. Drop it again; if it fails again, see whether the studio still runs and "
+                "the disk has space."
             )
         )
 

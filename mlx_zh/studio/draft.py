@@ -202,7 +202,12 @@ class Draft:
         """Write the recipe beside the others. Raises StudioError where another one has that name."""
         try:
             with storage_errors(self.path), self.path.open("x", encoding="utf-8") as file:
-                file.write(self.text)
+                try:
+                    file.write(self.text)
+                    file.flush()
+                except OSError:
+                    self.path.unlink()  # what was begun would stand in the way of the next try
+                    raise
         except StorageError:
             if not self.path.is_file() or self.path.read_text(encoding="utf-8") != self.text:
                 raise

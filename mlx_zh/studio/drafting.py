@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,6 +175,7 @@ class Desk:
             "stages": verdicts,
             "downloads": [{"name": item.name, "gigabytes": item.gigabytes} for item in wanted],
             "disk": disk_bytes(recipe, config) if config is not None else None,
+            "free": shutil.disk_usage(self._project).free,
         }
 
     def time(self, text: str, file: str, measured: bool = True) -> dict[str, Any] | None:

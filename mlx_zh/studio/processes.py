@@ -27,6 +27,7 @@ from mlx_zh.errors import StorageError
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system.holders import holder
 from mlx_zh.system.json_text import read_object
+from mlx_zh.system.links import check_file, is_readable
 from mlx_zh.system.locks import NAME as LOCK
 from mlx_zh.system.storage import storage_errors
 
@@ -84,6 +85,8 @@ def start(run: RunFolder, command: Command, environment: dict[str, str] | None =
     with _one_at_a_time, storage_errors(run.path):
         _reap()
         run.path.mkdir(parents=True, exist_ok=True)
+        for file in (run.start, run.stop, run.log):
+            check_file(run.path, file, StorageError)
         descriptor = os.open(run.start, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _locked(descriptor) or _process(run) is not None:
@@ -150,6 +153,8 @@ def _recorded(run: RunFolder, project: Path) -> Command | None:
 
 def end_of_log(run: RunFolder, size: int = 20_000) -> str:
     """The last bytes of the run's output, as text. Of a progress bar, which is drawn over itself, the last state."""
+    if not is_readable(run.path, run.log):
+        return ""
     try:
         with run.log.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - size, 0))
@@ -182,6 +187,7 @@ def _mark(process: psutil.Process) -> str:
 def _first_to_ask(run: RunFolder, mark: str) -> bool:
     """Record that the process is asked to stop; false if it was asked before, by this studio or another."""
     with _one_at_a_time, storage_errors(run.path):
+        check_file(run.path, run.stop, StorageError)
         descriptor = os.open(run.stop, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             with suppress(OSError):  # a file system without locks

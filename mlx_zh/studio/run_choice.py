@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlx_zh.recipe import Recipe
 from mlx_zh.stages.command import find_recipe
 from mlx_zh.stages.run_list import RunInfo
 from mlx_zh.studio import widgets
+from mlx_zh.studio.draft import recipes
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.texts import worded
@@ -42,12 +44,20 @@ async def chosen_run(studio: Studio, path: str, title: str, has: Callable[[RunIn
             )
             picker.props("dense outlined options-dense").classes("z-pick")
     if info is None:
-        widgets.empty(
-            studio.say("There is no run yet"),
-            studio.say("Start one here, or in a terminal. It appears as soon as it begins."),
-            "mlx-zh run recipes/quickstart.yaml",
-        )
+        no_run(studio)
     return info
+
+
+def no_run(studio: Studio, title: str = "", hint: str = "") -> None:
+    """Draw what a page shows where there is no run: a button that begins one, and a command that works here."""
+    known = recipes(studio.folders[0])
+    with widgets.empty(
+        title or studio.say("There is no run yet"),
+        hint or studio.say("Start one here, or in a terminal. It appears as soon as it begins."),
+        shlex.join(["mlx-zh", "run", known[0]]) if known else None,
+    ):
+        begin = ui.button(studio.say("New run"), on_click=lambda: ui.navigate.to("/new"))
+        begin.props("unelevated no-caps")
 
 
 def _go(path: str, event: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ class BlindView:
         self._talk, self._settings, self._status = talk, settings, status
         self._studio, self._composer_of = talk.studio, composer
         self._cards: list[AnswerCard] = []
+        self._one_by_one = asyncio.Lock()  # votes are written one after the other
 
     def draw(self, chooser: Any) -> None:
         """Draw the chooser, the tally, and the field for a question."""
@@ -126,11 +128,17 @@ class BlindView:
                     button.props("outline no-caps dense").classes("z-vote-button")
 
     async def _choose_answer(self, choice: Choice) -> None:
-        await run.io_bound(self._arena.vote, choice)
+        async with self._one_by_one:
+            if self._arena.voted is not None:  # the second of two clicks
+                return
+            await run.io_bound(self._arena.vote, choice)
         await self._shown(named=True)
 
     async def _undo(self) -> None:
-        await run.io_bound(self._arena.undo)
+        async with self._one_by_one:
+            if self._arena.voted is None:
+                return
+            await run.io_bound(self._arena.undo)
         await self._shown(named=False)
 
     async def _shown(self, *, named: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ class RoundsView:
         self._columns: dict[str, Column] = {}
         self._rounds: list[Round] = []
         self._judge = Judge(talk.info.folder.feedback)
+        self._one_by_one = asyncio.Lock()  # what is said of answers is written one after the other
 
     def draw(self, chooser: Any, line: Any) -> None:
         """Draw the chooser, the place of the conversation, and the field for a question."""
@@ -147,12 +149,21 @@ class RoundsView:
         icon_button("refresh", studio.say("Ask all again"), lambda: self._again(one))
 
     async def _say(self, card: AnswerCard, said: Literal["good", "bad"]) -> None:
-        await self._write(self._judge.say, card.answer, said)
-        card.draw()
+        async with self._one_by_one:
+            await self._write(self._judge.say, card.answer, said)
+            card.draw()
 
     async def _write(self, work: Callable[..., Any], *arguments: Any) -> None:
         """Write a judgement, which waits for the disk."""
         await run.io_bound(work, *arguments)
+
+    async def _say_better(self, one: Round, best: Best) -> None:
+        """Write which answer is better, once: of two clicks, the second comes while the first is written."""
+        async with self._one_by_one:
+            if one.best is None:
+                await self._write(self._judge.better, one.columns, best)
+                one.best = best
+                self._draw_vote(one)
 
     def _edit(self, one: Round, column: Column, card: AnswerCard) -> None:
         studio = self._studio
@@ -167,7 +178,9 @@ class RoundsView:
 
                 async def save() -> None:
                     try:
-                        await self._write(self._judge.edit, column, text.value)
+                        async with self._one_by_one:
+                            if card.answer.said != "edited":
+                                await self._write(self._judge.edit, column, text.value)
                     except MlxZhError as error:
                         ui.notify(self._studio.error(error), type="warning")
                         return
@@ -218,18 +231,16 @@ class RoundsView:
                 ui.label(text).classes("z-note")
 
     def _vote_button(self, one: Round, text: str, best: Best) -> None:
-        async def vote() -> None:
-            await self._write(self._judge.better, one.columns, best)
-            one.best = best
-            self._draw_vote(one)
-
-        ui.button(text, on_click=vote).props("outline no-caps dense").classes("z-vote-button")
+        ui.button(text, on_click=lambda: self._say_better(one, best)).props("outline no-caps dense").classes(
+            "z-vote-button"
+        )
 
     async def _take_back(self, one: Round) -> None:
-        if one.best is not None:
-            await self._write(self._judge.take_back, one.columns, one.best)
-            one.best = None
-            self._draw_vote(one)
+        async with self._one_by_one:
+            if one.best is not None:
+                await self._write(self._judge.take_back, one.columns, one.best)
+                one.best = None
+                self._draw_vote(one)
 
     def _recorded(self, one: Round) -> str:
         studio = self._studio

@@ -18,7 +18,7 @@ def worded(text: str) -> str:
     return text
 
 
-def said(text: str, language: Language, **values: object) -> str:
+def said(text: str, language: Language, /, **values: object) -> str:
     """A text of the pages in one language with its fields filled in; English where `studio.yaml` has no wording."""
     wording = text if language == "en" else chinese().get(text, text)
     return wording.format(**values) if values else wording

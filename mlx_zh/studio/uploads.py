@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
 import unicodedata
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -19,6 +20,8 @@ from mlx_zh.system.storage import storage_errors
 SUFFIXES = (*LOCAL_SUFFIXES, *TABLE_SUFFIXES)
 LARGEST = 1 << 30  # bytes of a file
 _FOLDER = "data"
+_PART = ".upload-"  # how the names of unfinished files begin
+_ABANDONED = 3600.0  # seconds without a byte after which one was left by a studio that was killed
 _LONGEST = 80  # characters of a name before its suffix
 _UNSAFE = re.compile(r"[^\w.()（）\-]+")
 
@@ -58,7 +61,8 @@ async def store(project: Path, name: str, chunks: AsyncIterator[bytes], size: in
         folder.mkdir(exist_ok=True)
         if not folder.resolve().is_relative_to(project.resolve()):
             raise StudioError(f"{folder} is a link to another place. Files are stored in the project only.")
-        part = folder / f".upload-{secrets.token_hex(8)}"
+        _remove_left(folder)
+        part = folder / f"{_PART}{secrets.token_hex(8)}"
         digest, written = sha256(), 0
         try:
             with part.open("xb") as file:
@@ -72,6 +76,14 @@ async def store(project: Path, name: str, chunks: AsyncIterator[bytes], size: in
         finally:
             with suppress(FileNotFoundError):
                 part.unlink()
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove the unfinished files of studios that were killed: each can hold a gigabyte, and nobody sees them."""
+    for path in folder.glob(f"{_PART}*"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _ABANDONED:
+                path.unlink()
 
 
 def _named(part: Path, target: Path, digest: bytes) -> Path:

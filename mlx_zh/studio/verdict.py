@@ -104,7 +104,9 @@ class VerdictView:
             size = f" · {item['gigabytes']:.2g} GB" if item["gigabytes"] else ""
             ui.label(studio.say("Download: {name}", name=item["name"]) + size).classes("z-note")
         if memory["disk"]:
-            ui.label(studio.say("Disk space: {size:.1f} GB", size=memory["disk"] / 1e9)).classes("z-note")
+            size, free = memory["disk"] / 1e9, memory["free"] / 1e9
+            text = studio.say("Disk space: {size:.1f} GB of {free:.1f} GB that are free", size=size, free=free)
+            ui.label(text).classes("z-note" if size < free else "z-finding")
 
     def show_time(self, time: Mapping[str, Any] | None, *, busy: bool) -> None:
         """Show how the time is spent."""

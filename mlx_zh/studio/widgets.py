@@ -176,9 +176,9 @@ def _axis() -> dict[str, Any]:
 def while_visible(seconds: float, work: Callable[[], Awaitable[None]]) -> ui.timer:
     """Call `work` every so many seconds while the page is open, connected and not in a hidden tab; once at first.
 
-    A call that is still at work is waited for.
+    A call that is still at work is waited for. An error that comes up each time is raised once.
     """
-    hidden = False
+    hidden, failed = False, ""
 
     def note(event: Any) -> None:
         nonlocal hidden
@@ -187,9 +187,18 @@ def while_visible(seconds: float, work: Callable[[], Awaitable[None]]) -> ui.tim
             background_tasks.create(tick())
 
     async def tick() -> None:
+        nonlocal failed
         with client:
-            if not hidden and not client.is_deleted:
+            if hidden or client.is_deleted:
+                return
+            try:
                 await work()
+            except Exception as error:
+                before, failed = failed, repr(error)
+                if failed != before:
+                    raise
+            else:
+                failed = ""
 
     client = context.client
     ui.on("z-hidden", note)

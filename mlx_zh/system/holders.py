@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,10 @@ def holder(path: Path, *, left_behind: bool = True) -> psutil.Process | None:
     """
     try:
         about = path.stat()
-        text = path.read_bytes()[:1000]
+        if not stat.S_ISREG(about.st_mode):  # a pipe would block its reader
+            return None
+        with path.open("rb") as file:
+            text = file.read(1000)
     except OSError:
         return None
     named = _named(text)

@@ -39,9 +39,12 @@ def load_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file, or it cannot be read, or holds another value."""
+    """The object in a JSON file; None where there is no file, or it cannot be read, or holds another value.
+
+    A named pipe counts as no file, because it can block its reader.
+    """
     try:
-        value = load_json(path)
+        value = load_json(path) if path.is_file() else None
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

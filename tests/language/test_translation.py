@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import string
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,13 +17,15 @@ from wcwidth import wcswidth
 from wordings import PACKAGE, sentences
 
 from mlx_zh import cli
-from mlx_zh.language import translation
+from mlx_zh.errors import StorageError
+from mlx_zh.language import system_errors, translation
 from mlx_zh.language.catalogue import Language, catalogue
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.reader import reader_language
 from mlx_zh.language.translation import in_readers_language, literals, wordings
 from mlx_zh.system import console
 from mlx_zh.system.arguments import wrapped
+from mlx_zh.system.storage import storage_errors
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
@@ -189,3 +194,17 @@ def test_wrapped_lines_fit_and_keep_every_word(text: str, width: int) -> None:
 
 def test_no_line_begins_with_a_stop() -> None:
     assert list(wrapped("一二三四，五六", 8)) == ["一二三", "四，五六"]
+
+
+@pytest.mark.parametrize("number", system_errors.CHINESE)
+def test_the_reason_that_the_system_gives_is_chinese_too(number: int, tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as caught, storage_errors(tmp_path / "数据"):
+        raise OSError(number, os.strerror(number))
+    told = in_readers_language(str(caught.value), "zh").replace(str(tmp_path), "")
+    assert not re.search("[A-Za-z]", told), told
+    assert in_readers_language(os.strerror(number), "zh") == system_errors.CHINESE[number]
+
+
+def test_an_error_of_the_system_within_a_longer_text_is_left() -> None:
+    text = f"row 3 says {os.strerror(errno.EACCES)} and more"
+    assert in_readers_language(text, "zh") == text

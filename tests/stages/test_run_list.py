@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mlx_zh.errors import DataError
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.stages import run_list
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_list import KILLED, RunList
 from mlx_zh.system.interrupts import Stopped
+from mlx_zh.system.locks import NAME as LOCK
 
 STEP = {"step": 7, "epoch": 0.5, "loss": 1.5, "elapsed_seconds": 1800.0}
 DONE = {"outputs": {"a": "b"}, "seconds": 1800.0}
@@ -192,3 +196,69 @@ def test_a_command_that_fails_before_it_wrote_anything_leaves_no_folder(tmp_path
     with pytest.raises(DataError), run.at_work("sft"):
         raise DataError("no")
     assert not os.path.lexists(run.path)
+
+
+ANY_NUMBER = (
+    st.integers(-3, 10**320)
+    | st.floats()
+    | st.floats(1e300, 1e308)
+    | st.sampled_from([True, None, "1", "<b>", [], {}])
+)
+ANY_VALUE = st.recursive(
+    ANY_NUMBER | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(number=ANY_NUMBER, value=ANY_VALUE, digits=st.text("0123456789.eE+-", min_size=1))
+def test_no_run_folder_hides_the_others(tmp_path: Path, number: Any, value: Any, digits: str) -> None:
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    good, bad = (RunFolder(tmp_path / "runs" / name) for name in ("good", "bad"))
+    write(good.pipeline, {"stages": {}})
+    write(bad.pipeline, {"stages": {"sft": {"seconds": number, "outputs": value, "inputs": {"model.path": value}}}})
+    write(bad.stage("sft").metrics, {"step": number, "loss": value, "elapsed_seconds": number})
+    with bad.stage("sft").metrics.open("a", encoding="utf-8") as file:
+        file.write(f'{{"eval_loss": {digits}}}\n')
+    write(bad.ended, {"how": value, "why": value})
+    write(bad.recipe, {"model": {"path": value}, "data": {"sft": {"train": [{"path": value}, value]}}})
+    write(bad.exams / "sft-ceval.json", {"benchmark": value, "against": {"base": {"difference": number}}})
+    listed = {info.name: info for info in RunList([tmp_path]).read()}
+    assert set(listed) == {"good", "bad"}
+    hours, gain = listed["bad"].hours, listed["bad"].exam_gain
+    assert all(each is None or abs(each) < 1e16 for each in (hours, gain))
+
+
+def test_a_link_in_a_circle_does_not_hide_the_runs(tmp_path: Path, make: Callable[..., Path]) -> None:
+    make("good")
+    (tmp_path / "runs" / "circle").symlink_to("circle")
+    assert set(states(tmp_path)) == {"good"}
+
+
+def test_a_pipe_in_a_run_folder_blocks_nobody(tmp_path: Path, make: Callable[..., Path]) -> None:
+    run = RunFolder(make("pipes"))
+    for path in (run.start, run.path / LOCK, run.ended):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    assert set(states(tmp_path)) == {"pipes"}
+
+
+def test_a_run_that_may_not_be_read_is_shown_with_the_reason(
+    tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("mine")
+    theirs = make("theirs")
+    exists = Path.exists
+
+    def refused(path: Path) -> bool:
+        if path.is_relative_to(theirs / "sft"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    listed = states(tmp_path)
+    state, why = listed["theirs"]
+    assert set(listed) == {"mine", "theirs"} and state == "failed"
+    assert why is not None and "Permission denied" in why and str(theirs / "sft") in why
+    assert "无法读取" in in_readers_language(why, "zh")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_zh.errors import MlxZhError, StudioError
+from mlx_zh.errors import MlxZhError, StorageError, StudioError
 from mlx_zh.studio.draft import BUDGETS, Draft, nearest_budget, opened, recipes
 from mlx_zh.studio.uploads import LARGEST, SUFFIXES, data_files, safe_name, store
 
@@ -93,6 +97,25 @@ def test_neither_a_run_nor_a_recipe_is_overwritten(tmp_path: Path) -> None:
     assert draft.unused_name() == "one-4"
 
 
+def test_a_recipe_that_could_not_be_written_whole_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = draft_in(tmp_path)
+    opened_file = Path.open
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = opened_file(path, *arguments, **options)
+        file.write = lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(StorageError, match="no space left"):
+            draft.write()
+    assert not draft.path.exists() and not draft.taken()
+    assert draft.write().read_text(encoding="utf-8") == draft.text
+
+
 def test_runs_outside_the_project_are_refused(tmp_path: Path) -> None:
     draft = draft_in(tmp_path)
     for runs in ("../elsewhere", "/tmp", "~/runs"):
@@ -167,6 +190,17 @@ def test_what_is_too_large_or_no_data_is_refused_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(StudioError, match="GB"):
         asyncio.run(store(tmp_path, "a.csv", chunks(b"x"), LARGEST + 1))
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_what_a_killed_studio_left_of_an_upload_is_removed_and_one_at_work_is_not(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, age in ((".upload-old", 7200), (".upload-new", 60), ("upload.csv", 7200)):
+        (data / name).write_bytes(b"half")
+        written = time.time() - age
+        os.utime(data / name, (written, written))
+    stored(tmp_path, "a.csv")
+    assert sorted(path.name for path in data.iterdir()) == [".upload-new", "a.csv", "upload.csv"]
 
 
 @given(st.text(max_size=300), st.sampled_from(SUFFIXES))

@@ -81,6 +81,7 @@ def test_memory_and_time_follow_the_text(
     monkeypatch.setattr(drafting, "_MEASURING", 0.2)
     text = desk.draft("one", str(model_folder()), None, "sft", FILES, [])
     memory = desk.memory(text, "one.yaml")
+    assert memory["free"] > 0
     (verdict,) = memory["stages"]
     assert verdict["stage"] == "sft" and verdict["fits"] and 0 < verdict["peak"] < memory["budget"]
     assert memory["downloads"] == []

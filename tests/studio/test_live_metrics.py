@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_zh.stages.run_folder import StageFolder
+from mlx_zh.studio import live_metrics
 from mlx_zh.studio.curves import smoothed, thinned
 from mlx_zh.studio.live_metrics import LiveMetrics, end_of
 
@@ -120,3 +122,37 @@ def test_a_step_is_followed_at_the_pace_of_the_average() -> None:
 def test_few_points_are_not_smoothed() -> None:
     points = [(float(x), float(x % 3)) for x in range(39)]
     assert smoothed(points) == points
+
+
+KEYS = st.sampled_from(["step", "loss", "epoch", "epochs", "max_steps", "elapsed_seconds", "eval_loss"])
+NUMBERS = st.integers(-3, 10**307) | st.floats() | st.sampled_from([True, None, "1", [], {}])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(lines=st.lists(st.dictionaries(KEYS, NUMBERS), max_size=4), own=st.dictionaries(KEYS, NUMBERS))
+def test_any_line_and_any_settings_are_read(stage: StageFolder, lines: list[Any], own: dict[str, Any]) -> None:
+    stage.metrics.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
+    stage.settings.write_text(json.dumps({"sft": own}), encoding="utf-8")
+    metrics = LiveMetrics(stage)
+    metrics.read()
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in metrics.last.values())
+    left = metrics.seconds_left()
+    assert left is None or 0 <= left < 1e9
+
+
+def test_a_large_file_is_read_in_blocks_and_its_curves_are_thinned(
+    stage: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_metrics, "_BLOCK", 1000)
+    monkeypatch.setattr(live_metrics, "_MOST", 50)
+    text = "".join(line(step, loss=99.0 if step == 170 else 1.0) for step in range(1, 301))
+    stage.metrics.write_text(text + "x" * 2500 + "\n" + line(301), encoding="utf-8")
+    metrics, looks = LiveMetrics(stage), 0
+    while metrics.read():
+        looks += 1
+    assert looks == pytest.approx(len(text) / 1000 + 3, abs=len(text) / 10_000 + 2)
+    assert metrics.last["step"] == 301
+    losses = metrics.points["loss"]
+    assert len(losses) <= 100 and losses[-1] == (301, 1.0) and losses[0] == (1, 1.0)
+    assert (170, 99.0) in losses
+    assert [step for step, _ in losses] == sorted({step for step, _ in losses})

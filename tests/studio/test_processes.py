@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlx_zh.errors import StorageError
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.studio import processes
 from mlx_zh.studio.processes import Command
@@ -202,3 +203,30 @@ def test_the_log_shows_the_last_state_of_a_bar(run: RunFolder) -> None:
     run.path.mkdir(parents=True)
     run.log.write_bytes("sft  1%\rsft 50%\rsft 99%\n完成".encode())
     assert processes.end_of_log(run) == "sft 99%\n完成"
+
+
+@pytest.mark.parametrize("name", ["start", "stop", "log"])
+def test_a_link_out_of_the_run_folder_is_neither_written_nor_shown(run: RunFolder, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious", encoding="utf-8")
+    run.path.mkdir(parents=True)
+    getattr(run, name).symlink_to(theirs)
+    with pytest.raises(StorageError, match="is a link out of the folder"):
+        processes.start(run, command(run))
+    assert theirs.read_text(encoding="utf-8") == "precious"
+    assert "precious" not in processes.end_of_log(run)
+    assert not starts(run)
+
+
+def test_a_link_does_not_take_the_mark_of_a_stop(run: RunFolder, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious", encoding="utf-8")
+    processes.start(run, command(run))
+    until(lambda: starts(run) == "x")
+    run.stop.symlink_to(theirs)
+    with pytest.raises(StorageError, match="is a link out of the folder"):
+        processes.stop(run)
+    assert theirs.read_text(encoding="utf-8") == "precious"
+    run.stop.unlink()
+    assert processes.stop(run)
+    until(lambda: processes.running(run) is None)

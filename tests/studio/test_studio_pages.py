@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from studio_server import RunningStudio, studio_process
 
-from mlx_zh.stages.run_list import RunList
+from mlx_zh.stages.run_list import RunList, key_of
 from mlx_zh.studio.frame import PAGES
 
 MARKUP = "<img src=x onerror=window.hacked=1>"
@@ -240,3 +240,15 @@ def test_two_studios_run_side_by_side_each_with_its_own_token(
     assert get(second, "/")[0] == get(running, "/")[0] == 200
     second.process.terminate()
     assert second.process.wait(10) == 0
+
+
+def test_a_run_removed_while_its_page_is_open_is_told_once(studio_at: Any, browser_page: Any, project: Path) -> None:
+    folder = project / "runs" / "gone"
+    folder.mkdir()
+    (folder / "pipeline.json").write_text('{"stages": {}}', encoding="utf-8")
+    page = browser_page(studio_at(project), f"/run?run={key_of(folder)}", language="zh")
+    page.wait_for_selector("text=尚未训练")
+    shutil.rmtree(folder)
+    page.wait_for_selector(".q-notification >> text=这里没有这个训练")
+    page.wait_for_timeout(3500)
+    assert page.locator(".q-notification").count() == 1

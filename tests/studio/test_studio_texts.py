@@ -10,8 +10,10 @@ from string import Formatter
 import pytest
 
 import mlx_zh.studio
+from mlx_zh.language.catalogue import Language
 from mlx_zh.studio.texts import chinese, said
 
+LANGUAGES: tuple[Language, ...] = ("en", "zh")
 PACKAGE = Path(mlx_zh.studio.__file__).parent
 
 
@@ -68,3 +70,17 @@ def test_a_text_is_said_in_the_language_of_the_page() -> None:
     assert said("Compare {count}", "en", count=3) == "Compare 3"
     assert said("Compare {count}", "zh", count=3) == "对比 3 个"
     assert said("a text without a wording", "zh") == "a text without a wording"
+
+
+@pytest.mark.parametrize("text", sorted({text for text, _ in texts()}))
+def test_a_field_may_have_any_name(text: str) -> None:
+    fields = {name for _, name, _, _ in Formatter().parse(text) if name and name.isidentifier()}
+    for language in LANGUAGES:
+        wording = said(text, language, **dict.fromkeys(fields, 77))
+        assert wording.count("77") >= len(fields)
+
+
+def test_fields_may_be_named_as_the_parameters_are() -> None:
+    filled = said("Line {line}: {text}", "zh", line=3, text="少了一个冒号")
+    assert filled == "第 3 行：少了一个冒号"
+    assert said("{language} {text}", "en", language="a", text="b") == "a b"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.labelled import load_labelled
 from mlx_zh.corpus.preferences import load_preferences
-from mlx_zh.errors import DataError, StudioError
+from mlx_zh.errors import DataError, StorageError, StudioError
 from mlx_zh.exams.statistics import wilson
 from mlx_zh.judging.agreement import votes_of
 from mlx_zh.stages.run_folder import RunFolder
@@ -298,3 +298,31 @@ def test_markdown_looks_as_written() -> None:
     )
     assert "\u202e" not in safe_html("a\u202eb") and "\x1b" not in safe_html("\x1b[2J")
     assert safe_html("<" * (LONGEST + 1)) == "<pre>" + "&lt;" * (LONGEST + 1) + "</pre>"
+
+
+def test_no_judgement_goes_through_a_link_out_of_the_run_folder(tmp_path: Path) -> None:
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    theirs.write_text('{"half a line', encoding="utf-8")  # what a killed writer leaves is removed before a line
+    run.mkdir()
+    file = run / "feedback.jsonl"
+    file.symlink_to(theirs)
+    columns = columns_of(run, "base", "sft")
+    answered(columns, "你好", "您好！", "哈喽")
+    arena = BlindArena(RunFolder(run), (columns[0], columns[1]))
+    for judge in (
+        lambda: Judge(file).say(columns[0].answers[-1], "good"),
+        lambda: Judge(file).better(columns, 1),
+        lambda: Judge(file).take_back(columns, 1),
+        lambda: Judge(file).edit(columns[0], "您好啊"),
+        lambda: arena.vote("A"),
+    ):
+        with pytest.raises(StorageError, match="is a link out of the folder"):
+            judge()
+    assert theirs.read_text(encoding="utf-8") == '{"half a line'
+    file.unlink()
+    arena.folder.path.parent.mkdir()
+    arena.folder.path.symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="is a link out of the folder"):
+        arena.vote("A")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
+    assert columns[0].answers[-1].said is None and arena.voted is None

@@ -61,7 +61,7 @@ def test_talking_voting_and_the_arena(
     assert page.inner_text(".z-question") == HOSTILE
     assert page.locator(".z-answer").count() == 3 and page.locator(".z-answer-text img, .z-question b").count() == 0
 
-    found = settled(page, lambda: page.click(".z-vote-button >> text=DPO"), run, 2)
+    found = settled(page, lambda: page.dblclick(".z-vote-button >> text=DPO"), run, 2)
     assert [(row["choice"], row["adapter"]) for row in found] == [(1, "dpo"), (1, "dpo")]
     assert {row["sampling"][0]["seed"] for row in found} == {7} and found[0]["prompt"][1]["content"] == HOSTILE
     assert len(load_preferences(run / "feedback.jsonl")[0]) == 2
@@ -71,7 +71,7 @@ def test_talking_voting_and_the_arena(
     assert (found[4]["choice"], found[4]["adapter"]) == ("good", "sft")
     page.click("[aria-label^='Edit'] >> nth=2")
     page.fill(".z-edit-text textarea", "应有的回答")
-    found = settled(page, lambda: page.click("text='Record'"), run, 6)
+    found = settled(page, lambda: page.dblclick("text='Record'"), run, 6)
     assert (found[5]["choice"], found[5]["edited"]) == ("edited", "应有的回答")
     page.wait_for_selector("text=edited by you")
 
@@ -95,7 +95,7 @@ def test_talking_voting_and_the_arena(
     page.click(".z-example >> nth=0")
     page.wait_for_selector("text=A is better", timeout=60_000)
     assert page.locator(".z-answer-title").all_inner_texts() == ["A", "B"]
-    found = settled(page, lambda: page.click("text=A is better"), run, 7)
+    found = settled(page, lambda: page.dblclick("text=A is better"), run, 7)
     page.wait_for_selector("text=95 % interval")
     names = page.locator(".z-answer-title").all_inner_texts()
     assert sorted(names) in (["A · Base", "B · DPO"], ["A · DPO", "B · Base"])

@@ -255,7 +255,7 @@ class NewRun:
     async def _text_changed(self) -> None:
         """Show the draft everywhere, and ask for its forecast."""
         recipe, findings = self._draft.checked()
-        self._show_choices()
+        self._show_choices(findings)
         self._form.show(findings)
         self._yaml.show(findings)
         learns = recipe is not None and bool(recipe.data.sft.train or recipe.data.dpo.train)
@@ -279,7 +279,7 @@ class NewRun:
             return written
         return studio.say("Not used: {files}.", files=", ".join(self._unused)) + " " + written
 
-    def _show_choices(self) -> None:
+    def _show_choices(self, findings: Sequence[Finding]) -> None:
         draft, studio = self._draft, self._studio
         self._filling = True
         uses = [use for use in _USES if use in self._uses or use == draft.use]
@@ -287,13 +287,20 @@ class NewRun:
         self._pairs_note.set_visibility("sft-dpo" not in uses and "dpo" not in uses)
         self._budget.set_value(nearest_budget(draft.budget))
         self._budget_text.text = self._time(draft.budget)
-        self._name.set_value(draft.name)
+        wanted = draft.value("name")  # in the text it may be one that is refused: it stays, to be corrected
+        self._name.set_value(wanted if isinstance(wanted, str) else draft.name)
         self._filling = False
-        self._name_note.text = (
-            studio.say("There is a run or a recipe of this name already.") if draft.text and draft.taken() else ""
-        )
+        self._name_note.text = self._about_name(findings)
         if draft.model != self._offered:  # the text names another one; one that is being typed is not touched
             self._offer_models()
+
+    def _about_name(self, findings: Sequence[Finding]) -> str:
+        studio, draft = self._studio, self._draft
+        wrong = next((finding for finding in findings if finding.dotted == "name"), None)
+        if wrong is not None:
+            return studio.error(wrong.text)
+        taken = draft.text and draft.taken()
+        return studio.say("There is a run or a recipe of this name already.") if taken else ""
 
     def _time(self, budget: str | None) -> str:
         seconds = None if budget is None else seconds_of(budget)
@@ -362,10 +369,12 @@ class NewRun:
 
     async def _choose_name(self, event: Any) -> None:
         name = str(event.value or "").strip()
-        if self._filling or not name or name == self._draft.name:
+        if self._filling or not name or name == self._draft.value("name"):
             return
         self._draft.named = True
         await self._set("name", name)
+        if not self._draft.rewritten and self._draft.name == name:  # comments of the recipe name it too
+            await self._redraft()
 
     async def _use_memory(self, settings: Mapping[str, Any]) -> None:
         """Take memory settings that fit."""

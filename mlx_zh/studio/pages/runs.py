@@ -12,6 +12,7 @@ from mlx_zh.stages.run_list import RunInfo
 from mlx_zh.studio import widgets
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.projects import Studio
+from mlx_zh.studio.run_choice import no_run
 from mlx_zh.studio.texts import worded
 
 STATES: Mapping[str, str] = {
@@ -68,7 +69,7 @@ class _Runs:
                 self._table = self._draw(rows)
         elif not self._drawn:
             with self._place:
-                self._draw_empty()
+                no_run(self._studio)
         self._drawn = True
         if outside := len(self._studio.projects.outside()):
             self._hint.text = self._studio.say(
@@ -76,14 +77,6 @@ class _Runs:
                 "own folder.",
                 count=outside,
             )
-
-    def _draw_empty(self) -> None:
-        say = self._studio.say
-        widgets.empty(
-            say("There is no run yet"),
-            say("Start one here, or in a terminal. It appears as soon as it begins."),
-            "mlx-zh run recipes/quickstart.yaml",
-        )
 
     def _draw(self, rows: list[dict[str, Any]]) -> ui.table:
         say = self._studio.say

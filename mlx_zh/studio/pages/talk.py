@@ -19,6 +19,7 @@ from mlx_zh.studio import widgets
 from mlx_zh.studio.conversation import Column
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.projects import Studio
+from mlx_zh.studio.run_choice import no_run
 from mlx_zh.studio.talk_blind import BlindView
 from mlx_zh.studio.talk_rounds import RoundsView
 from mlx_zh.studio.talk_settings import SettingsView
@@ -125,10 +126,10 @@ async def talk_page(studio: Studio) -> None:
     runs = await run.io_bound(studio.runs) or []
     infos = {info.key: info for info in runs if info.folder.recipe.is_file()}
     if not infos:
-        widgets.empty(
+        no_run(
+            studio,
             studio.say("There is no run to talk with yet"),
             studio.say("As soon as a run has begun, its base model answers here, and later its tuned models too."),
-            "mlx-zh run recipes/quickstart.yaml",
         )
         return
     chosen = studio.query.get("run") or next(iter(infos))
