@@ -14,8 +14,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_zh.core import expert_loads
-from mlx_zh.core.block_forms import LLAMA, BlockForm
+from mlx_zh.core.block_forms import LLAMA, BlockForm, heads_of
 from mlx_zh.core.packing import PackedBatch
+from mlx_zh.core.recurrent import recurrent_output
 from mlx_zh.system import device
 
 
@@ -29,7 +30,8 @@ class TokenNoise(Protocol):
         """A context manager inside which the layers of one block draw their dropout."""
 
 
-KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
+# Rotated keys and values, (1, H, *, d) each; of a recurrent layer its state (`recurrent.State`).
+KeysValues = tuple[mx.array, mx.array]
 
 
 def run_block(
@@ -80,7 +82,10 @@ def block_output(
 ) -> mx.array:
     """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention."""
     x = _normed(layer, form.before_attention, hidden)
-    x = attention_output(layer.self_attn, x, batch, past, cache, form=form)
+    if form.recurrent:
+        x = recurrent_output(layer.linear_attn, x, batch, past, cache)
+    else:
+        x = attention_output(layer.self_attn, x, batch, past, cache, form=form)
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
     x = _normed(layer, form.before_mlp, hidden)
     expert_loads.record(layer.mlp, x)
@@ -114,7 +119,8 @@ def attention_output(
 
     The keys and values that the last segment sees are appended to `cache`.
     """
-    queries, keys, values = _segments_of(attention, x, batch, form, 0 if past is None else past[0].shape[2])
+    shift = 0 if past is None else past[0].shape[2]
+    (queries, keys, values), gate = _segments_of(attention, x, batch, form, shift)
     prefix = [] if past is None else [past]
     outputs: list[mx.array] = []
     for index in range(len(batch.segments)):
@@ -123,15 +129,16 @@ def attention_output(
         outputs += _attended(queries[index], before, own, attention.scale, form.window)
         if cache is not None and index == len(batch.segments) - 1:
             cache.append(_columns([*before, own]))
-    return attention.o_proj(_joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1))  # (1, H, T, d) -> (T, D)
+    joined = _joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1)  # (1, H, T, d) -> (T, H * d)
+    return attention.o_proj(joined if gate is None else joined * mx.sigmoid(gate))  # (T, H * d) -> (T, D)
 
 
 def _segments_of(
     attention: Any, x: mx.array, batch: PackedBatch, form: BlockForm, shift: int
-) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+) -> tuple[tuple[list[mx.array], list[mx.array], list[mx.array]], mx.array | None]:
     """Rotated queries and keys, and values: one array (1, H, n, d) for each segment of n tokens.
 
-    The positions begin at `shift`.
+    The positions begin at `shift`. Of a form with a gate, the last result is the gate (T, H * d).
     """
     positions = batch.positions + shift if shift else batch.positions
 
@@ -151,11 +158,17 @@ def _segments_of(
 
     queries, keys, values = _projections(attention, x, form)
     of_queries, of_keys = form.norms or (None, None)
-    return (
-        heads(queries, attention.n_heads, of_queries, rotate=True),
-        heads(keys, attention.n_kv_heads, of_keys, rotate=True),
-        heads(values, attention.n_kv_heads, None, rotate=False),
+    count, keys_count = heads_of(attention)
+    gate: mx.array | None = None
+    if form.gated:  # (T, H * 2 d): the queries of a head, then its gate
+        halves = mx.split(queries.reshape(x.shape[0], count, -1), 2, axis=-1)
+        queries, gate = (half.reshape(x.shape[0], -1) for half in halves)
+    segments = (
+        heads(queries, count, of_queries, rotate=True),
+        heads(keys, keys_count, of_keys, rotate=True),
+        heads(values, keys_count, None, rotate=False),
     )
+    return segments, gate
 
 
 def _projections(attention: Any, x: mx.array, form: BlockForm) -> tuple[mx.array, ...]:
@@ -163,9 +176,10 @@ def _projections(attention: Any, x: mx.array, form: BlockForm) -> tuple[mx.array
     if not form.fused:
         return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
     product = attention.qkv_proj(x)
-    size = product.shape[-1] // (attention.n_heads + 2 * attention.n_kv_heads)
-    end = attention.n_heads * size
-    parts: Any = mx.split(product, [end, end + attention.n_kv_heads * size], axis=-1)
+    count, keys_count = heads_of(attention)
+    size = product.shape[-1] // (count + 2 * keys_count)
+    end = count * size
+    parts: Any = mx.split(product, [end, end + keys_count * size], axis=-1)
     return tuple(parts)
 
 

@@ -22,6 +22,7 @@ class Family:
     query_key_norms: bool = False  # queries and keys are normalized
     windows: bool = False  # mlx-lm heeds `layer_types` or what stands for it: some layers have a window
     norms: int = 2  # of a block
+    recurrent: bool = False  # some layers are gated delta nets; mlx-lm has the model inside one with images
 
 
 # By `model_type` of config.json.
@@ -41,6 +42,8 @@ FAMILIES = {
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM"),
     "phi3": Family("phi3", "Phi3ForCausalLM"),
     "gemma3_text": Family("gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4),
+    "qwen3_5": Family("qwen3_5", "Qwen3_5ForCausalLM", query_key_norms=True, recurrent=True),
+    "qwen3_5_moe": Family("qwen3_5_moe", "Qwen3_5MoeForCausalLM", query_key_norms=True, recurrent=True),
 }
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
 _NO_MODELS = ("base", "cache", "pipeline", "activations", "switch_layers", "rope_utils", "bitlinear_layers")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_zh.core.block_forms import UndescribedError, short_windows
+from mlx_zh.core.block_forms import UndescribedError, form_of, short_windows
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.logprobs import computes_in_float32, hidden_states, output_head, project, vocabulary_of
 from mlx_zh.core.packing import PackedBatch, RowBuilder
@@ -107,8 +107,16 @@ def _norm_weights(model: nn.Module) -> dict[str, mx.array]:
 
 def _own(model: Any, lines: list[tuple[list[int], list[int]]]) -> tuple[mx.array, mx.array]:
     """The sum of the log-probs of all tokens but the first, and all logits (N, V), sequence by sequence."""
-    caches = [_NoCache()] * len(model.layers)
-    logits = [model(mx.array([tokens]), cache=caches)[0].astype(mx.float32) for tokens, _ in lines]
+    forms = form_of(model).blocks
+    caches = [None if form.recurrent else _NoCache() for form in forms]
+    recurrent = [layer.linear_attn for layer, form in zip(model.layers, forms, strict=True) if form.recurrent]
+    for mixer in recurrent:
+        mixer.train()  # outside training, mlx-lm's layer uses a kernel of Metal's that has no gradient
+    try:
+        logits = [model(mx.array([tokens]), cache=caches)[0].astype(mx.float32) for tokens, _ in lines]
+    finally:
+        for mixer in recurrent:
+            mixer.eval()
     return _scores(logits, lines)
 
 
