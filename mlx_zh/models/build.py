@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.errors import ModelError
-from mlx_zh.models.family_configs import language_tensors
+from mlx_zh.models.family_configs import is_float32, language_tensors
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -65,7 +65,7 @@ def build_model(
     if dtype is not None:
         for name, array in weights.items():
             if mx.issubdtype(array.dtype, mx.floating):
-                weights[name] = array.astype(dtype)
+                weights[name] = array.astype(mx.float32 if is_float32(name) else dtype)
     model.load_weights(list(weights.items()), strict=True)
     weights.clear()
     model.freeze()
@@ -228,7 +228,7 @@ def _is_turned(array: mx.array, expected: mx.array | None) -> bool:
     )
 
 
-_ROUTER = ".mlp.gate"  # of a layer with experts; mlx-lm keeps it in 8 bits
+_ROUTER = (".mlp.gate", ".shared_expert_gate")  # of a layer with experts; mlx-lm keeps them in 8 bits
 _ROUTER_FORM = (64, 8)  # group size and bits
 
 

@@ -44,7 +44,7 @@ def _language_part(config: Config) -> Config:
         return _GEMMA3 | outer | text | packed | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     if isinstance(config.get("tie_word_embeddings"), bool):
         outer["tie_word_embeddings"] = config["tie_word_embeddings"]
-    return outer | text | packed | {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
+    return outer | text | packed | {"model_type": kind}
 
 
 def language_tensors(weights: dict[str, mx.array]) -> None:
@@ -58,6 +58,42 @@ def language_tensors(weights: dict[str, mx.array]) -> None:
         if name.startswith("model.language_model."):
             name = "model." + name.removeprefix("model.language_model.")
         weights[name.removeprefix("language_model.")] = array
+
+
+def mlx_lm_names(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
+    """Tensors of a model with this config under the names that they have in mlx-lm's own model."""
+    family = family_of(config)
+    part = family.part if family is not None else ""
+    return {part + name: array for name, array in weights.items()}
+
+
+def hub_tensor(name: str, array: mx.array, config: Config) -> mx.array:
+    """A tensor as the hubs have it: what mlx-lm changes in those of Qwen3.5 when it reads them, taken back."""
+    if not (family := family_of(config)) or not family.recurrent:
+        return array
+    if name.endswith(".conv1d.weight"):
+        return array.swapaxes(1, 2)
+    return array - 1.0 if name.endswith(_NORMS_FROM_ONE) else array
+
+
+# The norms whose weight the hubs store less 1; not that of a gated delta net.
+_NORMS_FROM_ONE = (
+    ".input_layernorm.weight", ".post_attention_layernorm.weight", "model.norm.weight", ".q_norm.weight",
+    ".k_norm.weight",
+)  # fmt: skip
+
+
+def hub_config(config: Config) -> Config:
+    """The config for transformers, in which the language part of a model with images has a type of its own."""
+    family = family_of(config)
+    if family is None or not family.recurrent:
+        return config
+    return config | {"model_type": f"{config['model_type']}_text"}
+
+
+def is_float32(name: str) -> bool:
+    """Whether a tensor stays float32 in any model: decays of a gated delta net, of which an exponential is taken."""
+    return name.endswith(".A_log")
 
 
 def _flatten_rope(config: Config) -> None:
