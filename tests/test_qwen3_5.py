@@ -64,15 +64,20 @@ def test_exams_with_and_without_a_shared_prefix(recurrent: Project) -> None:
     """Questions go on from the state at the end of what they share, or each is computed whole."""
     well(recurrent.run(eval.main, "--stage", "base", "name=long"))
     well(recurrent.run(eval.main, "--stage", "base", "name=short", "memory.micro_tokens=16"))
-    assert answers_of("long") == answers_of("short")
+    long, short = answers_of("long"), answers_of("short")
+    assert len(long) == len(short) > 0
+    for one, other in zip(long, short, strict=True):
+        assert one["choice"] == other["choice"]
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)  # of numbers of order 10 in float32
 
 
 def test_fuse_chat_and_plan(recurrent: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     recurrent.train()
     well(recurrent.run(fuse.main, "export.formats=[mlx, hf, peft, mlx-adapter]"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好".encode())))
-    assert well(recurrent.run(chat.main, "--stage", "sft"))
-    assert "recurrent" in well(recurrent.run(plan.main))
+    result = recurrent.run(chat.main, "--max-tokens", "3", "--seed", "3")
+    assert result.status == 0 and len(result.err.splitlines()) == 1
+    well(recurrent.run(plan.main))
     refused = recurrent.sft("export.formats=[gguf]", "name=other")
     assert refused.status != 0 and "gguf cannot be written for models of type 'qwen3_5'" in refused.out + refused.err
 

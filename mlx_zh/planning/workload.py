@@ -115,7 +115,7 @@ def _flops(recipe: Recipe, machine: Machine, stage: str) -> float:
     return training_flops(machine.model, machine.trained, scored=SCORED[stage], checkpoint=checkpoint)
 
 
-def _block_values(model: ModelShape) -> int:
+def _block_values(model: ModelShape) -> float:
     return model.layers * model.active_values
 
 

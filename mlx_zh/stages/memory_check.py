@@ -14,7 +14,7 @@ from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate
 from mlx_zh.planning.search import Candidate, Step, cheapest, smallest_peak
-from mlx_zh.planning.shapes import LINEAR, Packing, Target, model_shape, planned_targets
+from mlx_zh.planning.shapes import Packing, Target, model_shape, planned_targets
 from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
@@ -72,7 +72,7 @@ def training_step(
     lora = recipe.lora
     targets = planned_targets(model, None if lora.targets == "all" else lora.targets)
     if lora.type != "full" and targets == ():
-        raise RecipeError(f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(LINEAR)}")
+        raise RecipeError(f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(model.linear)}")
     trained = AdapterSpec(
         kind=lora.type,
         num_layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),
