@@ -43,9 +43,7 @@ FAMILIES = {
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM"),
     "phi3": Family("phi3", "Phi3ForCausalLM"),
     "gemma3_text": Family("gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4),
-    "qwen3_5": Family(
-        "qwen3_5", "Qwen3_5ForCausalLM", query_key_norms=True, recurrent=True, part="language_model."
-    ),
+    "qwen3_5": Family("qwen3_5", "Qwen3_5ForCausalLM", query_key_norms=True, recurrent=True, part="language_model."),
     "qwen3_5_moe": Family("qwen3_5_moe", None, query_key_norms=True, recurrent=True, part="language_model."),
 }
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")

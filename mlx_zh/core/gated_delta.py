@@ -51,8 +51,8 @@ def gated_delta(
     """The outputs (T, V, d) float32 of a row, and the matrix (V, d, c) at the end of each segment.
 
     `queries` and `keys` are (T, K, c), `values` (T, V, d), `log_gates` and `betas` (T, V), with V heads of values and
-    K of keys, each for V/K of them. Roots begin with the matrices `before` (V, d, c), or with zeros. `chunk` is a power
-    of two (default: `chunk_for`).
+    K of keys, each for V/K of them. Roots begin with the matrices `before` (V, d, c), or with zeros. `chunk` is a
+    power of two (default: `chunk_for`).
     """
     chunk = chunk or chunk_for([len(segment) for segment in segments])
     pieces = _pieces(segments, chunk)

@@ -130,7 +130,7 @@ class BatchedGeneration:
                 asked.caches = []
 
     def _prompt_caches(self) -> list[Any]:
-        """mlx-lm's caches for one prompt; of a layer with a window too all keys, of which the mask leaves some out."""
+        """mlx-lm's caches for one prompt; a layer with a window too keeps all keys, and the mask leaves some out."""
         caches = make_prompt_cache(self._model)
         return [cache if isinstance(cache, ArraysCache) else KVCache() for cache in caches]
 

@@ -223,8 +223,11 @@ def _under_own_names(model: Any, weights: Weights, source: str) -> None:
 
 def _is_turned(array: mx.array, expected: mx.array | None) -> bool:
     """Whether a convolution's tensor has its axes in the order of the hubs."""
-    return expected is not None and array.ndim == 3 and array.shape != expected.shape and (
-        sorted(array.shape) == sorted(expected.shape)
+    return (
+        expected is not None
+        and array.ndim == 3
+        and array.shape != expected.shape
+        and (sorted(array.shape) == sorted(expected.shape))
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from mlx_zh.core.families import FAMILIES, Config, family_of
+from mlx_zh.core.families import Config, family_of
 from mlx_zh.errors import ModelError
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def _language_part(config: Config) -> Config:
         return config | {"model_type": kind.removesuffix("_text")}
     if kind not in _WITH_IMAGES or not isinstance(text, dict):
         return config
-    outer = {name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in config}
+    outer: Config = {
+        name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in config
+    }
     packed = {name: config[name] for name in ("quantization", "quantization_config") if name in config}
     if kind == "gemma3":
         return _GEMMA3 | outer | text | packed | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}

@@ -168,7 +168,9 @@ def _saved(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) ->
 def _saved_at_most(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
     """The same of the kind of block that saves more."""
     kinds = [False] if model.delta is None else [False, True]
-    return max((_saved_by(model, trained, target, row, recurrent=kind) for kind in kinds), key=lambda s: sum(s.values()))
+    return max(
+        (_saved_by(model, trained, target, row, recurrent=kind) for kind in kinds), key=lambda s: sum(s.values())
+    )
 
 
 def _saved_by(

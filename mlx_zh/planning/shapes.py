@@ -143,7 +143,10 @@ def model_shape(config: Config) -> ModelShape:
     family = family_of(config) or FAMILIES["llama"]
     tied = config.get("tie_word_embeddings")
     experts, expert_width = int(config.get("num_experts") or 0), int(config.get("moe_intermediate_size") or 0)
-    used, shared = int(config.get("num_experts_per_tok") or 0), int(config.get("shared_expert_intermediate_size") or 0)
+    used, shared = (
+        int(config.get("num_experts_per_tok") or 0),
+        int(config.get("shared_expert_intermediate_size") or 0),
+    )
     if not (experts and expert_width and used):
         experts = expert_width = shared = 0
     return ModelShape(
@@ -196,9 +199,9 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def planned_targets(model: ModelShape, targets: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names in `ModelShape.linear` of the linear layers that `lora.targets` names (None: all); None for all of them.
+    """The names in `ModelShape.linear` of the layers that `lora.targets` names (None: all); None for all of them.
 
-    A fused projection counts as its parts. All layers of a block with experts are those of its attention.
+    A fused projection counts as its parts. All layers of a block with experts are those outside its MLP.
     """
     if targets is None:
         return tuple(name for name in model.linear if name not in _MLP) if model.experts else None

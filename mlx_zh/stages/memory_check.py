@@ -72,7 +72,9 @@ def training_step(
     lora = recipe.lora
     targets = planned_targets(model, None if lora.targets == "all" else lora.targets)
     if lora.type != "full" and targets == ():
-        raise RecipeError(f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(model.linear)}")
+        raise RecipeError(
+            f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(model.linear)}"
+        )
     trained = AdapterSpec(
         kind=lora.type,
         num_layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),

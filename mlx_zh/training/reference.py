@@ -73,7 +73,8 @@ def _first_block(model: nn.Module) -> list[Any]:
     layers = linear_layers(model)
     first = min(block for name in layers if (block := block_of(name)) >= 0)
     of_block = {name: layer for name, layer in layers.items() if block_of(name) == first}
-    return [of_block[name] for name in sorted(of_block, key=lambda name: ("q_proj" not in name, ".mlp." in name, name))]
+    names = sorted(of_block, key=lambda name: ("q_proj" not in name, ".mlp." in name, name))
+    return [of_block[name] for name in names]
 
 
 class ReferenceStore(StoredValues):

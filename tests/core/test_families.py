@@ -142,6 +142,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granite": {"residual": 1.0},
     "llama windows": {"window": 3},
     "qwen3": {"rotated_first": True},
+    "qwen3_5": {"norms": None},
 }
 
 
@@ -264,3 +265,28 @@ def test_metal_takes_every_call(metal: Any, name: str) -> None:
     mx.eval(hidden_states(model, batch, grad=False))
     masked = {call["mask"] for call in metal.of("attention", gradient=True)}
     assert masked == {"bool", "causal"}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_long_segments_of_a_recurrent_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of several chunks, and branches that begin within one; forward and gradient, as above."""
+    lengths = [(150, None), (70, 0), (3, 0), (130, 1)]
+    monkeypatch.setitem(globals(), "TREE", lengths)
+    model = model_of(name)
+    trained(model)
+    batch, lines = tree()
+    packed = np.array(hidden_states(model, batch))
+    own = np.array(model.model(mx.array(np.array(batch.tokens)[lines[3]])[None])[0])
+    np.testing.assert_allclose(packed[lines[3]], own, atol=WIDER * HIDDEN, rtol=0)
+    value, gradient = gradients(model, lambda: batch_logprobs(model, batch).sum())
+    own_value, own_gradient = gradients(model, lambda: own_logprobs(model, batch, lines).sum())
+    assert distance(gradient, own_gradient) < WIDER * GRADIENT
+    assert value == pytest.approx(own_value, rel=1e-4)
+
+
+def test_a_recurrent_layer_of_another_kind_is_refused() -> None:
+    """Qwen3-Next's projections are put together in another way."""
+    model = model_of("qwen3_5")
+    model.layers[0].linear_attn.in_proj_qkvz = model.layers[0].linear_attn.in_proj_z
+    with pytest.raises(ModelError, match="a recurrent layer that differs in in_proj_qkvz"):
+        check_supported(model, {"model_type": "qwen3_5"})

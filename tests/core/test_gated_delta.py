@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.gated_delta import gated_delta_ops, normalize_qk
 
-from mlx_zh.core.gated_delta import convolved, gated_delta, unit_triangular_inverse
+from mlx_zh.core.gated_delta import chunk_for, convolved, gated_delta, unit_triangular_inverse
 from mlx_zh.core.packing import Segment
 
 pytestmark = pytest.mark.numeric
@@ -140,3 +140,11 @@ def test_the_convolution_sees_the_path_and_nothing_else() -> None:
     assert mx.array_equal(end, x[-3:])
     _, short = convolved(x[5:7], weight, (Segment(0, 2, None, 5),), tail)
     assert mx.array_equal(short, x[4:7])
+
+
+def test_the_size_of_a_chunk_follows_the_segments() -> None:
+    """Counted by hand as chunks times (their tokens + 8): 512 tokens at once are 8 x 72 = 576, and 32 x 24 = 768."""
+    assert chunk_for([512]) == 64
+    assert chunk_for([16] * 32) == 16  # 32 x 24 against 32 x 40 and 32 x 72
+    assert chunk_for([32] * 16) == 32  # 32 x 24, 16 x 40, 16 x 72
+    assert chunk_for([1]) == 16

@@ -145,7 +145,7 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         read_table(folder / ADAPTER_FILE)
         weights = mx.load(str(folder / ADAPTER_FILE))
         mx.eval(weights)  # read the data now, so that an error is raised here
-        weights = {name.removeprefix(_PART): array for name, array in weights.items()}
+        weights = _without_part(weights)
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
         raise AdapterError(f"{folder} is damaged: {first_line(error)}. {_remedy(folder)}") from error
     if (reason := adapter_damage(folder)) is not None:
@@ -161,6 +161,13 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
             f"{_remedy(folder)}"
         )
     return (spec if spec.kind == "full" else replace(spec, saved=saved_of(weights))), weights
+
+
+def _without_part(weights: Any) -> Any:
+    """Tensors of a model that is a part of mlx-lm's, under its own names."""
+    if not isinstance(weights, dict):
+        return weights
+    return {name.removeprefix(_PART): array for name, array in weights.items()}
 
 
 def one_table(weights: dict[str, mx.array], folder: Path, *, tied: bool) -> dict[str, mx.array]:
