@@ -109,15 +109,39 @@ def _own(model: Any, lines: list[tuple[list[int], list[int]]]) -> tuple[mx.array
     """The sum of the log-probs of all tokens but the first, and all logits (N, V), sequence by sequence."""
     forms = form_of(model).blocks
     caches = [None if form.recurrent else _NoCache() for form in forms]
-    recurrent = [layer.linear_attn for layer, form in zip(model.layers, forms, strict=True) if form.recurrent]
-    for mixer in recurrent:
-        mixer.train()  # outside training, mlx-lm's layer uses a kernel of Metal's that has no gradient
+    recurrent = [layer for layer, form in zip(model.layers, forms, strict=True) if form.recurrent]
+    for layer in recurrent:
+        layer.linear_attn = _Recomputed(layer.linear_attn)
     try:
         logits = [model(mx.array([tokens]), cache=caches)[0].astype(mx.float32) for tokens, _ in lines]
     finally:
-        for mixer in recurrent:
-            mixer.eval()
+        for layer in recurrent:
+            layer.linear_attn = layer.linear_attn.mixer
     return _scores(logits, lines)
+
+
+class _Recomputed(nn.Module):
+    """Stands in for a recurrent layer of mlx-lm's, which keeps a matrix a token and head for its backward pass.
+
+    It is computed again there instead, and as in training: otherwise it takes a kernel of Metal's without a gradient.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def __call__(self, x: mx.array, *_: Any) -> mx.array:
+        mixer: Any = self.mixer
+
+        def output(weight: mx.array, x: mx.array) -> mx.array:
+            mixer.norm.weight = weight
+            mixer.train()
+            try:
+                return mixer(x)
+            finally:
+                mixer.eval()
+
+        return mx.checkpoint(output)(mixer.norm.weight, x)
 
 
 class _NoCache:

@@ -70,7 +70,7 @@ def test_a_quantized_folder_of_mlx_is_read(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "mlx", config, model)
     stored = {f"language_model.{name}": array for name, array in tree_flatten(model.parameters())}
     stored["vision_tower.blocks.0.attn.qkv.weight"] = mx.zeros((2, 2))
-    ours = load_model(str(rewrite(folder, config, stored)))
+    ours = load_model(str(rewrite(folder, config, stored)), dtype="float32")
     theirs, _ = their_load(folder)
     np.testing.assert_array_equal(logits(ours.model), logits(model))
     np.testing.assert_array_equal(logits(ours.model), logits(theirs))
