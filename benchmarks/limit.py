@@ -22,7 +22,8 @@ from sft_step import our_step
 # isort: split
 import mlx.core as mx
 
-from mlx_zh.core.logprobs import _attention, chunk_rows, decoder, output_head, token_logprobs
+from mlx_zh.core.blocks import attention_output
+from mlx_zh.core.logprobs import chunk_rows, decoder, output_head, token_logprobs
 from mlx_zh.core.packing import PackedBatch, pack_conversations
 from mlx_zh.models.load import LoadedModel
 from mlx_zh.planning.shapes import LINEAR, ModelShape, model_shape
@@ -129,7 +130,7 @@ class Kinds:
             projected = {"q_proj": lambda _: q, "k_proj": lambda _: k, "v_proj": lambda _: v, "o_proj": lambda x: x}
             heads = {"n_heads": own.n_heads, "n_kv_heads": own.n_kv_heads, "scale": own.scale, "rope": own.rope}
             # mlx modules are dictionaries: of q_norm and k_norm, where there are such
-            return _attention(_Bare(dict(own) | projected | heads), q, self.row, None, None)
+            return attention_output(_Bare(dict(own) | projected | heads), q, self.row)
 
         sizes = (self.shape.queries, self.shape.keys, self.shape.keys)
         return self._forward_and_backward(attend, [tuple(self._random(self.tokens, size) for size in sizes)])

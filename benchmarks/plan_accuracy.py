@@ -25,12 +25,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import llama
 
+from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.corpus.rendered import Rendered, RenderedPair
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import Estimate, step_memory
 from mlx_zh.planning.shapes import Target, conversations, model_shape, pairs
-from mlx_zh.recipe import Dpo, Memory
+from mlx_zh.recipe import Dpo
 from mlx_zh.training.dpo_objective import DpoObjective
 from mlx_zh.training.objective import Settings
 from mlx_zh.training.optimizer import GroupedAdamW
@@ -51,6 +52,7 @@ class Case:
     length: int = 128
     micro_tokens: int = 1024
     checkpoint: bool = False
+    levels: Levels | None = None  # what is computed again, where it is neither all nor nothing
     logit_rows: int | None = None
     kind: str = "lora"
     rank: int = 8
@@ -117,6 +119,19 @@ CASES = (
     Case("vocabulary 128k, tied, checkpointed", vocabulary=128_256, hidden=128, tied=True, checkpoint=True, layers=4),
     Case("vocabulary 128k, 16 logit rows", vocabulary=128_256, hidden=128, layers=4, logit_rows=16, checkpoint=True),
     Case("vocabulary 32k, 1 chunk", vocabulary=32_000, layers=4, logit_rows=4096),
+    Case("cheap parts", levels=Levels(ALL)),
+    Case("cheap parts, 16 layers", levels=Levels(ALL), layers=16),
+    Case("cheap parts, length 512", levels=Levels(ALL), length=512, examples=2),
+    Case("cheap parts, micro 256", levels=Levels(ALL), micro_tokens=256),
+    Case("cheap parts, wide", levels=Levels(ALL), hidden=512, intermediate=1792, heads=8, layers=4),
+    Case("cheap parts, dropout", levels=Levels(ALL), dropout=0.1),
+    Case("cheap parts, dora", levels=Levels(ALL), kind="dora"),
+    Case("cheap parts, full", levels=Levels(ALL), kind="full"),
+    Case("cheap parts, q and v only", levels=Levels(ALL), targets=("q_proj", "v_proj")),
+    Case("cheap parts, dpo", levels=Levels(ALL), stage="dpo", length=64, examples=5),
+    Case("cheap parts of 8 of 16 blocks", levels=Levels(8), layers=16),
+    Case("8 of 16 blocks again", levels=Levels(ALL, 8), layers=16),
+    Case("15 of 16 blocks again", levels=Levels(ALL, 15), layers=16),
     Case("dora", kind="dora"),
     Case("dora, checkpointed", kind="dora", checkpoint=True),
     Case("full", kind="full"),
@@ -149,9 +164,9 @@ def predict(case: Case) -> Estimate:
         if case.stage == "sft"
         else pairs([(case.length,) * 3] * together)
     )
-    settings = Memory(micro_tokens=case.micro_tokens, checkpoint_layers=case.checkpoint, logit_rows=case.logit_rows)
-    rows = -(-case.examples // together)
-    return step_memory(model_shape(case.config), case.adapter, Target(4, None, False), row, settings, rows=rows)
+    levels = case.levels or Levels(0, ALL if case.checkpoint else 0)
+    model, target, rows = model_shape(case.config), Target(4, None, False), -(-case.examples // together)
+    return step_memory(model, case.adapter, target, row, levels, logit_rows=case.logit_rows, rows=rows)
 
 
 def measure(case: Case) -> float:
@@ -177,7 +192,7 @@ def measure(case: Case) -> float:
 
 def _objective(case: Case) -> SftObjective | DpoObjective:
     rng = np.random.default_rng(0)
-    settings = Settings(0, case.micro_tokens, case.checkpoint, case.logit_rows, case.dropout)
+    settings = Settings(0, case.micro_tokens, case.levels or case.checkpoint, case.logit_rows, case.dropout)
 
     def tokens() -> Any:
         return rng.integers(0, case.vocabulary, case.length).astype(np.int32)

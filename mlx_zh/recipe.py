@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe_text import Document, dump, explain, parse, parse_value, seconds_of, time_text
+from mlx_zh.recipe_text import Document, dump, explain, parse, parse_value, seconds_of, size_of, time_text
 
 BENCHMARKS = ("ceval", "cmmlu")
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -77,7 +77,10 @@ _LONGEST_NAME = 150  # file systems take 255 bytes, and what is made from the na
 Mode = Literal["on", "off", "auto"]
 Reasoning = Literal["learn", "context", "drop"]
 
-_SWITCHES = (bool, bool | None)
+# Which blocks are computed again: as many as each row needs, all, none, or so many of the lowest.
+Recomputed = Literal["auto"] | bool | PositiveInt
+
+_SWITCHES = (bool, bool | None, Recomputed)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -518,12 +521,25 @@ class Dpo(Training):
         return value
 
 
+def _size(value: str) -> str:
+    """A size of memory; `memory.limit` is kept as it was written."""
+    if size_of(value) is None:
+        raise ValueError("a size of memory, such as 10GB or 800MB")
+    return value
+
+
 class Memory(Section):
     """Settings that change memory and speed, but never the result."""
 
     micro_tokens: PositiveInt = 2048
-    checkpoint_layers: bool = False
+    checkpoint_layers: Recomputed = "auto"
+    limit: Annotated[str, AfterValidator(_size)] | None = None
     logit_rows: PositiveInt | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """`limit` in bytes; None where this machine's memory is the limit."""
+        return None if self.limit is None else size_of(self.limit)
 
 
 class Distributed(Section):

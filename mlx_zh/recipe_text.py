@@ -126,6 +126,16 @@ def time_text(seconds: int) -> str:
     return "".join(parts) or "0s"
 
 
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(m|mb|mib|g|gb|gib)")
+_SIZE_UNITS = {"m": 10**6, "mb": 10**6, "mib": 2**20, "g": 10**9, "gb": 10**9, "gib": 2**30}
+
+
+def size_of(text: str) -> int | None:
+    """Bytes of a size such as 10GB, 9.5 GiB or 800MB; None for any other text, and for nothing at all."""
+    found = _SIZE.fullmatch(unicodedata.normalize("NFKC", text).strip().lower())
+    return round(float(found[1]) * _SIZE_UNITS[found[2]]) or None if found else None
+
+
 def inline(value: Any) -> str:
     """A plain value as one line of YAML: `{prompt: 问题, response: 答案}`."""
     text = yaml.dump(

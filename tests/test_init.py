@@ -202,7 +202,7 @@ def test_the_recipe_fits_into_the_memory_of_this_machine(run, model: str) -> Non
         step = training_step(recipe, stage, config, machine)
         assert step.memory(recipe.memory).peak <= machine.budget
         if model == "llama3.1-8b":
-            assert step.memory(Memory()).peak > machine.budget
+            assert step.memory(Memory(micro_tokens=4096, checkpoint_layers=False)).peak > machine.budget
     assert ("memory:" in Path("pairs.yaml").read_text()) == (recipe.memory != Memory())
 
 

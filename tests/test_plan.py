@@ -15,11 +15,19 @@ import sentences
 from project import Project
 
 from mlx_zh import plan
+from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.largest_row import Examples, uniform_examples
-from mlx_zh.planning.memory import attention_workspace, head_bytes, step_memory, trained_values, weight_bytes
-from mlx_zh.planning.search import cheapest, smallest_peak
+from mlx_zh.planning.memory import (
+    attention_workspace,
+    head_bytes,
+    kept_bytes,
+    step_memory,
+    trained_values,
+    weight_bytes,
+)
+from mlx_zh.planning.search import Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import (
     LINEAR,
     Packing,
@@ -132,9 +140,9 @@ def test_a_branch_reads_its_ancestors_keys() -> None:
 
 def test_the_workspace_is_part_of_the_backward_pass_only_where_there_is_one() -> None:
     shape, spec, row = model_shape(LLAMA), AdapterSpec("lora", 32, 16), conversations([1024])
-    settings = Memory(checkpoint_layers=True, logit_rows=16)
-    without = step_memory(shape, spec, METAL, row, settings)
-    with_it = step_memory(shape, spec, replace(METAL, attention_tile=1024), row, settings)
+    levels = Levels(ALL, ALL)
+    without = step_memory(shape, spec, METAL, row, levels, logit_rows=16)
+    with_it = step_memory(shape, spec, replace(METAL, attention_tile=1024), row, levels, logit_rows=16)
     assert "workspace" not in without.parts and without.phase == with_it.phase == "backward pass, at its beginning"
     assert with_it.peak - without.peak == with_it.parts["workspace"] == 251_789_312
 
@@ -156,28 +164,38 @@ def test_the_head_holds_three_arrays_of_a_chunk_and_a_trained_one_those_that_are
 
 
 def test_what_is_kept_grows_by_layer_and_token_and_what_is_not_trained_keeps_nothing() -> None:
-    shape, settings = model_shape(LLAMA), Memory(micro_tokens=1024)
+    shape = model_shape(LLAMA)
 
-    def kept(layers: int, tokens: int) -> float:
-        return step_memory(shape, AdapterSpec("lora", layers), METAL, conversations([tokens]), settings).parts[
-            "activations"
-        ]
+    def kept(layers: int, tokens: int, levels: Levels) -> float:
+        row = conversations([tokens])
+        return step_memory(shape, AdapterSpec("lora", layers), METAL, row, levels).parts["activations"]
 
     # 4 D, what o_proj takes (as wide as D here), 5 F, and two low-rank products of 7 layers; two bytes a number
     each = 2048 * 2 * (4 * 4096 + 4096 + 5 * 14336 + 2 * 7 * 16)
-    assert kept(32, 2048) - kept(31, 2048) == each
-    assert kept(32, 8192) == 2 * kept(32, 4096)
+    assert kept(32, 2048, Levels()) - kept(31, 2048, Levels()) == each
+    # where the cheap parts are made again, the inputs of both norms, gate and up
+    pieces = Levels(ALL)
+    assert kept(32, 2048, pieces) - kept(31, 2048, pieces) == 2048 * 2 * (2 * 4096 + 2 * 14336)
+    assert kept(32, 8192, pieces) == 2 * kept(32, 4096, pieces)
+
+
+def test_with_fused_attention_half_of_what_a_block_kept_is_made_again() -> None:
+    shape, row, trained = model_shape(LLAMA), conversations([300, 700]), AdapterSpec("lora", 32)
+    before, after = (sum(kept_bytes(shape, trained, METAL, row, level).values()) for level in (0, 1))
+    assert after < 0.55 * before
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer() -> None:
-    shape, settings = model_shape(LLAMA), Memory(micro_tokens=1024, checkpoint_layers=True)
+    shape = model_shape(LLAMA)
 
-    def kept(layers: int) -> float:
-        return step_memory(shape, AdapterSpec("lora", layers), METAL, conversations([1024]), settings).parts[
-            "activations"
-        ]
+    def kept(layers: int, again: int) -> float:
+        row = conversations([1024])
+        return step_memory(shape, AdapterSpec("lora", layers), METAL, row, Levels(ALL, again)).parts["activations"]
 
-    assert kept(32) - kept(31) == 1024 * 4096 * 2
+    assert kept(32, ALL) - kept(31, ALL) == 1024 * 4096 * 2
+    # each block more that is computed again leaves one hidden state of what it kept, while the peak is in the highest
+    steps = [kept(32, again) - kept(32, again + 1) for again in range(28)]
+    assert steps == [1024 * 2 * (4096 + 2 * 14336)] * 28
 
 
 def test_a_branch_sees_its_parent_too() -> None:
@@ -217,25 +235,27 @@ def test_a_mac_recommends_two_thirds_and_a_large_one_three_quarters() -> None:
 
 
 def test_the_cheapest_settings_that_fit() -> None:
-    from mlx_zh.planning.search import Step
-
     step = Step(model_shape(LLAMA), AdapterSpec("lora", 32), METAL, uniform_examples("sft", 1024, 16))
-    asked = Memory(micro_tokens=4096)
-    assert step.memory(asked).peak > 24e9
+    asked = Memory(micro_tokens=4096, checkpoint_layers=False)
+    assert step.memory(asked).peak > 18e9
     roomy = cheapest(step, asked, 40e9)
     assert roomy is not None and (roomy.settings, roomy.cost) == (asked, 0)
-    fewer = cheapest(step, asked, 24e9)  # smaller rows cost less time than computing every layer again
-    assert fewer is not None and fewer.settings == Memory(micro_tokens=2048)
-    tight = cheapest(step, asked, 9e9)
-    assert (
-        tight is not None
-        and tight.settings == Memory(micro_tokens=4096, checkpoint_layers=True)
-        and 0.3 < tight.cost < 0.4
-    )
+    fewer = cheapest(step, asked, 16e9)  # smaller rows cost less time than computing layers again
+    assert fewer is not None and fewer.settings == Memory(micro_tokens=2048, checkpoint_layers=False)
+    tight = cheapest(step, asked, 8e9)
+    assert tight is not None and tight.settings == Memory(micro_tokens=1024) and 0.03 < tight.cost < 0.3
     assert cheapest(step, asked, 5e9) is None
     assert 5e9 < smallest_peak(step, asked).estimate.peak < 6.1e9  # one example has its row, however long it is
-    for found in (fewer, tight):
-        assert found.estimate.peak == step.memory(found.settings).peak
+    for limit, found in ((16e9, fewer), (8e9, tight)):
+        assert found.estimate.peak == replace(step, limit=limit).memory(found.settings).peak <= limit
+
+
+def test_a_faster_setting_is_proposed_though_the_one_asked_for_fits() -> None:
+    step = Step(model_shape(LLAMA), AdapterSpec("lora", 32), METAL, uniform_examples("sft", 1024, 16))
+    every = Memory(micro_tokens=1024, checkpoint_layers=True)
+    assert step.memory(every).peak < 16e9
+    faster = cheapest(step, every, 16e9)
+    assert faster is not None and faster.settings == Memory(micro_tokens=1024) and faster.cost < -0.2
 
 
 # The stage
@@ -257,7 +277,8 @@ def test_a_config_is_enough(config_only: Path, run_stage: Any, capsys: pytest.Ca
         part in shown for part in ("weights", "4.52 GB", "adapters", "optimizer", "activations", "peak", "cache")
     )
     assert "fits: 11.5 GB are the recommended working set of a Mac with 16 GB" in shown
-    assert run_stage(plan.main, recipe, model, "--memory=16", "memory.checkpoint_layers=false") == 1
+    many = ("memory.micro_tokens=4096", "memory.checkpoint_layers=false")
+    assert run_stage(plan.main, recipe, model, "--memory=16", *many) == 1
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown
     assert "memory." in shown and "change no result" in shown
@@ -309,7 +330,8 @@ def test_a_short_name_is_planned_without_a_network(
         "name: t\nmodel: {path: qwen3-8b}\nsft: {epochs: 2}\nevaluate: {benchmarks: [ceval], shots: 5}\n"
         "data: {sft: {train: [{name: belle-1m, max_samples: 60000}]}}\n"
     )
-    assert run_stage(plan.main, recipe) in (0, 1)  # 1 where this machine's memory is short
+    never = "memory.checkpoint_layers=false"
+    assert run_stage(plan.main, recipe, never) in (0, 1)  # 1 where this machine's memory is short
     shown = capsys.readouterr().out
     a_step = 16 * 165 * 36 * 3e-6
     assert f"time: about {a_step:.3g} s a step of 2640 tokens" in shown and "7500 steps: about 35 min 38 s" in shown
@@ -318,7 +340,7 @@ def test_a_short_name_is_planned_without_a_network(
     assert pytest.approx(9.3, abs=0.1) == 2 * (52 * 5 * 79 + 1346 * 81) * 36 * 1e-6
     assert "downloads: about 5.1 GB: qwen3-8b (4.6 GB), belle-1m (0.46 GB), C-Eval (0.002 GB)" in shown
     assert "the whole run: about 35 min 48 s" in shown and "budget" not in shown
-    assert run_stage(plan.main, recipe, "sft.epochs=100") in (0, 1)
+    assert run_stage(plan.main, recipe, never, "sft.epochs=100") in (0, 1)
     assert (
         "That is 30 hours, more than a day. For a night, add budget=8h, or write `budget: 8h`"
         in capsys.readouterr().out
@@ -360,6 +382,7 @@ def test_a_stage_refuses_what_cannot_fit(project: Project, monkeypatch: pytest.M
 
 def test_long_examples_are_refused_once_they_are_known(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("recipe.yaml", ["data.max_length=2048"])
+    never = load_recipe("recipe.yaml", ["data.max_length=2048", "memory.checkpoint_layers=false"])
     config = json.loads((project.model / "config.json").read_text())
     long = uniform_examples("sft", 2000, 4)
     place = memory_check.this_machine()
@@ -373,8 +396,9 @@ def test_long_examples_are_refused_once_they_are_known(project: Project, monkeyp
     monkeypatch.setattr(memory_check, "this_machine", lambda: between)
     memory_check.require(recipe, "sft", force=False)
     corpus: Any = type("Corpus", (), {"lengths": long.tokens, "scored": long.scored})
-    with pytest.raises(PlanError, match=r"memory\.checkpoint_layers=true .*change no result"):
-        memory_check.require(recipe, "sft", force=False, config=config, corpus=corpus)
+    with pytest.raises(PlanError, match=r"memory\.checkpoint_layers=auto .*change no result"):
+        memory_check.require(never, "sft", force=False, config=config, corpus=corpus)
+    memory_check.require(recipe, "sft", force=False, config=config, corpus=corpus)  # some layers are computed again
 
 
 def test_the_parts_of_a_config_that_are_missing(config_only: Path) -> None:
@@ -439,15 +463,15 @@ def test_a_chip_is_predicted_by_hand() -> None:
     shape, spec = model_shape(LLAMA), AdapterSpec("lora", 32, 16)
     blocks = 2 * 32 * shape.block_values
     adapter, head = 6 * trained_values(shape, spec), 0.6 * 4 * 4096 * 128256
-    assert training_flops(shape, spec, scored=0.6, checkpoint=False) == 2 * blocks + adapter + head
-    assert training_flops(shape, spec, scored=0.6, checkpoint=True) == 3 * blocks + adapter + head
-    pace = predicted_pace(chip, shape, spec, METAL, checkpoint=False, scored=0.6)
+    assert training_flops(shape, spec, scored=0.6, again=0.0) == 2 * blocks + adapter + head
+    assert training_flops(shape, spec, scored=0.6, again=1.0) == 3 * blocks + adapter + head
+    pace = predicted_pace(chip, shape, spec, METAL, again=0.0, scored=0.6)
     assert pace.training == pytest.approx((2 * blocks + adapter + head) / (0.4 * 3.763e12), rel=1e-3)
     assert pace.forward == pytest.approx(blocks / (0.65 * 3.763e12), rel=1e-3)
     m1_max = chip_named("M1Max")
     assert m1_max is not None
     # The published figure that the share of the M1 is taken from.
-    assert 1 / predicted_pace(m1_max, shape, spec, METAL, checkpoint=False, scored=0.6).training == pytest.approx(
+    assert 1 / predicted_pace(m1_max, shape, spec, METAL, again=0.0, scored=0.6).training == pytest.approx(
         99, rel=0.03
     )
 
@@ -472,7 +496,7 @@ def test_the_table_of_macs(run_stage: Any, capsys: pytest.CaptureFixture[str]) -
     assert run_stage(plan.main, "--table", *recipes) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
-    assert by_name["`llama31-8b-zh-evening`"][:2] == ["9.1 GB", "16 GB"]
-    assert by_name["`llama31-8b-zh-64gb`"][:2] == ["33.2 GB", "48 GB"]
-    assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M4"][1] == "— |"  # at most 32 GB
+    assert by_name["`llama31-8b-zh-evening`"][:2] == ["7.2 GB", "16 GB"]
+    assert by_name["`llama31-8b-zh-64gb`"][:2] == ["19.3 GB", "32 GB"]
+    assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M2"][1] == "— |"  # at most 24 GB
     assert by_name["M4 Max"][1] == "6 days |"

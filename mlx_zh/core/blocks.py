@@ -7,6 +7,7 @@ needed. In a layer with a window, the segment is cut into pieces, so that no mas
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -15,7 +16,9 @@ import numpy as np
 
 from mlx_zh.core import expert_loads
 from mlx_zh.core.block_forms import LLAMA, BlockForm, heads_of
+from mlx_zh.core.feed_forward import feed_forward, is_swiglu, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
+from mlx_zh.core.recompute import again
 from mlx_zh.core.recurrent import recurrent_output
 from mlx_zh.system import device
 
@@ -38,28 +41,20 @@ def run_block(
     layer: nn.Module,
     hidden: mx.array,
     batch: PackedBatch,
-    checkpoint: bool,
+    level: int,
     noise: TokenNoise | None,
     past: KeysValues | None,
     form: BlockForm,
 ) -> mx.array:
-    """The block's output (T, D); with `checkpoint`, its activations are computed again in the backward pass."""
+    """The block's output (T, D). `level` says what it computes again in the backward pass, see `core.recompute`."""
 
     def block(hidden: mx.array) -> mx.array:
-        if noise is None:
-            return block_output(layer, hidden, batch, past, form=form)
-        with noise.layer():  # inside the block, because checkpointing runs the block again in the backward pass
-            return block_output(layer, hidden, batch, past, form=form)
+        with nullcontext() if noise is None else noise.layer():
+            return block_output(layer, hidden, batch, past, form=form, pieces=level > 0)
 
-    if not checkpoint:
+    if level < 2:
         return block(hidden)
-    trained = layer.trainable_parameters()
-
-    def block_of(parameters: dict[str, Any], hidden: mx.array) -> mx.array:
-        layer.update(parameters)
-        return block(hidden)
-
-    return mx.checkpoint(block_of)(trained, hidden)
+    return again((layer,), lambda hidden: (block(hidden),), hidden)[0]
 
 
 def has_arrays(tree: Any) -> bool:
@@ -79,17 +74,25 @@ def block_output(
     cache: list[KeysValues] | None = None,
     *,
     form: BlockForm = LLAMA,
+    pieces: bool = False,
 ) -> mx.array:
-    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention."""
-    x = _normed(layer, form.before_attention, hidden)
+    """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention.
+
+    With `pieces`, what is cheap to make is made again in the backward pass.
+    """
+    norm = None if form.before_attention is None else layer[form.before_attention]
     if form.recurrent:
-        x = recurrent_output(layer.linear_attn, x, batch, past, cache)
+        x = recurrent_output(layer.linear_attn, hidden if norm is None else norm(hidden), batch, past, cache)
     else:
-        x = attention_output(layer.self_attn, x, batch, past, cache, form=form)
+        x = attention_output(layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces)
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
-    x = _normed(layer, form.before_mlp, hidden)
-    expert_loads.record(layer.mlp, x)
-    return _added(hidden, _normed(layer, form.after_mlp, layer.mlp(x)), form)
+    if pieces and is_swiglu(layer.mlp):
+        x = feed_forward(layer.mlp, None if form.before_mlp is None else layer[form.before_mlp], hidden)
+    else:
+        x = _normed(layer, form.before_mlp, hidden)
+        expert_loads.record(layer.mlp, x)
+        x = layer.mlp(x)
+    return _added(hidden, _normed(layer, form.after_mlp, x), form)
 
 
 def _normed(layer: Any, norm: str | None, x: mx.array) -> mx.array:
@@ -114,13 +117,17 @@ def attention_output(
     cache: list[KeysValues] | None = None,
     *,
     form: BlockForm = LLAMA,
+    norm: nn.Module | None = None,
+    pieces: bool = False,
 ) -> mx.array:
-    """The attention layer's output (T, D) for the row `x` (T, D), whose roots continue `past`.
+    """The attention layer's output (T, D) for the row `x` (T, D), normalized by `norm`; its roots continue `past`.
 
-    The keys and values that the last segment sees are appended to `cache`.
+    The keys and values that the last segment sees are appended to `cache`. For `pieces` see `block_output`.
     """
+    layers = [attention[name] for name in (["qkv_proj"] if form.fused else ["q_proj", "k_proj", "v_proj"])]
+    products = projected(layers, norm, x, pieces=pieces)
     shift = 0 if past is None else past[0].shape[2]
-    (queries, keys, values), gate = _segments_of(attention, x, batch, form, shift)
+    (queries, keys, values), gate = _segments_of(attention, products, batch, form, shift)
     prefix = [] if past is None else [past]
     outputs: list[mx.array] = []
     for index in range(len(batch.segments)):
@@ -129,23 +136,37 @@ def attention_output(
         outputs += _attended(queries[index], before, own, attention.scale, form.window)
         if cache is not None and index == len(batch.segments) - 1:
             cache.append(_columns([*before, own]))
-    joined = _joined(outputs)[0].swapaxes(0, 1).reshape(x.shape[0], -1)  # (1, H, T, d) -> (T, H * d)
-    return attention.o_proj(joined if gate is None else joined * mx.sigmoid(gate))  # (T, H * d) -> (T, D)
+    return _together(attention.o_proj, outputs, gate, pieces=pieces)
+
+
+def _together(o_proj: Any, outputs: list[mx.array], gate: mx.array | None, *, pieces: bool) -> mx.array:
+    """`o_proj` of the segments' attention (1, H, n, d), times its gate (T, H * d) if there is one, (T, D)."""
+
+    def rows(*parts: mx.array) -> mx.array:
+        joined = _joined(list(parts[: len(outputs)]))[0].swapaxes(0, 1).flatten(1)  # (1, H, T, d) -> (T, H * d)
+        return joined if gate is None else joined * mx.sigmoid(parts[-1])
+
+    inputs = outputs if gate is None else [*outputs, gate]
+    if not pieces:
+        result: mx.array = o_proj(rows(*inputs))
+        return result
+    return scaled(o_proj, again((o_proj,), lambda *parts: (product(o_proj, rows(*parts)),), *inputs)[0])
 
 
 def _segments_of(
-    attention: Any, x: mx.array, batch: PackedBatch, form: BlockForm, shift: int
+    attention: Any, products: tuple[mx.array, ...], batch: PackedBatch, form: BlockForm, shift: int
 ) -> tuple[tuple[list[mx.array], list[mx.array], list[mx.array]], mx.array | None]:
     """Rotated queries and keys, and values: one array (1, H, n, d) for each segment of n tokens.
 
-    The positions begin at `shift`. Of a form with a gate, the last result is the gate (T, H * d).
+    `products` are those of the projections of the row. The positions begin at `shift`. Of a form with a gate, the
+    last result is the gate (T, H * d).
     """
     positions = batch.positions + shift if shift else batch.positions
 
-    def heads(projected: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
+    def heads(values: mx.array, count: int, norm: str | None, *, rotate: bool) -> list[mx.array]:
         if norm is not None and form.whole_norms:
-            projected, norm = attention[norm](projected), None
-        split = projected.reshape(x.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
+            values, norm = attention[norm](values), None
+        split = values.reshape(values.shape[0], count, 1, -1)  # (T, H * d) -> (T, H, 1, d)
         if norm is not None and not form.rotated_first:
             split = attention[norm](split)
         if rotate:  # each token has its own position, so each is passed as a batch of its own
@@ -156,13 +177,13 @@ def _segments_of(
         # Split, not sliced: the gradient of every slice would be an array of the whole row.
         return list(mx.split(split, batch.starts[1:], axis=2))
 
-    queries, keys, values = _projections(attention, x, form)
+    queries, keys, values = _projections(attention, products)
     of_queries, of_keys = form.norms or (None, None)
     count, keys_count = heads_of(attention)
     gate: mx.array | None = None
     if form.gated:  # (T, H * 2 d): the queries of a head, then its gate
-        halves = mx.split(queries.reshape(x.shape[0], count, -1), 2, axis=-1)
-        queries, gate = (half.reshape(x.shape[0], -1) for half in halves)
+        halves = mx.split(queries.reshape(len(queries), count, -1), 2, axis=-1)
+        queries, gate = (half.reshape(len(half), -1) for half in halves)
     segments = (
         heads(queries, count, of_queries, rotate=True),
         heads(keys, keys_count, of_keys, rotate=True),
@@ -171,11 +192,11 @@ def _segments_of(
     return segments, gate
 
 
-def _projections(attention: Any, x: mx.array, form: BlockForm) -> tuple[mx.array, ...]:
+def _projections(attention: Any, products: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
     """Queries, keys and values, (T, H * d) each."""
-    if not form.fused:
-        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
-    product = attention.qkv_proj(x)
+    if len(products) == 3:
+        return products
+    (product,) = products
     count, keys_count = heads_of(attention)
     size = product.shape[-1] // (count + 2 * keys_count)
     end = count * size

@@ -22,6 +22,7 @@ class Family:
     query_key_norms: bool = False  # queries and keys are normalized
     windows: bool = False  # mlx-lm heeds `layer_types` or what stands for it: some layers have a window
     norms: int = 2  # of a block
+    swiglu: bool = True  # the MLP is gate_proj, up_proj and down_proj with SiLU
     recurrent: bool = False  # some layers are gated delta nets
     part: str = ""  # before the names of mlx-lm's tensors: the language model is a part of its model
 
@@ -39,10 +40,12 @@ FAMILIES = {
     "smollm3": Family("smollm3", "SmolLM3ForCausalLM", windows=True),
     "granite": Family("granite", "GraniteForCausalLM"),
     "mimo": Family("mimo", "MiMoForCausalLM", attention_bias=True),
-    "glm4": Family("glm4", "Glm4ForCausalLM", norms=4),
+    "glm4": Family("glm4", "Glm4ForCausalLM", norms=4, swiglu=False),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM"),
-    "phi3": Family("phi3", "Phi3ForCausalLM"),
-    "gemma3_text": Family("gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4),
+    "phi3": Family("phi3", "Phi3ForCausalLM", swiglu=False),
+    "gemma3_text": Family(
+        "gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4, swiglu=False
+    ),
     "qwen3_5": Family("qwen3_5", "Qwen3_5ForCausalLM", query_key_norms=True, recurrent=True, part="language_model."),
     "qwen3_5_moe": Family("qwen3_5_moe", None, query_key_norms=True, recurrent=True, part="language_model."),
 }

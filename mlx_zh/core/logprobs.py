@@ -13,11 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_zh.core.block_forms import ModelForm, form_of
 from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
+from mlx_zh.core.pacing import in_chunks, one_by_one, pause
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
+from mlx_zh.core.recompute import Levels, levels
 from mlx_zh.core.sums import exponentials, log_sum_exp, softmax
 from mlx_zh.core.trained_tables import TRAINED_TABLES
 from mlx_zh.system import device
@@ -47,7 +48,7 @@ def hidden_states(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
     grad: bool = True,
@@ -55,12 +56,13 @@ def hidden_states(
     """Last hidden states (T, D) of a packed row, after the final norm, from which the head makes the logits.
 
     With `checkpoint`, blocks that a gradient goes through keep only their input and are computed again in the
-    backward pass. `noise` adds dropout and embedding noise. With `prefix`, every root of the row continues the
-    prefix. `grad=False` says that no gradient will be taken, so a block's activations are freed before those of the
-    next but one are allocated.
+    backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
+    of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
+    freed before those of the next but one are allocated.
     """
     last = None
-    for hidden in residual_stream(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix):
+    levels_of_row = checkpoint if grad else Levels()
+    for hidden in residual_stream(model, batch, checkpoint=levels_of_row, noise=noise, prefix=prefix):
         if not grad:
             mx.async_eval(hidden)
             if last is not None:
@@ -75,7 +77,7 @@ def residual_stream(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[mx.array]:
@@ -83,11 +85,14 @@ def residual_stream(
     inner, form = decoder(model), form_of(model)
     hidden = _embedded(inner, form, batch, noise)
     yield hidden
-    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # the gradient goes through every block
+    flows = has_arrays(inner.embed_tokens.trainable_parameters())  # whether the gradient goes through the block
+    again, number = levels(checkpoint), 0
     for index, layer in enumerate(inner.layers):
         past = None if prefix is None else prefix.layers[index]
-        saves = flows or has_arrays(layer.trainable_parameters())
-        hidden = run_block(layer, hidden, batch, checkpoint and saves, noise, past, form.blocks[index])
+        flows = flows or has_arrays(layer.trainable_parameters())
+        level = again.of(number) if flows else 0
+        hidden = run_block(layer, hidden, batch, level, noise, past, form.blocks[index])
+        number += flows
         yield hidden
 
 
@@ -149,11 +154,11 @@ def token_logprobs(
         return _trained_logprobs(hidden, head, targets, rows)
     if not grad:
         hidden = mx.stop_gradient(hidden)  # of one chunk too: no gradient flows through several
-        return _one_by_one(lambda h, t: (_logprobs(project(head, h), t),), hidden, targets, rows)[0]
+        return one_by_one(lambda h, t: (_logprobs(project(head, h), t),), hidden, targets, rows)[0]
 
     @mx.custom_function
     def fused(hidden: mx.array) -> tuple[mx.array, ...]:
-        return _one_by_one(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
+        return in_chunks(lambda h, t: _logprobs_and_gradient(head, h, t), hidden, targets, rows)
 
     @fused.vjp
     def fused_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -232,67 +237,6 @@ def _project_back(head: Any, rows: mx.array) -> mx.array:
     return rows @ head.weight
 
 
-def _one_by_one(
-    compute: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
-    hidden: mx.array,
-    targets: mx.array,
-    rows: int,
-) -> tuple[mx.array, ...]:
-    """`compute` over chunks of `rows` rows, concatenated. Each chunk is computed before the next one is begun.
-
-    So the logits of one chunk are in memory on any device. Left to itself, MLX allocates those of all chunks: 2.7 GB
-    for 1,024 positions of a vocabulary of 128,000 on an H200. No gradient flows through the result.
-    """
-    if hidden.shape[0] <= rows:
-        return compute(hidden, targets)
-    hidden = _untraced(hidden)
-    parts: list[tuple[mx.array, ...]] = []
-    for start in range(0, hidden.shape[0], rows):
-        parts.append(compute(hidden[start : start + rows], targets[start : start + rows]))
-        mx.eval(parts[-1])
-    return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
-
-
-def _untraced(values: mx.array) -> mx.array:
-    """A computed copy. What is computed from it is freed at once, and not kept until a gradient has been taken."""
-    if values.dtype == mx.bfloat16:  # NumPy has no such type
-        return mx.array(np.array(values.view(mx.uint16))).view(mx.bfloat16)
-    return mx.array(np.array(values))
-
-
-def _in_chunks(
-    compute: Callable[[mx.array, mx.array], tuple[mx.array, ...]],
-    hidden: mx.array,
-    targets: mx.array,
-    rows: int,
-) -> tuple[mx.array, ...]:
-    """`compute` over chunks of `rows` rows, one after another, concatenated.
-
-    Each chunk depends on the one before it. Without that, MLX schedules them together and their logits are all in
-    memory at once.
-    """
-    parts: list[tuple[mx.array, ...]] = []
-    for start in range(0, hidden.shape[0], rows):
-        piece = hidden[start : start + rows]
-        if parts:
-            piece = mx.depends([piece], [*parts[-1], _pause(parts[-1][0])])[0]
-        parts.append(compute(piece, targets[start : start + rows]))
-    if len(parts) == 1:
-        return parts[0]
-    return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
-
-
-def _pause(after: mx.array) -> mx.array:
-    """A chain of tiny kernels that starts after `after` and is as long as MLX's queue of scheduled kernels.
-
-    When the last of them is scheduled, everything before the chain has been computed and its arrays are freed.
-    """
-    link = after[:1]
-    for _ in range(device.kernels_ahead()):
-        link = -link
-    return link
-
-
 def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows: int) -> mx.array:
     parameters = head.trainable_parameters()
 
@@ -303,7 +247,7 @@ def _trained_logprobs(hidden: mx.array, head: nn.Module, targets: mx.array, rows
 
         return (mx.checkpoint(recomputed)(parameters, hidden),)
 
-    return _in_chunks(compute, hidden, targets, rows)[0]
+    return in_chunks(compute, hidden, targets, rows)[0]
 
 
 def _table_logprobs(hidden: mx.array, weight: mx.array, targets: mx.array, rows: int) -> mx.array:
@@ -314,7 +258,7 @@ def _table_logprobs(hidden: mx.array, weight: mx.array, targets: mx.array, rows:
 
     @mx.custom_function
     def logprobs(hidden: mx.array, weight: mx.array) -> mx.array:
-        return _in_chunks(lambda h, t: (chunk(h, weight, t),), hidden, targets, rows)[0]
+        return in_chunks(lambda h, t: (chunk(h, weight, t),), hidden, targets, rows)[0]
 
     @logprobs.vjp
     def vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
@@ -324,7 +268,7 @@ def _table_logprobs(hidden: mx.array, weight: mx.array, targets: mx.array, rows:
         for start in range(0, hidden.shape[0], rows):
             piece, stop = hidden[start : start + rows], start + rows
             if gradients:
-                piece = mx.depends([piece], [total, _pause(gradients[-1])])[0]
+                piece = mx.depends([piece], [total, pause(gradients[-1])])[0]
             compute = partial(chunk, targets=targets[start:stop])
             _, (of_hidden, of_weight) = mx.vjp(compute, [piece, weight], [cotangent[start:stop]])
             gradients.append(of_hidden)
@@ -339,7 +283,7 @@ def batch_logprobs(
     model: nn.Module,
     batch: PackedBatch,
     *,
-    checkpoint: bool = False,
+    checkpoint: bool | Levels = False,
     chunk: int | None = None,
     grad: bool = True,
     noise: TokenNoise | None = None,

@@ -72,11 +72,14 @@ def chip_named(text: str) -> Chip | None:
 
 
 def predicted_pace(
-    chip: Chip, model: ModelShape, trained: AdapterSpec, target: Target, *, checkpoint: bool, scored: float
+    chip: Chip, model: ModelShape, trained: AdapterSpec, target: Target, *, again: float, scored: float
 ) -> Pace:
-    """The pace that `chip` is expected to have. `scored` is the share of SFT's tokens that are scored."""
+    """The pace that `chip` is expected to have. `scored` is the share of SFT's tokens that are scored.
+
+    `again` is the share of the blocks' forward passes that the backward pass repeats.
+    """
     peak = chip.flops
-    flops = training_flops(model, trained, scored=scored, checkpoint=checkpoint)
+    flops = training_flops(model, trained, scored=scored, again=again)
     weights = weight_bytes(model, target)
     return Pace(
         training=flops / (peak * _TRAINING[chip.generation]),

@@ -43,6 +43,21 @@ class Examples:
         halves = [(max(n - s, 1), max(s // 2, 1), max(s - s // 2, 1)) for n, s in zip(tokens, scored, strict=True)]
         return pairs(halves), rows
 
+    def typical_row(self, micro_tokens: int, tokens: float | None = None) -> Row:
+        """A row of examples of `tokens` tokens, by default of the median length, as many as fit.
+
+        Its size is that of the rows that a step's examples are shared between.
+        """
+        length = max(round(float(np.median(self.tokens)) if tokens is None else tokens), 2)
+        in_step = self.batch_size * length
+        rows = math.ceil(in_step / max(micro_tokens, length))
+        count = max(round(self.batch_size / rows), 1)
+        share = float(self.scored.sum()) / max(float(self.tokens.sum()), 1.0)
+        scored = min(max(round(share * length), 1), length - 1)
+        if self.stage != "dpo":
+            return conversations([length] * count, scored * count)
+        return pairs([(max(length - scored, 1), max(scored // 2, 1), max(scored - scored // 2, 1))] * count)
+
 
 def uniform_examples(stage: str, length: int, batch_size: int) -> Examples:
     """One step's examples of `length` tokens each, where the real lengths are not known.

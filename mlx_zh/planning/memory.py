@@ -9,17 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mlx_zh.core.logprobs import chunk_rows
+from mlx_zh.core.recompute import Levels
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.delta_shapes import DELTA_LINEAR
 from mlx_zh.planning.shapes import ModelShape, Packing, Row, Target, adapted_matrices
-from mlx_zh.recipe import Memory
 
 FLOAT = 4
 
-# Numbers of arrays (T, F), (T, D) and (T, A) that are allocated ahead in the backward pass of a block: without
-# checkpointing, and with it, where the block is recomputed first.
-_AHEAD_BACKWARD = {"intermediate": 3.5, "hidden": 10.0, "queries": 4.0}
-_AHEAD_RECOMPUTED = {"intermediate": 9.0, "hidden": 10.0, "queries": 4.0}
+# Numbers of arrays (T, F), (T, D) and (T, A) that are allocated ahead in the backward pass of a block, by its level:
+# where it keeps all, where it makes its cheap parts again, and where the whole block is computed again first.
+_AHEAD_BACKWARD = (
+    {"intermediate": 3.5, "hidden": 10.0, "queries": 4.0},
+    {"intermediate": 9.0, "hidden": 10.0, "queries": 4.0},
+    {"intermediate": 12.0, "hidden": 13.0, "queries": 4.0},
+)
 _AHEAD_SCORES = 2  # score matrices of one layer
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
@@ -50,9 +53,16 @@ class Estimate:
 
 
 def step_memory(
-    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory, *, rows: int = 2
+    model: ModelShape,
+    trained: AdapterSpec,
+    target: Target,
+    row: Row,
+    levels: Levels,
+    *,
+    logit_rows: int | None = None,
+    rows: int = 2,
 ) -> Estimate:
-    """The peak memory of a training step of `rows` rows, of which `row` is the largest."""
+    """The peak memory of a step of `rows` rows, of which `row` is the largest, with its blocks at `levels`."""
     values = trained_values(model, trained)
     gradients = values * FLOAT
     always = dict(
@@ -61,13 +71,10 @@ def step_memory(
         optimizer=2.0 * gradients,
         gradients=gradients if rows > 1 else 0.0,  # the sum over the earlier rows
     )
-    phases = [
-        Estimate(name, _added(always, parts))
-        for name, parts in (
-            ("scoring", _scoring(model, trained, target, row, settings)),
-            *_backward(model, trained, target, row, settings, gradients),
-        )
-    ]
+    blocks = _Blocks(model, trained, target, row, levels)
+    head = {"head": head_bytes(model, trained, target, row.scored, logit_rows)}
+    moments = [("scoring", _added(blocks.kept(blocks.count), head)), *_backward(blocks, gradients)]
+    phases = [Estimate(name, _added(always, parts)) for name, parts in moments]
     update = {
         "gradients": gradients - always["gradients"],
         "optimizer": gradients + _AHEAD_UPDATES * _matrix_bytes(model, trained) + _outer_update(model, trained),
@@ -155,27 +162,34 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
     return trained.num_layers * values + saved_values(model, trained)
 
 
-def _saved(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
-    """Bytes that one trained block saves for its backward pass; the mean of both kinds, where there are two."""
-    attention = _saved_by(model, trained, target, row, recurrent=False)
-    if model.delta is None:
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
+def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
+    """Bytes that one trained block keeps for its backward pass at `level`, see `core.recompute`.
+
+    Where there are two kinds of blocks, it is their mean.
+    """
+    attention = _kept_by(model, trained, target, row, level, recurrent=False)
+    if model.delta is None or level == 2:
         return attention
-    recurrent = _saved_by(model, trained, target, row, recurrent=True)
+    recurrent = _kept_by(model, trained, target, row, level, recurrent=True)
     share = model.share("out_proj", trained.num_layers)
     return {name: share * size + (1 - share) * attention[name] for name, size in recurrent.items()}
 
 
-def _saved_at_most(model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
-    """The same of the kind of block that saves more."""
+def _kept_at_most(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
+    """The same of the kind of block that keeps more."""
     kinds = [False] if model.delta is None else [False, True]
-    return max(
-        (_saved_by(model, trained, target, row, recurrent=kind) for kind in kinds), key=lambda s: sum(s.values())
-    )
+    kept = [_kept_by(model, trained, target, row, level, recurrent=kind) for kind in kinds]
+    return max(kept, key=lambda parts: sum(parts.values()))
 
 
-def _saved_by(
-    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, *, recurrent: bool
+def _kept_by(
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int, *, recurrent: bool
 ) -> dict[str, float]:
+    if level == 2:
+        return {"activations": float(row.tokens * model.hidden * target.value_bytes)}
     hidden, queries, keys, inner = model.hidden, model.queries, model.keys, model.intermediate
     absent = DELTA_LINEAR.keys() if not recurrent else {"q_proj", "k_proj", "v_proj", "o_proj"}
     adapted = adapted_matrices(model, trained) - absent
@@ -189,20 +203,25 @@ def _saved_by(
     }
     values = 2.0 * hidden  # inputs of both norms
     values += model.routed_values
-    values += 4 * inner  # gate and up, and sigmoid and SiLU, which MLX computes early
-    if trained.kind == "full":
-        values += 2 * hidden  # normalized values, for the gradient of the norms' weights
+    values += 2 * inner  # gate and up
     if model.qk_norm and not recurrent:
         values += queries + keys
     if model.gated and not recurrent:
         values += 3 * queries  # the gate, its sigmoid and the attention's output before it
     masks = 0.0
+    whole_mlp = level == 0 or not model.swiglu  # any other MLP is left as it is
+    if whole_mlp:
+        values += 2 * inner  # sigmoid and SiLU, which MLX computes early
+    if level == 0 and trained.kind == "full":
+        values += 2 * hidden  # normalized values, for the gradient of the norms' weights
     for names, width in inputs.items():
+        if not (whole_mlp if names & _MLP else level == 0):
+            continue
         if layers := names & adapted:
             copies = len(layers) if trained.dropout > 0 else 1  # with dropout, each layer has its own input
             values += copies * width
             masks += copies * width if trained.dropout > 0 else 0
-    if trained.kind != "full":
+    if level == 0 and trained.kind != "full":
         values += 2 * trained.rank * len(adapted)
     if trained.kind == "dora":
         values += sum(model.matrix(name)[1] for name in adapted)  # products before scaling by the magnitude
@@ -216,14 +235,14 @@ def _saved_by(
         attention += row.tokens * (queries * size + model.heads * FLOAT)  # its output and log-sum-exp
     else:
         attention += model.heads * row.scores * size + row.scores  # probabilities, and a byte of mask
+        if level == 1 and "o_proj" in adapted:
+            attention += row.tokens * queries * size  # its output, from which the input of o_proj is made again
     return {"activations": row.tokens * (values * size + masks), "attention": attention}
 
 
-def _ahead(
-    counts: dict[str, float], model: ModelShape, trained: AdapterSpec, target: Target, row: Row
-) -> dict[str, float]:
+def _ahead(level: int, model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
     """Bytes that MLX has allocated for kernels that have not run yet."""
-    size = target.value_bytes
+    size, counts = target.value_bytes, _AHEAD_BACKWARD[level]
     parts = {"activations": row.tokens * size * sum(n * model.width(name) for name, n in counts.items())}
     if not target.fused_attention:
         largest = max(tokens * keys for tokens, keys in row.segments)
@@ -236,30 +255,71 @@ def _ahead(
     return parts
 
 
-def _backward(
-    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory, gradients: float
-) -> list[tuple[str, dict[str, float]]]:
-    """Parts of two moments of the backward pass.
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """The blocks of a model that a gradient goes through, with the row that they compute."""
 
-    At its beginning, the saved arrays of all blocks are in memory; at its end, all gradients are.
+    model: ModelShape
+    trained: AdapterSpec
+    target: Target
+    row: Row
+    levels: Levels
+
+    @property
+    def count(self) -> int:
+        return backward_blocks(self.model, self.trained)
+
+    def one(self, level: int) -> dict[str, float]:
+        """What one block keeps."""
+        return kept_bytes(self.model, self.trained, self.target, self.row, level)
+
+    def kept(self, count: int) -> dict[str, float]:
+        """What the lowest `count` blocks keep."""
+        whole = min(self.levels.blocks, count)
+        pieces = min(max(self.levels.pieces, whole), count)
+        parts: dict[str, float] = {}
+        for level, blocks in ((2, whole), (1, pieces - whole), (0, count - pieces)):
+            if blocks:
+                parts = _added(parts, {name: blocks * size for name, size in self.one(level).items()})
+        return parts
+
+    def worked_on(self, index: int) -> dict[str, float]:
+        """What is there while the backward pass is in block `index`, gradients aside."""
+        level = self.levels.of(index)
+        one = _kept_at_most(self.model, self.trained, self.target, self.row, min(level, 1))
+        parts = _added(one, _ahead(level, self.model, self.trained, self.target, self.row))
+        if self.target.attention_tile:
+            parts["workspace"] = attention_workspace(self.model, self.target, self.row)
+        return _added(parts, self.kept(index))
+
+    @property
+    def highest(self) -> list[int]:
+        """The highest block of each level, from the top down."""
+        top = self.count - 1
+        below = (self.levels.pieces, self.levels.blocks)
+        return sorted({top, *(number - 1 for number in below if 0 < number <= top)}, reverse=True)
+
+
+_BEGINNING = "backward pass, at its beginning"
+_LOWER = "backward pass, where it comes to layers that are computed again"
+
+
+def _backward(blocks: _Blocks, gradients: float) -> list[tuple[str, dict[str, float]]]:
+    """Parts of some moments of the backward pass: at its beginning, at each lower level's highest block, at its end.
+
+    At its beginning, the kept arrays of all blocks are in memory; at its end, all gradients are.
     """
-    saved = _saved(model, trained, target, row)
-    counts = _AHEAD_RECOMPUTED if settings.checkpoint_layers else _AHEAD_BACKWARD
-    current_block = _added(_saved_at_most(model, trained, target, row), _ahead(counts, model, trained, target, row))
-    if target.attention_tile:
-        current_block["workspace"] = attention_workspace(model, target, row)
-    others = backward_blocks(model, trained) - 1
+    model, trained = blocks.model, blocks.trained
     tables = saved_values(model, trained) * FLOAT
     head = model.vocabulary * model.hidden * FLOAT if trains_head(model, trained) else 0.0
-    if settings.checkpoint_layers:
-        other_blocks = {"activations": float(others * row.tokens * model.hidden * target.value_bytes)}
-    else:
-        other_blocks = {name: others * value for name, value in saved.items()}
-    block_gradients = (gradients - tables) / max(trained.num_layers, 1) + head
-    return [
-        ("backward pass, at its beginning", _added(current_block, other_blocks) | {"gradients": block_gradients}),
-        ("backward pass, at its end", current_block | {"gradients": gradients}),
-    ]
+    each = (gradients - tables) / max(trained.num_layers, 1)
+    moments = []
+    for index in blocks.highest:
+        done = min(blocks.count - index, trained.num_layers)
+        where = _BEGINNING if index == blocks.count - 1 else _LOWER
+        moments.append((where, blocks.worked_on(index) | {"gradients": done * each + head}))
+    moments.append(("backward pass, at its end", blocks.worked_on(0) | {"gradients": gradients}))
+    return moments
 
 
 def attention_workspace(model: ModelShape, target: Target, row: Row) -> float:
@@ -275,17 +335,6 @@ def attention_workspace(model: ModelShape, target: Target, row: Row) -> float:
         whole = tokens * (model.queries + model.heads) + 2 * keys * model.keys
         most = max(most, float(tile * size + whole * FLOAT))
     return most
-
-
-def _scoring(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, settings: Memory) -> dict[str, float]:
-    """Parts while logits are computed: everything that the blocks saved, and the head."""
-    if settings.checkpoint_layers:
-        saved = {
-            "activations": float(backward_blocks(model, trained) * row.tokens * model.hidden * target.value_bytes)
-        }
-    else:
-        saved = {name: backward_blocks(model, trained) * n for name, n in _saved(model, trained, target, row).items()}
-    return _added(saved, {"head": head_bytes(model, trained, target, row.scored, settings.logit_rows)})
 
 
 def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: int, logit_rows: int | None) -> float:

@@ -44,6 +44,7 @@ class ModelShape:
     attention_bias: bool = False
     norms: int = 2
     experts: int = 0
+    silu: bool = True  # the MLP is of gate, up and down with SiLU
     expert_width: int = 0
     shared: int = 0
     gated: bool = False
@@ -91,6 +92,11 @@ class ModelShape:
         """Parameters of one block that a token meets: without experts, all."""
         idle = self._whole("intermediate") - self.intermediate
         return self.block_values - 3 * self.hidden * idle
+
+    @property
+    def swiglu(self) -> bool:
+        """Whether the MLP is one SwiGLU, of which `core.feed_forward` keeps less."""
+        return self.silu and not self.experts
 
     @property
     def routed_values(self) -> int:
@@ -162,6 +168,8 @@ def model_shape(config: Config) -> ModelShape:
         attention_bias=family.attention_bias or any(config.get(key) for key in _BIASES),
         norms=family.norms,
         experts=experts,
+        silu=family.swiglu
+        and str(config.get("hidden_activation") or config.get("hidden_act") or "silu") in ("silu", "swish"),
         expert_width=expert_width,
         shared=shared,
         gated=family.recurrent,

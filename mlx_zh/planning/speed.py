@@ -39,12 +39,14 @@ class Speed:
     update: float  # per trained value, optimizer
 
     def step_seconds(
-        self, model: ModelShape, trained: AdapterSpec, *, tokens: float, scored: float, checkpoint: bool
+        self, model: ModelShape, trained: AdapterSpec, *, tokens: float, scored: float, again: float
     ) -> float:
-        """Seconds of an optimizer step over `tokens` tokens with `scored` scored positions."""
+        """Seconds of an optimizer step over `tokens` tokens with `scored` scored positions.
+
+        `again` is how many forward passes of all blocks the backward pass repeats.
+        """
         below = model.layers - trained.num_layers
-        block = self.step + (self.forward if checkpoint else 0.0)
-        blocks = tokens * (below * self.forward + trained.num_layers * block)
+        blocks = tokens * ((below + again * model.layers) * self.forward + trained.num_layers * self.step)
         return blocks + scored * self.position + trained_values(model, trained) * self.update
 
     def forward_seconds(self, model: ModelShape, *, tokens: float, scored: float) -> float:

@@ -43,7 +43,8 @@ _OWN_QUESTION = 80.0  # tokens, in an exam of the user's own
 class Machine:
     """What the run is planned for: its model, what is trained, how the model is held, and its pace.
 
-    `density` is how many tokens the tokenizer makes of a text where Llama 3.1's makes one.
+    `again` is the share of the blocks' forward passes that the backward pass repeats. `density` is how many tokens
+    the tokenizer makes of a text where Llama 3.1's makes one.
     """
 
     model: ModelShape
@@ -51,6 +52,7 @@ class Machine:
     target: Target
     pace: Pace
     density: float = 1.0
+    again: float = 0.0
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
@@ -111,8 +113,7 @@ def _training(recipe: Recipe, name: str, size: DataSize, machine: Machine, regis
 
 
 def _flops(recipe: Recipe, machine: Machine, stage: str) -> float:
-    checkpoint = recipe.memory.checkpoint_layers
-    return training_flops(machine.model, machine.trained, scored=SCORED[stage], checkpoint=checkpoint)
+    return training_flops(machine.model, machine.trained, scored=SCORED[stage], again=machine.again)
 
 
 def _block_values(model: ModelShape) -> float:

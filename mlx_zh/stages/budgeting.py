@@ -303,7 +303,9 @@ def decision_for(
     from mlx_zh.stages.data import registry_of
 
     step = memory_check.training_step(recipe, "sft", config, machine)
-    costs = costs_of(recipe, Machine(step.model, step.trained, step.target, pace, density), registry_of(recipe))
+    again = step.again(recipe.memory).share
+    planned = Machine(step.model, step.trained, step.target, pace, density, again)
+    costs = costs_of(recipe, planned, registry_of(recipe))
     return costs, decide(costs, recipe.budget_seconds)
 
 

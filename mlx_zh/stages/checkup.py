@@ -239,7 +239,7 @@ def fits(recipe: Recipe) -> Iterator[Check]:
             "warn", "recipe", "the config of its model is not here, so its memory need is unknown", str(error)
         )
         return
-    machine = memory_check.this_machine()
+    machine = memory_check.within_limit(memory_check.this_machine(), recipe.memory)
     for name, split in (("sft", recipe.data.sft), ("dpo", recipe.data.dpo)):
         if not split.train:
             continue

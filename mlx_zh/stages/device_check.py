@@ -60,7 +60,7 @@ def case_of(recipe: Recipe, loaded: LoadedModel, spec: AdapterSpec) -> Case:
         bits=packing.get("bits"),
         group=packing.get("group_size", 64),
         mode=packing.get("mode", "affine"),
-        checkpoint=recipe.memory.checkpoint_layers,
+        checkpoint=recipe.memory.checkpoint_layers is True,
     )
 
 

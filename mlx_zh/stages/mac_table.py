@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_zh.core.families import Config
 from mlx_zh.models.load import find_config
@@ -41,8 +41,8 @@ def predicted(recipe: Recipe, config: Config, chip: Chip) -> Decision:
     """How a run is spent on `chip`, by its published figures. Raises PlanError for a budget that is too small."""
     machine = memory_check.mac(max(chip.memory) * _GIB)
     step = memory_check.training_step(recipe, "sft", config, machine)
-    checkpoint = recipe.memory.checkpoint_layers
-    pace = predicted_pace(chip, step.model, step.trained, step.target, checkpoint=checkpoint, scored=SCORED["sft"])
+    again = step.again(recipe.memory).share
+    pace = predicted_pace(chip, step.model, step.trained, step.target, again=again, scored=SCORED["sft"])
     return decision_for(recipe, config, machine, pace)[1]
 
 
@@ -54,9 +54,11 @@ def smallest_mac(peak: float) -> int | None:
 
 def _needs(recipe: Recipe) -> Needs:
     config = find_config(recipe.model.path, hub=recipe.model.hub, revision=recipe.model.revision)
-    # Whether it fits does not depend on the size of the Mac that it is planned for.
-    machine = memory_check.mac(16 * _GIB)
-    steps = [memory_check.training_step(recipe, name, config, machine) for name in stages_of(recipe) or ("sft",)]
+    machine = memory_check.mac(16 * _GIB)  # of any size: what is needed if no layer has to be computed again
+    steps = [
+        replace(memory_check.training_step(recipe, name, config, machine), limit=None)
+        for name in stages_of(recipe) or ("sft",)
+    ]
     return Needs(recipe, config, max(step.memory(recipe.memory).peak for step in steps))
 
 

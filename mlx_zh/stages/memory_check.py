@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_zh.core.families import Config
+from mlx_zh.core.packing import PackedBatch
+from mlx_zh.core.recompute import Levels
 from mlx_zh.errors import ModelError, PlanError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.ladder import asked_for
 from mlx_zh.planning.largest_row import Examples, uniform_examples
-from mlx_zh.planning.memory import Estimate
-from mlx_zh.planning.search import Candidate, Step, cheapest, smallest_peak
-from mlx_zh.planning.shapes import Packing, Target, model_shape, planned_targets
+from mlx_zh.planning.memory import Estimate, backward_blocks
+from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
+from mlx_zh.planning.shapes import Packing, Row, Target, model_shape, planned_targets, row_of
 from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from mlx_zh.corpus.examples import AnySplit
 
 _SHORT = 64  # tokens; the length assumed for every example before the data is read
+RESERVE = 0.15  # share of a machine's memory that `checkpoint_layers: auto` leaves
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -56,6 +62,13 @@ def mac(memory: float) -> Machine:
     )
 
 
+def within_limit(machine: Machine, settings: Memory) -> Machine:
+    """The machine with no more memory than `memory.limit` gives a run."""
+    if settings.limit_bytes is None or settings.limit_bytes >= machine.budget:
+        return machine
+    return replace(machine, budget=float(settings.limit_bytes), name=Notice("memory-limit-asked"))
+
+
 def training_step(
     recipe: Recipe, stage: str, config: Config, machine: Machine, examples: Examples | None = None
 ) -> Step:
@@ -87,7 +100,43 @@ def training_step(
         batch = recipe.training(stage).batch_size
         length, kind = recipe.data.max_length, recipe.kind(stage)
         examples = uniform_examples(kind, 3 * length // 2 if kind == "dpo" else length, batch)
-    return Step(model, trained, target_of(recipe, config, machine), examples)
+    limit = memory_limit(recipe.memory, machine)
+    return Step(model, trained, target_of(recipe, config, machine), examples, limit)
+
+
+def memory_limit(settings: Memory, machine: Machine) -> float:
+    """Bytes that `memory.checkpoint_layers: auto` stays within.
+
+    They are `memory.limit`, or what the machine has less a reserve of 15 % for MLX's cache of freed buffers and
+    for what the planner does not know.
+    """
+    return float(settings.limit_bytes or (1 - RESERVE) * machine.budget)
+
+
+def levels_by_row(
+    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float
+) -> Levels | Callable[[PackedBatch], Levels]:
+    """What each row of `stage` computes again, so that it stays within `limit` bytes. The same row, the same levels.
+
+    Where the recipe says how much is computed again, it is the same for all rows.
+    """
+    step = actual_step(recipe, stage, config, trained, limit)
+    asked = asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))
+    if asked is not None:
+        return asked
+
+    @cache
+    def levels(row: Row) -> Levels:
+        return step.levels(row, recipe.memory)
+
+    return lambda batch: levels(row_of(batch))
+
+
+def actual_step(recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float) -> Step:
+    """A step of a run that goes on here: with what it really trains, and the limit that was decided for it."""
+    step = training_step(recipe, stage, config, this_machine())
+    trained = replace(trained, targets=planned_targets(step.model, trained.targets))
+    return replace(step, trained=trained, limit=limit)
 
 
 def target_of(recipe: Recipe, config: Config, machine: Machine) -> Target:
@@ -144,10 +193,12 @@ def require(
         examples = Examples(recipe.kind(stage), np.asarray(corpus.lengths), np.asarray(corpus.scored), batch)
     if not len(examples.tokens):
         return
-    machine = this_machine()
+    machine = within_limit(this_machine(), recipe.memory)
     step, settings = training_step(recipe, stage, config, machine, examples), recipe.memory
     estimate = step.memory(settings)
     if estimate.peak <= machine.budget:
+        if corpus is not None and settings.checkpoint_layers == "auto" and (again := step.again(settings)).largest:
+            console.say(computed_again(again, step))
         return
     way = suggestion(step, settings, machine)
     warning = Notice("memory-short", need=shortage(stage, estimate, machine), way=way)
@@ -176,11 +227,17 @@ def suggestion(step: Step, settings: Memory, machine: Machine) -> Notice:
     return Notice("memory-way", settings=changes, peak=peak, cost=extra_time(fitting))
 
 
+def computed_again(again: Again, step: Step) -> Notice:
+    """How many layers rows compute again, and the time that this saves against computing all again."""
+    counts = {"median": again.median, "largest": again.largest, "layers": again.blocks}
+    return Notice("memory-again", **counts, limit=(step.limit or 0) / 1e9, saved=again.saved)
+
+
 def overrides(suggested: Memory, current: Memory) -> str:
     """The settings that differ, as command-line overrides."""
     changes = []
     if suggested.checkpoint_layers != current.checkpoint_layers:
-        changes.append("memory.checkpoint_layers=true")
+        changes.append(f"memory.checkpoint_layers={str(suggested.checkpoint_layers).lower()}")
     if suggested.micro_tokens != current.micro_tokens:
         changes.append(f"memory.micro_tokens={suggested.micro_tokens}")
     if suggested.logit_rows != current.logit_rows:

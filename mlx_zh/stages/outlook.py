@@ -20,6 +20,7 @@ from mlx_zh.planning.data_sizes import data_size
 from mlx_zh.planning.exports import recovery_bytes, rounding_seconds
 from mlx_zh.planning.memory import FLOAT, saved_values, trained_values
 from mlx_zh.planning.pace import Pace
+from mlx_zh.planning.search import cheapest
 from mlx_zh.planning.workload import SCORED, exam_size, stages_of
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, memory_check
@@ -104,8 +105,15 @@ def show_memory(recipe: Recipe, stage: str, step: Step, machine: Machine) -> boo
         )
     fits = estimate.peak <= machine.budget
     console.say(f"{'fits' if fits else 'DOES NOT FIT'}: {machine.budget / 1e9:.1f} GB are the {machine.name}.")
+    again = step.again(settings, amount_of(recipe, stage).tokens)
+    if settings.checkpoint_layers == "auto":
+        console.say(memory_check.computed_again(again, step))
+    faster = cheapest(step, settings, machine.budget)
     if not fits:
         console.say(memory_check.suggestion(step, settings, machine))
+    elif faster is not None and faster.cost < 0:
+        changes = memory_check.overrides(faster.settings, settings)
+        console.say(Notice("memory-faster", settings=changes, share=-faster.cost))
     return fits
 
 
@@ -113,9 +121,9 @@ def show_time(recipe: Recipe, stage: str, step: Step, speed: Speed) -> float:
     """Print how long a stage takes on the measured machine; returns the seconds of all its parts."""
     section, amount = recipe.training(stage), amount_of(recipe, stage)
     batch = section.batch_size
-    checkpoint = recipe.memory.checkpoint_layers
+    again = step.again(recipe.memory, amount.tokens)
     tokens, scored = batch * amount.tokens, batch * amount.scored
-    seconds = speed.step_seconds(step.model, step.trained, tokens=tokens, scored=scored, checkpoint=checkpoint)
+    seconds = speed.step_seconds(step.model, step.trained, tokens=tokens, scored=scored, again=again.share)
     others = stage == "dpo" and recipe.dpo.has_kl  # a forward pass over as many mismatched answers
     if others:
         seconds += speed.forward_seconds(step.model, tokens=tokens, scored=scored)
@@ -213,8 +221,8 @@ def show_total(seconds: float) -> None:
 
 def pace_of(recipe: Recipe, step: Step, speed: Speed) -> Pace:
     """The pace of a machine of which one block was measured."""
-    model, checkpoint = step.model, recipe.memory.checkpoint_layers
-    training = speed.step_seconds(model, step.trained, tokens=1.0, scored=SCORED["sft"], checkpoint=checkpoint)
+    model, again = step.model, step.again(recipe.memory).share
+    training = speed.step_seconds(model, step.trained, tokens=1.0, scored=SCORED["sft"], again=again)
     update = speed.update * trained_values(model, step.trained)
     forward = speed.forward_seconds(model, tokens=1.0, scored=0.0)
     return Pace(training - update, forward, update, _ONE_BY_ONE * forward)
@@ -223,8 +231,8 @@ def pace_of(recipe: Recipe, step: Step, speed: Speed) -> Pace:
 def show_predicted(recipe: Recipe, config: Config, machine: Machine, chip: Chip) -> None:
     """Print how a run is spent on `chip`, by its published figures."""
     step = memory_check.training_step(recipe, "sft", config, machine)
-    checkpoint = recipe.memory.checkpoint_layers
-    pace = predicted_pace(chip, step.model, step.trained, step.target, checkpoint=checkpoint, scored=SCORED["sft"])
+    again = step.again(recipe.memory, amount_of(recipe, "sft").tokens).share
+    pace = predicted_pace(chip, step.model, step.trained, step.target, again=again, scored=SCORED["sft"])
     training, forward = pace.rates
     console.say(
         f"Predicted for {chip.name}, from its published figures and not measured: "
@@ -267,6 +275,7 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
     if memory is None and chip is not None:
         memory = _roomy_enough(recipe, config, chip) * 2.0**30
     machine = memory_check.this_machine() if memory is None else memory_check.mac(memory)
+    machine = memory_check.within_limit(machine, recipe.memory)
     stages = stages_of(recipe)
     fits, seconds, speed = True, 0.0, None
     for name in stages or ("sft",):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -11,9 +10,9 @@ import mlx.core as mx
 from mlx_zh.core.families import Config
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.memory import Estimate, step_memory
+from mlx_zh.planning.memory import Estimate
 from mlx_zh.planning.search import Step
-from mlx_zh.planning.shapes import Row, planned_targets, row_of
+from mlx_zh.planning.shapes import Row, row_of
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.system import device
@@ -24,15 +23,18 @@ _SMALL = 1e8  # bytes; a smaller deviation is not, as it decides nothing
 
 
 def deviation(
-    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, rows: Sequence[TrainingRow], measured: float
+    recipe: Recipe,
+    stage: str,
+    config: Config,
+    trained: AdapterSpec,
+    limit: float,
+    rows: Sequence[TrainingRow],
+    measured: float,
 ) -> Notice | None:
     """A warning if the peak of a step of these `rows`, `measured` in bytes, is far from the plan's; else None."""
-    machine = memory_check.this_machine()
-    step = memory_check.training_step(recipe, stage, config, machine)
-    trained = replace(trained, targets=planned_targets(step.model, trained.targets))
-    settings = recipe.memory
+    step = memory_check.actual_step(recipe, stage, config, trained, limit)
     shapes = [row_of(row.batch) for row in rows]
-    estimates = [step_memory(step.model, trained, step.target, row, settings, rows=len(rows)) for row in shapes]
+    estimates = [step.row_memory(row, recipe.memory, rows=len(rows)) for row in shapes]
     if not estimates:
         return None
     planned, row = max(zip(estimates, shapes, strict=True), key=lambda pair: pair[0].peak)
@@ -46,15 +48,13 @@ def deviation(
         measured=measured / 1e9,
         planned=planned.peak / 1e9,
         difference=difference / planned.peak,
-        line=_report(recipe, stage, step, trained, row, len(rows), planned),
+        line=_report(recipe, stage, step, row, len(rows), planned),
     )
 
 
-def _report(
-    recipe: Recipe, stage: str, step: Step, trained: AdapterSpec, row: Row, rows: int, planned: Estimate
-) -> str:
+def _report(recipe: Recipe, stage: str, step: Step, row: Row, rows: int, planned: Estimate) -> str:
     """Everything that the plan depends on, on one line, without names of files."""
-    model, target, memory = step.model, step.target, recipe.memory
+    model, target, trained, memory = step.model, step.target, step.trained, recipe.memory
     packing = f"{target.packing.bits}-bit/{target.packing.group}" if target.packing else "unquantized"
     longest = max(tokens for tokens, _ in row.segments)
     parts = " ".join(f"{name}={size / 1e6:.0f}" for name, size in planned.parts.items())
@@ -66,7 +66,7 @@ def _report(
             f"{stage} {trained.kind} rank={trained.rank} layers={trained.num_layers} dropout={trained.dropout}",
             f"rows: {rows}, the largest {row.tokens} tokens in {len(row.segments)} segments up to {longest}, "
             f"{row.scored} scored",
-            f"checkpoint_layers={memory.checkpoint_layers} logit_rows={memory.logit_rows}",
+            f"checkpoint_layers={memory.checkpoint_layers} {step.levels(row, memory)} logit_rows={memory.logit_rows}",
             f"{planned.phase}: {parts} MB",
         )
     )

@@ -21,7 +21,8 @@ class StepWarnings:
     """Warnings about the steps of one session of a run."""
 
     def __init__(self, recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, loop: Loop) -> None:
-        self._plan = recipe, stage, config, trained
+        limit = float(loop.progress.row_limits.get("memory", 0))
+        self._plan = recipe, stage, config, trained, limit
         self._loop = loop
         self._before = dict(loop.weights)
         self._comparable = loop.progress.step == 0  # the next step is the first, and nothing was given up before it

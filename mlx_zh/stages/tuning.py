@@ -6,7 +6,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -323,6 +323,7 @@ class Session:
             )
             self.world.broadcast_result(lambda: self._resume(loop))
             loop.align()
+            self._stay_within_memory(loop)
             finished = self._follow(loop, objectives.watch)
         if finished.reason == "interrupted":
             console.say(f"Stopped after step {finished.step}; run the same command to go on from there.")
@@ -371,6 +372,22 @@ class Session:
         loop.resume(checkpoint)
         checkpoints.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)  # a power cut may bring old ones back
         console.say(f"Going on after step {checkpoint.state['step']} of {loop.total}.")
+
+    def _stay_within_memory(self, loop: Loop) -> None:
+        """Let each row compute again what it must to stay within the limit, which is decided once for a run.
+
+        All ranks take the limit of the smallest. A run that goes on keeps its own, so its lines stay the same; what
+        another machine lacks of that is told by `memory_check.require` before.
+        """
+        memory, limits = self.recipe.memory, loop.progress.row_limits
+        asked = memory.limit_bytes or 0
+        here = self.world.min(int(memory_check.memory_limit(memory, memory_check.this_machine())))
+        if limits.get("memory_asked") != asked or "memory" not in limits:
+            limits |= {"memory": here, "memory_asked": asked}
+        levels = memory_check.levels_by_row(
+            self.recipe, self.stage, self.loaded.config, self.spec, float(limits["memory"])
+        )
+        loop.objective.settings = replace(loop.objective.settings, checkpoint=levels)
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
@@ -452,7 +469,7 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
     return Settings(
         seed=recipe.seed,
         micro_tokens=memory.micro_tokens,
-        checkpoint=memory.checkpoint_layers,
+        checkpoint=memory.checkpoint_layers is True,  # the loop replaces it by the levels of each row
         logit_rows=memory.logit_rows,
         dropout=dropout,
         neftune_alpha=section.neftune_alpha,

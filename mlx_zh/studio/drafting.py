@@ -291,9 +291,8 @@ class Desk:
             return self._paces[key], "measured"
         chip = chip_named(device.chip() or "")
         if chip is not None:
-            checkpoint = recipe.memory.checkpoint_layers
-            scored = SCORED["sft"]
-            pace = predicted_pace(chip, step.model, step.trained, step.target, checkpoint=checkpoint, scored=scored)
+            again, scored = step.again(recipe.memory).share, SCORED["sft"]
+            pace = predicted_pace(chip, step.model, step.trained, step.target, again=again, scored=scored)
             return pace, "predicted"
         if not measured:
             return None, ""

@@ -75,6 +75,14 @@ def compiles() -> bool:
     return bool(mx.default_device() != mx.Device(mx.cpu))
 
 
+def remakes_cheaply() -> bool:
+    """Whether element-wise work is nearly free beside products, so that training makes such values again by default.
+
+    On a GPU one compiled kernel makes them; a CPU would take longer, so there it is done where memory is short.
+    """
+    return not is_cpu()
+
+
 def summed_at_once() -> int:
     """The number of terms that a sum may give to one accumulator; 0 if there is no such rule.
 

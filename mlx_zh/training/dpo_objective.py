@@ -163,7 +163,7 @@ class DpoObjective:
         logprobs = batch_logprobs(
             model,
             row.batch,
-            checkpoint=training and self.settings.checkpoint,
+            checkpoint=self.settings.levels(row.batch),
             chunk=self.settings.logit_rows,
             grad=training,
             noise=row.noise,

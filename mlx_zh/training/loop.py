@@ -205,7 +205,8 @@ class Loop:
         """Shorten the rows as the resumed run did, unless the recipe now asks for other rows."""
         limits = self.progress.row_limits
         if limits.get("asked") != self.micro_tokens:
-            limits.clear()
+            for name in ("asked", "training", "validation"):
+                limits.pop(name, None)
             return
         for name, objective in (("training", self.objective), ("validation", self.validation)):
             if objective is not None and name in limits:
@@ -226,7 +227,7 @@ class Loop:
         world = self.world
         transfer, waiting = world.transfer_seconds, world.waiting_seconds
         world.start_clock()  # rank 0 may have saved a checkpoint, which is no part of this step
-        result = yield from self._take_step(examples, rate)
+        result, rows = yield from self._take_step(examples, rate)
         progress.step += 1
         progress.skipped_steps += not result.applied
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
@@ -247,6 +248,8 @@ class Loop:
             "elapsed_seconds": round(progress.elapsed_seconds, 2),
         }
         figures = cast(MetricsLine, line)  # the objective names some of the keys
+        if recomputed := _recomputed(self.objective, rows):
+            figures["recomputed_layers"] = recomputed
         if not result.applied:
             figures["skipped_examples"] = [int(e) for e in examples]
         if world.size > 1:
@@ -260,8 +263,13 @@ class Loop:
             self.skipped.write()
         yield Stepped(figures, result, tuple(int(e) for e in examples))
 
-    def _take_step(self, examples: npt.NDArray[np.int64], rate: float) -> Generator[Event, None, StepResult]:
-        """Take a step over `examples`. If the accelerator gives it up, take it again, perhaps in shorter rows."""
+    def _take_step(
+        self, examples: npt.NDArray[np.int64], rate: float
+    ) -> Generator[Event, None, tuple[StepResult, list[Row]]]:
+        """Take a step over `examples`; returns its numbers and rows.
+
+        If the accelerator gives it up, take it again, perhaps in shorter rows.
+        """
         repeats = 0
         while True:
             rows = self.objective.rows(examples, self.progress.step)
@@ -276,7 +284,7 @@ class Loop:
                     max_grad_norm=self.section.max_grad_norm,
                     world=self.world,
                 )
-                return result
+                return result, rows
             except AcceleratorError as error:
                 fault = error.fault  # the handler ends before the next try, so that arrays of the error are freed
             work = Notice("during-step", step=self.progress.step + 1)
@@ -373,3 +381,11 @@ class Loop:
         }
         checkpoint = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
         return Saved(checkpoints.save(self.files.checkpoints, checkpoint, keep=self.checkpoint.keep))
+
+
+def _recomputed(objective: Objective, rows: list[Row]) -> float:
+    """The mean number of blocks that a row computes again whole; 0 where that is not decided row by row."""
+    if not callable(objective.settings.checkpoint) or not rows:
+        return 0.0
+    blocks = [objective.settings.levels(row.batch).blocks for row in rows]
+    return round(sum(blocks) / len(blocks), 2)

@@ -33,6 +33,7 @@ MetricsLine = TypedDict(
         "tokens_per_second": float,  # all ranks together
         "peak_memory_gb": float,  # MLX's peak in this step on the first rank; 10^9 bytes
         "elapsed_seconds": float,  # of training so far, earlier sessions included
+        "recomputed_layers": float,  # a row's mean on the first rank, if rows decide it and one computes any again
         # A step of DPO: means over its pairs
         "rewards/chosen": float,
         "rewards/rejected": float,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_zh.core.packing import PackedBatch, plan_rows
+from mlx_zh.core.recompute import Levels, levels
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import PlanError
 from mlx_zh.training.noise import StepNoise, example_seeds
@@ -23,16 +24,21 @@ Sums = dict[str, mx.array]
 class Settings:
     """How rows are computed. `micro_tokens`, `checkpoint` and `logit_rows` do not change the result.
 
+    `checkpoint` says which blocks are computed again: all or none, `Levels`, or the levels of each row.
     `micro_tokens` is the largest number of tokens in a row, `logit_rows` that of rows in a chunk of logits. `seed` is
     for dropout and NEFTune.
     """
 
     seed: int
     micro_tokens: int
-    checkpoint: bool = False
+    checkpoint: bool | Levels | Callable[[PackedBatch], Levels] = False
     logit_rows: int | None = None
     dropout: float = 0.0
     neftune_alpha: float | None = None
+
+    def levels(self, batch: PackedBatch) -> Levels:
+        """What a training row computes again."""
+        return self.checkpoint(batch) if callable(self.checkpoint) else levels(self.checkpoint)
 
     def noise(self, batch: PackedBatch, step: int | None, examples: Sequence[int]) -> StepNoise | None:
         """The noise of a row in training step `step`; None without noise, and in validation (`step` None)."""

@@ -49,7 +49,7 @@ class SftObjective:
         logprobs = batch_logprobs(
             model,
             row.batch,
-            checkpoint=row.training and self.settings.checkpoint,
+            checkpoint=self.settings.levels(row.batch),
             chunk=self.settings.logit_rows,
             grad=row.training,
             noise=row.noise,

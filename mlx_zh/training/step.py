@@ -17,6 +17,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_zh.core import expert_loads
 from mlx_zh.core.logprobs import decoder
+from mlx_zh.core.pacing import compute_in_turn, paced
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.system.accelerator import accelerator_errors, repeated
 from mlx_zh.training.objective import Objective, Row, Sums
@@ -77,7 +78,9 @@ def loss_and_gradients(
     value_and_grad: Any = mx.value_and_grad(share)
     total: tuple[mx.array, Sums, Arrays] | None = None
     for row in objective.prepared(model, rows):
-        (loss, sums), gradients = value_and_grad(weights, row)
+        with paced() as chunks:
+            (loss, sums), gradients = value_and_grad(weights, row)
+        compute_in_turn(chunks)
         if scale != 1:
             loss, gradients = loss / scale, {name: value / scale for name, value in gradients.items()}
         if total is not None:

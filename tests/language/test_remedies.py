@@ -345,7 +345,7 @@ def test_the_memory_settings_that_an_error_proposes_fit(project, monkeypatch, fr
     here = memory_check.this_machine()
     small = memory_check.Machine(here.name, free, here.cpu, here.attention_tile)
     monkeypatch.setattr(memory_check, "this_machine", lambda: small)
-    settings: list[str] = []
+    settings = ["memory.checkpoint_layers=false"]
     for _ in range(3):  # the first check knows only that examples have 64 tokens or more, the second their lengths
         result = project.sft(*settings)
         if result.status == 0:
@@ -355,7 +355,7 @@ def test_the_memory_settings_that_an_error_proposes_fit(project, monkeypatch, fr
         proposed = shlex.split(way.partition(" would need ")[0])
         assert proposed and all(setting.startswith("memory.") for setting in proposed)
         settings += proposed
-    assert result.status == 0 and settings
+    assert result.status == 0 and len(settings) > 1
 
 
 @pytest.mark.thorough

@@ -13,6 +13,7 @@ from objectives import conversations, sft
 from oracles import distance, gradients, own_logprobs, own_loss
 from tolerances import GRADIENT, LOSS, MOVED
 
+from mlx_zh.core.recompute import Levels
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.objective import Row
@@ -98,6 +99,8 @@ MEMORY: list[dict[str, Any]] = [
     {"micro_tokens": 1},
     {"micro_tokens": 40},
     {"checkpoint": True},
+    {"checkpoint": Levels(2)},
+    {"checkpoint": lambda batch: Levels(3, batch.tokens.size % 3)},
     {"logit_rows": 1},
     {"logit_rows": 7},
     {"micro_tokens": 50, "checkpoint": True, "logit_rows": 3},

@@ -67,13 +67,19 @@ class DoRALinear(dora.DoRALinear):
         self.set_linear(linear)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.scaled(self.product(x))
+
+    def product(self, x: mx.array) -> mx.array:
+        """The output before the magnitude: (T, D) -> (T, outputs). The gradient of the magnitude needs it."""
+        out: mx.array = self.linear(x) + _low_rank(self, x)
+        return out - self.linear.bias if "bias" in self.linear else out  # the magnitude must not scale the bias
+
+    def scaled(self, out: mx.array) -> mx.array:
+        """The output, from that before the magnitude: (T, outputs)."""
         bias = self.linear.bias if "bias" in self.linear else None
-        out = self.linear(x) + _low_rank(self, x)
-        if bias is not None:
-            out = out - bias  # the magnitude must not scale the bias
         adapted = self._dequantized_weight() + (self.scale * self.lora_b.T) @ self.lora_a.T
         norm = mx.stop_gradient(mx.linalg.norm(adapted, axis=1))
-        out = (self.m / norm).astype(x.dtype) * out
+        out = (self.m / norm).astype(out.dtype) * out
         return out if bias is None else out + bias
 
 
