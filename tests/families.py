@@ -20,6 +20,18 @@ COMMON: dict[str, Any] = {
 }
 WINDOW = 6
 
+RECURRENT: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "rope_parameters": {
+        "rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
 # What each family has beside that. Numbers are chosen so that leaving any of it out changes the logits by percents.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -59,6 +71,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 1000.0,
         "tie_word_embeddings": True,
     },
+    "qwen3_5": RECURRENT,
+    "qwen3_5_moe": RECURRENT
+    | {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
 }
 # Llama's class with windows, as later Mistral models have them.
 WINDOWED = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": WINDOW}
@@ -97,6 +117,7 @@ def own_class(config: dict[str, Any]) -> Any:
 
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
+    model = getattr(model, "language_model", model)
     if config["tie_word_embeddings"] and getattr(model, "tie_word_embeddings", None) is False:
         model.tie_word_embeddings = True
         model.pop("lm_head")

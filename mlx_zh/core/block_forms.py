@@ -21,15 +21,20 @@ class UndescribedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BlockForm:
-    """Which norm of a block stands where, and how its attention is made. Names are those of mlx-lm's modules."""
+    """Which norm of a block stands where, and how its attention is made. Names are those of mlx-lm's modules.
+
+    A `recurrent` block has a gated delta net in place of attention (`core.recurrent`).
+    """
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
     residual: float = 1.0  # factor of what attention and MLP add
+    recurrent: bool = False
     window: int | None = None  # the last keys that a token sees, its own included; None: all
     fused: bool = False  # queries, keys and values are one product, qkv_proj
+    gated: bool = False  # q_proj gives queries and a gate of the attention's output, head by head
     norms: tuple[str, str] | None = None  # of queries and of keys
     rotated_first: bool = False  # the norms of queries and keys stand after RoPE
     whole_norms: bool = False  # they are over all heads at once, not over each
@@ -69,7 +74,8 @@ _QUERY_KEY_NORMS = {
     ("query_layernorm", "key_layernorm"): True,
 }
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "rope"}.union(*_QUERY_KEY_NORMS)
-_BLOCK = {"self_attn", "mlp"}
+_BLOCKS = ({"self_attn", "mlp"}, {"linear_attn", "mlp"})
+_DELTA_NET = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d", "norm", "out_proj", "A_log", "dt_bias"}
 _WINDOWS = ("sliding_window", "window_size")  # where a model keeps the size of its window
 
 
@@ -117,7 +123,7 @@ def _described(model: Any) -> ModelForm:
 
 def _windows(model: Any) -> list[int | None]:
     """The window of each layer, as the caches that the model makes for generation have it."""
-    from mlx_lm.models.cache import KVCache, RotatingKVCache
+    from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
     if not hasattr(model, "make_cache"):
         return [None] * len(model.model.layers)
@@ -125,7 +131,7 @@ def _windows(model: Any) -> list[int | None]:
     for cache in model.make_cache():
         if type(cache) is RotatingKVCache and not cache.keep and isinstance(cache.max_size, int):
             windows.append(cache.max_size)
-        elif type(cache) is KVCache:
+        elif type(cache) in (KVCache, ArraysCache):
             windows.append(None)
         else:
             raise UndescribedError(f"a cache of the kind {type(cache).__name__}")
@@ -135,35 +141,64 @@ def _windows(model: Any) -> list[int | None]:
 def _block_form(layer: Any, window: int | None) -> BlockForm:
     children = {name for name, part in layer.items() if isinstance(part, nn.Module)}
     norms = frozenset(name for name in children if "norm" in name)
-    if norms not in _NORMS or children - norms != _BLOCK:
+    if norms not in _NORMS or children - norms not in _BLOCKS:
         raise UndescribedError(f"a block of {', '.join(sorted(children))}")
-    attention = layer.self_attn
-    parts = set(attention.keys())
-    if unknown := parts - _ATTENTION:
-        raise UndescribedError(f"attention with {', '.join(sorted(unknown))}")
-    pair = next((pair for pair in _QUERY_KEY_NORMS if pair[0] in attention and pair[1] in attention), None)
     before_attention, after_attention, before_mlp, after_mlp = _NORMS[norms]
-    return BlockForm(
+    common = BlockForm(
         before_attention=before_attention,
         after_attention=after_attention,
         before_mlp=before_mlp,
         after_mlp=after_mlp,
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        clips=after_attention is not None,
+    )
+    if "linear_attn" in children:
+        if differing := set(layer.linear_attn.keys()) ^ _DELTA_NET:
+            raise UndescribedError(f"a recurrent layer that differs in {', '.join(sorted(differing))}")
+        return replace(common, recurrent=True)
+    return _attention_form(common, layer.self_attn, window)
+
+
+def _attention_form(common: BlockForm, attention: Any, window: int | None) -> BlockForm:
+    parts = set(attention.keys())
+    if unknown := parts - _ATTENTION:
+        raise UndescribedError(f"attention with {', '.join(sorted(unknown))}")
+    pair = next((pair for pair in _QUERY_KEY_NORMS if pair[0] in attention and pair[1] in attention), None)
+    return replace(
+        common,
         window=window,
         fused="qkv_proj" in attention,
+        gated=_is_gated(attention),
         norms=pair,
         rotated_first=pair is not None and _QUERY_KEY_NORMS[pair],
         whole_norms=pair is not None and _is_whole(attention, pair),
-        clips=after_attention is not None,
     )
+
+
+def heads_of(attention: Any) -> tuple[int, int]:
+    """The numbers of heads of queries and of keys, under either of the names that mlx-lm has for them."""
+    if hasattr(attention, "n_heads"):
+        return attention.n_heads, attention.n_kv_heads
+    return attention.num_attention_heads, attention.num_key_value_heads
+
+
+def _rows(linear: Any) -> int:
+    return int((linear if "weight" in linear else linear.linear).weight.shape[0])  # under an adapter
+
+
+def _is_gated(attention: Any) -> bool:
+    """Whether the product for the queries is twice as wide as they are."""
+    if "q_proj" not in attention or "k_proj" not in attention:
+        return False
+    queries, keys = heads_of(attention)
+    return _rows(attention.q_proj) * keys == 2 * _rows(attention.k_proj) * queries
 
 
 def _is_whole(attention: Any, pair: tuple[str, str]) -> bool:
     """Whether the norm of the queries has a weight for every dimension of every head."""
-    if "q_proj" not in attention or attention.n_heads == 1:
+    if "q_proj" not in attention or heads_of(attention)[0] == 1:
         return False
-    product = attention.q_proj if "weight" in attention.q_proj else attention.q_proj.linear  # under an adapter
-    return bool(attention[pair[0]].weight.shape[0] == product.weight.shape[0])
+    return bool(attention[pair[0]].weight.shape[0] == _rows(attention.q_proj))
 
 
 class _Listener(nn.Module):
@@ -172,7 +207,7 @@ class _Listener(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         object.__setattr__(self, "heard", [])
-        self.use_sliding = False
+        self.use_sliding = self.is_linear = False
 
     def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
         self.heard.append(x)

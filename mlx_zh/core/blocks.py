@@ -15,10 +15,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_zh.core import expert_loads
-from mlx_zh.core.block_forms import LLAMA, BlockForm
+from mlx_zh.core.block_forms import LLAMA, BlockForm, heads_of
 from mlx_zh.core.feed_forward import feed_forward, is_swiglu, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.recompute import again
+from mlx_zh.core.recurrent import recurrent_output
 from mlx_zh.system import device
 
 
@@ -32,7 +33,8 @@ class TokenNoise(Protocol):
         """A context manager inside which the layers of one block draw their dropout."""
 
 
-KeysValues = tuple[mx.array, mx.array]  # rotated keys and values, (1, H, *, d) each
+# Rotated keys and values, (1, H, *, d) each; of a recurrent layer its state (`recurrent.State`).
+KeysValues = tuple[mx.array, mx.array]
 
 
 def run_block(
@@ -79,7 +81,10 @@ def block_output(
     With `pieces`, what is cheap to make is made again in the backward pass.
     """
     norm = None if form.before_attention is None else layer[form.before_attention]
-    x = attention_output(layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces)
+    if form.recurrent:
+        x = recurrent_output(layer.linear_attn, hidden if norm is None else norm(hidden), batch, past, cache)
+    else:
+        x = attention_output(layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces)
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
     if pieces and is_swiglu(layer.mlp):
         x = feed_forward(layer.mlp, None if form.before_mlp is None else layer[form.before_mlp], hidden)
@@ -122,7 +127,7 @@ def attention_output(
     layers = [attention[name] for name in (["qkv_proj"] if form.fused else ["q_proj", "k_proj", "v_proj"])]
     products = projected(layers, norm, x, pieces=pieces)
     shift = 0 if past is None else past[0].shape[2]
-    queries, keys, values = _segments_of(attention, products, batch, form, shift)
+    (queries, keys, values), gate = _segments_of(attention, products, batch, form, shift)
     prefix = [] if past is None else [past]
     outputs: list[mx.array] = []
     for index in range(len(batch.segments)):
@@ -131,27 +136,30 @@ def attention_output(
         outputs += _attended(queries[index], before, own, attention.scale, form.window)
         if cache is not None and index == len(batch.segments) - 1:
             cache.append(_columns([*before, own]))
-    return _together(attention.o_proj, outputs, pieces=pieces)
+    return _together(attention.o_proj, outputs, gate, pieces=pieces)
 
 
-def _together(o_proj: Any, outputs: list[mx.array], *, pieces: bool) -> mx.array:
-    """`o_proj` of the segments' attention (1, H, n, d), (T, D)."""
+def _together(o_proj: Any, outputs: list[mx.array], gate: mx.array | None, *, pieces: bool) -> mx.array:
+    """`o_proj` of the segments' attention (1, H, n, d), times its gate (T, H * d) if there is one, (T, D)."""
 
-    def rows(*outputs: mx.array) -> mx.array:
-        return _joined(list(outputs))[0].swapaxes(0, 1).flatten(1)  # (1, H, T, d) -> (T, H * d)
+    def rows(*parts: mx.array) -> mx.array:
+        joined = _joined(list(parts[: len(outputs)]))[0].swapaxes(0, 1).flatten(1)  # (1, H, T, d) -> (T, H * d)
+        return joined if gate is None else joined * mx.sigmoid(parts[-1])
 
+    inputs = outputs if gate is None else [*outputs, gate]
     if not pieces:
-        result: mx.array = o_proj(rows(*outputs))
+        result: mx.array = o_proj(rows(*inputs))
         return result
-    return scaled(o_proj, again((o_proj,), lambda *parts: (product(o_proj, rows(*parts)),), *outputs)[0])
+    return scaled(o_proj, again((o_proj,), lambda *parts: (product(o_proj, rows(*parts)),), *inputs)[0])
 
 
 def _segments_of(
     attention: Any, products: tuple[mx.array, ...], batch: PackedBatch, form: BlockForm, shift: int
-) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
+) -> tuple[tuple[list[mx.array], list[mx.array], list[mx.array]], mx.array | None]:
     """Rotated queries and keys, and values: one array (1, H, n, d) for each segment of n tokens.
 
-    `products` are those of the projections of the row. The positions begin at `shift`.
+    `products` are those of the projections of the row. The positions begin at `shift`. Of a form with a gate, the
+    last result is the gate (T, H * d).
     """
     positions = batch.positions + shift if shift else batch.positions
 
@@ -171,11 +179,17 @@ def _segments_of(
 
     queries, keys, values = _projections(attention, products)
     of_queries, of_keys = form.norms or (None, None)
-    return (
-        heads(queries, attention.n_heads, of_queries, rotate=True),
-        heads(keys, attention.n_kv_heads, of_keys, rotate=True),
-        heads(values, attention.n_kv_heads, None, rotate=False),
+    count, keys_count = heads_of(attention)
+    gate: mx.array | None = None
+    if form.gated:  # (T, H * 2 d): the queries of a head, then its gate
+        halves = mx.split(queries.reshape(len(queries), count, -1), 2, axis=-1)
+        queries, gate = (half.reshape(len(half), -1) for half in halves)
+    segments = (
+        heads(queries, count, of_queries, rotate=True),
+        heads(keys, keys_count, of_keys, rotate=True),
+        heads(values, keys_count, None, rotate=False),
     )
+    return segments, gate
 
 
 def _projections(attention: Any, products: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
@@ -183,9 +197,10 @@ def _projections(attention: Any, products: tuple[mx.array, ...]) -> tuple[mx.arr
     if len(products) == 3:
         return products
     (product,) = products
-    size = product.shape[-1] // (attention.n_heads + 2 * attention.n_kv_heads)
-    end = attention.n_heads * size
-    parts: Any = mx.split(product, [end, end + attention.n_kv_heads * size], axis=-1)
+    count, keys_count = heads_of(attention)
+    size = product.shape[-1] // (count + 2 * keys_count)
+    end = count * size
+    parts: Any = mx.split(product, [end, end + keys_count * size], axis=-1)
     return tuple(parts)
 
 

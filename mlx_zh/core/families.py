@@ -16,13 +16,15 @@ class Family:
     """The names of a family in other programs, and what its sizes follow from beside the usual keys."""
 
     mlx_lm: str  # module of mlx_lm.models; no other module is ever imported
-    architecture: str | None  # class of Transformers
+    architecture: str | None  # class of Transformers; None: hf is not written
     gguf: str | None = None  # `general.architecture` of a GGUF file; None: GGUF is not written or read
     attention_bias: bool = False  # queries, keys and values have a bias
     query_key_norms: bool = False  # queries and keys are normalized
     windows: bool = False  # mlx-lm heeds `layer_types` or what stands for it: some layers have a window
     norms: int = 2  # of a block
     swiglu: bool = True  # the MLP is gate_proj, up_proj and down_proj with SiLU
+    recurrent: bool = False  # some layers are gated delta nets
+    part: str = ""  # before the names of mlx-lm's tensors: the language model is a part of its model
 
 
 # By `model_type` of config.json.
@@ -44,6 +46,8 @@ FAMILIES = {
     "gemma3_text": Family(
         "gemma3_text", "Gemma3ForCausalLM", query_key_norms=True, windows=True, norms=4, swiglu=False
     ),
+    "qwen3_5": Family("qwen3_5", "Qwen3_5ForCausalLM", query_key_norms=True, recurrent=True, part="language_model."),
+    "qwen3_5_moe": Family("qwen3_5_moe", None, query_key_norms=True, recurrent=True, part="language_model."),
 }
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
 _NO_MODELS = ("base", "cache", "pipeline", "activations", "switch_layers", "rope_utils", "bitlinear_layers")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_zh.core.block_forms import UndescribedError, short_windows
+from mlx_zh.core.block_forms import UndescribedError, form_of, short_windows
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.core.logprobs import computes_in_float32, hidden_states, output_head, project, vocabulary_of
 from mlx_zh.core.packing import PackedBatch, RowBuilder
@@ -107,9 +107,41 @@ def _norm_weights(model: nn.Module) -> dict[str, mx.array]:
 
 def _own(model: Any, lines: list[tuple[list[int], list[int]]]) -> tuple[mx.array, mx.array]:
     """The sum of the log-probs of all tokens but the first, and all logits (N, V), sequence by sequence."""
-    caches = [_NoCache()] * len(model.layers)
-    logits = [model(mx.array([tokens]), cache=caches)[0].astype(mx.float32) for tokens, _ in lines]
+    forms = form_of(model).blocks
+    caches = [None if form.recurrent else _NoCache() for form in forms]
+    recurrent = [layer for layer, form in zip(model.layers, forms, strict=True) if form.recurrent]
+    for layer in recurrent:
+        layer.linear_attn = _Recomputed(layer.linear_attn)
+    try:
+        logits = [model(mx.array([tokens]), cache=caches)[0].astype(mx.float32) for tokens, _ in lines]
+    finally:
+        for layer in recurrent:
+            layer.linear_attn = layer.linear_attn.mixer
     return _scores(logits, lines)
+
+
+class _Recomputed(nn.Module):
+    """Stands in for a recurrent layer of mlx-lm's, which keeps a matrix a token and head for its backward pass.
+
+    It is computed again there instead, and as in training: otherwise it takes a kernel of Metal's without a gradient.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def __call__(self, x: mx.array, *_: Any) -> mx.array:
+        mixer: Any = self.mixer
+
+        def output(weight: mx.array, x: mx.array) -> mx.array:
+            mixer.norm.weight = weight
+            mixer.train()
+            try:
+                return mixer(x)
+            finally:
+                mixer.eval()
+
+        return mx.checkpoint(output)(mixer.norm.weight, x)
 
 
 class _NoCache:

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from mlx_zh.models.drawing import draw
 from mlx_zh.models.generate import Sampling
-from mlx_zh.models.slot_cache import SlotCache
+from mlx_zh.models.slot_cache import SlotCache, StateSlots
 from mlx_zh.system import device
 
 Report = Callable[[int], None]  # called with the number of tokens that were just generated
@@ -96,8 +97,10 @@ class BatchedGeneration:
         self._model, self._ends, self._sampling = model, frozenset(ends), sampling
         self._chunk, self._report = chunk, report
         self._rows: list[_Row | None] = [None] * rows
-        self._layers = len(model.layers)
-        self._caches = [SlotCache(rows) for _ in range(self._layers)]
+        self._caches = [
+            StateSlots(rows, len(cache.cache)) if isinstance(cache, ArraysCache) else SlotCache(rows)
+            for cache in self._prompt_caches()
+        ]
         self._tokens = mx.zeros((rows,), mx.uint32)  # the last drawn token of each slot
         self._waiting: deque[_Asked] = deque()  # computed questions with answers that have not begun
 
@@ -126,15 +129,18 @@ class BatchedGeneration:
                 self._waiting.popleft()
                 asked.caches = []
 
-    def _prefill(self, number: int, question: Question) -> _Asked:
-        from mlx_lm.models.cache import KVCache
+    def _prompt_caches(self) -> list[Any]:
+        """mlx-lm's caches for one prompt; a layer with a window too keeps all keys, and the mask leaves some out."""
+        caches = make_prompt_cache(self._model)
+        return [cache if isinstance(cache, ArraysCache) else KVCache() for cache in caches]
 
-        caches = [KVCache() for _ in range(self._layers)]
+    def _prefill(self, number: int, question: Question) -> _Asked:
+        caches = self._prompt_caches()
         tokens = mx.array(list(question.tokens))[None]
         last = tokens.shape[1] - 1
         for start in range(0, last, self._chunk):
             self._model(tokens[:, start : min(start + self._chunk, last)], cache=caches)
-            mx.eval([cache.state[:2] for cache in caches])
+            mx.eval([_arrays(cache) for cache in caches])
         logits = self._model(tokens[:, last:], cache=caches)[:, -1]
         return _Asked(number, question, caches, logits, len(question.seeds))
 
@@ -145,7 +151,7 @@ class BatchedGeneration:
         tokens = draw(logits, self._sampling, seeds, [0] * len(slots)).astype(mx.uint32)
         self._tokens = mx.put_along_axis(self._tokens, mx.array(list(slots)), tokens, axis=0)
         for cache, prompt in zip(self._caches, asked.caches, strict=True):
-            cache.fill(slots, *prompt.keys_and_values())
+            cache.fill(slots, *_arrays(prompt))
         mx.eval(self._tokens, [cache.state for cache in self._caches])
         for slot in slots:
             self._rows[slot] = _Row(asked, asked.begun, size)
@@ -159,7 +165,8 @@ class BatchedGeneration:
         offset, length = mx.array(positions, mx.int32), max(positions) + 1
         for cache in self._caches:
             cache.reserve(length)
-            cache.offset, cache.length = offset, length
+            if isinstance(cache, SlotCache):
+                cache.offset, cache.length = offset, length
         logits = self._model(self._tokens[:, None], cache=self._caches)[:, -1]
         seeds = [0 if row is None else row.seed for row in rows]
         drawn = [0 if row is None else row.drawn for row in rows]
@@ -195,6 +202,11 @@ class BatchedGeneration:
         self._tokens = self._tokens[mx.array(used)]
         for cache in self._caches:
             cache.keep(used)
+
+
+def _arrays(cache: Any) -> list[mx.array]:
+    """What a prompt left behind in a layer: a state, or keys and values."""
+    return list(cache.cache) if isinstance(cache, ArraysCache) else list(cache.keys_and_values())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.errors import ModelError
-from mlx_zh.models.family_configs import language_tensors
+from mlx_zh.models.family_configs import is_float32, language_tensors
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -65,7 +65,7 @@ def build_model(
     if dtype is not None:
         for name, array in weights.items():
             if mx.issubdtype(array.dtype, mx.floating):
-                weights[name] = array.astype(dtype)
+                weights[name] = array.astype(mx.float32 if is_float32(name) else dtype)
     model.load_weights(list(weights.items()), strict=True)
     weights.clear()
     model.freeze()
@@ -156,7 +156,7 @@ def lazy_model(config: Config, weights: Weights, source: str) -> Any:
         raise ModelError(_unknown(config, source))
     try:
         module = importlib.import_module(f"mlx_lm.models.{family.mlx_lm}")
-        model = module.Model(module.ModelArgs.from_dict(config))
+        model = _language_part(module.Model(module.ModelArgs.from_dict(config)))
         if config.get("tie_word_embeddings") and getattr(model, "tie_word_embeddings", None) is False:
             model.tie_word_embeddings = True  # Gemma 3's class has a head until it has seen the tensors
             model.pop("lm_head")
@@ -170,6 +170,22 @@ def lazy_model(config: Config, weights: Weights, source: str) -> Any:
             f"{source}: no {config['model_type']} model can be made from its config.json: {error}. Download the "
             "model again, or compare the file with the original."
         ) from error
+
+
+_WHOLE = "mlx_zh_whole"
+_PART = "language_model."
+
+
+def _language_part(model: Any) -> Any:
+    """The part of a model with images that is a language model; of any other the model itself.
+
+    The whole model stays with it, because it knows how to name the part's tensors.
+    """
+    part = model.get("language_model")
+    if part is None or "model" not in part:
+        return model
+    object.__setattr__(part, _WHOLE, model)
+    return part
 
 
 def _unknown(config: Config, source: str) -> str:
@@ -188,20 +204,34 @@ def _under_own_names(model: Any, weights: Weights, source: str) -> None:
 
     expected = dict(tree_flatten(model.parameters()))
     stems = {name.rpartition(".")[0] for name in expected}
-    if not hasattr(model, "sanitize") or all(name.rpartition(".")[0] in stems for name in weights):
+    whole = getattr(model, _WHOLE, model)
+    if not hasattr(whole, "sanitize") or all(
+        name.rpartition(".")[0] in stems and not _is_turned(array, expected.get(name))
+        for name, array in weights.items()
+    ):
         return
     try:
-        renamed = model.sanitize(dict(weights))
+        renamed = whole.sanitize(dict(weights))
     except Exception as error:  # a missing tensor is a KeyError, one of another shape a ValueError
         raise ModelError(
             f"The tensors of {source} do not fit its config: {str(error)[:200]} is missing or of the wrong shape. "
             "Download the model again; if it is complete, its model_type in config.json is wrong."
         ) from error
     weights.clear()
-    weights.update(renamed)
+    weights.update({name.removeprefix(_PART): array for name, array in renamed.items()})
 
 
-_ROUTER = ".mlp.gate"  # of a layer with experts; mlx-lm keeps it in 8 bits
+def _is_turned(array: mx.array, expected: mx.array | None) -> bool:
+    """Whether a convolution's tensor has its axes in the order of the hubs."""
+    return (
+        expected is not None
+        and array.ndim == 3
+        and array.shape != expected.shape
+        and (sorted(array.shape) == sorted(expected.shape))
+    )
+
+
+_ROUTER = (".mlp.gate", ".shared_expert_gate")  # of a layer with experts; mlx-lm keeps them in 8 bits
 _ROUTER_FORM = (64, 8)  # group size and bits
 
 

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 # What Gemma 3's text_config leaves out where it has these values (transformers' Gemma3TextConfig).
 _GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+_WITH_IMAGES = ("gemma3", "qwen3_5", "qwen3_5_moe")
 _TEXT_PREFIXES = ("language_model.", "model.language_model.")  # before the names of a language part's tensors
-_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_OTHER_PARTS = tuple(
+    prefix + part for prefix in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.", "visual.")
+)
 
 
 def completed(config: Config, where: str) -> Config:
@@ -30,11 +33,20 @@ def completed(config: Config, where: str) -> Config:
 
 def _language_part(config: Config) -> Config:
     text = config.get("text_config")
-    if config.get("model_type") != "gemma3" or not isinstance(text, dict):
+    kind = str(config.get("model_type"))
+    if kind in ("qwen3_5_text", "qwen3_5_moe_text"):
+        return config | {"model_type": kind.removesuffix("_text")}
+    if kind not in _WITH_IMAGES or not isinstance(text, dict):
         return config
-    outer = {name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in config}
+    outer: Config = {
+        name: config[name] for name in ("eos_token_id", "bos_token_id", "pad_token_id") if name in config
+    }
     packed = {name: config[name] for name in ("quantization", "quantization_config") if name in config}
-    return _GEMMA3 | outer | text | packed | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    if kind == "gemma3":
+        return _GEMMA3 | outer | text | packed | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    if isinstance(config.get("tie_word_embeddings"), bool):
+        outer["tie_word_embeddings"] = config["tie_word_embeddings"]
+    return outer | text | packed | {"model_type": kind}
 
 
 def language_tensors(weights: dict[str, mx.array]) -> None:
@@ -48,6 +60,42 @@ def language_tensors(weights: dict[str, mx.array]) -> None:
         if name.startswith("model.language_model."):
             name = "model." + name.removeprefix("model.language_model.")
         weights[name.removeprefix("language_model.")] = array
+
+
+def mlx_lm_names(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
+    """Tensors of a model with this config under the names that they have in mlx-lm's own model."""
+    family = family_of(config)
+    part = family.part if family is not None else ""
+    return {part + name: array for name, array in weights.items()}
+
+
+def hub_tensor(name: str, array: mx.array, config: Config) -> mx.array:
+    """A tensor as the hubs have it: what mlx-lm changes in those of Qwen3.5 when it reads them, taken back."""
+    if not (family := family_of(config)) or not family.recurrent:
+        return array
+    if name.endswith(".conv1d.weight"):
+        return array.swapaxes(1, 2)
+    return array - 1.0 if name.endswith(_NORMS_FROM_ONE) else array
+
+
+# The norms whose weight the hubs store less 1; not that of a gated delta net.
+_NORMS_FROM_ONE = (
+    ".input_layernorm.weight", ".post_attention_layernorm.weight", "model.norm.weight", ".q_norm.weight",
+    ".k_norm.weight",
+)  # fmt: skip
+
+
+def hub_config(config: Config) -> Config:
+    """The config for transformers, in which the language part of a model with images has a type of its own."""
+    family = family_of(config)
+    if family is None or not family.recurrent:
+        return config
+    return config | {"model_type": f"{config['model_type']}_text"}
+
+
+def is_float32(name: str) -> bool:
+    """Whether a tensor stays float32 in any model: decays of a gated delta net, of which an exponential is taken."""
+    return name.endswith(".A_log")
 
 
 def _flatten_rope(config: Config) -> None:
@@ -74,6 +122,9 @@ def _check_windows(config: Config, where: str) -> None:
     family = family_of(config)
     heeded = family is not None and family.windows
     unknown = sorted({kind for kind in kinds if kind != "full_attention" and not (heeded and kind == _SLIDING)})
+    if _RECURRENT in kinds and family is not None and family.recurrent:
+        _check_interval(config, kinds, where)
+        return
     if unknown or (config.get("use_sliding_window") and not heeded):
         raise ModelError(
             f"{where}: layers with {', '.join(unknown) or _SLIDING} are not supported for model_type "
@@ -83,7 +134,19 @@ def _check_windows(config: Config, where: str) -> None:
         _window_pattern(config, kinds, where)
 
 
-_SLIDING = "sliding_attention"
+def _check_interval(config: Config, kinds: list[str], where: str) -> None:
+    """Raise ModelError unless one layer in every `full_attention_interval` has attention, as mlx-lm has them."""
+    interval = config.get("full_attention_interval", 4)
+    if not isinstance(interval, int) or interval < 1:
+        raise ModelError(f"{where}: full_attention_interval must be a whole number, got {str(interval)[:40]!r}.")
+    if kinds != ["full_attention" if (i + 1) % interval == 0 else _RECURRENT for i in range(len(kinds))]:
+        raise ModelError(
+            f"{where}: its layer_types do not repeat, and mlx-lm has them only with one full_attention in every "
+            f"{interval} layers. Choose another model."
+        )
+
+
+_SLIDING, _RECURRENT = "sliding_attention", "linear_attention"
 
 _EXPERTS = re.compile(r"(.+)\.mlp\.switch_mlp\.(\w+)")  # mlx-lm's: all experts in one
 _EXPERT = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(\w+)")  # the hubs': one by one

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from mlx_zh.models.snapshots import REPLY_START, Snapshot, is_recurrent, restore, snapshot
+
 StopTest = Callable[[], bool]
 
 
@@ -80,10 +82,11 @@ class GenerationSession:
     tokens: list[int] = field(default_factory=list)  # the tokens whose keys and values are in the cache
     cache: list[Any] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
+    kept: Snapshot | None = None  # of a cache with recurrent layers, to come back to
 
     def reset(self) -> None:
         """Empty the cache. This is needed after a change of the weights."""
-        self.tokens, self.cache = [], []
+        self.tokens, self.cache, self.kept = [], [], None
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, stop: StopTest = lambda: False) -> Iterator[str]:
         """Yield the answer to `prompt` (token ids) as text, piece by piece; afterwards `statistics` describes it.
@@ -134,8 +137,11 @@ class GenerationSession:
         surplus = len(self.tokens) - shared
         if surplus and self.cache and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, surplus)
+        elif surplus and self.kept is not None and common_prefix(self.kept.tokens, prompt) == len(self.kept.tokens):
+            shared = len(self.kept.tokens)
+            restore(self.cache, self.kept)
         elif surplus or not self.cache:  # the cache is empty, or a sliding window, which cannot be trimmed
-            shared, self.cache = 0, make_prompt_cache(self.model)
+            shared, self.cache, self.kept = 0, make_prompt_cache(self.model), None
         self.tokens = list(prompt[:shared])
         return shared
 
@@ -154,6 +160,11 @@ class GenerationSession:
         with contextlib.ExitStack() as stack:
             with contextlib.redirect_stdout(sys.stderr):  # mlx-lm's warning must not get into piped answers
                 stack.enter_context(wired_limit(self.model, [generation_stream]))
+            if is_recurrent(self.cache):
+                with mx.stream(generation_stream):
+                    cached = self._prefill_to_snapshot(prompt, cached, stop)
+                if stop():
+                    return
             steps = generate_step(
                 mx.array(list(prompt[cached:])),
                 self.model,
@@ -168,6 +179,23 @@ class GenerationSession:
                 for token, _ in steps:
                     self.tokens.append(int(token))  # mlx-lm puts a token into the cache before it yields it
                     yield int(token)
+
+    def _prefill_to_snapshot(self, prompt: Sequence[int], cached: int, stop: StopTest) -> int:
+        """Compute the prompt up to where later turns surely agree with it, and keep the state there.
+
+        Returns the number of tokens in the cache.
+        """
+        import mlx.core as mx
+
+        end = len(prompt) - REPLY_START
+        while cached < end and not stop():
+            following = min(cached + self.prefill_chunk, end)
+            self.model(mx.array(list(prompt[cached:following]))[None], cache=self.cache)
+            mx.eval([layer.state for layer in self.cache])
+            cached, self.tokens = following, list(prompt[:following])
+        if 0 < cached <= end:
+            self.kept = snapshot(self.cache, prompt[:cached])
+        return cached
 
     def _measure(self, generated: int, began: float, first: float) -> None:
         now = time.perf_counter()

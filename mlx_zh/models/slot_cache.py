@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
 
 _STEP = 256  # tokens by which the slots grow
 
@@ -77,6 +78,32 @@ class SlotCache:
     def state(self) -> list[mx.array]:
         """The arrays, to be evaluated."""
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
+
+
+class StateSlots(ArraysCache):
+    """What the rows of a recurrent layer keep: arrays of which each row has one slice."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__(size)
+        self._rows = rows
+
+    def fill(self, slots: Sequence[int], *arrays: mx.array) -> None:
+        """Begin the rows `slots` with the arrays (1, …) that one prompt left behind."""
+        chosen = mx.array(list(slots))
+        for index, array in enumerate(arrays):
+            here = self.cache[index]
+            if here is None:
+                here = mx.zeros((self._rows, *array.shape[1:]), array.dtype)
+            here[chosen] = array
+            self.cache[index] = here
+
+    def reserve(self, _tokens: int) -> None:
+        """A state is as large after any number of tokens."""
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self._rows = len(slots)
+        self.filter(mx.array(list(slots)))
 
 
 def _grown(old: mx.array | None, like: mx.array, rows: int, more: int) -> mx.array:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from mlx_zh.core.logprobs import chunk_rows
 from mlx_zh.core.recompute import Levels
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.shapes import LINEAR, ModelShape, Packing, Row, Target, adapted_matrices
+from mlx_zh.planning.delta_shapes import DELTA_LINEAR
+from mlx_zh.planning.shapes import ModelShape, Packing, Row, Target, adapted_matrices
 
 FLOAT = 4
 
@@ -90,12 +91,12 @@ def _added(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
 
 def weight_bytes(model: ModelShape, target: Target, trained: AdapterSpec | None = None) -> float:
     """Bytes of the base model's arrays. Blocks that full fine-tuning trains are float32."""
-    matrices = {f"self_attn.{n}" if n[0] in "qkvo" else f"mlp.{n}": model.matrix(n) for n in LINEAR}
     block = sum(
-        _matrix_weight(size, _packing_of(target.packing, name), target.value_bytes) for name, size in matrices.items()
+        model.share(name)
+        * _matrix_weight(model.matrix(name), _packing_of(target.packing, _path(name)), target.value_bytes)
+        for name in model.linear
     )
-    vectors = model.block_values - sum(inputs * outputs for inputs, outputs in matrices.values())
-    block += vectors * target.value_bytes
+    block += model.vector_values * target.value_bytes
     table = (model.hidden, model.vocabulary)
     outer = _matrix_weight(table, _packing_of(target.packing, "embed_tokens"), target.value_bytes)
     if not model.tied:
@@ -107,6 +108,13 @@ def weight_bytes(model: ModelShape, target: Target, trained: AdapterSpec | None 
         if full >= model.layers:
             outer = model.outer_values * FLOAT
     return (model.layers - full) * block + full * model.block_values * FLOAT + outer
+
+
+def _path(name: str) -> str:
+    """The name of a linear layer in its block."""
+    if name in DELTA_LINEAR:
+        return f"linear_attn.{name}"
+    return f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}"
 
 
 def _packing_of(packing: Packing | None, name: str) -> tuple[int, int] | None:
@@ -147,9 +155,10 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
     if trained.kind == "full":
         outer = model.outer_values if trained.num_layers >= model.layers else 0
         return trained.num_layers * model.block_values + outer
-    sizes = [model.matrix(name) for name in adapted_matrices(trained)]
-    values = sum(trained.rank * model.sides(name) for name in adapted_matrices(trained))
-    values += sum(outputs for _, outputs in sizes) if trained.kind == "dora" else 0
+    values = 0.0
+    for name in adapted_matrices(model, trained):
+        own = trained.rank * model.sides(name) + (model.matrix(name)[1] if trained.kind == "dora" else 0)
+        values += model.share(name, trained.num_layers) * own
     return trained.num_layers * values + saved_values(model, trained)
 
 
@@ -157,13 +166,37 @@ _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
 def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
-    """Bytes that one trained block keeps for its backward pass at `level`, see `core.recompute`."""
+    """Bytes that one trained block keeps for its backward pass at `level`, see `core.recompute`.
+
+    Where there are two kinds of blocks, it is their mean.
+    """
+    attention = _kept_by(model, trained, target, row, level, recurrent=False)
+    if model.delta is None or level == 2:
+        return attention
+    recurrent = _kept_by(model, trained, target, row, level, recurrent=True)
+    share = model.share("out_proj", trained.num_layers)
+    return {name: share * size + (1 - share) * attention[name] for name, size in recurrent.items()}
+
+
+def _kept_at_most(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
+    """The same of the kind of block that keeps more."""
+    kinds = [False] if model.delta is None else [False, True]
+    kept = [_kept_by(model, trained, target, row, level, recurrent=kind) for kind in kinds]
+    return max(kept, key=lambda parts: sum(parts.values()))
+
+
+def _kept_by(
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int, *, recurrent: bool
+) -> dict[str, float]:
     if level == 2:
         return {"activations": float(row.tokens * model.hidden * target.value_bytes)}
     hidden, queries, keys, inner = model.hidden, model.queries, model.keys, model.intermediate
-    adapted = adapted_matrices(trained)
+    absent = DELTA_LINEAR.keys() if not recurrent else {"q_proj", "k_proj", "v_proj", "o_proj"}
+    adapted = adapted_matrices(model, trained) - absent
     inputs = {
         frozenset({"q_proj", "k_proj", "v_proj"}): hidden,
+        frozenset({"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}): hidden,
+        frozenset({"out_proj"}): 0 if model.delta is None else model.delta.values,
         frozenset({"o_proj"}): queries,
         frozenset({"gate_proj", "up_proj"}): hidden,
         frozenset({"down_proj"}): inner,
@@ -171,8 +204,10 @@ def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row
     values = 2.0 * hidden  # inputs of both norms
     values += model.routed_values
     values += 2 * inner  # gate and up
-    if model.qk_norm:
+    if model.qk_norm and not recurrent:
         values += queries + keys
+    if model.gated and not recurrent:
+        values += 3 * queries  # the gate, its sigmoid and the attention's output before it
     masks = 0.0
     whole_mlp = level == 0 or not model.swiglu  # any other MLP is left as it is
     if whole_mlp:
@@ -191,6 +226,10 @@ def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row
     if trained.kind == "dora":
         values += sum(model.matrix(name)[1] for name in adapted)  # products before scaling by the magnitude
     size = target.value_bytes
+    if recurrent and model.delta is not None:
+        lengths = [tokens for tokens, _ in row.segments]
+        states = model.delta.saved_bytes(lengths, size)
+        return {"activations": row.tokens * (values * size + masks), "attention": states}
     attention = row.tokens * (queries + 2.0 * keys) * size + 2.0 * row.joined * keys * size
     if target.fused_attention:
         attention += row.tokens * (queries * size + model.heads * FLOAT)  # its output and log-sum-exp
@@ -208,6 +247,9 @@ def _ahead(level: int, model: ModelShape, trained: AdapterSpec, target: Target, 
     if not target.fused_attention:
         largest = max(tokens * keys for tokens, keys in row.segments)
         parts["attention"] = _AHEAD_SCORES * model.heads * largest * size
+    if model.delta is not None:
+        ahead = model.delta.ahead_bytes([tokens for tokens, _ in row.segments], size)
+        parts["attention"] = max(parts.get("attention", 0.0), ahead)
     if trained.kind == "dora":
         parts["activations"] += _AHEAD_MATRICES * model.hidden * model.intermediate * FLOAT
     return parts
@@ -244,7 +286,8 @@ class _Blocks:
     def worked_on(self, index: int) -> dict[str, float]:
         """What is there while the backward pass is in block `index`, gradients aside."""
         level = self.levels.of(index)
-        parts = _added(self.one(min(level, 1)), _ahead(level, self.model, self.trained, self.target, self.row))
+        one = _kept_at_most(self.model, self.trained, self.target, self.row, min(level, 1))
+        parts = _added(one, _ahead(level, self.model, self.trained, self.target, self.row))
         if self.target.attention_tile:
             parts["workspace"] = attention_workspace(self.model, self.target, self.row)
         return _added(parts, self.kept(index))
@@ -317,7 +360,7 @@ def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: 
 
 def _matrix_bytes(model: ModelShape, trained: AdapterSpec) -> float:
     """Bytes of the largest trained array of a block."""
-    sizes = [model.matrix(name) for name in adapted_matrices(trained)]
+    sizes = [model.matrix(name) for name in adapted_matrices(model, trained)]
     if trained.kind == "full":
         return max(inputs * outputs for inputs, outputs in sizes) * FLOAT
     return max(max(size) for size in sizes) * trained.rank * FLOAT

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.delta_shapes import DELTA_LINEAR, DeltaShape, delta_shape
 
 # The linear layers of a block, with the names of their input and output widths; see `ModelShape.width`.
 LINEAR = {
@@ -19,14 +20,16 @@ LINEAR = {
     "up_proj": ("hidden", "intermediate"),
     "down_proj": ("intermediate", "hidden"),
 }
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes of a decoder. `queries` and `keys` are numbers of heads times the head size.
 
+    Where some layers are gated delta nets, a block is the mean of both kinds, and `gated` queries have a gate each.
     `intermediate` is the width that a token sees. With experts, each of the `experts` has `expert_width` of it, and
-    a token sees some of them; layers whose MLP is not split are counted as if it were.
+    a token sees some of them beside `shared`; layers whose MLP is not split are counted as if it were.
     """
 
     hidden: int
@@ -43,30 +46,51 @@ class ModelShape:
     experts: int = 0
     silu: bool = True  # the MLP is of gate, up and down with SiLU
     expert_width: int = 0
+    shared: int = 0
+    gated: bool = False
+    delta: DeltaShape | None = None
+
+    @property
+    def linear(self) -> dict[str, tuple[str, str]]:
+        """The linear layers of a block by name, as in `LINEAR`."""
+        return LINEAR if self.delta is None else LINEAR | DELTA_LINEAR
+
+    def share(self, name: str, last: int | None = None) -> float:
+        """The share of the `last` blocks (default: of all) that have the linear layer `name`."""
+        if self.delta is None or name in _MLP:
+            return 1.0
+        last = last or self.layers
+        recurrent = self.delta.layers(self.layers, last) / last
+        return recurrent if name in DELTA_LINEAR else 1.0 - recurrent
 
     def width(self, name: str) -> int:
-        """The width called `name`: `hidden`, `queries`, `keys` or `intermediate`."""
+        """The width called `name`: `hidden`, `queries`, `keys`, `intermediate`, or one of a gated delta net."""
+        if self.delta is not None and name in ("mixed", "states", "state_heads"):
+            own = {"mixed": self.delta.mixed, "states": self.delta.values, "state_heads": self.delta.value_heads}
+            return own[name]
         return int(getattr(self, name))
 
     def matrix(self, name: str) -> tuple[int, int]:
         """Input and output widths of the linear layer `name` of a block; of all its experts side by side."""
-        inputs, outputs = LINEAR[name]
-        return self._whole(inputs), self._whole(outputs)
+        inputs, outputs = self.linear[name]
+        factor = 2 if self.gated and name == "q_proj" else 1
+        return self._whole(inputs), self._whole(outputs) * factor
 
     def _whole(self, name: str) -> int:
-        return self.experts * self.expert_width if self.experts and name == "intermediate" else self.width(name)
+        if self.experts and name == "intermediate":
+            return self.experts * self.expert_width + self.shared
+        return self.width(name)
 
     def sides(self, name: str) -> int:
         """Input and output width of the linear layer `name` together, of all its experts: LoRA's values a rank."""
-        inputs, outputs = LINEAR[name]
-        if self.experts and "intermediate" in (inputs, outputs):
+        if self.experts and "intermediate" in self.linear[name]:
             return self.experts * (self.hidden + self.expert_width)
-        return self.width(inputs) + self.width(outputs)
+        return sum(self.matrix(name))
 
     @property
-    def active_values(self) -> int:
+    def active_values(self) -> float:
         """Parameters of one block that a token meets: without experts, all."""
-        idle = self.experts * self.expert_width - self.intermediate if self.experts else 0
+        idle = self._whole("intermediate") - self.intermediate
         return self.block_values - 3 * self.hidden * idle
 
     @property
@@ -77,19 +101,36 @@ class ModelShape:
     @property
     def routed_values(self) -> int:
         """Values a token that the choice of experts saves for the backward pass beside theirs: each one's output."""
-        return self.hidden * (self.intermediate // self.expert_width) if self.experts else 0
+        return self.hidden * ((self.intermediate - self.shared) // self.expert_width) if self.experts else 0
 
     @property
-    def block_values(self) -> int:
+    def block_values(self) -> float:
         """Parameters of one block: matrices, norms and biases."""
-        matrices = sum(inputs * outputs for inputs, outputs in map(self.matrix, LINEAR))
-        norms = self.norms * self.hidden + (2 * self.queries // self.heads if self.qk_norm else 0)
-        return (
-            matrices
-            + norms
-            + self.experts * self.hidden
-            + (self.queries + 2 * self.keys if self.attention_bias else 0)
-        )
+        return self.matrix_values + self.vector_values
+
+    @property
+    def matrix_values(self) -> float:
+        """Parameters of a block's linear layers."""
+        sizes = {name: self.matrix(name) for name in self.linear}
+        return sum(self.share(name) * inputs * outputs for name, (inputs, outputs) in sizes.items())
+
+    @property
+    def vector_values(self) -> float:
+        """Parameters of a block outside its linear layers; the router of its experts is one of them."""
+        attention = 2 * self.queries // self.heads if self.qk_norm else 0
+        attention += self.queries + 2 * self.keys if self.attention_bias else 0
+        values = self.norms * self.hidden + self.experts * self.hidden + self.share("q_proj") * attention
+        if self.delta is not None:
+            values += self.share("out_proj") * self.delta.other_values
+        return values
+
+    def cache_bytes(self, tokens: float, value_bytes: int) -> float:
+        """Bytes that a text of so many tokens leaves in the caches of all layers."""
+        attention = self.share("q_proj") * self.layers
+        size = 2.0 * attention * self.keys * tokens * value_bytes
+        if self.delta is not None:
+            size += (self.layers - attention) * self.delta.state_bytes(value_bytes)
+        return size
 
     @property
     def outer_values(self) -> int:
@@ -108,13 +149,16 @@ def model_shape(config: Config) -> ModelShape:
     family = family_of(config) or FAMILIES["llama"]
     tied = config.get("tie_word_embeddings")
     experts, expert_width = int(config.get("num_experts") or 0), int(config.get("moe_intermediate_size") or 0)
-    used = int(config.get("num_experts_per_tok") or 0)
+    used, shared = (
+        int(config.get("num_experts_per_tok") or 0),
+        int(config.get("shared_expert_intermediate_size") or 0),
+    )
     if not (experts and expert_width and used):
-        experts = expert_width = 0
+        experts = expert_width = shared = 0
     return ModelShape(
         hidden=hidden,
         layers=int(config["num_hidden_layers"]),
-        intermediate=used * expert_width if experts else int(config["intermediate_size"]),
+        intermediate=used * expert_width + shared if experts else int(config["intermediate_size"]),
         heads=heads,
         queries=heads * size,
         keys=int(config.get("num_key_value_heads") or heads) * size,
@@ -127,6 +171,9 @@ def model_shape(config: Config) -> ModelShape:
         silu=family.swiglu
         and str(config.get("hidden_activation") or config.get("hidden_act") or "silu") in ("silu", "swish"),
         expert_width=expert_width,
+        shared=shared,
+        gated=family.recurrent,
+        delta=delta_shape(config) if family.recurrent else None,
     )
 
 
@@ -160,19 +207,19 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def planned_targets(model: ModelShape, targets: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names in `LINEAR` of the linear layers that `lora.targets` names (None: all); None for all of them.
+    """The names in `ModelShape.linear` of the layers that `lora.targets` names (None: all); None for all of them.
 
-    A fused projection counts as its parts. All layers of a block with experts are those of its attention.
+    A fused projection counts as its parts. All layers of a block with experts are those outside its MLP.
     """
     if targets is None:
-        return tuple(name for name in LINEAR if name[0] in "qkvo") if model.experts else None
+        return tuple(name for name in model.linear if name not in _MLP) if model.experts else None
     named = [part for name in targets for part in _FUSED.get(name, (name,))]
-    return tuple(name for name in LINEAR if name in named)
+    return tuple(name for name in model.linear if name in named)
 
 
-def adapted_matrices(trained: AdapterSpec) -> frozenset[str]:
-    """The names in `LINEAR` of the matrices that are trained or have an adapter."""
-    return frozenset(LINEAR if trained.kind == "full" or trained.targets is None else trained.targets)
+def adapted_matrices(model: ModelShape, trained: AdapterSpec) -> frozenset[str]:
+    """The names in `ModelShape.linear` of the matrices that are trained or have an adapter."""
+    return frozenset(model.linear if trained.kind == "full" or trained.targets is None else trained.targets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from mlx_zh.core.logprobs import hidden_states, token_logprobs
 from mlx_zh.core.packing import pack_conversations
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.planning.delta_shapes import DeltaShape
 from mlx_zh.planning.memory import trained_values
 from mlx_zh.planning.shapes import ModelShape, Target
 from mlx_zh.training.step import set_weights
@@ -58,13 +59,14 @@ def measure(model: ModelShape, trained: AdapterSpec, target: Target, *, length: 
 
     The timed row consists of segments of `length` tokens.
     """
-    block = _block(model, trained, target)
+    block = _blocks(model, trained, target)
     weights = trainable(block)
     mx.eval(weights)
     tokens = _fitting_tokens(block, weights, min(length, 128), seconds / 10)
     length = min(length, tokens)
-    forward = timed(lambda: mx.eval(_hidden(block, length, tokens)), seconds / 5) / tokens
-    step = timed(lambda: mx.eval(_gradients(block, weights, length, tokens)), seconds / 2.5) / tokens
+    each = tokens * len(block.layers)
+    forward = timed(lambda: mx.eval(_hidden(block, length, tokens)), seconds / 5) / each
+    step = timed(lambda: mx.eval(_gradients(block, weights, length, tokens)), seconds / 2.5) / each
     return Speed(forward, step, _head_seconds(model, target, seconds / 5), _update_seconds(seconds / 10))
 
 
@@ -79,8 +81,25 @@ def timed(run: Callable[[], object], seconds: float) -> float:
     return statistics.median(durations)
 
 
-def _block(model: ModelShape, trained: AdapterSpec, target: Target) -> Any:
-    """An mlx-lm model of one block and a vocabulary of 64, in the target's precision, with the adapter."""
+def _blocks(model: ModelShape, trained: AdapterSpec, target: Target) -> Any:
+    """An mlx-lm model with a vocabulary of 64, in the target's precision, with the adapter.
+
+    It has one block, or as many as it takes to have each kind in its share.
+    """
+    blocks: Any = _llama(model) if model.delta is None else _qwen3_5(model, model.delta)
+    blocks.set_dtype(_DTYPES[target.value_bytes])
+    packing = target.packing
+    if packing is not None and model.hidden % packing.group == 0:
+        nn.quantize(blocks, group_size=packing.group, bits=packing.bits)
+    blocks.freeze()
+    mx.eval(blocks.parameters())
+    kind = "lora" if trained.kind == "full" and packing is not None else trained.kind
+    count = len(blocks.layers)
+    add_adapter(blocks, AdapterSpec(kind, count, trained.rank, targets=trained.targets or None), seed=0)
+    return blocks
+
+
+def _llama(model: ModelShape) -> Any:
     from mlx_lm.models import llama
 
     arguments = llama.ModelArgs(
@@ -95,16 +114,30 @@ def _block(model: ModelShape, trained: AdapterSpec, target: Target) -> Any:
         vocab_size=64,
         tie_word_embeddings=True,
     )
-    block: Any = llama.Model(arguments)
-    block.set_dtype(_DTYPES[target.value_bytes])
-    packing = target.packing
-    if packing is not None and model.hidden % packing.group == 0:
-        nn.quantize(block, group_size=packing.group, bits=packing.bits)
-    block.freeze()
-    mx.eval(block.parameters())
-    kind = "lora" if trained.kind == "full" and packing is not None else trained.kind
-    add_adapter(block, AdapterSpec(kind, 1, trained.rank, targets=trained.targets or None), seed=0)
-    return block
+    return llama.Model(arguments)
+
+
+def _qwen3_5(model: ModelShape, delta: DeltaShape) -> Any:
+    from mlx_lm.models import qwen3_5
+
+    arguments = qwen3_5.TextModelArgs(
+        model_type="qwen3_5",
+        hidden_size=model.hidden,
+        num_hidden_layers=delta.interval,
+        intermediate_size=model.intermediate,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.keys * model.heads // model.queries,
+        head_dim=model.queries // model.heads,
+        linear_num_value_heads=delta.value_heads,
+        linear_num_key_heads=delta.key_heads,
+        linear_key_head_dim=delta.key_size,
+        linear_value_head_dim=delta.value_size,
+        linear_conv_kernel_dim=delta.kernel,
+        full_attention_interval=delta.interval,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    return qwen3_5.TextModel(arguments)
 
 
 def _row(length: int, tokens: int) -> Any:

@@ -116,7 +116,7 @@ def _flops(recipe: Recipe, machine: Machine, stage: str) -> float:
     return training_flops(machine.model, machine.trained, scored=SCORED[stage], again=machine.again)
 
 
-def _block_values(model: ModelShape) -> int:
+def _block_values(model: ModelShape) -> float:
     return model.layers * model.active_values
 
 

@@ -19,7 +19,7 @@ from mlx_zh.planning.ladder import asked_for
 from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate, backward_blocks
 from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
-from mlx_zh.planning.shapes import LINEAR, Packing, Row, Target, model_shape, planned_targets, row_of
+from mlx_zh.planning.shapes import Packing, Row, Target, model_shape, planned_targets, row_of
 from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
@@ -85,7 +85,9 @@ def training_step(
     lora = recipe.lora
     targets = planned_targets(model, None if lora.targets == "all" else lora.targets)
     if lora.type != "full" and targets == ():
-        raise RecipeError(f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(LINEAR)}")
+        raise RecipeError(
+            f"lora.targets names {', '.join(lora.targets)}; the linear layers are {', '.join(model.linear)}"
+        )
     trained = AdapterSpec(
         kind=lora.type,
         num_layers=model.layers if lora.num_layers == "all" else min(lora.num_layers, model.layers),

@@ -246,7 +246,7 @@ class Drawing:
         length = min(longest + self._request.sampling.max_tokens, self._context)
         shape = model_shape(self._loaded.config)
         size = 4 if device.is_cpu() else 2  # bytes of a number
-        row = 2 * shape.layers * shape.keys * length * size + _LOGITS * 4 * shape.vocabulary
+        row = shape.cache_bytes(length, size) + _LOGITS * 4 * shape.vocabulary
         return max(1, min(_MOST_ROWS, int(_SHARE * device.free_bytes() / row)))
 
     def _question(self, key: str) -> Question:

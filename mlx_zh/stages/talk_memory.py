@@ -64,7 +64,7 @@ def need_of(recipe: Recipe, config: Config, machine: Machine) -> float:
     if trained.kind == "full":
         tuned = weight_bytes(model, target, trained)
     tokens = min(_CACHED, _context(config))
-    cache = 2.0 * model.layers * model.keys * size * tokens * _COLUMNS
+    cache = model.cache_bytes(tokens, size) * _COLUMNS
     width = 4 * model.intermediate + 4 * model.hidden + 2 * model.queries
     chunk = float(_CHUNK * width * size)
     if not target.fused_attention:

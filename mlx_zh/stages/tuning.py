@@ -351,7 +351,7 @@ class Session:
             "run": self.recipe.name,
         }
         about |= {"stage": self.stage, "vocabulary": vocabulary_size(loaded.model)}
-        save_adapter(folder, weights, self.spec, about)
+        save_adapter(folder, weights, self.spec, about, loaded.config)
 
     def _resume(self, loop: Loop) -> None:
         checkpoint, warnings = checkpoints.load_newest(self.folder.checkpoints)

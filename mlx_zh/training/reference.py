@@ -24,6 +24,7 @@ from mlx_zh.core.packing import plan_rows
 from mlx_zh.corpus.rendered import RenderedPair
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.errors import ModelError
+from mlx_zh.models.adapters.layers import block_of, linear_layers
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.system.accelerator import AcceleratorError, accelerator_errors
 from mlx_zh.system.device import Fault
@@ -54,7 +55,7 @@ def model_key(base: str, model: nn.Module, adapter: tuple[AdapterSpec, Arrays] |
     `base` is the fingerprint of the base model's files. The digest also covers the precision, the adapter and
     the version of the numbers.
     """
-    weight = _linear(decoder(model).layers[0].self_attn.q_proj)
+    weight = _first_block(model)[0]
     precision = (str(decoder(model).norm.weight.dtype), getattr(weight, "bits", 0), getattr(weight, "group_size", 0))
     digest = hashlib.blake2b(repr((_FORMAT, base, precision, *numbers.recorded().values())).encode(), digest_size=16)
     if adapter is not None:
@@ -67,8 +68,13 @@ def model_key(base: str, model: nn.Module, adapter: tuple[AdapterSpec, Arrays] |
     return digest.hexdigest()
 
 
-def _linear(layer: Any) -> Any:
-    return layer.get("linear", layer)  # an adapter wraps the linear layer
+def _first_block(model: nn.Module) -> list[Any]:
+    """The linear layers of the first block that has any, its attention's first."""
+    layers = linear_layers(model)
+    first = min(block for name in layers if (block := block_of(name)) >= 0)
+    of_block = {name: layer for name, layer in layers.items() if block_of(name) == first}
+    names = sorted(of_block, key=lambda name: ("q_proj" not in name, ".mlp." in name, name))
+    return [of_block[name] for name in names]
 
 
 class ReferenceStore(StoredValues):
@@ -167,7 +173,7 @@ def _pair_values(model: nn.Module, pairs: Sequence[RenderedPair], chunk: int | N
 
 def forward_tokens(model: nn.Module, minimum: int, free_bytes: int) -> int:
     """Tokens of a forward-only row that takes a quarter of `free_bytes`, but at least `minimum`."""
-    width: int = _linear(decoder(model).layers[0].mlp.gate_proj).weight.shape[0]
+    width: int = max(layer.weight.shape[-2] for layer in _first_block(model))
     size: int = decoder(model).norm.weight.dtype.size
     return max(minimum, min(_MAX_TOKENS, free_bytes // 4 // (_WIDTHS_ALIVE * width * size)))
 

@@ -107,7 +107,7 @@ def test_its_gradient_too(name: str, quantized: int | None, pieces: None) -> Non
     assert distance(recomputed, packed) < WIDER * GRADIENT
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "llama windows", "granite"])
+@pytest.mark.parametrize("name", ["gemma3_text", "llama windows", "granite", "qwen3_5"])
 def test_a_prefix_is_continued(name: str) -> None:
     """Rows whose roots continue 20 tokens that were computed 7 at a time: longer and shorter than the window."""
     model = model_of(name)
@@ -125,7 +125,7 @@ def test_a_prefix_is_continued(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_check_accepts(name: str, dtype: str) -> None:
-    if name == "qwen3_moe" and dtype != "float32":
+    if name.endswith("_moe") and dtype != "float32":
         pytest.skip("MLX's CPU back end multiplies experts in float32 only")
     model = model_of(name)
     model.set_dtype(getattr(mx, dtype))
@@ -142,6 +142,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granite": {"residual": 1.0},
     "llama windows": {"window": 3},
     "qwen3": {"rotated_first": True},
+    "qwen3_5": {"norms": None},
 }
 
 
@@ -264,3 +265,28 @@ def test_metal_takes_every_call(metal: Any, name: str) -> None:
     mx.eval(hidden_states(model, batch, grad=False))
     masked = {call["mask"] for call in metal.of("attention", gradient=True)}
     assert masked == {"bool", "causal"}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_long_segments_of_a_recurrent_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of several chunks, and branches that begin within one; forward and gradient, as above."""
+    lengths = [(150, None), (70, 0), (3, 0), (130, 1)]
+    monkeypatch.setitem(globals(), "TREE", lengths)
+    model = model_of(name)
+    trained(model)
+    batch, lines = tree()
+    packed = np.array(hidden_states(model, batch))
+    own = np.array(model.model(mx.array(np.array(batch.tokens)[lines[3]])[None])[0])
+    np.testing.assert_allclose(packed[lines[3]], own, atol=WIDER * HIDDEN, rtol=0)
+    value, gradient = gradients(model, lambda: batch_logprobs(model, batch).sum())
+    own_value, own_gradient = gradients(model, lambda: own_logprobs(model, batch, lines).sum())
+    assert distance(gradient, own_gradient) < WIDER * GRADIENT
+    assert value == pytest.approx(own_value, rel=1e-4)
+
+
+def test_a_recurrent_layer_of_another_kind_is_refused() -> None:
+    """Qwen3-Next's projections are put together in another way."""
+    model = model_of("qwen3_5")
+    model.layers[0].linear_attn.in_proj_qkvz = model.layers[0].linear_attn.in_proj_z
+    with pytest.raises(ModelError, match="a recurrent layer that differs in in_proj_qkvz"):
+        check_supported(model, {"model_type": "qwen3_5"})

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.gated_delta import gated_delta_ops, normalize_qk
 
-from mlx_zh.core.gated_delta import convolved, gated_delta, unit_triangular_inverse
+from mlx_zh.core.gated_delta import chunk_for, convolved, gated_delta, unit_triangular_inverse
 from mlx_zh.core.packing import Segment
 
 pytestmark = pytest.mark.numeric
@@ -118,7 +118,7 @@ def test_the_convolution_sees_the_path_and_nothing_else() -> None:
     x = mx.array(rng.normal(size=(260, 6)).astype(np.float32))
     weight = mx.array(rng.normal(size=(6, 4, 1)).astype(np.float32))
 
-    def alone(x: mx.array) -> mx.array:
+    def alone(x: mx.array, weight: mx.array = weight) -> mx.array:
         rows: list[Any] = []
         for index, segment in enumerate(ROW):
             line = x[mx.array(path(ROW, index))]
@@ -126,12 +126,25 @@ def test_the_convolution_sees_the_path_and_nothing_else() -> None:
             rows.append(mx.conv1d(padded[None], weight, groups=6)[0, -len(segment) :])
         return mx.concatenate(rows)
 
-    assert relative(convolved(x, weight, ROW), alone(x)) < CLOSE
-    got, expected = (
-        mx.grad(lambda x, f=f: (f(x) ** 2).sum())(x) for f in (lambda x: convolved(x, weight, ROW), alone)
-    )
-    assert relative(got, expected) < CLOSE
-    tail = x[:3]
-    later = convolved(x[3:], weight, (Segment(0, 257, None, 3),), tail)
-    whole = convolved(x, weight, (Segment(0, 260, None, 0),))
-    assert relative(later, whole[3:]) < CLOSE
+    assert relative(convolved(x, weight, ROW)[0], alone(x)) < CLOSE
+    for which in (0, 1):
+        got, expected = (
+            mx.grad(lambda x, w, f=f: (f(x, w) ** 2).sum(), argnums=which)(x, weight)
+            for f in (lambda x, w: convolved(x, w, ROW)[0], alone)
+        )
+        assert relative(got, expected) < CLOSE
+    first, tail = convolved(x[:5], weight, (Segment(0, 5, None, 0),))
+    later, end = convolved(x[5:], weight, (Segment(0, 255, None, 5),), tail)
+    whole, _ = convolved(x, weight, (Segment(0, 260, None, 0),))
+    assert relative(mx.concatenate([first, later]), whole) < CLOSE
+    assert mx.array_equal(end, x[-3:])
+    _, short = convolved(x[5:7], weight, (Segment(0, 2, None, 5),), tail)
+    assert mx.array_equal(short, x[4:7])
+
+
+def test_the_size_of_a_chunk_follows_the_segments() -> None:
+    """Counted by hand as chunks times (their tokens + 8): 512 tokens at once are 8 x 72 = 576, and 32 x 24 = 768."""
+    assert chunk_for([512]) == 64
+    assert chunk_for([16] * 32) == 16  # 32 x 24 against 32 x 40 and 32 x 72
+    assert chunk_for([32] * 16) == 32  # 32 x 24, 16 x 40, 16 x 72
+    assert chunk_for([1]) == 16

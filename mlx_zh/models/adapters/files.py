@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_zh.core.families import Config
 from mlx_zh.errors import AdapterError, ModelError, first_line
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.adapters.layers import (
@@ -24,6 +25,7 @@ from mlx_zh.models.adapters.layers import (
     train_tables,
 )
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE, SAVED, AdapterSpec, saved_of
+from mlx_zh.models.family_configs import mlx_lm_names
 from mlx_zh.models.folder import read_table
 from mlx_zh.system.digests import damage, file_digest, value_digest
 from mlx_zh.system.json_text import load_json
@@ -34,15 +36,23 @@ from mlx_zh.system.storage import write_arrays, write_json
 _LEAVES = ("lora_a", "lora_b", "m")
 _PICKLE = "adapter_model.bin"  # how PEFT wrote adapters before version 0.5
 _LARGEST_RANK = 1 << 20
+_PART = "language_model."  # in mlx-lm's names of a model that is a part of another one
 _SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters")
 
 
-def save_adapter(folder: Path, weights: dict[str, mx.array], spec: AdapterSpec, about: dict[str, Any]) -> None:
+def save_adapter(
+    folder: Path,
+    weights: dict[str, mx.array],
+    spec: AdapterSpec,
+    about: dict[str, Any],
+    config: Config | None = None,
+) -> None:
     """Write an adapter folder that mlx-lm can load. `about` (base model, run) is stored beside the settings.
 
+    `config` is the model's config.json, by which mlx-lm's names are known where they differ.
     So are the SHA-256 of the weights and a digest of the settings, by which `adapter_damage` sees a flipped bit.
     """
-    write_arrays(folder / ADAPTER_FILE, weights, {"format": "mlx"})
+    write_arrays(folder / ADAPTER_FILE, mlx_lm_names(weights, config or {}), {"format": "mlx"})
     # mlx-lm puts LoRA layers over the keys, and then loads every tensor under its own name.
     whole = set() if spec.kind == "full" else set(SAVED.values())
     keys = sorted({_key(name.rpartition(".")[0]) for name in weights if name not in whole})
@@ -135,6 +145,7 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         read_table(folder / ADAPTER_FILE)
         weights = mx.load(str(folder / ADAPTER_FILE))
         mx.eval(weights)  # read the data now, so that an error is raised here
+        weights = _without_part(weights)
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError, ModelError) as error:
         raise AdapterError(f"{folder} is damaged: {first_line(error)}. {_remedy(folder)}") from error
     if (reason := adapter_damage(folder)) is not None:
@@ -150,6 +161,13 @@ def read_adapter(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
             f"{_remedy(folder)}"
         )
     return (spec if spec.kind == "full" else replace(spec, saved=saved_of(weights))), weights
+
+
+def _without_part(weights: Any) -> Any:
+    """Tensors of a model that is a part of mlx-lm's, under its own names."""
+    if not isinstance(weights, dict):
+        return weights
+    return {name.removeprefix(_PART): array for name, array in weights.items()}
 
 
 def one_table(weights: dict[str, mx.array], folder: Path, *, tied: bool) -> dict[str, mx.array]:

@@ -23,6 +23,7 @@ from mlx_zh.system.json_text import load_json
 from mlx_zh.system.storage import write_arrays, write_json
 
 _PREFIX = "base_model.model."
+_PART = "model.language_model."  # in the names of a model with images
 _LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _BACK = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
 _BACK["lora_magnitude_vector.weight"] = "m"  # some versions of PEFT wrote this
@@ -126,6 +127,7 @@ def read_peft(folder: Path) -> tuple[AdapterSpec, dict[str, mx.array]]:
         if not isinstance(config, dict) or not isinstance(stored, dict):
             raise ValueError(f"{CONFIG_FILE} is not a JSON object")
         mx.eval(stored)
+        stored = {key.replace(_PART, "model."): array for key, array in stored.items()}
         _check(config, folder)
         rank, alpha = int(config["r"]), float(config.get("lora_alpha", 8))
         ranks, alphas = (read_patterns(config.get(f"{name}_pattern") or {}) for name in ("rank", "alpha"))

@@ -15,7 +15,7 @@ from mlx_zh.models.build import Form, describe_packing
 from mlx_zh.models.export.merge import Fusion, Survival, Tensor, survival
 from mlx_zh.models.export.safetensors_file import Entry, write_shards
 from mlx_zh.models.export.source import Source
-from mlx_zh.models.family_configs import expert_names
+from mlx_zh.models.family_configs import expert_names, hub_config, hub_tensor, is_float32
 from mlx_zh.models.folder import read_json
 from mlx_zh.system.links import check_file, copy_file
 from mlx_zh.system.storage import visible, write_json
@@ -38,7 +38,7 @@ class Layout:
     kept: frozenset[str] = frozenset()  # quantized modules whose codes are copied from the source
     chosen: frozenset[str] = frozenset()  # quantized modules whose codes `codes` has
     codes: Callable[[str], list[mx.array]] | None = None  # the arrays of one of them, as `pack` gives them
-    apart: bool = False  # experts are tensors of their own, as transformers has them; for a layout without packing
+    apart: bool = False  # as transformers has it: experts are tensors of their own; for a layout without packing
 
     def with_codes(self, paths: frozenset[str], codes: Callable[[str], list[mx.array]]) -> Layout:
         """The same layout, in which the modules `paths` are not rounded but have what `codes` returns for them."""
@@ -52,7 +52,7 @@ class Layout:
             form = self.packing.get(path) if leaf == "weight" else None
             if form is None:
                 names, shape = self._apart(path, shape)
-                entries += [Entry(f"{part}.{leaf}", self.dtype, shape) for part in names]
+                entries += [Entry(f"{part}.{leaf}", self._type(name), shape) for part in names]
                 continue
             groups = (*shape[:-1], shape[-1] // form["group_size"])
             entries.append(Entry(name, mx.uint32, (*shape[:-1], shape[-1] * form["bits"] // 32)))
@@ -80,8 +80,10 @@ class Layout:
             tensor = self.fusion.merge(name, weights.pop(name), changed)
             form = self.packing.get(path) if leaf == "weight" else None
             if form is None:
-                written = tensor.value.astype(self.dtype)
+                written = tensor.value.astype(self._type(name))
                 watch(tensor, written.astype(mx.float32))
+                if self.apart:
+                    written = hub_tensor(name, tensor.value, self.fusion.source.config).astype(written.dtype)
                 names, _ = self._apart(path, written.shape)
                 yield from written if len(names) > 1 else [written]
             else:
@@ -93,7 +95,12 @@ class Layout:
         """The modules that a module is written as, and the shape of the weight of each."""
         if not self.apart or len(shape) < 3:
             return [path], shape
+        if path.endswith(".conv1d"):
+            return [path], (shape[0], shape[2], shape[1])
         return expert_names(path, shape[0]), shape[1:]
+
+    def _type(self, name: str) -> mx.Dtype:
+        return mx.float32 if is_float32(name) else self.dtype
 
     def packed(self, path: str, tensor: Tensor) -> list[mx.array]:
         """The arrays of a quantized module that does not keep its codes: chosen ones, or the rounded tensor's."""
@@ -169,8 +176,11 @@ def write_configs(folder: Path, layout: Layout) -> None:
     """Write config.json, complete for transformers and mlx-lm, and generation_config.json."""
     source = layout.fusion.source
     config = {key: value for key, value in source.config.items() if value is not None and not key.startswith("_")}
-    if (family := FAMILIES.get(config["model_type"])) is not None:
-        config.setdefault("architectures", [family.architecture])
+    known = FAMILIES.get(config["model_type"])
+    if layout.apart:
+        config = hub_config(config)
+    if known is not None and known.architecture is not None:
+        config.setdefault("architectures", [known.architecture])
     config.pop("dtype", None)
     config["torch_dtype"] = str(layout.dtype).rpartition(".")[2]
     if layout.packing:

@@ -28,4 +28,4 @@ def write_mlx_adapter(folder: Path, fusion: Fusion) -> None:
     check_for_mlx_lm(adapter)
     layers = min(adapter.spec.num_layers, int(fusion.base.config["num_hidden_layers"]))
     about = {name: value for name, value in adapter_about(adapter.folder).items() if name in _ABOUT}
-    save_adapter(folder, adapter.weights, replace(adapter.spec, num_layers=layers), about)
+    save_adapter(folder, adapter.weights, replace(adapter.spec, num_layers=layers), about, fusion.base.config)

@@ -18,7 +18,8 @@ def check_writable(config: Config, export: Export) -> None:
             f"export.formats: {asked[0]} cannot be written for models of type {family!r}, only for {named}. "
             "Export `hf` and convert that folder with llama.cpp's convert_hf_to_gguf.py."
         )
-    if "hf" in export.formats and family not in FAMILIES:
+    known = FAMILIES.get(family)
+    if "hf" in export.formats and (known is None or known.architecture is None):
         raise ModelError(
             f"models of type {family!r} cannot be exported as hf, because it is not known here which "
             "names transformers gives their tensors. Export `mlx`, or `peft`, whose adapter can be merged there."
