@@ -202,6 +202,85 @@ def test_devices_of_a_script() -> None:
     assert of("t.sh", command, devices=5).recipe.sft.batch_size == 40
 
 
+OPTIONS = "--model_name_or_path Qwen/Qwen3-1.7B --per_device_train_batch_size 2 --learning_rate 1e-5"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize(
+    ("start", "devices"),
+    [
+        ("python", 1),
+        ("torchrun --nproc_per_node 4 --nnodes 2", 8),
+        ("deepspeed --num_gpus 3", 3),
+        ("deepspeed --include localhost:0,1,2,3@other:0,5 --master_port=9901", 6),
+        ("accelerate launch --gpu_ids 0,2", 2),
+        ("accelerate launch --config_file conf/cards.yaml", 5),
+        ("accelerate launch --config_file conf/one.yaml", 1),
+    ],
+)
+def test_a_script_of_llama_factory_is_not_taken_for_one_of_trl(start: str, devices: int, stage: str) -> None:
+    """Its stages have the names of TRL's trainers; and how many cards each launcher names."""
+    Path("conf").mkdir()
+    Path("conf/cards.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 5\n"
+    )
+    Path("conf/one.yaml").write_text("distributed_type: 'NO'\nnum_processes: 8\n")
+    data = {"sft": "a", "dpo": "pairs", "kto": "marked"}[stage]
+    imported = of("t.sh", f"{start} src/train.py --stage {stage} --do_train --dataset {data} {OPTIONS}\n")
+    assert imported.program == "llama-factory"
+    assert imported.recipe.training("sft" if stage == "sft" else "dpo").batch_size == 2 * devices
+
+
+@pytest.mark.parametrize("start", ["trl sft", "python trl/scripts/sft.py", "accelerate launch -m trl.scripts.sft"])
+def test_scripts_of_trl(start: str) -> None:
+    assert of("t.sh", f"{start} --dataset_name x/y {OPTIONS}\n").program == "trl"
+
+
+@pytest.mark.parametrize(
+    ("named", "devices"),
+    [("num_processes: 4", 4), ("accelerate_config: zero2", 8), ("accelerate_config: no.yaml", 1)],
+)
+def test_devices_in_a_file_of_trl(named: str, devices: int) -> None:
+    """Options of accelerate may stand in TRL's file; TRL's own configurations are for 8 processes."""
+    text = "model_name_or_path: Qwen/Qwen3-1.7B\ndataset_name: x/y\nper_device_train_batch_size: 2\n"
+    imported = of("t.yaml", f"{text}{named}\n")
+    assert imported.recipe.sft.batch_size == 2 * devices
+    assert any("how many" in row.note for row in imported.rows) == (devices == 1)
+    assert not [row for row in imported.rows if "is known" in row.note]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "FORCE_TORCHRUN=1 llamafactory-cli train",
+        "NNODES=2 NODE_RANK=0 llamafactory-cli train",
+        "torchrun src/train.py",
+        "deepspeed src/train.py",
+        "accelerate launch --config_file none.yaml src/train.py",
+    ],
+)
+def test_a_launcher_that_does_not_say_how_many_cards_is_told(start: str) -> None:
+    imported = of("t.sh", f"{start} --stage sft --dataset a {OPTIONS}\n")
+    assert any("how many" in row.note for row in imported.rows)
+
+
+def test_a_usual_file_of_llama_factory_has_no_unknown_setting() -> None:
+    """Settings of its sample files, and those that a file keeps when it is changed to another stage."""
+    imported = factory(
+        per_device_eval_batch_size=1,
+        pref_beta=0.1,
+        pref_loss="sigmoid",
+        freeze_trainable_layers=2,
+        preprocessing_num_workers=16,
+        dataloader_num_workers=4,
+        data_seed=7,
+        max_new_tokens=512,
+        temperature=0.95,
+        metric_for_best_model="eval_loss",
+    )
+    assert not differing(imported)
+
+
 def test_a_command_line_over_its_file() -> None:
     Path("conf").mkdir()
     Path("conf/x.yaml").write_text(yaml.safe_dump({**LEAST, "learning_rate": 1e-3, "lora_rank": 4}))
