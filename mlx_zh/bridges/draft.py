@@ -44,6 +44,11 @@ class Settings:
         """The folder of the file."""
         return self.path.parent
 
+    @property
+    def scripted(self) -> bool:
+        """Whether it is a Python script, where settings are keywords of calls."""
+        return bool(self.calls)
+
 
 @dataclass(frozen=True)
 class Row:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_zh.bridges import command_lines, launching
 from mlx_zh.bridges.draft import TITLES, Program, Settings, is_off, shown
-from mlx_zh.bridges.scripts import Script, read_script
+from mlx_zh.bridges.scripts import Script, code_of, read_script
 from mlx_zh.bridges.text_files import read_text
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.reader import say
@@ -270,7 +270,7 @@ def _code_of(path: Path, text: str) -> str:
     try:
         cells = parse_json(text)["cells"]
         sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
-        return "\n".join("".join(source) for source in sources)
+        return "\n".join(code_of("".join(source)) for source in sources)
     except (ValueError, RecursionError, KeyError, TypeError):
         raise RecipeError(say("import-no-notebook", file=path)) from None
 
@@ -285,9 +285,12 @@ def _script(path: Path, text: str) -> Settings:
         raise RecipeError(say("import-trainer", file=path, trainer=refused))
     if not {"model", "arguments", "trainer", "lora"} & script.keywords.keys():
         raise RecipeError(say("import-no-calls", file=path))
-    settings = Settings("unsloth", path, _flat(script), calls=script.keywords)
-    settings.remarks = [say("import-unread", code=shown(code)) for code in script.unread]
+    program: Program = "unsloth" if script.is_unsloth else "trl"
+    settings = Settings(program, path, _flat(script), calls=script.keywords)
+    settings.remarks = [say("import-unread", code=shown(code)) for code in dict.fromkeys(script.unread)]
     settings.values["trainer"] = _trainer_of(script)
+    if script.selected:
+        settings.calls.setdefault("data", {})["selected"] = min(script.selected)
     if "TrainingArguments" in script.calls:
         settings.values["plain_arguments"] = True
     return settings
@@ -306,8 +309,11 @@ def _trainer_of(script: Script) -> str:
 def _flat(script: Script) -> dict[str, Any]:
     """The keywords of all calls in one mapping; data sets stay in the calls."""
     values: dict[str, Any] = {}
-    for kind in ("model", "lora", "trainer", "arguments"):
+    for kind in ("model", "lora", "trainer", "arguments", "split"):
         for name, value in script.keywords.get(kind, {}).items():
             if not (name in values and is_off(value)):
                 values[command_lines.normal(name)] = value
+    named = values.pop("model", None)  # a trainer takes a name, too
+    if isinstance(named, str):
+        values.setdefault("model_name", named)
     return values

@@ -288,6 +288,57 @@ def test_a_command_line_over_its_file() -> None:
     assert (recipe.lora.rank, recipe.data.max_length, recipe.sft.learning_rate) == (6, 99, 1e-3)
 
 
+NOTEBOOK = [
+    "%%capture\nimport os\nif 'COLAB_' in os.environ:\n    !pip install unsloth \\\n        accelerate\n%cd /content",
+    "%%bash\nnvidia-smi -L | head -n 1",
+    "from unsloth import FastLanguageModel\nfrom trl import SFTTrainer, SFTConfig\nsize = 1024",
+    "model, tokenizer = FastLanguageModel.from_pretrained(model_name='unsloth/Qwen3-4B', max_seq_length=size)",
+    "model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=8)\ntokenizer?",
+    "data = load_dataset('some/chats')\ndata = data.select(range(900)).train_test_split(test_size=0.1)",
+    "trainer = SFTTrainer(model=model, train_dataset=data['train'], args=SFTConfig(max_steps=30))\ntrainer.train()",
+    "if False:\n    model, tokenizer = FastLanguageModel.from_pretrained('lora_model', max_seq_length=4096)",
+]
+
+
+@pytest.mark.parametrize("form", ["ipynb", "py"])
+def test_the_model_is_the_one_before_the_training(form: str) -> None:
+    """Notebooks load their result again at the end, to try it. Lines for the shell and %%bash are no Python."""
+    cells = [{"cell_type": "code", "source": source.splitlines(keepends=True)} for source in NOTEBOOK]
+    script = "\n".join(source for source in NOTEBOOK if not source.startswith("%%bash"))
+    recipe = of(f"t.{form}", json.dumps({"cells": cells}) if form == "ipynb" else script).recipe
+    assert (recipe.model.path, recipe.data.max_length) == ("qwen3-4b", 1024)
+    assert recipe.data.sft.train[0].max_samples == 900 and recipe.data.validation_fraction == 0.1
+
+
+SCRIPT = """
+from trl import {kind}Config, {kind}Trainer
+from peft import LoraConfig
+data = load_dataset("some/rows", split="train")
+args = {kind}Config(per_device_train_batch_size=4, num_train_epochs=1)
+trainer = {kind}Trainer(model="Qwen/Qwen2.5-0.5B-Instruct", args=args, train_dataset=data, peft_config=LoraConfig())
+"""
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("SFT", 2e-5), ("DPO", 1e-6), ("KTO", 1e-6)])
+def test_a_script_without_unsloth_has_the_defaults_of_trl_and_peft(kind: str, rate: float) -> None:
+    """Unsloth's are others: 2 accumulated, warm-up, weight decay, 4 bits."""
+    imported = of("t.py", SCRIPT.format(kind=kind))
+    recipe, stage = imported.recipe, "sft" if kind == "SFT" else "dpo"
+    training = recipe.training(stage)
+    assert imported.program == "trl"
+    assert (training.batch_size, training.learning_rate, training.warmup_ratio) == (4, rate, 0)
+    assert (training.weight_decay, recipe.seed, recipe.data.max_length) == (0, 42, 1024)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 8, ("q_proj", "v_proj"))
+
+
+def test_a_script_that_writes_its_prompts_itself_is_told() -> None:
+    own = of("t.py", SCRIPT.format(kind="SFT").replace("epochs=1", "epochs=1, dataset_text_field='text'"))
+    assert any("chat template" in row.note for row in own.rows)
+    text = SCRIPT.format(kind="SFT").replace("epochs=1", "epochs=1, dataset_text_field='text'")
+    rendered = of("t.py", f"{text}\nx = tokenizer.apply_chat_template(rows, tokenize=False)\n")
+    assert not any("chat template" in row.note for row in rendered.rows)
+
+
 def test_schedules_of_mlx_lm_that_end_elsewhere_are_told() -> None:
     values: dict[str, Any] = {"model": "mlx-community/Qwen3-0.6B-4bit", "data": "d", "iters": 100}
     for arguments, differs in (([1e-4, 100], False), ([1e-4, 100, 2e-5], True), ([1e-4, 400], True)):
