@@ -14,6 +14,9 @@ from mlx_zh.language.reader import say
 _STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "dpo"}
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _WITHOUT_REFERENCE = ("orpo", "simpo")
+# Its templates that read enable_thinking. Only Qwen3's own chat template has this switch, too.
+_REASONING = ("mimo", "seed_oss", "glmz1", "deepseekr1")
+_SWITCHED = "qwen3"
 # Settings of one stage or of one way of tuning; a file may keep them when it is changed to another.
 _OF_OTHERS = (
     *("pref_beta", "pref_ftx", "pref_loss", "dpo_label_smoothing", "kto_chosen_weight", "kto_rejected_weight"),
@@ -142,7 +145,12 @@ def _template(draft: Draft) -> None:
         else:
             draft.note("template", say("import-template", template=template))
     if draft.given("enable_thinking") and not draft.switch("enable_thinking"):
-        draft.put("model.thinking", "off", "enable_thinking")
+        if template == _SWITCHED:
+            draft.put("model.thinking", "off", "enable_thinking")
+        elif template in _REASONING:
+            draft.note("enable_thinking", say("import-thinking-written"), "differs")
+        else:  # its other templates do not read it, and a model without this switch refuses model.thinking
+            draft.note("enable_thinking", say("import-no-thinking", template=template or "–"))
     elif draft.given("enable_thinking"):
         draft.note("enable_thinking", say("import-thinking"))
     if (system := draft.text("default_system")) is not None:

@@ -184,6 +184,16 @@ def test_a_template_of_another_family_is_a_difference() -> None:
     assert "template" in differing(factory(template="alpaca"))
 
 
+def test_thinking_is_turned_off_only_where_the_model_has_the_switch() -> None:
+    """LLaMA-Factory's other templates do not read enable_thinking, and model.thinking is refused for other models."""
+    off = factory(template="qwen3", enable_thinking=False)
+    assert off.recipe.model.thinking == "off"
+    plain = factory(template="qwen", enable_thinking=False, model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct")
+    assert plain.recipe.model.thinking == "auto" and not differing(plain)
+    written = factory(template="mimo", enable_thinking=False, model_name_or_path="XiaomiMiMo/MiMo-7B-RL")
+    assert written.recipe.model.thinking == "auto" and differing(written) == ["enable_thinking"]
+
+
 def test_the_tables_name_what_exists() -> None:
     from mlx_zh.bridges.base_models import tables
     from mlx_zh.models.catalog import catalog
