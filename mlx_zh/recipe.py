@@ -517,7 +517,7 @@ class Dpo(Training):
         losses = _LOSSES_OF[name]
         default = cls.model_fields[name].default
         if value != default and info.data.get("loss", losses[0]) not in losses:
-            raise ValueError(f"{default}, because it has no effect on dpo.loss {info.data['loss']}")
+            raise ValueError(f"left at {default}, because it has no effect on dpo.loss {info.data['loss']}")
         return value
 
 

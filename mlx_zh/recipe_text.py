@@ -279,7 +279,8 @@ def wrong_keys(
     by_key: dict[Key, list[Any]] = {}
     for problem in error.errors():
         if problem["type"] != "invalid_key":  # `parse` has reported it
-            by_key.setdefault(_written_key(problem["loc"], document.value), []).append(problem)
+            key = _written_key(problem["loc"], document.value, absent=problem["type"] == "missing")
+            by_key.setdefault(key, []).append(problem)
     # When a value may have one of two types, pydantic reports a problem for each. The one with the longer key says
     # more, so problems with keys above it are left out.
     parents = {key[:size] for key in by_key for size in range(len(key))}
@@ -288,15 +289,18 @@ def wrong_keys(
     return wrong, max(len(placed) - _TOLD, 0)
 
 
-def _written_key(location: tuple[str | int, ...], value: Any) -> Key:
-    """The part of pydantic's location that the user wrote. Pydantic adds the names of union members."""
+def _written_key(location: tuple[str | int, ...], value: Any, *, absent: bool) -> Key:
+    """The part of pydantic's location that the user wrote, or with `absent` should have written at its end.
+
+    Pydantic adds the names of union members.
+    """
     key: list[str | int] = []
     for index, part in enumerate(location):
         last = index == len(location) - 1
         inside = isinstance(value, list | tuple) if isinstance(part, int) else isinstance(value, dict)
         if not inside:
             continue
-        if isinstance(part, str) and part not in value and not last:
+        if isinstance(part, str) and part not in value and not (last and absent):
             continue
         key.append(part)
         try:
@@ -311,11 +315,17 @@ _EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number that is not so large",
+    "finite_number": "a finite number",
     "float_type": "a number",
     "float_parsing": "a number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "text",
+    "string_sub_type": "text",
+    "string_unicode": "text",
+    "list_type": "a list",
+    "mapping_type": "a mapping",
     "tuple_type": "a list",
     "too_short": "a list that is not empty",
     "string_too_short": "text that is not empty",
@@ -332,13 +342,45 @@ def _sentence(problems: list[Any], key: Key, schema: type[pydantic.BaseModel], d
         return _unknown(key, schema, depth)
     if "missing" in kinds:
         return f"{_dotted(key)} is missing."
-    expected = dict.fromkeys(
-        _EXPECTED.get(p["type"]) or p["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        for p in problems
-    )
+    expected = _alternatives(list(dict.fromkeys(map(_expected, problems))))
     got = problems[0]["input"]
-    hint = f" {_PLAIN_COLON}" if "model_type" in kinds and isinstance(got, str) and _WIDE_KEY.match(got) else ""
-    return f"{_dotted(key)} must be {' or '.join(expected)}, found {_described(got)}." + hint
+    sentence = f"{_dotted(key)} must be {expected}, found {_described(got)}."
+    hinted = "model_type" in kinds and isinstance(got, str) and _WIDE_KEY.match(got)
+    return f"{sentence} {_PLAIN_COLON}" if hinted else sentence
+
+
+def _alternatives(expected: list[str]) -> str:
+    """One of several descriptions, in words that have a Chinese wording; a bare `text` may be a format's name."""
+    if len(expected) == 1:
+        return expected[0]
+    expected = ["some text" if words == "text" else words for words in expected]
+    return f"either {expected[0]} or {_alternatives(expected[1:])}"
+
+
+def _expected(problem: Any) -> str:
+    """What pydantic expected, in words that have a Chinese wording, too."""
+    limits = {name: _plain(value) for name, value in problem.get("ctx", {}).items()}
+    match problem["type"]:
+        case "value_error":
+            return str(problem["msg"]).removeprefix("Value error, ")
+        case "greater_than":
+            return f"greater than {limits['gt']}"
+        case "greater_than_equal":
+            return f"greater than or equal to {limits['ge']}"
+        case "less_than":
+            return f"less than {limits['lt']}"
+        case "less_than_equal":
+            return f"less than or equal to {limits['le']}"
+        case "literal_error":
+            names = limits["expected"].replace(" or ", ", ")
+            return f"one of {names}" if ", " in names else str(names)
+        case kind:
+            return _EXPECTED.get(kind, "a valid value")
+
+
+def _plain(value: Any) -> Any:
+    """A number without a fraction of zero."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def other_name(name: str, stage: str = "sft") -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -125,6 +126,78 @@ def test_what_cannot_be_answered_is_said(project: Project) -> None:
             assert status == 400
         assert ask(running, "/etc/passwd")[0] == 404
         assert said(running) is not None  # it still answers
+
+
+VOCABULARY = 10**6  # tokens, more than the tiny model has
+
+# Settings with which mlx-lm's computation fails, or writes outside its arrays.
+IMPOSSIBLE: list[dict[str, Any]] = [
+    *({"logit_bias": {str(token): 5}} for token in (VOCABULARY, -VOCABULARY)),
+    *({"logit_bias": {"1": value}} for value in (None, float("nan"), "x")),
+    *({"stop": stop} for stop in ([1], [""], {"a": 1}, 5, ["a"] * 999, [["a"]])),
+    *({"seed": seed} for seed in (2**70, -1)),
+    *({name: float("nan")} for name in ("temperature", "top_p", "min_p", "frequency_penalty")),
+    *({name: 10**12} for name in ("top_k", "max_tokens", "repetition_context_size")),
+    *({"xtc_probability": 1, "xtc_threshold": 0.9}, {"n": 2}, {"stream": True, "stream_options": "x"}),
+    *({"chat_template_kwargs": kwargs} for kwargs in ([1], {"enable_thinking": "yes"})),
+]
+
+
+def test_no_request_ends_the_server(project: Project) -> None:
+    with served() as running:
+        expected = said(running)
+        for body in IMPOSSIBLE:
+            status, answer = ask(running, "/v1/chat/completions", {"messages": ASKED, "max_tokens": 2} | body)
+            assert status == 400 and answer["error"]["message"], body
+        for prompt in (["a", "b"], [1, 2], "", None, "a" * 100_000):
+            status, answer = ask(running, "/v1/completions", {"prompt": prompt, "max_tokens": 2})
+            assert status == 400 and answer["error"]["message"], prompt
+        names = ("temperature", "top_p", "max_tokens", "stop", "seed", "logit_bias", "stream", "top_k", "n", "tools")
+        assert said(running, **(dict.fromkeys(names) | {"temperature": 0, "max_tokens": 8})) == expected
+        assert said(running, top_k=VOCABULARY, xtc_probability=0) == expected
+        assert said(running) == expected
+
+
+def test_a_computation_that_fails_is_told_and_others_are_answered(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error while a sampler is compiled leaves mlx's random state unusable: a new one is set."""
+    with served() as running:
+        expected = said(running)
+        monkeypatch.setattr(serving, "check_settings", lambda *_: None)
+        status, answer = ask(
+            running, "/v1/chat/completions", {"messages": ASKED, "xtc_probability": 1.0, "xtc_threshold": 0.9}
+        )
+        assert 400 <= status < 500 and "could not be computed" in answer["error"]["message"]
+        assert said(running) == expected
+        assert said(running, temperature=1.0) is not None
+
+
+def test_a_model_by_its_name(project: Project) -> None:
+    with served() as running:
+        name = ask(running, "/v1/models")[1]["data"][0]["id"]
+        assert ask(running, f"/v1/models/{name}")[1]["object"] == "model"
+        status, answer = ask(running, "/v1/models/gpt-4")
+        assert status == 404 and name in answer["error"]["message"]
+
+
+def test_a_body_without_an_end_is_not_read(project: Project) -> None:
+    with served() as running:
+        for length in ("-1", "x", "９"):
+            headers = {"Content_Length": length.encode("utf-8").decode("latin-1")}
+            assert ask(running, "/v1/chat/completions", b"{}", **headers)[0] == 400
+
+
+def test_a_client_that_hangs_up_leaves_no_traceback(project: Project) -> None:
+    body = json.dumps({"messages": ASKED, "max_tokens": 300, "stream": True}).encode()
+    with served() as running:
+        for _ in range(4):
+            with socket.create_connection(("127.0.0.1", running.address.port)) as client:
+                client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+                client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                client.recv(20)
+        assert said(running) is not None
+    assert "Traceback" not in project.capsys.readouterr().err
 
 
 def test_only_this_machine_and_its_programs_may_ask(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

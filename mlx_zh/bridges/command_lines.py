@@ -1,4 +1,4 @@
-"""Shell scripts: the command that starts a training, its options, and how many devices it names. Nothing is run."""
+"""Shell scripts: the commands in them, and their options. Nothing is run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from mlx_zh.recipe_text import parse_value
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)")
 _ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _ENDS = (";", "&&", "||", "|", "&")
-_DEVICES = ("--nproc_per_node", "--nproc-per-node", "--num_processes", "--num-processes", "--num_gpus", "--num-gpus")
-_NODES = ("--nnodes", "--num_machines", "--num-machines", "--num_nodes", "--num-nodes")
-_MOST_DEVICES = 65_536
 _DEEPEST = 5  # variables within variables
 
 
@@ -120,29 +117,3 @@ def value_of(text: str) -> Any:
     except (RecipeError, yaml.YAMLError):
         return text
     return text if value is None and text else value
-
-
-def devices_of(command: Command) -> int | None:
-    """How many devices a command and its variables name; None if they name none."""
-    words = command.words
-    per_node = _count(words, _DEVICES) or _whole(command.variables.get("NPROC_PER_NODE"))
-    nodes = _count(words, _NODES) or _whole(command.variables.get("NNODES")) or 1
-    cards = command.variables.get("CUDA_VISIBLE_DEVICES") or command.variables.get("ASCEND_RT_VISIBLE_DEVICES")
-    if per_node is None and cards:
-        per_node = len([card for card in cards.split(",") if card.strip()])
-    if per_node is None:
-        return None
-    total = per_node if _count(words, ("--num_processes", "--num-processes")) else per_node * nodes
-    return total if total <= _MOST_DEVICES else None
-
-
-def _count(words: list[str], names: tuple[str, ...]) -> int | None:
-    for index, word in enumerate(words):
-        name, equals, text = word.partition("=")
-        if name in names:
-            return _whole(text if equals else "".join(words[index + 1 : index + 2]))
-    return None
-
-
-def _whole(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdecimal() and 0 < int(text) <= _MOST_DEVICES else None

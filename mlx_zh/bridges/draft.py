@@ -33,6 +33,7 @@ class Settings:
     path: Path
     values: dict[str, Any]
     devices: int | None = None  # that the file or the command line names
+    several: bool = False  # it is started on every card of a machine, however many there are
     hub: str | None = None
     tables: list[Path] = field(default_factory=list)  # dataset_info.json given beside it
     calls: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a script: call -> its keywords
@@ -42,6 +43,11 @@ class Settings:
     def folder(self) -> Path:
         """The folder of the file."""
         return self.path.parent
+
+    @property
+    def scripted(self) -> bool:
+        """Whether it is a Python script, where settings are keywords of calls."""
+        return bool(self.calls)
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,13 @@ class Draft:
     def use(self, *names: str) -> None:
         """These settings are dealt with."""
         self._used.update(names)
+
+    def idle(self, *names: str) -> None:
+        """Settings that another kind of training of the same program reads, and this one does not."""
+        for name in names:
+            if self.given(name) and name not in self._used and not is_off(self.settings.values[name]):
+                self.note(name, say("import-idle"))
+            self._used.add(name)
 
     def finish(self, stage: str) -> None:
         """Deal with all settings that no code has told of, by the table of other names."""

@@ -14,6 +14,19 @@ from mlx_zh.language.reader import say
 _STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "dpo"}
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _WITHOUT_REFERENCE = ("orpo", "simpo")
+# Its templates that read enable_thinking. Only Qwen3's own chat template has this switch, too.
+_REASONING = ("mimo", "seed_oss", "glmz1", "deepseekr1")
+_SWITCHED = "qwen3"
+# Settings of one stage or of one way of tuning; a file may keep them when it is changed to another.
+_OF_OTHERS = (
+    *("pref_beta", "pref_ftx", "pref_loss", "dpo_label_smoothing", "kto_chosen_weight", "kto_rejected_weight"),
+    *("simpo_gamma", "ld_alpha", "ref_model", "ref_model_adapters", "ref_model_quantization_bit", "dpo_beta"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora", "use_dora"),
+    *("loraplus_lr_ratio", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+    *("oft_rank", "oft_block_size", "oft_target", "module_dropout", "max_new_tokens", "temperature", "export_size"),
+    *("export_device", "export_quantization_bit", "export_quantization_dataset", "export_quantization_nsamples"),
+    *("export_quantization_maxlen", "export_legacy_format", "export_hub_model_id"),
+)
 
 
 def convert(draft: Draft, model: str | None) -> str:
@@ -43,6 +56,7 @@ def convert(draft: Draft, model: str | None) -> str:
     if stage == "dpo":
         _preferences(draft, kind)
     _memory(draft)
+    draft.idle(*_OF_OTHERS)
     return stage
 
 
@@ -131,7 +145,12 @@ def _template(draft: Draft) -> None:
         else:
             draft.note("template", say("import-template", template=template))
     if draft.given("enable_thinking") and not draft.switch("enable_thinking"):
-        draft.put("model.thinking", "off", "enable_thinking")
+        if template == _SWITCHED:
+            draft.put("model.thinking", "off", "enable_thinking")
+        elif template in _REASONING:
+            draft.note("enable_thinking", say("import-thinking-written"), "differs")
+        else:  # its other templates do not read it, and a model without this switch refuses model.thinking
+            draft.note("enable_thinking", say("import-no-thinking", template=template or "–"))
     elif draft.given("enable_thinking"):
         draft.note("enable_thinking", say("import-thinking"))
     if (system := draft.text("default_system")) is not None:
@@ -157,7 +176,8 @@ def _data(draft: Draft, stage: str, kind: str) -> None:
     draft.put("data.max_length", draft.whole("cutoff_len", 1) or 2048, "cutoff_len")
     _packing(draft, stage, kind)
     if kind == "pt":
-        draft.note("train_on_prompt", say("import-raw-text"))
+        if draft.given("train_on_prompt"):
+            draft.note("train_on_prompt", say("import-raw-text"))
     elif draft.switch("train_on_prompt"):
         draft.put("data.train_on", "all", "train_on_prompt")
     elif draft.switch("mask_history"):

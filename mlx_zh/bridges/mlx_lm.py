@@ -23,6 +23,22 @@ from mlx_zh.training.schedule import learning_rate
 _TUNING = {"lora": "lora", "dora": "dora", "full": "full"}
 _MODES = ("sft", "dpo", "orpo")
 _LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
+# Settings of mlx-lm-lora's modes without a counterpart; its sample files name all of them.
+_OF_OTHERS = (
+    *(
+        "beta",
+        "reward_scaling",
+        "dpo_cpo_loss_type",
+        "delta",
+        "reference_model_path",
+        "judge",
+        "judge_config",
+        "alpha",
+    ),
+    *("lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits", "group_size", "epsilon"),
+    *("epsilon_high", "max_completion_length", "temperature", "reward_weights", "grpo_loss_type"),
+    *("importance_sampling_level", "lm_studio_name"),
+)
 _TELLING = 0.001  # of the peak: a difference of learning rates that is told
 _LONGEST = 100_000  # steps of which every rate is compared
 
@@ -57,6 +73,8 @@ def convert(draft: Draft, model: str | None) -> str:
     draft.use(
         "adapter_path", "config", *[f"qat_{n}" for n in ("bits", "group_size", "mode", "start_step", "interval")]
     )
+    if theirs:
+        draft.idle(*_OF_OTHERS)
     return stage
 
 

@@ -111,9 +111,11 @@ def defaults_of(settings: Settings) -> dict[str, Any]:
     """What a program takes for the settings that a file does not name."""
     tables = _tables()
     defaults = dict(tables[settings.program])
-    if settings.program == "unsloth" and settings.values.get("plain_arguments"):
+    if settings.program == "trl" and settings.scripted:
+        defaults |= tables["peft"]
+    if settings.scripted and settings.values.get("plain_arguments"):
         defaults |= tables["transformers"]
-    if settings.program == "trl":
+    elif settings.program == "trl":
         trainer = trl.trainer_of(Draft(settings, defaults, settings.folder))
         defaults["learning_rate"] = tables["rates"].get(trainer, defaults["learning_rate"])
     return defaults

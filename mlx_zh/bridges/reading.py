@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_zh.bridges import command_lines
+from mlx_zh.bridges import command_lines, launching
 from mlx_zh.bridges.draft import TITLES, Program, Settings, is_off, shown
-from mlx_zh.bridges.scripts import Script, read_script
+from mlx_zh.bridges.scripts import Script, code_of, read_script
 from mlx_zh.bridges.text_files import read_text
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.reader import say
@@ -146,7 +147,11 @@ def _of(path: Path, values: dict[str, Any], program: Program | None) -> Settings
     if program is None:
         names = ", ".join(list(map(str, values))[:8]) or "–"
         raise RecipeError(say("import-unrecognised", file=path, keys=shown(names), programs=", ".join(TITLES)))
-    return Settings(program, path, values)
+    found = Settings(program, path, values)
+    if program == "trl":
+        found.several = "accelerate_config" in values
+        found.devices = launching.of_settings(values, partial(_beside, path))
+    return found
 
 
 def recognised(values: Mapping[str, Any]) -> Program | None:
@@ -172,7 +177,9 @@ def _shell(path: Path, text: str, program: Program | None) -> Settings:
     for command in command_lines.commands(text):
         found = _training_of(path, command, program)
         if found is not None:
-            found.devices = found.devices or command_lines.devices_of(command)
+            beside = partial(_beside, path)
+            found.devices = launching.devices_of(command, beside) or found.devices
+            found.several = launching.starts_several(command)
             if command.variables.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "y"):
                 found.hub = "modelscope"
             return found
@@ -194,7 +201,7 @@ def _training_of(path: Path, command: command_lines.Command, program: Program | 
         return _with_file(path, words[1:], program or "mlx-lm-lora")
     if re.search(r"mlx_lm(\.lora| lora)", joined) or "mlx_lm.lora" in words:
         return _with_file(path, words[1:], program or "mlx-lm")
-    trainer = _trl_trainer(names)
+    trainer = _trl_trainer(names, words)
     if trainer is not None:
         if trainer in _REFUSED_TRAINERS:
             raise RecipeError(say("import-trainer", file=path, trainer=trainer))
@@ -209,11 +216,16 @@ def _training_of(path: Path, command: command_lines.Command, program: Program | 
     return None
 
 
-def _trl_trainer(names: Sequence[str]) -> str | None:
+def _trl_trainer(names: Sequence[str], words: Sequence[str]) -> str | None:
     if "trl" in names:
         after = names[names.index("trl") + 1 :]
         return next((name for name in after if name in (*_TRAINERS, *_REFUSED_TRAINERS)), None)
-    return next((name for name in names if name in (*_TRAINERS, *_REFUSED_TRAINERS)), None)
+    scripts = [name.removeprefix("trl.scripts.") for name, word in zip(names, words, strict=True) if _is_script(word)]
+    return next((name for name in scripts if name in (*_TRAINERS, *_REFUSED_TRAINERS)), None)
+
+
+def _is_script(word: str) -> bool:
+    return word.endswith(".py") or word.startswith("trl.scripts.")
 
 
 def _with_file(path: Path, words: list[str], program: Program | None) -> Settings:
@@ -224,7 +236,15 @@ def _with_file(path: Path, words: list[str], program: Program | None) -> Setting
     values.pop("config_file", None)  # that of accelerate
     for name in ("nproc_per_node", "nnodes", "num_processes", "num_machines", "node_rank", "machine_rank", "m"):
         values.pop(name, None)
-    for name in ("main_process_port", "num_gpus", "standalone", "multi_gpu", "accelerate_config"):
+    for name in (
+        "main_process_port",
+        "num_gpus",
+        "standalone",
+        "multi_gpu",
+        "accelerate_config",
+        "gpu_ids",
+        "include",
+    ):
         values.pop(name, None)
     named = str(config) if isinstance(config, str) else trains[-1] if trains else None
     if named is not None:
@@ -250,7 +270,7 @@ def _code_of(path: Path, text: str) -> str:
     try:
         cells = parse_json(text)["cells"]
         sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
-        return "\n".join("".join(source) for source in sources)
+        return "\n".join(code_of("".join(source)) for source in sources)
     except (ValueError, RecursionError, KeyError, TypeError):
         raise RecipeError(say("import-no-notebook", file=path)) from None
 
@@ -265,9 +285,12 @@ def _script(path: Path, text: str) -> Settings:
         raise RecipeError(say("import-trainer", file=path, trainer=refused))
     if not {"model", "arguments", "trainer", "lora"} & script.keywords.keys():
         raise RecipeError(say("import-no-calls", file=path))
-    settings = Settings("unsloth", path, _flat(script), calls=script.keywords)
-    settings.remarks = [say("import-unread", code=shown(code)) for code in script.unread]
+    program: Program = "unsloth" if script.is_unsloth else "trl"
+    settings = Settings(program, path, _flat(script), calls=script.keywords)
+    settings.remarks = [say("import-unread", code=shown(code)) for code in dict.fromkeys(script.unread)]
     settings.values["trainer"] = _trainer_of(script)
+    if script.selected:
+        settings.calls.setdefault("data", {})["selected"] = min(script.selected)
     if "TrainingArguments" in script.calls:
         settings.values["plain_arguments"] = True
     return settings
@@ -286,8 +309,11 @@ def _trainer_of(script: Script) -> str:
 def _flat(script: Script) -> dict[str, Any]:
     """The keywords of all calls in one mapping; data sets stay in the calls."""
     values: dict[str, Any] = {}
-    for kind in ("model", "lora", "trainer", "arguments"):
+    for kind in ("model", "lora", "trainer", "arguments", "split"):
         for name, value in script.keywords.get(kind, {}).items():
             if not (name in values and is_off(value)):
                 values[command_lines.normal(name)] = value
+    named = values.pop("model", None)  # a trainer takes a name, too
+    if isinstance(named, str):
+        values.setdefault("model_name", named)
     return values

@@ -7,6 +7,7 @@ numbers. Whatever a script computes otherwise is told as unread.
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,11 @@ CALLS = {
     "load_dataset": "data",
     "train_on_responses_only": "responses",
     "get_chat_template": "template",
+    "BitsAndBytesConfig": "model",
+    "train_test_split": "split",
+    "apply_chat_template": "rendered",
 }
+_FIRST = {"from_pretrained": "model_name", "train_test_split": "test_size"}  # names of arguments without one
 # Trainers for which there is no recipe.
 REFUSED = ("GRPOTrainer", "PPOTrainer", "RewardTrainer", "OnlineDPOTrainer", "RLOOTrainer", "CPOTrainer")
 _MOST_NODES = 50_000
@@ -44,12 +49,14 @@ class Script:
     keywords: dict[str, dict[str, Any]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
-    lora: bool = False
+    is_unsloth: bool = False
+    trained: int | None = None  # the last line of the trainer's call
+    selected: list[int] = field(default_factory=list)  # rows that `select(range(N))` takes
 
 
 def read_script(text: str) -> Script:
     """The calls of a script or of a notebook's code. Raises SyntaxError with the line."""
-    lines = [_plain(line) for line in text.split("\n")]
+    lines = _plain(text.split("\n"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -62,17 +69,43 @@ def read_script(text: str) -> Script:
         if len(nodes) > _MOST_NODES:
             raise SyntaxError("too long")
     names = _assigned(nodes)
-    script = Script()
+    script = Script(is_unsloth=any(map(_imports_unsloth, nodes)))
     for node in nodes:
         if isinstance(node, ast.Call):
             _take(node, names, script)
     return script
 
 
-def _plain(line: str) -> str:
-    """A line of a notebook: commands for its shell are left out, its indentation stays."""
-    stripped = line.lstrip()
-    return line[: len(line) - len(stripped)] + "pass" if stripped.startswith(("!", "%")) else line
+def _imports_unsloth(node: ast.AST) -> bool:
+    if isinstance(node, ast.Import):
+        return any(alias.name.split(".")[0] == "unsloth" for alias in node.names)
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "unsloth"
+
+
+def _plain(lines: list[str]) -> list[str]:
+    """The lines of a notebook: commands for its shell and questions are left out, their indentation stays."""
+    plain = []
+    goes_on = False
+    for line in lines:
+        stripped = line.strip()
+        outside = goes_on or stripped.startswith(("!", "%", "?")) or _QUESTION.fullmatch(stripped) is not None
+        indent = "" if goes_on else line[: len(line) - len(line.lstrip())]
+        plain.append("" if goes_on else f"{indent}pass" if outside else line)
+        goes_on = outside and stripped.endswith("\\")
+    return plain
+
+
+_QUESTION = re.compile(r"[\w.]+\?{1,2}")
+
+
+def code_of(cell: str) -> str:
+    """The Python of a notebook's cell; "" where its first line gives it to another program, as %%bash does."""
+    first = cell.lstrip().split("\n", 1)[0].strip()
+    other = first.startswith("%%") and not first.startswith(_PYTHON_CELLS)
+    return "" if other else cell
+
+
+_PYTHON_CELLS = ("%%capture", "%%time", "%%prun")  # and %%timeit
 
 
 def _walked(tree: ast.AST) -> Iterator[ast.AST]:
@@ -101,19 +134,43 @@ def _take(node: ast.Call, names: dict[str, Any], script: Script) -> None:
     if called in REFUSED:
         script.calls.append(called)
     owner = getattr(node.func.value, "id", "") if isinstance(node.func, ast.Attribute) else ""
+    if called == "select":
+        _select(node, names, script)
     kind = CALLS.get(called)
-    if kind is None or (called == "from_pretrained" and "Tokenizer" in owner):
+    if kind is None or (called == "from_pretrained" and _is_no_model(owner, node, script)):
         return
     script.calls.append(called)
+    if called.endswith("Trainer"):
+        script.trained = node.end_lineno or node.lineno
     values = script.keywords.setdefault(kind, {})
     if kind == "data":
         values.setdefault("sets", []).append(_data(node, names))
         return
-    first = {"from_pretrained": "model_name", "get_chat_template": None}.get(called)
+    first = _FIRST.get(called)
     if first and node.args and (value := _literal(node.args[0], names)) is not _UNKNOWN:
         values[first] = value
     for keyword in node.keywords:
         _keyword(keyword, called, names, values, script)
+
+
+def _is_no_model(owner: str, node: ast.Call, script: Script) -> bool:
+    """Whether it is a tokenizer, or the result that is loaded after the training, to try it."""
+    other = any(word in owner for word in ("Tokenizer", "Processor", "Config"))
+    known = "model_name" in script.keywords.get("model", {})
+    return other or (known and script.trained is not None and node.lineno > script.trained)
+
+
+def _select(node: ast.Call, names: dict[str, Any], script: Script) -> None:
+    """`data.select(range(N))`, which takes the first N rows. Any other choice of rows is told as unread."""
+    inner = node.args[0] if node.args else None
+    if isinstance(inner, ast.Call) and getattr(inner.func, "id", "") == "range":
+        ends = [_literal(argument, names) for argument in inner.args]
+        if len(ends) == 2 and ends[0] == 0:
+            ends = ends[1:]
+        if len(ends) == 1 and isinstance(ends[0], int) and not isinstance(ends[0], bool) and ends[0] > 0:
+            script.selected.append(ends[0])
+            return
+    script.unread.append("select(…)")
 
 
 def _keyword(
@@ -129,7 +186,7 @@ def _keyword(
     value = _literal(keyword.value, names)
     if value is not _UNKNOWN:
         values[keyword.arg] = value
-    elif keyword.arg not in _OBJECTS:
+    elif keyword.arg not in _OBJECTS and CALLS[called] != "rendered":
         script.unread.append(f"{called}({keyword.arg}=…)")
 
 
@@ -138,7 +195,7 @@ _OBJECTS = frozenset(
     (
         *("model", "tokenizer", "processing_class", "args", "train_dataset", "eval_dataset", "data_collator"),
         *("peft_config", "formatting_func", "callbacks", "compute_metrics", "bf16", "fp16", "dtype", "torch_dtype"),
-        *("ref_model", "token", "quantization_config", "device_map"),
+        *("ref_model", "token", "quantization_config", "device_map", "bnb_4bit_compute_dtype", "max_memory"),
     )
 )
 

@@ -62,7 +62,8 @@ def batch_size(draft: Draft, stage: str) -> None:
     said = say("import-batch", rows=rows, steps=steps, devices=devices)
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     draft.batch(f"{stage}.batch_size", rows * steps * devices, names, said)
-    several = any(draft.given(name) and draft.raw(name) for name in ("deepspeed", "fsdp", "ray_num_workers"))
+    named = any(draft.given(name) and draft.raw(name) for name in ("deepspeed", "fsdp", "ray_num_workers"))
+    several = named or draft.settings.several
     if draft.settings.devices is None and several:
         draft.remark(say("import-devices", devices=1))
 

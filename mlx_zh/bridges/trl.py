@@ -54,32 +54,32 @@ def convert(draft: Draft, model: str | None) -> str:
         draft.refuse(say("import-trainer", file=draft.settings.path, trainer=shown(trainer)))
         return "sft"
     stage = "sft" if trainer == "sft" else "dpo"
-    unsloth = draft.settings.program == "unsloth"
-    whole = _is_whole(draft, unsloth)
-    name = "model_name" if unsloth and not draft.given("model_name_or_path") else "model_name_or_path"
+    scripted = draft.settings.scripted
+    whole = _is_whole(draft, scripted)
+    name = "model_name" if scripted and not draft.given("model_name_or_path") else "model_name_or_path"
     base_models.convert_model(draft, name, _bits(draft), whole=whole, proposed=model)
     if draft.given("model_revision") and draft.text("model_revision") != "main":
         draft.put("model.revision", draft.text("model_revision"), "model_revision")
     draft.use("model_revision")
-    _adapter(draft, stage, whole, unsloth)
-    if unsloth:
+    _adapter(draft, stage, whole, scripted)
+    if scripted:
         _script_data(draft, stage)
     else:
         _data(draft, stage)
-    _length(draft, unsloth)
+    _length(draft, scripted)
     _packing(draft, stage)
     convert_training(draft, stage)
     if stage == "dpo":
         _preferences(draft, trainer)
     else:
         _sft_loss(draft)
-    _rest(draft, unsloth)
+    _rest(draft, scripted)
     return stage
 
 
-def _is_whole(draft: Draft, unsloth: bool) -> bool:
-    if unsloth:
-        return draft.switch("full_finetuning") or not draft.settings.calls.get("lora")
+def _is_whole(draft: Draft, scripted: bool) -> bool:
+    if scripted:
+        return draft.switch("full_finetuning") or "lora" not in draft.settings.calls
     return not draft.switch("use_peft")
 
 
@@ -88,10 +88,10 @@ def _bits(draft: Draft) -> int | None:
     return 8 if eight else 4 if four else None
 
 
-def _adapter(draft: Draft, stage: str, whole: bool, unsloth: bool) -> None:
-    rank_name = "r" if unsloth else "lora_r"
+def _adapter(draft: Draft, stage: str, whole: bool, scripted: bool) -> None:
+    rank_name = "r" if scripted else "lora_r"
     if whole:
-        draft.put("lora.type", "full", "full_finetuning" if unsloth else "use_peft")
+        draft.put("lora.type", "full", "full_finetuning" if scripted else "use_peft")
         draft.use("lora_r", "r", "lora_alpha", "lora_dropout", "lora_target_modules", "target_modules", "use_dora")
         draft.use("use_rslora")
         return
@@ -109,18 +109,18 @@ def _adapter(draft: Draft, stage: str, whole: bool, unsloth: bool) -> None:
         draft.note("lora_dropout", say("import-dropout-dpo"), "differs")
     else:
         draft.put("lora.dropout", dropout, "lora_dropout")
-    _targets(draft, unsloth)
+    _targets(draft, scripted)
     if draft.switch("use_rslora"):
         draft.put("lora.rslora", True, "use_rslora")
     _layers(draft)
 
 
-def _targets(draft: Draft, unsloth: bool) -> None:
-    name = "target_modules" if unsloth else "lora_target_modules"
+def _targets(draft: Draft, scripted: bool) -> None:
+    name = "target_modules" if scripted else "lora_target_modules"
     targets = draft.names(name)
     if targets:
         put_targets(draft, name, [target for target in targets if target not in ("embed_tokens", "lm_head")] or ["?"])
-    elif unsloth:
+    elif draft.settings.program == "unsloth":
         put_targets(draft, name, [])
     else:
         draft.put("lora.targets", ["q_proj", "v_proj"], name, note=say("import-peft-targets"))
@@ -128,7 +128,7 @@ def _targets(draft: Draft, unsloth: bool) -> None:
     saved += [target for target in targets if target in ("embed_tokens", "lm_head")]
     known = [name for name in dict.fromkeys(saved) if name in ("embed_tokens", "lm_head")]
     if known:
-        draft.put("lora.modules_to_save", known, "modules_to_save" if unsloth else "lora_modules_to_save")
+        draft.put("lora.modules_to_save", known, "modules_to_save" if scripted else "lora_modules_to_save")
     if set(saved) - set(known):
         others = ", ".join(sorted(set(saved) - set(known)))
         key = "modules_to_save" if draft.given("modules_to_save") else "lora_modules_to_save"
@@ -190,14 +190,21 @@ def _mixed(draft: Draft, stage: str, part: Any) -> list[Entry]:
     return [source] if source else []
 
 
-def _share(draft: Draft) -> None:
-    share = draft.number("test_split_size", 0) or 0.0
+def _share(draft: Draft, name: str = "test_split_size") -> None:
+    share = draft.number(name, 0) or 0.0
     if share >= 1:
-        draft.note("test_split_size", say("import-val-rows", rows=f"{share:g}"), "differs")
+        draft.note(name, say("import-val-rows", rows=f"{share:g}"), "differs")
     elif share > 0.5:
-        draft.refuse(say("import-val-share", key="test_split_size", share=f"{share:g}"))
+        draft.refuse(say("import-val-share", key=name, share=f"{share:g}"))
     elif share:
-        draft.put("data.validation_fraction", share, "test_split_size", note=say("import-val"))
+        draft.put("data.validation_fraction", share, name, note=say("import-val"))
+
+
+def _own_text(draft: Draft) -> None:
+    """Tell a script that writes its prompts itself, in place of a chat template."""
+    calls = draft.settings.calls
+    if draft.given("dataset_text_field") and not {"rendered", "template"} & calls.keys():
+        draft.remark(say("import-own-text", column=shown(draft.raw("dataset_text_field"))))
 
 
 def _train_on(draft: Draft, sources: list[Entry]) -> None:
@@ -239,6 +246,11 @@ def _script_data(draft: Draft, stage: str) -> None:
         subset = part.get("name") if isinstance(part.get("name"), str) else None
         source = source_of(draft, str(part["path"]), stage, split=split, subset=subset, files=part.get("data_files"))
         sources += [source] if source else []
+    if isinstance(most := draft.settings.calls.get("data", {}).get("selected"), int):
+        for source in sources:
+            source["max_samples"] = min(most, source.get("max_samples", most))
+    _share(draft, "test_size")
+    _own_text(draft)
     if len(sets) > 1:
         draft.remark(say("import-several-sets", sets=shown([part["path"] for part in sets[1:]])))
     draft.put(f"data.{stage}.train", sources, "load_dataset")
@@ -248,8 +260,8 @@ def _script_data(draft: Draft, stage: str) -> None:
         draft.put("data.train_on", "assistant" if answers else "all", "train_on_responses_only", note=note)
 
 
-def _length(draft: Draft, unsloth: bool) -> None:
-    order = ("max_seq_length", "max_length") if unsloth else ("max_length", "max_seq_length")
+def _length(draft: Draft, scripted: bool) -> None:
+    order = ("max_seq_length", "max_length") if scripted else ("max_length", "max_seq_length")
     name = next((name for name in order if draft.given(name)), order[0])
     draft.put("data.max_length", draft.whole(name, 1) or 1024, name)
     draft.use(*order)
@@ -343,8 +355,8 @@ def _weight(draft: Draft, text: str) -> float:
     return weight
 
 
-def _rest(draft: Draft, unsloth: bool) -> None:
-    name = "use_gradient_checkpointing" if unsloth else "gradient_checkpointing"
+def _rest(draft: Draft, scripted: bool) -> None:
+    name = "use_gradient_checkpointing" if scripted else "gradient_checkpointing"
     if str(draft.raw(name)).lower() in ("true", "unsloth"):
         draft.put("memory.checkpoint_layers", True, name, note=say("import-checkpoint"))
     draft.use(
@@ -356,5 +368,5 @@ def _rest(draft: Draft, unsloth: bool) -> None:
     if draft.given("resume_from_checkpoint"):
         draft.note("resume_from_checkpoint", say("import-resume"))
     draft.use("plain_arguments", "peft_config", "model_init_kwargs")
-    if unsloth and "template" in draft.settings.calls:
+    if scripted and "template" in draft.settings.calls:
         draft.remark(say("import-template-call"))

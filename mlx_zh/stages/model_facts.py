@@ -11,6 +11,7 @@ from mlx_zh.models.export import card
 from mlx_zh.models.export.licences import Licence
 from mlx_zh.models.export.merge import Fusion
 from mlx_zh.models.load import hub_name
+from mlx_zh.models.template_names import llama_factory_name
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.run_folder import TUNED, RunFolder
@@ -39,6 +40,7 @@ def run_facts(recipe: Recipe, fusion: Fusion, title: str, licence: Licence, miss
         settings=settings,
         scores=_scores(run),
         missing=missing,
+        template=llama_factory_name(base.tokenizer.chat_template, str(base.config.get("model_type", ""))),
     )
 
 

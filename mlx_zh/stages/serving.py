@@ -10,6 +10,7 @@ import hmac
 import importlib
 import ipaddress
 import json
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6
 from typing import Any, Self
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import mlx.core as mx
 from mlx_lm import server, tokenizer_utils
@@ -30,11 +32,12 @@ from mlx_zh.corpus.reader import InvalidRow
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.row_messages import messages_of
 from mlx_zh.corpus.tools import described_tools, has_content, with_tools
-from mlx_zh.errors import AdapterError, MlxZhError, ServerError
+from mlx_zh.errors import AdapterError, MlxZhError, ServerError, first_line
 from mlx_zh.language.translation import in_readers_language
+from mlx_zh.models.adapters.files import vocabulary_size
+from mlx_zh.stages.request_settings import DEFAULT, ErrorBody, check_settings, usual_settings
 from mlx_zh.system import device
 
-_DEFAULT = "default_model"  # mlx-lm's name for the model of a request that names none
 _LARGEST = 32 << 20  # bytes of a request
 _BATCH = 8  # answers generated together
 # Who may ask from a page: this machine, and programs whose pages are their own files. A page on the web may not.
@@ -128,13 +131,13 @@ class ServedModels:
 
     def load_default(self) -> None:
         """Load the adapter of requests that name no model."""
-        self.load(_DEFAULT)
+        self.load(DEFAULT)
 
     def load(self, name: str, adapter: str | None = None, draft: str | None = None) -> tuple[Any, Any]:
         """The model of a request, and its tokenizer. Raises ServerError, AdapterError."""
-        if adapter is not None or draft not in (None, _DEFAULT):
+        if adapter is not None or draft not in (None, DEFAULT):
             raise ServerError("this server reads no files for a request; leave out `adapters` and `draft_model`")
-        name = self.default if name == _DEFAULT else name
+        name = self.default if name == DEFAULT else name
         if name not in self.adapters:
             raise ServerError(f"there is no model {name[:80]!r} here; choose from {', '.join(self.adapters)}")
         if (name, None, None) != self.model_key:
@@ -143,6 +146,11 @@ class ServedModels:
             mx.eval(self.model.parameters())
             self.model_key = (name, None, None)
         return self.model, self.tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that have a logit."""
+        return vocabulary_size(self.bot.loaded.model)
 
     def reset(self) -> None:
         """Let go of the model."""
@@ -212,6 +220,10 @@ def parsed_messages(messages: Any, tools: Any = None, system: str | None = None)
 class _Handler(server.APIHandler):
     """mlx-lm's handler, which answers only whom the address admits."""
 
+    timeout = 60  # seconds without a byte, after which a connection is closed
+    _begun = False  # whether a part of the answer is sent
+    _status = 200
+
     def __init__(self, address: Address, generator: Any, *arguments: Any, log: bool, **more: Any) -> None:
         self._address, self._log = address, log
         super().__init__(generator, *arguments, **more)
@@ -245,15 +257,73 @@ class _Handler(server.APIHandler):
         if self._refused(self._address.refusal(self.headers)):
             return
         length = self.headers.get("Content-Length") or "0"
-        if length.isdecimal() and int(length) > _LARGEST:
+        if not (length.isascii() and length.isdecimal()):  # below 0 it would be read to its end, however long
+            self._tell(400, "Content-Length must be a whole number")
+            return
+        if int(length) > _LARGEST:
             self._tell(413, f"a request may have {_LARGEST >> 20} MB")
             return
-        super().do_POST()
+        try:
+            super().do_POST()
+        except OSError:  # the client is gone
+            self.close_connection = True
+        except (ServerError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            self.close_connection = True
+            if not self._begun:
+                self._headers_buffer: list[bytes] = []
+                self._tell(400, f"the request cannot be answered: {first_line(error)}")
+
+    def validate_model_parameters(self) -> None:
+        """Refuse settings with which mlx-lm would fail while it computes, and end for all. Raises ValueError."""
+        models: ServedModels = self.response_generator.model_provider
+        for name, default in usual_settings(models.cli_args).items():
+            if getattr(self, name) is None:  # as OpenAI reads it, and many programs send it
+                setattr(self, name, default)
+        for name in ("xtc_probability", "xtc_threshold"):
+            if type(value := getattr(self, name)) is int:
+                setattr(self, name, float(value))
+        try:
+            super().validate_model_parameters()
+            check_settings(self.body, self.logit_bias, models.vocabulary)
+        except ServerError as error:
+            raise ValueError(in_readers_language(str(error))) from error
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if (self.body.get("top_k") or 0) >= models.vocabulary:
+            self.top_k = 0  # all of them
 
     def handle_chat_completions(self) -> Any:
         """The request. What is wrong with its messages is said before the model is asked."""
-        parsed_messages(self.body.get("messages"), self.body.get("tools"))
+        try:
+            parsed_messages(self.body.get("messages"), self.body.get("tools"))
+        except ServerError as error:
+            raise ServerError(in_readers_language(str(error))) from error
         return super().handle_chat_completions()
+
+    def handle_text_completions(self) -> Any:
+        """The request. A prompt that the model does not take is refused before the model is asked."""
+        models: ServedModels = self.response_generator.model_provider
+        prompt = self.body.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise ServerError(in_readers_language("prompt must be text that is not empty"))
+        count = len(models.tokenizer.encode(prompt))
+        if count >= models.bot.context:
+            raise ServerError(
+                in_readers_language(f"the prompt has {count} tokens; the model takes {models.bot.context}")
+            )
+        return super().handle_text_completions()
+
+    def end_headers(self) -> None:
+        """Send the answer's headers."""
+        self._begun = True
+        super().end_headers()
+        if self._status >= 400:
+            self.wfile: Any = ErrorBody(self.wfile)
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """Begin the answer's headers."""
+        self._status = code
+        super().send_response(code, message)
 
     def handle_models_request(self) -> None:
         """The names of the models, the default first."""
@@ -261,10 +331,13 @@ class _Handler(server.APIHandler):
         names = sorted(models.adapters, key=lambda name: name != models.default)
         wanted = self.path.partition("/v1/models/")[2]
         data = [{"id": name, "object": "model", "created": self.created, "owned_by": "mlx-zh"} for name in names]
+        one = next((model for model in data if model["id"] == wanted), None)
+        if wanted and one is None:
+            self._tell(404, f"there is no model {wanted[:80]!r} here; choose from {', '.join(names)}")
+            return
         self._set_completion_headers(200)
         self.end_headers()
-        data = [model for model in data if wanted in ("", model["id"])]
-        self.wfile.write(json.dumps({"object": "list", "data": data}, ensure_ascii=False).encode())
+        self.wfile.write(json.dumps(one or {"object": "list", "data": data}, ensure_ascii=False).encode())
 
     def _refused(self, why: str | None) -> bool:
         if why is not None:
@@ -278,8 +351,36 @@ class _Handler(server.APIHandler):
         self.wfile.write(json.dumps({"error": {"message": in_readers_language(why)}}, ensure_ascii=False).encode())
 
 
+class _Generator(server.ResponseGenerator):
+    """mlx-lm's generator, which goes on after a request with which the computation failed."""
+
+    def __init__(self, models: ServedModels, cache: Any) -> None:
+        self._waiting: WeakSet[Any] = WeakSet()
+        super().__init__(models, cache)  # starts a thread
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        if request is not None:
+            self._waiting.add(request[0])
+        return request
+
+    def _run_generate(self) -> None:
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:  # whatever it is, other requests are answered
+                waiting = list(self._waiting)
+                for queue in waiting:
+                    queue.put(ServerError(f"the answer could not be computed: {first_line(error)}"))
+                self._waiting.clear()
+                mx.random.seed(time.time_ns() % 2**32)  # a compiled sampler that failed leaves its tracers there
+                if not waiting:  # the model itself cannot be loaded
+                    self._generation_failed = True
+                    return
+
+
 class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
+    request_queue_size = 64  # connections that wait; 5 by default, and programs ask several at once
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up, or sends what is no request, is no error of the server."""
@@ -298,9 +399,7 @@ class RunningServer:
             models.load_default()
         except AdapterError as error:
             raise ServerError(f"the adapter cannot be served: {error}") from error
-        kind = type(
-            "_Server", (ThreadingHTTPServer,), {"address_family": AF_INET6 if ":" in address.host else AF_INET}
-        )
+        kind = type("_Server", (_Listener,), {"address_family": AF_INET6 if ":" in address.host else AF_INET})
         handler = partial(self._handle, address, log)
         try:
             self._server = kind((address.host, address.port), handler)
@@ -317,7 +416,7 @@ class RunningServer:
 
     def __enter__(self) -> Self:
         cache = server.LRUPromptCache(self._models.cli_args.prompt_cache_size)
-        self._generator = server.ResponseGenerator(self._models, cache)  # starts a thread
+        self._generator = _Generator(self._models, cache)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -184,6 +184,16 @@ def test_a_template_of_another_family_is_a_difference() -> None:
     assert "template" in differing(factory(template="alpaca"))
 
 
+def test_thinking_is_turned_off_only_where_the_model_has_the_switch() -> None:
+    """LLaMA-Factory's other templates do not read enable_thinking, and model.thinking is refused for other models."""
+    off = factory(template="qwen3", enable_thinking=False)
+    assert off.recipe.model.thinking == "off"
+    plain = factory(template="qwen", enable_thinking=False, model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct")
+    assert plain.recipe.model.thinking == "auto" and not differing(plain)
+    written = factory(template="mimo", enable_thinking=False, model_name_or_path="XiaomiMiMo/MiMo-7B-RL")
+    assert written.recipe.model.thinking == "auto" and differing(written) == ["enable_thinking"]
+
+
 def test_the_tables_name_what_exists() -> None:
     from mlx_zh.bridges.base_models import tables
     from mlx_zh.models.catalog import catalog
@@ -202,11 +212,141 @@ def test_devices_of_a_script() -> None:
     assert of("t.sh", command, devices=5).recipe.sft.batch_size == 40
 
 
+OPTIONS = "--model_name_or_path Qwen/Qwen3-1.7B --per_device_train_batch_size 2 --learning_rate 1e-5"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize(
+    ("start", "devices"),
+    [
+        ("python", 1),
+        ("torchrun --nproc_per_node 4 --nnodes 2", 8),
+        ("deepspeed --num_gpus 3", 3),
+        ("deepspeed --include localhost:0,1,2,3@other:0,5 --master_port=9901", 6),
+        ("accelerate launch --gpu_ids 0,2", 2),
+        ("accelerate launch --config_file conf/cards.yaml", 5),
+        ("accelerate launch --config_file conf/one.yaml", 1),
+    ],
+)
+def test_a_script_of_llama_factory_is_not_taken_for_one_of_trl(start: str, devices: int, stage: str) -> None:
+    """Its stages have the names of TRL's trainers; and how many cards each launcher names."""
+    Path("conf").mkdir()
+    Path("conf/cards.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 5\n"
+    )
+    Path("conf/one.yaml").write_text("distributed_type: 'NO'\nnum_processes: 8\n")
+    data = {"sft": "a", "dpo": "pairs", "kto": "marked"}[stage]
+    imported = of("t.sh", f"{start} src/train.py --stage {stage} --do_train --dataset {data} {OPTIONS}\n")
+    assert imported.program == "llama-factory"
+    assert imported.recipe.training("sft" if stage == "sft" else "dpo").batch_size == 2 * devices
+
+
+@pytest.mark.parametrize("start", ["trl sft", "python trl/scripts/sft.py", "accelerate launch -m trl.scripts.sft"])
+def test_scripts_of_trl(start: str) -> None:
+    assert of("t.sh", f"{start} --dataset_name x/y {OPTIONS}\n").program == "trl"
+
+
+@pytest.mark.parametrize(
+    ("named", "devices"),
+    [("num_processes: 4", 4), ("accelerate_config: zero2", 8), ("accelerate_config: no.yaml", 1)],
+)
+def test_devices_in_a_file_of_trl(named: str, devices: int) -> None:
+    """Options of accelerate may stand in TRL's file; TRL's own configurations are for 8 processes."""
+    text = "model_name_or_path: Qwen/Qwen3-1.7B\ndataset_name: x/y\nper_device_train_batch_size: 2\n"
+    imported = of("t.yaml", f"{text}{named}\n")
+    assert imported.recipe.sft.batch_size == 2 * devices
+    assert any("how many" in row.note for row in imported.rows) == (devices == 1)
+    assert not [row for row in imported.rows if "is known" in row.note]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "FORCE_TORCHRUN=1 llamafactory-cli train",
+        "NNODES=2 NODE_RANK=0 llamafactory-cli train",
+        "torchrun src/train.py",
+        "deepspeed src/train.py",
+        "accelerate launch --config_file none.yaml src/train.py",
+    ],
+)
+def test_a_launcher_that_does_not_say_how_many_cards_is_told(start: str) -> None:
+    imported = of("t.sh", f"{start} --stage sft --dataset a {OPTIONS}\n")
+    assert any("how many" in row.note for row in imported.rows)
+
+
+def test_a_usual_file_of_llama_factory_has_no_unknown_setting() -> None:
+    """Settings of its sample files, and those that a file keeps when it is changed to another stage."""
+    imported = factory(
+        per_device_eval_batch_size=1,
+        pref_beta=0.1,
+        pref_loss="sigmoid",
+        freeze_trainable_layers=2,
+        preprocessing_num_workers=16,
+        dataloader_num_workers=4,
+        data_seed=7,
+        max_new_tokens=512,
+        temperature=0.95,
+        metric_for_best_model="eval_loss",
+    )
+    assert not differing(imported)
+
+
 def test_a_command_line_over_its_file() -> None:
     Path("conf").mkdir()
     Path("conf/x.yaml").write_text(yaml.safe_dump({**LEAST, "learning_rate": 1e-3, "lora_rank": 4}))
     recipe = of("t.sh", "export X=6\nllamafactory-cli train conf/x.yaml lora_rank=${X} cutoff_len=99\n").recipe
     assert (recipe.lora.rank, recipe.data.max_length, recipe.sft.learning_rate) == (6, 99, 1e-3)
+
+
+NOTEBOOK = [
+    "%%capture\nimport os\nif 'COLAB_' in os.environ:\n    !pip install unsloth \\\n        accelerate\n%cd /content",
+    "%%bash\nnvidia-smi -L | head -n 1",
+    "from unsloth import FastLanguageModel\nfrom trl import SFTTrainer, SFTConfig\nsize = 1024",
+    "model, tokenizer = FastLanguageModel.from_pretrained(model_name='unsloth/Qwen3-4B', max_seq_length=size)",
+    "model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=8)\ntokenizer?",
+    "data = load_dataset('some/chats')\ndata = data.select(range(900)).train_test_split(test_size=0.1)",
+    "trainer = SFTTrainer(model=model, train_dataset=data['train'], args=SFTConfig(max_steps=30))\ntrainer.train()",
+    "if False:\n    model, tokenizer = FastLanguageModel.from_pretrained('lora_model', max_seq_length=4096)",
+]
+
+
+@pytest.mark.parametrize("form", ["ipynb", "py"])
+def test_the_model_is_the_one_before_the_training(form: str) -> None:
+    """Notebooks load their result again at the end, to try it. Lines for the shell and %%bash are no Python."""
+    cells = [{"cell_type": "code", "source": source.splitlines(keepends=True)} for source in NOTEBOOK]
+    script = "\n".join(source for source in NOTEBOOK if not source.startswith("%%bash"))
+    recipe = of(f"t.{form}", json.dumps({"cells": cells}) if form == "ipynb" else script).recipe
+    assert (recipe.model.path, recipe.data.max_length) == ("qwen3-4b", 1024)
+    assert recipe.data.sft.train[0].max_samples == 900 and recipe.data.validation_fraction == 0.1
+
+
+SCRIPT = """
+from trl import {kind}Config, {kind}Trainer
+from peft import LoraConfig
+data = load_dataset("some/rows", split="train")
+args = {kind}Config(per_device_train_batch_size=4, num_train_epochs=1)
+trainer = {kind}Trainer(model="Qwen/Qwen2.5-0.5B-Instruct", args=args, train_dataset=data, peft_config=LoraConfig())
+"""
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("SFT", 2e-5), ("DPO", 1e-6), ("KTO", 1e-6)])
+def test_a_script_without_unsloth_has_the_defaults_of_trl_and_peft(kind: str, rate: float) -> None:
+    """Unsloth's are others: 2 accumulated, warm-up, weight decay, 4 bits."""
+    imported = of("t.py", SCRIPT.format(kind=kind))
+    recipe, stage = imported.recipe, "sft" if kind == "SFT" else "dpo"
+    training = recipe.training(stage)
+    assert imported.program == "trl"
+    assert (training.batch_size, training.learning_rate, training.warmup_ratio) == (4, rate, 0)
+    assert (training.weight_decay, recipe.seed, recipe.data.max_length) == (0, 42, 1024)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 8, ("q_proj", "v_proj"))
+
+
+def test_a_script_that_writes_its_prompts_itself_is_told() -> None:
+    own = of("t.py", SCRIPT.format(kind="SFT").replace("epochs=1", "epochs=1, dataset_text_field='text'"))
+    assert any("chat template" in row.note for row in own.rows)
+    text = SCRIPT.format(kind="SFT").replace("epochs=1", "epochs=1, dataset_text_field='text'")
+    rendered = of("t.py", f"{text}\nx = tokenizer.apply_chat_template(rows, tokenize=False)\n")
+    assert not any("chat template" in row.note for row in rendered.rows)
 
 
 def test_schedules_of_mlx_lm_that_end_elsewhere_are_told() -> None:

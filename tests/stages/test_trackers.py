@@ -198,5 +198,7 @@ def test_a_failing_tracker_leaves_the_run_as_it_is_and_the_warning_for_the_repor
 
 
 def test_an_unknown_tracker_is_named(project):
-    with pytest.raises(RecipeError, match=r"track\[0\] must be 'tensorboard', 'swanlab' or 'wandb', found 'mlflow'"):
+    with pytest.raises(
+        RecipeError, match=r"track\[0\] must be one of 'tensorboard', 'swanlab', 'wandb', found 'mlflow'"
+    ):
         load_recipe("recipe.yaml", ["track=[mlflow]"])

@@ -67,6 +67,7 @@ class RunFacts:
     settings: Sequence[tuple[str, str]]  # key and value of the recipe
     scores: Sequence[tuple[str, str, str]] = ()  # exam, model, accuracy
     missing: Sequence[str] = ()  # sentences on what the licence demands and the folder does not have
+    template: str = ""  # LLaMA-Factory's name of its chat template, if one is known
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,17 @@ def _use(run: RunFacts, exported: FormatFacts) -> str:
         if exported.kind in ("gguf", "gguf-lora")
         else "; elsewhere, write its path or its name on a hub in place of the dot"
     )
-    return f"{_needed(run, exported)}In this folder{on_hub}:\n\n{text}"
+    return f"{_needed(run, exported)}In this folder{on_hub}:\n\n{text}{_prompts(run, exported)}"
+
+
+def _prompts(run: RunFacts, exported: FormatFacts) -> str:
+    """How prompts must be written, as a paragraph; "" for formats that no training program reads."""
+    if exported.kind not in ("hf", "peft"):
+        return ""
+    text = "Prompts are written by the chat template in this folder, as in training."
+    if run.template:
+        return f"\n\n{text} LLaMA-Factory calls it `template: {run.template}`."
+    return f"\n\n{text} No template of LLaMA-Factory is known to be the same."
 
 
 def _needed(run: RunFacts, exported: FormatFacts) -> str:
