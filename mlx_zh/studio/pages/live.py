@@ -40,7 +40,7 @@ CHARTS: Mapping[str, _Curves] = {
         (worded("training"), "rewards/margins", True),
         (worded("validation"), "eval_rewards/margins", False),
     ),
-    worded("Accuracies"): (
+    worded("Reward accuracies"): (
         (worded("training"), "rewards/accuracies", True),
         (worded("validation"), "eval_rewards/accuracies", False),
     ),
@@ -279,5 +279,5 @@ _FIGURES: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
     (worded("Loss"), "loss", lambda last: f"{last['loss']:.4g}"),
     (worded("Tokens per second"), "tokens_per_second", lambda last: f"{last['tokens_per_second']:,.0f}"),
     (worded("Peak memory"), "peak_memory_gb", lambda last: f"{last['peak_memory_gb']:.2f} GB"),
-    (worded("Accuracies"), "rewards/accuracies", lambda last: f"{last['rewards/accuracies']:.0%}"),
+    (worded("Reward accuracies"), "rewards/accuracies", lambda last: f"{last['rewards/accuracies']:.0%}"),
 )
