@@ -46,6 +46,7 @@ from mlx_zh.studio.projects import LANGUAGE_COOKIE, THEME_COOKIE, Projects, Stud
 from mlx_zh.studio.safety import ASKING
 from mlx_zh.studio.texts import worded
 from mlx_zh.system import crashes
+from mlx_zh.system.redaction import hide
 
 
 class Page(NamedTuple):
@@ -158,7 +159,7 @@ def _frame(studio: Studio, current: Page) -> None:
         menu.on("click", js_handler="() => document.body.classList.toggle('z-open')")
         with ui.element("a").props('href="/"').classes("z-brand"):
             ui.label("mlx-zh")
-        ui.label(" · ".join(str(folder) for folder in studio.folders)).classes("z-where")
+        ui.label(" · ".join(hide(str(folder)) for folder in studio.folders)).classes("z-where")
         other = "en" if studio.language == "zh" else "zh"
         language = ui.button("English" if other == "en" else "中文").props("flat dense no-caps color=grey")
         language.on("click", js_handler=_SET_LANGUAGE.format(cookie=LANGUAGE_COOKIE, language=other))

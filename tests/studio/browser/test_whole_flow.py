@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from studio_server import RunningStudio
+from talk_runs import make_run
 
 from mlx_zh.corpus.preferences import load_preferences
 from mlx_zh.stages.run_folder import RunFolder
@@ -70,8 +71,9 @@ def test_drop_train_stop_resume_compare_talk_vote_examine_export(
 ) -> None:
     page = browser_page(tea_studio, "/new", language="zh")
     page.set_default_timeout(120_000)
-    tea = RunFolder(tea_studio.folder / "runs" / "tea")
-    start(page, spreadsheet, str(model_folder(max_position_embeddings=65536)))
+    tea, model = RunFolder(tea_studio.folder / "runs" / "tea"), model_folder(max_position_embeddings=65536)
+    other = RunFolder(make_run(model, tea_studio.folder, "other"))  # whose models surely give different answers
+    start(page, spreadsheet, str(model))
     recipe = (tea_studio.folder / "kefu.yaml").read_text(encoding="utf-8")
     assert "epochs: 400" in recipe
     assert [path.name for path in (tea_studio.folder / "data").iterdir()] == [
@@ -79,8 +81,8 @@ def test_drop_train_stop_resume_compare_talk_vote_examine_export(
     ]
     stop_and_resume(page, kefu)
     compare(page, tea_studio, "kefu", "tea")
-    talk(page, tea_studio, tea)
-    examine(page)
+    talk(page, tea_studio, other)
+    examine(page, tea_studio, tea)
     export(page, tea)
 
 
@@ -138,7 +140,7 @@ def compare(page: Any, studio: RunningStudio, *names: str) -> None:
 
 
 def talk(page: Any, studio: RunningStudio, run: RunFolder) -> None:
-    """Ask base and SFT; the vote is in the file, as `prepare` reads it."""
+    """Ask base, SFT and DPO; the vote is in the file, as `prepare` reads it."""
     page.goto(f"{studio.base}/talk?run={key_of(run.path)}")
     page.get_by_text("设置", exact=True).click()
     page.get_by_label("回答最长词元数").fill("12")
@@ -147,13 +149,14 @@ def talk(page: Any, studio: RunningStudio, run: RunFolder) -> None:
     page.locator(".z-composer textarea").press("Enter")
     page.locator(".z-vote-button", has_text="SFT").click()
     page.get_by_text("已记录：SFT 更好").wait_for()
-    (pair,), _ = load_preferences(run.feedback)
-    answers = page.locator(".z-answer").count()
-    assert answers == 2 and pair.prompt[-1].content == "茶怎么泡？" and pair.chosen != pair.rejected
+    pairs = load_preferences(run.feedback)[0]
+    assert [pair.prompt[-1].content for pair in pairs] == ["茶怎么泡？"] * 2  # SFT is preferred to the other two
+    assert pairs[0].chosen == pairs[1].chosen and pairs[0].rejected != pairs[1].rejected
 
 
-def examine(page: Any) -> None:
-    """Filter the questions that were won."""
+def examine(page: Any, studio: RunningStudio, run: RunFolder) -> None:
+    """Filter the questions that were won; the navigation stays with the run."""
+    page.goto(f"{studio.base}/data?run={key_of(run.path)}")
     page.get_by_role("link", name="评测").click()
     won = page.get_by_role("button", name="答对了")
     count = int(won.inner_text().split()[-1])
