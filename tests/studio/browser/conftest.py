@@ -11,6 +11,8 @@ import pytest
 from hostile_project import hostile_project
 from studio_server import RunningStudio, studio_process
 
+from mlx_zh.studio.projects import LANGUAGE_COOKIE
+
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -23,31 +25,34 @@ def chromium() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         if program is None and not Path(driver.chromium.executable_path).exists():
             pytest.skip("there is no Chromium")
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
 
+@pytest.fixture(scope="package")
+def visitor(chromium: Any) -> Any:
+    """The cookies and the cache that all pages share: Chromium compiles NiceGUI's scripts once."""
+    return chromium.new_context()
+
+
 @pytest.fixture
-def browser_page(chromium: Any) -> Iterator[Callable[..., Any]]:
+def browser_page(visitor: Any) -> Iterator[Callable[..., Any]]:
     """`browser_page(studio, path="/", width=1400, language="en", dark=False)`: a page of the studio in Chromium.
 
     The test fails if the page reported an error, which includes whatever its Content-Security-Policy refused.
     """
     errors: list[str] = []
-    contexts = []
+    pages = []
 
     def open_page(
         studio: RunningStudio, path: str = "/", *, width: int = 1400, language: str = "en", dark: bool = False
     ) -> Any:
-        context = chromium.new_context(
-            viewport={"width": width, "height": 900},
-            color_scheme="dark" if dark else "light",
-            locale={"en": "en-US", "zh": "zh-CN"}[language],
-        )
-        contexts.append(context)
-        context.add_cookies([{"name": "mlx-zh-language", "value": language, "url": studio.base}])
-        page = context.new_page()
+        visitor.add_cookies([{"name": LANGUAGE_COOKIE, "value": language, "url": studio.base}])
+        page = visitor.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme="dark" if dark else "light")
         page.on("console", lambda message: message.type == "error" and errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(studio.address)
@@ -59,8 +64,8 @@ def browser_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     assert not errors, errors
 
 

@@ -75,7 +75,10 @@ def test_nothing_is_written_where_the_studio_was_started(hostile_studio: Running
     assert sorted(path.name for path in hostile_studio.folder.iterdir()) == ["runs"]
 
 
-@pytest.mark.parametrize(("language", "width", "dark"), [("en", 1400, False), ("zh", 390, True)])
+@pytest.mark.parametrize(
+    ("language", "width", "dark"),
+    [pytest.param("en", 1400, False, marks=pytest.mark.thorough), ("zh", 390, True)],
+)
 def test_runs_are_listed_searched_chosen_and_opened(
     hostile_studio: RunningStudio, browser_page: Callable[..., Any], language: str, width: int, dark: bool
 ) -> None:
@@ -126,12 +129,10 @@ def test_markup_in_names_recipes_warnings_and_logs_stays_text(
     page.goto(f"{hostile_studio.base}/run?run={hostile}")
     page.locator(".z-log").wait_for()
     assert page.get_by_text(MARKUP).count() >= 4  # name and model, reason, warning, log
-    for each in PAGES:
-        page.goto(f"{hostile_studio.base}{each.path}?run={hostile}&runs={hostile}")
-        page.wait_for_selector(".z-brand")
     assert page.evaluate("window.hacked") is None
 
 
+@pytest.mark.thorough
 def test_runs_are_compared_and_the_page_is_saved(
     hostile_studio: RunningStudio, browser_page: Callable[..., Any]
 ) -> None:
@@ -242,12 +243,8 @@ def test_two_studios_run_side_by_side_each_with_its_own_token(
     assert get(second, "/")[0] == get(hostile_studio, "/")[0] == 200
     page = browser_page(second, width=390, language="zh")
     page.get_by_text("还没有训练记录").wait_for()
-    for path, said in (
-        ("/talk", "还没有可以对话的训练"),
-        ("/compare", "还没有两次训练可以对比"),
-        ("/exams", "还没有训练记录"),
-    ):
-        page.goto(f"{second.base}{path}")
-        page.get_by_text(said).wait_for()
+    page.goto(f"{second.base}/talk")
+    page.get_by_text("还没有可以对话的训练").wait_for()
+    page.close()
     second.process.terminate()
     assert second.process.wait(10) == 0

@@ -62,6 +62,7 @@ def spreadsheet(tmp_path: Path) -> Path:
     return tmp_path / FILE
 
 
+@pytest.mark.slow
 def test_drop_train_stop_resume_compare_talk_vote_examine_export(
     tea_studio: RunningStudio,
     browser_page: Any,
