@@ -284,7 +284,7 @@ EXACT = {
     "corpus/build.py", "corpus/hub_rows.py", "corpus/joined_encoding.py", "corpus/scan.py", "corpus/shards.py",
     "models/export/recover.py", "models/export/safetensors_file.py", "stages/choosing.py", "stages/device_check.py",
     "stages/rounds.py", "stages/tokenizer_cache.py", "system/digests.py", "system/downloads.py", "system/hub.py",
-    "training/checkpoints.py", "system/storage.py",
+    "training/checkpoints.py", "system/storage.py", "import.py",
 }  # fmt: skip
 # Files that no text of the user goes into: downloads, prepared data, pictures, tensors, records of floats, locks.
 BINARY = {
@@ -299,6 +299,7 @@ OTHERS = {
     "models/export/licences.py": "licence files of the base",
     "system/links.py": "files of the base model",
     "stages/first_recipe.py": "the user's own recipe",
+    "bridges/project.py": "the same, for a moment, to read it again",
     "system/blas.py": "names of functions",
     "system/entry.py": "/dev/null",
     "distributed/world.py": "/dev/null",
@@ -307,6 +308,10 @@ OTHERS = {
     "system/record_lines.py": "judgements of answers, which are training data",
     "stages/placing.py": "copies of the exported model",
     "stages/sampling.py": "cuts off half a line",
+    "studio/draft.py": "the user's own recipe",
+    "studio/drafting.py": "a pipe to the studio",
+    "studio/processes.py": "locks, and what a command prints",
+    "studio/uploads.py": "the user's own data",
 }
 WRITES = {"write_text", "write_bytes", "savez", "savez_compressed", "copyfile", "copytree", "copy2",
           "save_pretrained", "mkstemp", "NamedTemporaryFile", "save_safetensors", "written_whole"}  # fmt: skip

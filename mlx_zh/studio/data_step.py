@@ -70,7 +70,7 @@ class DataStep:
                 ui.label(sample["place"] + (f" · {sample['label']}" if sample["label"] else "")).classes("z-note")
                 with ui.element("div").classes("z-sample"):
                     for text, learned in sample["parts"]:
-                        ui.label(text).classes("z-learned" if learned else "z-unlearned")
+                        ui.label(text).classes("z-span z-learned" if learned else "z-span")
 
     def _draw_upload(self) -> None:
         studio = self._studio

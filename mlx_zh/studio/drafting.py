@@ -17,6 +17,7 @@ from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.studio.recipe_check import check_recipe
 from mlx_zh.studio.yaml_edit import with_value
+from mlx_zh.system.json_text import parse_json
 from mlx_zh.system.redaction import printable
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def _fitting(step: Any, settings: Memory, machine: Machine) -> dict[str, Any] | 
 
 def answer(desk: Desk, line: str) -> dict[str, Any]:
     """The answer to a request."""
-    request = json.loads(line)
+    request = parse_json(line)
     os.environ["MLX_ZH_LANG"] = request["language"]
     try:
         return {"value": desk.answers[request["ask"]](**request["with"])}

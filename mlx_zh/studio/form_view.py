@@ -172,22 +172,23 @@ def _short(value: Any) -> str:
 class YamlView:
     """The recipe's text in an editor, with what is wrong in it."""
 
-    def __init__(self, studio: Studio, draft: Draft, changed: Callable[[], Awaitable[None]], dark: bool) -> None:
+    def __init__(self, studio: Studio, draft: Draft, changed: Callable[[], Awaitable[None]]) -> None:
         self._studio, self._draft, self._changed = studio, draft, changed
-        self._dark = dark
         self._editor: ui.codemirror | None = None
         with ui.element("div").classes("z-yaml-side"):
             self._place = ui.element("div").classes("z-yaml")
             self._findings = ui.element("div")
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Make the editor once it can be seen: one that is made hidden measures its lines wrongly."""
         if self._editor is None:
+            # The page may be dark because the system is, which only the browser knows.
+            dark = await ui.run_javascript("document.body.classList.contains('body--dark')", timeout=10)
             with self._place:
                 self._editor = ui.codemirror(
                     self._draft.text,
                     language="YAML",
-                    theme="vscodeDark" if self._dark else "vscodeLight",
+                    theme="vscodeDark" if dark else "vscodeLight",
                     indent="  ",
                     on_change=self._change,
                 )

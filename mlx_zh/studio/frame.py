@@ -46,15 +46,20 @@ from mlx_zh.studio.projects import LANGUAGE_COOKIE, THEME_COOKIE, Projects, Stud
 from mlx_zh.studio.safety import ASKING
 from mlx_zh.studio.texts import worded
 from mlx_zh.system import crashes
+from mlx_zh.system.redaction import hide
 
 
 class Page(NamedTuple):
-    """A page. `builder` is "MODULE:FUNCTION" in `studio/pages`; one without an icon is not in the navigation."""
+    """A page. `builder` is "MODULE:FUNCTION" in `studio/pages`; one without an icon is not in the navigation.
+
+    A page `of_run` is about the run of its address, and the navigation stays with that run.
+    """
 
     path: str
     title: str
     builder: str
     icon: str = ""
+    of_run: bool = False
 
 
 PAGES = (
@@ -62,10 +67,10 @@ PAGES = (
     Page("/run", worded("Run"), "live:live_page"),
     Page("/new", worded("New run"), "new_run:new_run_page", "add_circle_outline"),
     Page("/compare", worded("Compare"), "compare:compare_page", "compare_arrows"),
-    Page("/talk", worded("Talk"), "talk:talk_page", "chat_bubble_outline"),
-    Page("/exams", worded("Exams"), "exams:exams_page", "fact_check"),
-    Page("/data", worded("Data"), "data:data_page", "dataset"),
-    Page("/export", worded("Export"), "export:export_page", "ios_share"),
+    Page("/talk", worded("Talk"), "talk:talk_page", "chat_bubble_outline", of_run=True),
+    Page("/exams", worded("Exams"), "exams:exams_page", "fact_check", of_run=True),
+    Page("/data", worded("Data"), "data:data_page", "dataset", of_run=True),
+    Page("/export", worded("Export"), "export:export_page", "ios_share", of_run=True),
 )
 
 _UNKNOWN = Page("", worded("No such page"), "unknown:unknown_page")
@@ -154,7 +159,7 @@ def _frame(studio: Studio, current: Page) -> None:
         menu.on("click", js_handler="() => document.body.classList.toggle('z-open')")
         with ui.element("a").props('href="/"').classes("z-brand"):
             ui.label("mlx-zh")
-        ui.label(" · ".join(str(folder) for folder in studio.folders)).classes("z-where")
+        ui.label(" · ".join(hide(str(folder)) for folder in studio.folders)).classes("z-where")
         other = "en" if studio.language == "zh" else "zh"
         language = ui.button("English" if other == "en" else "中文").props("flat dense no-caps color=grey")
         language.on("click", js_handler=_SET_LANGUAGE.format(cookie=LANGUAGE_COOKIE, language=other))
@@ -172,7 +177,10 @@ _SET_THEME = (
 
 
 def _navigation_link(studio: Studio, page: Page, current: Page) -> None:
-    with ui.element("a").props(f'href="{page.path}"').classes("z-nav") as link:
+    run = studio.query.get("run")
+    target = address(page.path, run=run) if run and page.of_run else page.path
+    with ui.element("a").classes("z-nav") as link:
+        link.props["href"] = target
         ui.icon(page.icon).props("aria-hidden=true")
         ui.label(studio.say(page.title))
     if page.path == current.path or (page.path == "/" and current.path == "/run"):

@@ -29,6 +29,7 @@ from mlx_zh.system.holders import holder
 from mlx_zh.system.json_text import read_object
 from mlx_zh.system.links import check_file, is_readable
 from mlx_zh.system.locks import NAME as LOCK
+from mlx_zh.system.redaction import redact, redacted
 from mlx_zh.system.storage import storage_errors
 
 _ours: dict[Path, subprocess.Popen[bytes]] = {}  # the runs that this process started, to notice their end
@@ -94,7 +95,7 @@ def start(run: RunFolder, command: Command, environment: dict[str, str] | None =
             child = _launch(run, command, descriptor, environment)
             about = {"process": child.pid, "command": command.words, "folder": str(command.folder)}
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(about).encode(), 0)
+            os.pwrite(descriptor, json.dumps(redacted(about)).encode(), 0)
         finally:
             os.close(descriptor)  # the child has inherited it, and with it the lock
         with suppress(FileNotFoundError):
@@ -225,7 +226,7 @@ def _launch(
     run: RunFolder, command: Command, descriptor: int, environment: dict[str, str] | None
 ) -> subprocess.Popen[bytes]:
     with run.log.open("ab") as output:
-        output.write(f"\n$ {command.text}\n".encode())
+        output.write(f"\n$ {redact(command.text)}\n".encode())
         output.flush()
         return subprocess.Popen(
             [sys.executable, *command.words],

@@ -73,7 +73,9 @@ class Studio:
 
     def error(self, error: MlxZhError | str) -> str:
         """The message of an error, or a notice, in the page's language."""
-        return in_readers_language(str(error) if isinstance(error, MlxZhError) else error, self.language)
+        text = in_readers_language(str(error) if isinstance(error, MlxZhError) else error, self.language)
+        first = text.partition(" ")[0]  # in a terminal, `error: ` stands before it; a key or a file name stays
+        return text[:1].upper() + text[1:] if first.isascii() and first.isalpha() else text
 
     def is_inside(self, path: Path) -> bool:
         """Whether a path, its links followed, is in one of the folders."""

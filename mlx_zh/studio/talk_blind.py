@@ -79,7 +79,7 @@ class BlindView:
         self._place.clear()
         self._cards = []
         with self._place, ui.element("section").classes("z-round") as place:
-            ui.label(text).classes("z-question z-text")
+            ui.label(text).classes("z-asked z-text")
             with ui.element("div").classes("z-answers").style("--columns: 2"):
                 for name in "AB":
                     card = AnswerCard(self._studio, Answer(), name, figures=False, stop=self._talk.stop)

@@ -99,7 +99,7 @@ class RoundsView:
         one = Round(text, columns)
         self._rounds.append(one)
         with self._place, ui.element("section").classes("z-round") as one.place:
-            ui.label(text).classes("z-question z-text")
+            ui.label(text).classes("z-asked z-text")
             grid = ui.element("div").classes("z-answers").style(f"--columns: {len(columns)}")
             one.vote = ui.element("div").classes("z-vote")
         with grid:

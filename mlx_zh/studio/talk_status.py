@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nicegui import ui
@@ -101,7 +102,8 @@ def _gb(need: float, free: float) -> dict[str, str]:
 
 
 def _about(about: dict[str, object]) -> dict[str, object]:
-    return {"model": about.get("model", ""), "context": f"{about.get('context', 0):,}"}
+    model = str(about.get("model", ""))
+    return {"model": Path(model).name if model.startswith("/") else model, "context": f"{about.get('context', 0):,}"}
 
 
 def _progress(studio: Studio, progress: dict[str, object]) -> str:

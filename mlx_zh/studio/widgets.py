@@ -64,6 +64,12 @@ def code(text: str) -> ui.element:
     return block
 
 
+def toggle(options: Mapping[Any, str], value: Any, change: Callable[[Any], object]) -> ui.toggle:
+    """A row of choices of which one is taken; `change` gets the event with the new value."""
+    made = ui.toggle(dict(options), value=value, on_change=change)
+    return made.props("no-caps unelevated dense").classes("z-toggle")
+
+
 def table(
     columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], *, row_key: str = "key", **options: Any
 ) -> ui.table:
@@ -105,6 +111,7 @@ def remove_chart(made: ui.echart) -> None:
 def _options(
     curves: Mapping[str, Sequence[Point]], x: str, faint: Sequence[str], dots: Sequence[str], zoom: bool
 ) -> dict[str, Any]:
+    clear = [name for name in curves if name not in faint]  # a pale curve explains itself beside its smoothed one
     return {
         "grid": {"left": 4, "right": 52, "top": 30, "bottom": 4, "containLabel": True},
         "animation": False,
@@ -122,7 +129,8 @@ def _options(
             "textStyle": {"color": _GREY},
             "itemHeight": 8,
             "itemWidth": 14,
-            "show": len(curves) > 1,
+            "data": clear,
+            "show": len(clear) > 1,
         },
         "xAxis": {"type": "value", "name": x, "min": "dataMin", "max": "dataMax", "minInterval": 1, **_axis()},
         "yAxis": {"type": "value", "scale": True, **_axis()},

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mlx_zh.errors import StudioError
 from mlx_zh.language.catalogue import Language
+from mlx_zh.system.json_text import parse_json
 
 _LONGEST = 2**25  # bytes of an answer
 _IDLE = 120.0  # seconds after which an unused process ends: it holds memory that a run may need
@@ -94,7 +95,7 @@ async def _asked(process: asyncio.subprocess.Process, what: str, language: Langu
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps({"ask": what, "language": language, "with": values}).encode() + b"\n")
     await process.stdin.drain()
-    answer: dict[str, Any] = json.loads(await process.stdout.readline())
+    answer: dict[str, Any] = parse_json(await process.stdout.readline())
     return answer
 
 

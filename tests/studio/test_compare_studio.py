@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nicegui")
-sys.path.append(str(Path(__file__).parents[1]))
-from small_runs import paired, write_exam, write_run
+from hostile_project import HOSTILE, comparable_runs
 
 from mlx_zh.stages.run_list import key_of
-
-HOSTILE = "<img src=x onerror='window.hacked = 1'>"
 
 
 @pytest.fixture
 def runs(project: Path) -> list[Path]:
-    first, second = (write_run(project / "runs" / name) for name in ("first", "second"))
-    write_exam(first, {"base": "10" * 100, "sft": paired(12, 1)[0]})
-    write_exam(second, {"base": "10" * 100, "sft": paired(12, 1)[1]}, title=HOSTILE)
-    hostile = write_run(project / "runs" / "third", sft={"learning_rate": 3e-4}).rename(project / "runs" / HOSTILE)
-    return [first, second, hostile]
+    return comparable_runs(project / "runs")
 
 
 def simulate(project: Path, visit: Callable[..., Awaitable[None]], language: str = "en") -> None:
@@ -71,16 +63,3 @@ def test_without_a_choice_the_page_says_what_to_do_in_chinese(project, runs):
         await user.should_see("mlx-zh compare RUN RUN")
 
     simulate(project, visit, "zh")
-
-
-def test_the_page_in_chromium(studio_at, browser_page, project, runs):
-    studio = studio_at(project)
-    page = browser_page(studio, f"/compare?runs={','.join(map(key_of, runs))}", width=390)
-    page.wait_for_selector(".z-compare canvas")
-    assert page.evaluate("window.hacked") is None
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    with page.expect_download() as download:
-        page.locator("button", has_text="Save as one HTML file").click()
-    assert download.value.suggested_filename.startswith("compare-first-second")
-    saved = download.value.path().read_text()
-    assert saved.startswith("<!doctype html>") and "+5.50" in saved and "<img" not in saved

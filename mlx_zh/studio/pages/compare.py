@@ -259,18 +259,15 @@ class _Page:
                     scale = 100 if curves.percent else 1
                     lines = {self._in(s.name): [(x, scale * y) for x, y in s.points] for s in curves.series}
                     dots = [self._in(series.name) for series in curves.series if series.kind == "marks"]
-                    with ui.element("div").classes("z-card"):
-                        ui.label(self._in(curves.title)).classes("z-compare-exam")
-                        made = widgets.chart("", lines, x=self._in(curves.along or say("step")), dots=dots)
+                    title, along = self._in(curves.title), self._in(curves.along or say("step"))
+                    made = widgets.chart(title, lines, x=along, dots=dots)
                     for drawn, series in zip(made.options["series"], curves.series, strict=True):
                         drawn["itemStyle"]["color"] = widgets.COLOURS[series.color]
                     made.update()
 
         if len(stage.charts) > 1:
             names = {axis: self._in(axis_name(axis)) for axis in stage.charts}
-            toggle = ui.toggle(names, value=stage.axis, on_change=lambda event: show(event.value))
-            toggle.props("no-caps unelevated padding='3px 12px'").classes("z-compare-axis")
-            toggle.move(target_index=1)
+            widgets.toggle(names, stage.axis, lambda event: show(event.value)).move(target_index=1)
         if stage.axis == "scored_tokens":
             ui.label(self._in(say("compare-tokens-note"))).classes("z-note")
         show(stage.axis)

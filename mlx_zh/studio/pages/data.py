@@ -88,8 +88,7 @@ async def data_page(studio: Studio) -> None:
     first = asked if asked in found else next(iter(found))
     if len(found) > 1:
         names = {stage: stage_name(studio, stage) for stage in found}
-        switch = ui.toggle(names, value=first, on_change=lambda event: show(event.value))
-        switch.props("no-caps unelevated dense").classes("z-toggle")
+        widgets.toggle(names, first, lambda event: show(event.value))
         place.move(target_index=-1)
     show(first)
 
@@ -402,8 +401,7 @@ class _LeftOut:
             names = {reason: self._label(reason) for reason in [*reasons, *(self._counts.keys() - reasons.keys())]}
             self._place = ui.element("div").classes("z-column")
             first = next(iter(names))
-            switch = ui.toggle(names, value=first, on_change=lambda event: self._show(event.value))
-            switch.props("no-caps unelevated dense").classes("z-toggle").move(target_index=1)
+            widgets.toggle(names, first, lambda event: self._show(event.value)).move(target_index=1)
             self._show(first)
 
     def _label(self, reason: str) -> str:

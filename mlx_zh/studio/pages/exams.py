@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +37,7 @@ from mlx_zh.studio import widgets
 from mlx_zh.studio.kept import Kept
 from mlx_zh.studio.paging import page_numbers
 from mlx_zh.studio.projects import Studio
-from mlx_zh.studio.run_choice import chosen_run, project_of, recipe_of, stage_name
+from mlx_zh.studio.run_choice import chosen_run, named_from, project_of, recipe_of, stage_name
 from mlx_zh.studio.texts import worded
 from mlx_zh.studio.threads import in_thread
 
@@ -139,19 +140,14 @@ def _draw(studio: Studio, info: RunInfo, results: _Results) -> None:
     first = asked_for if asked_for in by_key else next(iter(by_key))
     if len(by_key) > 1:
         titles = {key: exam.title for key, exam in by_key.items()}
-        switch = ui.toggle(titles, value=first, on_change=lambda event: show(event.value))
-        switch.props("no-caps unelevated dense").classes("z-toggle").move(target_index=0)
+        widgets.toggle(titles, first, lambda event: show(event.value)).move(target_index=0)
     show(first)
 
 
 def _draw_empty(studio: Studio, info: RunInfo) -> None:
     hint = worded("An exam asks the same questions before and after training. Add one to the recipe, or run:")
-    with widgets.empty(
-        studio.say("This run has no exam results yet"),
-        studio.say(hint),
-        f"mlx-zh eval {info.name} --benchmark ceval",
-    ):
-        pass
+    command = shlex.join(["mlx-zh", "eval", named_from(project_of(studio, info), info.path), "--benchmark", "ceval"])
+    widgets.empty(studio.say("This run has no exam results yet"), studio.say(hint), command)
 
 
 def _draw_exam(studio: Studio, info: RunInfo, exam: ExamResult) -> None:
@@ -256,8 +252,7 @@ class _Questions:
             widgets.note_card(
                 say("The exam's files have changed since, so a text may not be the one that was asked.")
             )
-        self._kinds = ui.toggle(self._labels(data), value="all", on_change=self._changed("kind"))
-        self._kinds.props("no-caps unelevated dense").classes("z-toggle")
+        self._kinds = widgets.toggle(self._labels(data), "all", self._changed("kind"))
         with ui.element("div").classes("z-row"):
             stages = {stage: stage_name(self._studio, stage) for stage in data.asked.stages}
             if len(stages) > 1:

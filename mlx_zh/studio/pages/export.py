@@ -73,16 +73,7 @@ class _Export:
         """Draw the page's parts."""
         self._results = ui.element("div").classes("z-column")
         self._draw_results()
-        if self._info.folder.newest_adapter() is None:
-            text = worded(
-                "This run has no trained adapter yet. It can be exported when a training stage is finished."
-            )
-            widgets.note_card(self._studio.say(text))
-            return
-        if self._recipe is None:
-            widgets.note_card(
-                self._studio.say("The recipe in this run cannot be read, so it cannot be exported here.")
-            )
+        if self._recipe is None or self._info.folder.newest_adapter() is None:
             return
         self._draw_form(self._recipe)
         self._draw_programs(self._recipe)
@@ -98,9 +89,7 @@ class _Export:
             if is_damaged(self._info.folder):
                 widgets.note_card(say("The summary of the exports is damaged; the next export writes it again."))
             elif not found:
-                widgets.empty(
-                    say("Nothing is exported yet"), say("Choose formats below. The run itself does not change.")
-                )
+                widgets.empty(say("Nothing is exported yet"), self._what_to_do())
             if found:
                 with ui.element("div").classes("z-grid"):
                     for one in found:
@@ -110,6 +99,14 @@ class _Export:
                     "text, against base model and adapter side by side."
                 )
                 ui.label(say(text)).classes("z-note")
+
+    def _what_to_do(self) -> str:
+        say = self._studio.say
+        if self._info.folder.newest_adapter() is None:
+            return say("This run has no trained adapter yet. It can be exported when a training stage is finished.")
+        if self._recipe is None:
+            return say("The recipe in this run cannot be read, so it cannot be exported here.")
+        return say("Choose formats below. The run itself does not change.")
 
     def _draw_result(self, one: Exported) -> None:
         say = self._studio.say

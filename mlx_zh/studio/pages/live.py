@@ -15,7 +15,7 @@ from mlx_zh.studio import widgets
 from mlx_zh.studio.curves import MOST_POINTS, Point, smoothed
 from mlx_zh.studio.frame import address
 from mlx_zh.studio.live_metrics import LiveMetrics, age, end_of
-from mlx_zh.studio.pages.runs import STATES, gain_text, hours_text, short
+from mlx_zh.studio.pages.runs import STATES, gain_text, hours_text, model_name, short
 from mlx_zh.studio.processes import end_of_log
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.run_controls import RunControls
@@ -40,7 +40,7 @@ CHARTS: Mapping[str, _Curves] = {
         (worded("training"), "rewards/margins", True),
         (worded("validation"), "eval_rewards/margins", False),
     ),
-    worded("Accuracies"): (
+    worded("Reward accuracies"): (
         (worded("training"), "rewards/accuracies", True),
         (worded("validation"), "eval_rewards/accuracies", False),
     ),
@@ -86,16 +86,18 @@ class _Live:
 
     def _about(self) -> str:
         separator = "、" if self._studio.language == "zh" else ", "
-        return " · ".join(part for part in (self._info.model, separator.join(map(short, self._info.data))) if part)
+        return " · ".join(
+            part for part in (model_name(self._info), separator.join(map(short, self._info.data))) if part
+        )
 
     def _draw_links(self) -> None:
         """Where to go on from here."""
         say, key = self._studio.say, self._info.key
         with ui.element("div").classes("z-row"):
-            for title, path in ((say("Exams"), "/exams"), (say("Data"), "/data"), (say("Talk"), "/talk")):
+            ui.link(say("Compare"), address("/compare", runs=key)).classes("z-link")
+            for title, path in ((say("Talk"), "/talk"), (say("Exams"), "/exams"), (say("Data"), "/data")):
                 ui.link(title, address(path, run=key)).classes("z-link")
             ui.link(say("Export"), address("/export", run=key)).classes("z-link")
-            ui.link(say("Compare"), address("/compare", runs=key)).classes("z-link")
 
     async def _refresh(self) -> None:
         info = await run.io_bound(self._studio.run, self._info.key)
@@ -125,10 +127,8 @@ class _Live:
         self._stages.clear()
         if len(self._info.stages) > 1:
             with self._stages:
-                toggle = ui.toggle({name: name.upper() for name in self._info.stages}, value=stage)
-                toggle.props("no-caps unelevated dense padding='2px 14px'").on_value_change(
-                    lambda event: self._choose(event.value)
-                )
+                names = {name: name.upper() for name in self._info.stages}
+                widgets.toggle(names, stage, lambda event: self._choose(event.value))
 
     def _draw_figures(self) -> None:
         figures = self._figure_texts()
@@ -279,5 +279,5 @@ _FIGURES: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
     (worded("Loss"), "loss", lambda last: f"{last['loss']:.4g}"),
     (worded("Tokens per second"), "tokens_per_second", lambda last: f"{last['tokens_per_second']:,.0f}"),
     (worded("Peak memory"), "peak_memory_gb", lambda last: f"{last['peak_memory_gb']:.2f} GB"),
-    (worded("Accuracies"), "rewards/accuracies", lambda last: f"{last['rewards/accuracies']:.0%}"),
+    (worded("Reward accuracies"), "rewards/accuracies", lambda last: f"{last['rewards/accuracies']:.0%}"),
 )

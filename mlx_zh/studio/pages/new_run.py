@@ -19,9 +19,8 @@ from mlx_zh.studio.data_step import DataStep
 from mlx_zh.studio.draft import BUDGETS, Draft, nearest_budget, opened, recipes
 from mlx_zh.studio.form_view import FormView, YamlView
 from mlx_zh.studio.frame import address
-from mlx_zh.studio.projects import THEME_COOKIE, Projects, Studio
+from mlx_zh.studio.projects import Projects, Studio
 from mlx_zh.studio.recipe_check import Finding
-from mlx_zh.studio.safety import ASKING
 from mlx_zh.studio.texts import worded
 from mlx_zh.studio.verdict import VerdictView, duration
 from mlx_zh.studio.worker import Latest, Worker
@@ -150,7 +149,6 @@ class NewRun:
 
     def _draw_recipe(self) -> None:
         studio = self._studio
-        dark = ASKING.get().cookies.get(THEME_COOKIE) == "dark"
         with (
             ui.element("section").classes("z-card"),
             ui.expansion(studio.say("Advanced: every setting, and the recipe as YAML")) as fold,
@@ -164,7 +162,7 @@ class NewRun:
                     self._form = FormView(self._studio, self._draft, self._text_changed)
                     self._form.draw_first()
                     self._form.draw_rest()
-                self._yaml = YamlView(self._studio, self._draft, self._text_changed, dark)
+                self._yaml = YamlView(self._studio, self._draft, self._text_changed)
             fold.on("after-show", self._yaml.open)
 
     # ---- filling

@@ -41,7 +41,7 @@ class _Runs:
         with ui.element("div").classes("z-row"):
             with ui.element("div").classes("z-grow"):
                 widgets.heading(say("Runs"))
-            self._compare = ui.button(say("Compare"), on_click=self._open_comparison).props("flat no-caps")
+            self._compare = ui.button(say("Compare"), on_click=self._open_comparison).props("outline no-caps")
             ui.button(say("New run"), on_click=lambda: ui.navigate.to("/new")).props("unelevated no-caps")
         self._hint = ui.label().classes("z-note")
         self._place = ui.element("div")
@@ -161,15 +161,21 @@ def _row(studio: Studio, info: RunInfo) -> dict[str, Any]:
         "state": info.state,
         "state_text": studio.say(STATES[info.state]),
         "why": studio.error(info.why) if info.why else "",
-        "model": info.model or "—",
+        "model": model_name(info) or "—",
         "data": separator.join(map(short, info.data)),
         "hours": info.hours,
         "best_loss": info.best_loss,
         "exam_gain": info.exam_gain,
         "changed": info.changed,
-        "facts": " · ".join([info.model or "—", *facts, changed]),
+        "facts": " · ".join([model_name(info) or "—", *facts, changed]),
         **{f"{name}_text": text for name, text in texts.items()},
     }
+
+
+def model_name(info: RunInfo) -> str:
+    """The model's id, or the name of its folder."""
+    model = info.model or ""
+    return short(model) if model.startswith(("/", ".", "~")) else model
 
 
 def short(name: str) -> str:

@@ -145,9 +145,7 @@ async def talk_page(studio: Studio) -> None:
         ).props("outlined dense options-dense").classes("z-talk-run")
         chooser = ui.element("div").classes("z-row z-talk-chooser")
         modes = {False: studio.say("Side by side"), True: studio.say("Blind arena")}
-        ui.toggle(modes, value=blind, on_change=lambda event: ui.navigate.to(_address(info.key, event.value))).props(
-            "dense no-caps unelevated padding='4px 14px'"
-        ).classes("z-talk-mode")
+        widgets.toggle(modes, blind, lambda event: ui.navigate.to(_address(info.key, event.value)))
     talk = await run.io_bound(_opened, studio, info, list(infos.values()))
     assert talk is not None
     settings = SettingsView(studio, talk.recipe, talk.talker)

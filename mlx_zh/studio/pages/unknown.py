@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mlx_zh.errors import StudioError
+from mlx_zh.studio import widgets
 from mlx_zh.studio.projects import Studio
 
 
 def unknown_page(studio: Studio) -> None:
-    """Always raises StudioError."""
-    raise StudioError("there is no page at this address. Choose one from the menu.")
+    """Say so."""
+    widgets.empty(studio.say("No such page"), studio.say("Choose one from the menu."))

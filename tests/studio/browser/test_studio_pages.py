@@ -8,56 +8,17 @@ import json
 import shutil
 import socketserver
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from studio_server import RunningStudio, studio_process
+from hostile_project import HOSTILE, MARKUP, SECRET, train, write
+from studio_server import RunningStudio
 
 from mlx_zh.stages.run_list import RunList, key_of
 from mlx_zh.studio.frame import PAGES
-
-MARKUP = "<img src=x onerror=window.hacked=1>"
-SECRET = "the content of a file that is none of the studio's business"
-
-
-def write(path: Path, *lines: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def train(folder: Path, steps: int) -> None:
-    lines = [
-        {"step": step, "epoch": step / 50, "loss": 2 / step, "elapsed_seconds": step} for step in range(1, steps)
-    ]
-    write(folder / "sft" / "metrics.jsonl", {"step": 0, "eval_loss": 2.5}, *lines)
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStudio]:
-    """A studio with a finished run, a failed one, one whose every text is markup, and a link that leads elsewhere."""
-    folder = tmp_path_factory.mktemp("studio") / "project"
-    runs = folder / "runs"
-    done = {"outputs": {"a": "b"}, "seconds": 60}
-    train(runs / "good", 45)
-    write(runs / "good" / "pipeline.json", {"stages": {"sft": done, "report": done}})
-    train(runs / "bad", 5)
-    write(runs / "bad" / "pipeline.json", {"stages": {"sft": {"outputs": None}}})
-    write(runs / "bad" / "ended.json", {"how": "failed", "why": "rows.jsonl:3: no answer. Correct the row."})
-    hostile = runs / MARKUP
-    train(hostile, 5)
-    write(hostile / "pipeline.json", {"stages": {"sft": {"outputs": None}}})
-    write(hostile / "ended.json", {"how": "failed", "why": MARKUP})
-    write(hostile / "sft" / "warnings.jsonl", {"text": MARKUP})
-    (hostile / "run.log").write_text(MARKUP)
-    text = f"# {MARKUP}\nmodel: {{path: '{MARKUP}'}}\ndata: {{sft: {{train: [{{name: '{MARKUP}'}}]}}}}\n"
-    (hostile / "recipe.yaml").write_text(text, encoding="utf-8")
-    (folder.parent / "secret.txt").write_text(SECRET)
-    (runs / "link").symlink_to(folder.parent)
-    with studio_process(folder) as studio:
-        yield studio
 
 
 def get(
@@ -76,8 +37,8 @@ def key(studio: RunningStudio, name: str) -> str:
     return next(info.key for info in RunList([studio.folder]).read() if info.name == name)
 
 
-def test_the_whole_server_is_behind_the_guard(running: RunningStudio) -> None:
-    status, page, _ = get(running, "/")
+def test_the_whole_server_is_behind_the_guard(hostile_studio: RunningStudio) -> None:
+    status, page, _ = get(hostile_studio, "/")
     assert status == 200 and "nonce=" in page
     version = page.partition("/_nicegui/")[2].partition("/")[0]
     paths = [page.path for page in PAGES]
@@ -87,37 +48,41 @@ def test_the_whole_server_is_behind_the_guard(running: RunningStudio) -> None:
         "/favicon.ico",
     ]
     for path in paths:
-        assert get(running, path)[0] in (200, 400)
-        assert get(running, path, Cookie="")[0] == 403
-        assert get(running, path, Host="evil.example")[0] == 421
-        assert get(running, path, Origin="http://evil.example")[0] == 403
-        _, _, answer = get(running, path)
+        assert get(hostile_studio, path)[0] in (200, 400)
+        assert get(hostile_studio, path, Cookie="")[0] == 403
+        assert get(hostile_studio, path, Host="evil.example")[0] == 421
+        assert get(hostile_studio, path, Origin="http://evil.example")[0] == 403
+        _, _, answer = get(hostile_studio, path)
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
     for path in ("/docs", "/openapi.json", "/redoc"):
-        assert "swagger" not in get(running, path)[1].lower()
+        assert "swagger" not in get(hostile_studio, path)[1].lower()
 
 
-def test_nothing_outside_is_reached_by_any_parameter(running: RunningStudio) -> None:
-    values = ["../../secret.txt", "../secret.txt", str(running.folder.parent / "secret.txt"), "link", "..", "a\x00b"]
+def test_nothing_outside_is_reached_by_any_parameter(hostile_studio: RunningStudio) -> None:
+    secret = hostile_studio.folder.parent / "secret.txt"
+    values = ["../../secret.txt", "../secret.txt", str(secret), "link", "..", "a\x00b"]
     for page in PAGES:
         for value in values:
             query = "&".join(f"{name}={quote(value)}" for name in ("run", "runs", "exam", "stage", "recipe", "file"))
-            status, text, _ = get(running, f"{page.path}?{query}")
+            status, text, _ = get(hostile_studio, f"{page.path}?{query}")
             assert status == 200 and SECRET not in text
     for value in values:
-        assert SECRET not in get(running, f"/{quote(value)}")[1]
-        assert SECRET not in get(running, f"/_nicegui/3/static/{quote(value, safe='')}")[1]
+        assert SECRET not in get(hostile_studio, f"/{quote(value)}")[1]
+        assert SECRET not in get(hostile_studio, f"/_nicegui/3/static/{quote(value, safe='')}")[1]
 
 
-def test_nothing_is_written_where_the_studio_was_started(running: RunningStudio) -> None:
-    assert sorted(path.name for path in running.folder.iterdir()) == ["runs"]
+def test_nothing_is_written_where_the_studio_was_started(hostile_studio: RunningStudio) -> None:
+    assert sorted(path.name for path in hostile_studio.folder.iterdir()) == ["runs"]
 
 
-@pytest.mark.parametrize(("language", "width", "dark"), [("en", 1400, False), ("zh", 390, True)])
+@pytest.mark.parametrize(
+    ("language", "width", "dark"),
+    [pytest.param("en", 1400, False, marks=pytest.mark.thorough), ("zh", 390, True)],
+)
 def test_runs_are_listed_searched_chosen_and_opened(
-    running: RunningStudio, browser_page: Callable[..., Any], language: str, width: int, dark: bool
+    hostile_studio: RunningStudio, browser_page: Callable[..., Any], language: str, width: int, dark: bool
 ) -> None:
-    page = browser_page(running, width=width, language=language, dark=dark)
+    page = browser_page(hostile_studio, width=width, language=language, dark=dark)
     words = {"en": ("Failed", "Search", "Compare 2"), "zh": ("失败", "搜索", "对比 2 个")}[language]
     page.get_by_role("link", name="good").wait_for()
     assert page.get_by_text(words[0], exact=True).count() == 2
@@ -134,11 +99,13 @@ def test_runs_are_listed_searched_chosen_and_opened(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_curve_grows_while_the_page_is_open(running: RunningStudio, browser_page: Callable[..., Any]) -> None:
-    folder = running.folder / "runs" / "growing"
+def test_a_curve_grows_while_the_page_is_open(
+    hostile_studio: RunningStudio, browser_page: Callable[..., Any]
+) -> None:
+    folder = hostile_studio.folder / "runs" / "growing"
     train(folder, 5)
     write(folder / "pipeline.json", {"stages": {}})
-    page = browser_page(running, f"/run?run={key(running, 'growing')}")
+    page = browser_page(hostile_studio, f"/run?run={key(hostile_studio, 'growing')}")
     page.get_by_text("4", exact=True).wait_for()
     with (folder / "sft" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5, "epoch": 0.1, "loss": 0.123456, "elapsed_seconds": 5}) + "\n")
@@ -148,23 +115,55 @@ def test_a_curve_grows_while_the_page_is_open(running: RunningStudio, browser_pa
     page.get_by_text("no such run here").wait_for()
 
 
-def test_a_failed_run_says_why(running: RunningStudio, browser_page: Callable[..., Any]) -> None:
-    page = browser_page(running, f"/run?run={key(running, 'bad')}")
+def test_a_failed_run_says_why(hostile_studio: RunningStudio, browser_page: Callable[..., Any]) -> None:
+    page = browser_page(hostile_studio, f"/run?run={key(hostile_studio, 'bad')}")
     assert "rows.jsonl:3: no answer" in page.get_by_role("alert").inner_text()
 
 
 def test_markup_in_names_recipes_warnings_and_logs_stays_text(
-    running: RunningStudio, browser_page: Callable[..., Any]
+    hostile_studio: RunningStudio, browser_page: Callable[..., Any]
 ) -> None:
-    page = browser_page(running)
+    page = browser_page(hostile_studio)
     page.get_by_role("link", name=MARKUP).wait_for()
-    page.goto(f"{running.base}/run?run={key(running, MARKUP)}")
+    hostile = key(hostile_studio, MARKUP)
+    page.goto(f"{hostile_studio.base}/run?run={hostile}")
     page.locator(".z-log").wait_for()
     assert page.get_by_text(MARKUP).count() >= 4  # name and model, reason, warning, log
-    for each in PAGES:
-        page.goto(f"{running.base}{each.path}?run={key(running, MARKUP)}&runs={key(running, MARKUP)}")
-        page.wait_for_selector(".z-brand")
     assert page.evaluate("window.hacked") is None
+
+
+@pytest.mark.thorough
+def test_runs_are_compared_and_the_page_is_saved(
+    hostile_studio: RunningStudio, browser_page: Callable[..., Any]
+) -> None:
+    runs = ",".join(key(hostile_studio, name) for name in ("first", "second", HOSTILE))
+    page = browser_page(hostile_studio, f"/compare?runs={runs}", width=390)
+    page.wait_for_selector(".z-compare canvas")
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    with page.expect_download() as download:
+        page.locator("button", has_text="Save as one HTML file").click()
+    assert download.value.suggested_filename.startswith("compare-first-second")
+    saved = download.value.path().read_text()
+    assert saved.startswith("<!doctype html>") and "+5.50" in saved and "<img" not in saved
+
+
+def test_pages_say_what_is_missing_or_damaged(
+    hostile_studio: RunningStudio, browser_page: Callable[..., Any]
+) -> None:
+    empty, broken = (f"?run={key(hostile_studio, name)}" for name in ("empty", "damaged"))
+    page = browser_page(hostile_studio, f"/exams{empty}")
+    page.get_by_text("This run has no exam results yet").wait_for()
+    for path, said in (
+        (f"/exams{broken}", "This run has no exam results yet"),
+        (f"/data{empty}", "This run has no prepared data yet"),
+        (f"/data{broken}", "The report of the prepared data is damaged"),
+        (f"/export{empty}", "This run has no trained adapter yet"),
+        (f"/export{broken}", "The summary of the exports is damaged"),
+        ("/export?run=../../etc", "there is no such run here"),
+    ):
+        page.goto(f"{hostile_studio.base}{path}")
+        page.get_by_text(said).wait_for()
 
 
 class _Elsewhere(http.server.BaseHTTPRequestHandler):
@@ -208,36 +207,45 @@ _ATTACKS = """async base => {
 }"""
 
 
-def test_another_site_in_the_same_browser_reaches_nothing(running: RunningStudio, chromium: Any) -> None:
+def test_another_site_in_the_same_browser_reaches_nothing(hostile_studio: RunningStudio, chromium: Any) -> None:
     """It is even same-site: another port of 127.0.0.1, so its requests carry the cookie."""
-    version = get(running, "/")[1].partition("/_nicegui/")[2].partition("/")[0]
+    version = get(hostile_studio, "/")[1].partition("/_nicegui/")[2].partition("/")[0]
     with socketserver.TCPServer(("127.0.0.1", 0), _Elsewhere) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         context = chromium.new_context()
         page = context.new_page()
-        page.goto(running.address)
-        page.wait_for_url(f"{running.base}/")
+        page.goto(hostile_studio.address)
+        page.wait_for_url(f"{hostile_studio.base}/")
         page.goto(f"http://127.0.0.1:{server.server_address[1]}/")
-        outcome = page.evaluate(_ATTACKS.replace("VERSION", version), running.base)
+        outcome = page.evaluate(_ATTACKS.replace("VERSION", version), hostile_studio.base)
         assert outcome == dict.fromkeys(("read", "post", "script", "socket", "frame"), "refused")
         page.evaluate(
             "base => { document.body.innerHTML = `<form method=post action='${base}/'></form>`;"
             " document.forms[0].submit(); }",
-            running.base,
+            hostile_studio.base,
         )
-        page.wait_for_url(f"{running.base}/")
+        page.wait_for_url(f"{hostile_studio.base}/")
         assert page.locator("body").inner_text().strip() == "refused"
         context.close()
         server.shutdown()
 
 
 def test_two_studios_run_side_by_side_each_with_its_own_token(
-    running: RunningStudio, studio_at: Callable[..., RunningStudio], tmp_path: Path
+    hostile_studio: RunningStudio,
+    studio_at: Callable[..., RunningStudio],
+    browser_page: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
+    """The second one is for a folder without anything, and its pages say what to do."""
     second = studio_at(tmp_path)
-    assert second.port != running.port and second.token != running.token
-    assert get(second, "/", Cookie=f"mlx-zh-studio-{second.port}={running.token}")[0] == 403
-    assert get(second, "/")[0] == get(running, "/")[0] == 200
+    assert second.port != hostile_studio.port and second.token != hostile_studio.token
+    assert get(second, "/", Cookie=f"mlx-zh-studio-{second.port}={hostile_studio.token}")[0] == 403
+    assert get(second, "/")[0] == get(hostile_studio, "/")[0] == 200
+    page = browser_page(second, width=390, language="zh")
+    page.get_by_text("还没有训练记录").wait_for()
+    page.goto(f"{second.base}/talk")
+    page.get_by_text("还没有可以对话的训练").wait_for()
+    page.close()
     second.process.terminate()
     assert second.process.wait(10) == 0
 

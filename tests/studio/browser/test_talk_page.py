@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from studio_server import RunningStudio
 from talk_runs import make_run
 
 from mlx_zh.corpus.preferences import load_preferences
@@ -32,15 +33,10 @@ def settled(page: Any, work: Callable[[], object], run: Path, count: int) -> lis
 
 
 def test_talking_voting_and_the_arena(
-    model_folder: Callable[..., Path],
-    project: Path,
-    studio_at: Callable[..., Any],
-    browser_page: Callable[..., Any],
+    model_folder: Callable[..., Path], tea_studio: RunningStudio, browser_page: Callable[..., Any]
 ) -> None:
-    studio = studio_at(project)
-    empty = browser_page(studio, "/talk", width=390, language="zh")
-    empty.wait_for_selector("text=还没有可以对话的训练")
-    model = model_folder(max_position_embeddings=65536)  # an answer is long enough to be stopped
+    studio, project = tea_studio, tea_studio.folder
+    model = model_folder(max_position_embeddings=65536)  # that of `tea`: the process has it already
     run, training = make_run(model, project), make_run(model, project, "training")
     with locked(training, "sft"):  # a run at work has the machine
         page = browser_page(studio, f"/talk?run={key_of(run)}")
@@ -58,8 +54,8 @@ def test_talking_voting_and_the_arena(
     page.fill(".z-composer textarea", HOSTILE)
     page.press(".z-composer textarea", "Enter")
     page.wait_for_selector(".z-vote-button", timeout=60_000)
-    assert page.inner_text(".z-question") == HOSTILE
-    assert page.locator(".z-answer").count() == 3 and page.locator(".z-answer-text img, .z-question b").count() == 0
+    assert page.inner_text(".z-asked") == HOSTILE
+    assert page.locator(".z-answer").count() == 3 and page.locator(".z-answer-text img, .z-asked b").count() == 0
 
     found = settled(page, lambda: page.dblclick(".z-vote-button >> text=DPO"), run, 2)
     assert [(row["choice"], row["adapter"]) for row in found] == [(1, "dpo"), (1, "dpo")]
