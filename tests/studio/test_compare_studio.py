@@ -49,7 +49,7 @@ def test_keys_that_name_no_run_are_refused(project, runs):
     async def visit(user) -> None:
         for keys in ("0123456789abcdef,fedcba9876543210", "../../etc,passwd", f"{key_of(runs[0])},.."):
             await user.open(f"/compare?runs={keys}")
-            await user.should_see("there is no such run here", retries=20)
+            await user.should_see("There is no such run here", retries=20)
         await user.open(f"/compare?runs={key_of(runs[0])},{key_of(runs[0])}")
         await user.should_see("is there twice")
 
