@@ -354,6 +354,8 @@ def _alternatives(expected: list[str]) -> str:
     if len(expected) == 1:
         return expected[0]
     expected = ["some text" if words == "text" else words for words in expected]
+    if len(expected) == 3:
+        return f"either {expected[0]}; or {expected[1]}; or {expected[2]}"
     return f"either {expected[0]} or {_alternatives(expected[1:])}"
 
 

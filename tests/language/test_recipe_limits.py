@@ -119,7 +119,7 @@ SAME = {
         "NUL",
         "nan",
     ),
-    *("inf", "YAML", "UTF"),
+    *("inf", "YAML", "UTF", "GB", "MB"),
 }
 
 
