@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 
+import pytest
+
 import mlx_zh.studio
 from mlx_zh.language.catalogue import Language
 from mlx_zh.studio.texts import chinese, said
