@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_zh.studio.safety import Guard, new_token
 
 PORT = 8765
-TOKEN = new_token()
+TOKEN = "3t1gZDa5F7SxUA4sxgI-gsBM2vzzzGrg"  # not a new one: test processes must agree on the names of tests
 COOKIE = f"mlx-zh-studio-{PORT}={TOKEN}"
 HERE = f"127.0.0.1:{PORT}"
 OURS = {"host": HERE, "cookie": COOKIE, "origin": f"http://{HERE}"}
@@ -157,7 +157,12 @@ def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
     assert headers["referrer-policy"] == "no-referrer" and headers["cache-control"] == "no-store"
 
 
-@pytest.mark.parametrize("token", ["", "x", f"{TOKEN[:-1]}", f"{TOKEN}=", new_token(), "令牌"])
+def test_tokens_are_long_and_new() -> None:
+    tokens = {new_token() for _ in range(100)}
+    assert len(tokens) == 100 and all(len(token) == 32 for token in tokens)  # 32 characters of 6 bits
+
+
+@pytest.mark.parametrize("token", ["", "x", f"{TOKEN[:-1]}", f"{TOKEN}=", TOKEN[::-1], "令牌"])
 def test_a_wrong_or_stale_token_gives_no_cookie(token: str) -> None:
     status, headers, _ = ask(query=f"token={token}", host=HERE)
     assert status == 403 and "set-cookie" not in headers
