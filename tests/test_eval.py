@@ -325,7 +325,7 @@ def test_figures_of_an_earlier_model_are_left_out(ask: Ask, project: Project, mo
     [
         (["--benchmark", "mmlu"], "'mmlu' is no benchmark; give ceval, cmmlu, or the path"),
         (["evaluate.benchmarks=[]"], "evaluate.benchmarks names no exam"),
-        (["evaluate.protocol=offical"], "evaluate.protocol must be 'official', 'chat'"),
+        (["evaluate.protocol=offical"], "evaluate.protocol must be one of 'official', 'chat'"),
         (["--benchmark", "exam", "copy/exam"], "two exams called exam"),
         (["evaluate.shots=5"], "has 2 dev questions, and 5 are shown"),
         (["--stage", "dpo"], "the recipe has no data to train it (data.dpo.train)"),

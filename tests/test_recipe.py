@@ -433,8 +433,8 @@ def test_the_llama_recipes_differ_in_memory_alone():
     learning = [recipe.model_dump(exclude={"name", "memory"}) for recipe in loaded.values()]
     assert learning[0] == learning[1] == learning[2]
     memories = [recipe.memory for recipe in loaded.values()]
-    assert len(set(map(str, memories))) == 3
-    assert memories[0].checkpoint_layers and not memories[2].checkpoint_layers
+    assert [memory.micro_tokens for memory in memories] == [1024, 1024, 4096]
+    assert {memory.checkpoint_layers for memory in memories} == {"auto"}  # each row decides by the machine's memory
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

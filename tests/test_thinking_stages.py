@@ -13,7 +13,7 @@ import pytest
 from project import Project
 from tolerances import LOSS
 
-from mlx_zh import chat, doctor, prepare
+from mlx_zh import doctor, prepare
 from mlx_zh.chatting.commands import thinking_mode
 from mlx_zh.chatting.repl import Repl
 from mlx_zh.core.logprobs import batch_logprobs
@@ -29,6 +29,7 @@ from mlx_zh.exams.prompts import Prompter
 from mlx_zh.exams.protocols import protocols
 from mlx_zh.recipe import load_recipe
 from mlx_zh.stages.rendering import renderer_of, thinking_problem
+from mlx_zh.stages.talking import open_chatbot
 
 TEMPLATE = r"""{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
 {% if loop.last %}<think>
@@ -198,5 +199,5 @@ def test_think_switches_the_prompt(byte_tokenizer: Any) -> None:
 
 def test_the_chat_of_a_recipe_has_its_mode(thinking: Project) -> None:
     recipe = load_recipe("recipe.yaml", ["model.thinking=off"])
-    bot = chat._load(chat.parse(["recipe.yaml", "model.thinking=off"]), recipe)
+    bot = open_chatbot(recipe)
     assert bot.renderer.mode == "off" == renderer_of(recipe, bot.loaded.tokenizer).mode

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_zh.errors import ServerError
 from mlx_zh.language.translation import in_readers_language
+from mlx_zh.system.json_text import parse_json
 
 DEFAULT = "default_model"  # mlx-lm's name for the model of a request that names none
 _NUMBERS = (  # settings of a request that are numbers
@@ -78,8 +79,8 @@ class ErrorBody(io.BufferedIOBase):
     def write(self, data: Any) -> int:
         """Write mlx-lm's `{"error": "text"}` as an error with a message; anything else as it is."""
         try:
-            error = json.loads(data)["error"]
-        except (ValueError, TypeError, LookupError):
+            error = parse_json(bytes(data).decode())["error"]
+        except (ValueError, TypeError, LookupError, AttributeError):
             error = None
         if isinstance(error, str):
             told = {"message": in_readers_language(error), "type": "invalid_request_error"}

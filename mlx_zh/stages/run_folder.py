@@ -205,12 +205,18 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, RecipeError) and self._has_trained:
+                raise  # a refused command says nothing about the run that is here
             self.note_end(
                 command,
                 "stopped" if isinstance(error, STOPS) else "failed",
                 str(error) if isinstance(error, MlxZhError) else first_line(error),
             )
             raise
+
+    @property
+    def _has_trained(self) -> bool:
+        return any(self.stage(name).metrics.exists() for name in TUNED)
 
     def note_end(self, command: str, how: Literal["stopped", "failed"], why: str) -> None:
         """Write `ended.json`: how the work of a command ended, and why. A folder that holds nothing stays so."""

@@ -279,9 +279,8 @@ class _Reading:
     def _yaml(self, path: Path) -> Mapping[str, Any]:
         import yaml
 
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         try:
-            return _mapping(yaml.load(self._bytes(path, last=_LARGEST), Loader=loader))
+            return _mapping(yaml.load(self._bytes(path, last=_LARGEST), Loader=_loader()))
         except (yaml.YAMLError, ValueError, RecursionError):
             return {}
 
@@ -307,6 +306,13 @@ _EVAL_LOSS = re.compile(rb'"eval_loss": (-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*[,}
 def _exam_order(path: Path) -> tuple[int, str]:
     name = path.stem.partition("-")[2]
     return {"ceval": 0, "cmmlu": 1}.get(name, 2), name
+
+
+def _loader() -> Any:
+    """YAML's reader of plain values; the one in C where it is there, which is ten times faster."""
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -33,7 +34,11 @@ def simulate(project: Path, visit: Callable[..., Awaitable[None]], language: str
             ASKING.set(Asking({LANGUAGE_COOKIE: language}, ""))
             await visit(user)
 
-    asyncio.run(run())
+    modules = dict(sys.modules)
+    try:
+        asyncio.run(run())
+    finally:
+        sys.modules.update(modules)  # NiceGUI removes the modules of pages, and the packages that they are in
 
 
 def test_runs_chosen_by_their_keys_stand_side_by_side(project, runs):

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from mlx_zh.core.block_forms import form_of
 from mlx_zh.core.logprobs import hidden_states
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.export.fidelity import HeldOut
@@ -36,6 +37,7 @@ def measure_importance(model: Any, text: HeldOut) -> Importance:
 
     The model is as before afterwards. Embedding and head are left out, as llama.cpp does. Raises AcceleratorError.
     """
+    form_of(model)  # described now, while its matrices are its own
     watched: dict[str, _Watched] = {}
     for index, layer in enumerate(model.layers):
         for path in _MATRICES:
