@@ -15,11 +15,11 @@ def test_a_name_that_is_refused_stays_and_the_page_says_why(studio_at: Any, brow
     name = page.get_by_label("训练的名称")
     page.wait_for_selector("text=qwen3")  # the models are listed, and the first draft is made
     name.fill("我的模型")
-    page.wait_for_selector("text=/^name 应为.*我的模型/")
-    page.wait_for_selector("text=/^第 \\d+ 行：name/")
+    page.wait_for_selector("text=/^name 应为.*我的模型/i")
+    page.wait_for_selector("text=/^第 \\d+ 行：name/i")
     assert name.input_value() == "我的模型"
     name.fill("kefu-2")
-    page.wait_for_selector("text=/name 应为/", state="detached")
+    page.wait_for_selector("text=/name 应为/i", state="detached")
     page.get_by_text("高级：全部设置").click()
     page.wait_for_selector("text=name: kefu-2")
     assert page.locator(".q-notification").count() == 0
