@@ -39,6 +39,7 @@ def test_an_empty_project_leads_to_a_new_run(studio_at: Any, browser_page: Any, 
     page.wait_for_selector("text=mlx-zh run 'my recipe.yaml'")
 
 
+@pytest.mark.thorough
 def test_the_same_file_can_be_dropped_again_and_a_failed_upload_is_told(
     studio_at: Any, browser_page: Any, project: Path, tmp_path: Path
 ) -> None:
