@@ -8,7 +8,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh.system.arguments import Parser, number
+from mlx_zh.system.arguments import Parser, add_target, number
 
 if TYPE_CHECKING:
     from mlx_zh.chatting.chatbot import Chatbot
@@ -25,14 +25,7 @@ _EPILOG = (
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 if it is invalid."""
     parser = Parser("mlx-zh chat", description=__doc__, epilog=_EPILOG)
-    parser.add_argument(
-        "target",
-        metavar="RECIPE|RUN|MODEL",
-        help="a recipe (.yaml), name or folder of a run, model folder, short name (qwen3-8b), .gguf file or hub id",
-    )
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
-    )
+    add_target(parser)
     parser.add_argument(
         "--adapter", metavar="NAME", help="sft, dpo, a folder, or none (default: the run's DPO adapter, else SFT's)"
     )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.system.arguments import Parser, count, number
+from mlx_zh.system.arguments import Parser, add_target, count, number, port
 
 if TYPE_CHECKING:
     from mlx_zh.recipe import Recipe
@@ -32,21 +32,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("mlx-zh serve", description="Serve the models of a run to other programs on this machine.")
-    parser.add_argument(
-        "target",
-        metavar="RECIPE|RUN|MODEL",
-        help="a recipe (.yaml), name or folder of a run, model folder, short name (qwen3-8b), .gguf file or hub id",
-    )
-    parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
-    )
+    add_target(parser)
     parser.add_argument(
         "--stage",
         choices=("base", "sft", "dpo", "fused"),
         help="the model that answers where a request names none (default: dpo, else sft, else base)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=8080, help="the port to listen at (default 8080)")
+    parser.add_argument(
+        "--port", type=port(0), default=8080, help="the port to listen at; 0 is any that is free (default 8080)"
+    )
     parser.add_argument(
         "--allowed-origins",
         metavar="ORIGIN,…",
@@ -76,12 +71,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--verbose", action="store_true", help="print each request")
     return parser.parse_intermixed_args(argv)
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 (any that is free) to 65535, got {text!r}")
-    return int(text)
 
 
 def _open(arguments: argparse.Namespace, recipe: Recipe | None) -> RunningServer:

@@ -136,11 +136,7 @@ def run_stage():
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """Makes mlx-lm's own model of a family, small and random: norms and biases too, or their faults were hidden."""
-    import mlx.core as mx
-    import mlx.nn as nn
-    import numpy as np
-    from families import FAMILIES, own_class
-    from mlx.utils import tree_flatten
+    from families import FAMILIES, own_class, randomized
 
     def make(
         family: str = "llama",
@@ -171,19 +167,7 @@ def tiny_model() -> Callable[..., Any]:
         }
         if family not in ("llama", "mistral", "qwen2", "qwen3"):
             config |= FAMILIES.get(family, {})
-        model = own_class(config | changes)
-        rng = np.random.default_rng(seed)
-        weights = []
-        for name, array in tree_flatten(model.parameters()):
-            values = rng.normal(size=array.shape)
-            values = 1 + 0.2 * values if "norm" in name else values * (1.5 / np.sqrt(64) if array.ndim > 1 else 0.2)
-            weights.append((name, mx.array(values.astype(np.float32)).astype(getattr(mx, dtype))))
-        model.load_weights(weights)
-        if quantized is not None:
-            nn.quantize(model, group_size=32, bits=quantized)
-        model.eval()
-        mx.eval(model.parameters())
-        return model
+        return randomized(own_class(config | changes), quantized=quantized, dtype=dtype, seed=seed)
 
     return make
 

@@ -91,18 +91,21 @@ def family_config(family: str, **changes: Any) -> dict[str, Any]:
 
 def family_model(family: str, *, quantized: int | None = None, seed: int = 0, **changes: Any) -> Any:
     """mlx-lm's own model with every parameter random: norms and biases too, or an error in them would not show."""
+    return randomized(own_class(family_config(family, **changes)), quantized=quantized, seed=seed)
+
+
+def randomized(model: Any, *, quantized: int | None = None, dtype: str = "float32", seed: int = 0) -> Any:
+    """The model with random weights of `dtype`, then quantized if asked for; in evaluation mode."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
 
-    config = family_config(family, **changes)
-    model = own_class(config)
     rng = np.random.default_rng(seed)
     weights = []
     for name, array in tree_flatten(model.parameters()):
         values = rng.normal(size=array.shape)
         values = 1 + 0.2 * values if "norm" in name else values * (1.5 / np.sqrt(64) if array.ndim > 1 else 0.2)
-        weights.append((name, mx.array(values.astype(np.float32))))
+        weights.append((name, mx.array(values.astype(np.float32)).astype(getattr(mx, dtype))))
     model.load_weights(weights)
     if quantized is not None:
         nn.quantize(model, group_size=32, bits=quantized)

@@ -139,6 +139,10 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     *({name: float("nan")} for name in ("temperature", "top_p", "min_p", "frequency_penalty")),
     *({name: 10**12} for name in ("top_k", "max_tokens", "repetition_context_size")),
     *({"xtc_probability": 1, "xtc_threshold": 0.9}, {"n": 2}, {"stream": True, "stream_options": "x"}),
+    *(
+        {"response_format": kind}
+        for kind in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "x")
+    ),
     *({"chat_template_kwargs": kwargs} for kwargs in ([1], {"enable_thinking": "yes"})),
 ]
 

@@ -190,6 +190,8 @@ def _hub_sets(draft: Draft, stage: str, sets: list[Any]) -> None:
         split = part.get("valid_split")
         if isinstance(split, str) and split.isidentifier() and source:
             validation.append({**source, "split": split})
+        elif split:
+            draft.remark(say("import-test-split", split=shown(split)))
     draft.put(f"data.{stage}.train", train, "hf_dataset")
     if validation:
         draft.put(f"data.{stage}.validation", validation, "hf_dataset")

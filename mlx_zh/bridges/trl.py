@@ -129,6 +129,8 @@ def _targets(draft: Draft, scripted: bool) -> None:
     known = [name for name in dict.fromkeys(saved) if name in ("embed_tokens", "lm_head")]
     if known:
         draft.put("lora.modules_to_save", known, "modules_to_save" if scripted else "lora_modules_to_save")
+    if tables := [target for target in known if target in targets]:
+        draft.note(name, say("import-table-targets", names=", ".join(tables)), "differs")
     if set(saved) - set(known):
         others = ", ".join(sorted(set(saved) - set(known)))
         key = "modules_to_save" if draft.given("modules_to_save") else "lora_modules_to_save"

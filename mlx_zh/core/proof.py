@@ -62,10 +62,16 @@ def check_supported(model: nn.Module, config: Config, *, gradient: bool = True) 
             "(download them again), or too large for float16 (set model.dtype: bfloat16)."
         )
     most_logits, most_gradient = _MOST if computes_in_float32(model) else _MOST_IN_HALF
+    # A family that works elsewhere fails here where the device computes wrongly, which its self-check would tell.
+    device_too = " `mlx-zh doctor` tells whether this device computes rightly." if family in SUPPORTED else ""
     if not difference[0] < most_logits:
-        raise ModelError(f"{refusal} (The packed logits differ from its own by {difference[0]:.2g} of their norm.)")
+        raise ModelError(
+            f"{refusal} (The packed logits differ from its own by {difference[0]:.2g} of their norm.{device_too})"
+        )
     if not difference[1] < most_gradient:
-        raise ModelError(f"{refusal} (The gradient differs from its own by {difference[1]:.2g} of its norm.)")
+        raise ModelError(
+            f"{refusal} (The gradient differs from its own by {difference[1]:.2g} of its norm.{device_too})"
+        )
 
 
 def differences(model: nn.Module, *, gradient: bool = True) -> tuple[float, float] | None:

@@ -40,6 +40,9 @@ def check_settings(body: Mapping[str, Any], bias: Mapping[int, float] | None, vo
         raise ServerError("logit_bias must have finite numbers")
     if body.get("n") not in (None, 1):
         raise ServerError("this server gives one answer to a request; leave out `n`, or ask several times")
+    wanted = body.get("response_format")
+    if wanted is not None and (not isinstance(wanted, dict) or wanted.get("type") != "text"):
+        raise ServerError("this server does not force a form of the answer; leave out `response_format`")
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):

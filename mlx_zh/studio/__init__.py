@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from importlib.util import find_spec
 from pathlib import Path
 
 from mlx_zh.errors import RecipeError, StudioError
-from mlx_zh.system.arguments import Parser
+from mlx_zh.system.arguments import Parser, port
+from mlx_zh.system.environment import pip_install
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "folders", nargs="*", metavar="FOLDER", help="folders with recipes and runs; the current folder by default"
     )
-    parser.add_argument("--port", type=_port, help="the port; by default a free one, from 8765 on")
+    parser.add_argument("--port", type=port(1), help="the port; by default a free one, from 8765 on")
     parser.add_argument("--no-browser", action="store_true", help="print the address, and do not open the browser")
     parser.add_argument(
         "--language", choices=("en", "zh"), help="the language of the pages; by default the browser's"
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     if find_spec("nicegui") is None:
-        raise StudioError("the studio needs NiceGUI, which is not installed. Run `pip install 'mlx-zh[studio]'`.")
+        raise StudioError(f"the studio needs NiceGUI, which is not installed. Run `{pip_install('nicegui>=3.18')}`.")
 
     from mlx_zh.studio.server import serve
 
@@ -38,9 +38,3 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError(f"{folder} is not a folder. Name folders that hold recipes or runs.")
     serve(folders, port=arguments.port, browser=not arguments.no_browser, language=arguments.language)
     return 0
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= 65535:
-        raise ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
-    return int(text)

@@ -70,9 +70,7 @@ class BlindView:
         if self._ids[0] == self._ids[1]:
             ui.notify(self._studio.say("Choose two different models."))
             return
-        if not self._status.may_ask:
-            ui.notify(self._studio.say("A training run is at work. Read the note above, and agree first."))
-            await self._status.check()
+        if not await self._status.admits():
             return
         arena = self._arena
         arena.next()

@@ -87,9 +87,7 @@ class RoundsView:
         if not columns:
             ui.notify(self._studio.say("Choose first who answers."))
             return
-        if not self._status.may_ask:
-            ui.notify(self._studio.say("A training run is at work. Read the note above, and agree first."))
-            await self._status.check()
+        if not await self._status.admits():
             return
         await self._answer(text, columns)
 

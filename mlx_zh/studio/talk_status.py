@@ -32,6 +32,14 @@ class StatusView:
         """Whether a question may load the model: beside a training run only after the user agreed."""
         return self._talk.talker.state in ("loading", "ready") or not self._talk.at_work or self._agreed
 
+    async def admits(self) -> bool:
+        """Whether a question may be asked now; if not, the page says why."""
+        if not self.may_ask:
+            ui.notify(self._studio.say("A training run is at work. Read the note above, and agree first."))
+            await self.check()
+            return False
+        return True
+
     async def check(self) -> None:
         """See what runs, and how much memory talking takes beside it."""
         talk = self._talk

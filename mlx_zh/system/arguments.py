@@ -55,6 +55,29 @@ def _hint(option: str) -> str | None:
     return meaning and f"{option} is a setting, written as KEY=VALUE. {meaning}"
 
 
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Add what a command talks with: a recipe, a run or a model, and keys of the recipe."""
+    parser.add_argument(
+        "target",
+        metavar="RECIPE|RUN|MODEL",
+        help="a recipe (.yaml), name or folder of a run, model folder, short name (qwen3-8b), .gguf file or hub id",
+    )
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="set a key of the recipe, for example data.system=…"
+    )
+
+
+def port(low: int) -> Callable[[str], int]:
+    """A type of arguments: a port from `low` on; 0 is any that is free."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or not low <= int(text) <= 65535:
+            raise argparse.ArgumentTypeError(f"expected a port from {low} to 65535, got {text!r}")
+        return int(text)
+
+    return parse
+
+
 def number(low: float, high: float) -> Callable[[str], float]:
     """A type of arguments: a number from `low` to `high`."""
 

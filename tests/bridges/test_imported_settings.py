@@ -349,6 +349,23 @@ def test_a_script_that_writes_its_prompts_itself_is_told() -> None:
     assert not any("chat template" in row.note for row in rendered.rows)
 
 
+def test_a_slice_for_validation_is_told() -> None:
+    part = {"path": "x/y", "train_split": "train[:100]", "valid_split": "train[-100:]"}
+    values = {"model": "Qwen/Qwen3-8B", "iters": 100, "hf_dataset": part}
+    notes = [row.note for row in of("m.yaml", yaml.safe_dump(values)).rows]
+    assert any("train[-100:]" in note and "data.sft.validation" in note for note in notes)
+    values["hf_dataset"] = part | {"valid_split": "test"}
+    recipe = yaml.safe_load(of("m.yaml", yaml.safe_dump(values)).text)
+    assert recipe["data"]["sft"]["validation"][0]["split"] == "test"
+
+
+def test_adapters_of_tables_are_told() -> None:
+    script = "trl sft --model_name_or_path Qwen/Qwen3-8B --dataset_name x/y --use_peft --lora_target_modules "
+    for names, differs in (("q_proj v_proj", False), ("q_proj embed_tokens", True)):
+        rows = of("run.sh", script + names + "\n").rows
+        assert any(row.level == "differs" and "embed_tokens" in row.note for row in rows) == differs
+
+
 def test_schedules_of_mlx_lm_that_end_elsewhere_are_told() -> None:
     values: dict[str, Any] = {"model": "mlx-community/Qwen3-0.6B-4bit", "data": "d", "iters": 100}
     for arguments, differs in (([1e-4, 100], False), ([1e-4, 100, 2e-5], True), ([1e-4, 400], True)):

@@ -299,9 +299,7 @@ class _Rows:
                 with ui.element("div").classes("z-card z-rows"):
                     for number in shown:
                         self._draw_row(number)
-            pages = -(-len(self._numbers) // _PAGE)
-            if pages > 1:
-                page_numbers(self._page, pages, self._turn)
+            page_numbers(self._page, len(self._numbers), _PAGE, self._turn)
 
     def _turn(self, page: int) -> None:
         self._page = page
@@ -423,9 +421,7 @@ class _LeftOut:
                 ui.label(text).classes("z-note")
             for row in rows[(page - 1) * _LEFT_OUT : page * _LEFT_OUT]:
                 self._draw_row(row)
-            pages = -(-len(rows) // _LEFT_OUT)
-            if pages > 1:
-                page_numbers(page, pages, partial(self._show, reason))
+            page_numbers(page, len(rows), _LEFT_OUT, partial(self._show, reason))
 
     def _draw_row(self, row: LeftOutRow) -> None:
         say = self._studio.say

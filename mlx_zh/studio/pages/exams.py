@@ -314,9 +314,7 @@ class _Questions:
             with ui.element("div").classes("z-grid z-questions"):
                 for number in shown:
                     self._draw_question(data.asked.questions[number], data)
-            pages = -(-len(self._chosen) // _PAGE)
-            if pages > 1:
-                page_numbers(self._page, pages, self._turn)
+            page_numbers(self._page, len(self._chosen), _PAGE, self._turn)
 
     def _turn(self, page: int) -> None:
         self._page = page
