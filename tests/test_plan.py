@@ -176,7 +176,17 @@ def test_what_is_kept_grows_by_layer_and_token_and_what_is_not_trained_keeps_not
     # where the cheap parts are made again, the inputs of both norms, gate and up
     pieces = Levels(ALL)
     assert kept(32, 2048, pieces) - kept(31, 2048, pieces) == 2048 * 2 * (2 * 4096 + 2 * 14336)
-    assert kept(32, 8192, pieces) == 2 * kept(32, 4096, pieces)
+    steps = [kept(32, tokens, pieces) - kept(31, tokens, pieces) for tokens in (8192, 4096)]
+    assert steps[0] == 2 * steps[1]
+
+
+def test_the_last_block_keeps_what_follows_attention_for_scored_tokens_alone() -> None:
+    shape, trained = model_shape(LLAMA), AdapterSpec("lora", 32)
+    row = replace(conversations([1000]), scored=250)
+    for level, width in ((0, 4096 + 4096 + 5 * 14336 + 4096 + 2 * 4 * 16), (1, 4096 + 2 * 14336)):
+        parts = [kept_bytes(shape, trained, METAL, row, level, last=last) for last in (False, True)]
+        assert parts[0]["activations"] - parts[1]["activations"] == 750 * 2 * width
+        assert parts[0]["attention"] == parts[1]["attention"]
 
 
 def test_with_fused_attention_half_of_what_a_block_kept_is_made_again() -> None:
@@ -496,7 +506,7 @@ def test_the_table_of_macs(run_stage: Any, capsys: pytest.CaptureFixture[str]) -
     assert run_stage(plan.main, "--table", *recipes) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
-    assert by_name["`llama31-8b-zh-evening`"][:2] == ["7.2 GB", "16 GB"]
+    assert by_name["`llama31-8b-zh-evening`"][:2] == ["7.1 GB", "16 GB"]
     assert by_name["`llama31-8b-zh-64gb`"][:2] == ["19.3 GB", "32 GB"]
     assert by_name["M4"][0].startswith("5.7 h, 4,392 conversations") and by_name["M2"][1] == "— |"  # at most 24 GB
     assert by_name["M4 Max"][1] == "6 days |"

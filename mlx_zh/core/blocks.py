@@ -7,7 +7,8 @@ needed. In a layer with a window, the segment is cut into pieces, so that no mas
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -29,8 +30,27 @@ class TokenNoise(Protocol):
     def embeddings(self, hidden: mx.array) -> mx.array:
         """The embeddings `hidden` (T, D) with noise added."""
 
-    def layer(self) -> Any:
-        """A context manager inside which the layers of one block draw their dropout."""
+    def layer(self, positions: mx.array | None = None) -> AbstractContextManager[None]:
+        """A context in which the layers of one block draw their dropout, for the tokens at `positions` or for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tokens whose output a block computes, by their positions (S,) in the row, and the noise of the step.
+
+    The other tokens only give keys and values. In the last block, that is all that the scored tokens need of them.
+    """
+
+    positions: mx.array
+    noise: TokenNoise | None
+
+    def of(self, x: mx.array) -> mx.array:
+        """`x` (T, D) of the wanted tokens, (S, D)."""
+        return x[self.positions]
+
+    def layer(self) -> AbstractContextManager[None]:
+        """A context in which layers draw the dropout of these tokens."""
+        return nullcontext() if self.noise is None else self.noise.layer(self.positions)
 
 
 # Rotated keys and values, (1, H, *, d) each; of a recurrent layer its state (`recurrent.State`).
@@ -45,12 +65,16 @@ def run_block(
     noise: TokenNoise | None,
     past: KeysValues | None,
     form: BlockForm,
+    wanted: Wanted | None = None,
 ) -> mx.array:
-    """The block's output (T, D). `level` says what it computes again in the backward pass, see `core.recompute`."""
+    """The block's output (T, D), or that of the `wanted` tokens alone (S, D).
+
+    `level` says what it computes again in the backward pass, see `core.recompute`.
+    """
 
     def block(hidden: mx.array) -> mx.array:
         with nullcontext() if noise is None else noise.layer():
-            return block_output(layer, hidden, batch, past, form=form, pieces=level > 0)
+            return block_output(layer, hidden, batch, past, form=form, pieces=level > 0, wanted=wanted)
 
     if level < 2:
         return block(hidden)
@@ -75,16 +99,27 @@ def block_output(
     *,
     form: BlockForm = LLAMA,
     pieces: bool = False,
+    wanted: Wanted | None = None,
 ) -> mx.array:
     """The block's output (T, D) for the row `hidden` (T, D), whose roots continue `past`; `cache` as in attention.
 
-    With `pieces`, what is cheap to make is made again in the backward pass.
+    With `pieces`, what is cheap to make is made again in the backward pass. With `wanted`, only the output of those
+    tokens is computed, (S, D).
     """
     norm = None if form.before_attention is None else layer[form.before_attention]
     if form.recurrent:
         x = recurrent_output(layer.linear_attn, hidden if norm is None else norm(hidden), batch, past, cache)
+        x = x if wanted is None else wanted.of(x)
     else:
-        x = attention_output(layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces)
+        x = attention_output(
+            layer.self_attn, hidden, batch, past, cache, form=form, norm=norm, pieces=pieces, wanted=wanted
+        )
+    with nullcontext() if wanted is None else wanted.layer():
+        return _after_attention(layer, hidden if wanted is None else wanted.of(hidden), x, form, pieces=pieces)
+
+
+def _after_attention(layer: Any, hidden: mx.array, x: mx.array, form: BlockForm, *, pieces: bool) -> mx.array:
+    """The output of a block whose input is `hidden` and whose attention gave `x`, (T, D) each."""
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
     if pieces and is_swiglu(layer.mlp):
         x = feed_forward(layer.mlp, None if form.before_mlp is None else layer[form.before_mlp], hidden)
@@ -119,10 +154,12 @@ def attention_output(
     form: BlockForm = LLAMA,
     norm: nn.Module | None = None,
     pieces: bool = False,
+    wanted: Wanted | None = None,
 ) -> mx.array:
     """The attention layer's output (T, D) for the row `x` (T, D), normalized by `norm`; its roots continue `past`.
 
-    The keys and values that the last segment sees are appended to `cache`. For `pieces` see `block_output`.
+    The keys and values that the last segment sees are appended to `cache`. For `pieces` and `wanted` see
+    `block_output`.
     """
     layers = [attention[name] for name in (["qkv_proj"] if form.fused else ["q_proj", "k_proj", "v_proj"])]
     products = projected(layers, norm, x, pieces=pieces)
@@ -136,15 +173,21 @@ def attention_output(
         outputs += _attended(queries[index], before, own, attention.scale, form.window)
         if cache is not None and index == len(batch.segments) - 1:
             cache.append(_columns([*before, own]))
-    return _together(attention.o_proj, outputs, gate, pieces=pieces)
+    if wanted is None:
+        return _together(attention.o_proj, outputs, gate, pieces=pieces)
+    with wanted.layer():
+        return _together(attention.o_proj, outputs, gate, pieces=pieces, wanted=wanted)
 
 
-def _together(o_proj: Any, outputs: list[mx.array], gate: mx.array | None, *, pieces: bool) -> mx.array:
+def _together(
+    o_proj: Any, outputs: list[mx.array], gate: mx.array | None, *, pieces: bool, wanted: Wanted | None = None
+) -> mx.array:
     """`o_proj` of the segments' attention (1, H, n, d), times its gate (T, H * d) if there is one, (T, D)."""
 
     def rows(*parts: mx.array) -> mx.array:
         joined = _joined(list(parts[: len(outputs)]))[0].swapaxes(0, 1).flatten(1)  # (1, H, T, d) -> (T, H * d)
-        return joined if gate is None else joined * mx.sigmoid(parts[-1])
+        gated = joined if gate is None else joined * mx.sigmoid(parts[-1])
+        return gated if wanted is None else wanted.of(gated)
 
     inputs = outputs if gate is None else [*outputs, gate]
     if not pieces:

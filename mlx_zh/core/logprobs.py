@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_zh.core import expert_loads
 from mlx_zh.core.block_forms import ModelForm, form_of
-from mlx_zh.core.blocks import KeysValues, TokenNoise, block_output, has_arrays, run_block
+from mlx_zh.core.blocks import KeysValues, TokenNoise, Wanted, block_output, has_arrays, run_block
 from mlx_zh.core.pacing import in_chunks, one_by_one, pause
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.core.recompute import Levels, levels
@@ -60,9 +61,44 @@ def hidden_states(
     of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
     freed before those of the next but one are allocated.
     """
+    return _states(model, batch, None, checkpoint=checkpoint, noise=noise, prefix=prefix, grad=grad)
+
+
+def scored_states(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    checkpoint: bool | Levels = False,
+    noise: TokenNoise | None = None,
+    prefix: Prefix | None = None,
+    grad: bool = True,
+) -> mx.array:
+    """The last hidden states (S, D) of the scored positions, as `hidden_states(...)[batch.scored]` gives them.
+
+    In the last block, attention's output projection and the MLP are computed for these positions alone. Experts are
+    computed for all, because their load is told for all tokens.
+    """
+    last = decoder(model).layers[-1]
+    if not 0 < batch.scored.size < batch.tokens.size or expert_loads.has_experts(last.mlp):
+        states = hidden_states(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix, grad=grad)
+        return states[batch.scored]
+    wanted = Wanted(batch.scored, noise)
+    return _states(model, batch, wanted, checkpoint=checkpoint, noise=noise, prefix=prefix, grad=grad)
+
+
+def _states(
+    model: nn.Module,
+    batch: PackedBatch,
+    wanted: Wanted | None,
+    *,
+    checkpoint: bool | Levels,
+    noise: TokenNoise | None,
+    prefix: Prefix | None,
+    grad: bool,
+) -> mx.array:
     last = None
     levels_of_row = checkpoint if grad else Levels()
-    for hidden in residual_stream(model, batch, checkpoint=levels_of_row, noise=noise, prefix=prefix):
+    for hidden in residual_stream(model, batch, checkpoint=levels_of_row, noise=noise, prefix=prefix, wanted=wanted):
         if not grad:
             mx.async_eval(hidden)
             if last is not None:
@@ -80,8 +116,12 @@ def residual_stream(
     checkpoint: bool | Levels = False,
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
+    wanted: Wanted | None = None,
 ) -> Iterator[mx.array]:
-    """The embedded tokens (T, D), and then the output (T, D) of each block; for the options see `hidden_states`."""
+    """The embedded tokens (T, D), and then the output (T, D) of each block; for the options see `hidden_states`.
+
+    The output of the last block is that of the `wanted` tokens alone.
+    """
     inner, form = decoder(model), form_of(model)
     hidden = _embedded(inner, form, batch, noise)
     yield hidden
@@ -91,7 +131,8 @@ def residual_stream(
         past = None if prefix is None else prefix.layers[index]
         flows = flows or has_arrays(layer.trainable_parameters())
         level = again.of(number) if flows else 0
-        hidden = run_block(layer, hidden, batch, level, noise, past, form.blocks[index])
+        own = wanted if index == len(inner.layers) - 1 else None
+        hidden = run_block(layer, hidden, batch, level, noise, past, form.blocks[index], own)
         number += flows
         yield hidden
 
@@ -289,8 +330,8 @@ def batch_logprobs(
     noise: TokenNoise | None = None,
 ) -> mx.array:
     """Log-probs (S,) float32 of a batch's scored tokens."""
-    hidden = hidden_states(model, batch, checkpoint=checkpoint, noise=noise, grad=grad)
-    return token_logprobs(hidden[batch.scored], output_head(model), batch.targets, chunk=chunk, grad=grad)
+    hidden = scored_states(model, batch, checkpoint=checkpoint, noise=noise, grad=grad)
+    return token_logprobs(hidden, output_head(model), batch.targets, chunk=chunk, grad=grad)
 
 
 def sum_by_owner(values: mx.array, owner: mx.array, count: int) -> mx.array:

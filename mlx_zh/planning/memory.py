@@ -165,85 +165,101 @@ def trained_values(model: ModelShape, trained: AdapterSpec) -> float:
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 
 
-def kept_bytes(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
+def kept_bytes(
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int, *, last: bool = False
+) -> dict[str, float]:
     """Bytes that one trained block keeps for its backward pass at `level`, see `core.recompute`.
 
-    Where there are two kinds of blocks, it is their mean.
+    Where there are two kinds of blocks, it is their mean. The `last` block of a model computes its output for the
+    scored tokens alone.
     """
-    attention = _kept_by(model, trained, target, row, level, recurrent=False)
+    outputs = _outputs(model, row) if last else row.tokens
+    attention = _kept_by(model, trained, target, row, level, outputs, recurrent=False)
     if model.delta is None or level == 2:
         return attention
-    recurrent = _kept_by(model, trained, target, row, level, recurrent=True)
+    recurrent = _kept_by(model, trained, target, row, level, outputs, recurrent=True)
     share = model.share("out_proj", trained.num_layers)
     return {name: share * size + (1 - share) * attention[name] for name, size in recurrent.items()}
 
 
-def _kept_at_most(model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int) -> dict[str, float]:
-    """The same of the kind of block that keeps more."""
+def _outputs(model: ModelShape, row: Row) -> int:
+    """The number of tokens whose output the last block computes (`core.logprobs.scored_states`)."""
+    return row.tokens if model.experts else min(row.scored, row.tokens)
+
+
+def _kept_at_most(
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int, outputs: int
+) -> dict[str, float]:
+    """The same of the kind of block that keeps more, if it computes `outputs` tokens' output."""
     kinds = [False] if model.delta is None else [False, True]
-    kept = [_kept_by(model, trained, target, row, level, recurrent=kind) for kind in kinds]
+    kept = [_kept_by(model, trained, target, row, level, outputs, recurrent=kind) for kind in kinds]
     return max(kept, key=lambda parts: sum(parts.values()))
 
 
 def _kept_by(
-    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int, *, recurrent: bool
+    model: ModelShape, trained: AdapterSpec, target: Target, row: Row, level: int, outputs: int, *, recurrent: bool
 ) -> dict[str, float]:
     if level == 2:
         return {"activations": float(row.tokens * model.hidden * target.value_bytes)}
     hidden, queries, keys, inner = model.hidden, model.queries, model.keys, model.intermediate
     absent = DELTA_LINEAR.keys() if not recurrent else {"q_proj", "k_proj", "v_proj", "o_proj"}
     adapted = adapted_matrices(model, trained) - absent
-    inputs = {
+    before = {  # inputs of the layers up to attention, and of those after it
         frozenset({"q_proj", "k_proj", "v_proj"}): hidden,
         frozenset({"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}): hidden,
         frozenset({"out_proj"}): 0 if model.delta is None else model.delta.values,
+    }
+    after = {
         frozenset({"o_proj"}): queries,
         frozenset({"gate_proj", "up_proj"}): hidden,
         frozenset({"down_proj"}): inner,
     }
-    values = 2.0 * hidden  # inputs of both norms
-    values += model.routed_values
-    values += 2 * inner  # gate and up
+    size, tokens = target.value_bytes, row.tokens
+    values = {tokens: 0.0} | {outputs: 0.0}  # bytes by the number of tokens that have them
+    values[tokens] += hidden * size  # inputs of both norms
+    values[outputs] += hidden * size
+    values[outputs] += (model.routed_values + 2 * inner) * size  # gate and up
     if model.qk_norm and not recurrent:
-        values += queries + keys
+        values[tokens] += (queries + keys) * size
     if model.gated and not recurrent:
-        values += 3 * queries  # the gate, its sigmoid and the attention's output before it
-    masks = 0.0
+        values[tokens] += 3 * queries * size  # the gate, its sigmoid and the attention's output before it
     whole_mlp = level == 0 or not model.swiglu  # any other MLP is left as it is
     if whole_mlp:
-        values += 2 * inner  # sigmoid and SiLU, which MLX computes early
+        values[outputs] += 2 * inner * size  # sigmoid and SiLU, which MLX computes early
     if level == 0 and trained.kind == "full":
-        values += 2 * hidden  # normalized values, for the gradient of the norms' weights
-    for names, width in inputs.items():
-        if not (whole_mlp if names & _MLP else level == 0):
-            continue
-        if layers := names & adapted:
-            copies = len(layers) if trained.dropout > 0 else 1  # with dropout, each layer has its own input
-            values += copies * width
-            masks += copies * width if trained.dropout > 0 else 0
-    if level == 0 and trained.kind != "full":
-        values += 2 * trained.rank * len(adapted)
-    if trained.kind == "dora":
-        values += sum(model.matrix(name)[1] for name in adapted)  # products before scaling by the magnitude
-    size = target.value_bytes
+        values[tokens] += hidden * size  # normalized values, for the gradient of the norms' weights
+        values[outputs] += hidden * size
+    for count, inputs in ((tokens, before), (outputs, after)):
+        for names, width in inputs.items():
+            layers = names & adapted
+            if layers and (whole_mlp if names & _MLP else level == 0):
+                copies = len(layers) if trained.dropout > 0 else 1  # with dropout, each layer has its own input
+                values[count] += copies * width * (size + (1 if trained.dropout > 0 else 0))  # and a mask
+        own = adapted & frozenset().union(*inputs)
+        if level == 0 and trained.kind != "full":
+            values[count] += 2 * trained.rank * len(own) * size
+        if trained.kind == "dora":  # products before scaling by the magnitude
+            values[count] += sum(model.matrix(name)[1] for name in own) * size
+    activations = sum(count * each for count, each in values.items())
     if recurrent and model.delta is not None:
-        lengths = [tokens for tokens, _ in row.segments]
-        states = model.delta.saved_bytes(lengths, size)
-        return {"activations": row.tokens * (values * size + masks), "attention": states}
-    attention = row.tokens * (queries + 2.0 * keys) * size + 2.0 * row.joined * keys * size
+        lengths = [length for length, _ in row.segments]
+        return {"activations": activations, "attention": model.delta.saved_bytes(lengths, size)}
+    attention = tokens * (queries + 2.0 * keys) * size + 2.0 * row.joined * keys * size
     if target.fused_attention:
-        attention += row.tokens * (queries * size + model.heads * FLOAT)  # its output and log-sum-exp
+        attention += tokens * (queries * size + model.heads * FLOAT)  # its output and log-sum-exp
     else:
         attention += model.heads * row.scores * size + row.scores  # probabilities, and a byte of mask
         if level == 1 and "o_proj" in adapted:
-            attention += row.tokens * queries * size  # its output, from which the input of o_proj is made again
-    return {"activations": row.tokens * (values * size + masks), "attention": attention}
+            attention += tokens * queries * size  # its output, from which the input of o_proj is made again
+    return {"activations": activations, "attention": attention}
 
 
-def _ahead(level: int, model: ModelShape, trained: AdapterSpec, target: Target, row: Row) -> dict[str, float]:
-    """Bytes that MLX has allocated for kernels that have not run yet."""
+def _ahead(
+    level: int, model: ModelShape, trained: AdapterSpec, target: Target, row: Row, outputs: int
+) -> dict[str, float]:
+    """Bytes that MLX has allocated for kernels that have not run yet, in a block that computes `outputs` tokens."""
     size, counts = target.value_bytes, _AHEAD_BACKWARD[level]
-    parts = {"activations": row.tokens * size * sum(n * model.width(name) for name, n in counts.items())}
+    parts = {"activations": outputs * size * sum(n * model.width(name) for name, n in counts.items())}
     if not target.fused_attention:
         largest = max(tokens * keys for tokens, keys in row.segments)
         parts["attention"] = _AHEAD_SCORES * model.heads * largest * size
@@ -269,12 +285,14 @@ class _Blocks:
     def count(self) -> int:
         return backward_blocks(self.model, self.trained)
 
-    def one(self, level: int) -> dict[str, float]:
+    def one(self, level: int, *, last: bool = False) -> dict[str, float]:
         """What one block keeps."""
-        return kept_bytes(self.model, self.trained, self.target, self.row, level)
+        return kept_bytes(self.model, self.trained, self.target, self.row, level, last=last)
 
     def kept(self, count: int) -> dict[str, float]:
         """What the lowest `count` blocks keep."""
+        if count and count == self.count:
+            return _added(self.kept(count - 1), self.one(self.levels.of(count - 1), last=True))
         whole = min(self.levels.blocks, count)
         pieces = min(max(self.levels.pieces, whole), count)
         parts: dict[str, float] = {}
@@ -286,17 +304,18 @@ class _Blocks:
     def worked_on(self, index: int) -> dict[str, float]:
         """What is there while the backward pass is in block `index`, gradients aside."""
         level = self.levels.of(index)
-        one = _kept_at_most(self.model, self.trained, self.target, self.row, min(level, 1))
-        parts = _added(one, _ahead(level, self.model, self.trained, self.target, self.row))
+        outputs = _outputs(self.model, self.row) if index == self.count - 1 else self.row.tokens
+        one = _kept_at_most(self.model, self.trained, self.target, self.row, min(level, 1), outputs)
+        parts = _added(one, _ahead(level, self.model, self.trained, self.target, self.row, outputs))
         if self.target.attention_tile:
             parts["workspace"] = attention_workspace(self.model, self.target, self.row)
         return _added(parts, self.kept(index))
 
     @property
     def highest(self) -> list[int]:
-        """The highest block of each level, from the top down."""
+        """The highest block of each level, and that below the last, whose output is of all tokens; from the top."""
         top = self.count - 1
-        below = (self.levels.pieces, self.levels.blocks)
+        below = (top, self.levels.pieces, self.levels.blocks)
         return sorted({top, *(number - 1 for number in below if 0 < number <= top)}, reverse=True)
 
 
@@ -316,7 +335,7 @@ def _backward(blocks: _Blocks, gradients: float) -> list[tuple[str, dict[str, fl
     moments = []
     for index in blocks.highest:
         done = min(blocks.count - index, trained.num_layers)
-        where = _BEGINNING if index == blocks.count - 1 else _LOWER
+        where = _BEGINNING if blocks.levels.of(index) == blocks.levels.of(blocks.count - 1) else _LOWER
         moments.append((where, blocks.worked_on(index) | {"gradients": done * each + head}))
     moments.append(("backward pass, at its end", blocks.worked_on(0) | {"gradients": gradients}))
     return moments

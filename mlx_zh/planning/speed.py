@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,9 +176,7 @@ class _Shift:
     def embeddings(self, hidden: mx.array) -> mx.array:
         return self.embedded + self.shift
 
-    def layer(self) -> Any:
-        from contextlib import nullcontext
-
+    def layer(self, positions: mx.array | None = None) -> AbstractContextManager[None]:
         return nullcontext()
 
 

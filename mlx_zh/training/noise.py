@@ -47,9 +47,11 @@ class StepNoise:
         noise = mx.vmap(lambda key: mx.random.uniform(-1, 1, (width,), key=key))(keys)
         return hidden + (noise * self._alpha / mx.sqrt(self._lengths * width)).astype(hidden.dtype)
 
-    def layer(self) -> AbstractContextManager[None]:
-        """A context in which adapter layers draw their dropout."""
-        return dropout_keys(self._keys if self._dropout else None)
+    def layer(self, positions: mx.array | None = None) -> AbstractContextManager[None]:
+        """A context in which adapter layers draw their dropout, for the tokens at `positions` or for all."""
+        if not self._dropout:
+            return dropout_keys(None)
+        return dropout_keys(self._keys if positions is None else self._keys[positions])
 
 
 def example_seeds(seed: int, step: int, examples: Sequence[int] | npt.NDArray[np.int64]) -> list[np.uint64]:

@@ -14,7 +14,7 @@ from tolerances import GRADIENT, HIDDEN
 
 from mlx_zh.core import block_forms, blocks
 from mlx_zh.core.block_forms import form_of
-from mlx_zh.core.logprobs import batch_logprobs, hidden_states, output_head, prefill, project
+from mlx_zh.core.logprobs import batch_logprobs, hidden_states, output_head, prefill, project, scored_states
 from mlx_zh.core.packing import PackedBatch, RowBuilder
 from mlx_zh.core.proof import SUPPORTED, check_supported, differences
 from mlx_zh.errors import ModelError
@@ -105,6 +105,28 @@ def test_its_gradient_too(name: str, quantized: int | None, pieces: None) -> Non
     again, recomputed = gradients(model, lambda: (batch_logprobs(model, batch, checkpoint=True) * factors).sum())
     assert again == pytest.approx(value, rel=1e-5)
     assert distance(recomputed, packed) < WIDER * GRADIENT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_last_mlp_sees_scored_tokens_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven positions of 115 are scored, one of them for two branches. Experts see all, as their load is told."""
+    model = model_of(name)
+    row = RowBuilder()
+    for index, (length, parent) in enumerate(TREE):
+        row.add(random_tokens(length, seed=index), parent)
+        if index in (1, 3, 5):
+            row.score(index, [True, *[False] * (length - 2), True], owner=index)
+    row.score_token(7, 5, owner=0)
+    batch = row.build(len(TREE))
+    expected = np.array(hidden_states(model, batch)[batch.scored])
+    mlp = model.layers[-1].mlp
+    counts: list[int] = []
+    call = type(mlp).__call__
+    monkeypatch.setattr(type(mlp), "__call__", lambda self, x: [counts.append(x.shape[-2]), call(self, x)][1])
+    np.testing.assert_allclose(np.array(scored_states(model, batch)), expected, atol=WIDER * HIDDEN, rtol=0)
+    experts = "moe" in name
+    assert counts == [115] * (len(counts) - 1) + [115 if experts else batch.scored.size]
+    assert batch.scored.size < 8
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "llama windows", "granite", "qwen3_5"])

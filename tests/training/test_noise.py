@@ -13,8 +13,9 @@ import pytest
 from oracles import distance, gradients, random_tokens
 from tolerances import HIDDEN
 
-from mlx_zh.core.logprobs import batch_logprobs, hidden_states
+from mlx_zh.core.logprobs import batch_logprobs, hidden_states, scored_states
 from mlx_zh.core.packing import PackedBatch, RowBuilder, pack_conversations, pack_pairs
+from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.models.adapters.layers import LoRALinear, add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.training.noise import StepNoise, example_seeds
@@ -175,6 +176,21 @@ def test_packing_does_not_change_a_models_dropout(tiny_model: Make, kind: str) -
         part = np.array(hidden_states(model, batch, noise=noise_of(lengths, **(on | off))))
         assert np.abs(quiet - part).max() > 0.1 and np.abs(together - part).max() > 0.1
     np.testing.assert_array_equal(np.array(hidden_states(model, batch)), quiet)  # nothing is left switched on
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_scored_tokens_draw_their_own_dropout_in_the_last_block(tiny_model: Make, level: int) -> None:
+    """Computed alone, a few tokens in the middle of examples give what they give among all tokens."""
+    model = adapted(tiny_model, "lora", 0.3)
+    masks = [np.arange(n) % 4 == 3 for n in (12, 5, 20)]
+    batch = pack_conversations((random_tokens(n, n), mask) for n, mask in zip((12, 5, 20), masks, strict=True))
+    noise = StepNoise(batch, example_seeds(7, 0, [0, 1, 2]), dropout=True, neftune_alpha=5.0)
+    among_all = np.array(hidden_states(model, batch, noise=noise)[batch.scored])
+    levels = Levels(ALL if level else 0, ALL if level == 2 else 0)
+    alone = np.array(scored_states(model, batch, noise=noise, checkpoint=levels))
+    assert 0 < len(alone) < 10
+    np.testing.assert_allclose(alone, among_all, atol=HIDDEN, rtol=0)
 
 
 @pytest.mark.numeric
