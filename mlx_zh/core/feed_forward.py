@@ -46,13 +46,14 @@ def projected(layers: Sequence[Any], norm: nn.Module | None, x: mx.array, *, pie
 
 def product(layer: Any, x: mx.array) -> mx.array:
     """What a layer computes of `x`, up to the last factor if it has one (`product` and `scaled`, as DoRA's)."""
-    result: mx.array = getattr(layer, "product", layer)(x)
+    compute: Any = layer.product if hasattr(type(layer), "product") else layer
+    result: mx.array = compute(x)
     return result
 
 
 def scaled(layer: Any, out: mx.array) -> mx.array:
     """A layer's output, from what `product` returned."""
-    if not hasattr(layer, "scaled"):
+    if not hasattr(type(layer), "scaled"):  # asked of the class: a module looks up what it lacks slowly
         return out
     result: mx.array = layer.scaled(out)
     return result
