@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_zh.core.feed_forward import feed_forward, is_swiglu, product, projected
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.recompute import again
 from mlx_zh.core.recurrent import recurrent_output
+from mlx_zh.core.splitting import split_at
 from mlx_zh.system import device
 
 
@@ -72,13 +74,13 @@ def run_block(
     `level` says what it computes again in the backward pass, see `core.recompute`.
     """
 
-    def block(hidden: mx.array) -> mx.array:
+    def block(hidden: mx.array, pieces: bool) -> tuple[mx.array]:
         with nullcontext() if noise is None else noise.layer():
-            return block_output(layer, hidden, batch, past, form=form, pieces=level > 0, wanted=wanted)
+            return (block_output(layer, hidden, batch, past, form=form, pieces=pieces, wanted=wanted),)
 
     if level < 2:
-        return block(hidden)
-    return again((layer,), lambda hidden: (block(hidden),), hidden)[0]
+        return block(hidden, level > 0)[0]
+    return again((layer,), partial(block, pieces=True), hidden, first=partial(block, pieces=False))[0]
 
 
 def has_arrays(tree: Any) -> bool:
@@ -217,8 +219,7 @@ def _segments_of(
         if norm is not None and form.rotated_first:
             split = attention[norm](split)
         split = split.swapaxes(0, 2)  # (T, H, 1, d) -> (1, H, T, d)
-        # Split, not sliced: the gradient of every slice would be an array of the whole row.
-        return list(mx.split(split, batch.starts[1:], axis=2))
+        return split_at(split, batch.starts[1:], axis=2)
 
     queries, keys, values = _projections(attention, products)
     of_queries, of_keys = form.norms or (None, None)
@@ -261,7 +262,7 @@ def _attended(
     tail = _last(before, window - 1)
     size = max(window, _LEAST_PIECE)
     cuts = list(range(size, queries.shape[2], size))
-    pieces = zip(*(mx.split(array, cuts, axis=2) if cuts else [array] for array in (queries, *own)), strict=True)
+    pieces = zip(*(split_at(array, cuts, axis=2) for array in (queries, *own)), strict=True)
     for piece, key, value in pieces:
         yield _attention(piece, _columns([*tail, (key, value)]), scale, window)
         tail = [(key, value)]
@@ -305,6 +306,8 @@ def _mask(queries: int, keys: int, *, array: bool, window: int | None = None) ->
 
 def _columns(parts: list[KeysValues]) -> KeysValues:
     """Keys and values that follow each other, in one array each."""
+    if len(parts) == 1:
+        return parts[0]
     key, value = (_joined(list(column)) for column in zip(*parts, strict=True))
     return key, value
 

@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu as forward_swiglu
 
 from mlx_zh.core.recompute import again
-from mlx_zh.system import device
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -46,13 +45,14 @@ def projected(layers: Sequence[Any], norm: nn.Module | None, x: mx.array, *, pie
 
 def product(layer: Any, x: mx.array) -> mx.array:
     """What a layer computes of `x`, up to the last factor if it has one (`product` and `scaled`, as DoRA's)."""
-    result: mx.array = getattr(layer, "product", layer)(x)
+    compute: Any = layer.product if hasattr(type(layer), "product") else layer
+    result: mx.array = compute(x)
     return result
 
 
 def scaled(layer: Any, out: mx.array) -> mx.array:
     """A layer's output, from what `product` returned."""
-    if not hasattr(layer, "scaled"):
+    if not hasattr(type(layer), "scaled"):  # asked of the class: a module looks up what it lacks slowly
         return out
     result: mx.array = layer.scaled(out)
     return result
@@ -64,42 +64,23 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return outputs[0]
 
 
+# Not compiled: what a gradient traces, MLX 0.32.4 never compiles (`compile` in its compile.cpp passes tracers on).
 @mx.custom_function
 def _swiglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    return _compiled_values(gate, up) if device.compiles() else _values(gate, up)
-
-
-@_swiglu.vjp
-def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
-    compute: Any = _compiled_gradients if device.compiles() else _gradients
-    gradients: tuple[mx.array, mx.array] = compute(*primals, outputs[1], cotangents[0])
-    return gradients
-
-
-def _values(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """SwiGLU with the roundings of the model's own, and the sigmoid of gate."""
     sigmoid = mx.sigmoid(gate)
     return gate * sigmoid * up, sigmoid
 
 
-def _gradients(gate: mx.array, up: mx.array, sigmoid: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
-    """The gradients of SwiGLU with respect to gate and up, in the order of MLX's own, so that no bit differs."""
+@_swiglu.vjp
+def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    """The gradients with respect to gate and up, in the order of MLX's own, so that no bit differs."""
+    gate, up = primals
+    cotangent, sigmoid = cotangents[0], outputs[1]
     of_silu = cotangent * up
     of_gate = of_silu * sigmoid + of_silu * gate * (sigmoid * (1 - sigmoid))
     return of_gate, cotangent * (gate * sigmoid)
 
-
-def _gradients_in_float32(
-    gate: mx.array, up: mx.array, sigmoid: mx.array, cotangent: mx.array
-) -> tuple[mx.array, mx.array]:
-    kind = gate.dtype
-    gate, up, sigmoid, cotangent = (array.astype(mx.float32) for array in (gate, up, sigmoid, cotangent))
-    of_gate, of_up = _gradients(gate, up, sigmoid, cotangent)
-    return of_gate.astype(kind), of_up.astype(kind)
-
-
-_compiled_values = mx.compile(_values, shapeless=True)
-_compiled_gradients = mx.compile(_gradients_in_float32, shapeless=True)
 
 _KNOWN: dict[tuple[Any, ...], bool] = {}  # kinds of MLP -> whether they are SwiGLU
 

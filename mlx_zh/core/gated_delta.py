@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_zh.core.packing import Segment
+from mlx_zh.core.splitting import split_at
 
 CHUNKS = (16, 32, 64)  # tokens
 _STEP = 8  # a step from chunk to chunk takes as long as so many tokens of one
@@ -103,7 +104,7 @@ def _pieces(segments: Sequence[Segment], chunk: int) -> list[_Piece]:
 
 def _chunked(values: mx.array, pieces: Sequence[_Piece], chunk: int) -> mx.array:
     """Cut (T, H, x) into chunks (N, H, C, x), float32. A chunk is filled up with zeros, which change no matrix."""
-    parts: Any = mx.split(values.astype(mx.float32), [piece.start for piece in pieces[1:]], axis=0)
+    parts = split_at(values.astype(mx.float32), [piece.start for piece in pieces[1:]], axis=0)
     return mx.stack([mx.pad(part, [(0, chunk - len(part)), (0, 0), (0, 0)]) for part in parts]).swapaxes(1, 2)
 
 
@@ -140,7 +141,7 @@ def _waves(pieces: Sequence[_Piece], parts: Parts, before: mx.array | None) -> t
 
     results: Any = chain(first, *parts)
     outputs, _, ends = results
-    return outputs, [end[0] for end in mx.split(ends, len(ends), axis=0)]
+    return outputs, [end[0] for end in split_at(ends, range(1, len(ends)), axis=0)]
 
 
 def _order(pieces: Sequence[_Piece]) -> list[list[int]]:
@@ -276,7 +277,7 @@ def convolved(
     result is such a tail at the end of the last segment.
     """
     size, width = inputs.shape[1], weight.shape[1]
-    parts = mx.split(inputs, [segment.start for segment in segments[1:]], axis=0)
+    parts = split_at(inputs, [segment.start for segment in segments[1:]], axis=0)
     start = mx.zeros((width - 1, size), dtype=inputs.dtype) if tail is None else tail
     tails: list[mx.array] = []
     extended: list[mx.array] = []  # each segment after the W - 1 inputs before it
@@ -287,7 +288,7 @@ def convolved(
     outputs = _depthwise(mx.concatenate(extended), weight)  # (T + n (W - 1) - (W - 1), E)
     bounds = [length for segment in segments for length in (len(segment), width - 1)]
     cuts = [sum(bounds[: i + 1]) for i in range(len(bounds) - 2)]
-    return (mx.concatenate(list(mx.split(outputs, cuts, axis=0))[::2]) if cuts else outputs), tails[-1]
+    return mx.concatenate(split_at(outputs, cuts, axis=0)[::2]), tails[-1]
 
 
 def _depthwise(inputs: mx.array, weight: mx.array) -> mx.array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +36,7 @@ class Segment:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedBatch:
     """One row of T tokens in segments, of which S tokens are scored.
 
@@ -51,12 +52,12 @@ class PackedBatch:
     owner: mx.array  # (S,) int32
     num_sequences: int
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """Row position of each segment's first token. Segments have no gaps between them."""
         return [segment.start for segment in self.segments]
 
-    @property
+    @cached_property
     def positions(self) -> mx.array:
         """Position ids, (T,) int32."""
         ids = [np.arange(s.position, s.position + len(s), dtype=np.int32) for s in self.segments]

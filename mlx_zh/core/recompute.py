@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_zh.core.places import put, trained_places
 from mlx_zh.system import device
 
 Compute = Callable[..., tuple[mx.array, ...]]
@@ -45,34 +45,29 @@ def levels(checkpoint: bool | Levels) -> Levels:
     return Levels(ALL if device.remakes_cheaply() else 0, ALL if checkpoint else 0)
 
 
-def again(modules: Sequence[nn.Module], compute: Compute, *inputs: mx.array) -> tuple[mx.array, ...]:
+def again(
+    modules: Sequence[nn.Module], compute: Compute, *inputs: mx.array, first: Compute | None = None
+) -> tuple[mx.array, ...]:
     """`compute(*inputs)`, which is computed again in the backward pass. Between the two only `inputs` are kept.
 
     `compute` may use the trained weights of `modules` and of no other module. MLX computes only what the gradient
-    needs, so a frozen linear layer at the end of `compute` costs nothing a second time.
+    needs, so a frozen linear layer at the end of `compute` costs nothing a second time. `first` computes the same in
+    the forward pass, where `compute` has parts that only a gradient needs.
     """
-    own = [module.trainable_parameters() for module in modules]
-    names: list[list[str]] = []
-    arrays: list[mx.array] = list(inputs)
-    for tree in own:
-        flat: Any = tree_flatten(tree)
-        names.append([name for name, _ in flat])
-        arrays += [array for _, array in flat]
+    places = [place for module in modules for place in trained_places(module)]
+    own = [holder[key] for holder, key in places]
     context = copy_context()  # the backward pass is built when the context of the noise has been left
 
     def run(*values: mx.array) -> tuple[mx.array, ...]:
-        rest = list(values[len(inputs) :])
+        put(places, values[len(inputs) :])
         try:
-            for module, keys in zip(modules, names, strict=True):
-                module.update(tree_unflatten([(key, rest.pop(0)) for key in keys]))
             return compute(*values[: len(inputs)])
         finally:  # no array of this trace stays in a module
-            for module, tree in zip(modules, own, strict=True):
-                module.update(tree)
+            put(places, own)
 
     @mx.custom_function
     def kept(*values: mx.array) -> tuple[mx.array, ...]:
-        return run(*values)
+        return (first or compute)(*values[: len(inputs)])  # the weights are those that the modules hold
 
     @kept.vjp
     def vjp(primals: Any, cotangents: Any, _: Any) -> Any:
@@ -83,5 +78,5 @@ def again(modules: Sequence[nn.Module], compute: Compute, *inputs: mx.array) -> 
         _, result = context.run(mx.vjp, run, values, gradients)
         return result[0] if len(values) == 1 else tuple(result)
 
-    outputs: Any = kept(*arrays)
+    outputs: Any = kept(*inputs, *own)
     return tuple(outputs) if isinstance(outputs, list | tuple) else (outputs,)

@@ -78,7 +78,7 @@ def compiles() -> bool:
 def remakes_cheaply() -> bool:
     """Whether element-wise work is nearly free beside products, so that training makes such values again by default.
 
-    On a GPU one compiled kernel makes them; a CPU would take longer, so there it is done where memory is short.
+    A CPU would take longer for it, so there it is done where memory is short.
     """
     return not is_cpu()
 

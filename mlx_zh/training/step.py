@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mlx_zh.core import expert_loads
 from mlx_zh.core.logprobs import decoder
 from mlx_zh.core.pacing import compute_in_turn, paced
+from mlx_zh.core.places import place_of, put
 from mlx_zh.distributed.world import ALONE, World
 from mlx_zh.system.accelerator import accelerator_errors, repeated
 from mlx_zh.training.objective import Objective, Row, Sums
@@ -41,8 +41,8 @@ class StepResult:
 
 
 def set_weights(model: nn.Module, weights: Arrays) -> None:
-    """Put named arrays into a model."""
-    model.update(tree_unflatten(list(weights.items())))
+    """Put named arrays into a model. Raises KeyError or IndexError for a name that the model does not have."""
+    put([place_of(model, name) for name in weights], list(weights.values()))
 
 
 def loss_scale(model: nn.Module, rows: list[Row]) -> float:
@@ -60,16 +60,17 @@ def loss_scale(model: nn.Module, rows: list[Row]) -> float:
 def loss_and_gradients(
     model: nn.Module, objective: Objective, rows: list[Row], weights: Arrays
 ) -> tuple[mx.array, Sums, Arrays]:
-    """The summed loss, sums and gradients of `rows`.
+    """The summed loss, sums and gradients of `rows`, computed.
 
-    The rows are computed one after another, so that the activations of only one row are in memory. The gradients are
-    those of `weights`, by name.
+    The rows are computed one after another, so that the activations of only one row are in memory. The graph of a row
+    is built while the device computes the row before it. The gradients are those of `weights`, by name.
     """
 
     scale = loss_scale(model, rows)
+    places = [place_of(model, name) for name in weights]
 
     def share(weights: Arrays, row: Row) -> tuple[mx.array, Sums]:
-        set_weights(model, weights)
+        put(places, list(weights.values()))
         with expert_loads.recording() as loads:
             loss, sums = objective.share(model, row)
         sums = sums | expert_loads.sums(loads, row.batch.tokens.size)
@@ -80,6 +81,8 @@ def loss_and_gradients(
     for row in objective.prepared(model, rows):
         with paced() as chunks:
             (loss, sums), gradients = value_and_grad(weights, row)
+        if total is not None:
+            mx.eval(total)
         compute_in_turn(chunks)
         if scale != 1:
             loss, gradients = loss / scale, {name: value / scale for name, value in gradients.items()}
@@ -88,11 +91,12 @@ def loss_and_gradients(
             sums = {name: total[1][name] + value for name, value in sums.items()}
             gradients = {name: total[2][name] + value for name, value in gradients.items()}
         total = (loss, sums, gradients)
-        mx.eval(total)
-    set_weights(model, weights)  # until here the model holds the traced arrays
+        mx.async_eval(total)
+    put(places, list(weights.values()))  # until here the model holds the traced arrays
     if total is None:  # this rank has no rows: there are fewer examples than ranks
         zeros = {name: mx.array(0.0) for name in objective.sums} | expert_loads.no_sums(model)
         total = mx.array(0.0), zeros, {name: mx.zeros_like(array) for name, array in weights.items()}
+    mx.eval(total)
     return total
 
 

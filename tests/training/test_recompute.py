@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -165,6 +167,36 @@ def test_swiglu_is_no_less_accurate_than_an_automatic_gradient(dtype: Any) -> No
     automatic = errors(lambda g, u: nn.silu(g) * u)
     assert all(own <= 1.01 * other for own, other in zip(errors(swiglu), automatic, strict=True))
     assert mx.array_equal(swiglu(gate, up), nn.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_swiglu_has_the_bits_of_an_automatic_gradient_in_every_type(dtype: Any) -> None:
+    gate, up, weight = (3 * mx.random.normal((64, 96), key=mx.random.key(seed)).astype(dtype) for seed in range(3))
+    _, found = mx.vjp(swiglu, [gate, up], [weight])
+    _, expected = mx.vjp(lambda g, u: g * mx.sigmoid(g) * u, [gate, up], [weight])
+    assert all(mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for a CPU with g++")
+def test_mlx_compiles_nothing_that_a_gradient_traces(tmp_path: Path) -> None:
+    """Should this fail with a later MLX, SwiGLU's gradient is worth compiling for GPUs."""
+    compiled = mx.compile(lambda x: mx.exp(x) * x + 1, shapeless=True)
+
+    @mx.custom_function
+    def function(x: mx.array) -> mx.array:
+        return compiled(x)
+
+    @function.vjp
+    def vjp(primal: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        return compiled(primal) * cotangent
+
+    def kernels(result: Any) -> bool:
+        mx.export_to_dot(str(tmp_path / "graph.dot"), result)
+        return "Compiled" in (tmp_path / "graph.dot").read_text()
+
+    x = mx.ones(4)
+    assert kernels(compiled(x))
+    assert not kernels(mx.value_and_grad(lambda x: function(x).sum())(x))
 
 
 class Gelu(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_messages import VICTIM
 from objectives import conversations, sft
 from oracles import distance, gradients, own_logprobs, own_loss
 from tolerances import GRADIENT, LOSS, MOVED
@@ -16,6 +17,7 @@ from tolerances import GRADIENT, LOSS, MOVED
 from mlx_zh.core.recompute import Levels
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
+from mlx_zh.system.accelerator import AcceleratorError
 from mlx_zh.training.objective import Row
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW
 from mlx_zh.training.sft_objective import SftObjective
@@ -198,6 +200,60 @@ def test_the_model_gets_its_own_arrays_back(tiny_model: Make, kind: str) -> None
     weights = trainable(model)
     step_of(model, sft(conversations(LENGTHS), checkpoint=True, logit_rows=3), STEPS[0])
     assert all(array is weights[name] for name, array in trainable(model).items())
+
+
+def test_a_row_is_built_while_the_row_before_it_is_computed(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But nothing of it is computed before that row is finished, so one row's activations are in memory at a time."""
+    model, objective = prepared(tiny_model), sft(conversations([20, 20, 20]), micro_tokens=20, logit_rows=6)
+    rows, events = objective.rows(np.arange(3), 0), list[str]()
+
+    def recorded(module: Any, name: str, event: Callable[..., str]) -> None:
+        function = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            events.append(event(*arguments))
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    recorded(objective, "share", lambda *_: "build")
+    recorded(mx, "async_eval", lambda *_: "start")
+    recorded(mx, "eval", lambda values: "wait" if len(values) == 3 else "chunk")  # loss, sums and gradients
+    loss_and_gradients(model, objective, rows, trainable(model))
+    first, later = ["build", "chunk", "chunk", "start"], ["build", "wait", "chunk", "chunk", "start"]
+    assert events == [*first, *later, *later, "wait"]  # 10 scored tokens of each row, 6 at a time
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_fault_of_any_row_is_told_before_the_weights_change(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    """The device tells it when the row is waited for. The step can then be taken again, with the same result."""
+    objective = sft(conversations([20, 20, 20]), micro_tokens=20)
+    results = []
+    for fails in (False, True):
+        model = prepared(tiny_model)
+        weights = trainable(model)
+        optimizer = GroupedAdamW(weights, weight_decay=0.01, betas=(0.9, 0.999))
+        take = partial(train_step, learning_rate=1e-3, max_grad_norm=None)
+        if fails:
+            moments, evaluate, waits = optimizer.arrays(), mx.eval, iter(range(3))
+
+            def failing(*values: Any, waits: Any = waits, evaluate: Callable[..., None] = evaluate) -> None:
+                if isinstance(values[0], tuple) and len(values[0]) == 3 and next(waits) == row:
+                    raise RuntimeError(VICTIM)
+                evaluate(*values)
+
+            monkeypatch.setattr(mx, "eval", failing)
+            with pytest.raises(AcceleratorError):
+                take(model, objective, objective.rows(np.arange(3), 0), weights, optimizer)
+            monkeypatch.setattr(mx, "eval", evaluate)
+            assert all(array is moments[name] for name, array in optimizer.arrays().items())
+        result, after = take(model, objective, objective.rows(np.arange(3), 0), weights, optimizer)
+        results.append((result.loss, {name: np.array(array).tobytes() for name, array in after.items()}))
+    assert results[0] == results[1]
 
 
 def test_steps_lower_the_loss_and_leave_no_traced_arrays(tiny_model: Make) -> None:

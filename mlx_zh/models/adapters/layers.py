@@ -55,7 +55,7 @@ class LoRALinear(lora.LoRALinear):
         self.linear = linear
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear(x) + _low_rank(self, x)
+        return self["linear"](x) + _low_rank(self, x)
 
 
 class DoRALinear(dora.DoRALinear):
@@ -99,8 +99,9 @@ def _set_up(layer: Any, linear: nn.Module, spec: AdapterSpec, seed: int, name: s
 def _low_rank(layer: Any, x: mx.array) -> mx.array:
     """scale · dropout(x) A B: (T, D) -> (T, outputs)."""
     dropped = _dropped(x, layer.dropout_rate, layer.salt)
-    low = layer.scale * (dropped @ layer.lora_a.astype(x.dtype))  # (T, D) -> (T, r)
-    return low @ layer.lora_b.astype(x.dtype)
+    # Read as a dict's: a module's attributes are looked up more slowly, and this is done for each layer of each row.
+    low = layer.scale * (dropped @ layer["lora_a"].astype(x.dtype))  # (T, D) -> (T, r)
+    return low @ layer["lora_b"].astype(x.dtype)
 
 
 class LoRAExperts(lora.LoRASwitchLinear):
