@@ -1,0 +1,144 @@
+"""Products of rows with frozen quantized weights: by MLX's quantized kernel, or with the weight unpacked for each.
+
+A quantized kernel reads less memory, which counts for a few rows. For many rows a dense product may be faster by more
+than unpacking takes, which depends on the device. So rules say from how many rows on a product goes the dense way;
+`core.product_speed` measures them. Without rules, every product goes the quantized way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# The form of a product (`form_of`), and the smallest number of rows from which on it goes the dense way.
+Rules = dict[str, int]
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+_rules: Rules = {}
+
+
+def use(rules: Mapping[str, int]) -> None:
+    """Compute by these rules from now on. Other rules round sums otherwise."""
+    global _rules
+    _rules = dict(rules)
+
+
+def current() -> Rules:
+    """The rules that products go by; empty if all go the quantized way."""
+    return dict(_rules)
+
+
+def agreed(by_rank: Iterable[Mapping[str, int]]) -> Rules:
+    """The rules of several ranks: a product goes the dense way only where it does so on all of them."""
+    first, *others = by_rank
+    shared = [form for form in first if all(form in rules for rules in others)]
+    return {form: max(rules[form] for rules in (first, *others)) for form in shared}
+
+
+class FrozenLinear(nn.QuantizedLinear):
+    """MLX's quantized linear layer, computed by the rules."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not _is_dense(self, x):
+            quantized: mx.array = super().__call__(x)
+            return quantized
+        out = dense_product(self, x)
+        return out + self.bias if "bias" in self else out
+
+
+def install(model: nn.Module) -> None:
+    """Let the quantized linear layers of a model be computed by the rules. Their arrays stay as they are."""
+    for module in model.modules():
+        if type(module) is nn.QuantizedLinear:
+            module.__class__ = FrozenLinear
+
+
+def dense_product(layer: Any, x: mx.array) -> mx.array:
+    """`x` (..., inputs) times the layer's unpacked weight, without its bias: (..., outputs).
+
+    The weight is unpacked again in the backward pass, and is kept by neither. No gradient goes to it.
+    """
+    kind = _computed_in(layer, x.dtype)
+    result: Any = _product(layer.group_size, layer.bits, layer.mode)(x.astype(kind), *_packed(layer))
+    return result[0] if isinstance(result, list | tuple) else result
+
+
+def unpacked(head: Any, x: mx.array) -> Any:
+    """An output head, or, where the rules say so for the rows of `x`, a layer with its unpacked weight."""
+    return _Dense(head, x) if isinstance(head, QUANTIZED) and _is_dense(head, x) else head
+
+
+class _Dense(nn.Module):
+    """The unpacked weight (V, D) of a quantized layer, and its bias."""
+
+    def __init__(self, layer: Any, x: mx.array) -> None:
+        nn.Module.__init__(self)
+        kind = _computed_in(layer, x.dtype)
+        self.weight = _weight(_packed(layer), layer.group_size, layer.bits, layer.mode, kind, after=x)
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = x @ self.weight.T
+        return out + self.bias if "bias" in self else out
+
+
+def form_of(layer: Any, dtype: mx.Dtype) -> str:
+    """What decides which way of the layer's product is faster, with rows of type `dtype`."""
+    outputs, words = layer.weight.shape
+    inputs = words * 32 // layer.bits
+    return form(_computed_in(layer, dtype), layer.bits, layer.group_size, layer.mode, outputs, inputs)
+
+
+def form(dtype: mx.Dtype, bits: int, group: int, mode: str, outputs: int, inputs: int) -> str:
+    """The form of a product, as `form_of`."""
+    return f"{str(dtype).rpartition('.')[2]} {mode} {bits} bits {group} {outputs}x{inputs}"
+
+
+def _is_dense(layer: Any, x: mx.array) -> bool:
+    if not _rules:
+        return False
+    least = _rules.get(form_of(layer, x.dtype))
+    return least is not None and x.size // x.shape[-1] >= least
+
+
+def _computed_in(layer: Any, dtype: mx.Dtype) -> mx.Dtype:
+    """The type in which MLX's kernel unpacks the weight: that of the rows; in mode affine, scales may be wider."""
+    return mx.result_type(dtype, layer.scales.dtype) if layer.mode == "affine" else dtype
+
+
+def _packed(layer: Any) -> list[mx.array]:
+    biases = layer.get("biases")
+    return [layer.weight, layer.scales, *([] if biases is None else [biases])]
+
+
+def _weight(
+    packed: list[mx.array], group: int, bits: int, mode: str, dtype: mx.Dtype, *, after: mx.array
+) -> mx.array:
+    """The dense weight (outputs, inputs). It is not unpacked before `after` is computed, so that few are alive."""
+    weight, scales, *biases = mx.depends(packed, [after])
+    if mode == "affine":
+        scales, biases = scales.astype(dtype), [array.astype(dtype) for array in biases]
+    more = biases[0] if biases else None
+    return mx.dequantize(weight, scales, more, group_size=group, bits=bits, mode=mode, dtype=dtype)
+
+
+@cache
+def _product(group: int, bits: int, mode: str) -> Callable[..., Any]:
+    """The dense product of rows (..., inputs) with the arrays of a packed weight."""
+
+    @mx.custom_function
+    def product(x: mx.array, *packed: mx.array) -> mx.array:
+        return x @ _weight(list(packed), group, bits, mode, x.dtype, after=x).T
+
+    @product.vjp
+    def vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+        x, *packed = primals
+        gradient = cotangent @ _weight(packed, group, bits, mode, x.dtype, after=cotangent)
+        return (gradient, *(mx.zeros_like(array) for array in packed))
+
+    return product
