@@ -62,7 +62,7 @@ def dense_product(layer: Any, x: mx.array) -> mx.array:
 
     The weight is unpacked again in the backward pass, and is kept by neither. No gradient goes to it.
     """
-    kind = _computed_in(layer, x.dtype)
+    kind = computed_in(layer, x.dtype)
     result: Any = _product(layer.group_size, layer.bits, layer.mode)(x.astype(kind), *_packed(layer))
     return result[0] if isinstance(result, list | tuple) else result
 
@@ -77,7 +77,7 @@ class _Dense(nn.Module):
 
     def __init__(self, layer: Any, x: mx.array) -> None:
         nn.Module.__init__(self)
-        kind = _computed_in(layer, x.dtype)
+        kind = computed_in(layer, x.dtype)
         self.weight = _weight(_packed(layer), layer.group_size, layer.bits, layer.mode, kind, after=x)
         if "bias" in layer:
             self.bias = layer.bias
@@ -91,7 +91,7 @@ def form_of(layer: Any, dtype: mx.Dtype) -> str:
     """What decides which way of the layer's product is faster, with rows of type `dtype`."""
     outputs, words = layer.weight.shape
     inputs = words * 32 // layer.bits
-    return form(_computed_in(layer, dtype), layer.bits, layer.group_size, layer.mode, outputs, inputs)
+    return form(computed_in(layer, dtype), layer.bits, layer.group_size, layer.mode, outputs, inputs)
 
 
 def form(dtype: mx.Dtype, bits: int, group: int, mode: str, outputs: int, inputs: int) -> str:
@@ -106,7 +106,7 @@ def _is_dense(layer: Any, x: mx.array) -> bool:
     return least is not None and x.size // x.shape[-1] >= least
 
 
-def _computed_in(layer: Any, dtype: mx.Dtype) -> mx.Dtype:
+def computed_in(layer: Any, dtype: mx.Dtype) -> mx.Dtype:
     """The type in which MLX's kernel unpacks the weight: that of the rows; in mode affine, scales may be wider."""
     return mx.result_type(dtype, layer.scales.dtype) if layer.mode == "affine" else dtype
 

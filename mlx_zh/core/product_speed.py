@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zh.core.frozen_products import FrozenLinear, dense_product, form_of
+from mlx_zh.core.frozen_products import FrozenLinear, computed_in, dense_product, form_of
 from mlx_zh.errors import StorageError
 from mlx_zh.system import device
 from mlx_zh.system.digests import value_digest
@@ -100,7 +100,7 @@ def _ways(layer: Any, rows: int, dtype: mx.Dtype) -> list[Callable[[], list[mx.a
     """The product and its gradient, quantized and dense; each is computed when it is called."""
     outputs, words = layer.weight.shape
     x = mx.random.normal((rows, words * 32 // layer.bits), key=mx.random.key(0)).astype(dtype)
-    cotangent = mx.random.normal((rows, outputs), key=mx.random.key(1)).astype(dtype)
+    cotangent = mx.random.normal((rows, outputs), key=mx.random.key(1)).astype(computed_in(layer, dtype))
     mx.eval(x, cotangent, layer.parameters())
 
     def quantized(x: mx.array) -> mx.array:

@@ -39,26 +39,33 @@ def _rules(recipe: Recipe, loaded: LoadedModel) -> frozen_products.Rules:
     settings = recipe.memory
     if loaded.config.get("quantization") is None or (settings.dense_products == "auto" and device.is_cpu()):
         return {}
+    dtype = decoder(loaded.model).norm.weight.dtype
+    groups = _layers(recipe, loaded)
+    forms = {frozen_products.form_of(layer, dtype) for layers, _ in groups for layer in layers}
+    if settings.dense_products is True:
+        return dict.fromkeys(forms, product_speed.ROWS[-1])
+    if forms - product_speed.remembered().keys():
+        console.say("Measuring which way products with quantized weights are faster here; this is done once.")
+    rules: frozen_products.Rules = {}
+    for layers, most in groups:
+        rules |= product_speed.measured(layers, dtype, most=most)
+    return {form: rows for form, rows in rules.items() if rows}
+
+
+def _layers(recipe: Recipe, loaded: LoadedModel) -> list[tuple[list[Any], int]]:
+    """The layers whose weights there is room to unpack, each group with the most rows that its products have."""
+    settings, config = recipe.memory, loaded.config
     machine = memory_check.within_limit(memory_check.this_machine(), settings)
     limit = memory_check.memory_limit(settings, machine)
-    model, target = model_shape(loaded.config), memory_check.target_of(recipe, loaded.config, machine)
+    model, target = model_shape(config), memory_check.target_of(recipe, config, machine)
     of_blocks, of_head = unpacked.room(settings, model, target, limit)
     head = output_head(loaded.model)
     blocks = [m for m in loaded.model.modules() if isinstance(m, frozen_products.FrozenLinear) and m is not head]
-    heads = [head] if isinstance(head, frozen_products.QUANTIZED) and of_head else []
     chunk = settings.logit_rows or chunk_rows(vocabulary_of(head), limit)
-    dtype = decoder(loaded.model).norm.weight.dtype
-    rules: frozen_products.Rules = {}
-    for layers, most in ((blocks if of_blocks else [], product_speed.ROWS[0]), (heads, chunk)):
-        forms = {frozen_products.form_of(layer, dtype) for layer in layers}
-        if settings.dense_products is True:
-            rules |= dict.fromkeys(forms, product_speed.ROWS[-1])
-        elif forms and most >= product_speed.ROWS[-1]:
-            if forms - product_speed.remembered().keys():
-                console.say("Measuring which way products with quantized weights are faster here; this is done once.")
-            measured = product_speed.measured(layers, dtype, most=most)
-            rules |= {form: rows for form, rows in measured.items() if rows}
-    return rules
+    groups: list[tuple[list[Any], int]] = [(blocks, product_speed.ROWS[0])] if of_blocks else []
+    if of_head and isinstance(head, frozen_products.QUANTIZED) and chunk >= product_speed.ROWS[-1]:
+        groups.append(([head], chunk))
+    return groups
 
 
 def keep(folder: Path, settings: Memory, world: World) -> None:
