@@ -7,8 +7,7 @@ than unpacking takes, which depends on the device. So rules say from how many ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ import mlx.nn as nn
 
 # The form of a product (`form_of`), and the smallest number of rows from which on it goes the dense way.
 Rules = dict[str, int]
+Packed = tuple[mx.array, mx.array, mx.array | None]  # a layer's weight, scales and biases
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 _rules: Rules = {}
@@ -63,8 +63,18 @@ def dense_product(layer: Any, x: mx.array) -> mx.array:
     The weight is unpacked again in the backward pass, and is kept by neither. No gradient goes to it.
     """
     kind = computed_in(layer, x.dtype)
-    result: Any = _product(layer.group_size, layer.bits, layer.mode)(x.astype(kind), *_packed(layer))
-    return result[0] if isinstance(result, list | tuple) else result
+    packed = layer.weight, layer.scales, layer.get("biases")  # not arguments, whose gradients MLX would ask for
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return x @ _weight(layer, packed, kind, after=x).T
+
+    @product.vjp
+    def vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+        return cotangent @ _weight(layer, packed, kind, after=cotangent)
+
+    result: Any = product(x if x.dtype == kind else x.astype(kind))
+    return result
 
 
 def unpacked(head: Any, x: mx.array) -> Any:
@@ -78,7 +88,7 @@ class _Dense(nn.Module):
     def __init__(self, layer: Any, x: mx.array) -> None:
         nn.Module.__init__(self)
         kind = computed_in(layer, x.dtype)
-        self.weight = _weight(_packed(layer), layer.group_size, layer.bits, layer.mode, kind, after=x)
+        self.weight = _weight(layer, (layer.weight, layer.scales, layer.get("biases")), kind, after=x)
         if "bias" in layer:
             self.bias = layer.bias
 
@@ -111,34 +121,11 @@ def computed_in(layer: Any, dtype: mx.Dtype) -> mx.Dtype:
     return mx.result_type(dtype, layer.scales.dtype) if layer.mode == "affine" else dtype
 
 
-def _packed(layer: Any) -> list[mx.array]:
-    biases = layer.get("biases")
-    return [layer.weight, layer.scales, *([] if biases is None else [biases])]
-
-
-def _weight(
-    packed: list[mx.array], group: int, bits: int, mode: str, dtype: mx.Dtype, *, after: mx.array
-) -> mx.array:
+def _weight(layer: Any, packed: Packed, dtype: mx.Dtype, *, after: mx.array) -> mx.array:
     """The dense weight (outputs, inputs). It is not unpacked before `after` is computed, so that few are alive."""
-    weight, scales, *biases = mx.depends(packed, [after])
-    if mode == "affine":
-        scales, biases = scales.astype(dtype), [array.astype(dtype) for array in biases]
-    more = biases[0] if biases else None
-    return mx.dequantize(weight, scales, more, group_size=group, bits=bits, mode=mode, dtype=dtype)
-
-
-@cache
-def _product(group: int, bits: int, mode: str) -> Callable[..., Any]:
-    """The dense product of rows (..., inputs) with the arrays of a packed weight."""
-
-    @mx.custom_function
-    def product(x: mx.array, *packed: mx.array) -> mx.array:
-        return x @ _weight(list(packed), group, bits, mode, x.dtype, after=x).T
-
-    @product.vjp
-    def vjp(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
-        x, *packed = primals
-        gradient = cotangent @ _weight(packed, group, bits, mode, x.dtype, after=cotangent)
-        return (gradient, *(mx.zeros_like(array) for array in packed))
-
-    return product
+    (weight,) = mx.depends([packed[0]], [after])
+    scales, biases = packed[1:]
+    if layer.mode == "affine" and scales.dtype != dtype:
+        scales, biases = scales.astype(dtype), None if biases is None else biases.astype(dtype)
+    form = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    return mx.dequantize(weight, scales, biases, **form, dtype=dtype)
