@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_zh.core import frozen_products, product_speed
 from mlx_zh.core.frozen_products import form_of
@@ -115,3 +117,15 @@ def test_a_way_that_fails_is_not_taken(timer: Timer, monkeypatch: pytest.MonkeyP
 def test_both_ways_are_really_timed() -> None:
     quantized, dense = product_speed.seconds_of(layer_of(64, 128, mx.float32), 128, mx.float32)
     assert quantized > 0 and dense > 0
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=4, max_size=4), st.integers(1, 2048))
+def test_whatever_is_measured_no_product_gets_slower(gains: list[float], most: int) -> None:
+    """From the smallest number of rows on, all that were tried gain clearly; one number less, they do not."""
+    by_rows = dict(zip(product_speed.ROWS, gains, strict=True))
+    smallest = smallest_rows(lambda rows: (by_rows[rows], 1.0), most)
+    tried = [rows for rows in product_speed.ROWS if rows <= most]
+    assert smallest == 0 or smallest in tried
+    taken = [rows for rows in tried if smallest and rows >= smallest]
+    assert all(by_rows[rows] >= 1.1 for rows in taken)
+    assert len(taken) == len(tried) or by_rows[tried[len(taken)]] < 1.1
