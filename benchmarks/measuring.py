@@ -28,6 +28,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama
 
+from mlx_zh.core.frozen_products import install
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rendered import Rendered
@@ -130,6 +131,7 @@ def copy_of(loaded: LoadedModel) -> Any:
         return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode} if packed else False
 
     nn.quantize(model, class_predicate=form)
+    install(model)
     model.update(loaded.model.parameters())
     model.freeze()
     mx.eval(model.parameters())

@@ -79,8 +79,9 @@ Reasoning = Literal["learn", "context", "drop"]
 
 # Which blocks are computed again: as many as each row needs, all, none, or so many of the lowest.
 Recomputed = Literal["auto"] | bool | PositiveInt
+Measured = Literal["auto"] | bool  # auto: what was measured to be faster
 
-_SWITCHES = (bool, bool | None, Recomputed)
+_SWITCHES = (bool, bool | None, Recomputed, Measured)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -535,6 +536,7 @@ class Memory(Section):
     checkpoint_layers: Recomputed = "auto"
     limit: Annotated[str, AfterValidator(_size)] | None = None
     logit_rows: PositiveInt | None = None
+    dense_products: Measured = "auto"
 
     @property
     def limit_bytes(self) -> int | None:

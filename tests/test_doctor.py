@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from project import Project
 
 from mlx_zh import doctor
+from mlx_zh.core import product_speed
 from mlx_zh.planning.machine import measure_machine
 from mlx_zh.stages import checkup, memory_check
 from mlx_zh.system import device, hub_choice
@@ -237,3 +239,23 @@ def test_an_m1_is_advised_to_use_float16(project: Project, monkeypatch: pytest.M
 def test_other_chips_are_not(project: Project, monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
     on_an_m1(monkeypatch, chip)
     assert "bfloat16 arithmetic" not in project.run(doctor.main, "--quick", "model.dtype=bfloat16").out
+
+
+def test_both_ways_of_a_quantized_product_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = []
+
+    def seconds(layer: Any, rows: int, dtype: mx.Dtype) -> tuple[float, float]:
+        layers.append((layer.weight.shape, rows, dtype))
+        return 0.0123, 0.0045
+
+    monkeypatch.setattr(product_speed, "layer_of", lambda outputs, inputs, dtype: nn.QuantizedLinear(64, outputs))
+    monkeypatch.setattr(product_speed, "seconds_of", seconds)
+    check = checkup.products()
+    assert check.text == "4-bit, 1024 rows, 4096 x 4096: 12 ms as they are, 4.5 ms from unpacked weights"
+    assert layers == [((4096, 8), 1024, mx.bfloat16)]
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("[metal::malloc] no memory\nmore")
+
+    monkeypatch.setattr(product_speed, "seconds_of", fails)
+    assert checkup.products().text == "cannot be timed: [metal::malloc] no memory"

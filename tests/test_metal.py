@@ -18,7 +18,7 @@ from project import Project, Result, message
 from watchman import Watchman, simulated_metal
 
 from mlx_zh import chat, dpo, eval, fuse, plan
-from mlx_zh.core import proof
+from mlx_zh.core import frozen_products, product_speed, proof
 from mlx_zh.core.losses import LOSSES, UNPAIRED
 from mlx_zh.planning import speed
 from mlx_zh.stages import device_check
@@ -108,6 +108,19 @@ def test_sft(
     half = next((setting for setting in settings if setting.startswith("model.dtype=")), "model.dtype=float32")
     assert halves == {half.removeprefix("model.dtype=")}
     assert 0 < metal.most_alive < metal.most_evaluated
+
+
+def test_unpacked_weights(
+    on_metal: Project, metal: Watchman, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products with 4-bit weights from unpacked ones, in bfloat16 as on a GPU: of blocks, adapters and the head."""
+    monkeypatch.setattr(product_speed, "ROWS", (8,))
+    model = model_folder(head_dim=64, quantized=4, tied=True)
+    settings = ["memory.dense_products=true", "model.dtype=bfloat16", "lora.dropout=0.1"]
+    out = well(on_metal.sft(f"model.path={model}", *settings, "memory.checkpoint_layers=true"))
+    assert "Quantized weights are unpacked for rows of 8 tokens and more." in out
+    assert not metal.of("quantized_matmul", gradient=True)  # the comparison on loading, and answers, have few rows
+    frozen_products.use({})
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -51,7 +51,8 @@ def refusal(text: str | bytes, *overrides: str) -> str:
         ),
         (
             "memory: {cells: 3}",
-            "r.yaml:3: memory.cells is not a key; memory has: micro_tokens, checkpoint_layers, limit, logit_rows.",
+            "r.yaml:3: memory.cells is not a key; memory has: micro_tokens, checkpoint_layers, limit, logit_rows, "
+            "dense_products.",
         ),
         ("sft: {1: 3}", "r.yaml:3: keys are text, found 1."),
         ("name: y", "r.yaml:3: name is given twice (first on line 1)."),

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from metal_rules import MAC, VERSION, Call
 
+from mlx_zh.core import product_speed
 from mlx_zh.language.notice import Notice
 from mlx_zh.stages import device_check
 from mlx_zh.system import device
@@ -221,6 +222,7 @@ def _pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mx, "set_wired_limit", lambda _: 0)
     passed = (Difference(Notice("quantity-hidden"), value=0.0, bound=1.0),)
     patch.setattr(device_check, "check", lambda case: Outcome(case, passed))
+    patch.setattr(product_speed, "measured", lambda layers, dtype, most: {})  # the CPU's speed says nothing
 
 
 def _seen(watchman: Watchman, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

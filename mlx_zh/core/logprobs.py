@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_zh.core import expert_loads
 from mlx_zh.core.block_forms import ModelForm, form_of
 from mlx_zh.core.blocks import KeysValues, TokenNoise, Wanted, block_output, has_arrays, run_block
+from mlx_zh.core.frozen_products import unpacked
 from mlx_zh.core.pacing import in_chunks, one_by_one, pause
 from mlx_zh.core.packing import PackedBatch, RowBuilder, Tokens
 from mlx_zh.core.recompute import Levels, levels
@@ -166,9 +167,12 @@ def prefill(model: nn.Module, tokens: Tokens, *, chunk: int, prefix: Prefix | No
     return prefix
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Default number of rows of logits in a chunk: whole tiles of a matrix product where there is room for one."""
-    rows = device.logit_bytes() // (4 * vocabulary)
+def chunk_rows(vocabulary: int, memory: float | None = None) -> int:
+    """Default number of rows of logits in a chunk: whole tiles of a matrix product where there is room for one.
+
+    `memory` is how many bytes a training step may take, if that is known.
+    """
+    rows = device.logit_bytes(memory) // (4 * vocabulary)
     return max(16, rows // _TILE * _TILE if rows >= _TILE else rows)
 
 
@@ -222,6 +226,7 @@ def vocabulary_of(head: Any) -> int:
 
 def project(head: Any, hidden: mx.array) -> mx.array:
     """Logits (C, V) float32 of hidden states (C, D)."""
+    head = unpacked(head, hidden)
     as_linear: Callable[[mx.array], mx.array] = getattr(head, "as_linear", head)
     return as_linear(hidden).astype(mx.float32)  # (C, D) -> (C, V); log-sum-exp needs float32
 
@@ -248,6 +253,7 @@ def _logprobs(logits: mx.array, targets: mx.array) -> mx.array:
 
 def _logprobs_and_gradient(head: Any, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Log-probs (C,), and their gradient with respect to `hidden`: (onehot - softmax) @ W, (C, D)."""
+    head = unpacked(head, hidden)  # once for both products
     logits = project(head, hidden)  # (C, D) -> (C, V)
     column = targets[:, None]
     if hidden.dtype == mx.float32:

@@ -320,10 +320,13 @@ def describe_packing(packing: Mapping[str, Form], matrices: Iterable[str]) -> di
 def _make_quantized(model: nn.Module, packing: Mapping[str, Form]) -> None:
     import mlx.nn as nn
 
+    from mlx_zh.core.frozen_products import install
+
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
         return dict(packing[path]) if path in packing else False
 
     nn.quantize(model, class_predicate=choose)
+    install(model)
 
 
 def dequantize(weights: Weights, packing: Mapping[str, Form], dtype: mx.Dtype) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlx_zh.core.logprobs import chunk_rows
 from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.memory import backward_blocks, step_memory
@@ -64,8 +65,9 @@ def _first_within(
     settings: Memory,
     limit: float,
 ) -> Levels:
+    logit_rows = settings.logit_rows or chunk_rows(model.vocabulary, limit)
     for levels in ladder:
-        if step_memory(model, trained, target, row, levels, logit_rows=settings.logit_rows).peak <= limit:
+        if step_memory(model, trained, target, row, levels, logit_rows=logit_rows).peak <= limit:
             return levels
     return ladder[-1]
 

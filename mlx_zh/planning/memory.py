@@ -70,6 +70,7 @@ def step_memory(
         adapters=0.0 if trained.kind == "full" else gradients,
         optimizer=2.0 * gradients,
         gradients=gradients if rows > 1 else 0.0,  # the sum over the earlier rows
+        unpacked=target.unpacked,
     )
     blocks = _Blocks(model, trained, target, row, levels)
     head = {"head": head_bytes(model, trained, target, row.scored, logit_rows)}

@@ -59,10 +59,12 @@ class Step:
 
     def row_memory(self, row: Row, settings: Memory, *, rows: int) -> Estimate:
         """The peak memory of a step of `rows` rows, of which `row` is the largest."""
-        levels = self.levels(row, settings)
-        return step_memory(
-            self.model, self.trained, self.target, row, levels, logit_rows=settings.logit_rows, rows=rows
-        )
+        levels, logit_rows = self.levels(row, settings), self.logit_rows(settings)
+        return step_memory(self.model, self.trained, self.target, row, levels, logit_rows=logit_rows, rows=rows)
+
+    def logit_rows(self, settings: Memory) -> int:
+        """The rows of logits in a chunk."""
+        return settings.logit_rows or chunk_rows(self.model.vocabulary, self.limit)
 
     def levels(self, row: Row, settings: Memory) -> Levels:
         """What `row` computes again."""
@@ -88,7 +90,7 @@ class Candidate:
 
 def relative_time(step: Step, settings: Memory) -> float:
     """Time of a step in arbitrary units, for comparing settings."""
-    examples, rows = step.examples, settings.logit_rows or chunk_rows(step.model.vocabulary)
+    examples, rows = step.examples, step.logit_rows(settings)
     typical = examples.typical_row(settings.micro_tokens)
     share = extra_share(step.levels(typical, settings), step.model, step.trained, step.target)
     time = (1 + _FORWARD * share) * (1 + _ROW_OVERHEAD / typical.tokens)
@@ -102,7 +104,7 @@ def cheapest(step: Step, settings: Memory, budget: float) -> Candidate | None:
     returned when they fit and nothing is faster by more than `_WORTH`.
     """
     step = replace(step, limit=budget if step.limit is None else min(step.limit, budget))
-    default_rows = chunk_rows(step.model.vocabulary)
+    default_rows = chunk_rows(step.model.vocabulary, step.limit)
     requested = relative_time(step, settings)
     micro = [settings.micro_tokens]
     while micro[-1] // 2 >= _SMALLEST_ROW:

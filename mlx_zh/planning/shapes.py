@@ -194,13 +194,15 @@ class Target:
     """How the model runs: bytes per hidden value, quantization of the weights, and kind of attention.
 
     Fused attention keeps no score matrix. `attention_tile` is the largest number of queries and of keys in a tile in
-    which its backward pass works, 0 if it needs no memory for tiles.
+    which its backward pass works, 0 if it needs no memory for tiles. `unpacked` is how many bytes of frozen weights
+    are there unpacked, for dense products (`core.frozen_products`).
     """
 
     value_bytes: int
     packing: Packing | None
     fused_attention: bool
     attention_tile: int = 0
+    unpacked: float = 0.0
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

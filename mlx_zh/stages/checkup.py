@@ -299,6 +299,22 @@ def attention() -> Check:
     return Check("ok", "attention", f"{lengths} tokens: {', '.join(ways)}")
 
 
+def products() -> Check:
+    """The time of a product with 4-bit weights and its gradient in both ways, in milliseconds."""
+    from mlx_zh.core.product_speed import ROWS, layer_of, seconds_of
+
+    dtype = mx.float16 if device.emulates_bfloat16() else mx.bfloat16
+    try:
+        quantized, unpacked = seconds_of(layer_of(4096, 4096, dtype), ROWS[0], dtype)
+    except RuntimeError as error:
+        return Check("warn", "products", f"cannot be timed: {first_line(error)}")
+    text = (
+        f"4-bit, {ROWS[0]} rows, 4096 x 4096: {1000 * quantized:.2g} ms as they are, "
+        f"{1000 * unpacked:.2g} ms from unpacked weights"
+    )
+    return Check("ok", "products", text)
+
+
 def measurements() -> Iterator[Check]:
     """The speed of matrix products and of memory, measured in about ten seconds."""
     from mlx_zh.planning.machine import measure_machine
@@ -312,3 +328,4 @@ def measurements() -> Iterator[Check]:
     yield Check("warn" if slow else "ok", "speed", text, "close other programs and run doctor again" if slow else "")
     if not device.is_cpu():  # the CPU has no fused attention
         yield attention()
+        yield products()

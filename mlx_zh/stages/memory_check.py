@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_zh.core import product_speed
 from mlx_zh.core.families import Config
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.recompute import Levels
@@ -20,6 +21,7 @@ from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate, backward_blocks
 from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import Packing, Row, Target, model_shape, planned_targets, row_of
+from mlx_zh.planning.unpacked import unpacked_bytes
 from mlx_zh.recipe import Memory, Recipe
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.system import console, device
@@ -40,6 +42,7 @@ class Machine:
     budget: float  # bytes that a run may take
     cpu: bool
     attention_tile: int = 0  # see `Target`
+    unpacks: bool = False  # whether products from unpacked weights were measured to be faster
 
 
 def this_machine() -> Machine:
@@ -48,7 +51,9 @@ def this_machine() -> Machine:
 
     cpu = device.is_cpu()
     budget = device.free_bytes() + mx.get_active_memory()
-    return Machine(Notice("memory-free" if cpu else "memory-recommended"), budget, cpu, device.attention_tile())
+    name = Notice("memory-free" if cpu else "memory-recommended")
+    unpacks = not cpu and any(product_speed.remembered().values())
+    return Machine(name, budget, cpu, device.attention_tile(), unpacks)
 
 
 def mac(memory: float) -> Machine:
@@ -101,7 +106,9 @@ def training_step(
         length, kind = recipe.data.max_length, recipe.kind(stage)
         examples = uniform_examples(kind, 3 * length // 2 if kind == "dpo" else length, batch)
     limit = memory_limit(recipe.memory, machine)
-    return Step(model, trained, target_of(recipe, config, machine), examples, limit)
+    target = target_of(recipe, config, machine)
+    unpacked = unpacked_bytes(recipe.memory, model, target, limit, faster=machine.unpacks)
+    return Step(model, trained, replace(target, unpacked=unpacked), examples, limit)
 
 
 def memory_limit(settings: Memory, machine: Machine) -> float:

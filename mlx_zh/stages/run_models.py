@@ -12,6 +12,7 @@ from mlx_zh.models.adapters.layers import remove_adapter
 from mlx_zh.models.adapters.spec import ADAPTER_FILE, CONFIG_FILE
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.recipe import ADAPTER_FORMATS
+from mlx_zh.stages import product_choice
 from mlx_zh.stages.current_models import adapter_digest
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import blas, console, cpu_threads, device
@@ -129,6 +130,7 @@ def _open(recipe: Recipe, trains: bool) -> LoadedModel:
         reading=console.say_reading,
     )
     check_supported(loaded.model, loaded.config, gradient=trains)
+    product_choice.settle(recipe, loaded, tell=trains)
     return loaded
 
 

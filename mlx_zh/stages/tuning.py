@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlx_zh.core.logprobs import chunk_rows
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import load_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.recipe import Recipe, Training
-from mlx_zh.stages import adapter_repair, device_check, memory_check
+from mlx_zh.stages import adapter_repair, device_check, memory_check, product_choice
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
 from mlx_zh.stages.forecast import Forecast
@@ -103,6 +104,7 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
             session.run.write_manifest(session.recipe, loaded, file_digests(corpus))
             save_report(session.recipe, stage, corpus)
             samples.ask("base")
+        product_choice.keep(session.folder.checkpoints, recipe.memory, world)
         with device.unfused_attention(unfused):
             finished = session.train(method.objectives(session, loaded, start, corpus))
         if finished.reason == "interrupted":
@@ -324,6 +326,7 @@ class Session:
             self.world.broadcast_result(lambda: self._resume(loop))
             loop.align()
             self._stay_within_memory(loop)
+            loop.progress.products = product_choice.record(self.recipe.memory)
             finished = self._follow(loop, objectives.watch)
         if finished.reason == "interrupted":
             console.say(f"Stopped after step {finished.step}; run the same command to go on from there.")
@@ -387,7 +390,8 @@ class Session:
         levels = memory_check.levels_by_row(
             self.recipe, self.stage, self.loaded.config, self.spec, float(limits["memory"])
         )
-        loop.objective.settings = replace(loop.objective.settings, checkpoint=levels)
+        rows = memory.logit_rows or chunk_rows(vocabulary_size(self.loaded.model), float(limits["memory"]))
+        loop.objective.settings = replace(loop.objective.settings, checkpoint=levels, logit_rows=rows)
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)

@@ -59,13 +59,15 @@ def kernels_ahead() -> int:
     return 60 if is_cpu() else 0
 
 
-def logit_bytes() -> int:
-    """Bytes of float32 logits that are computed at a time.
+def logit_bytes(memory: float | None = None) -> int:
+    """Bytes of float32 logits that are computed at a time, where a step may take `memory` bytes if that is known.
 
-    An H200 takes twice as long for the same positions in chunks of 64 as in chunks of 256. A Mac's GPU is busy with
-    64, and its memory is short.
+    An H200 takes twice as long for the same positions in chunks of 64 as in chunks of 256, so CUDA gets a 256th of
+    the memory, but at least 256 rows of a vocabulary of 128,000, and at most 1,000. A Mac's GPU is busy with 64.
     """
-    return 2**27 if back_end() == "cuda" else 2**25
+    if back_end() != "cuda":
+        return 2**25
+    return int(min(max((memory or 0.0) / 256, 2**27), 2**29))
 
 
 def compiles() -> bool:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
 from mlx_zh.system.digests import damage, digests_of
-from mlx_zh.system.json_text import load_json
+from mlx_zh.system.json_text import load_json, read_object
 from mlx_zh.system.storage import (
     make_folder,
     require_in_place,
@@ -72,6 +72,7 @@ class Progress:
     metrics_size: int = 0
     row_limits: dict[str, int] = field(default_factory=dict)
     threads: int = 0  # of matrix products on the CPU, see `system.cpu_threads`; a resumed run rounds as before
+    products: dict[str, Any] = field(default_factory=dict)  # see `stages.product_choice`; so does their rounding
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -129,6 +130,15 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[Notice]]:
                 raise StorageError(f"{path} is damaged ({error}) and cannot be moved aside.") from error
             remarks.append(Notice("checkpoint-damaged", name=path.name, reason=str(error), aside=aside.name))
     return None, remarks
+
+
+def newest_progress(folder: Path) -> dict[str, Any] | None:
+    """The progress in the newest checkpoint whose state can be read; None without one. Its arrays are not checked."""
+    for path in reversed(_folders(folder)):
+        state = read_object(path / "state.json") or {}
+        if isinstance(progress := state.get("progress"), dict):
+            return progress
+    return None
 
 
 def weights_after(folder: Path, step: int) -> Arrays | None:
