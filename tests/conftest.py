@@ -45,6 +45,14 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "PAUSE", 0.0)
 
 
+@pytest.fixture(autouse=True)
+def tokenizers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which has Transformers, makes the snapshots of tokenizers; two of their own take four seconds."""
+    from mlx_zh.stages import tokenizer_cache
+
+    monkeypatch.setattr(tokenizer_cache, "_in_a_process", lambda *words: tokenizer_cache.main(list(words)))
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium, see `chromium.Browser`. Skips where there is none."""

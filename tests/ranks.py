@@ -61,10 +61,8 @@ def start(count: int, *commands: list[str], folder: Path) -> list[subprocess.Pop
     ]
 
 
-def ends(
-    count: int, *commands: list[str], folder: Path, folders: Sequence[Path] = (), **variables: str
-) -> list[tuple[int, str, str]]:
-    """Stages one after another on `count` ranks, to their ends. They run in `folder`, or each in its own of `folders`."""
+def ends(count: int, *commands: list[str], folder: Path, folders: Sequence[Path] = (), **variables: str) -> Ends:
+    """Stages one after another on `count` ranks, to their ends. They run in `folder`, or each in one of `folders`."""
     wanted = [
         {
             "commands": commands,
