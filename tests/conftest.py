@@ -67,9 +67,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `metal` unless MLX computes on an Apple GPU."""
+    """Skip the tests marked `metal` unless MLX computes on an Apple GPU, and give PyTorch one thread, as MLX has."""
     import mlx.core as mx
 
+    if "torch" in sys.modules:  # with more, its threads wait for the core of the other test process
+        sys.modules["torch"].set_num_threads(1)
     if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
         return
     for item in items:
