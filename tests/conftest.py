@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -64,6 +65,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     started = Browser(program, tmp_path_factory.mktemp("profile"))
     yield started
     started.close()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: the garbage collector need not look through it again."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
