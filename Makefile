@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOP := $(VENV)/.develop
+# Without the compiled modules that Python keeps, every process of the tests would compile all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --progress-bar on -c constraints.txt
 
 # Makes the virtual environment and installs into it with pip, which names each package as it comes.
@@ -81,7 +83,7 @@ format: $(DEVELOP)
 # Installs PyTorch and PEFT, which some tests compare with; without them, these tests are skipped. Tests of GGUF files
 # also compare with llama.cpp if llama-cpp-python is installed, which takes some minutes to build.
 oracle: $(DEVELOP)
-	$(BIN)/python -m pip install --quiet torch==2.13.0 peft==0.21.2
+	$(BIN)/python -m pip install --no-compile --quiet torch==2.13.0 peft==0.21.2
 
 # Looks for known vulnerabilities in the pinned versions. pip-audit stays out of the virtual environment.
 audit: $(INSTALLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -45,6 +46,14 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "PAUSE", 0.0)
 
 
+@pytest.fixture(autouse=True)
+def tokenizers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which has Transformers, makes the snapshots of tokenizers; two of their own take four seconds."""
+    from mlx_zh.stages import tokenizer_cache
+
+    monkeypatch.setattr(tokenizer_cache, "_in_a_process", lambda *words: tokenizer_cache.main(list(words)))
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium, see `chromium.Browser`. Skips where there is none."""
@@ -58,10 +67,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     started.close()
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays until the end: the garbage collector need not look through it again."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `metal` unless MLX computes on an Apple GPU."""
+    """Skip the tests marked `metal` unless MLX computes on an Apple GPU, and give PyTorch one thread, as MLX has."""
     import mlx.core as mx
 
+    if "torch" in sys.modules:  # with more, its threads wait for the core of the other test process
+        sys.modules["torch"].set_num_threads(1)
     if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
         return
     for item in items:

@@ -2,7 +2,7 @@
 
 OpenBLAS reads its kernels' name from OPENBLAS_CORETYPE when it is loaded, so each set has a process of its own. The
 kernels that OpenBLAS chooses itself run on two threads, which divide a matrix otherwise; `make test` has run them on
-one. The others run on one. `--every` runs each on one and on two (`make thorough`).
+one. The others run on one, two at a time. `--every` runs each on one and on two (`make thorough`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # What the kernels of each name need, as Linux calls it (/proc/cpuinfo). Older ones are for processors without AVX.
@@ -72,21 +73,32 @@ def runs(every: bool) -> list[tuple[str | None, int]]:
     return [*fewest, (own, 1), *((name, 2) for name in others)] if every else fewest
 
 
+def status(name: str | None, threads: int, arguments: list[str]) -> int:
+    """Run the tests, print what they print when they have ended; their exit status."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
+    if name:
+        environment["OPENBLAS_CORETYPE"] = name
+    command = [sys.executable, "-m", "pytest", "-m", "numeric", *arguments, *numeric_files()]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(f"{label(name, threads)}:\n{done.stdout}", end="", flush=True)
+    return done.returncode
+
+
+def label(name: str | None, threads: int) -> str:
+    return f"{name or 'own choice'}, {threads} thread{'s' * (threads > 1)}"
+
+
 def main(arguments: list[str]) -> int:
-    failed = []
     every = "--every" in arguments
     arguments = [argument for argument in arguments if argument != "--every"]
-    for name, threads in runs(every):
-        label = f"{name or 'own choice'}, {threads} thread{'s' * (threads > 1)}"
-        print(f"{label}:", flush=True)
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
-        if name:
-            environment["OPENBLAS_CORETYPE"] = name
-        # Threads that wait for a core that another process uses are up to 100 times slower than one thread.
-        processes = ["-n", "2", "--dist", "worksteal"] if threads == 1 else []
-        command = [sys.executable, "-m", "pytest", "-m", "numeric", *processes, *arguments, *numeric_files()]
-        if subprocess.run(command, env=environment).returncode != 0:
-            failed.append(label)
+    asked = runs(every)
+    # Threads that wait for a core that another process uses are up to 100 times slower than one thread.
+    alone = [run for run in asked if run[1] > 1]
+    side_by_side = [run for run in asked if run[1] == 1]
+    statuses = {run: status(*run, arguments) for run in alone}
+    with ThreadPoolExecutor(2) as pool:
+        statuses |= zip(side_by_side, pool.map(lambda run: status(*run, arguments), side_by_side), strict=True)
+    failed = [label(*run) for run in asked if statuses[run] != 0]
     print(f"failed: {'; '.join(failed)}" if failed else "every core type passes")
     return 1 if failed else 0
 

@@ -20,7 +20,7 @@ from mlx_zh.stages import budgeting, measuring
 from mlx_zh.stages.run_folder import RunFolder
 
 EXAM = Path(__file__).resolve().parent.parent / "data" / "quickstart" / "exam"
-PACE = Pace(training=0.02, forward=0.005, update=0.1, generation=0.01)
+PACE = Pace(training=0.036, forward=0.009, update=0.18, generation=0.018)
 
 
 @pytest.fixture
@@ -251,6 +251,8 @@ def test_the_slowest_rank_counts_and_each_takes_its_share(budgeted: Project, mon
 
     opened = run_models.open_model
     monkeypatch.setattr(run_models, "open_model", lambda recipe, _: opened(recipe))
+    budgeted.recipe["budget"] = "30m"
+    budgeted.write_recipe()
     ranks: Any = _Ranks()
     recipe = load_recipe("recipe.yaml")
     decided = budgeting.settle(recipe, ranks)

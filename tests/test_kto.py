@@ -211,7 +211,7 @@ def test_prepare_plan_and_report_know_what_it_is(labelling: Project) -> None:
 @pytest.mark.slow
 def test_two_ranks_give_the_run_of_one(labelling: Project) -> None:
     alone = metrics(learn(labelling, name="alone"))
-    ends = ranks.finish(ranks.start(2, ["dpo", "recipe.yaml", "name=two"], folder=Path.cwd()))
+    ends = ranks.ends(2, ["dpo", "recipe.yaml", "name=two"], folder=Path.cwd())
     assert [status for status, _, _ in ends] == [0, 0], ends
     for one, other in zip(alone, metrics(Path("runs/two/dpo")), strict=True):
         for name in ("loss", "eval_loss", "kl", "rewards/margins", "eval_kl"):

@@ -244,14 +244,15 @@ def test_the_report_shows_each_round(model, run_stage):
 
 
 @pytest.mark.parametrize("key", ["right", "interval", "win_rate", "ends", "round"])
-@pytest.mark.parametrize("value", [None, "<b>", [[1]], [["a", "b"], [3, 2]], -1, {"a": 1}])
-def test_a_strange_record_of_a_round_does_not_break_the_report(model, run_stage, key, value):
+def test_a_strange_record_of_a_round_does_not_break_the_report(model, run_stage, key):
     write_recipe(count=1)
     run_stage(rounds.main, "recipe.yaml")
-    record = {**_record(1), key: value}
-    Path("runs/tiny/rounds/1/round.json").write_text(json.dumps(record))
-    assert "<b>" not in markdown(_gathered(), "now", [])
-    assert page(_gathered(), "now")
+    whole = _record(1)
+    for value in (None, "<b>", [[1]], [["a", "b"], [3, 2]], -1, {"a": 1}):
+        Path("runs/tiny/rounds/1/round.json").write_text(json.dumps({**whole, key: value}))
+        found = _gathered()
+        assert "<b>" not in markdown(found, "now", []), value
+        assert page(found, "now"), value
 
 
 def test_a_damaged_record_is_an_alarm(model, run_stage):

@@ -25,6 +25,7 @@ from mlx_zh.models.family_configs import completed
 pytestmark = pytest.mark.numeric
 
 MODELS: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {"llama windows": WINDOWED}
+WITH_WINDOWS = ("gemma3_text", "llama windows")
 # Segments of 1 to 45 tokens: shorter and longer than the window of 6 tokens, and than a piece of it.
 TREE = [(45, None), (3, 0), (1, 0), (20, 0), (5, 3), (9, None), (2, 5), (30, 6)]
 # Products over 96 terms in three blocks, as `tolerances` derives them for Llama's. Experts and four norms add as many
@@ -36,11 +37,8 @@ def model_of(name: str, **changes: Any) -> Any:
     return family_model(name.split()[0], **(MODELS[name] | changes))
 
 
-@pytest.fixture(params=[True, False], ids=["pieces", "whole"])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of a layer with a window in pieces of 8 tokens, or whole."""
-    if request.param:
-        monkeypatch.setattr(blocks, "_LEAST_PIECE", 8)
+# Segments of a layer with a window in pieces of so many tokens, or whole. Without a window all are whole.
+PIECES = [(name, pieces) for name in MODELS for pieces in ([8, 256] if name in WITH_WINDOWS else [256])]
 
 
 def tree() -> tuple[PackedBatch, list[list[int]]]:
@@ -76,9 +74,12 @@ def test_the_families_of_the_table_are_tested() -> None:
     assert set(SUPPORTED) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_packed_tree_is_the_models_own_forward(name: str, pieces: None) -> None:
+@pytest.mark.parametrize(("name", "pieces"), PIECES)
+def test_a_packed_tree_is_the_models_own_forward(name: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_LEAST_PIECE", pieces)
     model = model_of(name)
+    windows = any(block.window is not None for block in form_of(model).blocks)
+    assert windows == (name in WITH_WINDOWS)
     batch, lines = tree()
     packed = np.array(hidden_states(model, batch)) / form_of(model).logits
     tokens = np.array(batch.tokens)
@@ -91,9 +92,10 @@ def test_a_packed_tree_is_the_models_own_forward(name: str, pieces: None) -> Non
 
 
 @pytest.mark.parametrize("quantized", [None, 4])
-@pytest.mark.parametrize("name", MODELS)
-def test_its_gradient_too(name: str, quantized: int | None, pieces: None) -> None:
+@pytest.mark.parametrize(("name", "pieces"), PIECES)
+def test_its_gradient_too(name: str, pieces: int, quantized: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of adapters on every linear layer; with checkpointing too."""
+    monkeypatch.setattr(blocks, "_LEAST_PIECE", pieces)
     model = model_of(name, quantized=quantized)
     trained(model)
     batch, lines = tree()

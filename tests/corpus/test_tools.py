@@ -145,13 +145,18 @@ def check(tokenizer: Any, item: Conversation, messages: list[dict[str, Any]], to
     return str(tokenizer.decode(rendered.tokens[rendered.trained]))
 
 
-@pytest.mark.parametrize("name", TALKS)
-@pytest.mark.parametrize("tools", [TOOLS, None])
-def test_llama31_learns_its_calls_and_no_result(name: str, tools: Any, load: Any, llama31: Any) -> None:
+@pytest.fixture(scope="module")
+def llama31_tools(llama31: Any) -> Any:
     tokenizer = copy.deepcopy(llama31)
     tokenizer.chat_template = LLAMA31_TOOLS
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_llama31_learns_its_calls_and_no_result(name: str, tools: Any, load: Any, llama31_tools: Any) -> None:
     item = load({"messages": TALKS[name], "tools": tools})
-    learned = check(tokenizer, item, TALKS[name], tools, "<|eot_id|>")
+    learned = check(llama31_tools, item, TALKS[name], tools, "<|eot_id|>")
     replies = [m for m in TALKS[name] if m["role"] == "assistant"]
     written = '{"name": "get_weather", "parameters": {"city": "%s"}}'
     assert learned == "".join(
@@ -161,12 +166,10 @@ def test_llama31_learns_its_calls_and_no_result(name: str, tools: Any, load: Any
     )
 
 
-def test_llama31_ends_a_call_of_a_built_in_tool_as_its_template_does(load: Any, llama31: Any) -> None:
-    tokenizer = copy.deepcopy(llama31)
-    tokenizer.chat_template = LLAMA31_TOOLS
+def test_llama31_ends_a_call_of_a_built_in_tool_as_its_template_does(load: Any, llama31_tools: Any) -> None:
     search = {"type": "function", "function": {"name": "brave_search", "arguments": {"query": "北京天气"}}}
     messages = [u("北京天气？"), a("", search), t("晴", name="brave_search"), a("晴。")]
-    learned = check(tokenizer, load({"messages": messages}), messages, None, "<|eot_id|> <|eom_id|>")
+    learned = check(llama31_tools, load({"messages": messages}), messages, None, "<|eot_id|> <|eom_id|>")
     assert learned == '<|python_tag|>brave_search.call(query="北京天气")<|eom_id|>晴。<|eot_id|>'
 
 
@@ -176,13 +179,11 @@ def kept_of(renderer: Renderer, items: list[Any], dropped: Counter[str]) -> list
     return list(_accepted(renderer, settings, True, items, dropped))
 
 
-def test_llama31_refuses_two_calls_in_one_reply(load: Any, llama31: Any) -> None:
-    tokenizer = copy.deepcopy(llama31)
-    tokenizer.chat_template = LLAMA31_TOOLS
+def test_llama31_refuses_two_calls_in_one_reply(load: Any, llama31_tools: Any) -> None:
     item, dropped = load({"messages": SEVERAL["two"], "tools": TOOLS}), Counter[str]()
     with pytest.raises(TemplateError, match=r"row\.jsonl:1: .*single tool-calls"):
-        Renderer(tokenizer).conversation(item)
-    assert kept_of(Renderer(tokenizer), [item], dropped) == [None]
+        Renderer(llama31_tools).conversation(item)
+    assert kept_of(Renderer(llama31_tools), [item], dropped) == [None]
     assert dropped == {"tool message": 1}
 
 

@@ -163,7 +163,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on_exactly(
     make: Make, whole: Callable[[int], Path]
 ):
     folder = make("killed")
-    (gone, (killed, _, _)) = ranks.finish(ranks.start(2, STAGES[0], folder=folder, KILL_AT="3"))
+    (gone, (killed, _, _)) = ranks.ends(2, STAGES[0], folder=folder, KILL_AT="3")
     assert killed == -signal.SIGKILL
     assert gone[0] == 2 and f"error: rank 1 ({socket.gethostname()}) is gone" in gone[2], gone
     ends = ranks.run(2, STAGES[0], folder=folder)
@@ -191,7 +191,7 @@ def test_a_run_changes_its_number_of_ranks(make: Make, whole: Callable[[int], Pa
 
 def together(folder: Path, stage: list[str], **variables: str) -> str:
     """The one error with which two ranks end."""
-    first, second = ranks.finish(ranks.start(2, stage, folder=folder, **variables))
+    first, second = ranks.ends(2, stage, folder=folder, **variables)
     assert first[0] == second[0] == 2, (first, second)
     errors = [text[text.index("error: ") :] for _, _, text in (first, second)]
     assert errors[0] == errors[1] and "is gone" not in errors[0]
@@ -230,7 +230,7 @@ def test_a_file_that_one_rank_lacks_is_named_by_all(make: Make):
     machine = [folder.parent / f"{folder.name}-{copy}" for copy in ("there", "gone")]
     for name, words in (("train.jsonl", "train.jsonl"), ("recipe.yaml", "there is no recipe at recipe.yaml.")):
         (machine[1] / name).unlink()
-        first, second = ranks.finish(ranks.start(2, STAGES[0], folder=machine[0], folders=machine))
+        first, second = ranks.ends(2, STAGES[0], folder=machine[0], folders=machine)
         errors = [text[text.index("error: ") :] for _, _, text in (first, second)]
         assert errors[0] == errors[1] and f"{NAMED}: " in errors[0] and words in errors[0], (first, second)
 

@@ -33,14 +33,10 @@ def tea(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Path:
     """A project with a run that has everything, see `prepared_project`; its cache is in it, in `cache`."""
     from prepared_project import prepared_project
 
-    from mlx_zh.stages import tokenizer_cache
-
     folder: Path = tmp_path_factory.mktemp("tea")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_ZH_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        # In this process, which has Transformers in memory already.
-        patch.setattr(tokenizer_cache, "_in_a_process", lambda *words: tokenizer_cache.main(list(words)))
         # An answer of this model can be so long that there is time to stop it.
         prepared_project(folder, model_folder(max_position_embeddings=65536))
     return folder

@@ -59,6 +59,8 @@ def run(tmp_path: Path) -> Iterator[RunFolder]:
     yield folder
     if (left := processes.running(folder)) is not None:
         os.kill(left.process, signal.SIGKILL)
+    if (child := processes._ours.pop(folder.path.absolute(), None)) is not None:  # or Python warns when it ends
+        child.wait(20)
 
 
 def starts(run: RunFolder) -> str:

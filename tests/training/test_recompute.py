@@ -284,17 +284,20 @@ def test_a_block_keeps_less_at_each_level(tiny_model: Make) -> None:
             set_weights(model, weights)
             return batch_logprobs(model, row, checkpoint=levels).sum()
 
-        mx.eval(weights)
-        for _ in range(2):
-            gc.collect()
-            mx.clear_cache()
-            before = mx.get_active_memory()
-            mx.reset_peak_memory()
+        def step() -> None:
             mx.eval(mx.value_and_grad(loss)(weights))
             set_weights(model, weights)
+
+        mx.eval(weights)
+        step()  # arrays that are made once
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        step()
         return int(mx.get_peak_memory() - before)
 
-    kept = [peak(12, levels) - peak(6, levels) for levels in (Levels(), Levels(ALL), Levels(ALL, ALL))]
+    kept = [peak(8, levels) - peak(4, levels) for levels in (Levels(), Levels(ALL), Levels(ALL, ALL))]
     assert kept[1] < 0.75 * kept[0]
     assert kept[2] < 0.25 * kept[0]
 
