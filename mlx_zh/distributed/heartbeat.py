@@ -170,7 +170,11 @@ class Heartbeat:
         due = time.monotonic()
         last_heard = dict.fromkeys(self._connections, due)
         unread = dict.fromkeys(self._connections, b"")  # the beginning of a line
+        looked = due
         while not self._closing.is_set() and self._connections:
+            if time.monotonic() - looked > INTERVAL + PATIENCE / 2:  # this process stood still, as after Ctrl-Z
+                last_heard = dict.fromkeys(self._connections, time.monotonic())
+            looked = time.monotonic()
             if time.monotonic() >= due:  # not after every read: two ranks would answer each other for ever
                 self._send(_ALIVE)
                 due = time.monotonic() + INTERVAL

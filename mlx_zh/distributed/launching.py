@@ -26,13 +26,21 @@ LISTEN = "MLX_ZH_LISTEN"  # environment variable of ranks that read INTERRUPT fr
 _RANK_EXITED = re.compile(rb"Node with rank (\d+) exited with code (-?\d+)")
 
 
+_ASKED = "MLX_ZH_PROCESSES"  # environment variable: the `--processes` that `mlx-zh run` passes on to its stages
+
+
 def add_machines(parser: argparse.ArgumentParser) -> None:
     """Add `--hosts` and `--processes`, the options of stages that can run on several machines."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--hosts", metavar="FILE", help="run on all machines of an mlx.launch hostfile; see docs/distributed.md"
     )
-    group.add_argument(
+    add_processes(group)
+
+
+def add_processes(parser: argparse._ActionsContainer) -> None:
+    """Add `--processes`."""
+    parser.add_argument(
         "--processes",
         type=int,
         metavar="N",
@@ -41,11 +49,24 @@ def add_machines(parser: argparse.ArgumentParser) -> None:
 
 
 def processes_asked(arguments: argparse.Namespace) -> int | None:
-    """The number of `--processes`, if it is given. Raises DistributedError for one below 1."""
-    count: int | None = arguments.processes
+    """The number of `--processes` of a stage, or of `mlx-zh run` which started it; None if it is not given.
+
+    Raises DistributedError for one below 1.
+    """
+    given, inherited = arguments.processes, os.environ.get(_ASKED, "")
+    count: int | None = given if given is not None else int(inherited) if inherited.isdigit() else None
     if count is not None and count < 1:
         raise DistributedError(f"--processes {count}: give a number of 1 or more.")
     return count
+
+
+def ask_stages(arguments: argparse.Namespace) -> None:
+    """Let all stages that this process starts compute in the number of processes of `--processes`, if it is given.
+
+    Raises DistributedError as `processes_asked` does.
+    """
+    if (count := processes_asked(arguments)) is not None:
+        os.environ[_ASKED] = str(count)
 
 
 def command_of(stage: str, argv: Sequence[str] | None) -> list[str]:

@@ -98,7 +98,7 @@ def _wait_until_ready(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         assert rank.stdout is not None
         ready, _, _ = select.select([rank.stdout], [], [], max(until - time.monotonic(), 0.0))
         if not ready or rank.stdout.read(len(_READY)) != _READY:
-            raise DistributedError(f"process {number + 1} of {len(ranks) + 1} did not start.")
+            raise DistributedError(f"--processes {len(ranks) + 1}: process {number + 1} did not start. Give a smaller number.")
 
 
 def _wait_until_ended(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

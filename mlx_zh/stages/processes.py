@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from mlx_zh.distributed import launching, local
 from mlx_zh.distributed.world import World, joined
-from mlx_zh.errors import MlxZhError
+from mlx_zh.errors import DistributedError, MlxZhError
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import memory_check
 from mlx_zh.stages.operations import operations, shared_out
 from mlx_zh.stages.run_folder import TUNED, RunFolder
 from mlx_zh.system import console, cpu_processes, cpu_threads, device
+from mlx_zh.system.locks import in_pipeline
 from mlx_zh.training.checkpoints import newest_progress
 
 WORTH = 6e12  # floating-point operations of a stage, about a minute of a core, for which others are started
@@ -35,14 +37,27 @@ def compute(stage: str, recipe: Recipe, arguments: argparse.Namespace, argv: Seq
     if count == 1:
         return work(recipe, World())
     if device.back_end() == "cuda":
+        if in_pipeline():
+            raise DistributedError(
+                f"--processes {count}: `mlx-zh run` cannot give each process a GPU. Run the stages one by one, as in "
+                f"`mlx-zh {stage} {recipe.words} --processes {count}`."
+            )
         return launching.launch(stage, arguments, argv)
     variables = {}
     if cpu_threads.is_free():
         threads = max(cpu_threads.usable_cores() // count, 1) if asked else 1
         cpu_threads.use(threads)  # here BLAS is loaded already
         variables["OPENBLAS_NUM_THREADS"] = str(threads)
-    others = local.started(count, launching.command_of(stage, argv), variables)
-    with others as all_joined, joined(console.warn) as world:
+    with ExitStack() as stack:
+        try:
+            command = launching.command_of(stage, argv)
+            all_joined = stack.enter_context(local.started(count, command, variables))
+        except (DistributedError, OSError):
+            if asked:
+                raise
+            console.say("The other processes did not start, so this one computes alone.")
+            return work(recipe, World())
+        world = stack.enter_context(joined(console.warn))
         all_joined()
         return work(world.each(lambda: recipe), world)
 
@@ -79,7 +94,11 @@ def _as_it_began(recipe: Recipe, stage: str, arguments: argparse.Namespace) -> i
         return None
     if folder.is_finished:
         return None if arguments.renew else 1
-    return recorded_ranks(folder.checkpoints)
+    progress = newest_progress(folder.checkpoints)
+    if progress is None:
+        return None
+    ranks = progress.get("ranks")  # earlier versions recorded none
+    return max(ranks, 1) if isinstance(ranks, int) else 1
 
 
 def measured_for(recipe: Recipe, stage: str, arguments: argparse.Namespace) -> cpu_processes.Fastest:

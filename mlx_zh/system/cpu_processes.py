@@ -47,7 +47,7 @@ def fastest() -> Fastest:
         return last
     try:
         choice = measured(cores, threads)
-    except (OSError, ValueError, subprocess.SubprocessError):  # a process did not start, or was killed
+    except (OSError, EOFError):  # a process did not start, or was killed
         return Fastest()
     with suppress(OSError, StorageError):  # then it is measured again
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,10 +108,10 @@ class _Sample:
         _stream(self._process.stdin).write(f"{threads}\n")
 
     def line(self) -> str:
-        """The next line that it writes. Raises ValueError when it has ended."""
+        """The next line that it writes. Raises EOFError when it has ended."""
         line = _stream(self._process.stdout).readline()
         if not line:
-            raise ValueError("the process has ended")
+            raise EOFError
         return line
 
 
