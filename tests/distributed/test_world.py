@@ -331,7 +331,8 @@ def test_two_chosen_processes_are_as_one_command(make: Make, whole: Callable[[in
     gone = f"rank 1 ({socket.gethostname()}) is gone: its process has ended"
     assert status == 2 and err.count("error: ") == err.count(gone) == 1
     assert "rank 1" in json.loads((folder / "runs/tiny/ended.json").read_text())["why"]
-    assert in_two(folder, KILL_AT="5")[0] == -signal.SIGKILL
+    status, _, err = in_two(folder, KILL_AT="5")
+    assert status == -signal.SIGKILL and not err
     status, out, _ = in_two(folder, fastest=1)  # which changes nothing for a run that goes on
     assert (
         status == 0 and out.count("Going on in 2 processes") == 1 and not (folder / "runs/tiny/ended.json").exists()
