@@ -70,7 +70,7 @@ def started(
         hosts.unlink(missing_ok=True)
         for rank in ranks:
             rank.kill()
-            rank.wait()
+            rank.communicate()
 
 
 def _free_ports(count: int) -> list[int]:
@@ -98,7 +98,9 @@ def _wait_until_ready(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         assert rank.stdout is not None
         ready, _, _ = select.select([rank.stdout], [], [], max(until - time.monotonic(), 0.0))
         if not ready or rank.stdout.read(len(_READY)) != _READY:
-            raise DistributedError(f"--processes {len(ranks) + 1}: process {number + 1} did not start. Give a smaller number.")
+            raise DistributedError(
+                f"--processes {len(ranks) + 1}: process {number + 1} did not start. Give a smaller number."
+            )
 
 
 def _wait_until_ended(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
