@@ -137,8 +137,11 @@ def joining() -> Iterator[None]:
     if follows():
         _end_with(int(os.environ[_FIRST]))
         os.write(1, _READY)
+        # Only what Python reports goes on to the terminal: MLX writes several lines when rank 0 is killed.
+        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
         os.close(nowhere)
     signal.setitimer(signal.ITIMER_REAL, _JOIN_SECONDS)
     try:
