@@ -138,7 +138,7 @@ def joining() -> Iterator[None]:
         _end_with(int(os.environ[_FIRST]))
         os.write(1, _READY)
         # Only what Python reports goes on to the terminal: MLX writes several lines when rank 0 is killed.
-        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace", buffering=1)
+        sys.stderr = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace", buffering=1)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
             os.dup2(nowhere, descriptor)
