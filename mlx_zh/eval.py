@@ -26,19 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit status. Raises MlxZhError.
     """
     arguments = _arguments(argv)
-
-    from mlx_zh.distributed.world import joined
-    from mlx_zh.system import console
-
-    with joined(console.warn) as world:
-        recipe = world.each(lambda: command.read_recipe(arguments))
-        if recipe is None:
-            return 0
-        if arguments.dry_run:
-            return command.dry_run(recipe, ["eval"])
-        if arguments.hosts or arguments.processes:
-            return launching.launch("eval", arguments, argv)
-        return _evaluate(recipe, arguments, world)
+    return command.on_ranks("eval", arguments, argv, lambda recipe, world: _evaluate(recipe, arguments, world))
 
 
 def _evaluate(recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from mlx_zh.distributed import launching
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Bring a run folder up to date with its recipe; returns the exit status. Raises MlxZhError."""
     arguments = _arguments(argv)
+    launching.ask_stages(arguments)
     recipe = command.read_recipe(arguments)
     if recipe is None:
         return 0
@@ -69,6 +71,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--force", action="store_true", help="start even if memory will not be enough or the self-check fails"
     )
     parser.add_argument("--dry-run", action="store_true", help="show which steps would run and why, and stop")
+    launching.add_processes(parser)
     return parser.parse_intermixed_args(argv)
 
 

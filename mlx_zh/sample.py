@@ -22,17 +22,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Draw the answers and print how many there are; returns the exit status. Raises MlxZhError."""
     arguments = _arguments(argv)
-
-    from mlx_zh.distributed.world import joined
-    from mlx_zh.system import console
-
-    with joined(console.warn) as world:
-        recipe = world.each(lambda: command.read_recipe(arguments))
-        if recipe is None:
-            return 0
-        if arguments.hosts or arguments.processes:
-            return launching.launch("sample", arguments, argv)
-        return _sample(recipe, arguments, world)
+    return command.on_ranks("sample", arguments, argv, lambda recipe, world: _sample(recipe, arguments, world))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

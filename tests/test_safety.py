@@ -71,8 +71,8 @@ def test_nothing_unpickles_and_nothing_evaluates_text():
 
 def test_no_server_is_started():
     """But by `mlx-zh serve` and `mlx-zh studio`, whose own tests say who may ask them. `heartbeat.py` opens a port
-    between the machines of a run, and closes it when all are there; `launching.py` and the studio look which ports
-    are free."""
+    between the machines of a run, and closes it when all are there; `launching.py`, `local.py` and the studio look
+    which ports are free."""
     servers = {"http.server", "socketserver", "asyncio", "flask", "uvicorn", "aiohttp", "nicegui"}
     serving = {path for path, tree in SOURCES.items() if servers & imports({path: tree})}
     assert {path.relative_to(Path(mlx_zh.__file__).parent).parts[0] for path in serving} == {"stages", "studio"}
@@ -80,7 +80,7 @@ def test_no_server_is_started():
     opens = {
         path.name for path, _, name in calls() if name in ("create_server", "bind") and "studio" not in path.parts
     }
-    assert opens == {"heartbeat.py", "launching.py"}
+    assert opens == {"heartbeat.py", "launching.py", "local.py"}
 
 
 @pytest.mark.parametrize(

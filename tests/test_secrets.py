@@ -304,6 +304,7 @@ OTHERS = {
     "system/entry.py": "/dev/null",
     "distributed/world.py": "/dev/null",
     "distributed/launching.py": "a pipe",
+    "distributed/local.py": "ports of ranks, and that a rank is ready",
     "chatting/terminal.py": "the answer that the user edits",
     "system/record_lines.py": "judgements of answers, which are training data",
     "stages/placing.py": "copies of the exported model",

@@ -170,12 +170,16 @@ class Heartbeat:
         due = time.monotonic()
         last_heard = dict.fromkeys(self._connections, due)
         unread = dict.fromkeys(self._connections, b"")  # the beginning of a line
+        looked = due
         while not self._closing.is_set() and self._connections:
             if time.monotonic() >= due:  # not after every read: two ranks would answer each other for ever
                 self._send(_ALIVE)
                 due = time.monotonic() + INTERVAL
             timeout = max(0.0, due - time.monotonic())
             ready, _, _ = select.select(list(self._connections.values()), [], [], timeout)
+            if time.monotonic() - looked > INTERVAL + PATIENCE / 2:  # this process stood still, as after Ctrl-Z
+                last_heard = dict.fromkeys(self._connections, time.monotonic())
+            looked = time.monotonic()
             for peer, connection in list(self._connections.items()):
                 if connection in ready:
                     last_heard[peer] = time.monotonic()

@@ -1,5 +1,6 @@
 """`mlx-zh STAGE RECIPE --hosts FILE`, short for `mlx.launch --hostfile FILE -- python -m mlx_zh.STAGE RECIPE`.
 
+Also `--processes N` on NVIDIA GPUs, whose NCCL `mlx.launch` sets up; elsewhere `local.started` starts the processes.
 Unlike `mlx.launch`, it returns the exit status of the ranks. It also passes Ctrl-C on to every rank, so that the
 current step is finished and saved.
 """
@@ -25,27 +26,64 @@ LISTEN = "MLX_ZH_LISTEN"  # environment variable of ranks that read INTERRUPT fr
 _RANK_EXITED = re.compile(rb"Node with rank (\d+) exited with code (-?\d+)")
 
 
+_ASKED = "MLX_ZH_PROCESSES"  # environment variable: the `--processes` that `mlx-zh run` passes on to its stages
+
+
 def add_machines(parser: argparse.ArgumentParser) -> None:
     """Add `--hosts` and `--processes`, the options of stages that can run on several machines."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--hosts", metavar="FILE", help="run on all machines of an mlx.launch hostfile; see docs/distributed.md"
     )
-    group.add_argument(
-        "--processes", type=int, metavar="N", help="run in N processes on this machine, one for each GPU"
+    add_processes(group)
+
+
+def add_processes(parser: argparse._ActionsContainer) -> None:
+    """Add `--processes`."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="compute in N processes on this machine, one for each GPU (default: 1, and on the CPU what is fastest)",
     )
 
 
-def launch(stage: str, arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
-    """Run a stage on all ranks; returns 0, or the exit status of a rank that failed.
+def processes_asked(arguments: argparse.Namespace) -> int | None:
+    """The number of `--processes` of a stage, or of `mlx-zh run` which started it; None if it is not given.
 
-    Raises DistributedError when the hostfile is missing, the count is below 1 or no ports are free.
+    Raises DistributedError for one below 1.
     """
+    given, inherited = arguments.processes, os.environ.get(_ASKED, "")
+    count: int | None = given if given is not None else int(inherited) if inherited.isdigit() else None
+    if count is not None and count < 1:
+        raise DistributedError(f"--processes {count}: give a number of 1 or more.")
+    return count
+
+
+def ask_stages(arguments: argparse.Namespace) -> None:
+    """Let all stages that this process starts compute in the number of processes of `--processes`, if it is given.
+
+    Raises DistributedError as `processes_asked` does.
+    """
+    if (count := processes_asked(arguments)) is not None:
+        os.environ[_ASKED] = str(count)
+
+
+def command_of(stage: str, argv: Sequence[str] | None) -> list[str]:
+    """The command of a rank: the stage with its arguments, without `--hosts` and `--processes`."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     add_machines(parser)
     _, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    return [sys.executable, "-m", f"mlx_zh.{stage}", *rest]
+
+
+def launch(stage: str, arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Run a stage on all ranks with `mlx.launch`; returns 0, or the exit status of a rank that failed.
+
+    Raises DistributedError when the hostfile is missing or no ports are free.
+    """
     placement = _hosts(arguments.hosts) if arguments.hosts else _processes(arguments.processes)
-    command = [*_launcher(), *placement, "--env", f"{LISTEN}=1", "--", sys.executable, "-m", f"mlx_zh.{stage}", *rest]
+    command = [*_launcher(), *placement, "--env", f"{LISTEN}=1", "--", *command_of(stage, argv)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stderr=pipe, start_new_session=True) as child:
         assert child.stdin is not None and child.stderr is not None
@@ -91,8 +129,6 @@ def _hosts(file: str) -> list[str]:
 
 
 def _processes(count: int) -> list[str]:
-    if count < 1:
-        raise DistributedError(f"--processes {count}: give a number of 1 or more.")
     return ["-n", str(count), "--starting-port", str(_free_ports(count))]
 
 

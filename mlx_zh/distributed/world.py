@@ -16,15 +16,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.distributed import launching
-from mlx_zh.distributed.heartbeat import PATIENCE, TOLD_AFTER, Heartbeat, Listener, connect
+from mlx_zh.distributed import launching, local
+from mlx_zh.distributed.heartbeat import PATIENCE, TOLD_AFTER, Heartbeat, Listener, connect, exit_now
 from mlx_zh.errors import DistributedError, MlxZhError
 from mlx_zh.language.notice import Notice
 from mlx_zh.language.translation import in_readers_language
@@ -56,7 +56,9 @@ class World:
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
         self.speeds = [1.0] * self.size
+        self.here = local.ranks_here() if group else 1  # of them on this machine, as far as rank 0 started them
         self.orderly_end = False  # all ranks know why the run ends, so none reports the others as lost
+        self.last_words: Callable[[str], None] = lambda text: None  # called with why the run ends when a rank is lost
         self.transfer_seconds = self.waiting_seconds = 0.0
         self._last_collective = time.monotonic()  # when it ended
 
@@ -216,12 +218,14 @@ class World:
         return min(self.collect(value))
 
     def folder(self, folder: Path, files: Sequence[str]) -> Path:
-        """A folder with the `files` of rank 0's `folder`: that folder on rank 0, a temporary copy on other ranks."""
+        """A folder with the `files` of rank 0's `folder`: that folder, or a temporary copy on other machines."""
         if self.size == 1:
             return folder
         import mlx.core as mx
 
         sizes = self.broadcast_result(lambda: {name: (folder / name).stat().st_size for name in files})
+        if self.here == self.size:
+            return folder
         arrays = {name: mx.zeros(size, mx.uint8) for name, size in sizes.items()}
         if self.first:
             arrays = {name: mx.array(np.fromfile(folder / name, np.uint8)) for name in sizes}
@@ -306,7 +310,8 @@ def _buffers(arrays: Arrays) -> Iterator[list[str]]:
 def joined(warn: Callable[[str], None]) -> Iterator[World]:
     """The world of this process, as a context. Other ranks than rank 0 print nothing; `warn` is called on rank 0.
 
-    Raises DistributedError when the ranks cannot connect. When a rank is lost later, the heartbeat ends the process.
+    Raises DistributedError when the ranks cannot connect, and SystemExit on a rank that rank 0 started when rank 0
+    reports the error. When a rank is lost later, the heartbeat ends the process.
     """
     if not _launched():
         yield World()
@@ -315,7 +320,7 @@ def joined(warn: Callable[[str], None]) -> Iterator[World]:
 
     launching.listen()
     try:
-        with _saying_for_whom():
+        with _saying_for_whom(), local.joining():
             world = World(mx.distributed.init())
     except RuntimeError as error:
         raise DistributedError(
@@ -323,16 +328,23 @@ def joined(warn: Callable[[str], None]) -> Iterator[World]:
             "machines (docs/distributed.md)."
         ) from error
     heartbeat = _heartbeat(world, warn)
-    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(sys.stdout if world.first else null):
+    with ExitStack() as stack:
+        if not world.first:
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(null))
+            if local.follows():
+                stack.enter_context(redirect_stderr(null))
         try:
             yield world
             world.orderly_end = True
         except MlxZhError as error:
+            if local.follows() and world.orderly_end:
+                raise SystemExit(2) from error
             if not world.first and not world.orderly_end:
                 error.args = (f"rank {world.rank} ({socket.gethostname()}): {error}",)
             raise
         finally:
-            if world.orderly_end:
+            if world.orderly_end or (world.first and world.here == world.size):  # then rank 0 ends the others
                 heartbeat.close()
 
 
@@ -346,7 +358,14 @@ def _heartbeat(world: World, warn: Callable[[str], None]) -> Heartbeat:
         peers = listener.accept(ranks, lambda missing: warn(Notice("waiting-for-ranks", ranks=_named(missing))))
         for rank in [rank for rank, connected in enumerate(reached) if not connected]:
             warn(Notice("rank-without-heartbeat", rank=rank))
-    return Heartbeat(peers)
+
+    def lost(text: str) -> None:
+        try:
+            world.last_words(text)
+        finally:
+            exit_now(text)
+
+    return Heartbeat(peers, lost)
 
 
 @contextmanager
@@ -355,6 +374,9 @@ def _saying_for_whom() -> Iterator[None]:
 
     MLX waits in silence and lets no other thread of Python run meanwhile, so another process says it.
     """
+    if local.follows():  # rank 0 says it
+        yield
+        return
     text = Notice("waiting-for-ranks", ranks=_named(_other_ranks()))
     code = f"__import__('time').sleep({TOLD_AFTER}); print({in_readers_language(text)!r})"
     command = [sys.executable, "-Sc", code]
@@ -392,7 +414,7 @@ def _launched() -> bool:
     ring = os.environ.get("MLX_HOSTFILE")
     if ring and not Path(ring).read_text(encoding="utf-8").strip():
         return False  # `mlx.launch` writes an empty file for a single process
-    return any(name in os.environ for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"))
+    return local.is_rank()
 
 
 def _address_of_rank_0() -> str:

@@ -24,7 +24,7 @@ from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, memory_check
 from mlx_zh.stages.rendering import thinking_problem, thinking_text
-from mlx_zh.system import cpu_threads, device, downloads, hub_choice, storage
+from mlx_zh.system import cpu_processes, cpu_threads, device, downloads, hub_choice, storage
 from mlx_zh.system import hub as hubs
 from mlx_zh.system.blas import blas_warning
 from mlx_zh.system.downloads import host
@@ -158,6 +158,13 @@ def blas() -> Check:
     setting = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
     if not (setting.isdigit() and int(setting)):
         threads = cpu_threads.settle()
+        fastest = cpu_processes.fastest()
+        if fastest.processes > 1:
+            text = (
+                f"OpenBLAS; {fastest.processes} processes with one thread each are fastest now, {fastest.gain:.1f} "
+                f"times one process with {threads} threads; {cores} cores"
+            )
+            return Check("ok", "BLAS", text)
         return Check("ok", "BLAS", f"OpenBLAS, {threads} threads, the fastest number now; {cores} cores")
     text = f"OpenBLAS, {setting} threads; {idle} of {cores} cores are idle"
     if int(setting) > idle:

@@ -6,12 +6,12 @@ import argparse
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import exists, expanduser, isdir, isfile, join
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh.distributed import launching
+from mlx_zh.distributed import launching, local
 from mlx_zh.errors import DataError, RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
 from mlx_zh.system.arguments import Parser, missing_recipe
@@ -167,6 +167,16 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
     launching.add_machines(options)
     arguments = options.parse_intermixed_args(argv)
 
+    return on_ranks(method.stage, arguments, argv, lambda recipe, world: _train(method, recipe, arguments, world))
+
+
+def on_ranks(
+    stage: str, arguments: argparse.Namespace, argv: list[str] | None, work: Callable[[Recipe, World], int]
+) -> int:
+    """Do a stage's work on as many ranks as are asked for, or are fastest; returns the exit status.
+
+    Before that, `--print` and `--dry-run` are answered. Raises MlxZhError.
+    """
     from mlx_zh.distributed.world import joined
     from mlx_zh.system import console
 
@@ -174,11 +184,16 @@ def train(method: Method, purpose: str, argv: list[str] | None) -> int:
         recipe = world.each(lambda: read_recipe(arguments))
         if recipe is None:
             return 0
-        if arguments.dry_run:
-            return dry_run(recipe, [method.stage])
-        if arguments.hosts or arguments.processes:
-            return launching.launch(method.stage, arguments, argv)
-        return _train(method, recipe, arguments, world)
+        if getattr(arguments, "dry_run", False):
+            return dry_run(recipe, [stage])
+        if local.is_rank():
+            return work(recipe, world)
+    if arguments.hosts:
+        return launching.launch(stage, arguments, argv)
+
+    from mlx_zh.stages import processes
+
+    return processes.compute(stage, recipe, arguments, argv, work)
 
 
 def _train(method: Method, recipe: Recipe, arguments: argparse.Namespace, world: World) -> int:

@@ -13,6 +13,7 @@ from mlx_zh.core import product_speed
 from mlx_zh.core.families import Config
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.core.recompute import Levels
+from mlx_zh.distributed.local import ranks_here
 from mlx_zh.errors import ModelError, PlanError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -46,11 +47,11 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on."""
+    """The machine that this process runs on; of its memory, the part of this process if a run has several here."""
     import mlx.core as mx
 
     cpu = device.is_cpu()
-    budget = device.free_bytes() + mx.get_active_memory()
+    budget = device.free_bytes() / ranks_here() + mx.get_active_memory()
     name = Notice("memory-free" if cpu else "memory-recommended")
     unpacks = not cpu and any(product_speed.remembered().values())
     return Machine(name, budget, cpu, device.attention_tile(), unpacks)
@@ -69,9 +70,15 @@ def mac(memory: float) -> Machine:
 
 def within_limit(machine: Machine, settings: Memory) -> Machine:
     """The machine with no more memory than `memory.limit` gives a run."""
-    if settings.limit_bytes is None or settings.limit_bytes >= machine.budget:
+    limit = _limit_asked(settings)
+    if limit is None or limit >= machine.budget:
         return machine
-    return replace(machine, budget=float(settings.limit_bytes), name=Notice("memory-limit-asked"))
+    return replace(machine, budget=limit, name=Notice("memory-limit-asked"))
+
+
+def _limit_asked(settings: Memory) -> float | None:
+    """The bytes of `memory.limit` for this process; several processes of a run on one machine share them."""
+    return None if settings.limit_bytes is None else settings.limit_bytes / ranks_here()
 
 
 def training_step(
@@ -117,7 +124,7 @@ def memory_limit(settings: Memory, machine: Machine) -> float:
     They are `memory.limit`, or what the machine has less a reserve of 15 % for MLX's cache of freed buffers and
     for what the planner does not know.
     """
-    return float(settings.limit_bytes or (1 - RESERVE) * machine.budget)
+    return _limit_asked(settings) or (1 - RESERVE) * machine.budget
 
 
 def levels_by_row(

@@ -234,7 +234,9 @@ class RunFolder:
                 stack.enter_context(self.at_work(command))
 
             world.broadcast_result(begin)
-            if not world.first:
+            if world.first:
+                world.last_words = lambda why: self.note_end(command, "failed", why)
+            else:
                 stack.enter_context(device.awake())
             yield
 

@@ -27,10 +27,10 @@ _REMEMBERED = 600.0  # seconds: other programs come and go
 
 def is_free() -> bool:
     """Whether the number of threads can be chosen: OpenBLAS computes, and the user has not said a number."""
-    return blas.library() is not None and not any(os.environ.get(name) for name in _VARIABLES)
+    return blas.library() is not None and not any(os.environ.get(name) for name in VARIABLES)
 
 
-_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def settle() -> int:
@@ -88,14 +88,18 @@ def _lately_measured(cores: int) -> int:
     file = cache_folder() / "blas" / "threads.json"
     last = read_object(file) or {}
     number, when = last.get("threads"), last.get("time")
-    lately = isinstance(when, int | float) and 0 <= time.time() - when < _REMEMBERED
-    if lately and last.get("cores") == cores and isinstance(number, int) and 1 <= number <= cores:
+    if is_recent(when) and last.get("cores") == cores and isinstance(number, int) and 1 <= number <= cores:
         return number
     number = fastest(cores, _seconds_with)
     with suppress(OSError, StorageError):  # then it is measured again
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"threads": number, "cores": cores, "time": time.time()})
     return number
+
+
+def is_recent(when: object) -> bool:
+    """Whether something measured at this time, in seconds since 1970, still holds."""
+    return isinstance(when, int | float) and 0 <= time.time() - when < _REMEMBERED
 
 
 @cache

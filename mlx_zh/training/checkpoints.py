@@ -73,6 +73,7 @@ class Progress:
     row_limits: dict[str, int] = field(default_factory=dict)
     threads: int = 0  # of matrix products on the CPU, see `system.cpu_threads`; a resumed run rounds as before
     products: dict[str, Any] = field(default_factory=dict)  # see `stages.product_choice`; so does their rounding
+    ranks: int = 0  # processes of this machine that compute together; 0 if there is one, or some on other machines
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:

@@ -374,6 +374,7 @@ class Loop:
     def _save(self) -> Saved:
         self.progress.metrics_size = self.log.size()
         self.progress.threads = cpu_threads.current()
+        self.progress.ranks = self.world.size if self.world.here == self.world.size else 0
         state: checkpoints.CheckpointState = {
             "step": self.progress.step,
             "key": self.key,

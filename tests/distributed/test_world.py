@@ -17,8 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 import pytest
 import ranks
+import two_processes
 import yaml
 from filelock import FileLock
 from oracles import moved_apart
@@ -268,12 +270,12 @@ def test_ranks_with_other_copies_of_an_exam_do_nothing(make: Make):
 # The short form
 
 
-def test_the_short_form_gives_the_ranks_exit_status(make: Make, monkeypatch: pytest.MonkeyPatch, run_stage, capfd):
+def test_the_short_form_gives_the_ranks_exit_status(make: Make):
     folder = make("refused")
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLX_ZH_CACHE", str(folder / "cache"))
-    assert run_stage(sft.main, "recipe.yaml", "--processes", "2", "data.sft.train=[]") == 2
-    assert "data.sft.train names no file" in capfd.readouterr().err
+    command = [sys.executable, "-m", "mlx_zh.sft", "recipe.yaml", "--processes", "2", "data.sft.train=[]"]
+    environment = os.environ | {"MLX_ZH_CACHE": str(folder / "cache")}
+    end = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert end.returncode == 2 and end.stderr.count("data.sft.train names no file") == 1
 
 
 @pytest.mark.thorough
@@ -288,6 +290,63 @@ def test_an_interruption_reaches_all_ranks_of_the_short_form(make: Make):
         child.send_signal(signal.SIGINT)
         out, _ = child.communicate(timeout=600)
     assert child.returncode == 130 and "Stopped after step" in out
+
+
+# Two processes that are chosen by themselves
+
+
+def in_two(folder: Path, fastest: int = 2, **variables: str) -> tuple[int, str, str]:
+    """SFT in two processes, to its end: exit status, output and errors. Nothing is left running."""
+    child = two_processes.start(*STAGES[0], folder=folder, fastest=fastest, **variables)
+    out, err = child.communicate(timeout=600)
+    for _ in range(100):  # the kernel ends the other rank a moment after rank 0
+        if not any(session_of(process) == child.pid for process in psutil.pids()):
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a rank is left")
+    return child.returncode, out, err
+
+
+def session_of(process: int) -> int:
+    try:
+        return os.getsid(process)
+    except OSError:
+        return 0
+
+
+def test_two_chosen_processes_are_as_one_command(make: Make, whole: Callable[[int], Path]):
+    """They compute what one computes, all is said once, and a run that was stopped or killed goes on exactly."""
+    folder = make("chosen")
+    status, out, _ = in_two(folder)
+    assert status == 0 and out.count("in 2 processes with one BLAS thread each") == out.count("trained 6 steps") == 1
+    undisturbed = folder / "runs/tiny/sft"
+    close(undisturbed, whole(1) / "runs/tiny/sft")
+    assert [line["ranks"] for line in lines_with_loss(undisturbed)] == [2] * 6
+
+    shutil.move(folder / "runs", folder / "undisturbed")
+    status, out, err = in_two(folder, STOP_AT="1")
+    assert status == 130 and "Stopped after step 1" in out and not err
+    status, out, err = in_two(folder, LOSE_AT="3")
+    gone = f"rank 1 ({socket.gethostname()}) is gone: its process has ended"
+    assert status == 2 and err.count("error: ") == err.count(gone) == 1
+    assert "rank 1" in json.loads((folder / "runs/tiny/ended.json").read_text())["why"]
+    status, _, err = in_two(folder, KILL_AT="5")
+    assert status == -signal.SIGKILL and not err
+    status, out, _ = in_two(folder, fastest=1)  # which changes nothing for a run that goes on
+    assert (
+        status == 0 and out.count("Going on in 2 processes") == 1 and not (folder / "runs/tiny/ended.json").exists()
+    )
+    found, expected = folder / "runs/tiny/sft", folder / "undisturbed/tiny/sft"
+    assert metrics(found) == metrics(expected)
+    left, right = (read_adapter(run / "adapters")[1] for run in (found, expected))
+    assert all(mx.array_equal(array, right[name]).item() for name, array in left.items())
+
+
+def lines_with_loss(stage: Path) -> list[dict[str, Any]]:
+    return [
+        line for text in (stage / "metrics.jsonl").read_text().splitlines() if "loss" in (line := json.loads(text))
+    ]
 
 
 @pytest.mark.parametrize("stage", [sft, eval])
