@@ -15,6 +15,8 @@ import sentences
 from project import Project
 
 from mlx_zh import plan
+from mlx_zh.core.logprobs import hidden_states
+from mlx_zh.core.packing import pack_pairs
 from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -27,6 +29,7 @@ from mlx_zh.planning.memory import (
     trained_values,
     weight_bytes,
 )
+from mlx_zh.planning.pieces import in_block
 from mlx_zh.planning.search import Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import (
     LINEAR,
@@ -35,7 +38,9 @@ from mlx_zh.planning.shapes import (
     conversations,
     model_shape,
     pairs,
+    row_of,
 )
+from mlx_zh.planning.windows import windows_of
 from mlx_zh.recipe import Memory, load_recipe
 from mlx_zh.stages import memory_check
 
@@ -82,6 +87,9 @@ SMALL = {
     "full": {"layers": 3, "kind": "full", "length": 64},
     "dpo": {"layers": 3, "stage": "dpo", "length": 32},
     "dpo, checkpointed": {"layers": 3, "stage": "dpo", "length": 32, "checkpoint": True},
+    "a long row": {"layers": 1, "length": 1500, "examples": 1},
+    "windows": {"layers": 3, "length": 1200, "examples": 1, "window": 64, "heads": 2},
+    "windows, checkpointed": {"layers": 3, "length": 1200, "examples": 1, "window": 64, "checkpoint": True},
 }
 
 
@@ -92,6 +100,52 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(accuracy: Any, change
     )
     planned, measured = accuracy.predict(case).peak, accuracy.measure(case)
     assert planned == pytest.approx(measured, rel=accuracy.BAR)
+
+
+@pytest.mark.parametrize("length", [5, 700, 1100])
+@pytest.mark.parametrize("window", [6, 300, 2000])
+def test_a_window_is_planned_in_the_pieces_that_attention_is_computed_in(
+    length: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys of every call on the way to MLX. The branches of a pair continue its prompt."""
+    import mlx.core as mx
+    from families import WINDOWED, family_config, family_model
+
+    changes = WINDOWED | {"sliding_window": window, "hidden_size": 16, "num_attention_heads": 2}
+    model, batch = family_model("llama", **changes), pack_pairs([([1] * length, [2] * 300, [3] * 5)])
+    calls: list[tuple[int, int]] = []
+
+    def attention(queries: mx.array, keys: mx.array, values: mx.array, **_: Any) -> mx.array:
+        calls.append((queries.shape[2], keys.shape[2]))
+        return queries
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    hidden_states(model, batch)
+    row, shape = row_of(batch), model_shape(family_config("llama", **changes))
+    assert shape.windows == (0, window, window)
+    planned = [in_block(row, Target(4, None, fused_attention=False), each)[0].segments for each in shape.windows]
+    assert calls == [call for segments in planned for call in segments]
+
+
+def test_windows_by_the_keys_of_each_family() -> None:
+    pattern = {"sliding_window": 512, "sliding_window_pattern": 3, "num_hidden_layers": 4}
+    assert windows_of({"model_type": "gemma3_text", **pattern}) == (512, 512, 0, 512)
+    assert windows_of({"model_type": "gemma3_text", "num_hidden_layers": 7}) == (512,) * 5 + (0, 512)
+    assert windows_of({"model_type": "mistral", **pattern}) == ()  # mlx-lm lets its layers see the whole text
+    assert windows_of({"model_type": "qwen3", **pattern, "layer_types": ["full_attention"] * 4}) == ()
+
+
+def test_a_window_costs_less_the_longer_the_row() -> None:
+    """Of 4,096 tokens, 512 see as many keys and seven times 512 see 1,024. Keys and values come on top."""
+    trained, target = AdapterSpec("lora", 32, 16), Target(4, None, fused_attention=False)
+    shape = model_shape(LLAMA | {"layer_types": ["sliding_attention"] * 32, "sliding_window": 512})
+    whole, windowed = (
+        step_memory(one, trained, target, conversations([4096]), Levels()).parts["attention"]
+        for one in (replace(shape, windows=()), shape)
+    )
+    assert windowed / whole == pytest.approx((512**2 + 7 * 512 * 1024) / 4096**2, rel=0.2)
+    metal = Target(2, None, fused_attention=True, attention_tile=1024)  # a mask goes the unfused way
+    assert step_memory(shape, trained, metal, conversations([4096]), Levels(ALL)).parts["attention"] > windowed / 3
 
 
 # The terms, by hand
