@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from mlx_zh.core.recompute import Levels
 from mlx_zh.errors import ModelError, PlanError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.ladder import asked_for
+from mlx_zh.planning.ladder import asked_for, rungs
 from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate, backward_blocks
 from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
@@ -28,8 +28,10 @@ from mlx_zh.system import console, device
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.examples import AnySplit
+    from mlx_zh.training.objective import Row as TrainingRow
 
 _SHORT = 64  # tokens; the length assumed for every example before the data is read
+_LOWER = 0.8  # of what a row that ran out of memory was planned to take
 RESERVE = 0.15  # share of a machine's memory that `checkpoint_layers: auto` leaves
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -120,23 +122,38 @@ def memory_limit(settings: Memory, machine: Machine) -> float:
     return float(settings.limit_bytes or (1 - RESERVE) * machine.budget)
 
 
-def levels_by_row(
-    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float
-) -> Levels | Callable[[PackedBatch], Levels]:
-    """What each row of `stage` computes again, so that it stays within `limit` bytes. The same row, the same levels.
+@dataclass(frozen=True)
+class RowsWithin:
+    """What the rows of a stage compute again to stay within a number of bytes. The same row, the same levels."""
 
-    Where the recipe says how much is computed again, it is the same for all rows.
-    """
-    step = actual_step(recipe, stage, config, trained, limit)
-    asked = asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))
-    if asked is not None:
-        return asked
+    step: Step
+    settings: Memory
 
-    @cache
-    def levels(row: Row) -> Levels:
-        return step.levels(row, recipe.memory)
+    def levels(self, limit: int) -> Callable[[PackedBatch], Levels]:
+        """The levels of each row within `limit` bytes."""
+        step = replace(self.step, limit=float(limit))
 
-    return lambda batch: levels(row_of(batch))
+        @cache
+        def levels(row: Row) -> Levels:
+            return step.levels(row, self.settings)
+
+        return lambda batch: levels(row_of(batch))
+
+    def below(self, limit: int, rows: Sequence[TrainingRow]) -> int | None:
+        """Four fifths of what the largest of a step's `rows` was planned to take within `limit`.
+
+        Rows that compute everything again do not count; None where all do.
+        """
+        step = replace(self.step, limit=float(limit))
+        last = rungs(backward_blocks(step.model, step.trained), step.target)[-1]
+        shapes = [row for row in {row_of(row.batch) for row in rows} if step.levels(row, self.settings) != last]
+        peaks = [step.row_memory(row, self.settings, rows=2).peak for row in shapes]
+        return int(_LOWER * max(peaks)) if peaks else None
+
+
+def asked_levels(recipe: Recipe, step: Step) -> Levels | None:
+    """The levels that the recipe names for all rows; None for `auto`."""
+    return asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))
 
 
 def actual_step(recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float) -> Step:

@@ -46,6 +46,7 @@ from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import working_in, write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
+from mlx_zh.training.memory_limit import Lowered, keep_within
 from mlx_zh.training.metrics import MetricsLine, TrainingSummary, read_summary, validation_figures
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
@@ -386,12 +387,17 @@ class Session:
         asked = memory.limit_bytes or 0
         here = self.world.min(int(memory_check.memory_limit(memory, memory_check.this_machine())))
         if limits.get("memory_asked") != asked or "memory" not in limits:
+            limits.pop("memory_lowered", None)
             limits |= {"memory": here, "memory_asked": asked}
-        levels = memory_check.levels_by_row(
-            self.recipe, self.stage, self.loaded.config, self.spec, float(limits["memory"])
-        )
-        rows = memory.logit_rows or chunk_rows(vocabulary_size(self.loaded.model), float(limits["memory"]))
-        loop.objective.settings = replace(loop.objective.settings, checkpoint=levels, logit_rows=rows)
+        limit = limits["memory"]
+        logit_rows = memory.logit_rows or chunk_rows(vocabulary_size(self.loaded.model), float(limit))
+        loop.objective.settings = replace(loop.objective.settings, logit_rows=logit_rows)
+        step = memory_check.actual_step(self.recipe, self.stage, self.loaded.config, self.spec, float(limit))
+        if (levels := memory_check.asked_levels(self.recipe, step)) is not None:
+            loop.objective.settings = replace(loop.objective.settings, checkpoint=levels)
+            return
+        loop.within = memory_check.RowsWithin(step, memory)
+        keep_within(loop.objective, loop.within, limit)
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
@@ -416,7 +422,7 @@ class Session:
                     trackers.log(event.figures)
                     for warning in [*warnings.of(event), *([] if watch is None else watch.step(event.figures))]:
                         console.warn(warning)
-                elif isinstance(event, Shortened | Repeated):
+                elif isinstance(event, Lowered | Shortened | Repeated):
                     warnings.given_up(event)
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from project import Project
+from project import Project, interrupt_after
 
+from mlx_zh.core.packing import pack_conversations
 from mlx_zh.core.recompute import ALL, Levels
+from mlx_zh.corpus.rendered import Rendered
+from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.ladder import levels_of, rungs
+from mlx_zh.planning.largest_row import uniform_examples
 from mlx_zh.planning.memory import step_memory
+from mlx_zh.planning.search import Step
 from mlx_zh.planning.shapes import Packing, Target, conversations, model_shape
 from mlx_zh.recipe import Memory, load_recipe
 from mlx_zh.stages import memory_check, tuning
+from mlx_zh.training import memory_limit
+from mlx_zh.training.objective import Row, Settings
+from mlx_zh.training.sft_objective import SftObjective
 
 LLAMA = {
     "hidden_size": 4096,
@@ -177,3 +185,103 @@ def test_the_smallest_machine_decides_for_all_ranks(project: Project) -> None:
     together = lines(Path("runs/two/sft"))
     assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
     assert np.isfinite([line["grad_norm"] for line in together]).all()
+
+
+# Memory runs out all the same
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from(TARGETS), st.lists(st.integers(1, 900), min_size=1, max_size=4), st.integers(4, 60))
+def test_a_limit_is_lowered_until_all_is_computed_again(target: Target, lengths: list[int], gigabytes: int) -> None:
+    """Each time the row climbs; the result depends on sizes alone."""
+    step = Step(SHAPE, TRAINED, target, uniform_examples("sft", 64, 1))
+    within, limit = memory_check.RowsWithin(step, Memory()), gigabytes * 10**9
+    batch = pack_conversations([([1] * length, [True] * length) for length in lengths])
+    row, ladder = Row(batch, (0,), None, 1, True), rungs(32, target)
+    places = [ladder.index(within.levels(limit)(batch))]
+    while (lower := within.below(limit, [row])) is not None:
+        assert lower < limit and lower == within.below(limit, [row])
+        limit = lower
+        places.append(ladder.index(within.levels(limit)(batch)))
+    assert places == sorted(set(places)) and places[-1] == len(ladder) - 1
+    assert len(places) < 20
+
+
+def without_room(monkeypatch: pytest.MonkeyPatch, blocks: int, tokens: int = 1000) -> None:
+    """A machine that has no memory for rows that compute fewer blocks again, or that are longer than `tokens`."""
+    share = SftObjective.share
+
+    def tight(self: SftObjective, model: Any, row: Row) -> Any:
+        if row.training and (self.settings.levels(row.batch).blocks < blocks or row.batch.tokens.size > tokens):
+            raise RuntimeError("[metal::malloc] Attempting to allocate 1 bytes which is greater than the maximum.")
+        return share(self, model, row)
+
+    monkeypatch.setattr(SftObjective, "share", tight)
+
+
+MACHINES_OWN = {"tokens_per_second", "elapsed_seconds", "peak_memory_gb"}
+
+
+def test_a_step_that_ran_out_of_memory_computes_more_layers_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rows as long as before, told once, and kept by a run that goes on. The result is that of enough memory."""
+    every = ["checkpoint.every_steps=1", "memory.micro_tokens=100"]
+    expected = lines(project.train(*every, name="free"))
+    without_room(monkeypatch, blocks=2)
+    straight = project.sft(*every, "name=straight")
+    assert straight.status == 0 and straight.out.count("is done again within") >= 1
+    assert "is done again in rows of" not in straight.out
+    found = lines(Path("runs/straight/sft"))
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    assert all(line["recomputed_layers"] >= 2 and line["memory_limit_gb"] < 1 for line in found)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert project.sft(*every, "name=cut").status == 130
+    went_on = project.sft(*every, "name=cut")
+    assert went_on.status == 0 and "is done again" not in went_on.out
+    assert [{k: v for k, v in line.items() if k not in MACHINES_OWN} for line in lines(Path("runs/cut/sft"))] == [
+        {k: v for k, v in line.items() if k not in MACHINES_OWN} for line in found
+    ]
+
+
+def test_rows_are_shortened_where_all_layers_are_computed_again(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_room(monkeypatch, blocks=3, tokens=60)
+    result = project.sft("memory.micro_tokens=100")
+    assert result.status == 0
+    assert result.out.index("is done again within") < result.out.index("is done again in rows of")
+    assert {line["recomputed_layers"] for line in lines(Path("runs/tiny/sft"))} == {3.0}
+
+
+@pytest.mark.parametrize("asked", ["true", "false", "2"])
+def test_what_the_recipe_names_is_not_changed_by_a_lack_of_memory(
+    project: Project, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    without_room(monkeypatch, blocks=0, tokens=60)
+    result = project.sft("memory.micro_tokens=100", f"memory.checkpoint_layers={asked}")
+    assert result.status == 0 and "is done again within" not in result.out
+    assert "is done again in rows of" in result.out
+
+
+def test_ranks_agree_on_the_lowest_limit() -> None:
+    """Each has its own number of faults; the rank without one takes the limit of the others."""
+
+    class Two:
+        size = 2
+
+        def any(self, value: bool) -> bool:
+            return True
+
+        def min(self, value: int) -> int:
+            return min(value, 7 * 10**9 if value > 0 else -1)
+
+    within = memory_check.RowsWithin(Step(SHAPE, TRAINED, TARGETS[0], uniform_examples("sft", 64, 1)), Memory())
+    example = Rendered(np.ones(900, np.int32), np.arange(900) > 4, truncated=False)
+    objective = SftObjective([example], Settings(seed=0, micro_tokens=1000))
+    limits = {"memory": 10**10}
+    memory_limit.agree(objective, within, limits, cast(World, Two()), changed=False)
+    assert limits == {"memory": 7 * 10**9, "memory_lowered": 1}
+    [row] = objective.rows(np.arange(1), 0)
+    assert objective.settings.levels(row.batch) == within.levels(7 * 10**9)(row.batch)
