@@ -298,14 +298,17 @@ def decision_for(
     `config` is the model's config.json, `density` see `planning.workload.Machine`. Raises PlanError.
     """
     from mlx_zh.planning.budget import decide
-    from mlx_zh.planning.workload import Machine, costs_of
+    from mlx_zh.planning.workload import Machine, costs_of, data_sizes
     from mlx_zh.stages import memory_check
     from mlx_zh.stages.data import registry_of
 
-    step = memory_check.training_step(recipe, "sft", config, machine)
-    again = step.again(recipe.memory).share
+    registry = registry_of(recipe)
+    lengths = {"sft": None} | {name: size.tokens for name, size in data_sizes(recipe, registry, density).items()}
+    steps = {name: memory_check.training_step(recipe, name, config, machine) for name in lengths}
+    again = {name: step.again(recipe.memory, lengths[name]).share for name, step in steps.items()}
+    step = steps["sft"]
     planned = Machine(step.model, step.trained, step.target, pace, density, again)
-    costs = costs_of(recipe, planned, registry_of(recipe))
+    costs = costs_of(recipe, planned, registry)
     return costs, decide(costs, recipe.budget_seconds)
 
 

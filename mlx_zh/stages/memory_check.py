@@ -151,6 +151,15 @@ class RowsWithin:
         return int(_LOWER * max(peaks)) if peaks else None
 
 
+def levels_by_row(
+    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: int
+) -> Levels | Callable[[PackedBatch], Levels]:
+    """What each row of `stage` computes again: what the recipe names, or what it takes to stay within `limit`."""
+    step = actual_step(recipe, stage, config, trained, float(limit))
+    asked = asked_levels(recipe, step)
+    return RowsWithin(step, recipe.memory).levels(limit) if asked is None else asked
+
+
 def asked_levels(recipe: Recipe, step: Step) -> Levels | None:
     """The levels that the recipe names for all rows; None for `auto`."""
     return asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))

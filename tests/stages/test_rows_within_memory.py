@@ -285,3 +285,51 @@ def test_ranks_agree_on_the_lowest_limit() -> None:
     assert limits == {"memory": 7 * 10**9, "memory_lowered": 1}
     [row] = objective.rows(np.arange(1), 0)
     assert objective.settings.levels(row.batch) == within.levels(7 * 10**9)(row.batch)
+
+
+# The speed that a time budget is planned with
+
+
+@pytest.mark.parametrize("asked", ["auto", "true", "false", "2"])
+def test_rows_are_timed_as_training_computes_them(
+    project: Project, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """Within a limit that makes the longest row compute layers again, or with the layers that the recipe names."""
+    from mlx_zh.stages import measuring
+    from mlx_zh.stages.run_models import open_model
+
+    recipe = load_recipe(
+        "recipe.yaml",
+        ["memory.micro_tokens=100", f"memory.limit={between(project)}", f"memory.checkpoint_layers={asked}"],
+    )
+    timed: list[Levels] = []
+    gradients = measuring.loss_and_gradients
+
+    def record(model: Any, objective: Any, rows: Any, weights: Any) -> Any:
+        timed.extend(objective.settings.levels(row.batch) for row in rows)
+        return gradients(model, objective, rows, weights)
+
+    monkeypatch.setattr(measuring, "loss_and_gradients", record)
+    monkeypatch.setattr(measuring, "timed", lambda run, seconds: run() or 1e-9)
+    measuring.measure_pace(recipe, open_model(recipe), 60.0, seconds=0.1)
+    blocks = {"true": 3, "false": 0, "2": 2}
+    assert timed[-1].blocks == blocks[asked] if asked in blocks else timed[-1].blocks > 0
+
+
+def test_a_head_is_timed_as_training_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks that are noted and computed in turn, without the chain of kernels that a lazy one waits for."""
+    from mlx_zh.core import pacing
+    from mlx_zh.planning import speed
+
+    computed: list[int] = []
+    in_turn = speed.compute_in_turn
+
+    def record(noted: list[Any]) -> None:
+        computed.append(len(noted))
+        in_turn(noted)
+
+    monkeypatch.setattr(speed, "compute_in_turn", record)
+    monkeypatch.setattr(pacing, "pause", lambda after: pytest.fail("a pause is timed"))
+    small = LLAMA | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    speed.measure(model_shape(small), AdapterSpec("lora", 2, 4), TARGETS[1], length=16, seconds=0.01)
+    assert computed and set(computed) == {2}
