@@ -348,6 +348,24 @@ def test_a_config_is_enough(config_only: Path, run_stage: Any, capsys: pytest.Ca
     assert "memory." in shown and "change no result" in shown
 
 
+@pytest.mark.parametrize("asked", ["auto", "true", "false", "5"])
+@pytest.mark.parametrize("limit", ["2GB", "9GB", "100GB"])
+def test_a_plan_says_what_a_limit_means(
+    config_only: Path, run_stage: Any, capsys: pytest.CaptureFixture[str], asked: str, limit: str
+) -> None:
+    """Of every way of computing layers again: a limit below the weights, one that holds, one beyond the machine."""
+    recipe, model = ROOT / "recipes" / "llama31-8b-zh-16gb.yaml", f"model.path={config_only}"
+    words = ["--memory=16GB", "--quick", f"memory.limit={limit}", f"memory.checkpoint_layers={asked}"]
+    status = run_stage(plan.main, recipe, model, *words)
+    told = capsys.readouterr().out
+    assert ("DOES NOT FIT" in told) == (status == 1)
+    assert status == 0 if asked in ("auto", "true") and limit != "2GB" else limit != "2GB" or status == 1
+    assert told.count("are the limit that the recipe sets") == (0 if limit == "100GB" else 2)
+    assert told.count("No memory settings help") == (2 if limit == "2GB" else 0)
+    within = {"2GB": "To stay within 2.0 GB", "9GB": "To stay within 9.0 GB", "100GB": "To stay within 9.7 GB"}
+    assert told.count(within[limit]) == (2 if asked == "auto" else 0)
+
+
 def test_the_time_says_that_rounds_are_not_in_it(config_only: Path, run_stage: Any, capsys: Any) -> None:
     recipe, model = ROOT / "recipes" / "llama31-8b-zh-16gb.yaml", f"model.path={config_only}"
     assert run_stage(plan.main, recipe, model, "--memory=16GB", "rounds.count=2") == 0

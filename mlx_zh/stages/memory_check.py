@@ -117,9 +117,10 @@ def memory_limit(settings: Memory, machine: Machine) -> float:
     """Bytes that `memory.checkpoint_layers: auto` stays within.
 
     They are `memory.limit`, or what the machine has less a reserve of 15 % for MLX's cache of freed buffers and
-    for what the planner does not know.
+    for what the planner does not know. A limit of more than the machine has is none.
     """
-    return float(settings.limit_bytes or (1 - RESERVE) * machine.budget)
+    limit = settings.limit_bytes
+    return float(limit) if limit is not None and limit <= machine.budget else (1 - RESERVE) * machine.budget
 
 
 @dataclass(frozen=True)

@@ -380,15 +380,15 @@ class Session:
     def _stay_within_memory(self, loop: Loop) -> None:
         """Let each row compute again what it must to stay within the limit, which is decided once for a run.
 
-        All ranks take the limit of the smallest. A run that goes on keeps its own, so its lines stay the same; what
-        another machine lacks of that is told by `memory_check.require` before.
+        Ranks on one machine share its limit, and all ranks take the smallest share. A run that goes on keeps its own,
+        so its lines stay the same; what another machine lacks of that is told by `memory_check.require` before.
         """
         memory, limits = self.recipe.memory, loop.progress.row_limits
-        asked = memory.limit_bytes or 0
-        here = self.world.min(int(memory_check.memory_limit(memory, memory_check.this_machine())))
-        if limits.get("memory_asked") != asked or "memory" not in limits:
+        asked, sharing = memory.limit_bytes or 0, -self.world.min(-self.world.sharing())
+        here = self.world.min(int(memory_check.memory_limit(memory, memory_check.this_machine()) / sharing))
+        if (limits.get("memory_asked"), limits.get("memory_sharing", 1)) != (asked, sharing):
             limits.pop("memory_lowered", None)
-            limits |= {"memory": here, "memory_asked": asked}
+            limits |= {"memory": here, "memory_asked": asked, "memory_sharing": sharing}
         limit = limits["memory"]
         logit_rows = memory.logit_rows or chunk_rows(vocabulary_size(self.loaded.model), float(limit))
         loop.objective.settings = replace(loop.objective.settings, logit_rows=logit_rows)

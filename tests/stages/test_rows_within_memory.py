@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import Project, interrupt_after
@@ -87,10 +88,32 @@ def test_a_limit_is_a_size(project: Project, text: str, size: float) -> None:
     assert load_recipe("recipe.yaml", [f"memory.limit={text}"]).memory.limit_bytes == size
 
 
-@pytest.mark.parametrize("text", ["much", "0GB", "-1GB", "10", "10TBx"])
+@pytest.mark.parametrize(
+    "text", ["much", "''", "0GB", "-1GB", "'10'", "10TBx", "10,5GB", "10", "0", "-1", "10e9", "1.5", "1e-5GB"]
+)
 def test_what_is_no_limit(project: Project, text: str) -> None:
-    with pytest.raises(RecipeError, match="a size of memory, such as 10GB"):
-        load_recipe("recipe.yaml", [f"memory.limit='{text}'"])
+    """A number could be bytes or gigabytes, so it is told to have a unit, also where YAML takes it for a number."""
+    with pytest.raises(RecipeError, match=r"memory\.limit must be a size of memory with its unit, such as 10GB"):
+        load_recipe("recipe.yaml", [f"memory.limit={text}"])
+    project.recipe["memory"] = {"limit": yaml.safe_load(text)}
+    project.write_recipe()
+    with pytest.raises(RecipeError, match=r"memory\.limit must be a size of memory with its unit, such as 10GB"):
+        load_recipe("recipe.yaml")
+
+
+@pytest.mark.parametrize("text", ["null", "~"])
+def test_no_limit_is_none(project: Project, text: str) -> None:
+    assert load_recipe("recipe.yaml", [f"memory.limit={text}"]).memory.limit_bytes is None
+
+
+def test_a_limit_of_more_than_the_machine_has_is_none() -> None:
+    """One equal to the working set is kept, to the byte; more than there is would let rows grow until they fail."""
+    machine = memory_check.Machine("working set", 10e9, cpu=False)
+    budgets = {None: 8.5e9, "9GB": 9e9, "10GB": 10e9, "10001MB": 8.5e9, "64GB": 8.5e9}
+    for limit, expected in budgets.items():
+        settings = Memory(limit=limit)
+        assert memory_check.memory_limit(settings, machine) == pytest.approx(expected)
+        assert memory_check.within_limit(machine, settings).budget <= machine.budget
 
 
 @pytest.mark.parametrize("text", ["sometimes", "-1", "1.5"])
@@ -123,7 +146,7 @@ def between(project: Project) -> str:
         step_memory(step.model, step.trained, step.target, row, levels).peak
         for levels in (Levels(), Levels(ALL, ALL))
     )
-    return f"{(0.3 * most + 0.7 * least) / 1e6:.4f}MB"
+    return f"{(0.1 * most + 0.9 * least) / 1e6:.4f}MB"
 
 
 @pytest.mark.parametrize("more", [[], ["lora.type=dora"], ["lora.dropout=0.2", "sft.neftune_alpha=5"]], ids=str)
@@ -162,7 +185,7 @@ def test_a_run_that_goes_on_keeps_the_limit_that_was_decided(
     machine(small)
     straight = forced(project, "straight", *every)
     decided = limits("straight")
-    assert decided == {"memory": int((1 - memory_check.RESERVE) * small), "memory_asked": 0}
+    assert decided == {"memory": int((1 - memory_check.RESERVE) * small), "memory_asked": 0, "memory_sharing": 1}
     stopped = iter([False] * 2 + [True] * 9)
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "stop_on_interrupt", lambda *_: nullcontext(lambda: next(stopped)))
@@ -177,12 +200,20 @@ def test_a_run_that_goes_on_keeps_the_limit_that_was_decided(
 
 
 def test_the_smallest_machine_decides_for_all_ranks(project: Project) -> None:
-    """Two processes with one limit take the steps of one process without any."""
+    """Two processes with one limit take the steps of one process without any. They share this machine's memory."""
     import ranks
 
-    alone = lines(project.train("memory.checkpoint_layers=false", name="alone"))
-    ranks.run(2, ["sft", "recipe.yaml", "name=two", f"memory.limit={between(project)}", "--force"], folder=Path.cwd())
+    from mlx_zh.training import checkpoints
+
+    more = ["lora.type=dora", "lora.dropout=0.2", "sft.neftune_alpha=5"]
+    alone = lines(project.train("memory.checkpoint_layers=false", *more, name="alone"))
+    limit = f"memory.limit={between(project)}"
+    ranks.run(2, ["sft", "recipe.yaml", "name=two", limit, *more, "--force"], folder=Path.cwd())
     together = lines(Path("runs/two/sft"))
+    checkpoint, _ = checkpoints.load_newest(Path("runs/two/sft/checkpoints"))
+    assert checkpoint is not None
+    half = load_recipe("recipe.yaml", [f"memory.limit={between(project)}"]).memory.limit_bytes // 2
+    assert checkpoint.state["progress"]["row_limits"]["memory"] == half  # both are on this machine
     assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
     assert np.isfinite([line["grad_norm"] for line in together]).all()
 
