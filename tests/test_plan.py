@@ -43,6 +43,7 @@ from mlx_zh.planning.shapes import (
 from mlx_zh.planning.windows import windows_of
 from mlx_zh.recipe import Memory, load_recipe
 from mlx_zh.stages import memory_check
+from mlx_zh.system import console
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -346,6 +347,34 @@ def test_a_config_is_enough(config_only: Path, run_stage: Any, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown
     assert "memory." in shown and "change no result" in shown
+
+
+@pytest.mark.parametrize("by", ["rule", "judge"])
+def test_the_hours_of_rounds_are_told(project: Project, by: str) -> None:
+    """60 prompts, 48 of them learned from: 72 x 4 answers of 10 tokens at 2 s, and DPO of 48 pairs.
+
+    A pair has 20 tokens beside its prompt; 1 s a token in training and 0.1 s for the reference, 3 s a step.
+    """
+    from mlx_zh.planning.pace import Pace
+    from mlx_zh.recipe import Rounds
+    from mlx_zh.stages import outlook
+
+    prompts = Path("prompts.jsonl")
+    prompts.write_text('{"prompt": "1 + 1 = ?"}\n' * 60)
+    judge: dict[str, Any] = {"by": "judge", "judge": "m"} if by == "judge" else {}
+    rounds = Rounds(count=3, prompts=str(prompts), samples=4, max_new_tokens=10, check=0.2, **judge)
+    recipe = load_recipe("recipe.yaml", ["dpo.epochs=2", "dpo.batch_size=6"])
+    config = json.loads((project.model / "config.json").read_text())
+    step = memory_check.training_step(recipe, "dpo", config, memory_check.this_machine())
+    notice = outlook.rounds_text(recipe, rounds, step, Pace(1.0, 0.1, 3.0, 2.0))
+    tokens = 48 * (outlook.amount_of(recipe, "sft").tokens + 20)
+    drawing, tuning = 72 * 4 * 10 * 2.0, 2.1 * tokens + 16 * 3
+    values = notice.values
+    assert notice.code == ("outlook-rounds-judged" if judge else "outlook-rounds")
+    assert (values["drawing"], values["tuning"]) == (console.duration(drawing), console.duration(tuning))
+    assert values["total"] == console.duration(3 * (drawing + tuning))
+    assert ("评判时间另计" in notice.text("zh")) == bool(judge)
+    assert outlook.rounds_text(recipe, rounds, step, None).code == "outlook-without-rounds"
 
 
 @pytest.mark.parametrize("asked", ["auto", "true", "false", "5"])

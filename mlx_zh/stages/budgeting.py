@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from mlx_zh.distributed.world import ALONE, World
+from mlx_zh.language.notice import Notice
 from mlx_zh.pipeline.steps import NAMES
 from mlx_zh.planning.pace import Pace
 from mlx_zh.recipe import Recipe, Select, Source
@@ -267,6 +268,8 @@ def _measure_and_store(recipe: Recipe, run: RunFolder, world: World) -> BudgetRe
             f"budget of {recipe.budget} is spent so:"
         )
         console.say(explained(recipe, record))
+        if recipe.rounds is not None:
+            console.say(Notice("outlook-without-rounds"))
         left = sum(seconds for name, seconds in record["seconds"].items() if name != "measure")
         console.say(f"Done {clock(time.time() + left)}. This is decided once, and kept in {run.budget}.")
         return record
