@@ -67,6 +67,7 @@ class Case:
     vocabulary: int = 1000
     tied: bool = False
     saved: tuple[str, ...] = ()
+    window: int | None = None  # of all layers but each third
 
     @property
     def config(self) -> dict[str, Any]:
@@ -82,7 +83,12 @@ class Case:
             "vocab_size": self.vocabulary,
             "tie_word_embeddings": self.tied,
             "rms_norm_eps": 1e-5,
+            "sliding_window": self.window,
+            "layer_types": [self._kind(index) for index in range(self.layers)],
         }
+
+    def _kind(self, index: int) -> str:
+        return "sliding_attention" if self.window and (index + 1) % 3 else "full_attention"
 
     @property
     def adapter(self) -> AdapterSpec:
@@ -91,11 +97,17 @@ class Case:
         return AdapterSpec(self.kind, layers, self.rank, 2.0, self.dropout, self.targets, self.saved)
 
 
+_LONG: Any = {"micro_tokens": 16_384, "examples": 1, "hidden": 128, "intermediate": 384, "heads": 2, "kv_heads": 1}
 CASES = (
     Case("length 32", length=32, examples=32),
     Case("length 128"),
     Case("length 512", length=512, examples=2),
     Case("length 1024", length=1024, examples=1),
+    Case("length 2048, 6 layers with a window", length=2048, micro_tokens=2048, examples=1, window=256),
+    Case("length 4096, 3 layers with a window", **_LONG, length=4096, layers=3, window=512),
+    Case("length 8192, 2 layers", **_LONG, length=8192, layers=2),
+    Case("length 8192, 3 layers, checkpointed", **_LONG, length=8192, layers=3, checkpoint=True, window=1024),
+    Case("length 16384, 1 head", **_LONG | {"heads": 1, "kv_heads": 1}, length=16_384, layers=1),
     Case("micro 256 of 1024", micro_tokens=256),
     Case("micro 4096", micro_tokens=4096, examples=32, layers=4),
     Case("2 layers", layers=2),

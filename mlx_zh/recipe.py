@@ -522,10 +522,17 @@ class Dpo(Training):
         return value
 
 
+def _no_number(value: Any) -> Any:
+    """Refuse a number, which could be bytes or gigabytes."""
+    if isinstance(value, int | float):
+        raise ValueError("a size of memory with its unit, such as 10GB or 800MB")
+    return value
+
+
 def _size(value: str) -> str:
     """A size of memory; `memory.limit` is kept as it was written."""
     if size_of(value) is None:
-        raise ValueError("a size of memory, such as 10GB or 800MB")
+        raise ValueError("a size of memory with its unit, such as 10GB or 800MB")
     return value
 
 
@@ -534,7 +541,7 @@ class Memory(Section):
 
     micro_tokens: PositiveInt = 2048
     checkpoint_layers: Recomputed = "auto"
-    limit: Annotated[str, AfterValidator(_size)] | None = None
+    limit: Annotated[Annotated[str, AfterValidator(_size)] | None, BeforeValidator(_no_number)] = None
     logit_rows: PositiveInt | None = None
     dense_products: Measured = "auto"
 

@@ -136,6 +136,12 @@ def size_of(text: str) -> int | None:
     return round(float(found[1]) * _SIZE_UNITS[found[2]]) or None if found else None
 
 
+def size_text(size: float) -> str:
+    """Bytes as a size that `size_of` reads, to three digits: 9.75GB, 800MB."""
+    unit = 1e9 if size >= 1e9 else 1e6
+    return f"{max(float(f'{size / unit:.3g}'), 0.001):g}{'GB' if unit == 1e9 else 'MB'}"
+
+
 def inline(value: Any) -> str:
     """A plain value as one line of YAML: `{prompt: 问题, response: 答案}`."""
     text = yaml.dump(

@@ -15,6 +15,8 @@ import sentences
 from project import Project
 
 from mlx_zh import plan
+from mlx_zh.core.logprobs import hidden_states
+from mlx_zh.core.packing import pack_pairs
 from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.errors import PlanError
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -27,6 +29,7 @@ from mlx_zh.planning.memory import (
     trained_values,
     weight_bytes,
 )
+from mlx_zh.planning.pieces import in_block
 from mlx_zh.planning.search import Step, cheapest, smallest_peak
 from mlx_zh.planning.shapes import (
     LINEAR,
@@ -35,9 +38,12 @@ from mlx_zh.planning.shapes import (
     conversations,
     model_shape,
     pairs,
+    row_of,
 )
+from mlx_zh.planning.windows import windows_of
 from mlx_zh.recipe import Memory, load_recipe
 from mlx_zh.stages import memory_check
+from mlx_zh.system import console
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -82,6 +88,9 @@ SMALL = {
     "full": {"layers": 3, "kind": "full", "length": 64},
     "dpo": {"layers": 3, "stage": "dpo", "length": 32},
     "dpo, checkpointed": {"layers": 3, "stage": "dpo", "length": 32, "checkpoint": True},
+    "a long row": {"layers": 1, "length": 1500, "examples": 1},
+    "windows": {"layers": 3, "length": 1200, "examples": 1, "window": 64, "heads": 2},
+    "windows, checkpointed": {"layers": 3, "length": 1200, "examples": 1, "window": 64, "checkpoint": True},
 }
 
 
@@ -92,6 +101,52 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(accuracy: Any, change
     )
     planned, measured = accuracy.predict(case).peak, accuracy.measure(case)
     assert planned == pytest.approx(measured, rel=accuracy.BAR)
+
+
+@pytest.mark.parametrize("length", [5, 700, 1100])
+@pytest.mark.parametrize("window", [6, 300, 2000])
+def test_a_window_is_planned_in_the_pieces_that_attention_is_computed_in(
+    length: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys of every call on the way to MLX. The branches of a pair continue its prompt."""
+    import mlx.core as mx
+    from families import WINDOWED, family_config, family_model
+
+    changes = WINDOWED | {"sliding_window": window, "hidden_size": 16, "num_attention_heads": 2}
+    model, batch = family_model("llama", **changes), pack_pairs([([1] * length, [2] * 300, [3] * 5)])
+    calls: list[tuple[int, int]] = []
+
+    def attention(queries: mx.array, keys: mx.array, values: mx.array, **_: Any) -> mx.array:
+        calls.append((queries.shape[2], keys.shape[2]))
+        return queries
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    hidden_states(model, batch)
+    row, shape = row_of(batch), model_shape(family_config("llama", **changes))
+    assert shape.windows == (0, window, window)
+    planned = [in_block(row, Target(4, None, fused_attention=False), each)[0].segments for each in shape.windows]
+    assert calls == [call for segments in planned for call in segments]
+
+
+def test_windows_by_the_keys_of_each_family() -> None:
+    pattern = {"sliding_window": 512, "sliding_window_pattern": 3, "num_hidden_layers": 4}
+    assert windows_of({"model_type": "gemma3_text", **pattern}) == (512, 512, 0, 512)
+    assert windows_of({"model_type": "gemma3_text", "num_hidden_layers": 7}) == (512,) * 5 + (0, 512)
+    assert windows_of({"model_type": "mistral", **pattern}) == ()  # mlx-lm lets its layers see the whole text
+    assert windows_of({"model_type": "qwen3", **pattern, "layer_types": ["full_attention"] * 4}) == ()
+
+
+def test_a_window_costs_less_the_longer_the_row() -> None:
+    """Of 4,096 tokens, 512 see as many keys and seven times 512 see 1,024. Keys and values come on top."""
+    trained, target = AdapterSpec("lora", 32, 16), Target(4, None, fused_attention=False)
+    shape = model_shape(LLAMA | {"layer_types": ["sliding_attention"] * 32, "sliding_window": 512})
+    whole, windowed = (
+        step_memory(one, trained, target, conversations([4096]), Levels()).parts["attention"]
+        for one in (replace(shape, windows=()), shape)
+    )
+    assert windowed / whole == pytest.approx((512**2 + 7 * 512 * 1024) / 4096**2, rel=0.2)
+    metal = Target(2, None, fused_attention=True, attention_tile=1024)  # a mask goes the unfused way
+    assert step_memory(shape, trained, metal, conversations([4096]), Levels(ALL)).parts["attention"] > windowed / 3
 
 
 # The terms, by hand
@@ -292,6 +347,52 @@ def test_a_config_is_enough(config_only: Path, run_stage: Any, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown
     assert "memory." in shown and "change no result" in shown
+
+
+@pytest.mark.parametrize("by", ["rule", "judge"])
+def test_the_hours_of_rounds_are_told(project: Project, by: str) -> None:
+    """60 prompts, 48 of them learned from: 72 x 4 answers of 10 tokens at 2 s, and DPO of 48 pairs.
+
+    A pair has 20 tokens beside its prompt; 1 s a token in training and 0.1 s for the reference, 3 s a step.
+    """
+    from mlx_zh.planning.pace import Pace
+    from mlx_zh.recipe import Rounds
+    from mlx_zh.stages import outlook
+
+    prompts = Path("prompts.jsonl")
+    prompts.write_text('{"prompt": "1 + 1 = ?"}\n' * 60)
+    judge: dict[str, Any] = {"by": "judge", "judge": "m"} if by == "judge" else {}
+    rounds = Rounds(count=3, prompts=str(prompts), samples=4, max_new_tokens=10, check=0.2, **judge)
+    recipe = load_recipe("recipe.yaml", ["dpo.epochs=2", "dpo.batch_size=6"])
+    config = json.loads((project.model / "config.json").read_text())
+    step = memory_check.training_step(recipe, "dpo", config, memory_check.this_machine())
+    notice = outlook.rounds_text(recipe, rounds, step, Pace(1.0, 0.1, 3.0, 2.0))
+    tokens = 48 * (outlook.amount_of(recipe, "sft").tokens + 20)
+    drawing, tuning = 72 * 4 * 10 * 2.0, 2.1 * tokens + 16 * 3
+    values = notice.values
+    assert notice.code == ("outlook-rounds-judged" if judge else "outlook-rounds")
+    assert (values["drawing"], values["tuning"]) == (console.duration(drawing), console.duration(tuning))
+    assert values["total"] == console.duration(3 * (drawing + tuning))
+    assert ("评判时间另计" in notice.text("zh")) == bool(judge)
+    assert outlook.rounds_text(recipe, rounds, step, None).code == "outlook-without-rounds"
+
+
+@pytest.mark.parametrize("asked", ["auto", "true", "false", "5"])
+@pytest.mark.parametrize("limit", ["2GB", "9GB", "100GB"])
+def test_a_plan_says_what_a_limit_means(
+    config_only: Path, run_stage: Any, capsys: pytest.CaptureFixture[str], asked: str, limit: str
+) -> None:
+    """Of every way of computing layers again: a limit below the weights, one that holds, one beyond the machine."""
+    recipe, model = ROOT / "recipes" / "llama31-8b-zh-16gb.yaml", f"model.path={config_only}"
+    words = ["--memory=16GB", "--quick", f"memory.limit={limit}", f"memory.checkpoint_layers={asked}"]
+    status = run_stage(plan.main, recipe, model, *words)
+    told = capsys.readouterr().out
+    assert ("DOES NOT FIT" in told) == (status == 1)
+    assert status == 0 if asked in ("auto", "true") and limit != "2GB" else limit != "2GB" or status == 1
+    assert told.count("are the limit that the recipe sets") == (0 if limit == "100GB" else 2)
+    assert told.count("No memory settings help") == (2 if limit == "2GB" else 0)
+    within = {"2GB": "To stay within 2.0 GB", "9GB": "To stay within 9.0 GB", "100GB": "To stay within 9.7 GB"}
+    assert told.count(within[limit]) == (2 if asked == "auto" else 0)
 
 
 def test_the_time_says_that_rounds_are_not_in_it(config_only: Path, run_stage: Any, capsys: Any) -> None:

@@ -260,7 +260,7 @@ def _attended(
         yield _attention(queries, _columns([*before, own]), scale, None)
         return
     tail = _last(before, window - 1)
-    size = max(window, _LEAST_PIECE)
+    size = max(window, LEAST_PIECE)
     cuts = list(range(size, queries.shape[2], size))
     pieces = zip(*(split_at(array, cuts, axis=2) for array in (queries, *own)), strict=True)
     for piece, key, value in pieces:
@@ -268,7 +268,7 @@ def _attended(
         tail = [(key, value)]
 
 
-_LEAST_PIECE = 256  # queries; shorter pieces than these would only make more kernels
+LEAST_PIECE = 256  # queries; shorter pieces than these would only make more kernels
 
 
 def _last(parts: list[KeysValues], count: int) -> list[KeysValues]:

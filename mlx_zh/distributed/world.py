@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -216,6 +217,13 @@ class World:
     def min(self, value: int) -> int:
         """The smallest value of all ranks."""
         return min(self.collect(value))
+
+    def sharing(self) -> int:
+        """How many ranks run on this machine, this one included."""
+        if self.size == 1:
+            return 1
+        machine = [socket.gethostname(), uuid.getnode()]
+        return sum(other == machine for other in self.collect(machine))
 
     def folder(self, folder: Path, files: Sequence[str]) -> Path:
         """A folder with the `files` of rank 0's `folder`: that folder, or a temporary copy on other machines."""

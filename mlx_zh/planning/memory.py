@@ -6,12 +6,14 @@ computing them are measured (`_AHEAD_*`): its scheduler runs about forty kernels
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from mlx_zh.core.logprobs import chunk_rows
 from mlx_zh.core.recompute import Levels
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.delta_shapes import DELTA_LINEAR
+from mlx_zh.planning.pieces import in_block
 from mlx_zh.planning.shapes import ModelShape, Packing, Row, Target, adapted_matrices
 
 FLOAT = 4
@@ -24,6 +26,7 @@ _AHEAD_BACKWARD = (
     {"intermediate": 12.0, "hidden": 13.0, "queries": 4.0},
 )
 _AHEAD_SCORES = 2  # score matrices of one layer
+_AHEAD_MASKS = (3, 2, 1)  # masks of it by level, a byte a score, for all heads at once
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
 
@@ -263,7 +266,7 @@ def _ahead(
     parts = {"activations": outputs * size * sum(n * model.width(name) for name, n in counts.items())}
     if not target.fused_attention:
         largest = max(tokens * keys for tokens, keys in row.segments)
-        parts["attention"] = _AHEAD_SCORES * model.heads * largest * size
+        parts["attention"] = (_AHEAD_SCORES * model.heads * size + _AHEAD_MASKS[level]) * largest
     if model.delta is not None:
         ahead = model.delta.ahead_bytes([tokens for tokens, _ in row.segments], size)
         parts["attention"] = max(parts.get("attention", 0.0), ahead)
@@ -286,38 +289,49 @@ class _Blocks:
     def count(self) -> int:
         return backward_blocks(self.model, self.trained)
 
-    def one(self, level: int, *, last: bool = False) -> dict[str, float]:
-        """What one block keeps."""
-        return kept_bytes(self.model, self.trained, self.target, self.row, level, last=last)
+    def one(self, level: int, window: int, *, last: bool = False) -> dict[str, float]:
+        """What one block with a `window` (0: none) keeps."""
+        row, target = in_block(self.row, self.target, window)
+        return kept_bytes(self.model, self.trained, target, row, level, last=last)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each block, from the lowest that a gradient goes through; 0 for none."""
+        return self.model.windows[self.model.layers - self.count :] or (0,) * self.count
 
     def kept(self, count: int) -> dict[str, float]:
         """What the lowest `count` blocks keep."""
         if count and count == self.count:
-            return _added(self.kept(count - 1), self.one(self.levels.of(count - 1), last=True))
+            return _added(self.kept(count - 1), self.one(self.levels.of(count - 1), self.windows[-1], last=True))
         whole = min(self.levels.blocks, count)
         pieces = min(max(self.levels.pieces, whole), count)
         parts: dict[str, float] = {}
-        for level, blocks in ((2, whole), (1, pieces - whole), (0, count - pieces)):
-            if blocks:
-                parts = _added(parts, {name: blocks * size for name, size in self.one(level).items()})
+        for level, start, end in ((2, 0, whole), (1, whole, pieces), (0, pieces, count)):
+            for window, blocks in Counter(self.windows[start:end]).items():
+                parts = _added(parts, {name: blocks * size for name, size in self.one(level, window).items()})
         return parts
 
     def worked_on(self, index: int) -> dict[str, float]:
         """What is there while the backward pass is in block `index`, gradients aside."""
         level = self.levels.of(index)
-        outputs = _outputs(self.model, self.row) if index == self.count - 1 else self.row.tokens
-        one = _kept_at_most(self.model, self.trained, self.target, self.row, min(level, 1), outputs)
-        parts = _added(one, _ahead(level, self.model, self.trained, self.target, self.row, outputs))
-        if self.target.attention_tile:
-            parts["workspace"] = attention_workspace(self.model, self.target, self.row)
+        row, target = in_block(self.row, self.target, self.windows[index])
+        outputs = _outputs(self.model, row) if index == self.count - 1 else row.tokens
+        one = _kept_at_most(self.model, self.trained, target, row, min(level, 1), outputs)
+        parts = _added(one, _ahead(level, self.model, self.trained, target, row, outputs))
+        if target.attention_tile:
+            parts["workspace"] = attention_workspace(self.model, target, row)
         return _added(parts, self.kept(index))
 
     @property
     def highest(self) -> list[int]:
-        """The highest block of each level, and that below the last, whose output is of all tokens; from the top."""
-        top = self.count - 1
-        below = (top, self.levels.pieces, self.levels.blocks)
-        return sorted({top, *(number - 1 for number in below if 0 < number <= top)}, reverse=True)
+        """The last block and, of those below, whose output is of all tokens, the highest of each level and window."""
+        below = self.count - 1
+        ends = sorted({below, min(self.levels.pieces, below), min(self.levels.blocks, below)} - {0})
+        highest = {below}
+        for start, end in zip([0, *ends], ends, strict=False):
+            windows = self.windows[start:end]
+            highest |= {end - 1 - windows[::-1].index(window) for window in set(windows)}
+        return sorted(highest, reverse=True)
 
 
 _BEGINNING = "backward pass, at its beginning"

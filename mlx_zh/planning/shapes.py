@@ -9,6 +9,7 @@ from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.adapters.spec import AdapterSpec
 from mlx_zh.planning.delta_shapes import DELTA_LINEAR, DeltaShape, delta_shape
+from mlx_zh.planning.windows import windows_of
 
 # The linear layers of a block, with the names of their input and output widths; see `ModelShape.width`.
 LINEAR = {
@@ -49,6 +50,7 @@ class ModelShape:
     shared: int = 0
     gated: bool = False
     delta: DeltaShape | None = None
+    windows: tuple[int, ...] = ()  # of each layer, see `windows_of`
 
     @property
     def linear(self) -> dict[str, tuple[str, str]]:
@@ -174,6 +176,7 @@ def model_shape(config: Config) -> ModelShape:
         shared=shared,
         gated=family.recurrent,
         delta=delta_shape(config) if family.recurrent else None,
+        windows=windows_of(config),
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_zh.core.logprobs import hidden_states, token_logprobs
+from mlx_zh.core.logprobs import chunk_rows, hidden_states, token_logprobs
+from mlx_zh.core.pacing import compute_in_turn, paced
 from mlx_zh.core.packing import pack_conversations
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -27,6 +28,7 @@ from mlx_zh.training.step import set_weights
 
 _DTYPES = {2: mx.bfloat16, 4: mx.float32}
 _HEAD_ROWS = 8192  # size of the slice of the vocabulary that is timed
+_CHUNK_POSITIONS = 128  # in a chunk that is timed, at most
 _MAX_TOKENS = 512  # in the row that is timed
 
 
@@ -199,16 +201,24 @@ def _head_seconds(model: ModelShape, target: Target, seconds: float) -> float:
     if packing is not None and model.hidden % packing.group == 0:
         head = nn.QuantizedLinear.from_linear(head, packing.group, packing.bits)
     head.freeze()
-    positions = 64
+    chunk = min(chunk_rows(model.vocabulary), _CHUNK_POSITIONS)
+    positions = 2 * chunk  # what is waited for between chunks is part of the time
     hidden = mx.random.normal((positions, model.hidden)).astype(_DTYPES[target.value_bytes])
     targets = mx.zeros(positions, dtype=mx.int32)
 
     def loss(hidden: mx.array) -> mx.array:
-        return token_logprobs(hidden, head, targets).sum()
+        return token_logprobs(hidden, head, targets, chunk=chunk).sum()
 
     value_and_grad: Any = mx.value_and_grad(loss)
+
+    def step() -> None:
+        with paced() as chunks:  # as in `training.step`
+            result = value_and_grad(hidden)
+        compute_in_turn(chunks)
+        mx.eval(result)
+
     mx.eval(head.parameters(), hidden, targets)
-    return timed(lambda: mx.eval(value_and_grad(hidden)), seconds) / positions * model.vocabulary / rows
+    return timed(step, seconds) / positions * model.vocabulary / rows
 
 
 def _update_seconds(seconds: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import expanduser
 from pathlib import Path
 
@@ -43,8 +43,8 @@ _OWN_QUESTION = 80.0  # tokens, in an exam of the user's own
 class Machine:
     """What the run is planned for: its model, what is trained, how the model is held, and its pace.
 
-    `again` is the share of the blocks' forward passes that the backward pass repeats. `density` is how many tokens
-    the tokenizer makes of a text where Llama 3.1's makes one.
+    `again` is the share of the blocks' forward passes that the backward pass repeats, by training stage. `density` is
+    how many tokens the tokenizer makes of a text where Llama 3.1's makes one.
     """
 
     model: ModelShape
@@ -52,7 +52,7 @@ class Machine:
     target: Target
     pace: Pace
     density: float = 1.0
-    again: float = 0.0
+    again: Mapping[str, float] = field(default_factory=dict)
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def costs_of(recipe: Recipe, machine: Machine, registry: Registry) -> Costs:
 def _training(recipe: Recipe, name: str, size: DataSize, machine: Machine, registry: Registry) -> Training:
     section, pace, model, kind = recipe.training(name), machine.pace, machine.model, recipe.kind(name)
     # The same work per token, but of pairs more of the tokens are scored.
-    seconds = pace.training * _flops(recipe, machine, kind) / _flops(recipe, machine, "sft")
+    seconds = pace.training * _flops(machine, kind, name) / _flops(machine, "sft", "sft")
     scored_seconds = pace.forward * (1 + SCORED[kind] * model.hidden * model.vocabulary / _block_values(model))
     fraction = 0.0 if recipe.data.split(name).validation else recipe.data.validation_fraction
     others = 1.0 if kind == "kto" and recipe.dpo.has_kl else 0.0  # forward passes over mismatched answers
@@ -112,8 +112,9 @@ def _training(recipe: Recipe, name: str, size: DataSize, machine: Machine, regis
     )
 
 
-def _flops(recipe: Recipe, machine: Machine, stage: str) -> float:
-    return training_flops(machine.model, machine.trained, scored=SCORED[stage], again=machine.again)
+def _flops(machine: Machine, kind: str, stage: str) -> float:
+    again = machine.again.get(stage, 0.0)
+    return training_flops(machine.model, machine.trained, scored=SCORED[kind], again=again)
 
 
 def _block_values(model: ModelShape) -> float:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from mlx_zh.distributed.world import ALONE, World
+from mlx_zh.language.notice import Notice
 from mlx_zh.pipeline.steps import NAMES
 from mlx_zh.planning.pace import Pace
 from mlx_zh.recipe import Recipe, Select, Source
@@ -267,6 +268,8 @@ def _measure_and_store(recipe: Recipe, run: RunFolder, world: World) -> BudgetRe
             f"budget of {recipe.budget} is spent so:"
         )
         console.say(explained(recipe, record))
+        if recipe.rounds is not None:
+            console.say(Notice("outlook-without-rounds"))
         left = sum(seconds for name, seconds in record["seconds"].items() if name != "measure")
         console.say(f"Done {clock(time.time() + left)}. This is decided once, and kept in {run.budget}.")
         return record
@@ -298,14 +301,17 @@ def decision_for(
     `config` is the model's config.json, `density` see `planning.workload.Machine`. Raises PlanError.
     """
     from mlx_zh.planning.budget import decide
-    from mlx_zh.planning.workload import Machine, costs_of
+    from mlx_zh.planning.workload import Machine, costs_of, data_sizes
     from mlx_zh.stages import memory_check
     from mlx_zh.stages.data import registry_of
 
-    step = memory_check.training_step(recipe, "sft", config, machine)
-    again = step.again(recipe.memory).share
+    registry = registry_of(recipe)
+    lengths = {"sft": None} | {name: size.tokens for name, size in data_sizes(recipe, registry, density).items()}
+    steps = {name: memory_check.training_step(recipe, name, config, machine) for name in lengths}
+    again = {name: step.again(recipe.memory, lengths[name]).share for name, step in steps.items()}
+    step = steps["sft"]
     planned = Machine(step.model, step.trained, step.target, pace, density, again)
-    costs = costs_of(recipe, planned, registry_of(recipe))
+    costs = costs_of(recipe, planned, registry)
     return costs, decide(costs, recipe.budget_seconds)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_zh.core.logprobs import batch_logprobs
+from mlx_zh.core.packing import PackedBatch
+from mlx_zh.core.recompute import Levels
 from mlx_zh.corpus.rendered import Rendered
 from mlx_zh.models.adapters.layers import trainable
 from mlx_zh.planning.pace import Pace
 from mlx_zh.planning.speed import timed
 from mlx_zh.planning.workload import SCORED
-from mlx_zh.stages import device_check
+from mlx_zh.stages import device_check, memory_check
 from mlx_zh.stages.first_adapter import Start
 from mlx_zh.stages.setbacks import persistent
 from mlx_zh.stages.tuning import row_settings
@@ -32,11 +36,15 @@ if TYPE_CHECKING:
 _FIRST_TOKENS = 256  # of the row that shows how long a call takes
 
 
+Checkpoint = bool | Levels | Callable[[PackedBatch], Levels]
+
+
 def measure_pace(recipe: Recipe, loaded: LoadedModel, tokens: float, *, seconds: float) -> Pace:
     """Time training, the forward pass, the optimizer and the generation of `loaded`, in about `seconds`.
 
-    `tokens` is the mean length of the examples. The model gets the recipe's adapter, so it is of no other use
-    afterwards. Work that the accelerator gives up is repeated in shorter rows, as in training. Raises DeviceError.
+    `tokens` is the mean length of the examples. Rows compute again what they would in training. The model gets the
+    recipe's adapter, so it is of no other use afterwards. Work that the accelerator gives up is repeated in shorter
+    rows, as in training. Raises DeviceError.
     """
     start = Start(recipe, None)
     spec = start.spec(loaded)
@@ -44,18 +52,22 @@ def measure_pace(recipe: Recipe, loaded: LoadedModel, tokens: float, *, seconds:
     start.attach(loaded, spec)
     weights = trainable(loaded.model)
     mx.eval(weights)
+    limit = int(memory_check.memory_limit(recipe.memory, memory_check.this_machine()))
+    checkpoint = memory_check.levels_by_row(recipe, "sft", loaded.config, spec, limit)
 
     def pace(micro_tokens: int) -> Pace:
         memory = recipe.memory.model_copy(update={"micro_tokens": micro_tokens})
-        return _pace(recipe.model_copy(update={"memory": memory}), loaded, weights, tokens, seconds)
+        return _pace(recipe.model_copy(update={"memory": memory}), loaded, weights, tokens, seconds, checkpoint)
 
     with device.unfused_attention(unfused):
         measured, _ = persistent(pace, "measuring the speed", recipe.memory.micro_tokens)
     return measured
 
 
-def _pace(recipe: Recipe, loaded: LoadedModel, weights: Arrays, tokens: float, seconds: float) -> Pace:
-    row, step = _timed_row(recipe, loaded, weights, tokens, seconds / 2)
+def _pace(
+    recipe: Recipe, loaded: LoadedModel, weights: Arrays, tokens: float, seconds: float, checkpoint: Checkpoint
+) -> Pace:
+    row, step = _timed_row(recipe, loaded, weights, tokens, seconds / 2, checkpoint)
     size = int(row.batch.tokens.size)
     forward = timed(lambda: _forward(recipe, loaded, row), seconds / 5) / size
     update = timed(lambda: _update(recipe, weights), seconds / 10)
@@ -64,12 +76,13 @@ def _pace(recipe: Recipe, loaded: LoadedModel, weights: Arrays, tokens: float, s
 
 
 def _timed_row(
-    recipe: Recipe, loaded: LoadedModel, weights: Arrays, tokens: float, seconds: float
+    recipe: Recipe, loaded: LoadedModel, weights: Arrays, tokens: float, seconds: float, checkpoint: Checkpoint
 ) -> tuple[Row, float]:
     """A row and the seconds of a step over it: a row of `micro_tokens` if three calls fit, else a short one."""
     size = min(recipe.memory.micro_tokens, _FIRST_TOKENS)
     while True:
         objective, row = _row(recipe, loaded, tokens, size)
+        objective.settings = replace(objective.settings, checkpoint=checkpoint)
         step = partial(_step, loaded, objective, row, weights)
         took = timed(step, seconds / 4)
         if size == recipe.memory.micro_tokens or took * recipe.memory.micro_tokens / size > seconds / 4:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from mlx_zh.distributed.local import ranks_here
 from mlx_zh.errors import ModelError, PlanError, RecipeError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.planning.ladder import asked_for
+from mlx_zh.planning.ladder import asked_for, rungs
 from mlx_zh.planning.largest_row import Examples, uniform_examples
 from mlx_zh.planning.memory import Estimate, backward_blocks
 from mlx_zh.planning.search import Again, Candidate, Step, cheapest, smallest_peak
@@ -29,8 +29,10 @@ from mlx_zh.system import console, device
 
 if TYPE_CHECKING:
     from mlx_zh.corpus.examples import AnySplit
+    from mlx_zh.training.objective import Row as TrainingRow
 
 _SHORT = 64  # tokens; the length assumed for every example before the data is read
+_LOWER = 0.8  # of what a row that ran out of memory was planned to take
 RESERVE = 0.15  # share of a machine's memory that `checkpoint_layers: auto` leaves
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -122,28 +124,53 @@ def memory_limit(settings: Memory, machine: Machine) -> float:
     """Bytes that `memory.checkpoint_layers: auto` stays within.
 
     They are `memory.limit`, or what the machine has less a reserve of 15 % for MLX's cache of freed buffers and
-    for what the planner does not know.
+    for what the planner does not know. A limit of more than the machine has is none.
     """
-    return _limit_asked(settings) or (1 - RESERVE) * machine.budget
+    limit = _limit_asked(settings)
+    return limit if limit is not None and limit <= machine.budget else (1 - RESERVE) * machine.budget
+
+
+@dataclass(frozen=True)
+class RowsWithin:
+    """What the rows of a stage compute again to stay within a number of bytes. The same row, the same levels."""
+
+    step: Step
+    settings: Memory
+
+    def levels(self, limit: int) -> Callable[[PackedBatch], Levels]:
+        """The levels of each row within `limit` bytes."""
+        step = replace(self.step, limit=float(limit))
+
+        @cache
+        def levels(row: Row) -> Levels:
+            return step.levels(row, self.settings)
+
+        return lambda batch: levels(row_of(batch))
+
+    def below(self, limit: int, rows: Sequence[TrainingRow]) -> int | None:
+        """Four fifths of what the largest of a step's `rows` was planned to take within `limit`.
+
+        Rows that compute everything again do not count; None where all do.
+        """
+        step = replace(self.step, limit=float(limit))
+        last = rungs(backward_blocks(step.model, step.trained), step.target)[-1]
+        shapes = [row for row in {row_of(row.batch) for row in rows} if step.levels(row, self.settings) != last]
+        peaks = [step.row_memory(row, self.settings, rows=2).peak for row in shapes]
+        return int(_LOWER * max(peaks)) if peaks else None
 
 
 def levels_by_row(
-    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float
+    recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: int
 ) -> Levels | Callable[[PackedBatch], Levels]:
-    """What each row of `stage` computes again, so that it stays within `limit` bytes. The same row, the same levels.
+    """What each row of `stage` computes again: what the recipe names, or what it takes to stay within `limit`."""
+    step = actual_step(recipe, stage, config, trained, float(limit))
+    asked = asked_levels(recipe, step)
+    return RowsWithin(step, recipe.memory).levels(limit) if asked is None else asked
 
-    Where the recipe says how much is computed again, it is the same for all rows.
-    """
-    step = actual_step(recipe, stage, config, trained, limit)
-    asked = asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))
-    if asked is not None:
-        return asked
 
-    @cache
-    def levels(row: Row) -> Levels:
-        return step.levels(row, recipe.memory)
-
-    return lambda batch: levels(row_of(batch))
+def asked_levels(recipe: Recipe, step: Step) -> Levels | None:
+    """The levels that the recipe names for all rows; None for `auto`."""
+    return asked_for(recipe.memory, step.target, backward_blocks(step.model, step.trained))
 
 
 def actual_step(recipe: Recipe, stage: str, config: Config, trained: AdapterSpec, limit: float) -> Step:

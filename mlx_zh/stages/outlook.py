@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_zh.core.families import Config
@@ -20,9 +21,10 @@ from mlx_zh.planning.data_sizes import data_size
 from mlx_zh.planning.exports import recovery_bytes, rounding_seconds
 from mlx_zh.planning.memory import FLOAT, saved_values, trained_values
 from mlx_zh.planning.pace import Pace
+from mlx_zh.planning.row_lengths import estimate_row_lengths
 from mlx_zh.planning.search import cheapest
 from mlx_zh.planning.workload import SCORED, exam_size, stages_of
-from mlx_zh.recipe import Recipe
+from mlx_zh.recipe import Recipe, Rounds
 from mlx_zh.stages import half_precision, memory_check
 from mlx_zh.stages.budgeting import decision_for, explained, record_of
 from mlx_zh.stages.data import registry_of
@@ -251,6 +253,44 @@ def show_budget(recipe: Recipe, config: Config, machine: Machine, pace: Pace) ->
         console.say(Notice("outlook-long", hours=decision.total / 3600))
 
 
+def rounds_text(recipe: Recipe, rounds: Rounds, step: Step, pace: Pace | None) -> Notice:
+    """What the rounds take at most, which is no part of the run's time; that alone where no pace is known.
+
+    All answers are taken to be as long as they may be, and each prompt that is learned from to give a pair.
+    """
+    prompts = _prompts(recipe, rounds)
+    if pace is None or prompts is None:
+        return Notice("outlook-without-rounds")
+    answers = (
+        rounds.samples * prompts * (1 + rounds.check)
+    )  # of the model before, and after on the prompts kept apart
+    drawing = answers * rounds.max_new_tokens * pace.generation
+    pairs = prompts * (1 - rounds.check)
+    tokens = pairs * (amount_of(recipe, "sft").tokens + 2 * rounds.max_new_tokens)
+    steps = recipe.dpo.max_steps or recipe.dpo.epochs * math.ceil(pairs / recipe.dpo.batch_size)
+    epochs = steps * recipe.dpo.batch_size / max(pairs, 1.0)
+    referred = tokens * pace.forward if recipe.dpo.reference != "none" else 0.0
+    tuning = epochs * tokens * pace.training + steps * pace.update + referred
+    return Notice(
+        "outlook-rounds-judged" if rounds.by == "judge" else "outlook-rounds",
+        count=rounds.count,
+        each=console.duration(drawing + tuning),
+        drawing=console.duration(drawing),
+        tuning=console.duration(tuning),
+        total=console.duration(rounds.count * (drawing + tuning)),
+        samples=rounds.samples,
+        prompts=prompts,
+    )
+
+
+def _prompts(recipe: Recipe, rounds: Rounds) -> float | None:
+    """How many prompts a round draws answers to; None where their file cannot be read."""
+    if rounds.prompts is None:
+        return amount_of(recipe, "sft").examples or None
+    lengths = estimate_row_lengths(Path(rounds.prompts))
+    return None if lengths is None else lengths.rows
+
+
 def _roomy_enough(recipe: Recipe, config: Config, chip: Chip) -> int:
     """The smallest memory in GB that is sold with `chip` and fits the recipe; the largest if none does."""
     for size in chip.memory:
@@ -300,5 +340,6 @@ def show(recipe: Recipe, memory: float | None = None, *, measured: bool = False,
         show_total(seconds)
         console.say("Expect it within a third: other programs, heat and the lengths of your examples all count.")
     if recipe.rounds is not None:
-        console.say(Notice("outlook-without-rounds"))
+        pace = None if speed is None else pace_of(recipe, step, speed)
+        console.say(rounds_text(recipe, recipe.rounds, step, pace))
     return fits

@@ -38,8 +38,6 @@ def deviation(
     if not estimates:
         return None
     planned, row = max(zip(estimates, shapes, strict=True), key=lambda pair: pair[0].peak)
-    if not step.target.fused_attention and planned.parts.get("attention", 0.0) > planned.peak / 2:
-        return None  # on the CPU, what MLX keeps of long segments' scores is known only roughly (docs/memory.md)
     difference = measured - planned.peak
     if abs(difference) <= max(LIMIT * planned.peak, _SMALL):
         return None

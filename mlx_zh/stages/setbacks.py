@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from mlx_zh.errors import DeviceError
 from mlx_zh.language.notice import Notice
+from mlx_zh.recipe_text import size_text
 from mlx_zh.system import console
 from mlx_zh.system.accelerator import (
     REPEATS,
@@ -47,6 +48,11 @@ def persistent(work: Callable[[int], _Result], what: str, micro_tokens: int) -> 
             repeats += 1
             warn_repeated(what, fault)
             pause()
+
+
+def warn_lowered(work: str, limit: int) -> None:
+    """Say that `work` is done again within `limit` bytes."""
+    console.warn(Notice("limit-lowered", what=work, limit=size_text(limit)))
 
 
 def warn_shortened(work: str, micro_tokens: int, fault: Fault) -> None:

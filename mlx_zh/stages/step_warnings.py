@@ -14,6 +14,7 @@ from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, plan_check, setbacks
 from mlx_zh.system.accelerator import AcceleratorError, repeated, settle
 from mlx_zh.training.loop import Loop, Repeated, Shortened, Stepped
+from mlx_zh.training.memory_limit import Lowered
 from mlx_zh.training.optimizer import Arrays
 
 
@@ -41,10 +42,12 @@ class StepWarnings:
         elif event.figures["step"] == 1 and _same(self._before, self._loop.weights):
             yield Notice("first-step-changed-nothing", grad_norm=event.result.grad_norm)
 
-    def given_up(self, event: Shortened | Repeated) -> None:
+    def given_up(self, event: Lowered | Shortened | Repeated) -> None:
         """Warn of work that the accelerator gave up. The peak of the step includes it, so no plan is compared."""
         self._comparable = False
-        if isinstance(event, Shortened):
+        if isinstance(event, Lowered):
+            setbacks.warn_lowered(event.work, event.limit)
+        elif isinstance(event, Shortened):
             setbacks.warn_shortened(event.work, event.micro_tokens, event.fault)
         else:
             setbacks.warn_repeated(event.work, event.fault)

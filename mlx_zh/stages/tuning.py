@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_zh.core.logprobs import chunk_rows
+from mlx_zh.distributed.local import ranks_here
 from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import load_adapter, save_adapter, vocabulary_size
@@ -46,6 +47,7 @@ from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import working_in, write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
+from mlx_zh.training.memory_limit import Lowered, keep_within
 from mlx_zh.training.metrics import MetricsLine, TrainingSummary, read_summary, validation_figures
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
@@ -379,19 +381,25 @@ class Session:
     def _stay_within_memory(self, loop: Loop) -> None:
         """Let each row compute again what it must to stay within the limit, which is decided once for a run.
 
-        All ranks take the limit of the smallest. A run that goes on keeps its own, so its lines stay the same; what
-        another machine lacks of that is told by `memory_check.require` before.
+        Ranks on one machine share its limit, and all ranks take the smallest share. A run that goes on keeps its own,
+        so its lines stay the same; what another machine lacks of that is told by `memory_check.require` before.
         """
         memory, limits = self.recipe.memory, loop.progress.row_limits
-        asked = memory.limit_bytes or 0
-        here = self.world.min(int(memory_check.memory_limit(memory, memory_check.this_machine())))
-        if limits.get("memory_asked") != asked or "memory" not in limits:
-            limits |= {"memory": here, "memory_asked": asked}
-        levels = memory_check.levels_by_row(
-            self.recipe, self.stage, self.loaded.config, self.spec, float(limits["memory"])
-        )
-        rows = memory.logit_rows or chunk_rows(vocabulary_size(self.loaded.model), float(limits["memory"]))
-        loop.objective.settings = replace(loop.objective.settings, checkpoint=levels, logit_rows=rows)
+        asked, sharing = memory.limit_bytes or 0, -self.world.min(-self.world.sharing())
+        undivided = sharing / ranks_here()  # `memory_check` counts the ranks that this program started itself
+        here = self.world.min(int(memory_check.memory_limit(memory, memory_check.this_machine()) / undivided))
+        if (limits.get("memory_asked"), limits.get("memory_sharing", 1)) != (asked, sharing):
+            limits.pop("memory_lowered", None)
+            limits |= {"memory": here, "memory_asked": asked, "memory_sharing": sharing}
+        limit = limits["memory"]
+        logit_rows = memory.logit_rows or chunk_rows(vocabulary_size(self.loaded.model), float(limit))
+        loop.objective.settings = replace(loop.objective.settings, logit_rows=logit_rows)
+        step = memory_check.actual_step(self.recipe, self.stage, self.loaded.config, self.spec, float(limit))
+        if (levels := memory_check.asked_levels(self.recipe, step)) is not None:
+            loop.objective.settings = replace(loop.objective.settings, checkpoint=levels)
+            return
+        loop.within = memory_check.RowsWithin(step, memory)
+        keep_within(loop.objective, loop.within, limit)
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
@@ -416,7 +424,7 @@ class Session:
                     trackers.log(event.figures)
                     for warning in [*warnings.of(event), *([] if watch is None else watch.step(event.figures))]:
                         console.warn(warning)
-                elif isinstance(event, Shortened | Repeated):
+                elif isinstance(event, Lowered | Shortened | Repeated):
                     warnings.given_up(event)
                 elif isinstance(event, Evaluating):
                     bar.note(f"validating {event.done}/{event.total}")

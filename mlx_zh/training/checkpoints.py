@@ -57,8 +57,9 @@ class Progress:
 
     `evaluated_at` is the step of the last validation, -1 before the first; `metrics_size` is in bytes. `row_limits`
     has the `micro_tokens` that the recipe asked for ("asked") and those that the rows of "training" and "validation"
-    have had since the accelerator gave up longer ones; "memory" is how many bytes decide what rows compute again, and
-    "memory_asked" is what the recipe said of that, 0 if nothing.
+    have had since the accelerator gave up longer ones; "memory" is how many bytes decide what rows compute again,
+    "memory_asked" is what the recipe said of that, 0 if nothing, "memory_sharing" how many ranks of a machine share
+    its memory, and "memory_lowered" how often the limit was lowered since, because memory ran out.
     """
 
     step: int = 0

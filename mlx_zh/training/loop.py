@@ -25,8 +25,9 @@ from mlx_zh.recipe import Training
 from mlx_zh.system import cpu_threads
 from mlx_zh.system.accelerator import REPEATS, AcceleratorError, advice, cause, pause, settle
 from mlx_zh.system.device import Fault
-from mlx_zh.training import checkpoints
+from mlx_zh.training import checkpoints, memory_limit
 from mlx_zh.training.checkpoints import Progress
+from mlx_zh.training.memory_limit import Lowered, Within
 from mlx_zh.training.metrics import MetricsLine, MetricsLog, Skipped
 from mlx_zh.training.objective import Objective, Row, can_shorten, limit_rows, shorten
 from mlx_zh.training.optimizer import Arrays, GroupedAdamW
@@ -104,7 +105,7 @@ class LoopFiles:
     checkpoints: Path
 
 
-Event = Stepped | Shortened | Repeated | Evaluating | Evaluated | Saved | Finished
+Event = Stepped | Lowered | Shortened | Repeated | Evaluating | Evaluated | Saved | Finished
 
 
 @dataclass
@@ -113,7 +114,8 @@ class Loop:
 
     `save_best` is called with the weights when the validation loss improves. `stop` is called after every step; the
     loop ends when it returns true. `key` identifies the run's settings in its checkpoints. All ranks of `world` take
-    every step together, and only rank 0 writes files.
+    every step together, and only rank 0 writes files. `within` plans what rows compute again, if the recipe does not
+    say it; the limit is that of `progress`.
     """
 
     model: nn.Module
@@ -128,6 +130,7 @@ class Loop:
     save_best: Callable[[Arrays], None] = lambda weights: None
     stop: Callable[[], bool] = lambda: False
     world: World = ALONE
+    within: Within | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -227,7 +230,9 @@ class Loop:
         world = self.world
         transfer, waiting = world.transfer_seconds, world.waiting_seconds
         world.start_clock()  # rank 0 may have saved a checkpoint, which is no part of this step
+        lowered = progress.row_limits.get(memory_limit.LOWERED)
         result, rows = yield from self._take_step(examples, rate)
+        changed = progress.row_limits.get(memory_limit.LOWERED) != lowered
         progress.step += 1
         progress.skipped_steps += not result.applied
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
@@ -246,10 +251,9 @@ class Loop:
             "tokens_per_second": round(result.tokens / (now - start), 1),
             "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 3),
             "elapsed_seconds": round(progress.elapsed_seconds, 2),
+            **memory_limit.figures(self.objective, rows, progress.row_limits),
         }
         figures = cast(MetricsLine, line)  # the objective names some of the keys
-        if recomputed := _recomputed(self.objective, rows):
-            figures["recomputed_layers"] = recomputed
         if not result.applied:
             figures["skipped_examples"] = [int(e) for e in examples]
         if world.size > 1:
@@ -258,6 +262,7 @@ class Loop:
                 "communication_share": round((world.transfer_seconds - transfer) / (now - start), 4),
                 "waiting_share": round((world.waiting_seconds - waiting) / (now - start), 4),
             }
+        memory_limit.agree(self.objective, self.within, progress.row_limits, world, changed=changed)
         self.log.append(figures)
         if not result.applied and world.first:
             self.skipped.write()
@@ -268,7 +273,7 @@ class Loop:
     ) -> Generator[Event, None, tuple[StepResult, list[Row]]]:
         """Take a step over `examples`; returns its numbers and rows.
 
-        If the accelerator gives it up, take it again, perhaps in shorter rows.
+        If the accelerator gives it up, take it again, perhaps within less memory or in shorter rows.
         """
         repeats = 0
         while True:
@@ -304,6 +309,10 @@ class Loop:
                 f"{work}: {cause(fault)}. This loss couples the pairs of all ranks, so a single rank cannot repeat "
                 "its share. Set a smaller memory.micro_tokens and run the same command again."
             )
+        if fault.kind == "memory" and objective is self.objective:
+            limit = memory_limit.lower(objective, self.within, self.progress.row_limits, rows)
+            if limit is not None:
+                return Lowered(work, limit, fault)
         if fault.kind == "memory" or (fault.shortens and can_shorten(rows)):
             micro_tokens = shorten(objective, rows, work)
             name = "training" if objective is self.objective else "validation"
@@ -382,11 +391,3 @@ class Loop:
         }
         checkpoint = checkpoints.Checkpoint(self.weights, self.optimizer.arrays(), state)
         return Saved(checkpoints.save(self.files.checkpoints, checkpoint, keep=self.checkpoint.keep))
-
-
-def _recomputed(objective: Objective, rows: list[Row]) -> float:
-    """The mean number of blocks that a row computes again whole; 0 where that is not decided row by row."""
-    if not callable(objective.settings.checkpoint) or not rows:
-        return 0.0
-    blocks = [objective.settings.levels(row.batch).blocks for row in rows]
-    return round(sum(blocks) / len(blocks), 2)

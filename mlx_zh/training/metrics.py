@@ -34,6 +34,7 @@ MetricsLine = TypedDict(
         "peak_memory_gb": float,  # MLX's peak in this step on the first rank; 10^9 bytes
         "elapsed_seconds": float,  # of training so far, earlier sessions included
         "recomputed_layers": float,  # a row's mean on the first rank, if rows decide it and one computes any again
+        "memory_limit_gb": float,  # after memory ran out: within which rows stay since then
         # A step of DPO: means over its pairs
         "rewards/chosen": float,
         "rewards/rejected": float,

@@ -53,6 +53,7 @@ KINDS: list[dict[str, Any]] = [
     {"family": "qwen2", "kind": "dora", "dropout": 0.2, "quantized": 4},
     {"family": "qwen3", "quantized": 4, "layers": 2},
     {"family": "llama", "tied": True, "layers": 1},
+    {"family": "qwen3", "kind": "dora", "quantized": 4, "tied": True, "dropout": 0.2, "neftune_alpha": 5.0},
 ]
 
 
