@@ -11,7 +11,7 @@ import yaml
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
-from mlx_zh.recipe_text import _keys, other_name
+from mlx_zh.recipe_text.problems import keys_of, other_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -315,7 +315,7 @@ def test_names_of_other_programs_are_said_in_this_ones(override, expected):
 
 
 def test_every_name_of_another_program_leads_to_a_key_that_exists_and_is_none_itself():
-    keys = {name for name, _ in _keys(Recipe)}
+    keys = {name for name, _ in keys_of(Recipe)}
     names = {key.rpartition(".")[2] for key in keys}
     table = yaml.safe_load((ROOT / "mlx_zh" / "language" / "other_names.yaml").read_text())
     for name, entry in table.items():

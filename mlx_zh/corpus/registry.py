@@ -12,7 +12,7 @@ import yaml
 
 from mlx_zh.errors import DataError
 from mlx_zh.recipe import DataSet
-from mlx_zh.recipe_text import load
+from mlx_zh.recipe_text.values import load
 
 Registry = dict[str, DataSet]
 

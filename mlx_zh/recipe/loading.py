@@ -12,7 +12,9 @@ import pydantic
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe.recipe import Recipe
-from mlx_zh.recipe_text import Document, explain, parse, parse_value
+from mlx_zh.recipe_text.document import Document, parse
+from mlx_zh.recipe_text.problems import explain
+from mlx_zh.recipe_text.values import parse_value
 
 
 def load_recipe(

@@ -18,7 +18,8 @@ from mlx_zh.recipe.model import Lora, Model
 from mlx_zh.recipe.results import Evaluate, Export, Rounds, SamplePrompt, as_rounds
 from mlx_zh.recipe.section import LaterText, Section, folder_name, in_home
 from mlx_zh.recipe.training import Checkpoint, Distributed, Dpo, Memory, Sft, Training
-from mlx_zh.recipe_text import dump, seconds_of, time_text
+from mlx_zh.recipe_text.units import seconds_of, time_text
+from mlx_zh.recipe_text.values import dump
 
 
 def _length_of_time(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from mlx_zh.recipe.section import Fraction, LaterWeight, Located, Measured, NotNegative, Recomputed, Section
-from mlx_zh.recipe_text import size_of
+from mlx_zh.recipe_text.units import size_of
 
 
 class Training(Section):
