@@ -52,8 +52,8 @@ from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.examples import AnySplit
+    from mlx_zh.corpus.prepared import Corpus
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.stages.first_adapter import Start
