@@ -18,7 +18,7 @@ from mlx_zh.reporting import data_view
 from mlx_zh.reporting.charts import Histogram
 from mlx_zh.reporting.differences import marked
 from mlx_zh.reporting.findings import Findings, listed, mapped
-from mlx_zh.reporting.messages import Text, named
+from mlx_zh.reporting.messages import named
 from mlx_zh.stages.prepared_rows import (
     ONLY,
     ORDERS,
@@ -105,10 +105,6 @@ def _draw_empty(studio: Studio, info: RunInfo) -> None:
     widgets.empty(studio.say("This run has no prepared data yet"), studio.say(hint), f"mlx-zh prepare {target}")
 
 
-def _in(studio: Studio, text: Text) -> str:
-    return text.zh if studio.language == "zh" else text.en
-
-
 def _draw_stage(studio: Studio, info: RunInfo, stage: str, report: Mapping[str, Any]) -> None:
     shown = data_view.stages(Findings(info.name, data=hide_all({stage: report})))
     if shown:
@@ -148,17 +144,17 @@ def _draw_report(studio: Studio, shown: data_view.StageData, report: Mapping[str
     with ui.element("div").classes("z-card z-facts"):
         for name, value in shown.facts:
             with ui.element("div"):
-                ui.label(_in(studio, name)).classes("z-figure-name")
-                ui.label(_in(studio, value)).classes("z-text")
+                ui.label(name.in_language(studio.language)).classes("z-figure-name")
+                ui.label(value.in_language(studio.language)).classes("z-text")
     if shown.sources:
-        heads = [_in(studio, text) for text in data_view.source_columns()]
+        heads = [text.in_language(studio.language) for text in data_view.source_columns()]
         names = [f"c{number}" for number in range(len(heads))]
         columns = [
             {"name": name, "label": head, "field": name, "align": "right" if 0 < number < 4 else "left"}
             for number, (name, head) in enumerate(zip(names, heads, strict=True))
         ]
         rows = [
-            dict(zip(names, (_in(studio, cell) for cell in row), strict=True)) | {"key": number}
+            dict(zip(names, (cell.in_language(studio.language) for cell in row), strict=True)) | {"key": number}
             for number, row in enumerate(shown.sources)
         ]
         widgets.table(columns, rows)
@@ -185,7 +181,10 @@ def _draw_quality(studio: Studio, report: Mapping[str, Any]) -> None:
 def _draw_lengths(studio: Studio, lengths: Histogram) -> None:
     edges = [f"{edge:,.0f}" for edge in lengths.edges]
     bars = {
-        "title": {"text": _in(studio, lengths.title), "textStyle": {"fontSize": 13, "color": "#8b919a"}},
+        "title": {
+            "text": lengths.title.in_language(studio.language),
+            "textStyle": {"fontSize": 13, "color": "#8b919a"},
+        },
         "grid": {"left": 52, "right": 14, "top": 34, "bottom": 26},
         "animation": False,
         "tooltip": {"trigger": "axis", "confine": True},
@@ -403,7 +402,7 @@ class _LeftOut:
             self._show(first)
 
     def _label(self, reason: str) -> str:
-        return f"{_in(self._studio, named(reason))} {self._counts[reason]:,}"
+        return f"{named(reason).in_language(self._studio.language)} {self._counts[reason]:,}"
 
     def _show(self, reason: str, page: int = 1) -> None:
         rows = [row for row in self._rows or () if row["reason"] == reason]
