@@ -151,13 +151,22 @@ def test_all_problems_of_a_file_are_told_at_once_in_its_order():
 # Files
 
 
+MAPPING = "a recipe is a mapping of sections (name, model, data, ...)"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found nothing."),
-        ("# only a comment\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found nothing."),
-        ("- a\n- b\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found a list."),
-        ("text\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found 'text'."),
+        ("", f"r.yaml: {MAPPING}, but this file holds nothing."),
+        (
+            "# only a comment\n",
+            f"r.yaml: {MAPPING}, but this file holds nothing.",
+        ),
+        (
+            "- a\n- b\n",
+            f"r.yaml: {MAPPING}, but this file holds a list.",
+        ),
+        ("text\n", f"r.yaml: {MAPPING}, but this file holds 'text'."),
         ("name: x\nmodel: [\n", "r.yaml:3: not valid YAML: expected the node content, but found '<stream end>'."),
         ("name: x\na: b: c\n", "r.yaml:2: not valid YAML: mapping values are not allowed here."),
         ("name: x\n\tseed: 1\n", "r.yaml:2: not valid YAML: found character '\\t' that cannot start any token."),

@@ -75,11 +75,13 @@ def parse_text(text: str, path: Path, form: str = _FORM) -> Document:
     except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML: {reason_of(error)}.{_wide_colon(text)}") from None
+        wrong = f"{where}: not valid YAML: {reason_of(error)}."
+        raise RecipeError(wrong + _wide_colon(text)) from None
     except RecursionError:
         raise RecipeError(f"{path}: not valid YAML: nested too deeply.") from None
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: {form}, found {described(value)}." + _wide_colon(text))
+        wrong = f"{path}: {form}, but this file holds {described(value)}."
+        raise RecipeError(wrong + _wide_colon(text))
     document = Document(path, value)
     _note_lines(node, (), document, set())
     return document
@@ -90,7 +92,8 @@ def _wide_colon(text: str) -> str:
     if (match := WIDE_KEY.search(text)) is None:
         return ""
     line = text.count("\n", 0, match.end()) + 1
-    return f" Line {line} has a full-width colon. " + PLAIN_COLON
+    where = f"Line {line} has a full-width colon."
+    return f" {where} {PLAIN_COLON}"
 
 
 def _note_lines(node: Any, key: Key, document: Document, seen: set[int]) -> None:
@@ -104,8 +107,9 @@ def _note_lines(node: Any, key: Key, document: Document, seen: set[int]) -> None
             if not name.tag.endswith((":str", ":merge")):
                 document.problems.append((line, f"{document.path}:{line}: keys are text, found {name.value}."))
             if inner in document.lines:
-                twice = f"{dotted_key(inner)} is given twice (first on line {document.lines[inner]})"
-                document.problems.append((line, f"{document.path}:{line}: {twice}."))
+                first = document.lines[inner]
+                twice = f"{document.path}:{line}: {dotted_key(inner)} is given twice (first on line {first})."
+                document.problems.append((line, twice))
                 continue
             document.lines[inner] = line
             _note_lines(below, inner, document, seen)
