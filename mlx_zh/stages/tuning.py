@@ -395,7 +395,7 @@ class Session:
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
-        bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
+        bar = console.StepBar(self.recipe.kind(self.stage).upper(), loop.total, loop.progress.step)
         section = self.section
         forecast = Forecast(
             self.stage, loop.total, loop.progress.step, section.eval_steps, expected(self.recipe, self.stage)
