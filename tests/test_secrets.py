@@ -282,7 +282,7 @@ def test_any_text_can_be_printed(begin: str, seed: str):
 
 EXACT = {
     "corpus/build.py", "corpus/finishing.py", "corpus/hub_rows.py", "corpus/joined_encoding.py", "corpus/scan.py",
-    "corpus/scanning.py", "corpus/shards.py",
+    "corpus/scanning.py", "corpus/shards.py", "core/product_speed.py",
     "models/export/recover.py", "models/export/safetensors_file.py", "stages/choosing.py", "stages/device_check.py",
     "stages/rounds.py", "stages/tokenizer_cache.py", "system/digests.py", "system/downloads.py", "system/hub.py",
     "training/checkpoints.py", "system/storage.py", "import.py",
