@@ -329,9 +329,10 @@ def planted(folder: Path) -> None:
 
     import llama31_tokenizer
 
-    from mlx_zh.corpus.build import CorpusSettings, Exams, prepare
+    from mlx_zh.corpus.build import prepare
     from mlx_zh.corpus.choosing import ChoiceSettings
     from mlx_zh.corpus.formats import load_conversations
+    from mlx_zh.corpus.prepared import CorpusSettings, Exams
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.corpus.shards import RenderSettings
     from mlx_zh.corpus.sources import DataSource

@@ -8,7 +8,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_zh.system.arguments import Parser, add_target, number
+from mlx_zh.system.arguments import Parser, add_target, count, number
 
 if TYPE_CHECKING:
     from mlx_zh.chatting.chatbot import Chatbot
@@ -35,8 +35,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=number(0.01, 1), default=0.95, help="nucleus sampling; 1 turns it off (default 0.95)"
     )
-    parser.add_argument("--max-tokens", type=_count, default=1024, help="longest answer, in tokens (default 1024)")
-    parser.add_argument("--max-context", type=_count, help="longest conversation, in tokens (default: the model's)")
+    parser.add_argument("--max-tokens", type=count, default=1024, help="longest answer, in tokens (default 1024)")
+    parser.add_argument("--max-context", type=count, help="longest conversation, in tokens (default: the model's)")
     parser.add_argument("--seed", type=_seed, help="seed that makes sampling reproducible")
     parser.add_argument(
         "--feedback",
@@ -141,12 +141,6 @@ def _run(recipe: Recipe | None) -> RunFolder | None:
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.examples import AnySplit
+    from mlx_zh.corpus.prepared import Corpus
     from mlx_zh.distributed.world import World
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.recipe import Recipe

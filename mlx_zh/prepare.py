@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mlx_zh.stages import command
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.build import Corpus
+    from mlx_zh.corpus.prepared import Corpus
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.corpus.selection import SelectionReport
     from mlx_zh.corpus.statistics import ExamCheck

@@ -78,7 +78,9 @@ def _open(arguments: argparse.Namespace, recipe: Recipe | None) -> RunningServer
     from mlx_zh.models.generate import Sampling
     from mlx_zh.stages.run_folder import RunFolder
     from mlx_zh.stages.run_models import RunModels, fused_recipe
-    from mlx_zh.stages.serving import Address, RunningServer, served
+    from mlx_zh.stages.served_models import served
+    from mlx_zh.stages.serving import RunningServer
+    from mlx_zh.stages.serving_address import Address
     from mlx_zh.stages.talking import open_chatbot
     from mlx_zh.system import console, device
 

@@ -10,9 +10,9 @@ import yaml
 from hypothesis import strategies as st
 
 from mlx_zh.recipe import Recipe, load_recipe
-from mlx_zh.recipe_text import _keys  # every key there is, also of sections in lists
+from mlx_zh.recipe_text.problems import keys_of  # every key there is, also of sections in lists
 
-KEYS = [name for name, _ in _keys(Recipe)]
+KEYS = [name for name, _ in keys_of(Recipe)]
 VALID = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
 plain = st.recursive(
     strategies.scalars.filter(lambda value: not isinstance(value, str) or value.isprintable()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def test_rewards_part_and_the_reference_is_the_policy_at_step_0(labelling: Proje
     ):
         assert shown in result.out, shown
     assert "warning" not in result.out
+    assert re.search(r"\bKTO +\d+%", result.out)  # the progress bar
     lines = metrics(Path("runs/tiny/dpo"))
     assert lines[0]["eval_loss"] == pytest.approx(0.5, abs=1e-5)  # 1 - s(0), for either kind
     assert lines[0]["eval_kl"] == pytest.approx(0, abs=1e-4)

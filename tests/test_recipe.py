@@ -11,7 +11,7 @@ import yaml
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import Recipe, load_recipe
-from mlx_zh.recipe_text import _keys, other_name
+from mlx_zh.recipe_text.problems import keys_of, other_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -151,13 +151,22 @@ def test_all_problems_of_a_file_are_told_at_once_in_its_order():
 # Files
 
 
+MAPPING = "a recipe is a mapping of sections (name, model, data, ...)"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found nothing."),
-        ("# only a comment\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found nothing."),
-        ("- a\n- b\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found a list."),
-        ("text\n", "r.yaml: a recipe is a mapping of sections (name, model, data, ...), found 'text'."),
+        ("", f"r.yaml: {MAPPING}, but this file holds nothing."),
+        (
+            "# only a comment\n",
+            f"r.yaml: {MAPPING}, but this file holds nothing.",
+        ),
+        (
+            "- a\n- b\n",
+            f"r.yaml: {MAPPING}, but this file holds a list.",
+        ),
+        ("text\n", f"r.yaml: {MAPPING}, but this file holds 'text'."),
         ("name: x\nmodel: [\n", "r.yaml:3: not valid YAML: expected the node content, but found '<stream end>'."),
         ("name: x\na: b: c\n", "r.yaml:2: not valid YAML: mapping values are not allowed here."),
         ("name: x\n\tseed: 1\n", "r.yaml:2: not valid YAML: found character '\\t' that cannot start any token."),
@@ -315,7 +324,7 @@ def test_names_of_other_programs_are_said_in_this_ones(override, expected):
 
 
 def test_every_name_of_another_program_leads_to_a_key_that_exists_and_is_none_itself():
-    keys = {name for name, _ in _keys(Recipe)}
+    keys = {name for name, _ in keys_of(Recipe)}
     names = {key.rpartition(".")[2] for key in keys}
     table = yaml.safe_load((ROOT / "mlx_zh" / "language" / "other_names.yaml").read_text())
     for name, entry in table.items():

@@ -25,7 +25,7 @@ from mlx_zh.exams.catalog import benchmark
 from mlx_zh.models.adapters.files import read_adapter
 from mlx_zh.system import console, redaction
 from mlx_zh.system.entry import entry
-from mlx_zh.system.hub import commit_of
+from mlx_zh.system.hub_folders import commit_of
 
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in Path(mlx_zh.__file__).parent.rglob("*.py")}
 TOKEN = "hf_" + "SECRETSECRETSECRET"

@@ -281,14 +281,15 @@ def test_any_text_can_be_printed(begin: str, seed: str):
 # Who may write
 
 EXACT = {
-    "corpus/build.py", "corpus/hub_rows.py", "corpus/joined_encoding.py", "corpus/scan.py", "corpus/shards.py",
+    "corpus/build.py", "corpus/finishing.py", "corpus/hub_rows.py", "corpus/joined_encoding.py", "corpus/scan.py",
+    "corpus/scanning.py", "corpus/shards.py", "core/product_speed.py",
     "models/export/recover.py", "models/export/safetensors_file.py", "stages/choosing.py", "stages/device_check.py",
     "stages/rounds.py", "stages/tokenizer_cache.py", "system/digests.py", "system/downloads.py", "system/hub.py",
     "training/checkpoints.py", "system/storage.py", "import.py",
 }  # fmt: skip
 # Files that no text of the user goes into: downloads, prepared data, pictures, tensors, records of floats, locks.
 BINARY = {
-    "corpus/build.py", "corpus/contamination.py", "corpus/hub_rows.py", "corpus/scan.py", "corpus/shards.py",
+    "corpus/contamination.py", "corpus/finishing.py", "corpus/hub_rows.py", "corpus/scan.py", "corpus/shards.py",
     "exams/archives.py", "models/export/gguf_file.py", "models/export/importance.py",
     "models/export/safetensors_file.py", "models/wheel.py", "prepare.py", "reporting/plots.py", "system/downloads.py",
     "system/locks.py", "system/storage.py", "training/metrics.py", "training/reference.py",

@@ -20,9 +20,11 @@ from project import Project
 
 from mlx_zh import chat, serve
 from mlx_zh.errors import ServerError
-from mlx_zh.stages import serving
+from mlx_zh.stages import served_models, serving
 from mlx_zh.stages.command import recipe_or_model
-from mlx_zh.stages.serving import Address, RunningServer, parsed_messages
+from mlx_zh.stages.served_models import parsed_messages
+from mlx_zh.stages.serving import RunningServer
+from mlx_zh.stages.serving_address import Address
 
 QUESTION = "第一个字？"
 ASKED = [{"role": "user", "content": QUESTION}]
@@ -275,9 +277,9 @@ def test_a_server_that_others_reach_without_a_key_warns(project: Project) -> Non
 
 
 def test_limits_of_the_server_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving.device, "free_bytes", lambda: 3 << 30)
+    monkeypatch.setattr(served_models.device, "free_bytes", lambda: 3 << 30)
 
     class Bot:
-        sampling = serving.Chatbot.__dataclass_fields__["sampling"].default_factory()  # type: ignore[misc]
+        sampling = served_models.Chatbot.__dataclass_fields__["sampling"].default_factory()  # type: ignore[misc]
 
-    assert serving.server_settings(Bot()).prompt_cache_bytes == 1 << 30  # type: ignore[arg-type]
+    assert served_models.server_settings(Bot()).prompt_cache_bytes == 1 << 30  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe_text import parse_value
+from mlx_zh.recipe_text.values import parse_value
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)")
 _ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)

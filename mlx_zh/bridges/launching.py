@@ -10,7 +10,7 @@ from typing import Any
 from mlx_zh.bridges.command_lines import Command, normal
 from mlx_zh.bridges.text_files import read_text
 from mlx_zh.errors import RecipeError
-from mlx_zh.recipe_text import parse_text
+from mlx_zh.recipe_text.document import parse_text
 
 _PER_NODE = ("nproc_per_node", "num_gpus")
 _NODES = ("nnodes", "num_machines", "num_nodes")

@@ -14,7 +14,7 @@ from mlx_zh.bridges.scripts import Script, code_of, read_script
 from mlx_zh.bridges.text_files import read_text
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.reader import say
-from mlx_zh.recipe_text import parse_text
+from mlx_zh.recipe_text.document import parse_text
 from mlx_zh.system.json_text import parse_json
 
 # Settings that only one program has; the first program with one of them is meant.

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_zh.bridges.draft import TITLES, Draft
 from mlx_zh.language.reader import say
-from mlx_zh.recipe_text import inline
+from mlx_zh.recipe_text.values import inline
 
 _COMMENT = 34  # column at which comments begin
 _WIDTH = 96  # of a comment that stands on a line of its own

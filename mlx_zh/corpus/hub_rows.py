@@ -25,7 +25,7 @@ from mlx_zh.corpus.data_files import WAY, data_file_names
 from mlx_zh.corpus.tables import CONVERTED, MadeByScript, hub_rows
 from mlx_zh.errors import DataError, DownloadError
 from mlx_zh.recipe import DataSet
-from mlx_zh.system import hub, storage
+from mlx_zh.system import hub, hub_folders, huggingface, storage
 from mlx_zh.system.digests import damage, file_digest, value_digest
 from mlx_zh.system.downloads import reason_of
 from mlx_zh.system.json_text import read_object
@@ -84,7 +84,7 @@ def _commit(where: str, id: str, revision: str | None) -> str:
         "advice": WAY,
     }
     folder = hub.download(id, "huggingface", revision, **options)
-    return hub.commit_of(folder) or folder.name
+    return hub_folders.commit_of(folder) or folder.name
 
 
 def _rows(where: str, entry: DataSet, commit: str, count: int | None) -> Iterator[dict[str, Any]]:
@@ -134,7 +134,7 @@ def _names(where: str, id: str, commit: str) -> list[str]:
         return huggingface_hub.HfApi().list_repo_files(id, revision=commit, repo_type="dataset")
     except Exception as error:  # the errors of huggingface_hub and of its HTTP library
         raise DownloadError(
-            f"{where}: its files could not be listed: {reason_of(error, hub.endpoint())}. {WAY}"
+            f"{where}: its files could not be listed: {reason_of(error, huggingface.endpoint())}. {WAY}"
         ) from error
 
 

@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 
 import pydantic
-import yaml
 
-from mlx_zh.errors import DataError
+from mlx_zh.errors import DataError, RecipeError
 from mlx_zh.recipe import DataSet
-from mlx_zh.recipe_text import load
+from mlx_zh.recipe_text.document import parse_text
+from mlx_zh.recipe_text.problems import explain
 
 Registry = dict[str, DataSet]
 
@@ -33,38 +33,25 @@ def load_registry(own: Mapping[str, DataSet] | None = None, file: Path | None = 
     return entries | dict(own or {})
 
 
-# PyYAML raises the others for values with explicit tags, and for dates that do not exist.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
+class _Table(pydantic.RootModel[dict[str, DataSet]]):
+    """Data sets by name."""
 
 
 def _entries(text: str, place: str) -> Registry:
+    if all(line.lstrip().startswith("#") for line in text.splitlines() if line.strip()):
+        return {}
     try:
-        document = load(text)[1] or {}
-    except _YAML_ERRORS as error:
-        raise DataError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise DataError(f"{place}: not valid YAML: nested too deeply") from error
-    if not isinstance(document, dict):
-        raise DataError(
-            f"{place}: a registry must be a mapping from names to data sets, got a {type(document).__name__}"
-        )
-    entries, problems = {}, []
-    for name, value in document.items():
-        try:
-            entries[str(name)] = DataSet.model_validate(value)
-        except pydantic.ValidationError as error:
-            for problem in error.errors():
-                key = ".".join(str(part)[:80] for part in (name, *problem["loc"]))
-                problems.append(f"{place}: {key}: {problem['msg']}{_near(str((*problem['loc'], '')[0]))}")
+        document = parse_text(text, Path(place), "a registry is a mapping from names to data sets")
+    except RecipeError as error:
+        raise DataError(str(error)) from error
+    entries, problems = {}, document.problems
+    try:
+        entries = _Table.model_validate(document.value).root
+    except pydantic.ValidationError as error:
+        problems = problems + explain(error, document, DataSet, depth=1)
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError("\n".join(text for _, text in sorted(problems)))
     return entries
-
-
-def _near(key: str) -> str:
-    names = list(DataSet.model_fields)
-    close = [] if key in names else difflib.get_close_matches(key, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def find_data_set(name: str, registry: Registry) -> DataSet:

@@ -16,7 +16,7 @@ from mlx_zh.corpus.data_files import WAY
 from mlx_zh.corpus.text_files import HEAD, check_stored
 from mlx_zh.errors import DataError, DownloadError, first_line
 from mlx_zh.system.downloads import reason_of
-from mlx_zh.system.hub import endpoint
+from mlx_zh.system.huggingface import endpoint
 from mlx_zh.system.json_text import load_json
 from mlx_zh.system.links import check_folder, target_outside
 

@@ -20,7 +20,8 @@ from jinja2 import nodes
 from jinja2.filters import make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+
+from mlx_zh.corpus.template_guard import JOINED, MEASURED, ROUNDS, USED, Guard
 
 _LARGEST = 1_000_000  # characters or items of a value, and the size of a number given to a filter or method
 _STEPS = 300_000  # rounds and calls; a template for chats needs some tens a message
@@ -45,8 +46,6 @@ _BY_CHARACTER = frozenset(
 _OF_DICT = frozenset(dir(dict))
 _NAMES = 1024  # of attributes that are remembered as safe or not
 _NUMBER = re.compile(r"\d{1,18}")
-# Filters that `_Guard` writes; no template can write these names.
-_ROUNDS, _USED, _MEASURED, _JOINED = " rounds", " used", " measured", " joined"
 
 
 class _Extent(NamedTuple):
@@ -84,7 +83,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
         filters: dict[str, Callable[..., Any]] = {**self.filters, **own}
         self.filters = {name: self._measuring(name, function) for name, function in filters.items()}
-        self.filters |= {_ROUNDS: self._rounds, _USED: self._used, _MEASURED: self._measured, _JOINED: self.concat}
+        self.filters |= {ROUNDS: self._rounds, USED: self._used, MEASURED: self._measured, JOINED: self.concat}
         tests: dict[str, Any] = {**self.tests}
         self.tests = {
             name: test if name in _CHEAP_TESTS else self._measuring(name, test) for name, test in tests.items()
@@ -96,7 +95,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._work.largest = _LARGEST + _TEXT_A_MESSAGE * messages + 4 * characters
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Guard().visit(super()._parse(source, name, filename))
+        tree: nodes.Template = Guard().visit(super()._parse(source, name, filename))
         return tree
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -354,53 +353,3 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         return self._sandbox._counted(self._values)
-
-
-class _Guard(NodeTransformer):
-    """Puts the sandbox's own filters where a template loops, compares, slices, joins texts, or makes lists."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        """Count the rounds."""
-        self.generic_visit(node)
-        node.iter = _filtered(node.iter, _ROUNDS)  # type: ignore[arg-type]
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        """Count large operands."""
-        self.generic_visit(node)
-        parts: list[Any] = [node, *node.ops]
-        for part in parts:
-            if not isinstance(part.expr, nodes.Const):
-                part.expr = _filtered(part.expr, _USED)
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """Count what is sliced."""
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = _filtered(node.node, _USED)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """Join texts with a check of their length."""
-        self.generic_visit(node)
-        return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        """Measure a new list."""
-        self.generic_visit(node)
-        return _filtered(node, _MEASURED)
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        """Measure a new mapping."""
-        self.generic_visit(node)
-        return _filtered(node, _MEASURED)
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        """Measure a new tuple; one that is assigned to stays as it is."""
-        self.generic_visit(node)
-        return _filtered(node, _MEASURED) if node.ctx == "load" else node
-
-
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)

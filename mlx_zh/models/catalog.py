@@ -18,7 +18,8 @@ from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 from mlx_zh.core.families import FAMILIES, Config
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import Section
-from mlx_zh.recipe_text import explain, parse
+from mlx_zh.recipe_text.document import parse
+from mlx_zh.recipe_text.problems import explain
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from mlx_zh.errors import PlanError
-from mlx_zh.recipe_text import time_text
+from mlx_zh.recipe_text.units import time_text
 
 RESERVE = 0.05  # share of a budget that nothing is planned for: heat, other programs, examples longer than expected
 EXAMS = 0.25  # share of the time for training and exams that exams get when both have to be cut

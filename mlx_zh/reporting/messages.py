@@ -21,6 +21,10 @@ class Text:
         """A text that is the same in both languages: a name, a number, a path."""
         return Text(str(text), str(text))
 
+    def in_language(self, language: Language) -> str:
+        """The text in one language."""
+        return self.zh if language == "zh" else self.en
+
     @staticmethod
     def of(sentence: str) -> Text:
         """A notice in both languages; any other sentence as it is."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_zh.core.packing import PackedBatch
-from mlx_zh.corpus.build import Corpus
+from mlx_zh.corpus.prepared import Corpus
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.errors import DataError
 from mlx_zh.models.export.fidelity import Example, held_out

@@ -24,8 +24,7 @@ from mlx_zh.planning.memory import weight_bytes
 from mlx_zh.recipe import Recipe
 from mlx_zh.stages import half_precision, memory_check
 from mlx_zh.stages.rendering import thinking_problem, thinking_text
-from mlx_zh.system import cpu_processes, cpu_threads, device, downloads, hub_choice, storage
-from mlx_zh.system import hub as hubs
+from mlx_zh.system import cpu_processes, cpu_threads, device, downloads, hub_choice, huggingface, storage
 from mlx_zh.system.blas import blas_warning
 from mlx_zh.system.downloads import host
 from mlx_zh.system.environment import pip_install
@@ -206,7 +205,7 @@ def hub(recipe: Recipe | None) -> Check:
     chosen = "auto" if recipe is None else recipe.model.hub
     mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
     proxy = ", through a proxy" if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")) else ""
-    if hubs.is_offline():
+    if huggingface.is_offline():
         return Check("ok", "hub", "no hub is asked: HF_HUB_OFFLINE is set")
     remedy = (
         "models in the cache still work; for others set HF_ENDPOINT to a mirror, use model.hub: modelscope, or "

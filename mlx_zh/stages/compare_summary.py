@@ -8,7 +8,7 @@ from wcwidth import wcswidth
 
 from mlx_zh.language.catalogue import Language
 from mlx_zh.reporting.compare_view import Comparison, exam_lines
-from mlx_zh.reporting.messages import Text, say
+from mlx_zh.reporting.messages import say
 from mlx_zh.system import console
 from mlx_zh.system.escaping import one_line
 
@@ -22,12 +22,14 @@ def summary(comparison: Comparison, language: Language) -> list[str]:
     """Blocks of lines: the verdict, the main figures, what the recipes set differently, and the exams."""
     _, sentence = comparison.verdict
     unlike = [check for check in comparison.checks if check.decisive and check.same is not True]
-    reasons = [_in(say("compare-reason", what=check.what, meaning=check.meaning), language) for check in unlike]
+    reasons = [
+        say("compare-reason", what=check.what, meaning=check.meaning).in_language(language) for check in unlike
+    ]
     blocks = [
-        "\n".join(map(console.paragraph, [_in(sentence, language), *reasons])),
+        "\n".join(map(console.paragraph, [sentence.in_language(language), *reasons])),
         _table(_figures(comparison, language)),
         _differences(comparison, language),
-        "\n".join(console.paragraph(_in(line, language)) for line in exam_lines(comparison)),
+        "\n".join(console.paragraph(line.in_language(language)) for line in exam_lines(comparison)),
     ]
     return [block for block in blocks if block]
 
@@ -37,23 +39,23 @@ def _figures(comparison: Comparison, language: Language) -> list[list[str]]:
     runs = comparison.runs
     headlines = [{tile.name: tile for tile in comparison.headlines(number)} for number in range(len(runs))]
     rows = [["", *(run.label for run in runs)]]
-    rows.append([_in(say("compare-state"), language), *(_in(run.state, language) for run in runs)])
+    rows.append([say("compare-state").in_language(language), *(run.state.in_language(language) for run in runs)])
     for name in dict.fromkeys(name for known in headlines for name in known):
         tiles = [known.get(name) for known in headlines]
-        rows.append([_in(name, language), *(tile.value if tile else "–" for tile in tiles)])
+        rows.append([name.in_language(language), *(tile.value if tile else "–" for tile in tiles)])
     return rows
 
 
 def _differences(comparison: Comparison, language: Language) -> str:
     if not comparison.differences:
-        return console.paragraph(_in(comparison.recipe_note, language))
+        return console.paragraph(comparison.recipe_note.in_language(language))
     shown = comparison.differences[:_KEYS]
     rows = [[difference.key, *(_cut(value, _VALUE) for value in difference.values)] for difference in shown]
     more = len(comparison.differences) - len(shown)
-    rest = [f"  {_in(say('compare-more-keys', count=more), language)}"] if more else []
+    rest = [f"  {say('compare-more-keys', count=more).in_language(language)}"] if more else []
     return "\n".join(
         [
-            f"  {_in(say('compare-recipe'), language)}",
+            f"  {say('compare-recipe').in_language(language)}",
             _table([["", *(run.label for run in comparison.runs)], *rows]),
             *rest,
         ]
@@ -92,7 +94,3 @@ def _cut(text: str, columns: int) -> str:
 
 def _width(text: str) -> int:
     return max(wcswidth(text), 0)
-
-
-def _in(text: Text, language: Language) -> str:
-    return text.zh if language == "zh" else text.en

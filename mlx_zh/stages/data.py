@@ -9,10 +9,11 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
+from mlx_zh.corpus.build import prepare
 from mlx_zh.corpus.choosing import NEAR_DUPLICATE, ChoiceSettings
 from mlx_zh.corpus.data_files import TABLE_SUFFIXES, NoDataFiles, folder_files, registered_files
 from mlx_zh.corpus.hub_rows import rows_file
+from mlx_zh.corpus.prepared import Corpus, CorpusSettings, Exams
 from mlx_zh.corpus.registry import Registry, find_data_set, load_registry
 from mlx_zh.corpus.selecting import SelectSettings
 from mlx_zh.corpus.shards import RenderSettings

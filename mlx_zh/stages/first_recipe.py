@@ -17,7 +17,7 @@ from mlx_zh.corpus.survey import Survey
 from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.language.reader import say
 from mlx_zh.recipe import Memory, Recipe, load_recipe
-from mlx_zh.recipe_text import inline
+from mlx_zh.recipe_text.values import inline
 from mlx_zh.system import storage
 
 Use = Literal["sft", "sft-dpo", "dpo"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_zh.errors import AdapterError, RecipeError
+from mlx_zh.errors import AdapterError
 from mlx_zh.language.notice import Notice
 from mlx_zh.models.adapters import peft
 from mlx_zh.models.catalog import packing_on_loading
@@ -24,17 +24,17 @@ from mlx_zh.models.export.folder_files import (
     write_tokenizer,
 )
 from mlx_zh.models.export.gguf_file import About, GGUFOutcome, GGUFPlan, plan_gguf, write_gguf
-from mlx_zh.models.export.gguf_lora import check_for_gguf, write_gguf_lora
+from mlx_zh.models.export.gguf_lora import write_gguf_lora
 from mlx_zh.models.export.llama_types import LLAMA_TYPES
 from mlx_zh.models.export.merge import Fusion, open_adapter, summarize
-from mlx_zh.models.export.mlx_adapter import check_for_mlx_lm, write_mlx_adapter
+from mlx_zh.models.export.mlx_adapter import write_mlx_adapter
 from mlx_zh.models.export.source import open_source
-from mlx_zh.models.export.writable import check_writable
 from mlx_zh.models.family_configs import expert_names
 from mlx_zh.models.identity import is_foreign
 from mlx_zh.models.load import hub_name, load_config, resolve_model
 from mlx_zh.recipe import ADAPTER_FORMATS, Recipe
 from mlx_zh.stages.current_models import adapter_digest
+from mlx_zh.stages.export_check import check_formats, recovers
 from mlx_zh.stages.few_bits import mixed_layout, recovered_layout, recovery_fits
 from mlx_zh.stages.importance import measured_importance
 from mlx_zh.stages.model_facts import run_facts
@@ -204,56 +204,15 @@ class Fuser:
         Raises AdapterError if a format cannot hold the adapter, RecipeError if there is nothing to recover,
         StorageError for no room.
         """
-        if self.export.recover and not any(map(self.recovers, self.export.formats)):
-            raise RecipeError(
-                "export.recover is for models in few bits, and export.formats asks for none: write `export.formats: "
-                "[mlx]`, or [gguf] with `export.gguf_type: q4_1`. hf, and GGUF files of other types, are written "
-                "without it."
-            )
-        if self.export.size_gb is not None and self.export.bits != "mixed":
-            raise RecipeError(
-                f"export.size_gb limits mixed bits, and export.bits is {self.export.bits}. Write export.bits=mixed, "
-                "or leave out export.size_gb."
-            )
-        if self.export.recover and self.export.bits == 16:
-            raise RecipeError(
-                "export.recover is for a model that is quantized, and export.bits is 16: with 16 bits nothing is "
-                "lost. Leave one of them out, or write export.bits=4."
-            )
-        check_writable(self.fusion.source.config, self.export)
-        if "gguf-lora" in self.export.formats:
-            check_for_gguf(self.fusion.adapter)
-        if "mlx-adapter" in self.export.formats:
-            check_for_mlx_lm(self.fusion.adapter)
-        if "peft" in self.export.formats and self.fusion.adapter.spec.kind == "full":
-            raise AdapterError(
-                "export.formats: a full fine-tuning has no adapter, so `peft` cannot be written; use hf."
-            )
-        if "gguf" in self.export.formats:
-            self._check_gguf()
+        check_formats(self.export, self.fusion, lambda: self.mlx_layouts[0][1])
         sizes = [self.size(kind) for kind in self.export.formats]
         if self.export.recover:
             sizes.append(self.size("mlx"))  # of the finished blocks
         need_space(self.folder, sum(sizes), "the fused model")
 
-    def _check_gguf(self) -> None:
-        kind = self.export.gguf_type
-        llama_quantizer.check(kind)
-        if self.export.imatrix and kind not in LLAMA_TYPES:
-            raise RecipeError(
-                f"export.imatrix is for the types that llama.cpp writes ({', '.join(LLAMA_TYPES)}), and "
-                f"export.gguf_type is {kind}. Choose one of them, or leave out export.imatrix."
-            )
-        if self.recovers("gguf") and self.mlx_layouts[0][1] != 4:
-            raise RecipeError(
-                "With export.recover, a GGUF file of the type q4_1 has 4 bits, and so must mlx beside it: write "
-                "export.bits=4."
-            )
-
     def recovers(self, kind: str) -> bool:
         """Whether a format is written with codes that keep the tuning."""
-        q4_1 = kind == "gguf" and self.export.gguf_type == "q4_1"
-        return self.export.recover and (kind == "mlx" or q4_1)
+        return recovers(self.export, kind)
 
     def steps(self, kind: str) -> int:
         """How many times `write` calls `step` for a format."""

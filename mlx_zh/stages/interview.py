@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.reader import say
-from mlx_zh.recipe_text import seconds_of, time_text
+from mlx_zh.recipe_text.units import seconds_of, time_text
 from mlx_zh.stages.first_recipe import USES, Use
 from mlx_zh.system import console
 from mlx_zh.system.redaction import redact

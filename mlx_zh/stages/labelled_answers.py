@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_zh.core.losses import UNPAIRED
-from mlx_zh.corpus.build import Corpus
+from mlx_zh.corpus.prepared import Corpus
 from mlx_zh.errors import DataError
 from mlx_zh.language.notice import Notice
 from mlx_zh.recipe import Dpo, Recipe

@@ -25,7 +25,7 @@ from mlx_zh.errors import DataError, MlxZhError
 from mlx_zh.language.catalogue import catalogue, fill
 from mlx_zh.language.reader import reader_language, say
 from mlx_zh.language.translation import in_readers_language
-from mlx_zh.recipe_text import is_utf8
+from mlx_zh.recipe_text.values import is_utf8
 from mlx_zh.stages.showing import visible
 from mlx_zh.system import console
 from mlx_zh.system.links import check_regular

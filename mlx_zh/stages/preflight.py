@@ -28,7 +28,7 @@ from mlx_zh.stages.first_adapter import choose_start
 from mlx_zh.stages.prompt_sets import SETS, prompt_set
 from mlx_zh.stages.rendering import thinking_problem
 from mlx_zh.stages.run_folder import TUNED
-from mlx_zh.system import console, hub, hub_choice, storage
+from mlx_zh.system import console, hub_choice, huggingface, storage
 from mlx_zh.system.downloads import LIMITS
 from mlx_zh.system.environment import python
 
@@ -217,7 +217,7 @@ def _hubs(downloads: Sequence[needs.Download]) -> Iterator[Problem]:
     on_hubs = [item for item in downloads if item.needed and set(item.hubs) & set(hub_choice.TITLES)]
     if not on_hubs:
         return
-    if hub.is_offline():
+    if huggingface.is_offline():
         yield Problem(Notice("preflight-offline", names=[item.name for item in on_hubs]))
         return
     result = hub_choice.answers()

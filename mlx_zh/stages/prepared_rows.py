@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.corpus.build import Corpus, open_corpus
 from mlx_zh.corpus.examples import Answers, AnySplit, Conversations, Pairs
 from mlx_zh.corpus.left_out import FILE as LEFT_OUT
 from mlx_zh.corpus.left_out import LeftOutRow
+from mlx_zh.corpus.prepared import Corpus, open_corpus
 from mlx_zh.corpus.statistics import CorpusReport
 from mlx_zh.corpus.token_text import Piece, TokenText
 from mlx_zh.errors import DataError, MlxZhError

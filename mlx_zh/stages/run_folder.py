@@ -245,7 +245,7 @@ class RunFolder:
 
         `data` holds the SHA-256 of each data file by path. Those that earlier stages wrote are kept.
         """
-        from mlx_zh.system.hub import commit_of
+        from mlx_zh.system.hub_folders import commit_of
 
         decision = self._decision() if recipe.budget is not None else None
         write_text(self.recipe, _origin(decision) + recipe.to_yaml(redacted))

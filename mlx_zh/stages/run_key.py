@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mlx_zh.core import numbers
-from mlx_zh.corpus.build import Corpus, CorpusContent
+from mlx_zh.corpus.prepared import Corpus, CorpusContent
 from mlx_zh.pipeline.state import flat
 from mlx_zh.recipe import Recipe
 from mlx_zh.system.digests import value_digest

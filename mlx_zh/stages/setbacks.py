@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from mlx_zh.errors import DeviceError
 from mlx_zh.language.notice import Notice
-from mlx_zh.recipe_text import size_text
+from mlx_zh.recipe_text.units import size_text
 from mlx_zh.system import console
 from mlx_zh.system.accelerator import (
     REPEATS,

@@ -54,8 +54,8 @@ from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
 
 if TYPE_CHECKING:
-    from mlx_zh.corpus.build import Corpus
     from mlx_zh.corpus.examples import AnySplit
+    from mlx_zh.corpus.prepared import Corpus
     from mlx_zh.corpus.render import Renderer
     from mlx_zh.models.load import LoadedModel
     from mlx_zh.stages.first_adapter import Start
@@ -403,7 +403,7 @@ class Session:
 
     def _follow(self, loop: Loop, watch: Watch | None) -> Finished:
         trackers = self._trackers(loop.progress.step)
-        bar = console.StepBar(self.stage.upper(), loop.total, loop.progress.step)
+        bar = console.StepBar(self.recipe.kind(self.stage).upper(), loop.total, loop.progress.step)
         section = self.section
         forecast = Forecast(
             self.stage, loop.total, loop.progress.step, section.eval_steps, expected(self.recipe, self.stage)

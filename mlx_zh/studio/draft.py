@@ -12,7 +12,8 @@ import yaml
 
 from mlx_zh.errors import RecipeError, StorageError, StudioError
 from mlx_zh.recipe import Recipe
-from mlx_zh.recipe_text import compose, seconds_of, time_text
+from mlx_zh.recipe_text.units import seconds_of, time_text
+from mlx_zh.recipe_text.values import compose
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.studio.recipe_check import Finding, check_recipe
 from mlx_zh.studio.yaml_edit import value_at, with_value, without_key

@@ -9,7 +9,7 @@ from typing import Any
 from nicegui import ui
 
 from mlx_zh.errors import MlxZhError
-from mlx_zh.recipe_text import inline
+from mlx_zh.recipe_text.values import inline
 from mlx_zh.studio.draft import Draft
 from mlx_zh.studio.projects import Studio
 from mlx_zh.studio.recipe_check import Finding

@@ -10,7 +10,8 @@ import pydantic
 
 from mlx_zh.errors import RecipeError
 from mlx_zh.recipe import Recipe
-from mlx_zh.recipe_text import Key, parse_text, wrong_keys
+from mlx_zh.recipe_text.document import Key, parse_text
+from mlx_zh.recipe_text.problems import wrong_keys
 
 
 class Finding(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.catalogue import Language, read
 from mlx_zh.recipe import Recipe
-from mlx_zh.recipe_text import inline, parse_value
+from mlx_zh.recipe_text.values import inline, parse_value
 
 Kind = Literal["choice", "choices", "switch", "whole", "number", "text", "long"]
 # Keys that the page asks for itself: the base, the data, the name and the time.

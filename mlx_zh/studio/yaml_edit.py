@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mlx_zh.recipe_text import compose, dump, inline
+from mlx_zh.recipe_text.values import compose, dump, inline
 
 _STEP = 2  # columns of an indentation
 _COMMENT = re.compile(r"[ \t]+#[^\n]*")

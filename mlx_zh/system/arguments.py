@@ -46,7 +46,7 @@ def missing_recipe(command: str) -> str:
 
 def _hint(option: str) -> str | None:
     """What to write in place of an option that a command does not have."""
-    from mlx_zh.recipe_text import other_name  # not at the top: --help must answer at once
+    from mlx_zh.recipe_text.problems import other_name  # not at the top: --help must answer at once
 
     option = option.partition("=")[0]
     if option == "--fresh":

@@ -39,7 +39,7 @@ class Answers:
 
 def addresses() -> dict[str, str]:
     """The address of each hub."""
-    from mlx_zh.system.hub import endpoint
+    from mlx_zh.system.huggingface import endpoint
 
     return {"huggingface": endpoint(), "modelscope": modelscope.endpoint()}
 

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_zh import recipe
 from mlx_zh.core.losses import (
     DIVERGENCES,
     LOSSES,
@@ -20,6 +19,7 @@ from mlx_zh.core.losses import (
     rewards,
     sft_loss,
 )
+from mlx_zh.recipe import training
 
 LN2 = math.log(2)
 
@@ -186,13 +186,13 @@ def test_a_missing_reference_is_refused_where_it_is_read() -> None:
 
 
 def test_the_recipe_knows_the_same_losses() -> None:
-    """`recipe.py` may not import MLX, so it repeats names and traits."""
-    assert get_args(recipe.PreferenceLossName) == (*LOSSES, *UNPAIRED)
-    assert tuple(UNPAIRED) == recipe._UNPAIRED
-    assert tuple(n for n, loss in LOSSES.items() if not loss.reference) == recipe._WITHOUT_REFERENCE
-    assert {n for n, loss in LOSSES.items() if loss.smoothing} == set(recipe._SMOOTHED)
-    assert {n for n, loss in LOSSES.items() if loss.divergence} == set(recipe._DIVERGENT)
-    assert get_args(recipe.Dpo.model_fields["f_divergence"].annotation) == tuple(DIVERGENCES)
+    """`recipe/` may not import MLX, so it repeats names and traits."""
+    assert get_args(training.PreferenceLossName) == (*LOSSES, *UNPAIRED)
+    assert tuple(UNPAIRED) == training._UNPAIRED
+    assert tuple(n for n, loss in LOSSES.items() if not loss.reference) == training._WITHOUT_REFERENCE
+    assert {n for n, loss in LOSSES.items() if loss.smoothing} == set(training._SMOOTHED)
+    assert {n for n, loss in LOSSES.items() if loss.divergence} == set(training._DIVERGENT)
+    assert get_args(training.Dpo.model_fields["f_divergence"].annotation) == tuple(DIVERGENCES)
 
 
 # PyTorch: the formulas of TRL's DPOTrainer and LLaMA-Factory's trainer, as they stand there.

@@ -20,10 +20,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_zh.corpus import build, json_rows, scan, shards, text_files
-from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
+from mlx_zh.corpus import build, finishing, json_rows, scan, scanning, shards, text_files
+from mlx_zh.corpus.build import prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.conversation import Message
+from mlx_zh.corpus.prepared import Corpus, CorpusSettings, Exams
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource
@@ -347,7 +348,7 @@ def test_large_sources_are_read_in_processes_of_their_own(save, run, renderer, m
     sources = save("a", rows(30, 1)), save("b", rows(40, 2), validation=True)
     alone = run(*sources)
     texts = [example.tokens.tolist() for example in alone.conversations("train")]
-    monkeypatch.setattr(build, "_LARGE", 0)
+    monkeypatch.setattr(scanning, "_LARGE", 0)
     for path in (tmp_path / "cache").glob(alone.key):
         path.rename(tmp_path / "elsewhere")
     seen: list[tuple[str, int]] = []
@@ -426,11 +427,11 @@ def interrupt(patch: Any, moment: str) -> None:
         return wrapped
 
     if moment == "scanning":
-        patch.setattr(build, "scan", after(1, build.scan))
+        patch.setattr(scanning, "scan", after(1, scan.scan))
     elif moment == "rendering":
         patch.setattr(shards, "_write", after(2, shards._write))
     else:
-        patch.setattr(build.statistics, "describe", after(0, None))  # type: ignore[arg-type]
+        patch.setattr(finishing.statistics, "describe", after(0, None))  # type: ignore[arg-type]
 
 
 def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: Path):
@@ -441,7 +442,8 @@ def test_a_killed_run_leaves_nothing_to_be_served(save, tokenizer_of, tmp_path: 
     script = (
         "import sys, pathlib\n"
         "from mlx_zh.corpus.choosing import ChoiceSettings\n"
-        "from mlx_zh.corpus.build import CorpusSettings, Exams, prepare\n"
+        "from mlx_zh.corpus.build import prepare\n"
+        "from mlx_zh.corpus.prepared import CorpusSettings, Exams\n"
         "from mlx_zh.corpus.render import Renderer\n"
         "from mlx_zh.corpus.shards import RenderSettings\n"
         "from mlx_zh.corpus.sources import DataSource\n"

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_zh.corpus.build import CorpusSettings, Exams, prepare
+from mlx_zh.corpus.build import prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
 from mlx_zh.corpus.conversation import Labelled, Message, Preference
 from mlx_zh.corpus.formats import load_conversations
 from mlx_zh.corpus.labelled import iter_labelled, load_labelled
 from mlx_zh.corpus.preferences import load_preferences
+from mlx_zh.corpus.prepared import CorpusSettings, Exams
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.rows import LoadReport
 from mlx_zh.corpus.shards import RenderSettings

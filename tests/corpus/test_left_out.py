@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mlx_zh.corpus import left_out
-from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
+from mlx_zh.corpus.build import prepare
 from mlx_zh.corpus.choosing import ChoiceSettings
+from mlx_zh.corpus.prepared import Corpus, CorpusSettings, Exams
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_zh.corpus import documents
-from mlx_zh.corpus.build import Corpus, CorpusSettings, Exams, prepare
+from mlx_zh.corpus.build import prepare
 from mlx_zh.corpus.choosing import DUPLICATE, EXAM, NEAR_DUPLICATE, ChoiceSettings
 from mlx_zh.corpus.conversation import Conversation, Document
 from mlx_zh.corpus.data_files import folder_files
 from mlx_zh.corpus.documents import PASSAGE, read_document
 from mlx_zh.corpus.encoding import PieceEncoder
 from mlx_zh.corpus.formats import load_conversations
+from mlx_zh.corpus.prepared import Corpus, CorpusSettings, Exams
 from mlx_zh.corpus.render import Renderer
 from mlx_zh.corpus.shards import RenderSettings
 from mlx_zh.corpus.sources import DataSource

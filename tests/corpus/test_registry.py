@@ -9,6 +9,7 @@ import pytest
 from mlx_zh.corpus import formats, preferences
 from mlx_zh.corpus.registry import find_data_set, load_registry
 from mlx_zh.errors import DataError
+from mlx_zh.language.translation import in_readers_language
 from mlx_zh.recipe import DataSet
 
 MISSION = {
@@ -64,6 +65,28 @@ def test_a_registry_file_with_mistakes_names_them_all(tmp_path: Path, text: str,
         load_registry(None, file)
     for word in (str(file), *words):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: {hub: url, kind: sft, rows: -2}", "own.yaml:1: a.rows 应为：大于 0 的数；得到的是 -2。"),
+        ("a: {hub: url, kind: sft}\na: {hub: url, kind: sft}", "own.yaml:2：a 写了两次（第一次在第 1 行）。"),
+        ("- a", "own.yaml：登记表应是从名称到数据集的映射，而这个文件的内容是列表。"),
+    ],
+)
+def test_a_chinese_reader_is_told_in_chinese_what_is_wrong_in_a_registry_file(tmp_path: Path, text: str, told: str):
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(DataError) as error:
+        load_registry(None, file)
+    assert in_readers_language(str(error.value), "zh") == f"{tmp_path}/{told}"
+
+
+def test_a_registry_file_of_comments_alone_is_empty(tmp_path: Path):
+    file = tmp_path / "own.yaml"
+    file.write_text("# mine: {hub: url, kind: sft}\n\n")
+    assert load_registry(None, file) == load_registry()
 
 
 def test_a_registry_file_that_is_not_there(tmp_path: Path):

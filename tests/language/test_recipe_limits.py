@@ -14,7 +14,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from mlx_zh.language.translation import in_readers_language
 from mlx_zh.models.catalog import KnownModel
 from mlx_zh.recipe import Recipe
-from mlx_zh.recipe_text import Document, explain
+from mlx_zh.recipe_text.document import Document
+from mlx_zh.recipe_text.problems import explain
 
 WRONG: tuple[Any, ...] = (
     *(None, True, "", "x.y", " ", "\0", "1.5.2", "nan", float("inf"), float("nan"), -0.75, 1.5, 99.25, 1e300, 10**30),

@@ -50,7 +50,7 @@ def prepared(project: Any, select: dict[str, Any] | None, **data: Any) -> dict[s
 
 def replies(found: dict[str, Any]) -> list[int]:
     """The characters of the training rows' replies, from their scored tokens: 3 bytes a character, and the end."""
-    from mlx_zh.corpus.build import open_corpus
+    from mlx_zh.corpus.prepared import open_corpus
 
     examples = open_corpus(Path(found["folder"]), "sft", ready=True).splits["train"]
     return [(int(size) - 1) // 3 for size in examples.scored]

@@ -113,7 +113,7 @@ def test_no_other_file_spells_the_paths_of_a_run() -> None:
     )
     owner = Path("stages/run_folder.py")
     # the manifest of a prepared corpus, in the cache folder
-    corpus = {Path("corpus/build.py"), Path("stages/prepared_rows.py")}
+    corpus = {Path("corpus/prepared.py"), Path("stages/prepared_rows.py")}
     files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if spelled.search(path.read_text("utf-8"))}
     assert owner in files
     assert files - corpus == {owner}

@@ -10,7 +10,7 @@ import pytest
 from mlx_zh.errors import RecipeError
 from mlx_zh.language.catalogue import read
 from mlx_zh.recipe import Recipe
-from mlx_zh.recipe_text import compose, inline
+from mlx_zh.recipe_text.values import compose, inline
 from mlx_zh.studio.recipe_check import check_recipe
 from mlx_zh.studio.recipe_form import ASKED, FIRST, about_code, fields
 from mlx_zh.studio.yaml_edit import with_value

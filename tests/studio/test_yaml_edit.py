@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_zh.recipe_text import compose, dump
+from mlx_zh.recipe_text.values import compose, dump
 from mlx_zh.studio.yaml_edit import value_at, with_value, without_key
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,8 +31,8 @@ from mlx_zh.models.identity import fingerprint_of
 from mlx_zh.models.load import load_config, load_model, load_tokenizer, resolve_model
 from mlx_zh.pipeline.state import _files
 from mlx_zh.recipe import DataSet
-from mlx_zh.system import hub
 from mlx_zh.system.digests import FileDigests
+from mlx_zh.system.hub_folders import check_digests
 from mlx_zh.system.links import check_file, check_folder, is_readable, target_outside
 
 SECRET = "PRIVATE KEY of the user"
@@ -370,7 +370,7 @@ def test_a_snapshot_is_not_mended_through_a_link_that_leads_out(tmp_path: Path, 
     folder, _ = snapshot(tmp_path / "hub")
     (tmp_path / ("a" * 64)).write_text("the user's")
     (folder / "model.safetensors").symlink_to(tmp_path / ("a" * 64))
-    hub.check_digests(folder)
+    check_digests(folder)
     assert (tmp_path / ("a" * 64)).read_text() == "the user's"
 
 

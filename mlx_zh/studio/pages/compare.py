@@ -66,7 +66,9 @@ def _choose(studio: Studio, infos: Sequence[RunInfo], keys: Sequence[str], stage
     labels = {
         info.key: info.name if names.count(info.name) == 1 else f"{info.name} ({info.path.parent})" for info in infos
     }
-    stages = {"": studio.say("the newest of each run")} | {name: _in(studio, named(name)) for name in STAGES}
+    stages = {"": studio.say("the newest of each run")} | {
+        name: named(name).in_language(studio.language) for name in STAGES
+    }
     with ui.element("div").classes("z-card z-row"):
         runs = ui.select(labels, multiple=True, value=[key for key in keys if key in labels])
         runs.props["label"] = studio.say("Runs, two to six; the others are compared with the first")
@@ -119,7 +121,7 @@ class _Page:
             self._by_run([(self._in(check.what), check.values) for check in comparison.checks], say("compare-item"))
 
     def _in(self, text: Text) -> str:
-        return _in(self._studio, text)
+        return text.in_language(self._studio.language)
 
     def _section(self, title: Text, note: Text | None = None) -> ui.element:
         section = widgets.section(self._in(title))
@@ -310,10 +312,6 @@ def _page(comparison: Comparison) -> str:
     from mlx_zh.reporting.compare_page import compare_page as page
 
     return page(comparison, time.strftime("%Y-%m-%d %H:%M"))
-
-
-def _in(studio: Studio, text: Text) -> str:
-    return text.zh if studio.language == "zh" else text.en
 
 
 def _table(style: str = "") -> ui.element:

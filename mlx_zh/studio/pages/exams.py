@@ -28,7 +28,7 @@ from mlx_zh.reporting.exam_questions import (
 from mlx_zh.reporting.exam_results import ExamResult, ExamRow
 from mlx_zh.reporting.exam_view import columns, head_line, interval, percent
 from mlx_zh.reporting.findings import STAGES
-from mlx_zh.reporting.messages import Text, named
+from mlx_zh.reporting.messages import named
 from mlx_zh.reporting.words import points, verdict
 from mlx_zh.stages.current_models import current_models
 from mlx_zh.stages.exam_texts import exam_at_hand, texts_of
@@ -151,7 +151,7 @@ def _draw_empty(studio: Studio, info: RunInfo) -> None:
 
 
 def _draw_exam(studio: Studio, info: RunInfo, exam: ExamResult) -> None:
-    ui.label(_in(studio, head_line(exam))).classes("z-note")
+    ui.label(head_line(exam).in_language(studio.language)).classes("z-note")
     for stage, wires in exam.tripwires.items():
         for wire in wires:
             widgets.note_card(f"{stage_name(studio, stage)}: {studio.error(wire)}")
@@ -175,7 +175,7 @@ _LEGEND = worded(
 
 
 def _draw_table(studio: Studio, exam: ExamResult) -> None:
-    heads = [_in(studio, text) for text in columns(exam)]
+    heads = [text.in_language(studio.language) for text in columns(exam)]
     names = [f"c{number}" for number in range(len(heads))]
     shape = [
         {"name": name, "label": head, "field": name, "align": "left" if number == 0 else "right"}
@@ -186,7 +186,7 @@ def _draw_table(studio: Studio, exam: ExamResult) -> None:
 
 
 def _cells(studio: Studio, exam: ExamResult, row: ExamRow) -> list[str]:
-    cells = [f"{_in(studio, named(row.name))} ({row.questions:,})"]
+    cells = [f"{named(row.name).in_language(studio.language)} ({row.questions:,})"]
     for stage in exam.stages:
         cell = row.cells.get(stage)
         spread = "" if cell is None else f"{percent(cell.macro, 2)} [{percent(cell.low, 1)}, {percent(cell.high, 1)}]"
@@ -195,13 +195,9 @@ def _cells(studio: Studio, exam: ExamResult, row: ExamRow) -> list[str]:
         change = row.change
         cells += ["–", "–"] if change is None else [
             f"{points(change.difference)} {interval(change)}",
-            _in(studio, verdict(change)[0]),
+            verdict(change)[0].in_language(studio.language),
         ]  # fmt: skip
     return cells
-
-
-def _in(studio: Studio, text: Text) -> str:
-    return text.zh if studio.language == "zh" else text.en
 
 
 class _Questions:

@@ -150,7 +150,10 @@ class _Export:
         figures = [
             ("KL", None if one.kl is None else f"{one.kl:.4f}"),
             (say("Top-1 agreement"), None if one.top1 is None else f"{one.top1:.1%}"),
-            (_in(self._studio, "perplexity"), None if one.perplexity is None else f"{one.perplexity:.3f}"),
+            (
+                named("perplexity").in_language(self._studio.language),
+                None if one.perplexity is None else f"{one.perplexity:.3f}",
+            ),
             (say("Change kept"), None if one.kept is None else f"{one.kept:.0%}"),
             (say("In llama.cpp"), None if llama is None else f"{llama[0]:.4f} / {llama[1]:.1%}"),
         ]
@@ -375,8 +378,3 @@ def _size(size: float | None) -> str:
     if size is None:
         return "–"
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
-
-
-def _in(studio: Studio, code: str) -> str:
-    text = named(code)
-    return text.zh if studio.language == "zh" else text.en

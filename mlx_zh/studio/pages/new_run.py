@@ -12,7 +12,7 @@ from nicegui import app, context, run, ui
 
 import mlx_zh.studio
 from mlx_zh.errors import MlxZhError, RecipeError
-from mlx_zh.recipe_text import seconds_of
+from mlx_zh.recipe_text.units import seconds_of
 from mlx_zh.stages.run_list import key_of
 from mlx_zh.studio import processes, widgets
 from mlx_zh.studio.data_step import DataStep
