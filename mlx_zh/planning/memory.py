@@ -263,7 +263,8 @@ def _ahead(
 ) -> dict[str, float]:
     """Bytes that MLX has allocated for kernels that have not run yet, in a block that computes `outputs` tokens."""
     size, counts = target.value_bytes, _AHEAD_BACKWARD[level]
-    parts = {"activations": outputs * size * sum(n * model.width(name) for name, n in counts.items())}
+    rows = {name: outputs if name == "intermediate" else row.tokens for name in counts}
+    parts = {"activations": size * sum(n * rows[name] * model.width(name) for name, n in counts.items())}
     if not target.fused_attention:
         largest = max(tokens * keys for tokens, keys in row.segments)
         parts["attention"] = (_AHEAD_SCORES * model.heads * size + _AHEAD_MASKS[level]) * largest

@@ -76,7 +76,7 @@ def test_the_families_of_the_table_are_tested() -> None:
 
 @pytest.mark.parametrize(("name", "pieces"), PIECES)
 def test_a_packed_tree_is_the_models_own_forward(name: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_LEAST_PIECE", pieces)
+    monkeypatch.setattr(blocks, "LEAST_PIECE", pieces)
     model = model_of(name)
     windows = any(block.window is not None for block in form_of(model).blocks)
     assert windows == (name in WITH_WINDOWS)
@@ -95,7 +95,7 @@ def test_a_packed_tree_is_the_models_own_forward(name: str, pieces: int, monkeyp
 @pytest.mark.parametrize(("name", "pieces"), PIECES)
 def test_its_gradient_too(name: str, pieces: int, quantized: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of adapters on every linear layer; with checkpointing too."""
-    monkeypatch.setattr(blocks, "_LEAST_PIECE", pieces)
+    monkeypatch.setattr(blocks, "LEAST_PIECE", pieces)
     model = model_of(name, quantized=quantized)
     trained(model)
     batch, lines = tree()
