@@ -176,6 +176,7 @@ def test_a_stage_that_outlived_its_pipeline_is_found(run: RunFolder) -> None:
         assert pipeline.stdout is not None
         child = int(pipeline.stdout.readline())
         pipeline.kill()
+    until(lambda: processes.running(run) is not None)  # the child may not have its new name yet
     seen = processes.running(run)
     assert seen is not None and seen.process == child
     assert processes.stop(run)
