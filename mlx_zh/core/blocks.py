@@ -123,8 +123,9 @@ def block_output(
 def _after_attention(layer: Any, hidden: mx.array, x: mx.array, form: BlockForm, *, pieces: bool) -> mx.array:
     """The output of a block whose input is `hidden` and whose attention gave `x`, (T, D) each."""
     hidden = _added(hidden, _normed(layer, form.after_attention, x), form)
-    if pieces and is_swiglu(layer.mlp):
-        x = feed_forward(layer.mlp, None if form.before_mlp is None else layer[form.before_mlp], hidden)
+    if (pieces or device.computes_exponentials_singly()) and is_swiglu(layer.mlp):
+        norm = None if form.before_mlp is None else layer[form.before_mlp]
+        x = feed_forward(layer.mlp, norm, hidden, pieces=pieces)
     else:
         x = _normed(layer, form.before_mlp, hidden)
         expert_loads.record(layer.mlp, x)

@@ -10,18 +10,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu as forward_swiglu
 
+from mlx_zh.core.exponentials import sigmoid
 from mlx_zh.core.recompute import again
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-def feed_forward(mlp: Any, norm: nn.Module | None, hidden: mx.array) -> mx.array:
-    """`mlp(norm(hidden))` of a SwiGLU, (T, D). Only `hidden`, gate and up are kept for the backward pass.
+def feed_forward(mlp: Any, norm: nn.Module | None, hidden: mx.array, *, pieces: bool) -> mx.array:
+    """`mlp(norm(hidden))` of a SwiGLU, (T, D). With `pieces`, `hidden`, gate and up alone are kept for the gradient.
 
-    The normalized input, LoRA's low-rank values, SiLU and its product with up are made again there. The products with
+    The normalized input, LoRA's low-rank values, SiLU and its product with up are then made again. The products with
     the weights are not, as no gradient needs them.
     """
-    gate, up = projected((mlp.gate_proj, mlp.up_proj), norm, hidden, pieces=True)
+    gate, up = projected((mlp.gate_proj, mlp.up_proj), norm, hidden, pieces=pieces)
+    if not pieces:
+        whole: mx.array = mlp.down_proj(swiglu(gate, up))
+        return whole
     (out,) = again((mlp.down_proj,), lambda gate, up: (product(mlp.down_proj, swiglu(gate, up)),), gate, up)
     return scaled(mlp.down_proj, out)
 
@@ -68,18 +72,18 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 @mx.custom_function
 def _swiglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """SwiGLU with the roundings of the model's own, and the sigmoid of gate."""
-    sigmoid = mx.sigmoid(gate)
-    return gate * sigmoid * up, sigmoid
+    values = sigmoid(gate)
+    return gate * values * up, values
 
 
 @_swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     """The gradients with respect to gate and up, in the order of MLX's own, so that no bit differs."""
     gate, up = primals
-    cotangent, sigmoid = cotangents[0], outputs[1]
+    cotangent, values = cotangents[0], outputs[1]
     of_silu = cotangent * up
-    of_gate = of_silu * sigmoid + of_silu * gate * (sigmoid * (1 - sigmoid))
-    return of_gate, cotangent * (gate * sigmoid)
+    of_gate = of_silu * values + of_silu * gate * (values * (1 - values))
+    return of_gate, cotangent * (gate * values)
 
 
 _KNOWN: dict[tuple[Any, ...], bool] = {}  # kinds of MLP -> whether they are SwiGLU

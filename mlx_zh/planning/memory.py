@@ -25,6 +25,7 @@ _AHEAD_BACKWARD = (
     {"intermediate": 9.0, "hidden": 10.0, "queries": 4.0},
     {"intermediate": 12.0, "hidden": 13.0, "queries": 4.0},
 )
+_AHEAD_SIGMOID = (0.0, 4.0, 2.5)  # more arrays (T, F) by level on a CPU, for SwiGLU's sigmoid (`core.exponentials`)
 _AHEAD_SCORES = 2  # score matrices of one layer
 _AHEAD_MASKS = (3, 2, 1)  # masks of it by level, a byte a score, for all heads at once
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
@@ -229,7 +230,8 @@ def _kept_by(
         values[tokens] += 3 * queries * size  # the gate, its sigmoid and the attention's output before it
     whole_mlp = level == 0 or not model.swiglu  # any other MLP is left as it is
     if whole_mlp:
-        values[outputs] += 2 * inner * size  # sigmoid and SiLU, which MLX computes early
+        # The sigmoid, and SiLU, which MLX computes early; on a CPU SwiGLU's own gradient makes SiLU again.
+        values[outputs] += (1 if model.swiglu and not target.fused_attention else 2) * inner * size
     if level == 0 and trained.kind == "full":
         values[tokens] += hidden * size  # normalized values, for the gradient of the norms' weights
         values[outputs] += hidden * size
@@ -266,6 +268,8 @@ def _ahead(
     rows = {name: outputs if name == "intermediate" else row.tokens for name in counts}
     parts = {"activations": size * sum(n * rows[name] * model.width(name) for name, n in counts.items())}
     if not target.fused_attention:
+        if model.swiglu:
+            parts["activations"] += _AHEAD_SIGMOID[level] * outputs * model.intermediate * size
         largest = max(tokens * keys for tokens, keys in row.segments)
         parts["attention"] = (_AHEAD_SCORES * model.heads * size + _AHEAD_MASKS[level]) * largest
     if model.delta is not None:

@@ -85,6 +85,14 @@ def remakes_cheaply() -> bool:
     return not is_cpu()
 
 
+def computes_exponentials_singly() -> bool:
+    """Whether an exponential takes as long as tens of multiplications, because MLX computes one number at a time.
+
+    Its CPU back end does so on Linux. On macOS, Apple's library computes several at once.
+    """
+    return is_cpu() and sys.platform == "linux"
+
+
 def summed_at_once() -> int:
     """The number of terms that a sum may give to one accumulator; 0 if there is no such rule.
 
