@@ -1,8 +1,8 @@
 """Exponentials of many numbers where MLX computes them one at a time, as its CPU back end on Linux does.
 
-There an exponential takes as long as sixty multiplications, which are done several at a time. So it is made of those:
-x = n ln 2 + r with a whole number n, and exp(x) = 2^n exp(r), where a polynomial gives exp(r). That takes a quarter of
-the time, as long as the arrays fit into the processor's cache.
+There an exponential takes as long as sixty multiplications, which are done several at a time. So it is made of
+those: x = n ln 2 + r with a whole number n, and exp(x) = 2^n exp(r), where a polynomial gives exp(r). That takes a
+quarter of the time, as long as the arrays fit into the processor's cache.
 """
 
 from __future__ import annotations

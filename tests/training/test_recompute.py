@@ -167,7 +167,8 @@ def test_swiglu_is_no_less_accurate_than_an_automatic_gradient(dtype: Any) -> No
         return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(values, exact, strict=True)]
 
     automatic = errors(lambda g, u: nn.silu(g) * u)
-    assert all(own <= 1.01 * other for own, other in zip(errors(swiglu), automatic, strict=True))
+    rounding = 2.0**-23 if dtype == mx.float32 else 0.0  # the sigmoid is within two units of the last place
+    assert all(own <= max(1.01 * other, rounding) for own, other in zip(errors(swiglu), automatic, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
