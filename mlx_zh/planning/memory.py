@@ -35,6 +35,7 @@ _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's larg
 # second number on the CPU, and up to the third on a GPU (`device.kernels_ahead` is 0).
 _HEAD_EACH, _HEAD_MAX, _HEAD_MAX_ON_GPU = 3, 4.5, 12
 _TABLE_GRADIENTS = 3  # (V, D) gradients of a head beside an adapter: so far, of a chunk, their sum
+_TABLE_UPDATES = 6.0  # arrays of an update (V, D) of a table on a CPU; on a GPU one kernel makes it
 _HEAD_GRADIENTS_MAX = 9  # (V, D) gradients of a trained head, one per chunk, before they are added up
 
 
@@ -82,7 +83,9 @@ def step_memory(
     phases = [Estimate(name, _added(always, parts)) for name, parts in moments]
     update = {
         "gradients": gradients - always["gradients"],
-        "optimizer": gradients + _AHEAD_UPDATES * _matrix_bytes(model, trained) + _outer_update(model, trained),
+        "optimizer": gradients
+        + _AHEAD_UPDATES * _matrix_bytes(model, trained)
+        + _outer_update(model, trained, target),
     }
     phases.append(Estimate("updating the weights", _added(always, update)))
     return max(phases, key=lambda estimate: estimate.peak)
@@ -405,8 +408,8 @@ def _matrix_bytes(model: ModelShape, trained: AdapterSpec) -> float:
     return max(max(size) for size in sizes) * trained.rank * FLOAT
 
 
-def _outer_update(model: ModelShape, trained: AdapterSpec) -> float:
+def _outer_update(model: ModelShape, trained: AdapterSpec, target: Target) -> float:
     if trained.saved:
-        return 2.0 * model.vocabulary * model.hidden * FLOAT
+        return (2.0 if target.fused_attention else _TABLE_UPDATES) * model.vocabulary * model.hidden * FLOAT
     trains_embedding = trained.kind == "full" and trained.num_layers >= model.layers
     return 2.0 * model.vocabulary * model.hidden * FLOAT if trains_embedding else 0.0
