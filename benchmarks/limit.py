@@ -23,6 +23,7 @@ from sft_step import our_step
 import mlx.core as mx
 
 from mlx_zh.core.blocks import attention_output
+from mlx_zh.core.feed_forward import swiglu
 from mlx_zh.core.logprobs import chunk_rows, decoder, output_head, token_logprobs
 from mlx_zh.core.packing import PackedBatch, pack_conversations
 from mlx_zh.models.load import LoadedModel
@@ -136,8 +137,6 @@ class Kinds:
         return self._forward_and_backward(attend, [tuple(self._random(self.tokens, size) for size in sizes)])
 
     def _activation(self) -> Work:
-        from mlx_lm.models.activations import swiglu
-
         pair = tuple(self._random(self.tokens, self.shape.intermediate) for _ in range(2))
         return self._forward_and_backward(swiglu, [pair])
 

@@ -46,19 +46,25 @@ def environments(count: int, folder: Path, **variables: str) -> list[dict[str, s
 
 def start(count: int, *commands: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     """Stages one after another on `count` ranks, each a process that was started by itself."""
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, json.dumps(commands)],
-            env=environment,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        for environment in environments(count, folder)
-    ]
+    command = [sys.executable, __file__, json.dumps(commands)]
+    return [process(command, environment, folder) for environment in environments(count, folder)]
+
+
+def process(
+    command: list[str], environment: dict[str, str], folder: Path, *, own_session: bool = False
+) -> subprocess.Popen[str]:
+    """Start `command` in `folder`, without an input; what it prints can be read."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=own_session,
+    )
 
 
 def ends(count: int, *commands: list[str], folder: Path, folders: Sequence[Path] = (), **variables: str) -> Ends:

@@ -175,7 +175,7 @@ def test_an_exam_is_given_up_and_asked_again(
     project.write_recipe()
     assert project.run(eval.main, "name=straight").status == 0
     free = protocol == "generate"
-    module, name = (generate.StreamDecoder, "push") if free else (scorer, "scored_states")
+    module, name = (generate.StreamDecoder, "push") if free else (scorer, "hidden_states")
     failed = fail(monkeypatch, module, name, message, lambda number, _: number == (5 if free else 2))
     result = project.run(eval.main)
     assert (result.status, result.err, len(failed)) == (0, "", 1)
@@ -189,7 +189,7 @@ def test_an_exam_is_given_up_and_asked_again(
 
 def test_the_measurement_of_a_fused_model_is_repeated(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.train()
-    failed = fail(monkeypatch, fidelity, "scored_states", WATCHDOG, lambda number, _: number == 1)
+    failed = fail(monkeypatch, fidelity, "hidden_states", WATCHDOG, lambda number, _: number == 1)
     result = project.run(fuse.main, "export.formats=[hf]")
     assert (result.status, result.err, failed) == (0, "", [1])
 

@@ -32,17 +32,10 @@ def start(*command: str, folder: Path, fastest: int = 2, **variables: str) -> su
     for name, value in (("threads", {"threads": 1}), ("processes", {"processes": fastest, "gain": 1.7})):
         (measured / f"{name}.json").write_text(json.dumps(value | remembered))
     free = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return subprocess.Popen(
-        [sys.executable, __file__, *command],
-        env=free | {"MLX_ZH_CACHE": str(folder / "cache")} | variables,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,
-    )
+    import ranks  # not at the top: the stage's own process does not need it
+
+    environment = free | {"MLX_ZH_CACHE": str(folder / "cache")} | variables
+    return ranks.process([sys.executable, __file__, *command], environment, folder, own_session=True)
 
 
 def main(stage: str, *arguments: str) -> None:

@@ -54,6 +54,7 @@ def hidden_states(
     noise: TokenNoise | None = None,
     prefix: Prefix | None = None,
     grad: bool = True,
+    only_scored: bool = False,
 ) -> mx.array:
     """Last hidden states (T, D) of a packed row, after the final norm, from which the head makes the logits.
 
@@ -61,42 +62,11 @@ def hidden_states(
     backward pass; `Levels` say how much of which. `noise` adds dropout and embedding noise. With `prefix`, every root
     of the row continues the prefix. `grad=False` says that no gradient will be taken, so a block's activations are
     freed before those of the next but one are allocated.
+
+    With `only_scored`, they are those of the scored positions alone, (S, D). Then the last block computes attention's
+    output projection and the MLP only for these; experts for all, because their load is told for all tokens.
     """
-    return _states(model, batch, None, checkpoint=checkpoint, noise=noise, prefix=prefix, grad=grad)
-
-
-def scored_states(
-    model: nn.Module,
-    batch: PackedBatch,
-    *,
-    checkpoint: bool | Levels = False,
-    noise: TokenNoise | None = None,
-    prefix: Prefix | None = None,
-    grad: bool = True,
-) -> mx.array:
-    """The last hidden states (S, D) of the scored positions, as `hidden_states(...)[batch.scored]` gives them.
-
-    In the last block, attention's output projection and the MLP are computed for these positions alone. Experts are
-    computed for all, because their load is told for all tokens.
-    """
-    last = decoder(model).layers[-1]
-    if not 0 < batch.scored.size < batch.tokens.size or expert_loads.has_experts(last.mlp):
-        states = hidden_states(model, batch, checkpoint=checkpoint, noise=noise, prefix=prefix, grad=grad)
-        return states[batch.scored]
-    wanted = Wanted(batch.scored, noise)
-    return _states(model, batch, wanted, checkpoint=checkpoint, noise=noise, prefix=prefix, grad=grad)
-
-
-def _states(
-    model: nn.Module,
-    batch: PackedBatch,
-    wanted: Wanted | None,
-    *,
-    checkpoint: bool | Levels,
-    noise: TokenNoise | None,
-    prefix: Prefix | None,
-    grad: bool,
-) -> mx.array:
+    wanted = Wanted(batch.scored, noise) if only_scored and _narrows(model, batch) else None
     last = None
     levels_of_row = checkpoint if grad else Levels()
     for hidden in residual_stream(model, batch, checkpoint=levels_of_row, noise=noise, prefix=prefix, wanted=wanted):
@@ -105,9 +75,17 @@ def _states(
             if last is not None:
                 mx.eval(last)
         last = hidden
-    last = decoder(model).norm(last)
+    states: mx.array = decoder(model).norm(last)
+    if only_scored and wanted is None:
+        states = states[batch.scored]
     factor = form_of(model).logits
-    return last if factor == 1 else last * factor
+    return states if factor == 1 else states * factor
+
+
+def _narrows(model: nn.Module, batch: PackedBatch) -> bool:
+    """Whether the last block can leave tokens out."""
+    has_experts = expert_loads.has_experts(decoder(model).layers[-1].mlp)
+    return 0 < batch.scored.size < batch.tokens.size and not has_experts
 
 
 def residual_stream(
@@ -336,7 +314,7 @@ def batch_logprobs(
     noise: TokenNoise | None = None,
 ) -> mx.array:
     """Log-probs (S,) float32 of a batch's scored tokens."""
-    hidden = scored_states(model, batch, checkpoint=checkpoint, noise=noise, grad=grad)
+    hidden = hidden_states(model, batch, checkpoint=checkpoint, noise=noise, grad=grad, only_scored=True)
     return token_logprobs(hidden, output_head(model), batch.targets, chunk=chunk, grad=grad)
 
 

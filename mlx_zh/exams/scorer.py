@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.logprobs import Prefix, output_head, prefill, scored_states, sum_by_owner, token_logprobs
+from mlx_zh.core.logprobs import Prefix, hidden_states, output_head, prefill, sum_by_owner, token_logprobs
 from mlx_zh.core.packing import RowBuilder, plan_rows
 from mlx_zh.exams.prompts import Ids, Letters, Prompt
 
@@ -79,7 +79,7 @@ def _score_row(
                 row.score_token(branch, choice[-1], owner)
             owner += 1
     batch = row.build(owner)
-    hidden = scored_states(model, batch, prefix=prefix, grad=False)
+    hidden = hidden_states(model, batch, prefix=prefix, grad=False, only_scored=True)
     logprobs = token_logprobs(hidden, output_head(model), batch.targets, grad=False)
     return np.array(sum_by_owner(logprobs, batch.owner, owner).reshape(-1, 4))  # (4N,) -> (N, 4)
 

@@ -191,7 +191,7 @@ def kept_bytes(
 
 
 def _outputs(model: ModelShape, row: Row) -> int:
-    """The number of tokens whose output the last block computes (`core.logprobs.scored_states`)."""
+    """The number of tokens whose output the last block computes (`only_scored` of `core.logprobs.hidden_states`)."""
     return row.tokens if model.experts else min(row.scored, row.tokens)
 
 

@@ -270,7 +270,7 @@ def self_check(case: Case) -> Check:
     outcome = check(case)
     if outcome.passed:
         worst = outcome.largest
-        name = f"{f'{case}:':<26}"
+        name = f"{f'{case}:':<28}"
         return Check(
             "ok",
             "self-check",

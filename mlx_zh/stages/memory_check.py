@@ -83,6 +83,12 @@ def _limit_asked(settings: Memory) -> float | None:
     return None if settings.limit_bytes is None else settings.limit_bytes / ranks_here()
 
 
+def limits_nothing(machine: Machine, settings: Memory) -> bool:
+    """Whether `memory.limit` is more than the machine has."""
+    limit = _limit_asked(settings)
+    return limit is not None and limit > machine.budget
+
+
 def training_step(
     recipe: Recipe, stage: str, config: Config, machine: Machine, examples: Examples | None = None
 ) -> Step:
@@ -126,8 +132,8 @@ def memory_limit(settings: Memory, machine: Machine) -> float:
     They are `memory.limit`, or what the machine has less a reserve of 15 % for MLX's cache of freed buffers and
     for what the planner does not know. A limit of more than the machine has is none.
     """
-    limit = _limit_asked(settings)
-    return limit if limit is not None and limit <= machine.budget else (1 - RESERVE) * machine.budget
+    limit = None if limits_nothing(machine, settings) else _limit_asked(settings)
+    return (1 - RESERVE) * machine.budget if limit is None else limit
 
 
 @dataclass(frozen=True)

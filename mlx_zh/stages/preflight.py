@@ -13,6 +13,7 @@ from pathlib import Path
 from mlx_zh.core.families import Config
 from mlx_zh.corpus.registry import Registry, find_data_set
 from mlx_zh.corpus.rows import LoadReport
+from mlx_zh.distributed.local import ranks_here
 from mlx_zh.errors import MlxZhError, RecipeError
 from mlx_zh.exams.archives import open_exam
 from mlx_zh.exams.catalog import NAMES
@@ -263,12 +264,25 @@ def _exports(recipe: Recipe, config: Config) -> Iterator[Problem]:
         yield _of(error)
 
 
+def _without_effect(recipe: Recipe, config: Config, machine: memory_check.Machine) -> Iterator[Problem]:
+    """Settings of memory that change nothing here."""
+    settings = recipe.memory
+    if memory_check.limits_nothing(machine, settings):
+        have = machine.budget * ranks_here() / 1e9
+        yield Problem(
+            Notice("preflight-limit", limit=str(settings.limit), have=have, place=machine.name), is_error=False
+        )
+    if settings.dense_products is True and memory_check.target_of(recipe, config, machine).packing is None:
+        yield Problem(Notice("preflight-dense"), is_error=False)
+
+
 def _memory(recipe: Recipe, config: Config, stages: Sequence[str]) -> Iterator[Problem]:
     """Advice for stages that need more memory than there is if their examples are as long as they may be."""
     machine = memory_check.this_machine()
-    for stage in stages:
-        if stage not in TUNED:
-            continue
+    tuned = [stage for stage in stages if stage in TUNED]
+    if tuned:
+        yield from _without_effect(recipe, config, machine)
+    for stage in tuned:
         try:
             step = memory_check.training_step(recipe, stage, config, machine)
         except MlxZhError as error:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_zh.core.logprobs import decoder, hidden_states, output_head, scored_states, token_logprobs
+from mlx_zh.core.logprobs import decoder, hidden_states, output_head, token_logprobs
 from mlx_zh.core.packing import PackedBatch, RowBuilder
 from mlx_zh.models.adapters.layers import add_adapter, trainable
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -57,7 +57,7 @@ class Pair:
 
         def loss(weights: Arrays) -> tuple[mx.array, list[mx.array]]:
             set_weights(model, weights)
-            states = scored_states(model, batch, checkpoint=self.case.checkpoint)
+            states = hidden_states(model, batch, checkpoint=self.case.checkpoint, only_scored=True)
             logprobs = token_logprobs(states, head, batch.targets)
             return -(weight * logprobs).sum(), [logprobs]
 

@@ -14,7 +14,7 @@ from tolerances import GRADIENT, HIDDEN
 
 from mlx_zh.core import block_forms, blocks
 from mlx_zh.core.block_forms import form_of
-from mlx_zh.core.logprobs import batch_logprobs, hidden_states, output_head, prefill, project, scored_states
+from mlx_zh.core.logprobs import batch_logprobs, hidden_states, output_head, prefill, project
 from mlx_zh.core.packing import PackedBatch, RowBuilder
 from mlx_zh.core.proof import SUPPORTED, check_supported, differences
 from mlx_zh.errors import ModelError
@@ -127,7 +127,9 @@ def test_the_last_mlp_sees_scored_tokens_alone(name: str, monkeypatch: pytest.Mo
     counts: list[int] = []
     call = type(mlp).__call__
     monkeypatch.setattr(type(mlp), "__call__", lambda self, x: [counts.append(x.shape[-2]), call(self, x)][1])
-    np.testing.assert_allclose(np.array(scored_states(model, batch)), expected, atol=WIDER * HIDDEN, rtol=0)
+    np.testing.assert_allclose(
+        np.array(hidden_states(model, batch, only_scored=True)), expected, atol=WIDER * HIDDEN, rtol=0
+    )
     experts = "moe" in name
     assert counts == [115] * (len(counts) - 1) + [115 if experts else batch.scored.size]
     assert batch.scored.size < 8

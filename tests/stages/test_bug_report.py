@@ -14,6 +14,7 @@ from project import Project
 
 from mlx_zh import doctor
 from mlx_zh.errors import StorageError
+from mlx_zh.language.notice import Notice
 from mlx_zh.stages import bug_report, checkup
 from mlx_zh.stages.checkup import Check
 from mlx_zh.system import device
@@ -168,6 +169,9 @@ def test_a_line_for_each_case_in_eighty_columns() -> None:
     assert [check.level for check in checks] == ["ok"] * (1 + len(ON_CPU))
     lines = [f"{check.level:<5} {check.name:<10} {check.text}" for check in checks]
     assert max(map(len, lines)) <= 80
+    quantities = ("hidden", "logprobs", "trained", "gradient")  # whichever differs most on another processor
+    longest = max(len(Notice(f"quantity-{name}").text("en")) for name in quantities)
+    assert len(f"ok    self-check {max(map(str, ON_CPU), key=len)}: 8.1e-06 of 1.3e-05") + 1 + longest <= 80
     for case, line in zip(ON_CPU, lines[1:], strict=True):
         assert line.startswith(f"ok    self-check {case}:") and " of " in line
 

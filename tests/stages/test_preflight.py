@@ -115,6 +115,20 @@ def test_what_is_here_asks_no_network(recipe: Any, model_folder: Any, monkeypatc
     assert preflight.problems(here, ["sft"]) == []
 
 
+def test_settings_of_memory_that_change_nothing_here_are_told(recipe: Any, model_folder: Any) -> None:
+    def told(*overrides: str) -> list[str]:
+        given = recipe(f"model.path={model_folder()}", "data.sft.train=[good.jsonl]", "track=[]", *overrides)
+        found = preflight.problems(given, ["sft"])
+        assert not any(problem.is_error for problem in found)
+        return [str(problem.text) for problem in found]
+
+    (limit,) = told("memory.limit=900000GB")
+    assert limit.startswith("memory.limit is 900000GB, more than the ") and limit.endswith("so it limits nothing.")
+    (dense,) = told("memory.dense_products=true")
+    assert dense.startswith("memory.dense_products has no effect here")
+    assert told("memory.limit=1GB", "memory.dense_products=false") == []
+
+
 def test_a_licence_with_conditions_is_named_before_the_download(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_choice, "answers", lambda: hub_choice.Answers("modelscope", {}))
     monkeypatch.delenv("HF_HUB_OFFLINE")

@@ -13,7 +13,7 @@ import pytest
 from oracles import distance, gradients, random_tokens
 from tolerances import HIDDEN
 
-from mlx_zh.core.logprobs import batch_logprobs, hidden_states, scored_states
+from mlx_zh.core.logprobs import batch_logprobs, hidden_states
 from mlx_zh.core.packing import PackedBatch, RowBuilder, pack_conversations, pack_pairs
 from mlx_zh.core.recompute import ALL, Levels
 from mlx_zh.models.adapters.layers import LoRALinear, add_adapter, trainable
@@ -188,7 +188,7 @@ def test_scored_tokens_draw_their_own_dropout_in_the_last_block(tiny_model: Make
     noise = StepNoise(batch, example_seeds(7, 0, [0, 1, 2]), dropout=True, neftune_alpha=5.0)
     among_all = np.array(hidden_states(model, batch, noise=noise)[batch.scored])
     levels = Levels(ALL if level else 0, ALL if level == 2 else 0)
-    alone = np.array(scored_states(model, batch, noise=noise, checkpoint=levels))
+    alone = np.array(hidden_states(model, batch, noise=noise, checkpoint=levels, only_scored=True))
     assert 0 < len(alone) < 10
     np.testing.assert_allclose(alone, among_all, atol=HIDDEN, rtol=0)
 

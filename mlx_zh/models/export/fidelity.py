@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlx_zh.core.logprobs import output_head, scored_states
+from mlx_zh.core.logprobs import hidden_states, output_head
 from mlx_zh.core.packing import PackedBatch, pack_conversations, plan_rows
 from mlx_zh.core.sums import log_sum_exp, sum_last
 from mlx_zh.language.notice import Notice
@@ -68,7 +68,7 @@ class HeldOut:
         """The predictions of `model` for every scored token. Raises AcceleratorError."""
 
         def hidden(row: PackedBatch) -> mx.array:
-            states = scored_states(model, row, grad=False)  # (S of this row, D)
+            states = hidden_states(model, row, grad=False, only_scored=True)  # (S of this row, D)
             mx.eval(states)
             return states
 
