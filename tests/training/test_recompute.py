@@ -278,7 +278,11 @@ def test_the_mlps_of_the_supported_families_are_swiglu(tiny_model: Make, family:
 
 
 def test_a_block_keeps_less_at_each_level(tiny_model: Make) -> None:
-    """Peaks of models with more and with fewer blocks: what a token and block keeps on the CPU, with LoRA."""
+    """Peaks of models with more and with fewer blocks: what a token and block keeps on the CPU, with LoRA.
+
+    MLX allocates up to 60 kernels ahead of the CPU, so a peak varies with the machine's load: here by about 1 MB, where
+    28 blocks keep 33 MB at level 0 and 0.70 of that at level 1.
+    """
     row = pack_conversations([(list(range(1, 65)), [True] * 64)] * 4)
 
     def peak(layers: int, levels: Levels) -> int:
@@ -302,8 +306,8 @@ def test_a_block_keeps_less_at_each_level(tiny_model: Make) -> None:
         step()
         return int(mx.get_peak_memory() - before)
 
-    kept = [peak(8, levels) - peak(4, levels) for levels in (Levels(), Levels(ALL), Levels(ALL, ALL))]
-    assert kept[1] < 0.75 * kept[0]
+    kept = [peak(36, levels) - peak(8, levels) for levels in (Levels(), Levels(ALL), Levels(ALL, ALL))]
+    assert kept[1] < 0.8 * kept[0]
     assert kept[2] < 0.25 * kept[0]
 
 
@@ -354,6 +358,6 @@ def test_chunks_of_a_head_do_not_keep_what_is_computed_again(tiny_model: Callabl
 
     peak(True, 16)  # arrays that are made once
     whole, again = peak(False, 16), peak(True, 16)
-    assert whole <= 1.05 * peak(False, 400)  # in one chunk, without the logits of several
-    assert again <= 1.05 * peak(True, 400)
+    assert whole <= 1.1 * peak(False, 400)  # in one chunk, without the logits of several
+    assert again <= 1.1 * peak(True, 400)
     assert again < 0.5 * whole
