@@ -40,8 +40,8 @@ def test_a_recipe_that_cannot_be_read_is_one_paragraph(text, project):
 
 @pytest.mark.parametrize(
     "override",
-    [f"name={'a' * 300}", f"model.path={'a' * 300}", "model.path=~nobody/x", f"sft.start={'a/' * 3000}",
-     "sft.start=~nobody/x", f"runs={'a' * 300}", f"data.registry_file={'a' * 300}", "lora.targets=[nix]",
+    [f"name={'a' * 300}", f"model.path={'a' * 300}", "model.path=~no-such-user/x", f"sft.start={'a/' * 3000}",
+     "sft.start=~no-such-user/x", f"runs={'a' * 300}", f"data.registry_file={'a' * 300}", "lora.targets=[nix]",
      'data.system="\\ud800"'],
 )  # fmt: skip
 def test_a_name_that_no_file_can_have_is_one_paragraph(override, project):
@@ -91,8 +91,8 @@ class Shown:
 
 @pytest.mark.parametrize(
     "command",
-    ["/load digits.json", "/load deep.json", f"/load {'a' * 300}", "/save ~nobody/x", f"/save {'a' * 300}",
-     "/save no/\0x", "/load ~nobody/x", "/adapter ~nobody/x"],
+    ["/load digits.json", "/load deep.json", f"/load {'a' * 300}", "/save ~no-such-user/x", f"/save {'a' * 300}",
+     "/save no/\0x", "/load ~no-such-user/x", "/adapter ~no-such-user/x"],
 )  # fmt: skip
 def test_the_chat_goes_on_after_any_command(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

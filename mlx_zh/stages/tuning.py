@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,39 +14,35 @@ from mlx_zh.distributed.world import World
 from mlx_zh.errors import RecipeError
 from mlx_zh.models.adapters.files import load_adapter, save_adapter, vocabulary_size
 from mlx_zh.models.adapters.spec import AdapterSpec
-from mlx_zh.models.identity import sampled_fingerprint
 from mlx_zh.recipe import Recipe, Training
 from mlx_zh.stages import adapter_repair, device_check, memory_check, product_choice
 from mlx_zh.stages.budgeting import expected, within_epochs
 from mlx_zh.stages.data import file_digests, prepare_stage, save_report
+from mlx_zh.stages.earlier_run import EarlierRun
 from mlx_zh.stages.forecast import Forecast
 from mlx_zh.stages.rendering import renderer_of
 from mlx_zh.stages.run_folder import RunFolder
 from mlx_zh.stages.run_key import (
     Values,
-    as_earlier,
     changes,
     corpus_values,
-    is_earlier,
     learning_key,
     learning_values,
-    read_settings,
-    with_numbers_of,
     without_secrets,
 )
 from mlx_zh.stages.run_models import open_model
 from mlx_zh.stages.sample_answers import Samples
 from mlx_zh.stages.step_warnings import StepWarnings
 from mlx_zh.stages.trackers import About, Trackers
+from mlx_zh.stages.tuning_report import report, validation_sentence
 from mlx_zh.system import console, device
 from mlx_zh.system.clock import clock
 from mlx_zh.system.interrupts import stop_on_interrupt, stopping
-from mlx_zh.system.redaction import redacted
 from mlx_zh.system.storage import working_in, write_json
 from mlx_zh.training import checkpoints
 from mlx_zh.training.loop import Evaluated, Evaluating, Finished, Loop, LoopFiles, Repeated, Shortened, Stepped
 from mlx_zh.training.memory_limit import Lowered, keep_within
-from mlx_zh.training.metrics import MetricsLine, TrainingSummary, read_summary, validation_figures
+from mlx_zh.training.metrics import MetricsLine, TrainingSummary, validation_figures
 from mlx_zh.training.objective import Objective, Settings
 from mlx_zh.training.optimizer import Arrays
 from mlx_zh.training.step import set_weights
@@ -117,7 +111,7 @@ def tune(recipe: Recipe, method: Method, world: World, *, fresh: bool, force: bo
     elif world.first:
         _complete(samples, session)
     if world.first:
-        report(session, samples, method.answers)
+        report(session.run, session.folder, samples, method.answers)
     return 0
 
 
@@ -137,7 +131,8 @@ def _session(
     content |= {"files": file_digests(corpus), "corpus": corpus_values(corpus)}
     if stage == "dpo" or start.folder is not None:
         content["start"] = start.fingerprint
-    return Session(recipe, stage, loaded, start.spec(loaded), learning_values(recipe, stage, content), world)
+    earlier = EarlierRun(RunFolder.of(recipe), stage, loaded.path, learning_values(recipe, stage, content))
+    return Session(recipe, stage, loaded, start.spec(loaded), earlier, world)
 
 
 def _fits(session: Session, examples: AnySplit, force: bool) -> bool:
@@ -165,134 +160,37 @@ class Session:
     stage: str
     loaded: LoadedModel
     spec: AdapterSpec
-    values: Values  # see `learning_values`
+    earlier: EarlierRun
     world: World
 
     def __post_init__(self) -> None:
-        self.key = learning_key(self.values)
         self.section = self.recipe.training(self.stage)
-        self.run = RunFolder.of(self.recipe)
-        self.folder = self.run.stage(self.stage)
-
-    def check(self) -> TrainingSummary | None:
-        """The summary of a finished run with the same settings; None if there is work to do. Writes nothing.
-
-        Raises RecipeError if the folder holds a run with other settings.
-        """
-        if (settings := self._other_settings()) is not None:
-            raise RecipeError(
-                f"{self.folder.path} holds a run with other settings: {self._differences(settings)}. "
-                f"{self._remedy(settings)}"
-            )
-        summary = read_summary(self.folder.summary)
-        if summary is None or not self.folder.is_finished:
-            return None
-        if summary.get("key") == self.key:
-            return summary
-        if self._holds_checkpoints:  # the newest one has the key of its settings
-            return None
-        raise RecipeError(
-            f"{self.folder.path} holds a run with other settings: its key is another. {self._remedy(None)}"
-        )
-
-    @property
-    def _holds_checkpoints(self) -> bool:
-        return any(self.folder.checkpoints.glob("step-*"))
-
-    def _other_settings(self) -> Values | None:
-        """The settings of the run in the folder if they differ from this run's."""
-        if not self._holds_checkpoints and not self.folder.is_finished:
-            return None
-        settings = read_settings(self.folder.settings, self.stage)
-        if settings is None or self._recorded_key() == self.key:  # settings.json alone may be damaged
-            return None
-        return settings if learning_key(settings) != self.key else None
-
-    def _recorded_key(self) -> object:
-        """The key of the finished run in the folder; None if it is not finished or its summary is damaged."""
-        summary = read_summary(self.folder.summary)
-        return None if summary is None else summary.get("key")
-
-    def _differences(self, settings: Values) -> str:
-        return changes(settings, self._in_the_form_of(settings))
-
-    def _in_the_form_of(self, settings: Values) -> Values:
-        """This run's values, without what the version that wrote `settings` did not know.
-
-        A finished run keeps the version of its numbers, because nothing is added to it.
-        """
-        values = self.values
-        if is_earlier(settings):
-            values = as_earlier(values, sampled_fingerprint(self.loaded.path))
-        if self.folder.is_finished and read_summary(self.folder.summary) is not None:
-            values = with_numbers_of(values, settings)
-        return values
-
-    def _adopt_earlier(self) -> None:
-        """Go on with a run that an earlier version began, if all that it recorded is the same."""
-        settings = self._other_settings()
-        if settings is None:
-            return
-        values = self._in_the_form_of(settings)
-        if learning_key(values) != learning_key(settings):
-            return
-        self.values, self.key = values, learning_key(values)
-        if not is_earlier(settings):
-            return
-        console.say(
-            f"{self.folder.path} was begun by an earlier version, which did not record everything. Recipe, data "
-            "files and samples of the model's weights are the same. Whether registry entries, exams kept out of the "
-            "data and the other weights are, could not be checked."
-        )
-
-    def _remedy(self, settings: Values | None) -> str:
-        """What to do when the folder holds a run with other settings, if they are known."""
-        fresh = "start over with --fresh (the old folder is kept beside it)"
-        if settings is not None and settings.get("numbers") != self._in_the_form_of(settings).get("numbers"):
-            return (
-                "Its numbers and the new ones would be mixed. Finish it with the version that began it, "
-                f"give this recipe another name, or {fresh}."
-            )
-        if (
-            settings is None
-            or not self.folder.is_finished
-            or settings.get("base") != self._in_the_form_of(settings)["base"]
-        ):
-            return f"Give this recipe another name, or {fresh}."
-        longer = ""
-        lengths = [redacted(values[self.stage]) for values in (settings, self.values)]
-        if lengths[0] != lengths[1] and _without_length(settings, self.stage) == _without_length(
-            self.values, self.stage
-        ):
-            longer = "Its learning rate was planned for its own number of steps, so it cannot be made longer. "
-        name = self.run.unused_name()
-        return (
-            f"{longer}Give this recipe another name, or {fresh}. To train the adapter that is here for "
-            f"{self.stage}.epochs more: name={name} {shlex.quote(f'{self.stage}.start={self.folder.adapter}')}"
-        )
+        self.run, self.folder = self.earlier.run, self.earlier.folder
 
     def begin(self, *, fresh: bool, renew: bool = False) -> bool:
         """Whether there is work to do. With `fresh` there always is, and an earlier run is moved aside.
 
-        With `renew`, a run with other settings is moved aside. Raises RecipeError as `check` does, and
+        With `renew`, a run with other settings is moved aside. Raises RecipeError as `EarlierRun.check` does, and
         DistributedError if the recipe, data or model of a rank differs from rank 0's.
         """
-        self.world.agree(self.values, _rank_differences, "Give every machine the same recipe, model and data.")
+        self.world.agree(
+            self.earlier.values, _rank_differences, "Give every machine the same recipe, model and data."
+        )
         return self.world.broadcast_result(lambda: self._begin(fresh, renew))
 
     def _begin(self, fresh: bool, renew: bool) -> bool:
         if not fresh:
-            self._adopt_earlier()
-        if renew and not fresh and (settings := self._other_settings()) is not None:
-            console.say(f"{self.folder.path} holds a run with other settings: {self._differences(settings)}.")
+            self.earlier.adopt()
+        if renew and not fresh and (settings := self.earlier.other_settings()) is not None:
+            console.say(f"{self.folder.path} holds a run with other settings: {self.earlier.differences(settings)}.")
             fresh = True
-        if fresh and (aside := set_aside(self.folder.path)):
-            console.say(f"The earlier run is kept in {aside}.")
-        if self._recorded_key() == self.key:
+        if fresh:
+            self.earlier.set_aside()
+        if self.earlier.recorded_key() == self.earlier.key:
             adapter_repair.set_result_aside(self.folder)
-        if (summary := self.check()) is None:
-            if self.folder.is_finished and not self._holds_checkpoints and (aside := set_aside(self.folder.path)):
-                console.say(f"The earlier run is kept in {aside}.")  # its adapter would be overwritten
+        if (summary := self.earlier.check()) is None:
+            if self.folder.is_finished and not self.earlier.holds_checkpoints:  # its adapter would be overwritten
+                self.earlier.set_aside()
             return True
         adapter_repair.mend_best(self.folder, summary["best"]["step"], self._save_best)
         checkpoints.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)
@@ -319,7 +217,7 @@ class Session:
                 checkpoint=self.recipe.checkpoint,
                 files=LoopFiles(self.folder.metrics, self.folder.skipped, self.folder.checkpoints),
                 seed=self.recipe.seed,
-                key=self.key,
+                key=self.earlier.key,
                 loraplus_ratio=self.recipe.lora.loraplus_ratio,
                 save_best=self._save_best if first else lambda _: None,
                 stop=stop,
@@ -365,13 +263,13 @@ class Session:
         if checkpoint is None:
             loop.log.cut(0)
             self.folder.warnings.unlink(missing_ok=True)
-            write_json(self.folder.settings, without_secrets(self.values))
+            write_json(self.folder.settings, without_secrets(self.earlier.values))
             console.log_held_warnings()
             return
-        if checkpoint.state["key"] != self.key:
+        if checkpoint.state["key"] != self.earlier.key:
             raise RecipeError(
                 f"{self.folder.path} holds a run with other settings, stopped after step {checkpoint.state['step']}. "
-                f"{self._remedy(None)}"
+                f"{self.earlier.remedy(None)}"
             )
         console.log_held_warnings(again=False)
         loop.resume(checkpoint)
@@ -430,7 +328,7 @@ class Session:
                     bar.note(f"validating {event.done}/{event.total}")
                 elif isinstance(event, Evaluated):
                     forecast.validated()
-                    console.say(_evaluation(event.figures))
+                    console.say(validation_sentence(event.figures))
                     trackers.log(event.figures)
                 elif isinstance(event, Finished):
                     finished = event
@@ -443,7 +341,7 @@ class Session:
     def _trackers(self, steps_done: int) -> Trackers:
         recipe = self.recipe
         config = recipe.model_dump(mode="json")
-        about = About(recipe.name, self.stage, self.folder.path, config, self.key, steps_done)
+        about = About(recipe.name, self.stage, self.folder.path, config, self.earlier.key, steps_done)
         return Trackers(recipe.track if self.world.first else (), about, console.warn)
 
     def _summarize(self, loop: Loop, finished: Finished) -> None:
@@ -451,7 +349,7 @@ class Session:
         if self.section.load_best:
             lines += [line for line in lines if line["step"] == loop.progress.best_step]
         summary: TrainingSummary = {
-            "key": self.key,
+            "key": self.earlier.key,
             "finished": finished.reason,
             "steps": finished.step,
             "seconds": round(loop.progress.elapsed_seconds, 1),
@@ -488,65 +386,8 @@ def row_settings(recipe: Recipe, section: Training, *, dropout: float) -> Settin
     )
 
 
-def report(session: Session, samples: Samples, names: Sequence[str]) -> None:
-    """Print a stage's result: sample answers of the models `names`, validation before and after, paths of files."""
-    summary = read_summary(session.folder.summary)
-    if summary is None:
-        return  # it was removed or damaged meanwhile
-    before, after = summary["before"], summary["after"]
-    console.say()
-    if answers := samples.shown(*names):
-        console.say(answers)
-    if before:
-        ratio = f" (x {after['eval_loss'] / before['eval_loss']:.2f})" if before["eval_loss"] else ""
-        console.say(f"\nvalidation loss {before['eval_loss']:.3f} -> {after['eval_loss']:.3f}{ratio}")
-    for key, label in _SHOWN.items():
-        if key in before:
-            console.say(f"validation {label} {before[key]:z.2f} -> {after[key]:z.2f}")
-    console.say(f"trained {summary['steps']} steps in {console.duration(summary['seconds'])}\n")
-    paths = [
-        ("adapter", f"{session.folder.adapter}/"),
-        ("metrics", str(session.folder.metrics)),
-        *([("answers", str(session.run.samples))] if answers else []),
-        ("resolved recipe", str(session.run.recipe)),
-    ]
-    console.say(console.table(paths))
-
-
-_SHOWN = {
-    "eval_rewards/accuracies": "reward accuracy",
-    "eval_rewards/margins": "reward margin",
-    "eval_rewards/chosen": "chosen reward",
-    "eval_kl": "KL",
-}
-
-
-def _evaluation(figures: Mapping[str, object]) -> str:
-    more = "".join(f", {label} {figures[key]:z.2f}" for key, label in _SHOWN.items() if key in figures)
-    return f"step {figures['step']}: validation loss {figures['eval_loss']:.4f}{more}"
-
-
 def _rank_differences(first: Values, other: Values) -> str:
     return "" if learning_key(first) == learning_key(other) else changes(first, other)
-
-
-def _without_length(values: Values, stage: str) -> Values:
-    """The settings without those that say how long the stage trains."""
-    section = {key: value for key, value in values[stage].items() if key not in ("epochs", "max_steps")}
-    return {
-        "key": learning_key(redacted({name: values[name] for name in values if name != "key"} | {stage: section}))
-    }
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Rename a stage's folder to `STAGE-oldN`; returns the new path, or None if there was no folder."""
-    if not folder.exists():
-        return None
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}-old{number}")).exists():
-        number += 1
-    shutil.move(folder, aside)
-    return aside
 
 
 def _say_stopping() -> None:
