@@ -15,6 +15,7 @@ import sentences
 from project import Project
 
 from mlx_zh import plan
+from mlx_zh.core import blocks
 from mlx_zh.core.logprobs import hidden_states
 from mlx_zh.core.packing import pack_pairs
 from mlx_zh.core.recompute import ALL, Levels
@@ -120,7 +121,7 @@ def test_a_window_is_planned_in_the_pieces_that_attention_is_computed_in(
         calls.append((queries.shape[2], keys.shape[2]))
         return queries
 
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(blocks, "causal_attention", attention)
     hidden_states(model, batch)
     row, shape = row_of(batch), model_shape(family_config("llama", **changes))
     assert shape.windows == (0, window, window)
@@ -137,14 +138,20 @@ def test_windows_by_the_keys_of_each_family() -> None:
 
 
 def test_a_window_costs_less_the_longer_the_row() -> None:
-    """Of 4,096 tokens, 512 see as many keys and seven times 512 see 1,024. Keys and values come on top."""
+    """Of 4,096 tokens, 512 see as many keys and seven times 512 see 1,024 (511 of them joined to their own).
+
+    Without a window, the pieces of 256 queries see 256, 512, … 4,096 keys. Queries, keys, values and output come on
+    top, and a sum for each of 32 heads.
+    """
     trained, target = AdapterSpec("lora", 32, 16), Target(4, None, fused_attention=False)
     shape = model_shape(LLAMA | {"layer_types": ["sliding_attention"] * 32, "sliding_window": 512})
     whole, windowed = (
         step_memory(one, trained, target, conversations([4096]), Levels()).parts["attention"]
         for one in (replace(shape, windows=()), shape)
     )
-    assert windowed / whole == pytest.approx((512**2 + 7 * 512 * 1024) / 4096**2, rel=0.2)
+    on_top, joined = 4096 * (2 * 4096 + 2 * 1024 + 32), 2 * 1024 * 7 * (511 + 512)
+    scores = 32 * 4096 * (256 + 4096) // 2, 32 * (512**2 + 7 * 512 * (511 + 512))
+    assert windowed / whole == pytest.approx((scores[1] + on_top + joined) / (scores[0] + on_top), rel=0.02)
     metal = Target(2, None, fused_attention=True, attention_tile=1024)  # a mask goes the unfused way
     assert step_memory(shape, trained, metal, conversations([4096]), Levels(ALL)).parts["attention"] > windowed / 3
 
@@ -202,15 +209,15 @@ def test_the_workspace_is_part_of_the_backward_pass_only_where_there_is_one() ->
     assert with_it.peak - without.peak == with_it.parts["workspace"] == 251_789_312
 
 
-@pytest.mark.parametrize(("on_gpu", "most"), [(False, 4.5), (True, 12)])
-def test_the_head_holds_three_arrays_of_a_chunk_and_a_trained_one_those_that_are_scheduled_ahead(
-    on_gpu: bool, most: float
+@pytest.mark.parametrize(("on_gpu", "each", "most"), [(False, 4, 4), (True, 3, 12)])
+def test_the_head_holds_some_arrays_of_a_chunk_and_a_trained_one_those_that_are_scheduled_ahead(
+    on_gpu: bool, each: int, most: float
 ) -> None:
     shape, trained = model_shape(LLAMA | {"hidden_size": 64, "head_dim": 16}), AdapterSpec("lora", 1)
     target = Target(4, None, on_gpu)
     chunk, states = 32 * 128256 * 4, 4 * 64 * 4
-    assert head_bytes(shape, trained, target, 32, 32) == 3 * chunk + 32 * states
-    assert head_bytes(shape, trained, target, 3200, 32) == 3 * chunk + 3200 * states
+    assert head_bytes(shape, trained, target, 32, 32) == each * chunk + 32 * states
+    assert head_bytes(shape, trained, target, 3200, 32) == each * chunk + 3200 * states
     assert head_bytes(shape, trained, target, 0, 32) == 0
     full = AdapterSpec("full", shape.layers)
     gradient = 128256 * 64 * 4

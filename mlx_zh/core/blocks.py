@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_zh.core import expert_loads
+from mlx_zh.core.attention import causal_attention
 from mlx_zh.core.block_forms import LLAMA, BlockForm, heads_of
 from mlx_zh.core.feed_forward import feed_forward, is_swiglu, product, projected, scaled
 from mlx_zh.core.packing import PackedBatch
@@ -258,14 +259,14 @@ def _attended(
     window.
     """
     if window is None:
-        yield _attention(queries, _columns([*before, own]), scale, None)
+        yield causal_attention(queries, *_columns([*before, own]), scale=scale)
         return
     tail = _last(before, window - 1)
     size = max(window, LEAST_PIECE)
     cuts = list(range(size, queries.shape[2], size))
     pieces = zip(*(split_at(array, cuts, axis=2) for array in (queries, *own)), strict=True)
     for piece, key, value in pieces:
-        yield _attention(piece, _columns([*tail, (key, value)]), scale, window)
+        yield causal_attention(piece, *_columns([*tail, (key, value)]), scale=scale, window=window)
         tail = [(key, value)]
 
 
@@ -284,25 +285,6 @@ def _last(parts: list[KeysValues], count: int) -> list[KeysValues]:
         kept.insert(0, (key, value))
         count -= key.shape[2]
     return kept
-
-
-def _attention(queries: mx.array, seen: KeysValues, scale: float, window: int | None) -> mx.array:
-    count, total = queries.shape[2], seen[0].shape[2]
-    window = None if window is None or total <= window else window
-    mask = _mask(count, total, array=count <= device.max_masked_queries(), window=window)
-    return mx.fast.scaled_dot_product_attention(queries, *seen, scale=scale, mask=mask)
-
-
-def _mask(queries: int, keys: int, *, array: bool, window: int | None = None) -> mx.array | str | None:
-    """The causal mask of a segment: it sees all ancestors, and its own tokens up to each query.
-
-    With a `window`, each query sees the last so many of them, its own included.
-    """
-    if array or window is not None:
-        last = mx.arange(keys - queries, keys)[:, None]  # the key at each query's own position
-        seen = mx.arange(keys) <= last  # (n, K)
-        return seen if window is None else seen & (mx.arange(keys) > last - window)
-    return "causal" if queries > 1 else None  # MLX aligns "causal" to the last key
 
 
 def _columns(parts: list[KeysValues]) -> KeysValues:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_zh.core.exponentials import exp_below, in_pieces
 from mlx_zh.system import device
 
 
@@ -31,6 +32,10 @@ def norm(values: mx.array) -> mx.array:
 
 def log_sum_exp(logits: mx.array) -> mx.array:
     """log sum exp over the last axis: (..., V) -> (...)."""
+    if device.computes_exponentials_singly():
+        largest = logits.max(axis=-1, keepdims=True)
+        sums = in_pieces(lambda part, top: sum_last(exp_below(part, top))[..., None], logits, largest)
+        return (largest + mx.log(sums))[..., 0]
     return _in_groups(lambda part: mx.logsumexp(part, axis=-1), logits)
 
 
@@ -41,7 +46,7 @@ def exponentials(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """
     largest = logits.max(axis=-1, keepdims=True)
     if device.summed_at_once():
-        values = mx.exp(logits - largest)
+        values = exp_below(logits, largest)
         divisor = sum_last(values)[..., None]
         return values, divisor, largest + mx.log(divisor)
     # The largest probability is 1 / sum(exp(logits - max)). So log-sum-exp needs no second exponential, and the

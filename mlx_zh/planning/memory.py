@@ -26,14 +26,16 @@ _AHEAD_BACKWARD = (
     {"intermediate": 12.0, "hidden": 13.0, "queries": 4.0},
 )
 _AHEAD_SIGMOID = (0.0, 4.0, 2.5)  # more arrays (T, F) by level on a CPU, for SwiGLU's sigmoid (`core.exponentials`)
-_AHEAD_SCORES = 2  # score matrices of one layer
+_AHEAD_SCORES = (2, 2, 0)  # score matrices of one layer by level, of a CPU's attention (`core.attention`)
+_AHEAD_SCORES_OF_MLX = 2  # of MLX's own
 _AHEAD_MASKS = (3, 2, 1)  # masks of it by level, a byte a score, for all heads at once
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
 
 # Arrays (C, V) float32 of a chunk of logits. Chunks of a trained head are allocated ahead of each other, up to the
 # second number on the CPU, and up to the third on a GPU (`device.kernels_ahead` is 0).
-_HEAD_EACH, _HEAD_MAX, _HEAD_MAX_ON_GPU = 3, 4.5, 12
+_HEAD_EACH, _HEAD_MAX, _HEAD_MAX_ON_GPU = 3, 4, 12
+_HEAD_IN_PIECES = 1  # more of them for a frozen head on a CPU: the exponentials are made in pieces and joined
 _TABLE_GRADIENTS = 3  # (V, D) gradients of a head beside an adapter: so far, of a chunk, their sum
 _TABLE_UPDATES = 6.0  # arrays of an update (V, D) of a table on a CPU; on a GPU one kernel makes it
 _HEAD_GRADIENTS_MAX = 9  # (V, D) gradients of a trained head, one per chunk, before they are added up
@@ -256,6 +258,8 @@ def _kept_by(
     attention = tokens * (queries + 2.0 * keys) * size + 2.0 * row.joined * keys * size
     if target.fused_attention:
         attention += tokens * (queries * size + model.heads * FLOAT)  # its output and log-sum-exp
+    elif target.attention_of_products:
+        attention += model.heads * (row.scores + tokens) * size + tokens * queries * size  # weights, sums and output
     else:
         attention += model.heads * row.scores * size + row.scores  # probabilities, and a byte of mask
         if level == 1 and "o_proj" in adapted:
@@ -273,8 +277,11 @@ def _ahead(
     if not target.fused_attention:
         if model.swiglu:
             parts["activations"] += _AHEAD_SIGMOID[level] * outputs * model.intermediate * size
-        largest = max(tokens * keys for tokens, keys in row.segments)
-        parts["attention"] = (_AHEAD_SCORES * model.heads * size + _AHEAD_MASKS[level]) * largest
+        if target.attention_of_products:
+            parts["attention"] = _AHEAD_SCORES[level] * model.heads * size * row.largest_scores
+        else:
+            each = _AHEAD_SCORES_OF_MLX * model.heads * size + _AHEAD_MASKS[level]
+            parts["attention"] = each * row.largest_scores
     if model.delta is not None:
         ahead = model.delta.ahead_bytes([tokens for tokens, _ in row.segments], size)
         parts["attention"] = max(parts.get("attention", 0.0), ahead)
@@ -390,7 +397,7 @@ def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: 
     whole = trained.kind == "full" and trained.num_layers >= model.layers
     table = model.vocabulary * model.hidden
     if not whole and not trains_head(model, trained):
-        total = float(each * logits)
+        total = float((each if target.fused_attention else each + _HEAD_IN_PIECES) * logits)
     else:
         total = min(each * chunks, _HEAD_MAX_ON_GPU if target.fused_attention else _HEAD_MAX) * logits
     if whole:

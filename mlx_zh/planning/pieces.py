@@ -12,10 +12,11 @@ from mlx_zh.planning.shapes import Row, Target
 def in_block(row: Row, target: Target, window: int) -> tuple[Row, Target]:
     """What a block with a `window` (0: none) computes of `row`, and how: in pieces, which have a mask of their own.
 
-    Metal's fused attention has no backward pass for such a mask, so the scores of the pieces are kept there too.
+    Metal's fused attention has no backward pass for such a mask, so the scores of the pieces are kept there too. A
+    CPU cuts what has no window as well.
     """
     if not window or all(keys <= window for _, keys in row.segments):
-        return row, target
+        return (replace(row, cut=True) if target.attention_of_products else row), target
     if target.attention_tile:
         target = replace(target, fused_attention=False, attention_tile=0)
     return _pieces(row, window), target

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mlx_zh.core.attention import query_pieces
 from mlx_zh.core.families import FAMILIES, Config, family_of
 from mlx_zh.core.packing import PackedBatch
 from mlx_zh.models.adapters.spec import AdapterSpec
@@ -207,6 +208,11 @@ class Target:
     attention_tile: int = 0
     unpacked: float = 0.0
 
+    @property
+    def attention_of_products(self) -> bool:
+        """Whether attention is that of a CPU (`core.attention`), which keeps exponentials and no mask."""
+        return not self.fused_attention and self.value_bytes == 4
+
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -232,11 +238,13 @@ class Row:
     """The sizes of a packed row.
 
     `segments` has, for each segment, its tokens and the number of keys that it attends to (its own and those of its
-    ancestors). `scored` is the number of scored tokens.
+    ancestors). `scored` is the number of scored tokens. With `cut`, attention cuts the segments in pieces, whose last
+    query is the last that sees anything (`core.attention.query_pieces`).
     """
 
     segments: tuple[tuple[int, int], ...]
     scored: int
+    cut: bool = False
 
     @property
     def tokens(self) -> int:
@@ -246,7 +254,19 @@ class Row:
     @property
     def scores(self) -> int:
         """Entries of the score matrices of one head."""
-        return sum(tokens * keys for tokens, keys in self.segments)
+        return sum(self._matrices())
+
+    @property
+    def largest_scores(self) -> int:
+        """Entries of the largest score matrix of one head."""
+        return max(self._matrices())
+
+    def _matrices(self) -> Iterator[int]:
+        for tokens, keys in self.segments:
+            start = 0
+            for end in query_pieces(tokens) if self.cut else [tokens]:
+                yield (end - start) * (keys - tokens + end)
+                start = end
 
     @property
     def joined(self) -> int:

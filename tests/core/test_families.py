@@ -12,7 +12,7 @@ from families import FAMILIES, WINDOWED, family_model
 from oracles import distance, following_logprobs, gradients, random_tokens
 from tolerances import GRADIENT, HIDDEN
 
-from mlx_zh.core import block_forms, blocks
+from mlx_zh.core import attention, block_forms, blocks
 from mlx_zh.core.block_forms import form_of
 from mlx_zh.core.logprobs import batch_logprobs, hidden_states, output_head, prefill, project
 from mlx_zh.core.packing import PackedBatch, RowBuilder
@@ -217,14 +217,14 @@ def test_a_mask_is_never_larger_than_two_pieces(monkeypatch: pytest.MonkeyPatch)
     """With a window, a segment of 2,000 tokens has masks of 256 x 512, and not of 2,000 x 2,000."""
     model = model_of("gemma3_text")
     shapes: list[tuple[int, int]] = []
-    own = blocks._mask
+    own = attention._seen
 
-    def seen(queries: int, keys: int, **options: Any) -> Any:
-        if options["window"] is not None:
+    def seen(queries: int, keys: int, window: int | None) -> Any:
+        if window is not None:
             shapes.append((queries, keys))
-        return own(queries, keys, **options)
+        return own(queries, keys, window)
 
-    monkeypatch.setattr(blocks, "_mask", seen)
+    monkeypatch.setattr(attention, "_seen", seen)
     row = RowBuilder()
     row.add(random_tokens(2000, seed=1))
     hidden_states(model, row.build(0))

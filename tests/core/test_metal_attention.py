@@ -81,7 +81,7 @@ def test_half_precision_differs_by_its_own_rounding(length: int) -> None:
     """bfloat16 has 8 bits: outputs of the two ways differ by some units of 2^-8 of the largest value."""
     rng = np.random.default_rng(length)
     q, k, v = (mx.array(rng.normal(size=(1, 4, n, 16)), dtype=mx.bfloat16) for n in (length, length + 7, length + 7))
-    from mlx_zh.core.blocks import _mask
+    from mlx_zh.core.attention import _mask
 
     def out(mask: Any, q: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask).astype(mx.float32).sum()

@@ -13,6 +13,7 @@ import pytest
 from project import Project
 
 from mlx_zh import doctor
+from mlx_zh.core import attention as core_attention
 from mlx_zh.errors import StorageError
 from mlx_zh.language.notice import Notice
 from mlx_zh.stages import bug_report, checkup
@@ -184,6 +185,7 @@ def test_a_case_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
         return 1.5 * out if q.shape[2] in wrong else out
 
     wrong: set[int] = set()
+    monkeypatch.setattr(core_attention, "_in_pieces", lambda queries: False)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
     case = Case("float32", 64, width=128)
     check = checkup.self_check(case)

@@ -280,8 +280,8 @@ def test_the_mlps_of_the_supported_families_are_swiglu(tiny_model: Make, family:
 def test_a_block_keeps_less_at_each_level(tiny_model: Make) -> None:
     """Peaks of models with more and with fewer blocks: what a token and block keeps on the CPU, with LoRA.
 
-    MLX allocates up to 60 kernels ahead of the CPU, so a peak varies with the machine's load: here by about 1 MB, where
-    28 blocks keep 33 MB at level 0 and 0.70 of that at level 1.
+    MLX allocates up to 60 kernels ahead of the CPU, so a peak varies with the machine's load: here by about 1 MB,
+    where 28 blocks keep 33 MB at level 0 and 0.70 of that at level 1.
     """
     row = pack_conversations([(list(range(1, 65)), [True] * 64)] * 4)
 

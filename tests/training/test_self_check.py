@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_zh.core import attention as core_attention
 from mlx_zh.system import device
 from mlx_zh.training import self_check
 from mlx_zh.training.check_cases import LENGTHS, ON_CPU, ON_GPU, Case, cases
@@ -37,6 +38,7 @@ def attend(monkeypatch: pytest.MonkeyPatch, attention: Attention) -> None:
             return FUSED(q, k, v, scale=scale, mask=mask)
         return attention(q, k, v, scale, mask)
 
+    monkeypatch.setattr(core_attention, "_in_pieces", lambda queries: False)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", chosen)
 
 
