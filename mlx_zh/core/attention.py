@@ -78,7 +78,7 @@ def _by_products(queries: mx.array, keys: mx.array, values: mx.array, scale: flo
                 piece = mx.depends([piece], [outputs[-1]])[0]
             weights.append(_exponentials(piece * (scale * LOG2_E), keys[:, :, :end], window))
             sums.append(weights[-1].sum(axis=-1, keepdims=True))
-            outputs.append((weights[-1] @ values[:, :, :end] / sums[-1]).reshape(piece.shape))
+            outputs.append((weights[-1] @ values[:, :, :end] / sums[-1]).reshape(*piece.shape[:3], -1))
         return _joined(outputs), *weights, *sums
 
     @attend.vjp
