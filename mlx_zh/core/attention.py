@@ -60,49 +60,48 @@ def _seen(queries: int, keys: int, window: int | None) -> mx.array:
 
 
 def _by_products(queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-    """Attention (1, H, n, d) on a CPU, piece by piece; `core.exponentials` tells how its exponentials are computed.
-
-    For the gradient, the exponentials of a piece are kept undivided, and their sums.
-    """
+    """Attention (1, H, n, d) on a CPU, piece by piece, with the exponentials of `core.exponentials`."""
     count, total = queries.shape[2], keys.shape[2]
     ends = query_pieces(count) if window is None else [count]
-    seen = [total - count + end for end in ends]  # the keys of a piece
+    outputs: list[mx.array] = []
+    for piece, end in zip(split_at(queries, ends[:-1], axis=2), ends, strict=True):
+        output, keys, values = _attended(piece, keys, values, total - count + end, scale, window)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _attended(
+    queries: mx.array, keys: mx.array, values: mx.array, seen: int, scale: float, window: int | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Attention (1, H, n, d) of a piece to the `seen` first keys; and keys and values for the next piece.
+
+    The next piece takes them from here, so it is computed after this one, and their gradients are added up one after
+    another. For its own gradient a piece keeps the exponentials undivided, and their sums.
+    """
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
-        outputs: list[mx.array] = []
-        weights: list[mx.array] = []
-        sums: list[mx.array] = []
-        for piece, end in zip(split_at(queries, ends[:-1], axis=2), seen, strict=True):
-            if outputs:  # one after another, so that the scores of one are in memory
-                piece = mx.depends([piece], [outputs[-1]])[0]
-            weights.append(_exponentials(piece * (scale * LOG2_E), keys[:, :, :end], window))
-            sums.append(weights[-1].sum(axis=-1, keepdims=True))
-            outputs.append((weights[-1] @ values[:, :, :end] / sums[-1]).reshape(*piece.shape[:3], -1))
-        return _joined(outputs), *weights, *sums
+        weights = _exponentials(queries * (scale * LOG2_E), keys[:, :, :seen], window)
+        sums = weights.sum(axis=-1, keepdims=True)
+        output = (weights @ values[:, :, :seen] / sums).reshape(*queries.shape[:3], -1)
+        return output, keys, values, weights, sums
 
     @attend.vjp
-    def vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[Any, ...]:
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         queries, keys, values = primals
-        pieces = [split_at(x, ends[:-1], axis=2) for x in (queries, cotangents[0], outputs[0])]
-        weights, sums = outputs[1 : 1 + len(ends)], outputs[1 + len(ends) :]
-        of_queries: list[mx.array] = []
-        of_keys: mx.array | None = None
-        of_values: mx.array | None = None
-        for query, cotangent, output, weight, divisor, end in zip(*pieces, weights, sums, seen, strict=True):
-            query, cotangent, output = (_heads_together(x, keys) for x in (query, cotangent, output))
-            cotangent = cotangent / divisor
-            if of_keys is not None and of_values is not None:
-                cotangent = mx.depends([cotangent], [of_keys, of_values])[0]
-            mean = (cotangent * output).sum(axis=-1, keepdims=True)
-            of_scores = weight * (cotangent @ values[:, :, :end].swapaxes(-1, -2) - mean)  # (1, G, H / G * n, K)
-            of_queries.append((of_scores @ keys[:, :, :end] * scale).reshape(1, queries.shape[1], -1, keys.shape[3]))
-            of_keys = _added(of_keys, of_scores.swapaxes(-1, -2) @ (query * scale))
-            of_values = _added(of_values, weight.swapaxes(-1, -2) @ cotangent)
-        return _joined(of_queries), of_keys, of_values
+        output, _, _, weights, sums = outputs
+        of_output = mx.depends([cotangents[0]], [cotangents[1], cotangents[2]])[0]  # after the pieces behind this one
+        cotangent = _heads_together(of_output, keys) / sums
+        mean = (cotangent * _heads_together(output, keys)).sum(axis=-1, keepdims=True)
+        of_scores = weights * (cotangent @ values[:, :, :seen].swapaxes(-1, -2) - mean)  # (1, G, H / G * n, K)
+        of_queries = (of_scores @ keys[:, :, :seen] * scale).reshape(queries.shape)
+        of_keys = of_scores.swapaxes(-1, -2) @ (_heads_together(queries, keys) * scale)
+        of_values = weights.swapaxes(-1, -2) @ cotangent
+        unseen = [(0, 0), (0, 0), (0, keys.shape[2] - seen), (0, 0)]
+        return of_queries, cotangents[1] + mx.pad(of_keys, unseen), cotangents[2] + mx.pad(of_values, unseen)
 
     results: Any = attend(queries, keys, values)
-    return results[0]
+    return results[0], results[1], results[2]
 
 
 def _exponentials(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
@@ -118,14 +117,3 @@ def _exponentials(queries: mx.array, keys: mx.array, window: int | None) -> mx.a
 def _heads_together(x: mx.array, keys: mx.array) -> mx.array:
     """One matrix of the heads that share keys: (1, H, n, d) -> (1, G, H / G * n, d)."""
     return x.reshape(1, keys.shape[1], -1, x.shape[3])
-
-
-def _joined(pieces: list[mx.array]) -> mx.array:
-    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
-
-
-def _added(before: mx.array | None, more: mx.array) -> mx.array:
-    """The sum of gradients, of which those `before` are of fewer keys."""
-    if before is None:
-        return more
-    return more + mx.pad(before, [(0, 0), (0, 0), (0, more.shape[2] - before.shape[2]), (0, 0)])
