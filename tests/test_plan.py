@@ -129,6 +129,17 @@ def test_a_window_is_planned_in_the_pieces_that_attention_is_computed_in(
     assert calls == [call for segments in planned for call in segments]
 
 
+def test_only_a_cpu_cuts_what_has_no_window() -> None:
+    """Metal takes MLX's own attention for a window, in float32 too: whole pieces with their scores and masks."""
+    row = conversations([1000])
+    cpu, metal = Target(4, None, fused_attention=False), Target(4, None, fused_attention=True, attention_tile=1024)
+    assert in_block(row, cpu, 0)[0].scores == 256 * (256 + 512 + 768) + 232 * 1000
+    assert in_block(row, metal, 0) == (row, metal)
+    windowed, target = in_block(row, metal, 600)
+    assert windowed.scores == 600 * 600 + 400 * 1000 and not target.attention_of_products
+    assert in_block(row, cpu, 600)[1].attention_of_products
+
+
 def test_windows_by_the_keys_of_each_family() -> None:
     pattern = {"sliding_window": 512, "sliding_window_pattern": 3, "num_hidden_layers": 4}
     assert windows_of({"model_type": "gemma3_text", **pattern}) == (512, 512, 0, 512)

@@ -34,7 +34,7 @@ def _in_pieces(queries: mx.array) -> bool:
 def query_pieces(count: int) -> list[int]:
     """The ends of the pieces in which a CPU computes the attention of `count` queries.
 
-    The scores of a query and the keys after it are computed in vain; in pieces there are few of them.
+    Scores of later keys are wasted, and cutting the queries avoids most of them.
     """
     return [*range(_PIECE, count, _PIECE), count]
 

@@ -15,7 +15,7 @@ from mlx_zh.system import device
 
 LOG2_E = 1.4426950408889634
 
-# Below the first, 2^n is not a normal number and taken to be 0. What lies above the second is taken to be there.
+# What lies below the first becomes 0, and what lies above the second is computed as if it were 88.
 _LOWEST, _HIGHEST = -88.0, 88.0
 # The last bits of x + this number are n + 127, where n is x rounded to a whole number: the exponent of 2^n.
 _ROUNDING = 1.5 * 2**23 + 127
@@ -35,7 +35,7 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def exp(x: mx.array) -> mx.array:
-    """exp(x) for float32, within an ulp. Below 1e-38 it is 0, and at most 1.7e38. NaN stays NaN."""
+    """exp(x) for float32, within an ulp; 0 below about 8e-39, and at most 1.7e38. NaN stays NaN."""
     x = mx.minimum(mx.maximum(x, _LOWEST), _HIGHEST)
     shifted = x * LOG2_E + _ROUNDING
     whole = shifted - _ROUNDING
@@ -56,7 +56,7 @@ def exp_below(x: mx.array, top: mx.array) -> mx.array:
 def power_below(x: mx.array, top: mx.array) -> mx.array:
     """2^(x - top) for float32 x (..., n) and top (..., 1), above which no number of x is. NaN stays NaN.
 
-    It is within two units of the last place, and 0 where it is below 1e-38.
+    It is within two units of the last place, and 0 where it is below about 8e-39.
     """
     if not device.computes_exponentials_singly():
         return mx.exp((x - top) * (1 / LOG2_E))
@@ -81,7 +81,7 @@ def _product(rest: mx.array, shifted: mx.array, polynomial: tuple[float, ...]) -
 def in_pieces(compute: Callable[[mx.array, mx.array], mx.array], x: mx.array, top: mx.array) -> mx.array:
     """`compute` of x (..., n) and top (..., 1), some rows after the others: their values stay in the cache.
 
-    It gets and gives matrices, or what it is given here where that is small.
+    It is called with matrices of some rows, and with a small x whole, in its own shape.
     """
     if x.size <= 2 * _PIECE:
         return compute(x, top)

@@ -31,8 +31,8 @@ def norm(values: mx.array) -> mx.array:
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
-    """log sum exp over the last axis: (..., V) -> (...)."""
-    if device.computes_exponentials_singly():
+    """log sum exp of finite numbers over the last axis: (..., V) -> (...). On a Linux CPU it has no gradient."""
+    if logits.dtype == mx.float32 and device.computes_exponentials_singly():
         largest = logits.max(axis=-1, keepdims=True)
         sums = in_pieces(lambda part, top: sum_last(exp_below(part, top))[..., None], logits, largest)
         return (largest + mx.log(sums))[..., 0]

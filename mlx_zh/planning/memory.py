@@ -28,7 +28,7 @@ _AHEAD_BACKWARD = (
 _AHEAD_SIGMOID = (0.0, 4.0, 2.5)  # more arrays (T, F) by level on a CPU, for SwiGLU's sigmoid (`core.exponentials`)
 _AHEAD_SCORES = (2, 2, 0)  # score matrices of one layer by level, of a CPU's attention (`core.attention`)
 _AHEAD_SCORES_OF_MLX = 2  # of MLX's own
-_AHEAD_MASKS = (3, 2, 1)  # masks of it by level, a byte a score, for all heads at once
+_AHEAD_MASKS = (3, 2, 1)  # masks of MLX's own by level, a byte a score, for all heads at once
 _AHEAD_MATRICES = 4  # DoRA's adapted weights
 _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's largest trained array
 

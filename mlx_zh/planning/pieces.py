@@ -12,13 +12,13 @@ from mlx_zh.planning.shapes import Row, Target
 def in_block(row: Row, target: Target, window: int) -> tuple[Row, Target]:
     """What a block with a `window` (0: none) computes of `row`, and how: in pieces, which have a mask of their own.
 
-    Metal's fused attention has no backward pass for such a mask, so the scores of the pieces are kept there too. A
-    CPU cuts what has no window as well.
+    Metal's fused attention has no backward pass for such a mask, so the scores of the pieces are kept there too. On
+    a CPU, attention in float32 is cut in pieces of 256 queries where no window applies.
     """
     if not window or all(keys <= window for _, keys in row.segments):
         return (replace(row, cut=True) if target.attention_of_products else row), target
     if target.attention_tile:
-        target = replace(target, fused_attention=False, attention_tile=0)
+        target = replace(target, fused_attention=False, attention_tile=0, masked=True)
     return _pieces(row, window), target
 
 

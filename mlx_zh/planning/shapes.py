@@ -199,7 +199,8 @@ class Target:
 
     Fused attention keeps no score matrix. `attention_tile` is the largest number of queries and of keys in a tile in
     which its backward pass works, 0 if it needs no memory for tiles. `unpacked` is how many bytes of frozen weights
-    are there unpacked, for dense products (`core.frozen_products`).
+    are there unpacked, for dense products (`core.frozen_products`). `masked` attention is MLX's own, which keeps its
+    mask and its scores.
     """
 
     value_bytes: int
@@ -207,11 +208,12 @@ class Target:
     fused_attention: bool
     attention_tile: int = 0
     unpacked: float = 0.0
+    masked: bool = False
 
     @property
     def attention_of_products(self) -> bool:
-        """Whether attention is that of a CPU (`core.attention`), which keeps exponentials and no mask."""
-        return not self.fused_attention and self.value_bytes == 4
+        """Whether attention is that of a CPU in float32 (`core.attention`), which keeps exponentials and no mask."""
+        return not self.fused_attention and not self.masked and self.value_bytes == 4
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -238,8 +240,8 @@ class Row:
     """The sizes of a packed row.
 
     `segments` has, for each segment, its tokens and the number of keys that it attends to (its own and those of its
-    ancestors). `scored` is the number of scored tokens. With `cut`, attention cuts the segments in pieces, whose last
-    query is the last that sees anything (`core.attention.query_pieces`).
+    ancestors). `scored` is the number of scored tokens. With `cut`, attention cuts the segments in pieces, and a
+    piece has scores only for the keys up to its last query (`core.attention.query_pieces`).
     """
 
     segments: tuple[tuple[int, int], ...]

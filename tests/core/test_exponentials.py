@@ -46,12 +46,12 @@ def test_powers_below_their_largest(shape: tuple[int, ...]) -> None:
     assert np.abs(powers / np.exp2(rounded) - 1)[rounded > -126].max() <= 4 * ULP
     found = np.array(exponentials.exp_below(mx.array(x), mx.array(top)), dtype=np.float64)
     # The product with log2(e) is rounded by a unit of its size x, and x exp(x) is 0.37 at most.
-    assert np.abs(found - np.exp(exact)).max() <= 4 * ULP
+    assert np.abs(found - np.exp(exact)).max() <= 2 * ULP
     assert (found.max(axis=-1) == 1).all()
 
 
 def test_powers_at_the_end_are_zero_and_nan_stays() -> None:
-    """A mask of -inf gives 0, and no denormal number, with which a processor computes slowly."""
+    """A mask of -inf gives 0, not a denormal number, with which a processor computes slowly."""
     x, top = mx.array([-np.inf, -1e30, -127.5, -126.4, -0.0, np.nan]), mx.array([0.0])
     found = np.array(exponentials.power_below(x, top))
     assert found[:3].tolist() == [0.0] * 3 and found[3] >= 2.0**-126.5 and found[4] == 1.0 and np.isnan(found[5])
