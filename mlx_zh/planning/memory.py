@@ -35,7 +35,7 @@ _AHEAD_UPDATES = 6  # arrays of an optimizer step, of the size of a block's larg
 # Arrays (C, V) float32 of a chunk of logits. Chunks of a trained head are allocated ahead of each other, up to the
 # second number on the CPU, and up to the third on a GPU (`device.kernels_ahead` is 0).
 _HEAD_EACH, _HEAD_MAX, _HEAD_MAX_ON_GPU = 3, 4, 12
-_HEAD_IN_PIECES = 1  # more of them for a frozen head on a CPU: the exponentials are made in pieces and joined
+_HEAD_IN_PIECES = 1  # more of them on a CPU, where the exponentials are made in pieces and joined
 _TABLE_GRADIENTS = 3  # (V, D) gradients of a head beside an adapter: so far, of a chunk, their sum
 _TABLE_UPDATES = 6.0  # arrays of an update (V, D) of a table on a CPU; on a GPU one kernel makes it
 _HEAD_GRADIENTS_MAX = 9  # (V, D) gradients of a trained head, one per chunk, before they are added up
@@ -396,8 +396,10 @@ def head_bytes(model: ModelShape, trained: AdapterSpec, target: Target, scored: 
     each = _HEAD_EACH + (1 if target.value_bytes < FLOAT else 0)  # logits and errors in half precision too
     whole = trained.kind == "full" and trained.num_layers >= model.layers
     table = model.vocabulary * model.hidden
+    if not trains_head(model, trained) and not target.fused_attention:
+        each += _HEAD_IN_PIECES
     if not whole and not trains_head(model, trained):
-        total = float((each if target.fused_attention else each + _HEAD_IN_PIECES) * logits)
+        total = float(each * logits)
     else:
         total = min(each * chunks, _HEAD_MAX_ON_GPU if target.fused_attention else _HEAD_MAX) * logits
     if whole:
