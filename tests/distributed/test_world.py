@@ -316,7 +316,7 @@ def session_of(process: int) -> int:
 
 
 def test_two_chosen_processes_are_as_one_command(make: Make, whole: Callable[[int], Path]):
-    """They compute what one computes, all is said once, and a run that was stopped or killed goes on exactly."""
+    """They compute what one computes, and all is said once."""
     folder = make("chosen")
     status, out, _ = in_two(folder)
     assert status == 0 and out.count("in 2 processes with one BLAS thread each") == out.count("trained 6 steps") == 1
@@ -324,6 +324,11 @@ def test_two_chosen_processes_are_as_one_command(make: Make, whole: Callable[[in
     close(undisturbed, whole(1) / "runs/tiny/sft")
     assert [line["ranks"] for line in lines_with_loss(undisturbed)] == [2] * 6
 
+
+@pytest.mark.thorough
+def test_two_chosen_processes_go_on_exactly_after_a_stop_a_loss_and_a_kill(make: Make):
+    folder = make("disturbed")
+    assert in_two(folder)[0] == 0
     shutil.move(folder / "runs", folder / "undisturbed")
     status, out, err = in_two(folder, STOP_AT="1")
     assert status == 130 and "Stopped after step 1" in out and not err
