@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from damaged_json import battery, some_of_each
 from kill_points import small_project
 from project import Project
 
 
+@pytest.mark.thorough
 def test_every_command_reads_or_refuses_them(project: Project, tmp_path: Path) -> None:
     small_project(project.recipe)
     words = os.environ.get("DAMAGED_WORDS")

@@ -91,7 +91,7 @@ def test_one_command_from_recipe_to_report(whole, ran):
     assert (folder / "dpo-old1").is_dir() and not (folder / "sft-old1").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_stopped_in_its_training_goes_on_there(whole):
     """In processes of their own: the stage is told, finishes its step and saves, and the next run takes it up."""
     command = [sys.executable, "-c", ONLY_SFT, "recipe.yaml", "evaluate={}", "sft.max_steps=150", "name=stopped"]

@@ -126,6 +126,7 @@ def test_batch_size_order_and_resume_change_nothing(drawn: Sample) -> None:
     assert lines(name="eight") == lines(name="one")
 
 
+@pytest.mark.thorough
 def test_a_killed_command_goes_on(drawn: Sample, project: Project) -> None:
     write_prompts([{"prompt": f"第{n}题"} for n in range(40)])
     options = [*OPTIONS, "--max-tokens", "60", "--batch-size", "3"]
