@@ -97,12 +97,12 @@ SMALL = {
 
 @pytest.mark.parametrize("changes", SMALL.values(), ids=SMALL)
 def test_the_peak_is_near_the_measured_one(accuracy: Any, changes: dict[str, Any]) -> None:
-    """Within 15 % as larger steps, and 5 % for what load on the machine may add: MLX allocates ahead of the CPU."""
+    """Within 15 %, the median of three: MLX allocates ahead of the CPU, and how far depends on the machine's load."""
     case = accuracy.Case(
         "small", **{"hidden": 128, "intermediate": 384, "micro_tokens": 512, "examples": 4} | changes
     )
-    planned, measured = accuracy.predict(case).peak, accuracy.measure(case)
-    assert planned == pytest.approx(measured, rel=accuracy.BAR + 0.05)
+    measured = sorted(accuracy.measure(case) for _ in range(3))[1]
+    assert accuracy.predict(case).peak == pytest.approx(measured, rel=accuracy.BAR)
 
 
 @pytest.mark.parametrize("length", [5, 700, 1100])
